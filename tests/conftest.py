@@ -1,0 +1,22 @@
+"""Test settings: four simulated CPU devices, rank promotion raises, and where the acceptance material lies."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def shared():
+    """The folder of genuine weights and data beside the repository; skips the test where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"acceptance material is not here: {SHARED}")
+    return SHARED
