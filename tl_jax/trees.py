@@ -1,0 +1,132 @@
+"""Parameter trees as flat dictionaries `{path: leaf}`: match rules, split, merge, count, fingerprint.
+
+A path reads `backbone/stage1/block0/conv1/kernel`. Everything that decides per parameter (freezing, optimizer
+groups, norm policy, audit, checkpoints) speaks in these paths, never in modules.
+"""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Rules = Sequence[tuple[str, str]]
+FROZEN = "frozen"
+
+
+class Match(NamedTuple):
+    """The rule that a path fell under: its regex and the value it gives (a group, a norm policy)."""
+
+    pattern: str
+    value: str
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Nested dictionaries to `{path: leaf}`, in sorted path order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`{path: leaf}` back to nested dictionaries; the inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = leaf
+    return tree
+
+
+def merge(tree: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with the leaves named in `flat` replaced."""
+    return unflatten({**flatten(tree), **flat})
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint ` (did you mean 'x'?)` for an error message, or nothing where no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def match_rules(paths: Iterable[str], rules: Rules, what: str = "parameter") -> dict[str, Match]:
+    """Gives each path the first rule whose regex matches all of it.
+
+    Raises one ValueError that lists every path without a rule, every rule without a path and every broken regex.
+    """
+    paths = list(paths)
+    problems, compiled = [], []
+    for pattern, value in rules:
+        try:
+            compiled.append((re.compile(pattern), Match(pattern, value)))
+        except re.error as error:
+            problems.append(f"  {pattern!r} is not a regular expression: {error}")
+    matches, used = {}, set()
+    for path in paths:
+        for regex, match in compiled:
+            if regex.fullmatch(path):
+                matches[path] = match
+                used.add(match)
+                break
+    if not problems:
+        unmatched = [path for path in paths if path not in matches]
+        problems += [f"  no rule matches {what} {path!r}" for path in unmatched[:10]]
+        if len(unmatched) > 10:
+            problems.append(f"  ... and {len(unmatched) - 10} more without a rule")
+        dead = [match for _, match in compiled if match not in used]
+        problems += [f"  rule {tuple(match)} decides no {what}{_why_dead(match, paths)}" for match in dead]
+    if problems:
+        listing = "\n".join([*problems, f"rules, in order: {[tuple(rule) for rule in rules]}"])
+        raise ValueError(f"the rules do not fit the {what}s (a rule must match a whole path; the first match wins):\n{listing}")
+    return matches
+
+
+def _why_dead(match: Match, paths: Sequence[str]) -> str:
+    if any(re.fullmatch(match.pattern, path) for path in paths):
+        return ": an earlier rule takes every path that it matches"
+    if prefixes := [path for path in paths if re.match(match.pattern, path)]:
+        return f": it matches only the beginning of {prefixes[0]!r}; end it with '.*'"
+    return nearest(match.pattern, paths)
+
+
+def split(tree: Any, labels: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flat `(trainable, frozen)` halves of a parameter tree, by the group of each path."""
+    flat = flatten(tree)
+    trainable = {path: leaf for path, leaf in flat.items() if labels[path] != FROZEN}
+    return trainable, {path: leaf for path, leaf in flat.items() if path not in trainable}
+
+
+def count(tree: Any) -> int:
+    """The number of values in all leaves."""
+    return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def leaf_hashes(tree: Any) -> dict[str, str]:
+    """`{path: sha256}` over dtype, shape and bytes of each leaf: equal exactly when the leaf is bit-equal."""
+    hashes = {}
+    for path, leaf in flatten(tree).items():
+        array = np.ascontiguousarray(leaf)
+        head = f"{array.dtype.name}{array.shape}".encode()
+        hashes[path] = hashlib.sha256(head + b"|" + array.tobytes()).hexdigest()
+    return hashes
+
+
+def fingerprint(table: Mapping[str, Any]) -> str:
+    """sha256 of a flat table of plain values, independent of its order."""
+    text = "\n".join(f"{key}={table[key]}" for key in sorted(table))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 20) -> list[str]:
+    """The entries in which two flat tables differ, one readable line each."""
+    missing = "(absent)"
+    lines = [
+        f"  {key}: {old.get(key, missing)!r} -> {new.get(key, missing)!r}"
+        for key in sorted({*old, *new})
+        if old.get(key, missing) != new.get(key, missing)
+    ]
+    return lines if len(lines) <= limit else [*lines[:limit], f"  ... and {len(lines) - limit} more"]
