@@ -1,0 +1,178 @@
+"""Durations, schedules, and parameter groups -> one optax transformation over the trainable parameters."""
+
+import inspect
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tl_jax.trees import FROZEN, nearest
+
+Duration = tuple[float, str]
+
+
+def to_steps(duration: Duration, *, batch_size: int, train_size: int) -> int:
+    """A duration such as (5, "epochs"), (300, "steps") or (20_000, "examples") in whole steps, rounded up.
+
+    An epoch is `train_size` examples, whether or not `batch_size` divides it.
+    """
+    amount, unit = duration
+    examples_each = {"steps": batch_size, "examples": 1, "epochs": train_size}
+    if unit not in examples_each or amount < 0:
+        raise ValueError(f"duration {duration!r}: expected (amount >= 0, one of {', '.join(examples_each)})")
+    return math.ceil(amount * examples_each[unit] / batch_size - 1e-9)
+
+
+def constant(peak: float, steps: int):
+    """The peak rate throughout."""
+    del steps
+    return lambda k: peak * jnp.ones_like(k)
+
+
+def cosine(peak: float, steps: int, *, final: float = 0.0):
+    """Half a cosine from the peak to `final * peak` (Loshchilov & Hutter 2017, eq. 5, one period)."""
+    return lambda k: peak * (final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(k / steps, 1.0))))
+
+
+def linear(peak: float, steps: int, *, final: float = 0.0):
+    """A straight line from the peak to `final * peak`."""
+    return lambda k: peak * (1 - (1 - final) * jnp.minimum(k / steps, 1.0))
+
+
+def step(peak: float, steps: int, *, milestones: Sequence[float] = (1 / 3, 2 / 3), factor: float = 0.1):
+    """The peak times `factor` for every milestone passed; milestones are fractions of the time after warm-up."""
+    return lambda k: peak * factor ** sum((k >= round(milestone * steps)).astype(jnp.float32) for milestone in milestones)
+
+
+def inverse_sqrt(peak: float, steps: int, *, timescale: float = 1.0):
+    """peak / sqrt(1 + (k - 1) / timescale) in the k-th step after warm-up, k = 1, 2, ...; 1/sqrt(k) at timescale 1."""
+    del steps
+    return lambda k: peak / jnp.sqrt(1 + k / timescale)
+
+
+SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear, "step": step, "inverse_sqrt": inverse_sqrt}
+
+
+def make_schedule(name: str, peak: float, *, total_steps: int, warmup_steps: int = 0, args: Mapping[str, Any] | None = None):
+    """The learning rate as a function of the step: a linear warm-up from 0, then the named shape over the rest.
+
+    Step s of the warm-up has the rate `peak * (s + 1) / (warmup_steps + 1)`, so that no step is wasted at rate 0.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}{nearest(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}")
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(f"warm-up of {warmup_steps} steps does not fit into {total_steps} steps in total")
+    _check_args(f"schedule {name!r}", SCHEDULES[name], args or {})
+    shape = SCHEDULES[name](peak, total_steps - warmup_steps, **(args or {}))
+
+    def schedule(count):
+        count = jnp.asarray(count, jnp.float32)
+        after = jnp.maximum(count - warmup_steps, 0.0)
+        return jnp.where(count < warmup_steps, peak * (count + 1) / (warmup_steps + 1), shape(after))
+
+    return schedule
+
+
+class Group(NamedTuple):
+    """How the parameters of one group train.
+
+    optimizer: a name from optax (adamw, sgd, lamb, ...); args: its further keyword arguments, e.g. (("momentum", 0.9),).
+    lr_mult: the factor on the schedule. weight_decay: applied to the paths that `decay` matches in full. It is the
+    decoupled one where the optimizer has its own (adamw, lamb, lion), else an L2 term added to the gradient (sgd, adam).
+    """
+
+    optimizer: str = "adamw"
+    args: tuple[tuple[str, Any], ...] = ()
+    lr_mult: float = 1.0
+    weight_decay: float = 0.0
+    decay: str = ".*/kernel"
+
+
+def make_groups(labels: Mapping[str, str], default: Group, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Group]:
+    """The settings of every trainable group that `labels` uses: `default` with the group's overrides.
+
+    Raises one ValueError for overrides of groups that no parameter is in, unknown fields, optimizers and arguments.
+    """
+    used = sorted(set(labels.values()) - {FROZEN})
+    problems = []
+    if not used:
+        problems.append("  every parameter is frozen: nothing to train; let a rule give at least one path another group")
+    for name, fields in overrides.items():
+        if name == FROZEN:
+            problems.append("  'frozen' takes no settings: its parameters are never trained")
+        elif name not in used:
+            problems.append(f"  settings for group {name!r}, which no parameter is in{nearest(name, used)}; groups in use: {used}")
+        problems += [
+            f"  group {name!r} has no field {field!r}{nearest(field, Group._fields)}; fields: {', '.join(Group._fields)}"
+            for field in fields
+            if field not in Group._fields
+        ]
+    groups = {
+        name: default._replace(**{k: v for k, v in overrides.get(name, {}).items() if k in Group._fields}) for name in used
+    }
+    for name, group in groups.items():
+        groups[name] = group = group._replace(args=tuple(sorted(dict(group.args).items())))
+        try:
+            _check_args(f"group {name!r}: optimizer {group.optimizer!r}", _factory(group.optimizer), dict(group.args))
+        except ValueError as error:
+            problems.append(f"  {error}")
+    if problems:
+        raise ValueError("the optimizer groups do not fit:\n" + "\n".join(problems))
+    return groups
+
+
+def make_optimizer(
+    labels: Mapping[str, str], groups: Mapping[str, Group], schedule, clip: float = 0.0
+) -> optax.GradientTransformation:
+    """One transformation of the flat trainable parameters `{path: leaf}`: a global-norm clip (0: off), then each group's.
+
+    Frozen parameters never enter: they are not differentiated, so that neither the clip nor a logged norm sees them,
+    the backward pass that only they need is not compiled, and no optimizer array exists for them.
+    """
+    trainable = {path: label for path, label in labels.items() if label != FROZEN}
+    transforms = {name: _group_transform(group, schedule) for name, group in groups.items()}
+    grouped = optax.multi_transform(transforms, trainable)
+    return optax.chain(optax.clip_by_global_norm(clip), grouped) if clip else grouped
+
+
+def decays(group: Group, path: str) -> bool:
+    """Whether weight decay acts on this path of the group."""
+    return group.weight_decay > 0 and re.fullmatch(group.decay, path) is not None
+
+
+def _group_transform(group: Group, schedule) -> optax.GradientTransformation:
+    factory, args = _factory(group.optimizer), dict(group.args)
+    parameters = inspect.signature(factory).parameters
+
+    def mask(params):
+        return {path: jax.tree.map(lambda _, path=path: decays(group, path), leaf) for path, leaf in params.items()}
+
+    def rate(count):
+        return group.lr_mult * schedule(count)
+
+    mask_name = next((name for name in ("mask", "weight_decay_mask") if name in parameters), None)
+    if "weight_decay" in parameters and mask_name:
+        return factory(rate, weight_decay=group.weight_decay, **{mask_name: mask}, **args)
+    if not group.weight_decay:
+        return factory(rate, **args)
+    return optax.chain(optax.add_decayed_weights(group.weight_decay, mask=mask), factory(rate, **args))
+
+
+def _factory(name: str):
+    factory = getattr(optax, name, None)
+    if not callable(factory) or "learning_rate" not in inspect.signature(factory).parameters:
+        known = [n for n in vars(optax) if n in ("adam", "adamw", "sgd", "lamb", "lars", "lion", "nadamw", "rmsprop", "adafactor")]
+        raise ValueError(f"optax has no optimizer {name!r}{nearest(name, known)}; common ones: {', '.join(sorted(known))}")
+    return factory
+
+
+def _check_args(what: str, function, args: Mapping[str, Any]) -> None:
+    reserved = {"learning_rate", "weight_decay", "mask", "weight_decay_mask", "peak", "steps"}
+    allowed = [name for name in inspect.signature(function).parameters if name not in reserved]
+    if unknown := [name for name in args if name not in allowed]:
+        hints = ", ".join(f"{name!r}{nearest(name, allowed)}" for name in unknown)
+        raise ValueError(f"{what} has no argument {hints}; its arguments: {', '.join(allowed) or 'none'}")
