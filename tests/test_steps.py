@@ -1,0 +1,203 @@
+"""The pure steps: what moves, what stays, and that parallelism and accumulation change nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tl_jax import audit, models, optim, sharding, steps, trees
+from tl_jax.methods import finetune
+
+IMAGE = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+
+
+def make_batch(size=8, side=16, classes=4, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (size, side, side, 3)).astype(np.uint8),
+        "label": rng.integers(0, classes, size).astype(np.int32),
+    }
+
+
+@functools.cache
+def initial_variables(name, classes, image_size):
+    size = {"image_size": image_size} if name.startswith("vit") else {}
+    model = models.get(name).module(num_classes=classes, head_init="lecun", **size)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)))
+    if "batch_stats" in variables:  # running statistics that differ from every batch, so that using them shows
+        shifted = jax.tree.map(lambda x: x + 0.3, variables["batch_stats"])
+        variables = {**variables, "batch_stats": shifted}
+    return model, variables
+
+
+def setup(method="full", name="resnet8_cifar", classes=4, image_size=16, last_k=0, clip=1.0, optimizer=None, mode="jit", rules=(), **step_options):
+    model, variables = initial_variables(name, classes, image_size)
+    paths = list(trees.flatten(variables["params"]))
+    rules = finetune.make_rules(method, paths, last_k, rules)
+    labels = {path: match.value for path, match in trees.match_rules(paths, rules).items()}
+    policies = audit.norm_policies(variables.get("batch_stats", {}), labels, ())
+    parallel = sharding.make_parallel(mode, step_options.pop("devices", None))
+    model = model.clone(
+        frozen_norms=tuple(p for p, policy in policies.items() if policy == "frozen"), axis_name=parallel.axis_name
+    )
+    groups = optim.make_groups(labels, optimizer or optim.Group("sgd", (("momentum", 0.9),), weight_decay=1e-3), {})
+    tx = optim.make_optimizer(labels, groups, optax.constant_schedule(0.05), clip)
+    loss_options = {key: step_options.pop(key) for key in ("mixup", "cutmix", "label_smoothing") if key in step_options}
+    step = steps.make_train_step(
+        model, finetune.make_method(rules, num_classes=classes, **loss_options), tx, labels,
+        axis_name=parallel.axis_name, **IMAGE, **step_options,
+    )  # fmt: skip
+    state = steps.init_state(variables, tx, labels, 0, ema=step_options.get("ema", 0) > 0)
+    return jax.tree.map(jnp.array, state), parallel.train(step), parallel, labels, step
+
+
+def run(count, batches=None, **options):
+    state, train, parallel, labels, _ = setup(**options)
+    state = parallel.replicate(state)
+    for s in range(count):
+        state = train(state, parallel.put_batch(make_batch(seed=s) if batches is None else batches[s]))
+    return jax.device_get(state), labels
+
+
+def assert_close(left, right, rtol=1e-5, atol=1e-6):
+    flat_left, flat_right = trees.flatten(left), trees.flatten(right)
+    assert flat_left.keys() == flat_right.keys()
+    for path, leaf in flat_left.items():
+        np.testing.assert_allclose(leaf, flat_right[path], rtol=rtol, atol=atol, err_msg=path)
+
+
+@pytest.mark.parametrize(("method", "last_k"), [("linear_probe", 0), ("last_k", 1)])
+def test_frozen_parameters_and_statistics_are_bit_equal_after_100_steps(method, last_k):
+    before, *_ = setup(method, last_k=last_k)
+    after, labels = run(100, method=method, last_k=last_k)
+    hashes = [trees.leaf_hashes({"params": s.params, "batch_stats": s.batch_stats}) for s in (before, after)]
+    moved = {path for path in hashes[0] if hashes[0][path] != hashes[1][path]}
+    trained = {f"params/{path}" for path, label in labels.items() if label != "frozen"}
+    assert trained <= moved
+    statistics = {path for path in hashes[0] if path.startswith("batch_stats/backbone/stage3/block0")}
+    assert moved == trained | (statistics if last_k else set())
+
+
+def test_full_fine_tuning_moves_every_parameter_and_statistic():
+    before, *_ = setup("full")
+    after, _ = run(3, method="full")
+    hashes = [trees.leaf_hashes({"params": s.params, "batch_stats": s.batch_stats}) for s in (before, after)]
+    assert all(hashes[0][path] != hashes[1][path] for path in hashes[0])
+
+
+def test_a_step_equals_optax_written_by_hand():
+    """An independent step: plain jax.grad of a plain loss over all parameters, plain SGD."""
+    state, train, _, _, _ = setup("full", clip=0.0, optimizer=optim.Group("sgd"))
+    model, variables = initial_variables("resnet8_cifar", 4, 16)
+    batch = make_batch()
+
+    def loss(params):
+        images = (batch["image"] / np.float32(255) - np.float32(0.5)) / np.float32(0.25)
+        (logits, _), updates = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), updates["batch_stats"]
+
+    (value, batch_stats), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    expected = jax.tree.map(lambda p, g: p - 0.05 * g, variables["params"], grads)
+    state = train(state, batch)
+    assert_close(state.params, expected, rtol=1e-4)
+    assert_close(state.batch_stats, batch_stats, rtol=1e-4)
+    assert float(state.sums["loss"] / state.sums["examples"]) == pytest.approx(float(value), rel=1e-5)
+    assert float(state.sums["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
+    # A ViT has no batch statistics, so that the parts must give exactly the whole.
+    options = {"name": "vit_tiny_patch16_224", "method": "last_k", "last_k": 1, "image_size": 16, "clip": 0.5}
+    whole, _ = run(2, **options)
+    parts, _ = run(2, accumulate=4, devices=jax.devices()[:2], **options)
+    assert_close(whole.params, parts.params)
+    assert_close(whole.sums, parts.sums)
+
+
+def test_the_moving_average_follows_its_recurrence_over_trainable_leaves_only():
+    averages, labels = None, None
+    for count in range(4):
+        state, labels = run(count, method="linear_probe", ema=0.9)
+        trainable, _ = trees.split(state.params, labels)
+        averages = trainable if averages is None else {p: 0.9 * a + 0.1 * trainable[p] for p, a in averages.items()}
+    assert_close(state.ema, averages)
+    assert state.ema.keys() == {path for path, label in labels.items() if label != "frozen"}
+    assert_close(trees.split(steps.eval_variables(state)["params"], labels)[0], averages)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "pmap"}, {"mode": "pmap", "accumulate": 2}])
+def test_devices_and_mode_do_not_change_losses_or_parameters(options):
+    base = {"accumulate": options["accumulate"]} if "accumulate" in options else {}
+    one, _ = run(4, devices=jax.devices()[:1], **base)
+    many, _ = run(4, **options)
+    assert_close(one.sums, many.sums, rtol=1e-5)
+    assert_close(one.params, many.params, rtol=1e-3, atol=1e-5)
+    assert_close(one.batch_stats, many.batch_stats, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_step_with_a_nan_is_remembered():
+    state, train, parallel, *_ = setup("full", optimizer=optim.Group("sgd"), clip=0.0)
+    state = parallel.replicate(state)
+    for s in range(4):
+        if s == 2:
+            state = state._replace(params=trees.merge(state.params, {"head/bias": jnp.full(4, jnp.nan)}))
+        state = train(state, parallel.put_batch(make_batch(seed=s)))
+    assert int(state.bad_step) == 2
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 0.3}, {"cutmix": 1.0}, {"mixup": 0.3, "cutmix": 1.0}])
+def test_mixing_changes_the_loss_and_is_a_function_of_seed_and_step(mixing):
+    plain, _ = run(2, method="linear_probe")
+    mixed, _ = run(2, method="linear_probe", **mixing)
+    again, _ = run(2, method="linear_probe", **mixing)
+    assert float(plain.sums["loss"]) != float(mixed.sums["loss"])
+    assert trees.leaf_hashes(mixed) == trees.leaf_hashes(again)
+
+
+def test_evaluation_does_not_depend_on_devices_or_mode():
+    model, variables = initial_variables("resnet8_cifar", 4, 16)
+    images = make_batch(8)["image"]
+    outputs = []
+    for mode, devices in [("jit", 1), ("jit", 4), ("pmap", 4)]:
+        parallel = sharding.make_parallel(mode, jax.devices()[:devices])
+        evaluate = parallel.evaluate(steps.make_eval_step(model, **IMAGE))
+        outputs.append(jax.device_get(evaluate(parallel.replicate(variables), parallel.put_batch({"x": images})["x"])))
+    for logits, features in outputs[1:]:
+        np.testing.assert_allclose(logits, outputs[0][0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(features, outputs[0][1], rtol=1e-5, atol=1e-6)
+
+
+def compiled_cost(method, last_k=0):
+    """Compiled FLOPs and temporary bytes of a ViT-B/16 training step with clipping and logging; nothing is allocated."""
+    model = models.get("vit_base_patch16_224").module(num_classes=1000)
+    images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    paths = list(trees.flatten(variables["params"]))
+    rules = finetune.make_rules(method, paths, last_k)
+    labels = {path: match.value for path, match in trees.match_rules(paths, rules).items()}
+    groups = optim.make_groups(labels, optim.Group("adamw"), {})
+    tx = optim.make_optimizer(labels, groups, optax.constant_schedule(1e-3), clip=1.0)
+    state = jax.eval_shape(lambda v: steps.init_state(v, tx, labels, 0, ema=False), variables)
+    step = steps.make_train_step(model, finetune.make_method(rules, num_classes=1000), tx, labels, **IMAGE)
+    batch = {"image": jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((2,), jnp.int32)}
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.slow
+def test_a_head_only_step_costs_at_most_034_of_the_full_step_with_clipping_and_logging():
+    full, full_memory = compiled_cost("full")
+    head, head_memory = compiled_cost("linear_probe")
+    block, _ = compiled_cost("last_k", 1)
+    assert head / full <= 0.34 and block / full <= 0.39, (head / full, block / full)
+    assert head_memory < 0.2 * full_memory
+
+
+def test_batch_sizes_that_do_not_divide_are_refused_with_the_multiple_to_use():
+    with pytest.raises(ValueError, match="use a multiple of 8"):
+        sharding.check_batch_size(20, 2, 4)
+    with pytest.raises(ValueError, match="unknown parallel mode 'pmapp'"):
+        sharding.make_parallel("pmapp")
