@@ -1,0 +1,327 @@
+"""torch.save files without torch: a small interpreter that can build tensors and plain data, and nothing else.
+
+Nothing here imports `pickle`. The interpreter knows the opcodes, storage classes and three rebuild functions that a
+state dict needs; every other global is only ever a name in an error message. `formats.read` is the way in.
+"""
+
+import dataclasses
+import io
+import math
+import pickletools
+import warnings
+import zipfile
+
+import ml_dtypes
+import numpy as np
+
+_STORAGES = {
+    "torch.DoubleStorage": "<f8",
+    "torch.FloatStorage": "<f4",
+    "torch.HalfStorage": "<f2",
+    "torch.BFloat16Storage": ml_dtypes.bfloat16,
+    "torch.LongStorage": "<i8",
+    "torch.IntStorage": "<i4",
+    "torch.ShortStorage": "<i2",
+    "torch.CharStorage": "i1",
+    "torch.ByteStorage": "u1",
+    "torch.BoolStorage": "?",
+}
+_REBUILDS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
+_GLOBALS = {"collections.OrderedDict", *_STORAGES, *_REBUILDS}
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+
+@dataclasses.dataclass(frozen=True)
+class _Global:
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    kind: str
+    key: str
+    size: int  # elements
+
+    @property
+    def dtype(self):
+        return np.dtype(_STORAGES[self.kind])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: tuple
+    stride: tuple
+
+
+_OPAQUE = object()  # stands for whatever a refused global would have made
+
+
+class _Machine:
+    """Interprets one pickle by its opcodes, building plain data and `_Tensor` descriptions and calling nothing.
+
+    The standard unpickler with a filtered `find_class` still lets a file set attributes on what the filter returns,
+    allocate by a number in the file, and recurse without limit in a hash; this one has no such operations. Values of
+    the file are hashed, copied or printed only where they are known to be numbers or text: a small file can describe a
+    nest of lists whose text fills the memory.
+    """
+
+    def __init__(self):
+        self.stack, self.marks, self.memo, self.refused, self.storages = [], [], {}, set(), {}
+
+    def run(self, stream):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # strange escapes in a damaged file's names
+                for opcode, argument, _ in pickletools.genops(stream):
+                    if opcode.name not in _OPCODES:
+                        raise ValueError(f"pickle opcode {opcode.name} has no place in a state dict")
+                    _OPCODES[opcode.name](self, argument)
+            value = self.stack.pop()
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            self.raise_refused()
+            raise ValueError(f"damaged, cut short or no torch pickle ({error})") from None
+        self.raise_refused()
+        return value
+
+    def raise_refused(self):
+        if self.refused:
+            raise ValueError(
+                f"the pickle asks for {', '.join(sorted(self.refused))}: neither tensors nor plain data, so the file "
+                "was refused and nothing executed. If you trust it, open it in torch and save the state dict alone "
+                "with safetensors.torch.save_file"
+            )
+
+    def items(self):
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def push(self, value):
+        self.stack.append(value)
+
+    def pop(self, count):
+        if count > len(self.stack):
+            raise ValueError("stack underflow")
+        values = self.stack[len(self.stack) - count :]
+        del self.stack[len(self.stack) - count :]
+        return values
+
+    def look_up(self, name):
+        if name in _GLOBALS:
+            return _Global(name)
+        self.refused.add(name[:80])
+        return _OPAQUE
+
+    def call(self, function, arguments):
+        if not isinstance(arguments, tuple) or len(arguments) > 8:
+            raise ValueError("call with strange arguments")
+        if function is _OPAQUE or any(argument is _OPAQUE for argument in arguments):
+            return _OPAQUE
+        if function == _Global("collections.OrderedDict"):
+            return self.ordered_dict(*arguments)
+        if function == _Global("torch._utils._rebuild_parameter"):
+            return arguments[0]
+        if not isinstance(function, _Global) or function.name not in _REBUILDS:
+            raise ValueError("call of something that is no rebuild function")
+        storage, offset, shape, stride = arguments[:4]
+        if not isinstance(storage, _Storage) or max(len(shape), len(stride)) > 32:
+            raise ValueError("tensor without a storage, or of more than 32 dimensions")
+        if not all(type(number) is int and 0 <= number < 2**63 for number in (offset, *shape, *stride)):
+            raise ValueError("tensor whose offset, shape or stride holds no integers in 0 .. 2**63 - 1")
+        return _Tensor(storage, offset, tuple(shape), tuple(stride))
+
+    def ordered_dict(self, pairs=None):
+        """Empty, or from the list of pairs that Python 2 wrote; the list is moved, so that no file can multiply it."""
+        result = {}
+        while pairs:
+            key, value = pairs.pop(0)
+            self.set_items(result, [key, value])
+        return result
+
+    def storage(self, identity):
+        if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
+            raise ValueError("persistent reference to something that is no storage")
+        kind, key, size, view = identity[1], identity[2], identity[4], identity[5:]
+        if kind is _OPAQUE:
+            return _OPAQUE
+        if not isinstance(kind, _Global) or kind.name not in _STORAGES or view not in ((), (None,)):
+            raise ValueError("storage of an unknown type, or a view of another")
+        if not isinstance(key, str) or type(size) is not int or size < 0:
+            raise ValueError("storage without a name and a size")
+        storage = _Storage(kind.name, key, size)
+        if self.storages.setdefault(key, storage) != storage:
+            raise ValueError(f"storage {key!r} is declared twice, differently")
+        return storage
+
+    def set_items(self, target, items):
+        if target is _OPAQUE:
+            return target
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str | int | float | None) and key is not _OPAQUE:
+                raise ValueError(f"dictionary key of type {type(key).__name__}")
+            target[key] = value
+        return target
+
+    def extend(self, target, items):
+        if target is not _OPAQUE:
+            target.extend(items)
+
+    def build(self, state):
+        """OrderedDict carries `_metadata` as attributes; nothing of it is needed, and nothing else may have state."""
+        if not isinstance(self.stack[-1], dict) and self.stack[-1] is not _OPAQUE:
+            raise ValueError(f"state for {type(self.stack[-1]).__name__}")
+
+
+def _pushes(make):
+    return lambda machine, argument: machine.push(make(machine, argument))
+
+
+def _stack_global(machine, _):
+    module, name = machine.pop(2)
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise ValueError("global without a name")
+    return machine.look_up(f"{module}.{name}")
+
+
+def _instance(machine, argument):
+    machine.items()
+    return machine.look_up(argument.replace(" ", ".", 1))
+
+
+def _memoize(machine, argument):
+    machine.memo[len(machine.memo) if argument is None else argument] = machine.stack[-1]
+
+
+_ARGUMENT = (
+    *("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+)
+_OPCODES = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda machine, _: None),
+    **dict.fromkeys(_ARGUMENT, _pushes(lambda _, argument: argument)),
+    "NONE": _pushes(lambda *_: None),
+    "NEWTRUE": _pushes(lambda *_: True),
+    "NEWFALSE": _pushes(lambda *_: False),
+    "EMPTY_DICT": _pushes(lambda *_: {}),
+    "EMPTY_LIST": _pushes(lambda *_: []),
+    "EMPTY_TUPLE": _pushes(lambda *_: ()),
+    "TUPLE1": _pushes(lambda machine, _: tuple(machine.pop(1))),
+    "TUPLE2": _pushes(lambda machine, _: tuple(machine.pop(2))),
+    "TUPLE3": _pushes(lambda machine, _: tuple(machine.pop(3))),
+    "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
+    "TUPLE": _pushes(lambda machine, _: tuple(machine.items())),
+    "LIST": _pushes(lambda machine, _: machine.items()),
+    "DICT": _pushes(lambda machine, _: machine.set_items({}, machine.items())),
+    "APPEND": lambda machine, _: machine.extend(items=machine.pop(1), target=machine.stack[-1]),
+    "APPENDS": lambda machine, _: machine.extend(items=machine.items(), target=machine.stack[-1]),
+    "SETITEM": lambda machine, _: machine.set_items(items=machine.pop(2), target=machine.stack[-1]),
+    "SETITEMS": lambda machine, _: machine.set_items(items=machine.items(), target=machine.stack[-1]),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _memoize),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _pushes(lambda machine, argument: machine.memo[argument])),
+    "GLOBAL": _pushes(lambda machine, argument: machine.look_up(argument.replace(" ", ".", 1))),
+    "STACK_GLOBAL": _pushes(_stack_global),
+    "INST": _pushes(_instance),
+    "REDUCE": _pushes(lambda machine, _: machine.call(*machine.pop(2))),
+    "NEWOBJ": _pushes(lambda machine, _: machine.call(*machine.pop(2))),
+    "BUILD": lambda machine, _: machine.build(machine.pop(1)),
+    "BINPERSID": _pushes(lambda machine, _: machine.storage(*machine.pop(1))),
+}
+
+
+def read_zip(path) -> dict[str, np.ndarray]:
+    """Reads torch.save's format since 1.6: uncompressed members NAME/data.pkl and NAME/data/KEY, one per storage."""
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+        pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError(f"a zip archive with {len(pickles)} members NAME/data.pkl, expected 1; not saved by torch")
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            raise ValueError("members unpack to more bytes than the file has, and torch never compresses: refused")
+        root = pickles[0].removesuffix("data.pkl")
+        if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
+            raise ValueError("saved on a big-endian machine; re-save it as safetensors")
+        state = _state_dict(_Machine().run(io.BytesIO(archive.read(pickles[0]))))
+        keys = {tensor.storage.key for tensor in state.values()}
+        if missing := sorted(key for key in keys if f"{root}data/{key}" not in members):
+            raise ValueError(f"storages missing from the archive: {missing}")
+        return _build(state, {key: archive.read(f"{root}data/{key}") for key in keys})
+
+
+def read_legacy(path) -> dict[str, np.ndarray]:
+    """Reads torch.save's format before 1.6: five pickles (magic, protocol, system, object, keys), then the storages."""
+    data = path.read_bytes()
+    stream = io.BytesIO(data)
+    magic, protocol, system = (_Machine().run(stream) for _ in range(3))
+    if magic != _LEGACY_MAGIC or protocol != 1001 or not isinstance(system, dict) or not system.get("little_endian"):
+        raise ValueError("a pickle, but no little-endian torch.save file of protocol 1001; re-save it as safetensors")
+    machine = _Machine()
+    state, keys, raw = _state_dict(machine.run(stream)), _Machine().run(stream), {}
+    if (
+        not isinstance(keys, list)
+        or not all(isinstance(key, str) for key in keys)
+        or set(keys) != set(machine.storages)
+    ):
+        raise ValueError("the list of storages does not match the pickle")
+    start = stream.tell()
+    for key in keys:
+        storage, found = machine.storages[key], int.from_bytes(data[start : start + 8], "little")
+        end = start + 8 + storage.size * storage.dtype.itemsize
+        if found != storage.size or end > len(data):
+            raise ValueError(f"storage {key!r} should have {storage.size:,} elements; damaged or cut short")
+        raw[key], start = memoryview(data)[start + 8 : end], end
+    return _build(state, raw)
+
+
+def _state_dict(value) -> dict[str, _Tensor]:
+    """The mapping of names to tensors, bare or under one of the two documented keys."""
+    if not isinstance(value, dict):
+        raise ValueError(f"holds a {type(value).__name__.strip('_')}, expected a state dict (names -> tensors)")
+    wrapped = {key: value[key] for key in ("state_dict", "model") if isinstance(value.get(key), dict)}
+    if len(wrapped) > 1:
+        raise ValueError("holds both 'state_dict' and 'model'; save the one you mean alone")
+    state = next(iter(wrapped.values()), value)
+    foreign = [str(key)[:80] for key, item in state.items() if not (isinstance(key, str) and isinstance(item, _Tensor))]
+    if foreign:
+        more = f" and {len(foreign) - 10} more" if len(foreign) > 10 else ""
+        raise ValueError(f"no state dict (bare, or under 'state_dict' or 'model'): not tensors: {foreign[:10]}{more}")
+    return state
+
+
+def _build(state, raw) -> dict[str, np.ndarray]:
+    """Cuts the tensors out of their storages, once every index they can reach is known to lie inside."""
+    wrong = [
+        f"{name}: {fault}" for name, tensor in state.items() if (fault := _fault(tensor, len(raw[tensor.storage.key])))
+    ]
+    if wrong:
+        raise ValueError(f"tensors that do not fit their storages (damaged or hostile file): {'; '.join(wrong)}")
+    stored = sum(len(data) for data in raw.values())
+    needed = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in state.values())
+    if needed > 8 * stored + 2**20:  # overlapping views (stride 0, tied weights) may unfold a little, not without limit
+        raise ValueError(f"tensors unfold to {needed:,} bytes from {stored:,} stored: refused")
+    return {name: _cut(tensor, raw[tensor.storage.key]) for name, tensor in state.items()}
+
+
+def _fault(tensor, stored) -> str:
+    """What is wrong with a tensor of a storage of `stored` bytes; "" if nothing."""
+    storage, shape = tensor.storage, tensor.shape
+    if stored != storage.size * storage.dtype.itemsize:
+        return f"storage has {stored:,} bytes, expected {storage.size:,} {storage.dtype}"
+    if len(shape) != len(tensor.stride) or len(shape) > 32:
+        return f"shape {shape} with stride {tensor.stride}"
+    last = tensor.offset + sum((size - 1) * step for size, step in zip(shape, tensor.stride, strict=True))
+    if 0 not in shape and last >= storage.size:
+        return f"offset {tensor.offset}, shape {shape}, stride {tensor.stride} reach past {storage.size:,} elements"
+    return ""
+
+
+def _cut(tensor, data):
+    if 0 in tensor.shape:
+        return np.zeros(tensor.shape, tensor.storage.dtype)
+    flat = np.frombuffer(data, tensor.storage.dtype)[tensor.offset :]
+    pairs = zip(tensor.shape, tensor.stride, strict=True)
+    strides = [step * flat.itemsize if size > 1 else 0 for size, step in pairs]  # along size 1 any stride is legal
+    return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
