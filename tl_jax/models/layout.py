@@ -1,0 +1,167 @@
+"""Conversion tables: which key of a foreign file fills which parameter. Numpy only, no framework.
+
+A table points from our path to the file's key, so that the same rows serve loading and exporting.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+SHOWN = 5  # offenders that a message names per kind
+KINDS = ("unused keys", "unfilled leaves", "wrong shapes", "no floats", "non-finite values")
+
+
+Shapes = Mapping[str, tuple[int, ...]]  # per target path
+
+
+class Transform(NamedTuple):
+    """A pair of inverse functions: `load(*source arrays) -> target` and `export(target) -> tuple of source arrays`."""
+
+    load: Callable[..., np.ndarray]
+    export: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+
+
+class Rule(NamedTuple):
+    """One row: the regex of a whole target path, the source keys (templates with its groups), and the transform."""
+
+    target: str
+    sources: tuple[str, ...]
+    transform: Transform
+
+
+class Layout(NamedTuple):
+    """The table of one (family, file format) pair.
+
+    Attributes:
+      rules: the first rule whose regex matches a whole path applies.
+      ignore: regex of source keys that hold no weights of the model, such as step counters.
+      head: regex of source keys that belong to the classifier, which a new head replaces.
+      aliases: (regex, replacement) pairs that bring other spellings of the same format to the table's spelling.
+    """
+
+    rules: tuple[Rule, ...]
+    head: str
+    ignore: str = r"(?!)"
+    aliases: tuple[tuple[str, str], ...] = ()
+
+
+SAME = Transform(lambda x: x, lambda x: (x,))
+CONV = Transform(lambda w: w.transpose(2, 3, 1, 0), lambda w: (w.transpose(3, 2, 0, 1),))  # OIHW <-> HWIO
+DENSE = Transform(lambda w: w.T, lambda w: (w.T,))  # [out, in] <-> [in, out]
+QKV_DENSE = Transform(lambda *w: np.concatenate(w).T, lambda w: tuple(np.split(w.T, 3)))
+QKV_BIAS = Transform(lambda *b: np.concatenate(b), lambda b: tuple(np.split(b, 3)))
+
+
+def conv(target: str, source: str) -> list[Rule]:
+    """The row of a bias-free torch convolution."""
+    return [Rule(f"params/{target}/kernel", (f"{source}.weight",), CONV)]
+
+
+def dense(target: str, source: str) -> list[Rule]:
+    """The rows of a torch linear layer."""
+    return [
+        Rule(f"params/{target}/kernel", (f"{source}.weight",), DENSE),
+        Rule(f"params/{target}/bias", (f"{source}.bias",), SAME),
+    ]
+
+
+def norm(target: str, source: str) -> list[Rule]:
+    """The rows of a torch normalisation layer; the statistics' rows serve only BatchNorm."""
+    pairs = (
+        ("params", "scale", "weight"),
+        ("params", "bias", "bias"),
+        ("batch_stats", "mean", "running_mean"),
+        ("batch_stats", "var", "running_var"),
+    )
+    return [Rule(f"{kind}/{target}/{leaf}", (f"{source}.{key}",), SAME) for kind, leaf, key in pairs]
+
+
+# Our own paths as keys: what a checkpoint export with slashes holds.
+NATIVE = Layout((Rule(r"(.+)", (r"\1",), SAME),), head=r"params/head/.+")
+
+
+def sources_of(layout: Layout, path: str) -> tuple[tuple[str, ...], Transform]:
+    """Gives the source keys of a target path and their transform; KeyError where the table has no row for it."""
+    for rule in layout.rules:
+        if match := re.fullmatch(rule.target, path):
+            return tuple(match.expand(template) for template in rule.sources), rule.transform
+    raise KeyError(path)
+
+
+def canonical(layout: Layout, key: str) -> str:
+    """The table's spelling of a file's key."""
+    return functools.reduce(lambda name, alias: re.sub(*alias, name), layout.aliases, key)
+
+
+def source_shapes(transform: Transform, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes a file must hold for a target of `shape`; costs no memory."""
+    return [array.shape for array in transform.export(np.broadcast_to(np.float32(0), shape))]
+
+
+def is_head(layout: Layout, key: str) -> bool:
+    """Whether a file's key belongs to the classifier."""
+    return re.fullmatch(layout.head, canonical(layout, key)) is not None
+
+
+def coverage(layout: Layout, leaves: Iterable[str], tensors: Mapping[str, np.ndarray]) -> int:
+    """Counts the keys of a file which a model with these leaves would read through the layout."""
+    wanted = {key for leaf in leaves for key in sources_of(layout, leaf)[0]}
+    return sum(canonical(layout, key) in wanted for key in tensors)
+
+
+def shapes_match(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether every leaf is there in the right shape, and no further key but those of the head and the ignored ones."""
+    found = {canonical(layout, key): value.shape for key, value in tensors.items()}
+    for leaf, shape in shapes.items():
+        keys, transform = sources_of(layout, leaf)
+        if [found.pop(key, None) for key in keys] != source_shapes(transform, shape):
+            return False
+    return all(re.fullmatch(f"{layout.head}|{layout.ignore}", key) for key in found)
+
+
+def fill(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]):
+    """Fills every leaf from a file's tensors: (flat variables in float32, origin per leaf, offenders per kind)."""
+    spelling = {canonical(layout, key): key for key in tensors}
+    used, flat, origins = set(), {}, {}
+    problems = {kind: [] for kind in KINDS}
+    for leaf, shape in shapes.items():
+        sources, transform = sources_of(layout, leaf)
+        keys = [spelling[source] for source in sources if source in spelling]
+        used.update(keys)
+        if len(keys) < len(sources):
+            problems["unfilled leaves"].append(f"{leaf} (no {', '.join(set(sources) - set(spelling))})")
+            continue
+        arrays = [tensors[key] for key in keys]
+        defects = [_defect(*each) for each in zip(keys, arrays, source_shapes(transform, shape), strict=True)]
+        for kind, text in filter(None, defects):
+            problems[kind].append(text)
+        if not any(defects):
+            flat[leaf] = transform.load(*(array.astype(np.float32) for array in arrays))
+            origins[leaf] = " + ".join(keys)
+    problems["unused keys"] = sorted(
+        key for key in tensors if key not in used and not re.fullmatch(layout.ignore, canonical(layout, key))
+    )
+    return flat, origins, {kind: offenders for kind, offenders in problems.items() if offenders}
+
+
+def _defect(key: str, array: np.ndarray, shape: tuple[int, ...]) -> tuple[str, str] | None:
+    """What keeps an array from filling its place: (kind, description)."""
+    if array.shape != shape:
+        return "wrong shapes", f"{key} is {array.shape}, expected {shape}"
+    if not np.issubdtype(array.dtype, np.floating):
+        return "no floats", f"{key} is {array.dtype}"
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which is what counts here
+        bad = array.size - int(np.isfinite(array.astype(np.float32)).sum())
+    return ("non-finite values", f"{key} ({bad} of {array.size})") if bad else None
+
+
+def listing(problems: Mapping[str, Sequence[str]]) -> str:
+    """One line such as `2 unused keys [a, b]; 9 unfilled leaves [a, b, c, d, e, and 4 more]`."""
+    parts = []
+    for kind, offenders in problems.items():
+        more = [f"and {len(offenders) - SHOWN} more"] if len(offenders) > SHOWN else []
+        parts += [f"{len(offenders)} {kind} [{', '.join([*offenders[:SHOWN], *more])}]"] if offenders else []
+    return "; ".join(parts)

@@ -1,0 +1,248 @@
+"""Residual networks: ImageNet ResNet, Wide ResNet, ResNeXt and the CIFAR form; variants, cards, conversion tables.
+
+He et al. 2016 (arXiv:1512.03385) in the v1.5 form of torchvision (stride in the 3x3 convolution), Zagoruyko and
+Komodakis 2016 (arXiv:1605.07146), Xie et al. 2017 (arXiv:1611.05431).
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tl_jax.card import Card
+from tl_jax.models import layout
+from tl_jax.models.layers import Conv, DropPath, batch_norm, classify, drop_path_rates, max_pool, run_parts
+from tl_jax.models.variant import Variant
+
+
+class ConvNorm(nn.Module):
+    """Convolution and BatchNorm: the stem, and the projection shortcut."""
+
+    features: int
+    size: int
+    stride: int
+    dtype: Any
+    frozen_norms: tuple[str, ...]
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = Conv(self.features, self.size, self.stride, dtype=self.dtype, name="conv")(x)
+        return batch_norm(self, "norm", train)(x)
+
+
+class Block(nn.Module):
+    """Residual block, basic (3x3, 3x3) or bottleneck (1x1, grouped 3x3, 1x1 to four times the width)."""
+
+    width: int
+    stride: int
+    drop_path: float
+    bottleneck: bool
+    groups: int
+    base_width: int
+    cifar: bool
+    dtype: Any
+    frozen_norms: tuple[str, ...]
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        inner = self.width * self.base_width // 64 * self.groups
+        convs = [(inner, 1, 1, 1), (inner, 3, self.stride, self.groups), (4 * self.width, 1, 1, 1)]
+        if not self.bottleneck:
+            convs = [(self.width, 3, self.stride, 1), (self.width, 3, 1, 1)]
+        y = x
+        for i, (features, size, stride, groups) in enumerate(convs, start=1):
+            last = i == len(convs)
+            y = Conv(features, size, stride, groups, self.dtype, name=f"conv{i}")(y)
+            # The last scale starts at zero: every block starts as the identity (Goyal et al. 2017, section 5.1).
+            y = batch_norm(self, f"norm{i}", train, nn.initializers.zeros if last else nn.initializers.ones)(y)
+            y = y if last else nn.relu(y)
+        return nn.relu(self.shortcut_of(x, y.shape[-1], train) + DropPath(self.drop_path)(y, train))
+
+    def shortcut_of(self, x: jax.Array, features: int, train: bool) -> jax.Array:
+        if self.stride == 1 and x.shape[-1] == features:
+            return x
+        if self.cifar:  # option A: every second pixel, zero channels half before and half behind
+            before = (features - x.shape[-1]) // 2
+            x = x[:, :: self.stride, :: self.stride]
+            return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, features - x.shape[-1] - before)))
+        project = ConvNorm(features, 1, self.stride, self.dtype, self.frozen_norms, self.axis_name, name="shortcut")
+        return project(x, train)
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution; the first has the stride."""
+
+    block: Callable[..., nn.Module]
+    stride: int
+    drop_paths: tuple[float, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        for j, drop_path in enumerate(self.drop_paths):
+            x = self.block(stride=self.stride if j == 0 else 1, drop_path=drop_path, name=f"block{j}")(x, train)
+        return x
+
+
+class ResNet(nn.Module):
+    """Residual network: `logits, out = apply(variables, images, train, start)`.
+
+    Takes images [B, H, W, 3] (normalised), any size. `out` holds stem, stage1, stage2, ... [B, h, w, C], pre_logits
+    [B, D] and logits [B, K], the last two float32. With `start=NAME` the input is out[NAME] and only the rest runs.
+    Training needs mutable=["batch_stats"] and, with dropout or drop_path, rngs={"dropout": key}.
+
+    Attributes:
+      num_classes: size of the head; 0 for none, then logits are the pre_logits.
+      depths, widths: blocks and base channels per stage.
+      bottleneck, groups, base_width: the kind of block; groups and base_width make ResNeXt and Wide ResNet.
+      cifar: 3x3 stem without pooling and parameter-free (option A) shortcuts, He et al. 2016, section 4.2.
+      dtype: of the computation (float32 or bfloat16); parameters and statistics are float32.
+      dropout: before the head.
+      drop_path: stochastic depth at the last block, rising linearly from 0.
+      remat: recompute each block's activations in the backward pass.
+      frozen_norms: paths of BatchNorm layers that keep their running statistics in training.
+      axis_name: pmap axis over which BatchNorm averages.
+      head_init: "zeros" or "lecun".
+    """
+
+    num_classes: int
+    depths: tuple[int, ...]
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    bottleneck: bool = False
+    groups: int = 1
+    base_width: int = 64
+    cifar: bool = False
+    dtype: Any = jnp.float32
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    remat: bool = False
+    frozen_norms: tuple[str, ...] = ()
+    axis_name: str | None = None
+    head_init: str = "zeros"
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False, start: str | None = None):
+        pre_logits, out = self.backbone(images, train, start)
+        logits = out["logits"] = classify(self, pre_logits, train)
+        return logits, out
+
+    @nn.compact_name_scope
+    def backbone(self, x: jax.Array, train: bool, start: str | None):
+        policy = {"dtype": self.dtype, "frozen_norms": self.frozen_norms, "axis_name": self.axis_name}
+        # static_argnums counts the module itself: 2 is `train`.
+        block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        block = functools.partial(
+            block_class,
+            bottleneck=self.bottleneck,
+            groups=self.groups,
+            base_width=self.base_width,
+            cifar=self.cifar,
+            **policy,
+        )
+        rates = drop_path_rates(self.drop_path, sum(self.depths))
+
+        def stem(x):
+            size, stride = (3, 1) if self.cifar else (7, 2)
+            x = nn.relu(ConvNorm(self.widths[0], size, stride, name="stem", **policy)(x, train))
+            return x if self.cifar else max_pool(x)
+
+        def stage(i, x):
+            before = sum(self.depths[:i])
+            return Stage(
+                functools.partial(block, width=self.widths[i]),
+                stride=1 if i == 0 else 2,
+                drop_paths=tuple(rates[before : before + self.depths[i]]),
+                name=f"stage{i + 1}",
+            )(x, train)
+
+        parts = {
+            "stem": stem,
+            **{f"stage{i + 1}": functools.partial(stage, i) for i in range(len(self.depths))},
+            "pre_logits": lambda x: jnp.mean(x, axis=(1, 2), dtype=jnp.float32),
+        }
+        return run_parts(parts, x, start)
+
+
+# torchvision and timm use the same names.
+_BLOCK = r"backbone/stage(\d)/block(\d+)"
+TIMM = layout.Layout(
+    rules=(
+        *layout.conv("backbone/stem/conv", "conv1"),
+        *layout.norm("backbone/stem/norm", "bn1"),
+        *layout.conv(rf"{_BLOCK}/conv(\d)", r"layer\1.\2.conv\3"),
+        *layout.norm(rf"{_BLOCK}/norm(\d)", r"layer\1.\2.bn\3"),
+        *layout.conv(rf"{_BLOCK}/shortcut/conv", r"layer\1.\2.downsample.0"),
+        *layout.norm(rf"{_BLOCK}/shortcut/norm", r"layer\1.\2.downsample.1"),
+        *layout.dense("head", "fc"),
+    ),
+    head=r"fc\..+",
+    ignore=r".*\.num_batches_tracked",
+)
+# The names of akamaster's pytorch_resnet_cifar10; option A leaves no shortcut to convert.
+CIFAR = TIMM._replace(rules=(*TIMM.rules[:-2], *layout.dense("head", "linear")), head=r"linear\..+")
+
+
+def _hf_layout() -> layout.Layout:
+    """ResNetForImageClassification counts stages and convolutions from 0; a bare ResNetModel has no prefix."""
+    rules = [
+        *layout.conv("backbone/stem/conv", "resnet.embedder.embedder.convolution"),
+        *layout.norm("backbone/stem/norm", "resnet.embedder.embedder.normalization"),
+    ]
+    for stage in range(4):
+        block = rf"backbone/stage{stage + 1}/block(\d+)"
+        layers = rf"resnet.encoder.stages.{stage}.layers.\1"
+        pairs = [("shortcut/conv", "shortcut/norm", "shortcut")]
+        pairs += [(f"conv{i + 1}", f"norm{i + 1}", f"layer.{i}") for i in range(3)]
+        for conv, norm, source in pairs:
+            rules += layout.conv(f"{block}/{conv}", f"{layers}.{source}.convolution")
+            rules += layout.norm(f"{block}/{norm}", f"{layers}.{source}.normalization")
+    return layout.Layout(
+        (*rules, *layout.dense("head", "classifier.1")),
+        head=r"classifier\..+",
+        ignore=r".*\.num_batches_tracked",
+        aliases=((r"^(embedder|encoder)\.", r"resnet.\1."),),
+    )
+
+
+LAYOUTS = {"timm": TIMM, "hf": _hf_layout(), "native": layout.NATIVE}
+CIFAR_LAYOUTS = {"cifar": CIFAR, "native": layout.NATIVE}
+
+_BOTTLENECK = functools.partial(ResNet, bottleneck=True)
+_MODULES = {
+    "resnet18": functools.partial(ResNet, depths=(2, 2, 2, 2)),
+    "resnet34": functools.partial(ResNet, depths=(3, 4, 6, 3)),
+    "resnet50": functools.partial(_BOTTLENECK, depths=(3, 4, 6, 3)),
+    "resnet101": functools.partial(_BOTTLENECK, depths=(3, 4, 23, 3)),
+    "resnet152": functools.partial(_BOTTLENECK, depths=(3, 8, 36, 3)),
+    "wide_resnet50_2": functools.partial(_BOTTLENECK, depths=(3, 4, 6, 3), base_width=128),
+    "resnext50_32x4d": functools.partial(_BOTTLENECK, depths=(3, 4, 6, 3), groups=32, base_width=4),
+}
+
+
+def _variants(name: str, module: Callable[..., ResNet]) -> dict[str, Variant]:
+    """A ResNet with torchvision's first preprocessing; transformers has the plain ones, with bicubic resizing."""
+    card = Card(name, 1000, interpolation="bilinear")
+    if not re.fullmatch(r"resnet\d+", name):
+        return {name: Variant(module, card, {key: LAYOUTS[key] for key in ("timm", "native")}, {})}
+    hf_card = card.replace(model=f"{name}.hf", interpolation="bicubic")
+    return {
+        name: Variant(module, card, LAYOUTS, {"hf": hf_card.model}),
+        hf_card.model: Variant(module, hf_card, LAYOUTS, {}),
+    }
+
+
+VARIANTS: dict[str, Variant] = {}
+for _name, _module in _MODULES.items():
+    VARIANTS |= _variants(_name, _module)
+for _n in (1, 2, 3, 5, 7, 9):  # 6n + 2 layers
+    VARIANTS[f"resnet{6 * _n + 2}_cifar"] = Variant(
+        functools.partial(ResNet, depths=(_n, _n, _n), widths=(16, 32, 64), cifar=True),
+        Card(f"resnet{6 * _n + 2}_cifar", 10, input_size=32, crop=1.0),
+        CIFAR_LAYOUTS,
+        {},
+    )

@@ -1,0 +1,356 @@
+"""Vision transformers (Dosovitskiy et al. 2021, arXiv:2010.11929) and DeiT (Touvron et al. 2021, arXiv:2012.12877)."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tl_jax.card import Card
+from tl_jax.models import layout
+from tl_jax.models.layers import DropPath, classify, drop_path_rates, run_parts
+from tl_jax.models.variant import Variant
+
+INIT = nn.initializers.truncated_normal(0.02)
+
+
+class Stem(nn.Module):
+    """Patches, class token and position embedding: [B, S, S, 3] -> [B, 1 + (S / patch)^2, D]."""
+
+    patch_size: int
+    width: int
+    image_size: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        size, patch = self.image_size, self.patch_size
+        if size % patch:
+            raise ValueError(f"image_size={size} is no multiple of patch_size={patch}")
+        if images.shape[1:3] != (size, size):
+            raise ValueError(
+                f"images are {images.shape[1]}x{images.shape[2]}, but the position embedding was made for "
+                f"{size}x{size}: resize the images or load the weights with image_size="
+            )
+        patch_embed = nn.Conv(self.width, (patch, patch), (patch, patch), "VALID", dtype=self.dtype, name="patch_embed")
+        x = patch_embed(images)
+        x = x.reshape(x.shape[0], -1, self.width)
+        cls_token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, self.width), jnp.float32)
+        pos_embed = self.param("pos_embed", INIT, (1, 1 + x.shape[1], self.width), jnp.float32)
+        cls_token = jnp.broadcast_to(cls_token.astype(self.dtype), (x.shape[0], 1, self.width))
+        return jnp.concatenate([cls_token, x], axis=1) + pos_embed.astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused qkv projection; the softmax is float32."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, tokens, width = x.shape
+        qkv = nn.Dense(3 * width, kernel_init=INIT, dtype=self.dtype, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0)
+        x = jax.nn.dot_product_attention(q, k, v).reshape(batch, tokens, width)
+        return nn.Dense(width, kernel_init=INIT, dtype=self.dtype, name="proj")(x)
+
+
+class Mlp(nn.Module):
+    """Two dense layers, four times the width between them."""
+
+    gelu_tanh: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.Dense(4 * x.shape[-1], kernel_init=INIT, dtype=self.dtype, name="fc1")(x)
+        y = nn.gelu(y, approximate=self.gelu_tanh)
+        return nn.Dense(x.shape[-1], kernel_init=INIT, dtype=self.dtype, name="fc2")(y)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    heads: int
+    drop_path: float
+    norm_eps: float
+    gelu_tanh: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
+        x = x + DropPath(self.drop_path)(Attention(self.heads, self.dtype, name="attn")(norm(name="norm1")(x)), train)
+        return x + DropPath(self.drop_path)(Mlp(self.gelu_tanh, self.dtype, name="mlp")(norm(name="norm2")(x)), train)
+
+
+class ViT(nn.Module):
+    """Vision transformer: `logits, out = apply(variables, images, train, start)`.
+
+    Takes images [B, S, S, 3] (normalised), S = image_size. `out` holds stem, block0, block1, ... [B, N, D] (class token
+    first), pre_logits [B, D] (the normalised class token) and logits [B, K], the last two float32. With `start=NAME`
+    the input is out[NAME] and only the rest runs. Training with dropout or drop_path needs rngs={"dropout": key}.
+
+    Attributes:
+      num_classes: size of the head; 0 for none, then logits are the pre_logits.
+      patch_size, width, depth, heads, image_size: the geometry.
+      norm_eps: of every LayerNorm.
+      gelu_tanh: GELU by its tanh approximation (JAX releases) instead of the error function (PyTorch releases).
+      dtype: of the computation (float32 or bfloat16); parameters are float32.
+      dropout: before the head.
+      drop_path: stochastic depth at the last block, rising linearly from 0.
+      remat: recompute each block's activations in the backward pass.
+      frozen_norms, axis_name: there is no BatchNorm here; accepted so that every family is built alike.
+      head_init: "zeros" or "lecun".
+    """
+
+    num_classes: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    image_size: int = 224
+    norm_eps: float = 1e-6
+    gelu_tanh: bool = False
+    dtype: Any = jnp.float32
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    remat: bool = False
+    frozen_norms: tuple[str, ...] = ()
+    axis_name: str | None = None
+    head_init: str = "zeros"
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False, start: str | None = None):
+        pre_logits, out = self.backbone(images, train, start)
+        logits = out["logits"] = classify(self, pre_logits, train)
+        return logits, out
+
+    @nn.compact_name_scope
+    def backbone(self, x: jax.Array, train: bool, start: str | None):
+        # static_argnums counts the module itself: 2 is `train`.
+        block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+
+        def block(i, rate, x):
+            return block_class(self.heads, rate, self.norm_eps, self.gelu_tanh, self.dtype, name=f"block{i}")(x, train)
+
+        def pre_logits(x):  # LayerNorm works token by token: the class token alone is enough
+            return nn.LayerNorm(epsilon=self.norm_eps, dtype=jnp.float32, name="norm")(x[:, 0])
+
+        rates = drop_path_rates(self.drop_path, self.depth)
+        parts = {
+            "stem": lambda x: Stem(self.patch_size, self.width, self.image_size, self.dtype, name="stem")(x),
+            **{f"block{i}": functools.partial(block, i, rate) for i, rate in enumerate(rates)},
+            "pre_logits": pre_logits,
+        }
+        return run_parts(parts, x, start)
+
+
+def is_other_grid(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether a position embedding of `shape` is one for another square grid than `target` [1, 1 + g*g, D]."""
+    same_width = len(shape) == 3 and (shape[0], shape[2]) == (target[0], target[2])
+    return same_width and shape != target and math.isqrt(shape[1] - 1) ** 2 == shape[1] - 1
+
+
+def resample_pos_embed(pos_embed: np.ndarray, tokens: int) -> np.ndarray:
+    """Resamples a position embedding [1, 1 + g*g, D] to [1, tokens, D], antialiased bicubic; the class token stays."""
+    old, new = math.isqrt(pos_embed.shape[1] - 1), math.isqrt(tokens - 1)
+    prefix, grid = np.split(pos_embed.astype(np.float32), [1], axis=1)
+    grid = jax.image.resize(grid.reshape(old, old, -1), (new, new, grid.shape[-1]), "cubic")
+    return np.concatenate([prefix, np.asarray(grid).reshape(1, new * new, -1)], axis=1)
+
+
+_BLOCK = r"backbone/block(\d+)"
+
+
+def _torch_rules(tokens: tuple[str, str], patches: str, block: str, parts: dict[str, str], norm: str, head: str):
+    """The rows all torch formats have; `block` is the key prefix of a block, `parts` the rest of the key per layer."""
+    rules = [
+        layout.Rule(f"params/backbone/stem/{leaf}", (key,), layout.SAME)
+        for leaf, key in zip(("cls_token", "pos_embed"), tokens, strict=True)
+    ]
+    rules += [
+        layout.Rule("params/backbone/stem/patch_embed/kernel", (f"{patches}.weight",), layout.CONV),
+        layout.Rule("params/backbone/stem/patch_embed/bias", (f"{patches}.bias",), layout.SAME),
+    ]
+    for ours, theirs in parts.items():
+        rows = layout.norm if ours.startswith("norm") else layout.dense
+        rules += rows(f"{_BLOCK}/{ours}", f"{block}.{theirs}")
+    return (*rules, *layout.norm("backbone/norm", norm), *layout.dense("head", head))
+
+
+TIMM = layout.Layout(
+    _torch_rules(
+        ("cls_token", "pos_embed"),
+        "patch_embed.proj",
+        r"blocks.\1",
+        {
+            "norm1": "norm1",
+            "attn/qkv": "attn.qkv",
+            "attn/proj": "attn.proj",
+            "norm2": "norm2",
+            "mlp/fc1": "mlp.fc1",
+            "mlp/fc2": "mlp.fc2",
+        },
+        "norm",
+        "head",
+    ),
+    head=r"head\..+",
+)
+
+# in_proj_weight and in_proj_bias have no dot, so they have rows of their own. Early files say linear_1 and linear_2.
+_TV_BLOCK = r"encoder.layers.encoder_layer_\1"
+TORCHVISION = layout.Layout(
+    (
+        layout.Rule(f"params/{_BLOCK}/attn/qkv/kernel", (f"{_TV_BLOCK}.self_attention.in_proj_weight",), layout.DENSE),
+        layout.Rule(f"params/{_BLOCK}/attn/qkv/bias", (f"{_TV_BLOCK}.self_attention.in_proj_bias",), layout.SAME),
+        *_torch_rules(
+            ("class_token", "encoder.pos_embedding"),
+            "conv_proj",
+            _TV_BLOCK,
+            {
+                "norm1": "ln_1",
+                "attn/proj": "self_attention.out_proj",
+                "norm2": "ln_2",
+                "mlp/fc1": "mlp.0",
+                "mlp/fc2": "mlp.3",
+            },
+            "encoder.ln",
+            "heads.head",
+        ),
+    ),
+    head=r"heads\..+",
+    aliases=((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),
+)
+
+# q, k and v lie apart. A bare ViTModel has no prefix and may have a pooler. transformers 5 renamed its modules, but its
+# save_pretrained still writes the names of this table; the aliases serve a state dict saved directly.
+_HF_BLOCK = r"vit.encoder.layer.\1"
+_HF_QKV = [f"{_HF_BLOCK}.attention.attention.{name}" for name in ("query", "key", "value")]
+HF = layout.Layout(
+    (
+        layout.Rule(f"params/{_BLOCK}/attn/qkv/kernel", tuple(f"{key}.weight" for key in _HF_QKV), layout.QKV_DENSE),
+        layout.Rule(f"params/{_BLOCK}/attn/qkv/bias", tuple(f"{key}.bias" for key in _HF_QKV), layout.QKV_BIAS),
+        *_torch_rules(
+            ("vit.embeddings.cls_token", "vit.embeddings.position_embeddings"),
+            "vit.embeddings.patch_embeddings.projection",
+            _HF_BLOCK,
+            {
+                "norm1": "layernorm_before",
+                "attn/proj": "attention.output.dense",
+                "norm2": "layernorm_after",
+                "mlp/fc1": "intermediate.dense",
+                "mlp/fc2": "output.dense",
+            },
+            "vit.layernorm",
+            "classifier",
+        ),
+    ),
+    head=r"classifier\..+",
+    ignore=r"vit\.pooler\..+|vit\.embeddings\.position_ids",
+    aliases=(
+        (r"^(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),
+        (r"^vit\.layers\.(\d+)\.", r"vit.encoder.layer.\1."),
+        (r"\.attention\.q_proj\.", ".attention.attention.query."),
+        (r"\.attention\.k_proj\.", ".attention.attention.key."),
+        (r"\.attention\.v_proj\.", ".attention.attention.value."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+    ),
+)
+
+
+def jax_layout(heads: int) -> layout.Layout:
+    """The .npz files of the original JAX release: [in, out] kernels, attention kernels [D, heads, D / heads]."""
+    qkv_kernel = layout.Transform(
+        lambda *w: np.concatenate([x.reshape(len(x), -1) for x in w], axis=1),
+        lambda w: tuple(x.reshape(len(x), heads, -1) for x in np.split(w, 3, axis=1)),
+    )
+    qkv_bias = layout.Transform(
+        lambda *b: np.concatenate([x.reshape(-1) for x in b]),
+        lambda b: tuple(x.reshape(heads, -1) for x in np.split(b, 3)),
+    )
+    proj = layout.Transform(lambda w: w.reshape(-1, w.shape[-1]), lambda w: (w.reshape(heads, -1, w.shape[-1]),))
+    block, same = r"Transformer/encoderblock_\1", layout.SAME
+    attention = f"{block}/MultiHeadDotProductAttention_1"
+    qkv = [f"{attention}/{name}" for name in ("query", "key", "value")]
+    layers = (
+        ("norm1", f"{block}/LayerNorm_0"),
+        ("norm2", f"{block}/LayerNorm_2"),
+        ("mlp/fc1", f"{block}/MlpBlock_3/Dense_0"),
+        ("mlp/fc2", f"{block}/MlpBlock_3/Dense_1"),
+    )
+    return layout.Layout(
+        (
+            layout.Rule("params/backbone/stem/cls_token", ("cls",), same),
+            layout.Rule("params/backbone/stem/pos_embed", ("Transformer/posembed_input/pos_embedding",), same),
+            layout.Rule(r"params/backbone/stem/patch_embed/(\w+)", (r"embedding/\1",), same),
+            layout.Rule(f"params/{_BLOCK}/attn/qkv/kernel", tuple(f"{key}/kernel" for key in qkv), qkv_kernel),
+            layout.Rule(f"params/{_BLOCK}/attn/qkv/bias", tuple(f"{key}/bias" for key in qkv), qkv_bias),
+            layout.Rule(f"params/{_BLOCK}/attn/proj/kernel", (f"{attention}/out/kernel",), proj),
+            layout.Rule(f"params/{_BLOCK}/attn/proj/bias", (f"{attention}/out/bias",), same),
+            *(layout.Rule(rf"params/{_BLOCK}/{ours}/(\w+)", (rf"{theirs}/\2",), same) for ours, theirs in layers),
+            layout.Rule(r"params/backbone/norm/(\w+)", (r"Transformer/encoder_norm/\1",), same),
+            layout.Rule(r"params/head/(\w+)", (r"head/\1",), same),
+        ),
+        # The ImageNet-21k files have a dense layer before the head, which goes with it.
+        head=r"(head|pre_logits)/.+",
+        aliases=((r"^opt/target/", ""),),
+    )
+
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def vit_variants(name: str, module: Callable[..., ViT], heads: int, image_size: int) -> dict[str, Variant]:
+    """A ViT as timm has it, and its flavours: .hf (epsilon 1e-12), .jax (tanh GELU), .tv (other preprocessing)."""
+    low = image_size <= 224  # timm and torchvision crop the centre at 224 only
+    timm = Card(name, 1000, image_size, mean=HALF, std=HALF, crop=0.9 if low else 1.0)
+    whole = Card(name, 1000, image_size, mean=HALF, std=HALF, interpolation="bilinear", crop=1.0)
+    torchvision = Card(
+        name, 1000, image_size, interpolation="bilinear" if low else "bicubic", crop=0.875 if low else 1.0
+    )
+    layouts = {"timm": TIMM, "torchvision": TORCHVISION, "hf": HF, "jax": jax_layout(heads), "native": layout.NATIVE}
+    flavours = {
+        "hf": (f"{name}.hf", functools.partial(module, norm_eps=1e-12), whole),
+        "jax": (f"{name}.jax", functools.partial(module, gelu_tanh=True), whole),
+        "torchvision": (f"{name}.tv", module, torchvision),
+    }
+    variants = {name: Variant(module, timm, layouts, {key: flavour for key, (flavour, _, _) in flavours.items()})}
+    for key, (flavour, its_module, card) in flavours.items():
+        its_layouts = {"timm": TIMM, key: layouts[key], "native": layout.NATIVE}
+        variants[flavour] = Variant(its_module, card.replace(model=flavour), its_layouts, {})
+    return variants
+
+
+def deit_variants(name: str, module: Callable[..., ViT], image_size: int) -> dict[str, Variant]:
+    """A DeiT: a ViT with ImageNet's own mean and deviation; its .hf flavour has epsilon 1e-12 and a wider resize."""
+    low, layouts = image_size <= 224, {"timm": TIMM, "hf": HF, "native": layout.NATIVE}
+    card = Card(name, 1000, image_size, crop=0.9 if low else 1.0)
+    hf_card = card.replace(model=f"{name}.hf", crop=0.875 if low else 1.0)
+    return {
+        name: Variant(module, card, layouts, {"hf": hf_card.model}),
+        hf_card.model: Variant(functools.partial(module, norm_eps=1e-12), hf_card, layouts, {}),
+    }
+
+
+def _all_variants() -> dict[str, Variant]:
+    geometry = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+    variants = {}
+    for (size, (width, depth, heads)), patch, image_size in itertools.product(geometry.items(), (16, 32), (224, 384)):
+        module = functools.partial(ViT, patch_size=patch, width=width, depth=depth, heads=heads, image_size=image_size)
+        if (size, patch) != ("tiny", 32):
+            variants |= vit_variants(f"vit_{size}_patch{patch}_{image_size}", module, heads, image_size)
+        if patch == 16 and (image_size, size) in ((224, "tiny"), (224, "small"), (224, "base"), (384, "base")):
+            variants |= deit_variants(f"deit_{size}_patch16_{image_size}", module, image_size)
+    return variants
+
+
+VARIANTS: dict[str, Variant] = _all_variants()
