@@ -1,0 +1,255 @@
+"""Batches indexed by step: purity, epochs, process slices, exact evaluation, and workers that start and end cleanly."""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tl_jax.card import Card
+from tl_jax.data import sources
+from tl_jax.data.augment import make_preprocess
+from tl_jax.data.ops import decode
+from tl_jax.data.pipeline import eval_batches, train_batches
+
+CARD = Card("m", 10, input_size=12, crop=0.75, interpolation="bilinear")
+SAME = Card("m", 10, input_size=8, crop=1.0)  # digits enter as they are
+AUGMENT = [("random_resized_crop", {"scale": (0.3, 1.0)}), ("colour_jitter", {"brightness": 0.4}), ("flip", {})]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return sources.load("digits", "train[:101]")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Nine small JPEGs in three classes."""
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        path = tmp_path / "abc"[i % 3] / f"{i}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), np.uint8)).save(path)
+    return sources.load(f"folder:{tmp_path}")
+
+
+def numbered(tmp_path, count):
+    """A source whose image i has the colour i, so that a batch tells which examples it holds."""
+    image = np.arange(count, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
+    np.savez(tmp_path / "n.npz", image=image, label=np.arange(count) % 3)
+    return sources.load(f"arrays:{tmp_path}/n.npz")
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    for key in first:
+        np.testing.assert_array_equal(first[key], second[key])
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone(digits):
+    def make(seed):
+        return train_batches(digits, card=CARD, augment=AUGMENT, batch_size=16, seed=seed)
+
+    first, second = make(0), make(0)
+    late = first[40]
+    for step in (3, 0, 40, 17):
+        same(first[step], second[step])
+    same(first[40], late)
+    assert first[3]["image"].shape == (16, 12, 12, 3) and first[3]["image"].dtype == np.uint8
+    assert first[3]["label"].dtype == np.int32
+    assert (first[3]["image"] != make(1)[3]["image"]).any() and (first[3]["image"] != first[4]["image"]).any()
+
+
+def test_every_epoch_holds_every_example_once_in_a_new_order(tmp_path):
+    source = numbered(tmp_path, 30)
+    batches = train_batches(source, card=SAME, augment=[], batch_size=12, seed=0)
+    seen = np.concatenate([batches[step]["image"][:, 0, 0, 0] for step in range(10)]).reshape(4, 30)
+    assert all(sorted(epoch) == list(range(30)) for epoch in seen)
+    assert len({tuple(epoch) for epoch in seen}) == 4
+    labels = np.concatenate([batches[step]["label"] for step in range(10)])
+    np.testing.assert_array_equal(labels, seen.reshape(-1) % 3)
+    assert batches.steps_per_epoch == 2.5
+
+
+def test_a_source_smaller_than_the_batch_repeats(tmp_path):
+    batches = train_batches(numbered(tmp_path, 5), card=SAME, augment=[], batch_size=20, seed=0)
+    assert np.bincount(batches[7]["image"][:, 0, 0, 0]).tolist() == [4] * 5
+
+
+def test_an_example_is_augmented_anew_in_every_epoch_and_under_every_seed(tmp_path):
+    augment = [("random_erasing", {"probability": 1.0})]
+    runs = [train_batches(numbered(tmp_path, 1), card=SAME, augment=augment, batch_size=4, seed=s) for s in (0, 1)]
+    images = {batches[step]["image"][row].tobytes() for batches in runs for step in range(10) for row in range(4)}
+    assert len(images) == 80
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_slices_of_all_processes_are_the_batch_of_one(digits, processes):
+    options = {"card": CARD, "augment": AUGMENT, "batch_size": 16, "seed": 3}
+    whole = train_batches(digits, **options)
+    parts = [train_batches(digits, **options, process_index=p, process_count=processes) for p in range(processes)]
+    for step in (0, 6, 7):  # step 6 crosses from the first epoch into the second
+        slices = [part[step] for part in parts]
+        same({key: np.concatenate([s[key] for s in slices]) for key in ("image", "label")}, whole[step])
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("count", [1, 23, 24, 25, 49])
+def test_evaluation_holds_every_example_once_on_any_number_of_processes(tmp_path, count, processes):
+    source = numbered(tmp_path, count)
+    parts = [eval_batches(source, card=SAME, batch_size=12, process_index=p, process_count=processes)
+             for p in range(processes)]  # fmt: skip
+    assert {len(part) for part in parts} == {-(-count // 12)}
+    seen = []
+    for batches in zip(*parts, strict=True):
+        for batch in batches:
+            real = batch["mask"]
+            assert batch["image"].shape == (12 // processes, 8, 8, 3) and batch["index"].dtype == np.int32
+            assert (batch["index"][~real] == -1).all() and not batch["image"][~real].any()
+            np.testing.assert_array_equal(batch["image"][real][:, 3, 3, 1], batch["index"][real])
+            np.testing.assert_array_equal(batch["label"][real], source.labels[batch["index"][real]])
+            seen += batch["index"][real].tolist()
+    assert seen == list(range(count))
+
+
+def test_evaluation_pixels_are_the_cards_preprocessing(photos, digits):
+    for source in (photos, digits):
+        preprocess = make_preprocess(CARD)
+        for batch in eval_batches(source, card=CARD, batch_size=7):
+            for row in np.flatnonzero(batch["mask"]):
+                image = source[batch["index"][row]]["image"]
+                image = decode(image) if isinstance(image, bytes) else image
+                np.testing.assert_array_equal(batch["image"][row], preprocess(image))
+
+
+def test_training_without_augmentation_sees_the_evaluation_pixels(digits):
+    train = train_batches(digits, card=CARD, augment=[], batch_size=101, seed=0)[0]
+    evaluated = next(iter(eval_batches(digits, card=CARD, batch_size=101)))
+    pairs = [sorted((b["image"][i].tobytes(), int(b["label"][i])) for i in range(101)) for b in (train, evaluated)]
+    assert pairs[0] == pairs[1]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_do_not_change_a_bit(photos, workers):
+    batches = train_batches(photos, card=CARD, augment=AUGMENT, batch_size=4, seed=0)
+    for step, batch in enumerate(batches.iterate(5, 17, workers), start=5):
+        same(batch, batches[step])
+    assert step == 16 and not multiprocessing.active_children()
+
+
+def test_threads_do_not_change_a_bit(digits):
+    batches = train_batches(digits, card=CARD, augment=AUGMENT, batch_size=16, seed=0)
+    produced = list(batches.iterate(2, 30))
+    assert len(produced) == 28 and list(batches.iterate(3, 3)) == []
+    for step, batch in enumerate(produced, start=2):
+        same(batch, batches[step])
+
+
+def test_evaluation_with_workers_is_the_same(photos):
+    plain = list(eval_batches(photos, card=CARD, batch_size=4))
+    for first, second in zip(plain, eval_batches(photos, card=CARD, batch_size=4, num_workers=2), strict=True):
+        same(first, second)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopping_early_ends_the_workers(photos, workers):
+    batches = train_batches(photos, card=CARD, augment=AUGMENT, batch_size=4, seed=0)
+    with contextlib.suppress(KeyError), contextlib.closing(batches.iterate(0, 10**9, workers)) as iterator:
+        for _ in iterator:
+            raise KeyError("the consumer fails")
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_is_named_where_its_batch_is_due(photos, tmp_path, workers):
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(stream, "JPEG")
+    (tmp_path / "b" / "4.jpg").write_bytes(stream.getvalue()[:1500])
+    batches = train_batches(photos, card=CARD, augment=AUGMENT, batch_size=3, seed=0)
+    with pytest.raises(ValueError, match=r"cannot read b/4\.jpg of folder:.*damaged JPEG.*on_error='skip'"):
+        for _ in batches.iterate(0, 4, workers):
+            pass
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_worker_is_one_clear_error(photos):
+    batches = train_batches(photos, card=CARD, augment=AUGMENT, batch_size=4, seed=0)
+    iterator = batches.iterate(0, 10**9, 1)
+    next(iterator)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="a data worker process died"):
+        for _ in iterator:
+            pass
+    assert not multiprocessing.active_children()
+
+
+SCRIPT = """
+    import os, signal, sys
+    from absl import app
+    from tl_jax.card import Card
+    from tl_jax.data import pipeline, sources
+
+    def main(_):
+        source = sources.load("digits")
+        batches = pipeline.train_batches(source, card=Card("m", 10, input_size=8), augment=[("flip", {})],
+                                         batch_size=8, seed=0)
+        iterator = batches.iterate(0, 10**9, 2)
+        next(iterator)
+        ACTION
+
+    if __name__ == "__main__":
+        app.run(main)
+"""
+
+
+def run_script(tmp_path, action):
+    script = tmp_path / "launch.py"
+    script.write_text(textwrap.dedent(SCRIPT).replace("ACTION", action))
+    command = [sys.executable, "-W", "error", str(script)]
+    # The workers hold the pipes open: communicate() returns only when the last of them has ended.
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = dict(os.environ, PYTHONPATH=root)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    ) as process:
+        output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+def test_an_iterator_left_open_at_exit_neither_hangs_nor_complains(tmp_path):
+    assert run_script(tmp_path, "globals()['kept'] = iterator; print('left')") == (0, "left\n", "")
+
+
+def test_workers_end_when_the_main_process_is_killed(tmp_path):
+    assert run_script(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")[:2] == (-signal.SIGKILL, "")
+
+
+def test_a_terminated_process_group_can_still_finish_its_steps(tmp_path):
+    action = "signal.signal(15, lambda *_: print('caught')); os.killpg(0, 15); [next(iterator) for _ in range(20)]"
+    assert run_script(tmp_path, action + "; iterator.close(); print('saved')") == (0, "caught\nsaved\n", "")
+
+
+def test_sizes_that_the_processes_cannot_share_are_refused(digits):
+    with pytest.raises(ValueError, match="batch_size 10 for process 0 of 4"):
+        train_batches(digits, card=CARD, augment=[], batch_size=10, seed=0, process_count=4)
+    with pytest.raises(ValueError, match="process 2 of 2"):
+        eval_batches(digits, card=CARD, batch_size=8, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="seed must be"):
+        train_batches(digits, card=CARD, augment=[], batch_size=8, seed=-1)
+    with pytest.raises(IndexError, match="at least 0"):
+        train_batches(digits, card=CARD, augment=[], batch_size=8, seed=0)[-1]
+    with pytest.raises(IndexError, match=r"0 \.\. 12"):
+        eval_batches(digits, card=CARD, batch_size=8)[13]
+
+
+def test_an_image_too_small_for_its_crop_is_named(digits):
+    batches = train_batches(digits, card=CARD, augment=[("random_crop", {})], batch_size=8, seed=0)
+    with pytest.raises(ValueError, match=r"train/\d+ of digits .*random_crop of 12 pixels .* 8 x 8"):
+        batches[0]

@@ -1,0 +1,1 @@
+"""Images in, batches out: sources, decoding and augmentation, and batches indexed by step. Numpy and Pillow, no jax."""

@@ -1,0 +1,268 @@
+"""Batches indexed by step: `batches[step]` depends on the seed and the step alone; `iterate` makes them ahead."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+
+import numpy as np
+
+from tl_jax.card import Card
+from tl_jax.data.augment import Preprocess, make_preprocess
+from tl_jax.data.examples import Source
+from tl_jax.data.ops import as_rgb
+
+IN_MEMORY = 2**28  # bytes of input pixels that may be made once and kept, where they do not change from epoch to epoch
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainBatches:
+    """Training batches: `batches[step]` is {"image": uint8 [b, S, S, 3], "label": int32 [b]} for every step >= 0.
+
+    b is batch_size / process_count and S the card's input size. The examples are numbered by a global counter c; the
+    order is one shuffle per epoch of the source, epoch after epoch, so batches run on across epochs and a source
+    smaller than a batch repeats. Step s holds c = s * batch_size ... (s + 1) * batch_size - 1, and process p the p-th
+    run of b of them: the slices of all processes, concatenated, are the batch of a single one. Augmentation draws
+    from a stream keyed by (seed, c).
+    """
+
+    source: Source
+    preprocess: Preprocess
+    prepared: np.ndarray | None
+    batch_size: int
+    seed: int
+    process_index: int
+    process_count: int
+
+    def __getitem__(self, step: int) -> Batch:
+        if step < 0:
+            raise IndexError(f"step must be at least 0, found {step}")
+        local = self.batch_size // self.process_count
+        first = step * self.batch_size + self.process_index * local
+        counters = range(first, first + local)
+        n = len(self.source)
+        indices = np.array([_epoch_order(n, self.seed, c // n)[c % n] for c in counters])
+        if self.prepared is not None:
+            images = self.prepared[indices]
+        else:
+            images = np.stack([
+                _pixels(self.source, self.preprocess, i, np.random.Generator(np.random.Philox(key=(self.seed, c))))
+                for c, i in zip(counters, indices, strict=True)
+            ])  # fmt: skip
+        return {"image": images, "label": self.source.labels[indices]}
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which as many examples are seen as the source has; not a whole number in general."""
+        return len(self.source) / self.batch_size
+
+    def iterate(self, start: int, stop: int, num_workers: int = 0) -> Iterator[Batch]:
+        """Yields the batches of steps start ... stop - 1, made ahead of time; see the function `iterate`."""
+        return iterate(self, start, stop, num_workers)
+
+
+def train_batches(
+    source: Source,
+    *,
+    card: Card,
+    augment: Sequence[tuple[str, Mapping]],
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainBatches:
+    """Builds training batches; `augment` lists (op, parameters) pairs, see docs/data.md.
+
+    Raises ValueError on unusable augmentations, a negative seed, or a batch size that the processes cannot share.
+    """
+    _check_sizes(batch_size, process_index, process_count)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, found {seed}")
+    preprocess = make_preprocess(card, augment)
+    prepared = _prepare(source, preprocess)
+    return TrainBatches(source, preprocess, prepared, batch_size, seed, process_index, process_count)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvalBatches:
+    """Evaluation batches: every example once, in order, `len(batches)` batches on every process.
+
+    `batches[i]` is {"image": uint8 [b, S, S, 3], "label": int32 [b], "mask": bool [b], "index": int32 [b]} with b the
+    batch size over the processes. The last batch is padded: there the mask is False, the image and label 0, the index
+    -1. Process p holds the p-th run of b rows of each global batch.
+    """
+
+    source: Source
+    preprocess: Preprocess
+    prepared: np.ndarray | None
+    batch_size: int
+    process_index: int
+    process_count: int
+    num_workers: int
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.batch_size)
+
+    def __getitem__(self, i: int) -> Batch:
+        if not 0 <= i < len(self):
+            raise IndexError(f"batch must be 0 .. {len(self) - 1}, found {i}")
+        local = self.batch_size // self.process_count
+        first = i * self.batch_size + self.process_index * local
+        real = np.arange(first, min(first + local, len(self.source)), dtype=np.int32)  # empty where all is padding
+        size = self.preprocess.input_size
+        batch = {
+            "image": np.zeros((local, size, size, 3), np.uint8),
+            "label": np.zeros(local, np.int32),
+            "mask": np.arange(local) < len(real),
+            "index": np.full(local, -1, np.int32),
+        }
+        batch["index"][: len(real)], batch["label"][: len(real)] = real, self.source.labels[real]
+        if self.prepared is not None:
+            batch["image"][: len(real)] = self.prepared[real]
+        else:
+            for row, example in enumerate(real):
+                batch["image"][row] = _pixels(self.source, self.preprocess, example)
+        return batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iterate(self, 0, len(self), self.num_workers)
+
+
+def eval_batches(
+    source: Source,
+    *,
+    card: Card,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+) -> EvalBatches:
+    """Builds evaluation batches with the card's preprocessing; raises ValueError if the processes cannot share one."""
+    _check_sizes(batch_size, process_index, process_count)
+    preprocess = make_preprocess(card)
+    prepared = _prepare(source, preprocess)
+    return EvalBatches(source, preprocess, prepared, batch_size, process_index, process_count, num_workers)
+
+
+def iterate(batches: TrainBatches | EvalBatches, start: int, stop: int, num_workers: int = 0) -> Iterator[Batch]:
+    """Yields batches[start], ..., batches[stop - 1], made ahead of time by threads (0 workers) or worker processes.
+
+    The batches are the same for every number of workers. The workers end when the iterator is exhausted, closed or
+    collected, and when the main process dies. An error while making a batch is raised where that batch is due;
+    RuntimeError if a worker was killed. Worker processes import the main module anew: guard its start with
+    `if __name__ == "__main__"`.
+    """
+    executor, make = _executor(batches, num_workers)
+    steps = iter(range(start, stop))
+    try:
+        ahead = 2 * num_workers or THREADS + 1
+        with _signals_held():
+            pending = collections.deque(executor.submit(make, step) for step in itertools.islice(steps, ahead))
+        while pending:
+            batch = pending.popleft().result()
+            pending.extend(executor.submit(make, step) for step in itertools.islice(steps, 1))
+            yield batch
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a data worker process died; it was killed, perhaps for memory, or the main module cannot be imported by "
+            "it (see above). Fewer num_workers take less memory; 0 uses threads"
+        ) from None
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+HELD = {signal.SIGINT, signal.SIGTERM}
+GRACE = 10  # seconds a worker lives on after SIGTERM
+# Pillow decodes outside the interpreter's lock, so a few threads help; more only contend for it.
+THREADS = min(4, os.cpu_count() or 1)
+
+
+def _executor(batches: TrainBatches | EvalBatches, num_workers: int) -> tuple[Executor, Callable]:
+    if not num_workers:
+        return ThreadPoolExecutor(THREADS, thread_name_prefix="batches"), batches.__getitem__
+    # A forked copy of a process in which XLA's threads run may hang; spawned workers start clean.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(num_workers, context, _start_worker, (batches,)), _make_in_worker
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes started inside inherit the mask: a signal waits until the worker has its handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(batches: TrainBatches | EvalBatches) -> None:
+    """Runs once in each worker process: keeps the batches and settles when the worker ends."""
+    global _worker_batches
+    _worker_batches = batches
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group: the main process must be able to finish its step and save.
+    terminated = threading.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+    threading.Thread(target=_end_after, args=(terminated.wait, GRACE), daemon=True).start()
+    # A main process that is killed outright cannot stop its workers; they watch for its end.
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=_end_after, args=(functools.partial(wait, [parent]), 0), daemon=True).start()
+
+
+def _end_after(wait_for: Callable[[], object], grace: float) -> None:
+    wait_for()
+    time.sleep(grace)
+    os._exit(1)
+
+
+def _make_in_worker(step: int) -> Batch:
+    return _worker_batches[step]
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def _pixels(source: Source, preprocess: Preprocess, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """The input pixels of one example; an image that cannot be used is named in the error."""
+    try:
+        image = as_rgb(source.images[index])
+    except ValueError as error:
+        raise ValueError(
+            f"cannot read {source.ids[index]} of {source.name}: {error}; repair or remove it, or set on_error='skip'"
+        ) from None
+    try:
+        return preprocess(image, rng)
+    except ValueError as error:
+        raise ValueError(f"{source.ids[index]} of {source.name}: {error}") from None
+
+
+def _prepare(source: Source, preprocess: Preprocess) -> np.ndarray | None:
+    """All input pixels at once [N, S, S, 3], where they are the same in every epoch and small; else None."""
+    size = len(source) * preprocess.input_size**2 * 3
+    if not isinstance(source.images, np.ndarray) or preprocess.ops or size > IN_MEMORY:
+        return None
+    if source.images.shape[1:3] == (preprocess.resize_size,) * 2 == (preprocess.input_size,) * 2:
+        return source.images
+    return np.stack([_pixels(source, preprocess, i) for i in range(len(source))])
+
+
+def _check_sizes(batch_size: int, process_index: int, process_count: int) -> None:
+    if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
+        raise ValueError(
+            f"batch_size {batch_size} for process {process_index} of {process_count}: the batch size must be a "
+            "positive multiple of the process count, and the process index below it"
+        )

@@ -1,0 +1,212 @@
+"""Where images come from: `load` turns a source and a split, both strings, into a random-access `Source`."""
+
+import dataclasses
+import difflib
+import logging
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tl_jax.data.arrays import load_arrays, load_digits
+from tl_jax.data.examples import Source, find_unreadable, join, listed
+from tl_jax.data.folder import load_folder
+from tl_jax.data.glyphs import load_glyphs
+
+log = logging.getLogger(__name__)
+FORMS = {
+    "digits": "digits",
+    "glyphs": "glyphs",
+    "folder": "folder:PATH",
+    "arrays": "arrays:FILE.npz",
+    "tfds": "tfds:NAME or tfds:NAME:VERSION",
+}
+
+
+def load(
+    source: str,
+    split: str = "train",
+    *,
+    shots: int = 0,
+    seed: int = 0,
+    split_seed: int = 0,
+    on_error: str = "fail",
+    data_dir: str | None = None,
+) -> Source:
+    """Loads a split of a source; see docs/data.md for both languages.
+
+    Slices such as `train[:80%]` cut a class-stratified permutation that depends on the labels and `split_seed` only, so
+    complementary slices are disjoint and mixed alike. `shots` > 0 then draws that many examples of every class by
+    `seed`; a larger draw contains the smaller. `on_error="fail"` raises ValueError naming every file whose header is no
+    image; `"skip"` decodes every image once, now, and drops the bad ones into `Source.skipped`. `data_dir` is where
+    tfds keeps its data. Raises ValueError on unknown sources or splits, FileNotFoundError on missing data.
+    """
+    kind, _, argument = source.partition(":")
+    if kind not in FORMS or bool(argument) != (":" in FORMS[kind]):
+        near = difflib.get_close_matches(kind, FORMS, n=1)
+        hint = f"; did you mean {FORMS[near[0]]!r}?" if near else "."
+        raise ValueError(f"unknown source {source!r}{hint} Sources: {', '.join(FORMS.values())}")
+    if on_error not in ("fail", "skip"):
+        raise ValueError(f"on_error must be 'fail' or 'skip', found {on_error!r}")
+    parts = parse_split(split)
+    names = dict.fromkeys(part.name for part in parts)
+    whole = {name: _load_whole(kind, argument, name, on_error, data_dir) for name in names}
+    pieces = [_cut(whole[part.name], part, split_seed) for part in parts]
+    loaded = join(pieces) if len(pieces) > 1 else pieces[0]
+    loaded = _draw_shots(loaded, shots, seed) if shots else loaded
+    return dataclasses.replace(loaded, name=f"{source} {split}" + (f", {shots} shots" if shots else ""))
+
+
+class Part(NamedTuple):
+    """One term of a split string: a split's name and the texts of its bounds ("", "80%", "200")."""
+
+    name: str
+    start: str
+    stop: str
+
+
+def parse_split(split: str) -> list[Part]:
+    """Parses `train`, `train[:80%]`, `train[100:200]`, or several of these joined by `+`; raises ValueError."""
+    bound = r"(\d+(?:\.\d+)?%|\d+)?"
+    matches = [re.fullmatch(rf"\s*(\w+)(?:\[{bound}:{bound}\])?\s*", term) for term in split.split("+")]
+    if not all(matches):
+        raise ValueError(f"cannot read split {split!r}; write train, train[:80%], train[100:200] or train[:80%]+val")
+    return [Part(match[1], match[2] or "", match[3] or "") for match in matches]
+
+
+def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
+    """A random permutation [N] of which every prefix holds the classes in nearly their overall proportions.
+
+    The k-th of a class's n members, shuffled, is placed at (k + 1/2) / n of the way; ties are broken at random.
+    """
+    rng = np.random.default_rng([seed, 0x73706C69])  # a stream of its own, apart from that of the shots
+    shuffled = rng.permutation(len(labels))
+    place = np.empty(len(labels))
+    for c in np.unique(labels):
+        members = shuffled[labels[shuffled] == c]
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.lexsort((rng.random(len(labels)), place))
+
+
+def _cut(source: Source, part: Part, split_seed: int) -> Source:
+    """The examples of a slice, in the source's own order."""
+    if not (part.start or part.stop):
+        return source
+    n = len(source)
+
+    def position(bound: str, default: int) -> int:
+        return default if not bound else round(n * float(bound[:-1]) / 100) if bound[-1] == "%" else int(bound)
+
+    start, stop = position(part.start, 0), position(part.stop, n)
+    if not 0 <= start < stop <= n:
+        raise ValueError(f"slice [{part.start}:{part.stop}] of {source.name} is empty or beyond its {n} examples")
+    return source.select(np.sort(stratified_order(source.labels, split_seed)[start:stop]))
+
+
+def _draw_shots(source: Source, shots: int, seed: int) -> Source:
+    """`shots` examples of every class; each class draws from its own stream, so k shots are the first k of more."""
+    members = [np.flatnonzero(source.labels == c) for c in range(len(source.class_names))]
+    few = [f"{name}: {len(m)}" for name, m in zip(source.class_names, members, strict=True) if len(m) < shots]
+    if shots < 0 or few:
+        raise ValueError(f"{shots} shots of {source.name}; {len(few)} classes have fewer examples:\n{listed(few)}")
+    drawn = [np.random.default_rng([seed, c]).permutation(m)[:shots] for c, m in enumerate(members)]
+    return source.select(np.sort(np.concatenate(drawn)))
+
+
+def _load_whole(kind: str, argument: str, split: str, on_error: str, data_dir: str | None) -> Source:
+    if kind == "tfds":
+        source = _load_tfds(argument, split, data_dir)
+    elif kind in ("folder", "arrays"):
+        source = {"folder": load_folder, "arrays": load_arrays}[kind](argument, split)
+    else:
+        return {"digits": load_digits, "glyphs": load_glyphs}[kind](split)
+    if len(source) == 0:
+        raise ValueError(f"{source.name} holds no examples")
+    if on_error == "fail" and kind == "tfds":
+        return source  # its files carry checksums, and a second pass over large records is dear
+    bad = find_unreadable(source, fully=on_error == "skip")
+    reasons = [f"{source.ids[i]}: {reason}" for i, reason in bad.items()]
+    if bad and on_error == "fail":
+        raise ValueError(
+            f"{len(bad)} of {len(source)} files of {source.name} are not images that can be read:\n{listed(reasons)}\n"
+            "Repair or remove them, or set on_error='skip' to leave them out."
+        )
+    return _without(source, list(bad), reasons) if bad else source
+
+
+def _without(source: Source, bad: list[int], reasons: list[str]) -> Source:
+    kept = source.select(np.setdiff1d(np.arange(len(source)), bad))
+    gone = np.setdiff1d(source.labels, kept.labels)
+    if len(gone):
+        names = [source.class_names[c] for c in gone]
+        raise ValueError(f"no readable image is left of {len(gone)} classes of {source.name}:\n{listed(names)}")
+    log.warning("%s: skipped %d of %d unreadable images:\n%s", source.name, len(bad), len(source), listed(reasons))
+    return dataclasses.replace(kept, skipped=tuple(reasons))
+
+
+class TfdsImages(NamedTuple):
+    """Images of a tfds data source, encoded as they are stored."""
+
+    records: Any
+    key: str
+    indices: np.ndarray
+
+    def __getitem__(self, index: int) -> np.ndarray | bytes:
+        return self.records[int(self.indices[index])][self.key]
+
+    def select(self, indices: np.ndarray) -> "TfdsImages":
+        return self._replace(indices=self.indices[indices])
+
+
+def _load_tfds(name: str, split: str, data_dir: str | None) -> Source:
+    """One split of a prepared tfds data set, read without TensorFlow; every record is read once for its label."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        known = tfds.list_builders(with_community_datasets=False)  # the others are looked up on the network
+        near = difflib.get_close_matches(name.partition(":")[0], known, n=3)
+        raise ValueError(f"tfds knows no data set {name!r}; near it: {', '.join(near) or 'none'}") from None
+    splits = {{"validation": "val"}.get(known, known): known for known in builder.info.splits}
+    if splits and split not in splits:  # what is not prepared knows no splits; as_data_source will say so
+        raise ValueError(f"tfds:{name} has no split {split!r}; it has {', '.join(splits)}. Take a part: 'train[80%:]'")
+    image, label = _tfds_keys(tfds, name, builder.info)
+    try:
+        records = builder.as_data_source(split=splits.get(split, split))
+    except (AssertionError, NotImplementedError) as error:  # not prepared; prepared in a format of TensorFlow's
+        raise FileNotFoundError(f"{_how_to_prepare(name, builder.data_path)} (tfds: {error})") from None
+    records.decoders = {image: tfds.decode.SkipDecoding()}  # decoded like every other source's images, by ops.decode
+    labels, sizes = _tfds_labels(records, image, label)
+    names = tuple(builder.info.features[label].names)
+    ids = tuple(f"{split}/{i}" for i in range(len(labels)))
+    return Source(f"tfds:{name} {split}", TfdsImages(records, image, np.arange(len(labels))), labels, names, ids, sizes)
+
+
+def _tfds_labels(records: Any, image: str, label: str) -> tuple[np.ndarray, np.ndarray]:
+    labels, sizes = np.empty(len(records), np.int32), np.empty(len(records), np.int64)
+    for i in range(len(records)):
+        record = records[i]
+        labels[i], sizes[i] = record[label], getattr(record[image], "nbytes", None) or len(record[image])
+    return labels, sizes
+
+
+def _tfds_keys(tfds: Any, name: str, info: Any) -> tuple[str, str]:
+    """The names of the image and of the label feature: the supervised pair, or the only ones of their kind."""
+    if info.supervised_keys and isinstance(info.features[info.supervised_keys[-1]], tfds.features.ClassLabel):
+        return info.supervised_keys[0], info.supervised_keys[-1]
+    images = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.Image)]
+    labels = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    if len(images) != 1 or len(labels) != 1:
+        raise ValueError(f"tfds:{name} is no classification of images: images {images}, class labels {labels}")
+    return images[0], labels[0]
+
+
+def _how_to_prepare(name: str, path: Path) -> str:
+    return (
+        f"tfds:{name} is not prepared as array_record at {path}. Prepare it once, in an environment of its own where "
+        f'tensorflow may be installed: python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', file_format='array_record').download_and_prepare()\"; "
+        "then give the folder above the data set's as data_dir"
+    )
