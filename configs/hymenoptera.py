@@ -1,0 +1,22 @@
+"""Ants against bees, 244 photos: DeiT-tiny, linear probe, 5 epochs.
+
+python launch.py --config configs/hymenoptera.py:weights=deit_tiny_patch16_224.safetensors,data=folder:hymenoptera
+    --workdir W    (add ,method=last_k --config.method.last_k=4 to train the last four blocks too)
+"""
+
+from configs import transfer
+
+
+def get_config(arg: str = ""):
+    config = transfer.get_config("model=deit_tiny_patch16_224,method=linear_probe")
+    with config.unlocked():
+        config.data.train = "train"
+        config.data.val = "val"
+        config.data.augment = (("random_resized_crop", {"scale": (0.35, 1.0)}), ("flip", {}))
+        config.batch_size = 32
+        config.total = (5.0, "epochs")
+        config.lr = 1e-2
+        config.groups = {}
+        config.schedule.warmup = (0.5, "epochs")
+        config.select = "best_val"
+    return transfer.parse(config, arg)

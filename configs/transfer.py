@@ -1,0 +1,114 @@
+"""The base of every experiment: all options and their defaults, each in this one place.
+
+python launch.py --config configs/transfer.py:model=NAME,weights=PATH,data=SOURCE,method=NAME[,key=value...] --workdir W
+
+The argument sets the options that most runs choose (model, weights, data, method); any other option is a flag,
+such as --config.lr=0.01 or --config.schedule.name=linear.
+"""
+
+import ast
+import difflib
+import functools
+import re
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # decides the new head, the order of the data, augmentation, dropout and the choice of shots
+
+    config.model = ConfigDict()
+    config.model.name = "resnet18"
+    config.model.weights = ""  # file, builtin:NAME or hf://owner/name[/file]@revision; "" starts from random weights
+    config.model.image_size = 0  # 0: the size on the weight card
+    config.model.head_init = "zeros"  # zeros | lecun
+    config.model.dtype = "float32"  # of activations: float32 | bfloat16; parameters and loss stay float32
+    config.model.dropout = 0.0  # before the head
+    config.model.drop_path = 0.0  # stochastic depth, rising linearly to this rate in the last block
+    config.model.remat = False  # recompute activations in the backward pass: less memory, more time
+
+    config.data = ConfigDict()
+    config.data.source = "digits"  # digits | glyphs | folder:PATH | arrays:FILE.npz | tfds:NAME
+    config.data.train = "train[:80%]"
+    config.data.val = "train[80%:]"
+    config.data.test = ""  # read once, at the end; "" scores val instead, and says so
+    config.data.shots = 0  # training examples per class; 0: all
+    config.data.split_seed = 0  # of the permutation that slices cut; separate from seed, so that seeds share their val
+    config.data.augment = ()  # pairs (name, {parameter: value}), see docs/data.md
+    config.data.on_error = "fail"  # unreadable images: fail | skip (and count them)
+    config.data.data_dir = ""  # of tfds
+    config.data.workers = 0  # processes that decode and augment; changes the speed only
+    config.data.card = ConfigDict()  # overrides of the weight card, e.g. mean; an error unless override_card says so
+    config.data.override_card = False
+
+    config.method = ConfigDict()
+    config.method.name = "linear_probe"  # linear_probe | full | last_k | rules
+    config.method.last_k = 0
+    config.method.rules = ()  # for "rules": ordered pairs (path regex, group); group "frozen" is never trained
+    config.method.norm = ()  # ordered pairs (path regex, frozen | update); (): as the block it stands in
+    config.method.label_smoothing = 0.0
+    config.method.mixup = 0.0
+    config.method.cutmix = 0.0
+
+    config.batch_size = 32  # over all devices
+    config.eval_batch_size = 128
+    config.total = (10.0, "epochs")  # durations: (amount, epochs | steps | examples)
+    config.accumulate = 1  # parts that a batch is cut into, to save memory
+    config.ema = 0.0  # decay of the moving average of the trained parameters; 0: off
+
+    config.lr = 1e-3
+    config.optimizer = "adamw"  # any optax optimizer by its name
+    config.optimizer_args = ConfigDict()  # its further arguments, e.g. momentum
+    config.weight_decay = 0.0
+    config.decay = ".*/kernel"  # the paths that weight decay acts on
+    config.clip = 1.0  # of the global gradient norm; 0: off
+    config.groups = ConfigDict()  # per group: lr_mult, weight_decay, decay, optimizer, args
+    config.schedule = ConfigDict()
+    config.schedule.name = "cosine"  # constant | cosine | linear | step | inverse_sqrt
+    config.schedule.warmup = (0.0, "epochs")
+    config.schedule.args = ConfigDict()  # e.g. final, milestones, factor, timescale
+
+    config.parallel = "jit"  # jit | pmap
+    config.log_every = (10.0, "steps")
+    config.eval_every = (1.0, "epochs")  # exact evaluation on val, then a checkpoint
+    config.select = "last"  # which checkpoint is scored at the end: last | best_val
+    config.resamples = 1000  # of the bootstrap behind every interval
+
+    config.seeds = ()  # further seeds to run the same experiment with
+    config.baseline = ()  # a second arm to compare with: pairs (dotted option, value)
+    return parse(config, arg)
+
+
+SHORT = {"model": "model.name", "weights": "model.weights", "data": "data.source", "method": "method.name"}
+
+
+def parse(config: ConfigDict, arg: str) -> ConfigDict:
+    """Sets "key=value,key=value" and locks the config; a key is one of SHORT or a dotted option.
+
+    Raises ValueError that lists every key that does not exist, with its nearest neighbour.
+    """
+    known, problems = {**_options(config), **dict.fromkeys(SHORT)}, []
+    for item in filter(None, re.split(r",(?![^(]*\))", arg)):  # commas inside brackets belong to the value
+        key, equals, value = item.partition("=")
+        if not equals or key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            problems.append(
+                f"{item!r} is no key=value with a known key" + (f" (did you mean {near[0]!r}?)" if near else "")
+            )
+            continue
+        *folders, name = SHORT.get(key, key).split(".")
+        owner = functools.reduce(lambda node, folder: node[folder], folders, config)
+        owner[name] = value if isinstance(owner[name], str) else ast.literal_eval(value)
+    if problems:
+        raise ValueError(f"config argument {arg!r}: {'; '.join(problems)}; short keys: {', '.join(SHORT)}")
+    return config.lock()
+
+
+def _options(config: ConfigDict, prefix: str = "") -> dict:
+    """`{dotted option: value}`; an empty section counts as an option."""
+    flat = {}
+    for key, value in config.items():
+        nested = _options(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) and value else None
+        flat |= nested or {prefix + key: value}
+    return flat
