@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(folder):
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_by_itself(folder):
     for step in (1, 2, 3):
         damage(folder, step)
-    with Checkpoints(folder) as checkpoints, pytest.raises(ValueError, match="no checkpoint .* is intact"):
+    with Checkpoints(folder) as checkpoints, pytest.raises(ValueError, match=r"no checkpoint .* is intact"):
         checkpoints.restore_latest(state(0))
 
 
@@ -97,6 +97,6 @@ def test_an_empty_folder_has_nothing_to_restore(tmp_path):
 def test_a_full_disk_is_an_error_before_anything_is_written(folder, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with Checkpoints(folder) as checkpoints:
-        with pytest.raises(OSError, match="no room for the checkpoint of step 4.*10 are free.*resumes from step .3"):
+        with pytest.raises(OSError, match=r"no room for the checkpoint of step 4.*10 are free.*resumes from step 3"):
             checkpoints.save(4, state(4), {})
         assert checkpoints.steps() == [1, 2, 3]

@@ -5,8 +5,15 @@ import pytest
 from tl_jax import trees
 from tl_jax.methods import finetune
 
-RESNET = [f"backbone/stage{i}/block{j}/conv1/kernel" for i in (1, 2) for j in (0, 1)] + ["backbone/stem/conv/kernel", "head/kernel"]
-VIT = [f"backbone/block{i}/mlp/fc1/kernel" for i in range(12)] + ["backbone/stem/cls_token", "backbone/norm/scale", "head/kernel"]
+RESNET = [f"backbone/stage{i}/block{j}/conv1/kernel" for i in (1, 2) for j in (0, 1)] + [
+    "backbone/stem/conv/kernel",
+    "head/kernel",
+]
+VIT = [f"backbone/block{i}/mlp/fc1/kernel" for i in range(12)] + [
+    "backbone/stem/cls_token",
+    "backbone/norm/scale",
+    "head/kernel",
+]
 
 
 def trained(paths, *args):

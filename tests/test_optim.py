@@ -92,7 +92,10 @@ def run(default, overrides, steps=5, clip=0.0):
 def test_groups_train_as_pytorch_parameter_groups(name, args, torch_args, wd):
     torch = pytest.importorskip("torch")
     leaves = {path: torch.nn.Parameter(torch.tensor(np.asarray(leaf))) for path, leaf in PARAMS.items()}
-    group = lambda path, lr: {"params": [leaves[path]], "lr": lr, "weight_decay": wd if path.endswith("kernel") else 0.0}  # noqa: E731
+
+    def group(path, lr):
+        return {"params": [leaves[path]], "lr": lr, "weight_decay": wd if path.endswith("kernel") else 0.0}
+
     reference = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](
         [group("a/kernel", 0.1), group("a/bias", 0.1), group("b/kernel", 1.0)], lr=0.1, **torch_args
     )
@@ -121,15 +124,25 @@ def test_lamb_and_lion_take_decay_for_kernels_only():
 
 def test_no_optimizer_array_exists_for_frozen_leaves():
     _, state = run(Group("adamw"), {})
-    paths = {key.key for keys, _ in jax.tree_util.tree_flatten_with_path(state)[0] for key in keys if hasattr(key, "key")}
+    paths = {
+        key.key for keys, _ in jax.tree_util.tree_flatten_with_path(state)[0] for key in keys if hasattr(key, "key")
+    }
     assert {"a/kernel", "a/bias", "b/kernel"} <= paths and "c/kernel" not in paths
 
 
 def test_group_errors_come_together():
     with pytest.raises(ValueError) as error:
-        optim.make_groups(LABELS, Group("adamm", (("momentun", 1),)), {"fsat": {"lr_mult": 2}, "slow": {"wd": 1}, "frozen": {}})
+        optim.make_groups(
+            LABELS, Group("adamm", (("momentun", 1),)), {"fsat": {"lr_mult": 2}, "slow": {"wd": 1}, "frozen": {}}
+        )
     message = str(error.value)
-    for part in ("'fsat'", "did you mean 'fast'", "no field 'wd'", "'frozen' takes no settings", "no optimizer 'adamm'"):
+    for part in (
+        "'fsat'",
+        "did you mean 'fast'",
+        "no field 'wd'",
+        "'frozen' takes no settings",
+        "no optimizer 'adamm'",
+    ):
         assert part in message
     with pytest.raises(ValueError, match=r"no argument 'momentun' \(did you mean 'momentum'\?\)"):
         optim.make_groups(LABELS, Group("sgd", (("momentun", 0.9),)), {})

@@ -33,7 +33,18 @@ def initial_variables(name, classes, image_size):
     return model, variables
 
 
-def setup(method="full", name="resnet8_cifar", classes=4, image_size=16, last_k=0, clip=1.0, optimizer=None, mode="jit", rules=(), **step_options):
+def setup(
+    method="full",
+    name="resnet8_cifar",
+    classes=4,
+    image_size=16,
+    last_k=0,
+    clip=1.0,
+    optimizer=None,
+    mode="jit",
+    rules=(),
+    **step_options,
+):
     model, variables = initial_variables(name, classes, image_size)
     paths = list(trees.flatten(variables["params"]))
     rules = finetune.make_rules(method, paths, last_k, rules)
@@ -171,7 +182,7 @@ def test_evaluation_does_not_depend_on_devices_or_mode():
 
 
 def compiled_cost(method, last_k=0):
-    """Compiled FLOPs and temporary bytes of a ViT-B/16 training step with clipping and logging; nothing is allocated."""
+    """Compiled FLOPs and temporary bytes of a ViT-B/16 training step with clipping and logging; nothing runs."""
     model = models.get("vit_base_patch16_224").module(num_classes=1000)
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)

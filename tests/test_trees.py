@@ -6,7 +6,10 @@ import pytest
 
 from tl_jax import trees
 
-TREE = {"backbone": {"stage1": {"block0": {"conv1": {"kernel": jnp.ones((2, 3))}}}}, "head": {"kernel": jnp.ones(4), "bias": jnp.zeros(2)}}
+TREE = {
+    "backbone": {"stage1": {"block0": {"conv1": {"kernel": jnp.ones((2, 3))}}}},
+    "head": {"kernel": jnp.ones(4), "bias": jnp.zeros(2)},
+}
 PATHS = ["backbone/stage1/block0/conv1/kernel", "head/bias", "head/kernel"]
 
 

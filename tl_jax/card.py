@@ -46,15 +46,19 @@ class Card:
         return dataclasses.replace(self, **fields)
 
     def override(self, fields: Mapping[str, Any], allowed: bool) -> "Card":
-        """A copy with `fields` in place of the card's; raises ValueError where they contradict it and `allowed` is False."""
+        """A copy with `fields` in place of the card's; ValueError where they contradict it and `allowed` is False."""
         own = dataclasses.asdict(self)
         if unknown := sorted(set(fields) - set(own)):
             raise ValueError(f"a weight card has no {', '.join(unknown)}; its fields: {', '.join(own)}")
         fields = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in fields.items()}
-        clashes = [f"  {key}: the card says {own[key]!r}, the config {value!r}" for key, value in fields.items() if own[key] != value]
+        clashes = [
+            f"  {key}: the card says {own[key]!r}, the config {value!r}"
+            for key, value in fields.items()
+            if own[key] != value
+        ]
         if clashes and not allowed:
             raise ValueError(
-                f"the config contradicts the weight card of {self.model}, which would feed the weights pixels they were not "
-                "trained on; remove the options, or set data.override_card=True if it is meant:\n" + "\n".join(clashes)
+                f"the config contradicts the weight card of {self.model}: the weights would see pixels they were not "
+                "trained on. Remove the options, or set data.override_card=True if it is meant:\n" + "\n".join(clashes)
             )
         return self.replace(**fields)

@@ -56,7 +56,7 @@ class Checkpoints:
         if free < 1.05 * needed + 2**20:
             raise OSError(
                 f"no room for the checkpoint of step {step} in {self._folder}: it needs {needed:,} bytes, {free:,} are "
-                f"free. Nothing is lost: make room and start the same command again; it resumes from step {self.steps()[-1:]}"
+                f"free. Make room and start the same command again; it resumes from step {max(self.steps(), default=0)}"
             )
         meta = {**meta, "hashes": trees.leaf_hashes(state)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -76,17 +76,21 @@ class Checkpoints:
     def restore(self, step: int, like: Any) -> Any:
         """The state of a step, with the structure, shapes and placement of `like`.
 
-        Raises ValueError unless every leaf has the hash that it was saved with: a flipped bit is an error, not a result.
+        Raises ValueError unless every leaf has the hash that it was saved with.
         """
         meta = self.meta(step)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         try:
-            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))[
+                "state"
+            ]
         except Exception as error:
             raise ValueError(f"checkpoint {self._folder / str(step)} cannot be read: {_first_line(error)}") from error
         if changed := trees.difference(meta["hashes"], trees.leaf_hashes(state), limit=3):
             listing = "\n".join(changed)
-            raise ValueError(f"checkpoint {self._folder / str(step)} is damaged, leaves differ from what was saved:\n{listing}")
+            raise ValueError(
+                f"checkpoint {self._folder / str(step)} is damaged, leaves differ from what was saved:\n{listing}"
+            )
         return state
 
     def restore_latest(self, like: Any) -> Restored | None:
@@ -106,7 +110,9 @@ class Checkpoints:
             return Restored(step, state, damaged)
         if damaged:
             listing = "\n".join(damaged)
-            raise ValueError(f"no checkpoint in {self._folder} is intact; move the folder away to start over:\n{listing}")
+            raise ValueError(
+                f"no checkpoint in {self._folder} is intact; move the folder away to start over:\n{listing}"
+            )
         return None
 
 

@@ -10,7 +10,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def smooth_labels(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
-    """Labels [B] as distributions [B, K]: `(1 - smoothing) * onehot + smoothing / K` (Szegedy et al. 2016, section 7)."""
+    """Labels [B] as distributions [B, K]: `(1 - smoothing) * onehot + smoothing / K` (Szegedy et al. 2016, sec. 7)."""
     return (1.0 - smoothing) * jax.nn.one_hot(labels, num_classes) + smoothing / num_classes
 
 
@@ -21,7 +21,7 @@ def mixup(key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float) -
 
 
 def cutmix(key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
-    """Pastes a box of the mirrored batch into each image; targets mix by the area that is left (Yun et al. 2019, eq. 1-2).
+    """Pastes a box of the mirrored batch into each image; targets mix by the area left (Yun et al. 2019, eq. 1-2).
 
     The box has a fraction `1 - Beta(alpha, alpha)` of the image before it is clipped at the border; the targets use the
     clipped area, as the authors' code does.

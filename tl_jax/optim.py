@@ -45,7 +45,9 @@ def linear(peak: float, steps: int, *, final: float = 0.0):
 
 def step(peak: float, steps: int, *, milestones: Sequence[float] = (1 / 3, 2 / 3), factor: float = 0.1):
     """The peak times `factor` for every milestone passed; milestones are fractions of the time after warm-up."""
-    return lambda k: peak * factor ** sum((k >= round(milestone * steps)).astype(jnp.float32) for milestone in milestones)
+    return lambda k: (
+        peak * factor ** sum((k >= round(milestone * steps)).astype(jnp.float32) for milestone in milestones)
+    )
 
 
 def inverse_sqrt(peak: float, steps: int, *, timescale: float = 1.0):
@@ -57,7 +59,9 @@ def inverse_sqrt(peak: float, steps: int, *, timescale: float = 1.0):
 SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear, "step": step, "inverse_sqrt": inverse_sqrt}
 
 
-def make_schedule(name: str, peak: float, *, total_steps: int, warmup_steps: int = 0, args: Mapping[str, Any] | None = None):
+def make_schedule(
+    name: str, peak: float, *, total_steps: int, warmup_steps: int = 0, args: Mapping[str, Any] | None = None
+):
     """The learning rate as a function of the step: a linear warm-up from 0, then the named shape over the rest.
 
     Step s of the warm-up has the rate `peak * (s + 1) / (warmup_steps + 1)`, so that no step is wasted at rate 0.
@@ -80,9 +84,10 @@ def make_schedule(name: str, peak: float, *, total_steps: int, warmup_steps: int
 class Group(NamedTuple):
     """How the parameters of one group train.
 
-    optimizer: a name from optax (adamw, sgd, lamb, ...); args: its further keyword arguments, e.g. (("momentum", 0.9),).
-    lr_mult: the factor on the schedule. weight_decay: applied to the paths that `decay` matches in full. It is the
-    decoupled one where the optimizer has its own (adamw, lamb, lion), else an L2 term added to the gradient (sgd, adam).
+    optimizer: a name from optax (adamw, sgd, lamb, ...); args: its further keyword arguments, as pairs.
+    lr_mult: the factor on the schedule.
+    weight_decay: applied to the paths that `decay` matches in full; decoupled where the optimizer has its own (adamw,
+    lamb, lion), else an L2 term added to the gradient (sgd, adam).
     """
 
     optimizer: str = "adamw"
@@ -92,7 +97,9 @@ class Group(NamedTuple):
     decay: str = ".*/kernel"
 
 
-def make_groups(labels: Mapping[str, str], default: Group, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Group]:
+def make_groups(
+    labels: Mapping[str, str], default: Group, overrides: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Group]:
     """The settings of every trainable group that `labels` uses: `default` with the group's overrides.
 
     Raises one ValueError for overrides of groups that no parameter is in, unknown fields, optimizers and arguments.
@@ -100,19 +107,24 @@ def make_groups(labels: Mapping[str, str], default: Group, overrides: Mapping[st
     used = sorted(set(labels.values()) - {FROZEN})
     problems = []
     if not used:
-        problems.append("  every parameter is frozen: nothing to train; let a rule give at least one path another group")
+        problems.append(
+            "  every parameter is frozen: nothing to train; let a rule give at least one path another group"
+        )
     for name, fields in overrides.items():
         if name == FROZEN:
             problems.append("  'frozen' takes no settings: its parameters are never trained")
         elif name not in used:
-            problems.append(f"  settings for group {name!r}, which no parameter is in{nearest(name, used)}; groups in use: {used}")
+            problems.append(
+                f"  settings for group {name!r}, which no parameter is in{nearest(name, used)}; groups in use: {used}"
+            )
         problems += [
-            f"  group {name!r} has no field {field!r}{nearest(field, Group._fields)}; fields: {', '.join(Group._fields)}"
+            f"  group {name!r} has no field {field!r}{nearest(field, Group._fields)}; it has {', '.join(Group._fields)}"
             for field in fields
             if field not in Group._fields
         ]
     groups = {
-        name: default._replace(**{k: v for k, v in overrides.get(name, {}).items() if k in Group._fields}) for name in used
+        name: default._replace(**{k: v for k, v in overrides.get(name, {}).items() if k in Group._fields})
+        for name in used
     }
     for name, group in groups.items():
         groups[name] = group = group._replace(args=tuple(sorted(dict(group.args).items())))
@@ -128,7 +140,7 @@ def make_groups(labels: Mapping[str, str], default: Group, overrides: Mapping[st
 def make_optimizer(
     labels: Mapping[str, str], groups: Mapping[str, Group], schedule, clip: float = 0.0
 ) -> optax.GradientTransformation:
-    """One transformation of the flat trainable parameters `{path: leaf}`: a global-norm clip (0: off), then each group's.
+    """One transformation of the flat trainable parameters: a clip of the global norm (0: off), then each group's own.
 
     Frozen parameters never enter: they are not differentiated, so that neither the clip nor a logged norm sees them,
     the backward pass that only they need is not compiled, and no optimizer array exists for them.
@@ -165,8 +177,14 @@ def _group_transform(group: Group, schedule) -> optax.GradientTransformation:
 def _factory(name: str):
     factory = getattr(optax, name, None)
     if not callable(factory) or "learning_rate" not in inspect.signature(factory).parameters:
-        known = [n for n in vars(optax) if n in ("adam", "adamw", "sgd", "lamb", "lars", "lion", "nadamw", "rmsprop", "adafactor")]
-        raise ValueError(f"optax has no optimizer {name!r}{nearest(name, known)}; common ones: {', '.join(sorted(known))}")
+        known = [
+            n
+            for n in vars(optax)
+            if n in ("adam", "adamw", "sgd", "lamb", "lars", "lion", "nadamw", "rmsprop", "adafactor")
+        ]
+        raise ValueError(
+            f"optax has no optimizer {name!r}{nearest(name, known)}; common ones: {', '.join(sorted(known))}"
+        )
     return factory
 
 

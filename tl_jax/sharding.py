@@ -30,6 +30,10 @@ class Parallel(NamedTuple):
         """Puts a whole tree on every device."""
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
+    def round_up(self, batch_size: int) -> int:
+        """The smallest multiple of the device count that is at least `batch_size`."""
+        return -(-batch_size // self.mesh.size) * self.mesh.size
+
     def put_batch(self, batch: Any) -> Any:
         """This process's rows of a global batch to its devices; the leading axis is cut over all devices."""
         sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
@@ -40,12 +44,10 @@ class Parallel(NamedTuple):
         return self.replicate(batch)
 
     def train(self, train_step: Callable) -> Callable:
-        """(state, batch) -> state on all devices. Under jit the state's buffers are reused: do not touch the old one."""
+        """(state, batch) -> state on all devices. Under jit the old state's buffers are reused: do not touch it."""
         if self.mode == "jit":
             return jax.jit(train_step, donate_argnums=0)
-        mapped = jax.pmap(
-            train_step, AXIS, in_axes=(None, 0), out_axes=None, devices=list(self.mesh.devices.flat)
-        )
+        mapped = jax.pmap(train_step, AXIS, in_axes=(None, 0), out_axes=None, devices=list(self.mesh.devices.flat))
         return lambda state, batch: mapped(state, self._per_device(batch))
 
     def evaluate(self, eval_step: Callable) -> Callable:

@@ -109,7 +109,8 @@ def make_train_step(
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         first = jax.tree.map(lambda x: x[0], parts)
         no_sums = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, trainable, params, batch_stats, first, key)[2]
+            lambda s: jnp.zeros(s.shape, s.dtype),
+            jax.eval_shape(gradients, trainable, params, batch_stats, first, key)[2],
         )
         keys = jax.random.split(key, accumulate)
         (grads, batch_stats, sums), _ = jax.lax.scan(body, (zeros, batch_stats, no_sums), (parts, keys))

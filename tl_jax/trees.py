@@ -81,7 +81,9 @@ def match_rules(paths: Iterable[str], rules: Rules, what: str = "parameter") -> 
         problems += [f"  rule {tuple(match)} decides no {what}{_why_dead(match, paths)}" for match in dead]
     if problems:
         listing = "\n".join([*problems, f"rules, in order: {[tuple(rule) for rule in rules]}"])
-        raise ValueError(f"the rules do not fit the {what}s (a rule must match a whole path; the first match wins):\n{listing}")
+        raise ValueError(
+            f"the rules do not fit the {what}s (a rule must match a whole path; the first match wins):\n{listing}"
+        )
     return matches
 
 

@@ -25,7 +25,9 @@ def make_rules(name: str, paths: Sequence[str], last_k: int = 0, rules: Rules = 
     if (name == "rules") != bool(rules):
         raise ValueError(f"method {name!r} with rules {list(rules)}: rules belong to method 'rules', and only to it")
     if (name == "last_k") != bool(last_k):
-        raise ValueError(f"method {name!r} with last_k={last_k}: last_k >= 1 belongs to method 'last_k', and only to it")
+        raise ValueError(
+            f"method {name!r} with last_k={last_k}: last_k >= 1 belongs to method 'last_k', and only to it"
+        )
     head, rest = ("head/.*", "head"), (".*", FROZEN)
     if name == "rules":
         return [tuple(rule) for rule in rules]
@@ -48,7 +50,7 @@ def _natural(block: str) -> list[int]:
 def make_method(
     rules: Rules, *, num_classes: int, label_smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0
 ) -> Method:
-    """Cross-entropy fine-tuning; mixup and cutmix are Beta parameters (0: off), chosen evenly per step if both are on."""
+    """Cross-entropy fine-tuning; mixup and cutmix are Beta parameters (0: off); with both on, each step draws one."""
 
     def mix(key, images, targets):
         choice_key, mix_key = jax.random.split(key)
@@ -66,6 +68,9 @@ def make_method(
         logits, _, batch_stats = forward(params, batch_stats, images, forward_key)
         per_example = losses.cross_entropy(logits, targets)
         correct = jnp.argmax(logits, axis=-1) == batch["label"]
-        return per_example.mean(), (batch_stats, {"loss": per_example.sum(), "accuracy": correct.sum(dtype=jnp.float32)})
+        return per_example.mean(), (
+            batch_stats,
+            {"loss": per_example.sum(), "accuracy": correct.sum(dtype=jnp.float32)},
+        )
 
     return Method(rules, loss)

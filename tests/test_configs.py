@@ -1,0 +1,59 @@
+"""Every config builds and trains a step on data made up for it."""
+
+import importlib
+import pathlib
+
+import numpy as np
+import pytest
+
+from configs import transfer
+from tl_jax import models
+from tl_jax.train import train
+
+NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_trains_one_step_on_made_up_data(name, tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split in ("train", "val", "test"):
+        arrays[f"{split}_image"] = rng.integers(0, 256, (16, 32, 32, 3)).astype(np.uint8)
+        arrays[f"{split}_label"] = np.arange(16, dtype=np.int32) % 2
+    np.savez(tmp_path / "made_up.npz", **arrays)
+    config = importlib.import_module(f"configs.{name}").get_config(f"data=arrays:{tmp_path / 'made_up.npz'}")
+    with config.unlocked():
+        # The networks of the data sets are large: a small one of the same family stands in.
+        if not config.model.weights:
+            config.model.name = "deit_tiny_patch16_224" if config.model.name.startswith("deit") else "resnet14_cifar"
+            config.model.image_size = 32
+        config.data.train, config.data.val, config.data.test = "train", "val", "test"
+        config.data.shots, config.data.workers = min(config.data.shots, 2), 0
+        config.batch_size, config.eval_batch_size = 8, 16
+        config.total, config.schedule.warmup = (1.0, "steps"), (0.0, "steps")
+        config.seeds, config.baseline, config.resamples = (), (), 20
+    result = train(config, tmp_path / "w")
+    assert result["metrics"]["count"] == 16 and result["split"] == "test"
+
+
+def test_the_models_that_configs_name_exist():
+    for name in NAMES:
+        models.get(importlib.import_module(f"configs.{name}").get_config().model.name)
+
+
+def test_unknown_arguments_come_together_with_their_nearest_neighbours():
+    with pytest.raises(ValueError) as error:
+        transfer.get_config("metod=full,data.shotts=3,model")
+    for part in ("did you mean 'method'", "did you mean 'data.shots'", "'model' is no key=value"):
+        assert part in str(error.value)
+
+
+def test_a_misspelt_option_in_a_config_file_is_refused():
+    config = transfer.get_config()
+    with pytest.raises((AttributeError, KeyError), match="weight_decay"):
+        config.weigth_decay = 1.0
+
+
+def test_arguments_take_the_type_of_the_default():
+    config = transfer.get_config("model=resnet50,lr=0.5,batch_size=64,total=(3,'epochs'),data.shots=5")
+    assert (config.lr, config.batch_size, config.total, config.data.shots) == (0.5, 64, (3, "epochs"), 5)

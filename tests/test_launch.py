@@ -1,0 +1,124 @@
+"""The front door as a user meets it: a subprocess, its output and its exit code."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+from test_train import remains
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SMOKE = ["--config", "configs/smoke.py"]
+
+
+def start(*args, devices=1):
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.Popen(
+        [sys.executable, "launch.py", *map(str, args)], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def launch(*args, **kwargs):
+    process = start(*args, **kwargs)
+    output, _ = process.communicate()
+    return process.returncode, output
+
+
+def test_the_smoke_config_runs_and_prints_audit_progress_and_result(tmp_path):
+    code, output = launch(*SMOKE, "--workdir", tmp_path / "w")
+    assert code == 0, output
+    for part in ("transfer audit", "650 of", "step 4/4", "images/s", "accuracy", str(tmp_path / "w")):
+        assert part in output
+    assert "Warning" not in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config", "configs/smok.py"], "configs/smoke.py"),
+        ([*SMOKE, "--config.lrr=1"], "did you mean"),
+        (["--config", "configs/smoke.py:modle=x"], "did you mean 'model'"),
+        ([*SMOKE, "--config.model.name=resnet21_cifar"], "resnet20_cifar"),
+        ([*SMOKE, "--config.data.source=folder:/nowhere/at/all"], "/nowhere/at/all"),
+        ([*SMOKE, "--config.batch_size=many"], "batch_size"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(tmp_path, args, message):
+    code, output = launch(*args, "--workdir", tmp_path / "w")
+    assert code == 2 and message.lower() in output.lower(), output
+    assert "Traceback" not in output and len(output.splitlines()) < 12, output
+
+
+def test_arms_and_seeds_are_compared_in_pairs(tmp_path):
+    arms = ["--config.seeds=(1,)", "--config.baseline=(('model.weights',''),)", "--config.model.image_size=16"]
+    code, output = launch(*SMOKE, *arms, "--workdir", tmp_path / "w")
+    assert code == 0, output
+    report = json.loads((tmp_path / "w" / "comparison.json").read_text())
+    assert report["seeds"] == [0, 1] and set(report["accuracy"]) == {"transfer", "baseline"}
+    for arm, folders in {
+        "transfer": ["", "runs/transfer-seed1"],
+        "baseline": ["runs/baseline-seed0", "runs/baseline-seed1"],
+    }.items():
+        results = [json.loads((tmp_path / "w" / folder / "result.json").read_text()) for folder in folders]
+        assert report["accuracy"][arm]["values"] == [result["metrics"]["accuracy"]["value"] for result in results]
+    pairs = zip(report["accuracy"]["transfer"]["values"], report["accuracy"]["baseline"]["values"], strict=True)
+    assert report["difference"]["values"] == pytest.approx([a - b for a, b in pairs])
+    assert (tmp_path / "w" / "comparison.png").exists() and "transfer - baseline" in output
+
+
+def resume_options(devices=1):
+    # Fine-tuning with many evaluations and saves, so that kills meet all of them.
+    return [
+        *SMOKE, "--config.method.name=full", "--config.total=(40,'steps')", "--config.eval_every=(4,'steps')",
+        "--config.ema=0.9", "--config.method.mixup=0.2", "--config.data.workers=0",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_20_random_moments_ends_bit_equal_to_an_unbroken_one(tmp_path):
+    """SIGKILL while importing, compiling, stepping, evaluating, saving or writing results; then one run to the end."""
+    import time
+
+    began = time.monotonic()
+    code, output = launch(*resume_options(), "--workdir", tmp_path / "whole")
+    duration = time.monotonic() - began
+    assert code == 0, output
+    draw, kills, finished_early = random.Random(0), 0, 0
+    target = tmp_path / "killed"
+    while kills < 20 and finished_early < 5:
+        process = start(*resume_options(), "--workdir", target)
+        try:
+            output, _ = process.communicate(timeout=draw.uniform(0.3, 1.0) * duration)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            continue
+        # It got through between two kills: compare, and start over for the kills that are left.
+        assert process.returncode == 0, output
+        assert remains(target) == remains(tmp_path / "whole")
+        target, finished_early = tmp_path / f"killed{kills}", finished_early + 1
+    code, output = launch(*resume_options(), "--workdir", target)
+    assert code == 0, output
+    assert kills == 20 and remains(target) == remains(tmp_path / "whole")
+
+
+def test_sigterm_ends_with_code_75_and_the_same_command_finishes(tmp_path):
+    process = start(
+        *SMOKE, "--config.total=(2000,'steps')", "--config.log_every=(1,'steps')", "--workdir", tmp_path / "w"
+    )
+    for line in process.stdout:
+        if "step 3/" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    output, _ = process.communicate()
+    assert process.returncode == 75 and "stopped by SIGTERM" in output, output

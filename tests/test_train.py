@@ -1,0 +1,210 @@
+"""One run, end to end: what it leaves, that it resumes bit for bit, and what it refuses."""
+
+import json
+import os
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+
+from configs import smoke
+from tl_jax import formats
+from tl_jax import train as trainer
+from tl_jax.checkpoint import Checkpoints
+from tl_jax.data import pipeline
+from tl_jax.train import Preempted, train
+
+FILES = {
+    "config.json", "audit.json", "metrics.jsonl", "timing.jsonl", "result.json", "predictions.npz", "model.safetensors",
+    "checkpoints", "learning_curves.png", "confusion_matrix.png", "reliability.png", "feature_map.png",
+}  # fmt: skip
+
+
+def make_config(arg="", **changes):
+    config = smoke.get_config(arg)
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+        config.ema = 0.9
+        config.method.mixup = 0.2
+        config.model.dropout = 0.1
+        config.data.augment = (("rotation", {"degrees": 20.0}),)
+    return config
+
+
+def remains(workdir: pathlib.Path) -> dict:
+    """Everything that a run leaves and its seed determines, as bytes or hashes."""
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        hashes = {step: checkpoints.meta(step)["hashes"] for step in checkpoints.steps()}
+    with np.load(workdir / "predictions.npz") as file:
+        arrays = {name: file[name].tobytes() for name in file.files}
+    files = ("metrics.jsonl", "result.json", "audit.json", "model.safetensors", "config.json")
+    return {"checkpoints": hashes, "predictions": arrays, **{name: (workdir / name).read_bytes() for name in files}}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    return workdir, train(make_config(), workdir)
+
+
+def test_a_run_leaves_what_the_readme_promises(finished):
+    workdir, result = finished
+    assert {path.name for path in workdir.iterdir()} == FILES
+    assert json.loads((workdir / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert result["split"] == "test" and result["metrics"]["count"] == len(
+        np.load(workdir / "predictions.npz")["labels"]
+    )
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4]
+    assert {"train/loss", "train/accuracy", "train/lr", "train/grad_norm"} < rows[0].keys()
+    assert {"val/loss", "val/accuracy"} < rows[2].keys()
+
+
+def test_the_audit_proves_that_nothing_frozen_moved(finished):
+    workdir, result = finished
+    report = json.loads((workdir / "audit.json").read_text())
+    rows = {row["path"]: row for row in report["parameters"]}
+    assert rows["head/kernel"]["origin"] == "new" and rows["head/kernel"]["trainable"]
+    assert rows["head/kernel"]["optimizer_values"] == 2 * 64 * 10
+    stem = rows["backbone/stem/conv/kernel"]
+    assert stem["origin"] == "conv1.weight" and not stem["trainable"] and stem["optimizer_values"] == 0
+    assert report["totals"]["trainable"] == 650 == result["trainable_parameters"]
+    assert report["proof"]["bit_equal"] and f"params/{stem['path']}" in report["proof"]["hashes"]
+    assert all(row["policy"] == "frozen" for row in report["statistics"])
+    loaded, _ = formats.read("tl_jax/assets/glyphs.safetensors")
+    trained, _ = formats.read(workdir / "model.safetensors")
+    assert set(loaded) == set(trained)
+    for key, value in loaded.items():
+        if not key.startswith("linear."):
+            np.testing.assert_array_equal(trained[key], value)
+
+
+def test_a_finished_run_is_shown_again_without_a_step(finished, monkeypatch):
+    workdir, result = finished
+    monkeypatch.setattr(trainer, "build", None)
+    assert train(make_config(), workdir) == json.loads(json.dumps(result))
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(monkeypatch, steps, action):
+    """Runs `action` before the batch of each step in `steps`, once."""
+    left = set(steps)
+    real = pipeline.train_batches
+
+    def train_batches(*args, **kwargs):
+        batches = real(*args, **kwargs)
+
+        class Crashing:
+            def iterate(self, start, stop, num_workers=0):
+                for step, batch in enumerate(batches.iterate(start, stop, num_workers=num_workers), start):
+                    if step in left:
+                        left.remove(step)
+                        action()
+                    yield batch
+
+        return Crashing()
+
+    monkeypatch.setattr(trainer.pipeline, "train_batches", train_batches)
+
+
+def crash():
+    raise Crash
+
+
+def test_a_run_that_crashed_three_times_ends_bit_equal_to_an_unbroken_one(finished, tmp_path, monkeypatch):
+    crash_at(monkeypatch, {0, 1, 3}, crash)
+    for _ in range(3):
+        with pytest.raises(Crash):
+            train(make_config(), tmp_path / "w")
+    train(make_config(), tmp_path / "w")
+    assert remains(tmp_path / "w") == remains(finished[0])
+
+
+def test_sigterm_saves_the_step_and_the_same_command_goes_on(finished, tmp_path, monkeypatch):
+    crash_at(monkeypatch, {2}, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="after step 3 of 4"):
+        train(make_config(), tmp_path / "w")
+    assert signal.getsignal(signal.SIGTERM) is before
+    with Checkpoints(tmp_path / "w" / "checkpoints") as checkpoints:
+        assert checkpoints.steps()[-1] == 3
+    train(make_config(), tmp_path / "w")
+    ours, reference = remains(tmp_path / "w"), remains(finished[0])
+    ours.pop("checkpoints"), reference.pop("checkpoints")  # step 3 has one more, the rest must be equal
+    assert ours == reference
+
+
+def test_worker_processes_change_the_speed_and_nothing_else(finished, tmp_path):
+    train(make_config(**{"data.workers": 2}), tmp_path / "w")
+    ours, reference = remains(tmp_path / "w"), remains(finished[0])
+    ours.pop("config.json"), reference.pop("config.json"), ours.pop("checkpoints"), reference.pop("checkpoints")
+    assert ours == reference
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_evaluation_counts_do_not_depend_on_devices_or_mode(tmp_path, parallel):
+    config = make_config(
+        **{"parallel": parallel, "data.test": "test[:37]", "eval_batch_size": 10, "total": (1.0, "steps")}
+    )
+    assert train(config, tmp_path / "w")["metrics"]["count"] == 37
+
+
+def test_another_config_in_the_workdir_is_refused_with_the_difference(finished):
+    with pytest.raises(ValueError, match=r"other options.*\n  lr: 0.001 -> 0.5"):
+        train(make_config(lr=0.5), finished[0])
+
+
+def test_checkpoints_of_another_freeze_or_class_list_are_refused(finished, tmp_path, monkeypatch):
+    crash_at(monkeypatch, {3}, crash)
+    with pytest.raises(Crash):
+        train(make_config(), tmp_path / "w")
+    (tmp_path / "w" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"another run.*") as error:
+        train(make_config(**{"method.name": "last_k", "method.last_k": 1}), tmp_path / "w")
+    assert "labels (saved -> now)" in str(error.value) and "method.last_k: 0 -> 1" in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    config = make_config(lr=1e38, clip=0.0, optimizer="sgd", log_every=(2.0, "steps"))
+    with pytest.raises(FloatingPointError, match=r"at step [01] .*seen after step 2"):
+        train(config, tmp_path / "w")
+
+
+def test_best_val_takes_the_highest_accuracy_then_the_lowest_loss_then_the_earliest():
+    rows = [
+        {"step": s, "val/accuracy": a, "val/loss": v}
+        for s, a, v in [(1, 0.5, 1.0), (2, 0.9, 0.5), (3, 0.9, 0.4), (4, 0.9, 0.4)]
+    ]
+    assert trainer.best_step([{"step": 9, "train/loss": 0.1}, *rows]) == 3
+    assert trainer.best_step([]) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.name": "resnet21_cifar"}, "resnet20_cifar"),
+        ({"model.weights": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"data.source": "folder:/nowhere"}, "/nowhere"),
+        ({"data.card": {"mean": (0.5, 0.5, 0.5)}}, "contradicts the weight card"),
+        ({"data.card": {"maen": 1}}, "no maen"),
+        ({"method.name": "rules", "method.rules": (("haed/.*", "head"), (".*", "frozen"))}, "haed"),
+        ({"select": "best"}, "expected last, or best_val"),
+        ({"batch_size": 30}, "use a multiple of 4"),
+        ({"data.val": "", "data.test": ""}, "to score on"),
+        ({"method.norm": (("backbone/.*", "froze"),)}, "known: frozen, update"),
+        ({"groups": {"haed": {"lr_mult": 2.0}}}, "did you mean 'head'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_error_before_any_training(tmp_path, changes, message):
+    nested = {key: changes.pop(key) for key in ("data.card", "groups") if key in changes}
+    config = make_config(**changes)
+    with config.unlocked():
+        for key, value in nested.items():
+            (config.data if key == "data.card" else config)[key.rpartition(".")[2]] = value
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(config, tmp_path / "w")
+    assert not (tmp_path / "w" / "checkpoints").exists()

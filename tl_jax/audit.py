@@ -1,0 +1,183 @@
+"""The transfer audit: one row per parameter and statistic, written at step 0, proved at the end."""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from tl_jax import optim, trees
+from tl_jax.card import Card
+from tl_jax.trees import FROZEN, Match
+
+NORM_STATISTICS = re.compile(r"(.*)/(?:mean|var)")
+
+
+def norm_policies(batch_stats: Any, labels: Mapping[str, str], rules: trees.Rules) -> dict[str, str]:
+    """ "frozen" or "update" for every layer with running statistics, by its path.
+
+    rules: ordered (path regex, policy). Without rules a layer's statistics are frozen exactly when all parameters of
+    the block that it stands in are: a frozen block computes what it computed when it was loaded.
+    """
+    layers = sorted({match[1] for match in map(NORM_STATISTICS.fullmatch, trees.flatten(batch_stats)) if match})
+    if not rules:
+        trained = [path for path, label in labels.items() if label != FROZEN]
+        blocks = {layer: layer.rpartition("/norm")[0] or layer for layer in layers}
+        return {
+            layer: "update" if any(path.startswith(f"{block}/") for path in trained) else FROZEN
+            for layer, block in blocks.items()
+        }
+    if wrong := sorted({policy for _, policy in rules} - {FROZEN, "update"}):
+        raise ValueError(f"unknown norm policies {wrong}; known: frozen, update")
+    if rules and not layers:
+        raise ValueError(f"norm rules {list(rules)}, but the network has no running statistics; remove the rules")
+    return {path: match.value for path, match in trees.match_rules(layers, rules, "norm layer").items()}
+
+
+def make_audit(
+    variables: Mapping[str, Any],
+    origins: Mapping[str, str],
+    matches: Mapping[str, Match],
+    groups: Mapping[str, optim.Group],
+    policies: Mapping[str, str],
+    opt_state: Any,
+    card: Card,
+    data: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The whole audit as plain JSON data.
+
+    origins: `{collection/path: key in the weight file, or "new"}`. matches: the rule of each parameter path.
+    policies: from `norm_policies`. data: facts of the data to show beside it.
+    """
+    moments = _moment_counts(opt_state, matches)
+    parameters = []
+    for path, leaf in trees.flatten(variables["params"]).items():
+        group = matches[path].value
+        settings = groups.get(group)
+        parameters.append(
+            {
+                "path": path,
+                "shape": list(np.shape(leaf)),
+                "origin": origins[f"params/{path}"],
+                "rule": matches[path].pattern,
+                "group": group,
+                "trainable": group != FROZEN,
+                "lr_mult": settings.lr_mult if settings else 0.0,
+                "weight_decay": settings.weight_decay if settings and optim.decays(settings, path) else 0.0,
+                "optimizer_values": moments[path],
+            }
+        )
+    statistics = [
+        {
+            "path": path,
+            "shape": list(np.shape(leaf)),
+            "origin": origins[f"batch_stats/{path}"],
+            "policy": policies[path.rpartition("/")[0]],
+        }
+        for path, leaf in trees.flatten(variables.get("batch_stats", {})).items()
+    ]
+    sizes = {row["path"]: int(np.prod(row["shape"])) for row in parameters}
+    trainable = [row["path"] for row in parameters if row["trainable"]]
+    return {
+        "parameters": parameters,
+        "statistics": statistics,
+        "groups": {name: group._asdict() for name, group in groups.items()},
+        "totals": {
+            "parameters": sum(sizes.values()),
+            "trainable": sum(sizes[path] for path in trainable),
+            "frozen": sum(sizes.values()) - sum(sizes[path] for path in trainable),
+            "new": sum(sizes[row["path"]] for row in parameters if row["origin"] == "new"),
+            "optimizer_values": sum(moments.values()),
+        },
+        "card": json.loads(card.to_json()),
+        "data": dict(data),
+    }
+
+
+def labels_fingerprint(audit: Mapping[str, Any]) -> dict[str, str]:
+    """What must be equal for a checkpoint to fit: `{path: shape and group}` and `{path: shape and policy}`."""
+    rows = {row["path"]: f"{row['shape']} {row['group']}" for row in audit["parameters"]}
+    return rows | {row["path"]: f"{row['shape']} statistics {row['policy']}" for row in audit["statistics"]}
+
+
+def frozen_hashes(variables: Mapping[str, Any], audit: Mapping[str, Any]) -> dict[str, str]:
+    """`{collection/path: sha256}` of everything that must not move: frozen parameters and frozen statistics."""
+    frozen = {f"params/{row['path']}" for row in audit["parameters"] if not row["trainable"]}
+    frozen |= {f"batch_stats/{row['path']}" for row in audit["statistics"] if row["policy"] == FROZEN}
+    flat = trees.flatten(variables)
+    return trees.leaf_hashes({path: flat[path] for path in sorted(frozen)})
+
+
+def prove(audit: Mapping[str, Any], before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
+    """The audit with its proof: each frozen leaf has the same sha256 as when it was loaded, or RuntimeError."""
+    if moved := trees.difference(before, after):
+        raise RuntimeError(
+            "frozen leaves changed during training, so this result must not be used:\n" + "\n".join(moved)
+        )
+    proof = {"frozen_leaves": len(before), "bit_equal": True, "sha256": trees.fingerprint(after), "hashes": dict(after)}
+    return {**audit, "proof": proof}
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the whole new one, never a part."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def to_table(audit: Mapping[str, Any]) -> Table:
+    """The audit for the console: parameters folded by block, for a screen instead of a scroll."""
+    totals = audit["totals"]
+    share = 100 * totals["trainable"] / totals["parameters"]
+    table = Table(
+        title=f"transfer audit: {audit['card']['model']}",
+        caption=(
+            f"{totals['trainable']:,} of {totals['parameters']:,} parameters train ({share:.2f} %), "
+            f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values"
+        ),
+        box=box.SIMPLE_HEAD,
+    )
+    for name, justify in [("part", "left"), ("params", "right"), ("origin", "left"), ("group", "left"),
+                          ("lr x", "right"), ("decay", "right"), ("statistics", "left")]:  # fmt: skip
+        table.add_column(name, justify=justify)
+    policies = {}
+    for row in audit["statistics"]:
+        policies.setdefault(_part(row["path"]), set()).add(row["policy"])
+    parts: dict[str, list] = {}
+    for row in audit["parameters"]:
+        parts.setdefault(_part(row["path"]), []).append(row)
+    for part, rows in parts.items():
+        origins = {"new" if row["origin"] == "new" else "file" for row in rows}
+        table.add_row(
+            part,
+            f"{sum(int(np.prod(row['shape'])) for row in rows):,}",
+            "+".join(sorted(origins)),
+            "+".join(sorted({row["group"] for row in rows})),
+            "/".join(f"{value:g}" for value in sorted({row["lr_mult"] for row in rows})),
+            "/".join(f"{value:g}" for value in sorted({row["weight_decay"] for row in rows})),
+            "+".join(sorted(policies.get(part, set()))) or "-",
+            style=None if any(row["trainable"] for row in rows) else "dim",
+        )
+    return table
+
+
+def _part(path: str) -> str:
+    folders = path.split("/")[:-1]
+    depth = 3 if len(folders) > 2 and folders[1].startswith("stage") else 2
+    return "/".join(folders[:depth])
+
+
+def _moment_counts(opt_state: Any, paths: Mapping[str, Any]) -> dict[str, int]:
+    """The number of optimizer values (momentum, variance, ...) that each parameter path has."""
+    counts = dict.fromkeys(paths, 0)
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
+        for key in keys:
+            if isinstance(key, jax.tree_util.DictKey) and key.key in counts:
+                counts[key.key] += int(np.prod(np.shape(leaf)))
+    return counts

@@ -1,0 +1,52 @@
+"""Exact evaluation: every example once, whatever the batch size and the number of devices."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from tl_jax.data.pipeline import eval_batches
+from tl_jax.data.sources import Source
+from tl_jax.metrics import Predictions, make_predictions
+from tl_jax.sharding import Parallel
+
+
+def predict(
+    eval_fn: Callable, variables: Mapping[str, Any], source: Source, parallel: Parallel, *, card, batch_size: int
+) -> Predictions:
+    """Logits, labels and features of every example of `source`, in its order, on every process.
+
+    eval_fn: from `Parallel.evaluate`. The last batch is padded and its padding dropped by a mask; raises RuntimeError
+    unless each example was seen exactly once.
+    """
+    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    logits, features, indices, labels, masks = [], [], [], [], []
+    for batch in eval_batches(source, card=card, batch_size=batch_size, **hosts):
+        batch = parallel.put_batch(batch)
+        outputs = eval_fn(variables, batch["image"])
+        facts = parallel.gather((batch["index"], batch["label"], batch["mask"]))
+        for column, value in zip((logits, features, indices, labels, masks), (*outputs, *facts), strict=True):
+            column.append(value)
+    logits, features, indices, labels, masks = (np.concatenate([np.asarray(x) for x in column]) for column in
+                                                (logits, features, indices, labels, masks))  # fmt: skip
+    seen = indices[masks]
+    if not np.array_equal(np.sort(seen), np.arange(len(source))):
+        raise RuntimeError(
+            f"{source.name}: {len(seen)} of {len(source)} examples were scored; each must be, exactly once"
+        )
+    order = np.argsort(seen)
+    return make_predictions(
+        logits[masks][order], labels[masks][order], list(source.ids), source.class_names, features[masks][order]
+    )
+
+
+def scores(predictions: Predictions) -> dict[str, float]:
+    """Accuracy and negative log-likelihood (natural log, mean over examples) in float64, for model selection."""
+    logits = predictions.logits.astype(np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return {
+        "loss": float(-log_probabilities[np.arange(len(logits)), predictions.labels].mean()),
+        "accuracy": float((logits.argmax(axis=1) == predictions.labels).mean()),
+    }

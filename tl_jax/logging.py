@@ -1,0 +1,103 @@
+"""What a run says: metrics.jsonl (bit-equal after a resume), timing.jsonl, and the console of process 0."""
+
+import contextlib
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+CONSOLE = Console(highlight=False, soft_wrap=True)
+
+
+def say(message: Any) -> None:
+    """Prints on process 0 and nowhere else."""
+    if jax.process_index() == 0:
+        CONSOLE.print(message)
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class RunLog:
+    """Rows of one run and its progress bar.
+
+    metrics.jsonl holds what the seed determines, timing.jsonl what the machine does. Starting at a step cuts
+    both files back to it, so that a resumed run leaves the same metrics.jsonl as an unbroken one.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start: int, total_steps: int):
+        self._writes = jax.process_index() == 0
+        self._paths = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timing")}
+        self.rows = [row for row in read_jsonl(self._paths["metrics"]) if row["step"] <= start]
+        if self._writes:
+            kept = {
+                "metrics": self.rows,
+                "timing": [r for r in read_jsonl(self._paths["timing"]) if r["step"] <= start],
+            }
+            for name, path in self._paths.items():
+                path.write_text("".join(json.dumps(row) + "\n" for row in kept[name]))
+        self._clock, self._step, self._total = time.perf_counter(), start, total_steps
+        self._progress = self._make_progress(start) if CONSOLE.is_terminal and self._writes else None
+
+    def __enter__(self) -> "RunLog":
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds one row of metrics.jsonl; a number that is not finite is written as null, which every reader knows."""
+        row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in metrics.items()}}
+        self.rows.append(row)
+        self._append("metrics", row)
+
+    def progress(self, step: int, metrics: Mapping[str, float], examples: float) -> None:
+        """Shows the bar (or, without a terminal, a line) and times the steps since the last call."""
+        now = time.perf_counter()
+        seconds, done = now - self._clock, step - self._step
+        self._clock, self._step = now, step
+        rate = examples / seconds
+        self._append("timing", {"step": step, "seconds": round(seconds, 4), "images_per_second": round(rate, 1)})
+        text = " ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())
+        if self._progress:
+            self._progress.update(self._task, completed=step, text=text, rate=f"{rate:,.0f} images/s")
+        else:
+            left = (self._total - step) * seconds / max(done, 1)
+            say(f"step {step}/{self._total}  {text}  {rate:,.0f} images/s  {left:,.0f} s left")
+
+    @contextlib.contextmanager
+    def untimed(self):
+        """Leaves what happens inside out of the rate: evaluation and checkpoints are not training."""
+        began = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - began
+
+    def _make_progress(self, start: int) -> Progress:
+        progress = Progress(
+            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=CONSOLE, transient=True,
+        )  # fmt: skip
+        self._task = progress.add_task("train", total=self._total, completed=start, text="compiling", rate="")
+        return progress
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        if self._writes:
+            with self._paths[name].open("a") as file:
+                file.write(json.dumps(row) + "\n")
