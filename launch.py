@@ -5,6 +5,7 @@ with everything saved, start the same command again; 1 anything else.
 """
 
 import json
+import os
 import pathlib
 import sys
 
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> None:
     from tl_jax.studies import compare
 
     logging.set_verbosity(logging.WARNING)
+    keep_compiled_programs()
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = pathlib.Path(WORKDIR.value or f"workdirs/{pathlib.Path(path).stem}")
     try:
@@ -40,6 +42,27 @@ def main(argv: list[str]) -> None:
     if len(report["accuracy"]) > 1 or len(report["seeds"]) > 1:
         say(compare.to_table(report))
     say(f"everything of this run: {workdir.resolve()}")
+
+
+def keep_compiled_programs() -> None:
+    """Lets a program that was compiled once start at once the next time; JAX_COMPILATION_CACHE_DIR takes precedence.
+
+    Whoever can write to the folder can run code here, so it is private, or not used.
+    """
+    import jax
+
+    folder = pathlib.Path.home() / ".cache" / "tl_jax" / "compiled"
+    if jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.stat()
+    except OSError:
+        return  # no home to write to: compile every time
+    if facts.st_uid == os.getuid() and not facts.st_mode & 0o022:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", 2**31)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 if __name__ == "__main__":

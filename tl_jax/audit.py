@@ -1,5 +1,6 @@
 """The transfer audit: one row per parameter and statistic, written at step 0, proved at the end."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -145,32 +146,42 @@ def to_table(audit: Mapping[str, Any]) -> Table:
     )
     for name, justify in [("part", "left"), ("params", "right"), ("origin", "left"), ("group", "left"),
                           ("lr x", "right"), ("decay", "right"), ("statistics", "left")]:  # fmt: skip
-        table.add_column(name, justify=justify)
+        table.add_column(name, justify=justify, no_wrap=True)
     policies = {}
     for row in audit["statistics"]:
         policies.setdefault(_part(row["path"]), set()).add(row["policy"])
     parts: dict[str, list] = {}
-    for row in audit["parameters"]:
+    for row in sorted(audit["parameters"], key=lambda row: _order(row["path"])):
         parts.setdefault(_part(row["path"]), []).append(row)
-    for part, rows in parts.items():
-        origins = {"new" if row["origin"] == "new" else "file" for row in rows}
-        table.add_row(
-            part,
-            f"{sum(int(np.prod(row['shape'])) for row in rows):,}",
-            "+".join(sorted(origins)),
-            "+".join(sorted({row["group"] for row in rows})),
-            "/".join(f"{value:g}" for value in sorted({row["lr_mult"] for row in rows})),
-            "/".join(f"{value:g}" for value in sorted({row["weight_decay"] for row in rows})),
-            "+".join(sorted(policies.get(part, set()))) or "-",
-            style=None if any(row["trainable"] for row in rows) else "dim",
-        )
+    # Neighbours that differ in nothing but their size share a line.
+    for cells, run in itertools.groupby(parts, key=lambda part: _cells(parts[part], policies.get(part, {"-"}))):
+        names = list(run)
+        values = sum(int(np.prod(row["shape"])) for name in names for row in parts[name])
+        name = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1].removeprefix('backbone/')}"
+        trains = any(row["trainable"] for row in parts[names[0]])
+        table.add_row(name, f"{values:,}", *cells, style=None if trains else "dim")
     return table
+
+
+def _cells(rows: list[dict], policies: set[str]) -> tuple[str, ...]:
+    return (
+        "+".join(sorted({"new" if row["origin"] == "new" else "file" for row in rows})),
+        "+".join(sorted({row["group"] for row in rows})),
+        "/".join(f"{value:g}" for value in sorted({row["lr_mult"] for row in rows})),
+        "/".join(f"{value:g}" for value in sorted({row["weight_decay"] for row in rows})),
+        "+".join(sorted(policies)),
+    )
 
 
 def _part(path: str) -> str:
     folders = path.split("/")[:-1]
-    depth = 3 if len(folders) > 2 and folders[1].startswith("stage") else 2
-    return "/".join(folders[:depth])
+    return "/".join(folders[: 3 if len(folders) > 2 and folders[1].startswith("stage") else 2])
+
+
+def _order(path: str) -> list:
+    """Stem, blocks by number, what is behind them, head: the way of the data."""
+    rank = {"stem": 0, "norm": 2}.get(path.split("/")[1], 1) if path.startswith("backbone/") else 3
+    return [rank, [int(number) for number in re.findall(r"\d+", _part(path))], path]
 
 
 def _moment_counts(opt_state: Any, paths: Mapping[str, Any]) -> dict[str, int]:

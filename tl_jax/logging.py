@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-CONSOLE = Console(highlight=False, soft_wrap=True)
+CONSOLE = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 
 
 def say(message: Any) -> None:
@@ -39,7 +40,7 @@ class RunLog:
     both files back to it, so that a resumed run leaves the same metrics.jsonl as an unbroken one.
     """
 
-    def __init__(self, workdir: pathlib.Path, start: int, total_steps: int):
+    def __init__(self, workdir: pathlib.Path, start: int, total_steps: int, verbose: bool = True):
         self._writes = jax.process_index() == 0
         self._paths = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timing")}
         self.rows = [row for row in read_jsonl(self._paths["metrics"]) if row["step"] <= start]
@@ -51,7 +52,8 @@ class RunLog:
             for name, path in self._paths.items():
                 path.write_text("".join(json.dumps(row) + "\n" for row in kept[name]))
         self._clock, self._step, self._total = time.perf_counter(), start, total_steps
-        self._progress = self._make_progress(start) if CONSOLE.is_terminal and self._writes else None
+        self._verbose = verbose and self._writes
+        self._progress = self._make_progress(start) if CONSOLE.is_terminal and self._verbose else None
 
     def __enter__(self) -> "RunLog":
         if self._progress:
@@ -78,7 +80,7 @@ class RunLog:
         text = " ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())
         if self._progress:
             self._progress.update(self._task, completed=step, text=text, rate=f"{rate:,.0f} images/s")
-        else:
+        elif self._verbose:
             left = (self._total - step) * seconds / max(done, 1)
             say(f"step {step}/{self._total}  {text}  {rate:,.0f} images/s  {left:,.0f} s left")
 

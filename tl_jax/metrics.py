@@ -10,6 +10,7 @@ import zipfile
 from typing import NamedTuple
 
 import numpy as np
+import rich.box
 import rich.console
 import rich.markup
 import rich.table
@@ -295,7 +296,7 @@ def _interval(value, samples, level):
 def format_table(summary: dict) -> rich.table.Table:
     """The scalar metrics with their intervals, for a rich console."""
     title = f"{summary['count']:,} examples, {summary['resamples']:,} resamples"
-    table = rich.table.Table("metric", title=title, title_justify="left")
+    table = rich.table.Table("metric", box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
     for header in ("value", f"{summary['level']:.0%} interval"):
         table.add_column(header, justify="right")
     for name, entry in summary.items():
@@ -309,7 +310,7 @@ def format_classes(summary: dict, limit: int = 20) -> rich.table.Table:
     rows = summary["per_class"]
     worst = sorted(rows, key=lambda row: row["f1"]["value"] if row["f1"]["value"] is not None else 2)[:limit]
     title = f"the {limit} of {len(rows)} classes with the lowest F1" if len(rows) > limit else "per class"
-    table = rich.table.Table("class", title=title, title_justify="left")
+    table = rich.table.Table("class", box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
     for header in ("support", "precision", "recall", "F1", "interval", "AUC"):
         table.add_column(header, justify="right")
     for row in worst if len(rows) > limit else rows:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +25,7 @@ POS_EMBED = "params/backbone/stem/pos_embed"
 class Pretrained(NamedTuple):
     """A model, its variables (float32) and the card of its weights."""
 
-    model: nn.Module
+    model: Any
     variables: dict[str, Any]
     card: Card
 
@@ -40,7 +39,7 @@ class Loaded(NamedTuple):
       dropped: keys of the file's classifier which a new head (or none) replaced.
     """
 
-    model: nn.Module
+    model: Any
     variables: dict[str, Any]
     card: Card
     origins: dict[str, str]
@@ -151,7 +150,7 @@ def export(
     formats.write_safetensors(path, tensors, {CARD_KEY: card.to_json()})
 
 
-def _make(variant: models.Variant, card: Card, head_init: str) -> nn.Module:
+def _make(variant: models.Variant, card: Card, head_init: str) -> Any:
     model = variant.module(num_classes=card.num_classes, head_init=head_init)
     # Only a model with position embeddings is built for one input size.
     return model.clone(image_size=card.input_size) if hasattr(model, "image_size") else model
@@ -161,7 +160,7 @@ def _images(card: Card) -> jax.Array:
     return jnp.zeros((1, card.input_size, card.input_size, 3))
 
 
-def _shapes(model: nn.Module, card: Card) -> dict[str, tuple[int, ...]]:
+def _shapes(model: Any, card: Card) -> dict[str, tuple[int, ...]]:
     tree = jax.eval_shape(model.init, jax.random.key(0), _images(card))
     return {leaf: value.shape for leaf, value in trees.flatten(tree).items()}
 
@@ -216,7 +215,7 @@ def _resample(table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tenso
     }
 
 
-def _new_head(model: nn.Module, features: int, seed: int) -> dict[str, jax.Array]:
+def _new_head(model: Any, features: int, seed: int) -> dict[str, jax.Array]:
     """Initialises the head alone, with the numbers that a random initialisation from the same seed gives it."""
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, features)), start="pre_logits"))
     return trees.flatten(init(jax.random.key(seed)))

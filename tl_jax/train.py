@@ -40,11 +40,12 @@ class Run(NamedTuple):
     audit: dict[str, Any]
 
 
-def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: str | pathlib.Path, *, verbose: bool = True) -> dict[str, Any]:
     """Runs one experiment, or resumes it, or returns the result that is there; `write_results` lists what it leaves.
 
-    Raises ValueError for a config that does not fit its data, weights or workdir, before any training;
-    FloatingPointError at a loss that is not finite; Preempted after SIGTERM, with everything saved.
+    Without `verbose` the audit and the progress stay in their files. Raises ValueError for a config that does not fit
+    its data, weights or workdir, before any training; FloatingPointError at a loss that is not finite; Preempted after
+    SIGTERM, with everything saved.
     """
     workdir, options = pathlib.Path(workdir), flat_options(config)
     check_workdir(workdir, options)
@@ -54,7 +55,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
 
     parallel = sharding.make_parallel(config.parallel)
     run = build(config, parallel)
-    say(audit.to_table(run.audit))
+    if verbose:
+        say(audit.to_table(run.audit))
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         audit.write_json(workdir / "config.json", options)
@@ -85,7 +87,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
         state = resume(checkpoints, state, identity)
         start = int(state.step)
         stream = batches.iterate(start, total, num_workers=config.data.workers)
-        with RunLog(workdir, start, total) as log, contextlib.closing(stream):
+        with RunLog(workdir, start, total, verbose) as log, contextlib.closing(stream):
             for done, batch in enumerate(stream, start + 1):
                 state = train_fn(state, parallel.put_batch(batch))
                 if done % log_every == 0 or done == total:

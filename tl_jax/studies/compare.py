@@ -10,13 +10,28 @@ from rich import box
 from rich.table import Table
 from scipy import stats
 
-from tl_jax import audit, metrics, plots
+from tl_jax import audit, metrics, plots, trees
 from tl_jax.logging import say
-from tl_jax.train import train
+from tl_jax.train import flat_options, train
 
 
 def arms(config: ConfigDict) -> dict[str, dict[int, ConfigDict]]:
-    """The configs to run, `{arm: {seed: config}}`; a config without seeds and baseline is its own only run."""
+    """The configs to run, `{arm: {seed: config}}`; a config without seeds and baseline is its own only run.
+
+    Raises ValueError for seeds named twice and for options of the baseline that do not exist.
+    """
+    known = flat_options(config)
+    problems = [
+        f"baseline option {key!r} does not exist{trees.nearest(key, known)}"
+        for key, _ in config.baseline
+        if key not in known
+    ]
+    if len({config.seed, *config.seeds}) <= len(config.seeds):
+        problems.append(
+            f"seed={config.seed} and seeds={tuple(config.seeds)} name a seed twice; seeds are those besides seed"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
     names = {"transfer": {}} | ({"baseline": dict(config.baseline)} if config.baseline else {})
     runs = {}
     for arm, overrides in names.items():
@@ -43,9 +58,11 @@ def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     for arm, seeds in runs.items():
         for seed, run in seeds.items():
             folder = workdir if (arm, seed) == first else workdir / "runs" / f"{arm}-seed{seed}"
-            if len(runs) * len(seeds) > 1:
-                say(f"\n[bold]{arm}, seed {seed}[/bold] in {folder}")
-            results[arm, seed], folders[arm, seed] = train(run, folder), folder
+            opens = seed == config.seed  # each arm shows its first run, the others are one line
+            if opens and len(runs) * len(seeds) > 1:
+                say(f"\n[bold]{arm}[/bold], seeds {list(seeds)}")
+            results[arm, seed], folders[arm, seed] = train(run, folder, verbose=opens), folder
+            say(f"{arm}, seed {seed}: accuracy {results[arm, seed]['metrics']['accuracy']['value']:.3f} in {folder}")
     table = {arm: [results[arm, seed]["metrics"]["accuracy"]["value"] for seed in seeds] for arm, seeds in runs.items()}
     report = {
         "split": results[first]["data"],
