@@ -4,9 +4,11 @@ Exit codes: 0 done; 2 the config, the data or the workdir does not fit (one mess
 with everything saved, start the same command again; 1 anything else.
 """
 
+import difflib
 import json
 import os
 import pathlib
+import re
 import sys
 
 from absl import app, flags, logging
@@ -16,6 +18,7 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: a python file with get_config, and its argument.", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; default: workdirs/NAME for configs/NAME.py.")
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an error came from.")
 
 
 def main(argv: list[str]) -> None:
@@ -32,9 +35,10 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(WORKDIR.value or f"workdirs/{pathlib.Path(path).stem}")
     try:
         report = compare.compare(CONFIG.value, workdir)
-    except (ValueError, FileNotFoundError, OSError, FloatingPointError) as error:
-        say(f"error: {error}")
-        sys.exit(2)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if TRACEBACK.value:
+            raise
+        sys.exit(bad_input(error))
     except train.Preempted as stop:
         say(str(stop))
         sys.exit(train.EXIT_PREEMPTED)
@@ -42,6 +46,34 @@ def main(argv: list[str]) -> None:
     if len(report["accuracy"]) > 1 or len(report["seeds"]) > 1:
         say(compare.to_table(report))
     say(f"everything of this run: {workdir.resolve()}")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with one message for everything that can be wrong with a config on the command line."""
+    try:
+        positional = flags.FLAGS(argv)
+        CONFIG.value.keys()  # a file that cannot be loaded is an error only when the config is read
+        return positional
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        if "--traceback" in argv:
+            raise
+        text = str(error)
+        if misspelt := re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text):
+            text = f"the config has no option {misspelt[2]!r} (did you mean {misspelt[1]!r}?)"
+        elif isinstance(error, AttributeError | KeyError):
+            text = f"the config has no option {text.strip(chr(34))}"
+        elif missing := re.search(r"No such file or directory: '(.*)'", text):
+            near = difflib.get_close_matches(missing[1], map(str, pathlib.Path("configs").glob("*.py")), n=1)
+            text = f"there is no config {missing[1]}" + (f" (did you mean {near[0]!r}?)" if near else "")
+        elif "Traceback" in text:  # what get_config raised, as text
+            text = text.strip().splitlines()[-1].partition(": ")[2]
+        sys.exit(bad_input(text))
+
+
+def bad_input(message: object) -> int:
+    """Prints what is wrong and returns the exit code that says so."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2
 
 
 def keep_compiled_programs() -> None:
@@ -67,4 +99,4 @@ def keep_compiled_programs() -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

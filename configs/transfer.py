@@ -99,7 +99,10 @@ def parse(config: ConfigDict, arg: str) -> ConfigDict:
             continue
         *folders, name = SHORT.get(key, key).split(".")
         owner = functools.reduce(lambda node, folder: node[folder], folders, config)
-        owner[name] = value if isinstance(owner[name], str) else ast.literal_eval(value)
+        try:
+            owner[name] = value if isinstance(owner[name], str) else ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError):
+            problems.append(f"{item!r} does not have the type of the default, {owner[name]!r}")
     if problems:
         raise ValueError(f"config argument {arg!r}: {'; '.join(problems)}; short keys: {', '.join(SHORT)}")
     return config.lock()

@@ -60,7 +60,7 @@ def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             folder = workdir if (arm, seed) == first else workdir / "runs" / f"{arm}-seed{seed}"
             opens = seed == config.seed  # each arm shows its first run, the others are one line
             if opens and len(runs) * len(seeds) > 1:
-                say(f"\n[bold]{arm}[/bold], seeds {list(seeds)}")
+                say(f"\n{arm}, seeds {list(seeds)}")
             results[arm, seed], folders[arm, seed] = train(run, folder, verbose=opens), folder
             say(f"{arm}, seed {seed}: accuracy {results[arm, seed]['metrics']['accuracy']['value']:.3f} in {folder}")
     table = {arm: [results[arm, seed]["metrics"]["accuracy"]["value"] for seed in seeds] for arm, seeds in runs.items()}
