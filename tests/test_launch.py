@@ -79,6 +79,22 @@ def test_arms_and_seeds_are_compared_in_pairs(tmp_path):
 
 
 @pytest.mark.slow
+def test_eight_devices_and_pmap_give_the_losses_and_counts_of_one_device(tmp_path):
+    options = [*SMOKE, "--config.method.name=full", "--config.data.test=test[:37]", "--config.eval_batch_size=10"]
+    results, losses = {}, {}
+    for name, devices, mode in [("one", 1, "jit"), ("eight", 8, "jit"), ("pmap", 8, "pmap")]:
+        code, output = launch(*options, f"--config.parallel={mode}", "--workdir", tmp_path / name, devices=devices)
+        assert code == 0, output
+        results[name] = json.loads((tmp_path / name / "result.json").read_text())
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [row.get("train/loss", row.get("val/loss")) for row in rows]
+    for name in ("eight", "pmap"):
+        assert losses[name] == pytest.approx(losses["one"], rel=1e-5)
+        assert results[name]["metrics"]["count"] == results["one"]["metrics"]["count"] == 37
+        assert results[name]["metrics"]["confusion"] == results["one"]["metrics"]["confusion"]
+
+
+@pytest.mark.slow
 def test_runs_killed_at_20_random_moments_end_bit_equal_to_an_unbroken_one(tmp_path):
     """SIGKILL while importing, compiling, stepping, evaluating, saving or writing results; the same command goes on."""
     # Fine-tuning with many evaluations and saves, so that the kills meet all of them.
