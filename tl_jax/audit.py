@@ -134,13 +134,15 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def to_table(audit: Mapping[str, Any]) -> Table:
     """The audit for the console: parameters folded by block, for a screen instead of a scroll."""
-    totals = audit["totals"]
+    totals, card = audit["totals"], audit["card"]
     share = 100 * totals["trainable"] / totals["parameters"]
     table = Table(
         title=f"transfer audit: {audit['card']['model']}",
         caption=(
             f"{totals['trainable']:,} of {totals['parameters']:,} parameters train ({share:.2f} %), "
-            f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values"
+            f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values\n"
+            f"input {card['input_size']} px, {card['interpolation']}, crop {card['crop']:g}, mean {card['mean']}, std {card['std']}\n"
+            + ", ".join(f"{split} {facts['examples']:,} examples" for split, facts in audit["data"].items())
         ),
         box=box.SIMPLE_HEAD,
     )
