@@ -1,11 +1,10 @@
 """The front door: python launch.py --config configs/NAME.py[:ARGUMENT] [--config.option=value ...] [--workdir W]
 
-Exit codes: 0 done; 2 the config, the data or the workdir does not fit (one message says how); 75 stopped by SIGTERM
-with everything saved, start the same command again; 1 anything else.
+configs/transfer.py lists all options. Exit codes: 0 done; 2 the config, the data or the workdir does not fit (one
+message says how); 75 stopped by SIGTERM or Ctrl-C with everything saved, start the same command again; 1 anything else.
 """
 
 import difflib
-import json
 import os
 import pathlib
 import re
@@ -23,9 +22,13 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an err
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"arguments that are no flags: {argv[1:]}; every option reads --config.NAME=VALUE")
-    # The imports take seconds: flags are checked first.
-    from tl_jax import metrics, train
+        sys.exit(
+            bad_input(f"{argv[1:]} are no flags; write --config configs/NAME.py, and options as --config.NAME=VALUE")
+        )
+    from tl_jax import preemption
+
+    stop_requested = preemption.watch()  # before the imports that take seconds
+    from tl_jax import metrics
     from tl_jax.logging import say
     from tl_jax.studies import compare
 
@@ -34,17 +37,20 @@ def main(argv: list[str]) -> None:
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = pathlib.Path(WORKDIR.value or f"workdirs/{pathlib.Path(path).stem}")
     try:
-        report = compare.compare(CONFIG.value, workdir)
+        report = compare.compare(CONFIG.value, workdir, stop_requested)
     except (ValueError, OSError, FloatingPointError) as error:
         if TRACEBACK.value:
             raise
         sys.exit(bad_input(error))
-    except train.Preempted as stop:
-        say(str(stop))
-        sys.exit(train.EXIT_PREEMPTED)
-    say(metrics.format_table(json.loads((workdir / "result.json").read_text())["metrics"]))
-    if len(report["accuracy"]) > 1 or len(report["seeds"]) > 1:
-        say(compare.to_table(report))
+    except preemption.Preempted as stop:
+        say(f"{stop}; everything is saved, the same command goes on from there")
+        sys.exit(preemption.EXIT_CODE)
+    result = report["result"]
+    say(metrics.format_table(result["metrics"], of=f"seed {CONFIG.value.seed}, {result['data']}"))
+    if result["chosen_on_scored_split"]:
+        say("The checkpoint was chosen on the split scored here: these numbers are optimistic (name a data.test)")
+    if report["comparison"]:
+        say(compare.to_table(report["comparison"]))
     say(f"everything of this run: {workdir.resolve()}")
 
 
@@ -61,12 +67,14 @@ def parse_flags(argv: list[str]) -> list[str]:
         if misspelt := re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text):
             text = f"the config has no option {misspelt[2]!r} (did you mean {misspelt[1]!r}?)"
         elif isinstance(error, AttributeError | KeyError):
-            text = f"the config has no option {text.strip(chr(34))}"
+            text = f"the config has no option {text.strip(chr(34))} (an empty section is set whole: NAME='{{...}}')"
         elif missing := re.search(r"No such file or directory: '(.*)'", text):
             near = difflib.get_close_matches(missing[1], map(str, pathlib.Path("configs").glob("*.py")), n=1)
             text = f"there is no config {missing[1]}" + (f" (did you mean {near[0]!r}?)" if near else "")
         elif "Traceback" in text:  # what get_config raised, as text
             text = text.strip().splitlines()[-1].partition(": ")[2]
+        if not any(argument.startswith("--config") for argument in argv):
+            text = "which experiment? give --config configs/NAME.py"
         sys.exit(bad_input(text))
 
 

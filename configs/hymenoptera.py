@@ -15,8 +15,7 @@ def get_config(arg: str = ""):
         config.data.augment = (("random_resized_crop", {"scale": (0.35, 1.0)}), ("flip", {}))
         config.batch_size = 32
         config.total = (5.0, "epochs")
-        config.lr = 3e-5
+        config.lr = 1e-5
         config.groups = {"head": {"lr_mult": 300.0}}
         config.schedule.warmup = (0.5, "epochs")
-        config.select = "best_val"
     return transfer.parse(config, arg)

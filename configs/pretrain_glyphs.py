@@ -15,6 +15,7 @@ def get_config(arg: str = ""):
         config.data.augment = (("translation", {"fraction": 0.1}), ("rotation", {"degrees": 10.0}))
         config.model.head_init = "lecun"
         config.model.image_size = 16  # twice the side of a digit: four times faster than the 32 of CIFAR
+        config.data.card = {"licence": "Apache-2.0"}
         config.batch_size = 128
         config.eval_batch_size = 512
         config.total = (15.0, "epochs")

@@ -9,7 +9,6 @@ such as --config.lr=0.01 or --config.schedule.name=linear.
 import ast
 import difflib
 import functools
-import re
 
 from ml_collections import ConfigDict
 
@@ -89,7 +88,7 @@ def parse(config: ConfigDict, arg: str) -> ConfigDict:
     Raises ValueError that lists every key that does not exist, with its nearest neighbour.
     """
     known, problems = {**_options(config), **dict.fromkeys(SHORT)}, []
-    for item in filter(None, re.split(r",(?![^(]*\))", arg)):  # commas inside brackets belong to the value
+    for item in _items(arg):
         key, equals, value = item.partition("=")
         if not equals or key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -102,10 +101,24 @@ def parse(config: ConfigDict, arg: str) -> ConfigDict:
         try:
             owner[name] = value if isinstance(owner[name], str) else ast.literal_eval(value)
         except (ValueError, SyntaxError, TypeError):
-            problems.append(f"{item!r} does not have the type of the default, {owner[name]!r}")
+            default = owner[name].to_dict() if isinstance(owner[name], ConfigDict) else owner[name]
+            problems.append(f"{item!r} does not have the type of the default, {default!r}")
     if problems:
         raise ValueError(f"config argument {arg!r}: {'; '.join(problems)}; short keys: {', '.join(SHORT)}")
     return config.lock()
+
+
+def _items(arg: str) -> list[str]:
+    """Cuts at the commas that stand outside brackets and quotes."""
+    pieces, depth, quote = [""], 0, ""
+    for character in arg:
+        quote = "" if character == quote else quote or (character if character in "'\"" else "")
+        depth += 0 if quote else (character in "([{") - (character in ")]}")
+        if character == "," and not depth and not quote:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return [piece for piece in pieces if piece]
 
 
 def _options(config: ConfigDict, prefix: str = "") -> dict:

@@ -37,7 +37,7 @@ def launch(*args, **kwargs):
 def test_the_smoke_config_runs_and_prints_audit_progress_and_result(tmp_path):
     code, output = launch(*SMOKE, "--workdir", tmp_path / "w")
     assert code == 0, output
-    for part in ("transfer audit", "650 of", "step 4/4", "images/s", "accuracy", str(tmp_path / "w")):
+    for part in ("transfer audit", "650 of", "step 4/4", "val accuracy", "images/s", "seed 0, digits test[:20%]"):
         assert part in output
     assert "Warning" not in output and "Traceback" not in output
 
@@ -52,7 +52,8 @@ def test_the_smoke_config_runs_and_prints_audit_progress_and_result(tmp_path):
         ([*SMOKE, "--config.data.source=folder:/nowhere/at/all"], "/nowhere/at/all"),
         ([*SMOKE, "--config.batch_size=many"], "batch_size"),
         (["--config", "configs/smoke.py:batch_size=many"], "does not have the type"),
-        ([], "--config must have a value"),
+        ([], "give --config configs/NAME.py"),
+        (["configs/smoke.py"], "give --config configs/NAME.py"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(tmp_path, args, message):
@@ -66,7 +67,11 @@ def test_arms_and_seeds_are_compared_in_pairs(tmp_path):
     code, output = launch(*SMOKE, *arms, "--workdir", tmp_path / "w")
     assert code == 0, output
     report = json.loads((tmp_path / "w" / "comparison.json").read_text())
-    assert report["seeds"] == [0, 1] and set(report["accuracy"]) == {"transfer", "baseline"}
+    assert (
+        report["seeds"] == [0, 1]
+        and report["data"] == "digits test[:20%]"
+        and set(report["accuracy"]) == {"transfer", "baseline"}
+    )
     for arm, folders in {
         "transfer": ["", "runs/transfer-seed1"],
         "baseline": ["runs/baseline-seed0", "runs/baseline-seed1"],
@@ -129,4 +134,4 @@ def test_sigterm_ends_with_code_75_and_the_same_command_finishes(tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     output, _ = process.communicate()
-    assert process.returncode == 75 and "stopped by SIGTERM" in output, output
+    assert process.returncode == 75 and "the same command goes on from there" in output, output

@@ -1,9 +1,7 @@
 """One run, end to end: what it leaves, that it resumes bit for bit, and what it refuses."""
 
 import json
-import os
 import pathlib
-import signal
 
 import numpy as np
 import pytest
@@ -13,7 +11,8 @@ from tl_jax import formats
 from tl_jax import train as trainer
 from tl_jax.checkpoint import Checkpoints
 from tl_jax.data import pipeline
-from tl_jax.train import Preempted, train
+from tl_jax.preemption import Preempted
+from tl_jax.train import train
 
 FILES = {
     "config.json", "audit.json", "metrics.jsonl", "timing.jsonl", "result.json", "predictions.npz", "model.safetensors",
@@ -124,18 +123,25 @@ def test_a_run_that_crashed_three_times_ends_bit_equal_to_an_unbroken_one(finish
     assert remains(tmp_path / "w") == remains(finished[0])
 
 
-def test_sigterm_saves_the_step_and_the_same_command_goes_on(finished, tmp_path, monkeypatch):
-    crash_at(monkeypatch, {2}, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match="after step 3 of 4"):
-        train(make_config(), tmp_path / "w")
-    assert signal.getsignal(signal.SIGTERM) is before
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_a_request_to_stop_saves_the_step_and_the_same_command_goes_on(finished, tmp_path, monkeypatch, step):
+    asked = []
+    crash_at(monkeypatch, {step}, lambda: asked.append(True))
+    with pytest.raises(Preempted, match=f"after step {step + 1} of 4"):
+        train(make_config(), tmp_path / "w", stop_requested=lambda: bool(asked))
     with Checkpoints(tmp_path / "w" / "checkpoints") as checkpoints:
-        assert checkpoints.steps()[-1] == 3
+        assert checkpoints.steps()[-1] == step + 1
     train(make_config(), tmp_path / "w")
     ours, reference = remains(tmp_path / "w"), remains(finished[0])
-    ours.pop("checkpoints"), reference.pop("checkpoints")  # step 3 has one more, the rest must be equal
+    ours.pop("checkpoints"), reference.pop("checkpoints")  # there may be one more; the rest must be equal
     assert ours == reference
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_may_start_over_with_other_options(tmp_path, monkeypatch):
+    crash_at(monkeypatch, {0}, crash)
+    with pytest.raises(Crash):
+        train(make_config(), tmp_path / "w")
+    assert train(make_config(lr=0.5), tmp_path / "w")["step"] in (2, 4)
 
 
 def test_worker_processes_change_the_speed_and_nothing_else(finished, tmp_path):

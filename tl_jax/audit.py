@@ -36,7 +36,7 @@ def norm_policies(batch_stats: Any, labels: Mapping[str, str], rules: trees.Rule
         }
     if wrong := sorted({policy for _, policy in rules} - {FROZEN, "update"}):
         raise ValueError(f"unknown norm policies {wrong}; known: frozen, update")
-    if rules and not layers:
+    if not layers:
         raise ValueError(f"norm rules {list(rules)}, but the network has no running statistics; remove the rules")
     return {path: match.value for path, match in trees.match_rules(layers, rules, "norm layer").items()}
 
@@ -101,7 +101,7 @@ def make_audit(
     }
 
 
-def labels_fingerprint(audit: Mapping[str, Any]) -> dict[str, str]:
+def labels_table(audit: Mapping[str, Any]) -> dict[str, str]:
     """What must be equal for a checkpoint to fit: `{path: shape and group}` and `{path: shape and policy}`."""
     rows = {row["path"]: f"{row['shape']} {row['group']}" for row in audit["parameters"]}
     return rows | {row["path"]: f"{row['shape']} statistics {row['policy']}" for row in audit["statistics"]}
@@ -141,7 +141,8 @@ def to_table(audit: Mapping[str, Any]) -> Table:
         caption=(
             f"{totals['trainable']:,} of {totals['parameters']:,} parameters train ({share:.2f} %), "
             f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values\n"
-            f"input {card['input_size']} px, {card['interpolation']}, crop {card['crop']:g}, mean {card['mean']}, std {card['std']}\n"
+            f"input {card['input_size']} px, {card['interpolation']}, crop {card['crop']:g}, "
+            f"mean {card['mean']}, std {card['std']}\n"
             + ", ".join(f"{split} {facts['examples']:,} examples" for split, facts in audit["data"].items())
         ),
         box=box.SIMPLE_HEAD,

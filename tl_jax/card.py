@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+PIXELS = ("input_size", "mean", "std", "interpolation", "crop", "colour")  # the fields that decide what weights see
+
 
 @dataclasses.dataclass(frozen=True)
 class Card:
@@ -46,7 +48,7 @@ class Card:
         return dataclasses.replace(self, **fields)
 
     def override(self, fields: Mapping[str, Any], allowed: bool) -> "Card":
-        """A copy with `fields` in place of the card's; ValueError where they contradict it and `allowed` is False."""
+        """A copy with other `fields`; ValueError where one of them is in PIXELS, differs, and `allowed` is False."""
         own = dataclasses.asdict(self)
         if unknown := sorted(set(fields) - set(own)):
             raise ValueError(f"a weight card has no {', '.join(unknown)}; its fields: {', '.join(own)}")
@@ -54,7 +56,7 @@ class Card:
         clashes = [
             f"  {key}: the card says {own[key]!r}, the config {value!r}"
             for key, value in fields.items()
-            if own[key] != value
+            if own[key] != value and key in PIXELS
         ]
         if clashes and not allowed:
             raise ValueError(

@@ -51,7 +51,8 @@ class RunLog:
             }
             for name, path in self._paths.items():
                 path.write_text("".join(json.dumps(row) + "\n" for row in kept[name]))
-        self._clock, self._step, self._total = time.perf_counter(), start, total_steps
+        self._clock = self._began = time.perf_counter()
+        self._start, self._total = start, total_steps
         self._verbose = verbose and self._writes
         self._progress = self._make_progress(start) if CONSOLE.is_terminal and self._verbose else None
 
@@ -70,18 +71,23 @@ class RunLog:
         self.rows.append(row)
         self._append("metrics", row)
 
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
+        """Writes and shows what an evaluation on val gave."""
+        self.write(step, {f"val/{name}": value for name, value in scores.items()})
+        if self._verbose:
+            say(f"step {step}/{self._total}  " + "  ".join(f"val {name} {value:.4g}" for name, value in scores.items()))
+
     def progress(self, step: int, metrics: Mapping[str, float], examples: float) -> None:
         """Shows the bar (or, without a terminal, a line) and times the steps since the last call."""
         now = time.perf_counter()
-        seconds, done = now - self._clock, step - self._step
-        self._clock, self._step = now, step
+        seconds, self._clock = now - self._clock, now
         rate = examples / seconds
         self._append("timing", {"step": step, "seconds": round(seconds, 4), "images_per_second": round(rate, 1)})
-        text = " ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())
+        text = "  ".join(f"{name} {metrics[f'train/{name}']:.4g}" for name in ("loss", "accuracy"))
         if self._progress:
             self._progress.update(self._task, completed=step, text=text, rate=f"{rate:,.0f} images/s")
         elif self._verbose:
-            left = (self._total - step) * seconds / max(done, 1)
+            left = (self._total - step) * (now - self._began) / (step - self._start)  # evaluations included
             say(f"step {step}/{self._total}  {text}  {rate:,.0f} images/s  {left:,.0f} s left")
 
     @contextlib.contextmanager

@@ -6,6 +6,7 @@ definitions.
 
 import argparse
 import json
+import sys
 import zipfile
 from typing import NamedTuple
 
@@ -141,9 +142,8 @@ def paired_difference(
             raise ValueError(f"unknown metric {metric!r}; known: {known}")
         return of_a[metric] - of_b[metric]
 
-    value = difference(np.ones((len(order), 1), np.float32))[0]
     samples = np.concatenate([difference(weights) for weights in _resample(len(order), resamples, seed)])
-    return _interval(value, samples, level)
+    return _interval(_point(a)[metric] - _point(b)[metric], samples, level)
 
 
 def confusion(predictions: Predictions) -> np.ndarray:
@@ -246,10 +246,10 @@ def _weighted(predictions, weights) -> dict:
     """All metrics but AUC on examples weighted by [N, B]: scalars [B] and per-class [B, K]; NaN where undefined."""
     labels, predicted, log_p = predictions.labels, predictions.logits.argmax(1), _log_probabilities(predictions)
     classes, total, hit = log_p.shape[1], weights.sum(axis=0), predicted == labels
-    accuracy = hit.astype(np.float32) @ weights / total
+    accuracy = hit.astype(np.float64) @ weights / total
     result = {"accuracy": accuracy, **{f"{name}_micro": accuracy for name in ("precision", "recall", "f1")}}
     if classes > 5:
-        result["top5"] = _in_top(predictions, 5).astype(np.float32) @ weights / total
+        result["top5"] = _in_top(predictions, 5).astype(np.float64) @ weights / total
     true_positive = _group_sum(labels[hit], classes, weights, np.flatnonzero(hit)).astype(np.float64)
     support, guessed = _group_sum(labels, classes, weights), _group_sum(predicted, classes, weights)
     denominators = {"precision": guessed, "recall": support, "f1": (support + guessed) / 2}
@@ -293,11 +293,11 @@ def _interval(value, samples, level):
     return {"value": None if np.isnan(value) else float(value), "low": low, "high": high}
 
 
-def format_table(summary: dict) -> rich.table.Table:
-    """The scalar metrics with their intervals, for a rich console."""
-    title = f"{summary['count']:,} examples, {summary['resamples']:,} resamples"
+def format_table(summary: dict, of: str = "") -> rich.table.Table:
+    """The scalar metrics with their intervals, for a rich console; `of` names the run and the data in the title."""
+    title = f"{of}{': ' if of else ''}{summary['count']:,} examples, {summary['resamples']:,} resamples"
     table = rich.table.Table("metric", box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
-    for header in ("value", f"{summary['level']:.0%} interval"):
+    for header in ("value", f"{100 * summary['level']:g} % interval"):
         table.add_column(header, justify="right")
     for name, entry in summary.items():
         if isinstance(entry, dict):
@@ -320,7 +320,8 @@ def format_classes(summary: dict, limit: int = 20) -> rich.table.Table:
 
 
 def _cells(entry):
-    value, low, high = ("-" if entry[name] is None else f"{entry[name]:.4f}" for name in ("value", "low", "high"))
+    numbers = [entry[name] for name in ("value", "low", "high")]
+    value, low, high = ("-" if x is None else f"{x:.4f}" if abs(x) < 1e4 else f"{x:.4g}" for x in numbers)
     return value, f"{low} .. {high}"
 
 
@@ -336,8 +337,10 @@ def main(argv=None) -> None:
     try:
         predictions = load_predictions(options.path)
         summary = summarize(predictions, resamples=options.resamples, level=options.level, seed=options.seed)
+    except FileNotFoundError:
+        sys.exit(f"error: there is no {options.path}; a finished run leaves predictions.npz in its workdir")
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        sys.exit(f"error: {error}")
     if options.json:
         print(json.dumps(summary, indent=2))
     else:

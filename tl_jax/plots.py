@@ -38,6 +38,14 @@ STYLE = {
 }
 
 
+def draw_run(rows: list[dict], predictions: metrics.Predictions, folder) -> None:
+    """All figures of one run, as PNG files in its folder; rows as in metrics.jsonl."""
+    learning_curves(rows, folder / "learning_curves.png")
+    confusion_matrix(predictions, folder / "confusion_matrix.png")
+    reliability(predictions, folder / "reliability.png")
+    feature_map(predictions, folder / "feature_map.png")
+
+
 def learning_curves(rows: list[dict], path) -> None:
     """Loss and accuracy against the step, training and validation; rows as in metrics.jsonl, any key may be missing."""
     with _figure(path, (7.2, 2.9), columns=2) as (_, axes):

@@ -70,7 +70,7 @@ def load(
 
 def load_with_origins(
     name: str,
-    path: str | pathlib.Path | None,
+    path: str | pathlib.Path | None = "",
     num_classes: int | None = None,
     *,
     image_size: int | None = None,
@@ -257,8 +257,14 @@ def inspect(path: str | pathlib.Path) -> str:
     width = max(map(len, tensors))
     lines = [f"{key:<{width}}  {value.dtype!s:<8}  {list(value.shape)}" for key, value in tensors.items()]
     lines += [f"{len(tensors)} tensors, {sum(value.size for value in tensors.values()):,} numbers"]
-    lines += [f"fits {name}, layout {layout}" for name, layout in candidates(tensors)] or ["fits no known model"]
-    lines += [f"card {metadata[CARD_KEY]}" if CARD_KEY in metadata else "no card"]
+    if CARD_KEY in metadata:
+        return "\n".join([*lines, f"card {metadata[CARD_KEY]}"])
+    for name, layout in candidates(tensors):
+        card = models.get(name).card
+        lines += [
+            f"fits {name} (layout {layout}), which takes {card.input_size} px with mean {card.mean}, std {card.std}"
+        ]
+    return "\n".join([*lines, "no card" if lines[-1].startswith("fits") else "fits no known model; no card"])
     return "\n".join(lines)
 
 

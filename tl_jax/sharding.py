@@ -81,6 +81,6 @@ def check_batch_size(batch_size: int, accumulate: int, device_count: int) -> Non
     """Raises ValueError unless every device gets the same number of examples in every part of a step."""
     if batch_size % (device_count * accumulate):
         raise ValueError(
-            f"batch_size={batch_size} does not divide into {device_count} devices x accumulate={accumulate}; "
+            f"batch_size={batch_size} does not divide into {device_count} device(s) x accumulate={accumulate}; "
             f"use a multiple of {device_count * accumulate}"
         )

@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import math
 import pathlib
-import signal
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +17,9 @@ from tl_jax.checkpoint import Checkpoints
 from tl_jax.data import pipeline, sources
 from tl_jax.logging import RunLog, say
 from tl_jax.methods import Method, finetune
+from tl_jax.preemption import Preempted
 
-EXIT_PREEMPTED = 75  # what launch.py exits with after SIGTERM: saved, start the same command again
 SPEED_ONLY = ("data.workers",)  # options that change no number, and so may differ when a run is resumed
-
-
-class Preempted(Exception):
-    """SIGTERM came; the state is saved and the same command resumes it."""
 
 
 class Run(NamedTuple):
@@ -40,12 +37,18 @@ class Run(NamedTuple):
     audit: dict[str, Any]
 
 
-def train(config: ConfigDict, workdir: str | pathlib.Path, *, verbose: bool = True) -> dict[str, Any]:
-    """Runs one experiment, or resumes it, or returns the result that is there; `write_results` lists what it leaves.
+def train(
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    verbose: bool = True,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Runs one experiment, or resumes it, or returns the result that is there.
 
-    Without `verbose` the audit and the progress stay in their files. Raises ValueError for a config that does not fit
-    its data, weights or workdir, before any training; FloatingPointError at a loss that is not finite; Preempted after
-    SIGTERM, with everything saved.
+    Without `verbose` the audit and the progress stay in their files, and no plots are drawn. Raises ValueError for a
+    config that does not fit its data, weights or workdir, before any training; FloatingPointError at a loss that is not
+    finite; Preempted, with everything saved, soon after `stop_requested()` has become true.
     """
     workdir, options = pathlib.Path(workdir), flat_options(config)
     check_workdir(workdir, options)
@@ -75,15 +78,19 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, verbose: bool = Tr
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
 
+    # One size for val and test, so that one program serves both; it pads val, which is scored often, the least.
+    count = len(run.data.get("val", run.data.get("test")))
+    eval_size = parallel.round_up(-(-count // -(-count // config.eval_batch_size)))
+
     def predict(state: steps.TrainState, split: str) -> metrics.Predictions:
-        variables, size = steps.eval_variables(state), parallel.round_up(config.eval_batch_size)
-        return evaluate.predict(eval_fn, variables, run.data[split], parallel, card=run.card, batch_size=size)
+        variables = steps.eval_variables(state)
+        return evaluate.predict(eval_fn, variables, run.data[split], parallel, card=run.card, batch_size=eval_size)
 
     total, in_steps = run.total_steps, {"batch_size": config.batch_size, "train_size": len(run.data["train"])}
     log_every, eval_every = (max(1, optim.to_steps(d, **in_steps)) for d in (config.log_every, config.eval_every))
     frozen, identity = audit.frozen_hashes(run.variables, run.audit), identify(run, options)
     state = parallel.replicate(steps.init_state(run.variables, run.tx, run.labels, config.seed, ema=config.ema > 0))
-    with Checkpoints(workdir / "checkpoints") as checkpoints, catch_sigterm() as stop_requested:
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
         state = resume(checkpoints, state, identity)
         start = int(state.step)
         stream = batches.iterate(start, total, num_workers=config.data.workers)
@@ -93,15 +100,15 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, verbose: bool = Tr
                 if done % log_every == 0 or done == total:
                     check_finite(state, checkpoints)
                     state = log_training(log, state, run.schedule)
-                evaluates, stopping = done % eval_every == 0 or done == total, stop_requested() and done < total
+                evaluates, stopping = done % eval_every == 0 or done == total, stop_requested()
                 if evaluates or stopping:
                     check_finite(state, checkpoints)
                     with log.untimed():
                         if evaluates and "val" in run.data:
-                            log.write(done, {f"val/{k}": v for k, v in evaluate.scores(predict(state, "val")).items()})
+                            log.evaluated(done, evaluate.scores(predict(state, "val")))
                         checkpoints.save(done, state, identity, keep={best_step(log.rows)})
                 if stopping:
-                    raise Preempted(f"stopped by SIGTERM after step {done} of {total}; the same command resumes there")
+                    raise Preempted(f"stopped after step {done} of {total}")
 
         selected = best_step(log.rows) if config.select == "best_val" else total
         if selected != total:
@@ -116,6 +123,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, verbose: bool = Tr
         "data": run.data[split].name,
         "split": split,
         "select": config.select,
+        "chosen_on_scored_split": config.select == "best_val" and split == "val",
         "step": selected,
         "total_steps": total,
         "trainable_parameters": report["totals"]["trainable"],
@@ -124,7 +132,11 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, verbose: bool = Tr
     }
     if jax.process_index() == 0:
         pretrained.export(variables, config.model.name, workdir / "model.safetensors", card=run.card)
-        write_results(workdir, result, report, predictions, log.rows)
+        if verbose:
+            plots.draw_run(log.rows, predictions, workdir)
+        metrics.save_predictions(workdir / "predictions.npz", **predictions._asdict())
+        audit.write_json(workdir / "audit.json", report)
+        audit.write_json(workdir / "result.json", result)  # last: where it lies, the run is whole
     return result
 
 
@@ -138,7 +150,7 @@ def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
         image_size=config.model.image_size or None, head_init=config.model.head_init, seed=config.seed,
     )  # fmt: skip
     card = loaded.card.override(config.data.card.to_dict(), allowed=config.data.override_card)
-    card = card.replace(class_names=class_names)
+    card = card.replace(class_names=class_names, source=f"{card.source or 'random weights'} -> {data['train'].name}")
 
     paths = list(trees.flatten(loaded.variables["params"]))
     rules = finetune.make_rules(config.method.name, paths, config.method.last_k, config.method.rules)
@@ -207,7 +219,7 @@ def identify(run: Run, options: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for a checkpoint to be of this run, as flat tables of plain JSON data."""
     tables = {
         "options": {key: value for key, value in options.items() if key not in SPEED_ONLY},
-        "labels": audit.labels_fingerprint(run.audit),
+        "labels": audit.labels_table(run.audit),
         "class_names": dict(enumerate(run.card.class_names)),
         "card": run.audit["card"],
         "data": {split: facts["fingerprint"] for split, facts in run.audit["data"].items()},
@@ -265,18 +277,8 @@ def check_finite(state: steps.TrainState, checkpoints: Checkpoints) -> None:
 def best_step(rows: list[dict[str, Any]]) -> int | None:
     """The step of the highest val accuracy; among equals the lowest val loss, then the earliest."""
     scored = [row for row in rows if "val/accuracy" in row]
-    return max(scored, key=lambda row: (row["val/accuracy"], -row["val/loss"]))["step"] if scored else None
-
-
-def write_results(workdir: pathlib.Path, result, report, predictions: metrics.Predictions, rows) -> None:
-    """Writes predictions.npz, the proved audit.json, four plots, and, when all is there, result.json."""
-    metrics.save_predictions(workdir / "predictions.npz", **predictions._asdict())
-    audit.write_json(workdir / "audit.json", report)
-    plots.learning_curves(rows, workdir / "learning_curves.png")
-    plots.confusion_matrix(predictions, workdir / "confusion_matrix.png")
-    plots.reliability(predictions, workdir / "reliability.png")
-    plots.feature_map(predictions, workdir / "feature_map.png")
-    audit.write_json(workdir / "result.json", result)
+    order = lambda row: (row["val/accuracy"], -math.inf if row["val/loss"] is None else -row["val/loss"])  # noqa: E731
+    return max(scored, key=order)["step"] if scored else None
 
 
 def flat_options(config: ConfigDict) -> dict[str, Any]:
@@ -290,22 +292,14 @@ def flat_options(config: ConfigDict) -> dict[str, Any]:
 
 
 def check_workdir(workdir: pathlib.Path, options: dict[str, Any]) -> None:
-    """Raises ValueError where the workdir belongs to a run with other options."""
+    """Raises ValueError where the workdir has results or checkpoints of a run with other options."""
     path = workdir / "config.json"
-    old = json.loads(path.read_text()) if path.exists() else options
-    old, new = ({key: value for key, value in table.items() if key not in SPEED_ONLY} for table in (old, options))
+    if not path.exists() or not ((workdir / "result.json").exists() or any(workdir.glob("checkpoints/[0-9]*"))):
+        return  # nothing to protect: a run that ended before its first checkpoint may be started with other options
+    old, new = (
+        {k: v for k, v in table.items() if k not in SPEED_ONLY} for table in (json.loads(path.read_text()), options)
+    )
     if changed := trees.difference(old, new):
         raise ValueError(
             f"{workdir} holds a run with other options; choose another --workdir (there -> now):\n" + "\n".join(changed)
         )
-
-
-@contextlib.contextmanager
-def catch_sigterm():
-    """Yields a function that says whether SIGTERM has come; only the main thread can catch it."""
-    came = []
-    old = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, old)

@@ -1,9 +1,10 @@
 """Two arms, several seeds: the experiment against its baseline, paired by seed."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from rich import box
@@ -12,6 +13,7 @@ from scipy import stats
 
 from tl_jax import audit, metrics, plots, trees
 from tl_jax.logging import say
+from tl_jax.preemption import Preempted
 from tl_jax.train import flat_options, train
 
 
@@ -28,56 +30,70 @@ def arms(config: ConfigDict) -> dict[str, dict[int, ConfigDict]]:
     ]
     if len({config.seed, *config.seeds}) <= len(config.seeds):
         problems.append(
-            f"seed={config.seed} and seeds={tuple(config.seeds)} name a seed twice; seeds are those besides seed"
+            f"seed={config.seed}, seeds={tuple(config.seeds)}: a seed is named twice; seeds are the further ones"
         )
     if problems:
         raise ValueError("; ".join(problems))
-    names = {"transfer": {}} | ({"baseline": dict(config.baseline)} if config.baseline else {})
-    runs = {}
-    for arm, overrides in names.items():
-        runs[arm] = {}
+    overrides = {"transfer": {}} | ({"baseline": dict(config.baseline)} if config.baseline else {})
+    runs: dict[str, dict[int, ConfigDict]] = {arm: {} for arm in overrides}
+    for arm, changes in overrides.items():
         for seed in (config.seed, *config.seeds):
             run = config.copy_and_resolve_references()
-            with run.unlocked():
-                run.seeds, run.baseline = (), ()
-            run.update_from_flattened_dict(overrides)
-            run.seed = seed
-            runs[arm][seed] = run.lock()
+            run.update_from_flattened_dict({**changes, "seed": seed, "seeds": (), "baseline": ()})
+            runs[arm][seed] = run
     return runs
 
 
-def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Runs every arm with every seed and writes comparison.json and comparison.png.
+def compare(
+    config: ConfigDict, workdir: pathlib.Path, stop_requested: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Runs every arm with every seed and returns {"result": of the first run, "comparison": None for a lone run}.
 
-    The first seed of the experiment itself lies in `workdir`, the others in `workdir/runs/ARM-seedN`; a run
-    that has its result is not run again.
+    The first seed of the experiment itself lies in `workdir`, the others in `workdir/runs/ARM-seedN`; a run that
+    has its result is not run again. Several runs leave comparison.json and comparison.png.
     """
-    runs = arms(config)
-    first = (next(iter(runs)), config.seed)
-    results, folders = {}, {}
+    runs, results, folders = arms(config), {}, {}
+    several = len(runs) * len(next(iter(runs.values()))) > 1
     for arm, seeds in runs.items():
         for seed, run in seeds.items():
-            folder = workdir if (arm, seed) == first else workdir / "runs" / f"{arm}-seed{seed}"
+            if stop_requested():
+                raise Preempted(f"stopped before {arm}, seed {seed}")
             opens = seed == config.seed  # each arm shows its first run, the others are one line
-            if opens and len(runs) * len(seeds) > 1:
+            if opens and several:
                 say(f"\n{arm}, seeds {list(seeds)}")
-            results[arm, seed], folders[arm, seed] = train(run, folder, verbose=opens), folder
-            say(f"{arm}, seed {seed}: accuracy {results[arm, seed]['metrics']['accuracy']['value']:.3f} in {folder}")
+            folder = workdir if not results else workdir / "runs" / f"{arm}-seed{seed}"
+            results[arm, seed] = train(run, folder, verbose=opens, stop_requested=stop_requested)
+            folders[arm, seed] = folder
+            if several:
+                say(
+                    f"{arm}, seed {seed}: accuracy {results[arm, seed]['metrics']['accuracy']['value']:.3f} in {folder}"
+                )
+    first = results["transfer", config.seed]
+    if not several:
+        return {"result": first, "comparison": None}
+
     table = {arm: [results[arm, seed]["metrics"]["accuracy"]["value"] for seed in seeds] for arm, seeds in runs.items()}
     report = {
-        "split": results[first]["data"],
-        "seeds": list(runs[first[0]]),
+        "data": first["data"],
+        "seeds": list(runs["transfer"]),
         "accuracy": {arm: {"values": values, **mean_interval(values)} for arm, values in table.items()},
     }
     if "baseline" in table:
-        differences = [a - b for a, b in zip(table["transfer"], table["baseline"], strict=True)]
+        differences = [a - b for a, b in zip(*table.values(), strict=True)]
         report["difference"] = {"values": differences, **mean_interval(differences)}
-        predictions = [metrics.load_predictions(folders[arm, config.seed] / "predictions.npz") for arm in runs]
-        report["difference_on_these_examples"] = metrics.paired_difference(*predictions, resamples=config.resamples)
-    if len(results) > 1:
+        report["difference_by_seed_over_examples"] = {
+            str(seed): metrics.paired_difference(
+                *(metrics.load_predictions(folders[arm, seed] / "predictions.npz") for arm in runs),
+                resamples=config.resamples,
+            )
+            for seed in report["seeds"]
+        }
+    if jax.process_index() == 0:
         audit.write_json(workdir / "comparison.json", report)
-        plots.comparison(table, workdir / "comparison.png")
-    return report
+        plots.comparison(
+            table, workdir / "comparison.png", f"accuracy on {report['data']}, {len(report['seeds'])} seeds"
+        )
+    return {"result": first, "comparison": report}
 
 
 def mean_interval(values: list[float], level: float = 0.95) -> dict[str, float | None]:
@@ -91,9 +107,10 @@ def mean_interval(values: list[float], level: float = 0.95) -> dict[str, float |
 
 def to_table(report: Mapping[str, Any]) -> Table:
     """The comparison for the console."""
-    table = Table(title=f"accuracy on {report['split']}, seeds {report['seeds']}", box=box.SIMPLE_HEAD)
+    title = f"accuracy on {report['data']}, seeds {report['seeds']}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("arm", "mean", "95 % interval", "each seed"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     rows = dict(report["accuracy"])
     if "difference" in report:
         rows["transfer - baseline"] = report["difference"]
