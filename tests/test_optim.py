@@ -132,19 +132,30 @@ def test_no_optimizer_array_exists_for_frozen_leaves():
 
 def test_group_errors_come_together():
     with pytest.raises(ValueError) as error:
-        optim.make_groups(
-            LABELS, Group("adamm", (("momentun", 1),)), {"fsat": {"lr_mult": 2}, "slow": {"wd": 1}, "frozen": {}}
-        )
-    message = str(error.value)
-    for part in (
-        "'fsat'",
-        "did you mean 'fast'",
-        "no field 'wd'",
-        "'frozen' takes no settings",
-        "no optimizer 'adamm'",
-    ):
-        assert part in message
-    with pytest.raises(ValueError, match=r"no argument 'momentun' \(did you mean 'momentum'\?\)"):
-        optim.make_groups(LABELS, Group("sgd", (("momentun", 0.9),)), {})
+        optim.make_groups(LABELS, Group(), {"fsat": {"lr_mult": 2}, "slow": {"wd": 1}, "frozen": {}, "fast": 3})
+    for part in ("'fsat'", "did you mean 'fast'", "no field 'wd'", "'frozen' takes no settings", "are 3; expected"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (Group("adamm"), "no optimizer 'adamm'.*did you mean 'adamw?'"),
+        (Group("sgd", (("momentun", 0.9),)), r"no argument 'momentun' \(did you mean 'momentum'\?\)"),
+        (Group("sgd", (("momentum", "x"),)), "optax cannot run 'sgd'"),
+        (Group("adafactor", (("weight_decay_rate", 0.1),)), "no argument 'weight_decay_rate'"),
+        (Group("lbfgs"), "optax cannot run 'lbfgs'"),
+        (Group(weight_decay=-0.1), "weight_decay=-0.1 is no number >= 0"),
+        (Group(lr_mult="x"), "lr_mult='x' is no number >= 0"),
+        (Group(decay="("), "not a regular expression"),
+        (Group(weight_decay=0.1, decay="kernel"), "matches none of the paths in full, such as 'a/kernel'"),
+    ],
+)
+def test_groups_that_cannot_be_meant_are_refused(group, message):
+    with pytest.raises(ValueError, match=message):
+        optim.make_groups(LABELS, group, {})
+
+
+def test_a_model_without_trainable_parameters_is_refused():
     with pytest.raises(ValueError, match="nothing to train"):
         optim.make_groups({"a": "frozen"}, Group(), {})

@@ -283,7 +283,7 @@ def test_command_line_converts_and_inspects(tmp_path, capsys):
         "layer1.0.conv1.weight",
         "[16, 16, 3, 3]",
         "float32",
-        "fits resnet8_cifar, layout cifar",
+        '"model": "resnet8_cifar"',
         formats.sha256(source),
     ):
         assert text in printed

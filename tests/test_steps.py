@@ -61,7 +61,7 @@ def setup(
         model, finetune.make_method(rules, num_classes=classes, **loss_options), tx, labels,
         axis_name=parallel.axis_name, **IMAGE, **step_options,
     )  # fmt: skip
-    state = steps.init_state(variables, tx, labels, 0, ema=step_options.get("ema", 0) > 0)
+    state = steps.init_state(variables, tx, labels, 0, step_options.get("ema", 0) > 0, model.frozen_norms)
     return jax.tree.map(jnp.array, state), parallel.train(step), parallel, labels, step
 
 
@@ -128,15 +128,21 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
     assert_close(whole.sums, parts.sums)
 
 
-def test_the_moving_average_follows_its_recurrence_over_trainable_leaves_only():
-    averages, labels = None, None
-    for count in range(4):
-        state, labels = run(count, method="linear_probe", ema=0.9)
-        trainable, _ = trees.split(state.params, labels)
-        averages = trainable if averages is None else {p: 0.9 * a + 0.1 * trainable[p] for p, a in averages.items()}
-    assert_close(state.ema, averages)
-    assert state.ema.keys() == {path for path, label in labels.items() if label != "frozen"}
-    assert_close(trees.split(steps.eval_variables(state)["params"], labels)[0], averages)
+@pytest.mark.parametrize("method", ["linear_probe", "last_k", "full"])
+def test_the_moving_average_follows_its_recurrence_over_all_that_moves_and_nothing_else(method):
+    """Averaged parameters need averaged statistics: with raw ones beside them a network can be worse than either."""
+    averages, last_k = None, int(method == "last_k")
+    states = [run(count, method=method, last_k=last_k, ema=0.9)[0] for count in range(4)]
+    flat = [trees.flatten({"params": s.params, "batch_stats": s.batch_stats}) for s in states]
+    moving = {path for path in flat[0] if not np.array_equal(flat[0][path], flat[3][path])}
+    for values in flat:
+        averages = values if averages is None else {p: 0.9 * a + 0.1 * values[p] for p, a in averages.items()}
+    assert states[3].ema.keys() == moving
+    assert_close(states[3].ema, {path: averages[path] for path in moving})
+    evaluated = trees.flatten(steps.eval_variables(states[3]))
+    assert_close(evaluated, {path: averages[path] if path in moving else flat[0][path] for path in flat[0]})
+    for path in evaluated.keys() - moving:
+        np.testing.assert_array_equal(evaluated[path], flat[0][path])
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "pmap"}, {"mode": "pmap", "accumulate": 2}])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from tl_jax import formats
+from tl_jax import formats, workdir
 from tl_jax import train as trainer
 from tl_jax.checkpoint import Checkpoints
 from tl_jax.data import pipeline
@@ -15,9 +15,20 @@ from tl_jax.preemption import Preempted
 from tl_jax.train import train
 
 FILES = {
-    "config.json", "audit.json", "metrics.jsonl", "timing.jsonl", "result.json", "predictions.npz", "model.safetensors",
-    "checkpoints", "learning_curves.png", "confusion_matrix.png", "reliability.png", "feature_map.png",
-}  # fmt: skip
+    ".lock",
+    "config.json",
+    "audit.json",
+    "metrics.jsonl",
+    "timing.jsonl",
+    "result.json",
+    "predictions.npz",
+    "model.safetensors",
+    "checkpoints",
+    "learning_curves.png",
+    "confusion_matrix.png",
+    "reliability.png",
+    "feature_map.png",
+}
 
 
 def make_config(arg="", **changes):
@@ -107,7 +118,7 @@ def crash_at(monkeypatch, steps, action):
 
         return Crashing()
 
-    monkeypatch.setattr(trainer.pipeline, "train_batches", train_batches)
+    monkeypatch.setattr(pipeline, "train_batches", train_batches)
 
 
 def crash():
@@ -159,6 +170,57 @@ def test_evaluation_counts_do_not_depend_on_devices_or_mode(tmp_path, parallel):
     assert train(config, tmp_path / "w")["metrics"]["count"] == 37
 
 
+def test_metrics_come_back_from_the_checkpoint_whatever_became_of_their_file(finished, tmp_path, monkeypatch):
+    crash_at(monkeypatch, {3}, crash)
+    with pytest.raises(Crash):
+        train(make_config(), tmp_path / "w")
+    (tmp_path / "w" / "metrics.jsonl").write_bytes(b'{"step": 1, "val/accuracy": 9}\n\xff{"st')
+    train(make_config(), tmp_path / "w")
+    assert remains(tmp_path / "w") == remains(finished[0])
+
+
+def test_a_workdir_is_held_by_one_process_at_a_time(tmp_path):
+    with workdir.lock(tmp_path / "w"), pytest.raises(ValueError, match="another process is running in"):
+        train(make_config(), tmp_path / "w")
+
+
+def swap_weights(tmp_path):
+    """The embedded weights at a path of their own, and the same file with one number changed."""
+    tensors, metadata = formats.read("tl_jax/assets/glyphs.safetensors")
+    path = tmp_path / "weights.safetensors"
+    formats.write_safetensors(path, tensors, metadata)
+    return path, lambda: formats.write_safetensors(
+        path, {**tensors, "conv1.weight": tensors["conv1.weight"] + 1}, metadata
+    )
+
+
+def swap_data(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "data.npz"
+
+    def write(values):
+        np.savez(
+            path, train_image=values, train_label=np.arange(40) % 4, test_image=values[:8], test_label=np.arange(8) % 4
+        )
+
+    write(rng.integers(0, 256, (40, 8, 8, 3), np.uint8))
+    return path, lambda: write(rng.integers(0, 256, (40, 8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize(("swap", "option"), [(swap_weights, "model.weights"), (swap_data, "data.source")])
+def test_other_bytes_under_the_same_path_are_refused_on_resume(tmp_path, monkeypatch, swap, option):
+    path, exchange = swap(tmp_path)
+    changes = {option: f"arrays:{path}" if option == "data.source" else str(path)}
+    if option == "data.source":
+        changes |= {"data.train": "train[:80%]", "data.val": "train[80%:]", "data.test": "test"}
+    crash_at(monkeypatch, {3}, crash)
+    with pytest.raises(Crash):
+        train(make_config(**changes), tmp_path / "w")
+    exchange()
+    with pytest.raises(ValueError, match=r"another run[\s\S]*(weights|data) \(saved -> now\)"):
+        train(make_config(**changes), tmp_path / "w")
+
+
 def test_another_config_in_the_workdir_is_refused_with_the_difference(finished):
     with pytest.raises(ValueError, match=r"other options.*\n  lr: 0.001 -> 0.5"):
         train(make_config(lr=0.5), finished[0])
@@ -196,10 +258,16 @@ def test_best_val_takes_the_highest_accuracy_then_the_lowest_loss_then_the_earli
         ({"model.weights": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"data.source": "folder:/nowhere"}, "/nowhere"),
         ({"data.card": {"mean": (0.5, 0.5, 0.5)}}, "contradicts the weight card"),
-        ({"data.card": {"maen": 1}}, "no maen"),
+        ({"data.card": {"maen": 1}}, "data.card sets .'maen'."),
         ({"method.name": "rules", "method.rules": (("haed/.*", "head"), (".*", "frozen"))}, "haed"),
-        ({"select": "best"}, "expected last, or best_val"),
+        ({"select": "best"}, "expected one of last, best_val"),
         ({"batch_size": 30}, "use a multiple of 4"),
+        ({"batch_size": 0, "clip": -1.0, "ema": 1.5}, r"batch_size = 0[\s\S]*clip = -1.0"),
+        ({"total": (5,)}, "total = .5.: expected .amount > 0, one of epochs, steps, examples"),
+        ({"model.dtype": "bfloat"}, "expected one of float32, bfloat16"),
+        ({"method.rules": ("head/.*", "head")}, "expected pairs of strings"),
+        ({"data.data_dir": "/x"}, "belongs to tfds sources"),
+        ({"schedule.name": "cosin"}, "did you mean 'cosine'"),
         ({"data.val": "", "data.test": ""}, "to score on"),
         ({"method.norm": (("backbone/.*", "froze"),)}, "known: frozen, update"),
         ({"groups": {"haed": {"lr_mult": 2.0}}}, "did you mean 'head'"),

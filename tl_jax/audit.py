@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import os
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -123,13 +121,6 @@ def prove(audit: Mapping[str, Any], before: Mapping[str, str], after: Mapping[st
         )
     proof = {"frozen_leaves": len(before), "bit_equal": True, "sha256": trees.fingerprint(after), "hashes": dict(after)}
     return {**audit, "proof": proof}
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the whole new one, never a part."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def to_table(audit: Mapping[str, Any]) -> Table:

@@ -12,10 +12,11 @@ from tl_jax import trees
 
 
 class Restored(NamedTuple):
-    """A checkpoint that was read and found intact, and the steps of newer ones that were not."""
+    """A checkpoint that was read and found intact, and what is wrong with the newer ones that were not."""
 
     step: int
     state: Any
+    meta: dict[str, Any]
     damaged: list[str]
 
 
@@ -58,20 +59,27 @@ class Checkpoints:
                 f"no room for the checkpoint of step {step} in {self._folder}: it needs {needed:,} bytes, {free:,} are "
                 f"free. Make room and start the same command again; it resumes from step {max(self.steps(), default=0)}"
             )
-        meta = {**meta, "hashes": trees.leaf_hashes(state)}
+        meta = {**meta, "step": step, "hashes": trees.leaf_hashes(state)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         older = self.steps()
-        self._manager.save(step, args=items)
+        if not self._manager.save(step, args=items):
+            raise ValueError(
+                f"{self._folder} has checkpoints beyond step {step}, {older[-1:]}: they are not of this run"
+            )
         for old in older[:-1]:
             if old not in keep and old != step:
                 self._manager.delete(old)
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON data of a checkpoint; raises ValueError where it cannot be read."""
+        name = f"checkpoint {self._folder / str(step)}"
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         except Exception as error:
-            raise ValueError(f"checkpoint {self._folder / str(step)} cannot be read: {_first_line(error)}") from error
+            raise ValueError(f"{name} cannot be read: {_first_line(error)}") from error
+        if not isinstance(meta, dict) or meta.get("step") != step:
+            raise ValueError(f"{name} is damaged: its meta data are not those of step {step}")
+        return meta
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of a step, with the structure, shapes and placement of `like`.
@@ -107,7 +115,7 @@ class Checkpoints:
                 continue
             for newer in [s for s in self.steps() if s > step]:
                 self._manager.delete(newer)
-            return Restored(step, state, damaged)
+            return Restored(step, state, self.meta(step), damaged)
         if damaged:
             listing = "\n".join(damaged)
             raise ValueError(

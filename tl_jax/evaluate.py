@@ -6,30 +6,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from tl_jax.data.pipeline import eval_batches
-from tl_jax.data.sources import Source
+from tl_jax.data.pipeline import EvalBatches
 from tl_jax.metrics import Predictions, make_predictions
 from tl_jax.sharding import Parallel
 
 
-def predict(
-    eval_fn: Callable, variables: Mapping[str, Any], source: Source, parallel: Parallel, *, card, batch_size: int
-) -> Predictions:
-    """Logits, labels and features of every example of `source`, in its order, on every process.
+def predict(eval_fn: Callable, variables: Mapping[str, Any], batches: EvalBatches, parallel: Parallel) -> Predictions:
+    """Logits, labels and features of every example of the batches' source, in its order, on every process.
 
     eval_fn: from `Parallel.evaluate`. The last batch is padded and its padding dropped by a mask; raises RuntimeError
     unless each example was seen exactly once.
     """
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    logits, features, indices, labels, masks = [], [], [], [], []
-    for batch in eval_batches(source, card=card, batch_size=batch_size, **hosts):
+    source = batches.source
+    columns: list[tuple] = []
+    for batch in batches:
         batch = parallel.put_batch(batch)
-        outputs = eval_fn(variables, batch["image"])
+        logits, features = eval_fn(variables, batch["image"])
         facts = parallel.gather((batch["index"], batch["label"], batch["mask"]))
-        for column, value in zip((logits, features, indices, labels, masks), (*outputs, *facts), strict=True):
-            column.append(value)
-    logits, features, indices, labels, masks = (np.concatenate([np.asarray(x) for x in column]) for column in
-                                                (logits, features, indices, labels, masks))  # fmt: skip
+        columns.append(jax.device_get((logits, features, *facts)))
+    logits, features, indices, labels, masks = (np.concatenate(column) for column in zip(*columns, strict=True))
     seen = indices[masks]
     if not np.array_equal(np.sort(seen), np.arange(len(source))):
         raise RuntimeError(

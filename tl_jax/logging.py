@@ -13,6 +13,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tl_jax.workdir import write_text
+
 CONSOLE = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 
 
@@ -22,35 +24,24 @@ def say(message: Any) -> None:
         CONSOLE.print(message)
 
 
-def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; a last line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 class RunLog:
     """Rows of one run and its progress bar.
 
-    metrics.jsonl holds what the seed determines, timing.jsonl what the machine does. Starting at a step cuts
-    both files back to it, so that a resumed run leaves the same metrics.jsonl as an unbroken one.
+    metrics.jsonl holds what the seed determines, timing.jsonl what the machine does. A run that goes on from a
+    checkpoint hands in that checkpoint's `rows`, and metrics.jsonl starts as these: whatever became of the file, a
+    resumed run leaves the same one as an unbroken run.
     """
 
-    def __init__(self, workdir: pathlib.Path, start: int, total_steps: int, verbose: bool = True):
+    def __init__(
+        self, workdir: pathlib.Path, rows: list[dict[str, Any]], start: int, total_steps: int, verbose: bool = True
+    ):
         self._writes = jax.process_index() == 0
         self._paths = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timing")}
-        self.rows = [row for row in read_jsonl(self._paths["metrics"]) if row["step"] <= start]
+        self.rows = list(rows)
         if self._writes:
-            kept = {
-                "metrics": self.rows,
-                "timing": [r for r in read_jsonl(self._paths["timing"]) if r["step"] <= start],
-            }
-            for name, path in self._paths.items():
-                path.write_text("".join(json.dumps(row) + "\n" for row in kept[name]))
+            write_text(self._paths["metrics"], "".join(json.dumps(row) + "\n" for row in rows))
+            if not start:
+                write_text(self._paths["timing"], "")
         self._clock = self._began = time.perf_counter()
         self._start, self._total = start, total_steps
         self._verbose = verbose and self._writes

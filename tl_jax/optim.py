@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ def to_steps(duration: Duration, *, batch_size: int, train_size: int) -> int:
     """
     amount, unit = duration
     examples_each = {"steps": batch_size, "examples": 1, "epochs": train_size}
-    if unit not in examples_each or amount < 0:
+    if unit not in examples_each or not 0 <= amount < math.inf:
         raise ValueError(f"duration {duration!r}: expected (amount >= 0, one of {', '.join(examples_each)})")
     return math.ceil(amount * examples_each[unit] / batch_size - 1e-9)
 
@@ -70,8 +71,14 @@ def make_schedule(
         raise ValueError(f"unknown schedule {name!r}{nearest(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}")
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(f"warm-up of {warmup_steps} steps does not fit into {total_steps} steps in total")
-    _check_args(f"schedule {name!r}", SCHEDULES[name], args or {})
-    shape = SCHEDULES[name](peak, total_steps - warmup_steps, **(args or {}))
+    args = dict(args or {})
+    _check_args(f"schedule {name!r}", SCHEDULES[name], args)
+    flat = [x for value in args.values() for x in (value if isinstance(value, list | tuple) else [value])]
+    if not all(isinstance(x, Real) and x >= 0 for x in flat) or not all(0 < x < 1 for x in args.get("milestones", ())):
+        raise ValueError(
+            f"schedule {name!r} with {args}: expected numbers >= 0, and milestones as fractions between 0 and 1"
+        )
+    shape = SCHEDULES[name](peak, total_steps - warmup_steps, **args)
 
     def schedule(count):
         count = jnp.asarray(count, jnp.float32)
@@ -102,39 +109,78 @@ def make_groups(
 ) -> dict[str, Group]:
     """The settings of every trainable group that `labels` uses: `default` with the group's overrides.
 
-    Raises one ValueError for overrides of groups that no parameter is in, unknown fields, optimizers and arguments.
+    Raises one ValueError for overrides of groups that no parameter is in, unknown fields, values that cannot be meant,
+    optimizers that optax cannot run, and decay patterns that decay nothing.
     """
     used = sorted(set(labels.values()) - {FROZEN})
-    problems = []
-    if not used:
-        problems.append(
-            "  every parameter is frozen: nothing to train; let a rule give at least one path another group"
-        )
+    problems = [] if used else ["every parameter is frozen: nothing to train; give at least one path another group"]
     for name, fields in overrides.items():
-        if name == FROZEN:
-            problems.append("  'frozen' takes no settings: its parameters are never trained")
-        elif name not in used:
-            problems.append(
-                f"  settings for group {name!r}, which no parameter is in{nearest(name, used)}; groups in use: {used}"
-            )
-        problems += [
-            f"  group {name!r} has no field {field!r}{nearest(field, Group._fields)}; it has {', '.join(Group._fields)}"
-            for field in fields
-            if field not in Group._fields
-        ]
-    groups = {
-        name: default._replace(**{k: v for k, v in overrides.get(name, {}).items() if k in Group._fields})
-        for name in used
-    }
-    for name, group in groups.items():
-        groups[name] = group = group._replace(args=tuple(sorted(dict(group.args).items())))
-        try:
-            _check_args(f"group {name!r}: optimizer {group.optimizer!r}", _factory(group.optimizer), dict(group.args))
-        except ValueError as error:
-            problems.append(f"  {error}")
+        problems += _override_problems(name, fields, used)
     if problems:
-        raise ValueError("the optimizer groups do not fit:\n" + "\n".join(problems))
+        raise ValueError("the optimizer groups do not fit:\n  " + "\n  ".join(problems))
+    groups = {}
+    for name in used:
+        group = default._replace(**overrides.get(name, {}))
+        groups[name] = group = group._replace(args=tuple(sorted(dict(group.args).items())))
+        problems += [f"group {name!r}: {problem}" for problem in _group_problems(group)]
+    if not problems:
+        problems = _dead_decays(labels, groups)
+    if problems:
+        raise ValueError("the optimizer groups do not fit:\n  " + "\n  ".join(problems))
     return groups
+
+
+def _override_problems(name: str, fields: Any, used: Sequence[str]) -> list[str]:
+    if name == FROZEN:
+        return ["'frozen' takes no settings: its parameters are never trained"]
+    if name not in used:
+        return [
+            f"settings for group {name!r}, which no parameter is in{nearest(name, used)}; groups in use: {list(used)}"
+        ]
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("args", {}), Mapping):
+        return [f"settings of group {name!r} are {fields!r}; expected {{field: value}}, and args as {{name: value}}"]
+    return [
+        f"group {name!r} has no field {field!r}{nearest(field, Group._fields)}; it has {', '.join(Group._fields)}"
+        for field in fields
+        if field not in Group._fields
+    ]
+
+
+def _group_problems(group: Group) -> list[str]:
+    """What is wrong with one group by itself; the last check lets optax make and trace the optimizer."""
+    numbers = {"lr_mult": group.lr_mult, "weight_decay": group.weight_decay}
+    if wrong := [
+        f"{key}={x!r} is no number >= 0" for key, x in numbers.items() if not isinstance(x, Real) or not x >= 0
+    ]:
+        return wrong
+    try:
+        re.compile(group.decay)
+        _check_args(f"optimizer {group.optimizer!r}", _factory(group.optimizer), dict(group.args))
+    except re.error as error:
+        return [f"decay={group.decay!r} is not a regular expression: {error}"]
+    except ValueError as error:
+        return [str(error)]
+    try:
+        tx = _group_transform(group, lambda count: 0.1 * jnp.ones_like(count))
+        example = {"x/kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+        jax.eval_shape(lambda params: tx.update(params, tx.init(params), params), example)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return [f"optax cannot run {group.optimizer!r} with {dict(group.args)}: {reason}"]
+    return []
+
+
+def _dead_decays(labels: Mapping[str, str], groups: Mapping[str, Group]) -> list[str]:
+    """A pattern of decayed paths that decays nothing is as wrong as a rule that matches nothing."""
+    patterns: dict[str, list[str]] = {}
+    for path, label in labels.items():
+        if label != FROZEN and groups[label].weight_decay:
+            patterns.setdefault(groups[label].decay, []).append(path)
+    return [
+        f"weight_decay is on, but decay={pattern!r} matches none of the paths in full, such as {paths[0]!r}"
+        for pattern, paths in patterns.items()
+        if not any(re.fullmatch(pattern, path) for path in paths)
+    ]
 
 
 def make_optimizer(
@@ -189,7 +235,7 @@ def _factory(name: str):
 
 
 def _check_args(what: str, function, args: Mapping[str, Any]) -> None:
-    reserved = {"learning_rate", "weight_decay", "mask", "weight_decay_mask", "peak", "steps"}
+    reserved = {"learning_rate", "weight_decay", "weight_decay_rate", "mask", "weight_decay_mask", "peak", "steps"}
     allowed = [name for name in inspect.signature(function).parameters if name not in reserved]
     if unknown := [name for name in args if name not in allowed]:
         hints = ", ".join(f"{name!r}{nearest(name, allowed)}" for name in unknown)

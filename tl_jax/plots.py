@@ -43,7 +43,8 @@ def draw_run(rows: list[dict], predictions: metrics.Predictions, folder) -> None
     learning_curves(rows, folder / "learning_curves.png")
     confusion_matrix(predictions, folder / "confusion_matrix.png")
     reliability(predictions, folder / "reliability.png")
-    feature_map(predictions, folder / "feature_map.png")
+    if predictions.features is not None and min(predictions.features.shape) >= 2:  # a plane needs two of each
+        feature_map(predictions, folder / "feature_map.png")
 
 
 def learning_curves(rows: list[dict], path) -> None:

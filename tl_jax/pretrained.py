@@ -37,6 +37,7 @@ class Loaded(NamedTuple):
       origins: {"params/backbone/...": source keys, or "new"} for every leaf of the variables.
       layout: the conversion table that fitted; "" for a random initialisation.
       dropped: keys of the file's classifier which a new head (or none) replaced.
+      sha256: of the file that was read, whatever its card says; "" for a random initialisation.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class Loaded(NamedTuple):
     origins: dict[str, str]
     layout: str
     dropped: tuple[str, ...]
+    sha256: str
 
 
 def load(
@@ -86,7 +88,7 @@ def load_with_origins(
         card = variant.card.replace(num_classes=classes, input_size=image_size or variant.card.input_size)
         model = _make(variant, card, head_init)
         variables = jax.jit(lambda key: model.init(key, _images(card)))(jax.random.key(seed))
-        return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", ())
+        return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
 
     file = hub.resolve(path)
     tensors, metadata = formats.read(file)
@@ -112,7 +114,15 @@ def load_with_origins(
     for key in resampled:
         origins[POS_EMBED] += f" (resampled from {tensors[key].shape[1]} to {shapes[POS_EMBED][1]} tokens)"
     variables = trees.unflatten({leaf: jnp.array(flat[leaf]) for leaf in shapes})
-    return Loaded(model, variables, card, {leaf: origins.get(leaf, "new") for leaf in shapes}, layout, tuple(dropped))
+    return Loaded(
+        model,
+        variables,
+        card,
+        {leaf: origins.get(leaf, "new") for leaf in shapes},
+        layout,
+        tuple(dropped),
+        formats.sha256(file),
+    )
 
 
 def export(

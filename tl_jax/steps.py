@@ -1,6 +1,6 @@
 """The pure steps: TrainState, train_step (the only value_and_grad), eval_step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +16,8 @@ NEVER = jnp.iinfo(jnp.int32).max
 class TrainState(NamedTuple):
     """Everything that a step changes, and so everything that a checkpoint holds.
 
-    params, batch_stats: the network's variables. opt_state: of the trainable part. ema: the moving average of the
-    trainable part as `{path: leaf}`, empty where it is off. key: the run's random key; step s uses fold_in(key, s).
+    params, batch_stats: the network's variables. opt_state: of the trainable part. ema: the moving average of all that
+    moves, `{collection/path: leaf}`, empty where it is off. key: the run's random key; step s uses fold_in(key, s).
     sums: totals since the last log line; bad_step: the first step with a loss or gradient that is not finite, or NEVER.
     """
 
@@ -34,15 +34,23 @@ class TrainState(NamedTuple):
 SUMS = ("loss", "accuracy", "examples", "grad_norm", "steps")
 
 
-def init_state(variables: Mapping[str, Any], tx, labels: Mapping[str, str], seed: int, ema: bool) -> TrainState:
+def init_state(
+    variables: Mapping[str, Any],
+    tx,
+    labels: Mapping[str, str],
+    seed: int,
+    ema: bool,
+    frozen_norms: Collection[str] = (),
+) -> TrainState:
     """The state before step 0, from loaded variables."""
     trainable, _ = trees.split(variables["params"], labels)
+    moving = _moving(variables["params"], variables.get("batch_stats", {}), labels, frozen_norms)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
         opt_state=tx.init(trainable),
-        ema={path: jnp.array(leaf) for path, leaf in trainable.items()} if ema else {},
+        ema={path: jnp.array(leaf) for path, leaf in moving.items()} if ema else {},
         key=jax.random.PRNGKey(seed),
         sums={name: jnp.zeros(()) for name in SUMS},
         bad_step=jnp.full((), NEVER, jnp.int32),
@@ -51,7 +59,14 @@ def init_state(variables: Mapping[str, Any], tx, labels: Mapping[str, str], seed
 
 def eval_variables(state: TrainState) -> dict[str, Any]:
     """The variables that are evaluated and exported: with the moving average where there is one."""
-    return {"params": trees.merge(state.params, state.ema), "batch_stats": state.batch_stats}
+    return trees.merge({"params": state.params, "batch_stats": state.batch_stats}, state.ema)
+
+
+def _moving(params: Any, batch_stats: Any, labels: Mapping[str, str], frozen_norms: Collection[str]) -> dict[str, Any]:
+    """What training moves, `{collection/path: leaf}`: averaged parameters need averaged statistics beside them."""
+    trainable, _ = trees.split(params, labels)
+    statistics = {p: leaf for p, leaf in trees.flatten(batch_stats).items() if p.rpartition("/")[0] not in frozen_norms}
+    return {f"params/{p}": x for p, x in trainable.items()} | {f"batch_stats/{p}": x for p, x in statistics.items()}
 
 
 def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
@@ -76,7 +91,7 @@ def make_train_step(
     """train_step(state, batch) -> state, pure; batch holds "image" [B, H, W, C] uint8 and "label" [B] int32.
 
     accumulate: the batch is cut into this many parts, run one after the other, and their gradients averaged.
-    ema: the decay of the moving average of trainable parameters (0: off).
+    ema: the decay of the moving average of trainable parameters and moving statistics (0: off).
     axis_name: under pmap, the axis over which gradients, statistics and sums are combined; None under jit.
     """
 
@@ -130,15 +145,16 @@ def make_train_step(
 
         updates, opt_state = tx.update(grads, state.opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
-        average = optax.incremental_update(trainable, state.ema, 1 - ema) if ema else {}
+        params = trees.merge(state.params, trainable)
+        moving = _moving(params, batch_stats, labels, model.frozen_norms)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
         return TrainState(
             step=state.step + 1,
-            params=trees.merge(state.params, trainable),
+            params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            ema=average,
+            ema=optax.incremental_update(moving, state.ema, 1 - ema) if ema else {},
             key=state.key,
             sums=_add(state.sums, {**sums, "grad_norm": grad_norm, "steps": jnp.ones(())}),
             bad_step=jnp.minimum(state.bad_step, jnp.where(finite, NEVER, state.step)),

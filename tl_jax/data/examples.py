@@ -13,6 +13,7 @@ import numpy as np
 
 from tl_jax.data import ops
 
+HEAD = 2**14  # bytes of each encoded image that a fingerprint reads
 SHOWN = 10  # offenders named in one message; the rest are counted
 
 
@@ -28,6 +29,10 @@ class FileImages(NamedTuple):
 
     def select(self, indices: np.ndarray) -> "FileImages":
         return FileImages(self.root, tuple(self.paths[i] for i in indices))
+
+    def head(self, index: int) -> bytes:
+        with open(os.path.join(self.root, self.paths[index]), "rb") as file:
+            return file.read(HEAD)
 
     def check_header(self, index: int) -> None:
         ops.open_image(os.path.join(self.root, self.paths[index])).close()
@@ -46,6 +51,9 @@ class EncodedImages(NamedTuple):
     def select(self, indices: np.ndarray) -> "EncodedImages":
         return EncodedImages(self.data, self.starts[indices], self.stops[indices])
 
+    def head(self, index: int) -> bytes:
+        return self[index][:HEAD]
+
     def check_header(self, index: int) -> None:
         ops.open_image(self[index]).close()
 
@@ -62,6 +70,10 @@ class JoinedImages(NamedTuple):
 
     def select(self, indices: np.ndarray) -> "JoinedImages":
         return JoinedImages(self.parts, self.part[indices], self.position[indices])
+
+    def head(self, index: int) -> bytes:
+        part, position = self.parts[self.part[index]], self.position[index]
+        return part[position].tobytes() if isinstance(part, np.ndarray) else part.head(position)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,10 +112,19 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 over class names, ids, labels and sizes: equal when a resumed run reads the same examples."""
+        """sha256 by which a resumed run knows that it reads the same examples.
+
+        It covers class names, ids, labels, sizes, and the pixels of arrays or the first HEAD bytes of every encoded
+        image; tfds records, which have a version, are taken by their sizes.
+        """
         digest = hashlib.sha256(json.dumps([self.class_names, self.ids]).encode())
         digest.update(self.labels.astype("<i4").tobytes())
         digest.update(self.sizes.astype("<i8").tobytes())
+        if isinstance(self.images, np.ndarray):
+            digest.update(np.ascontiguousarray(self.images))
+        else:
+            for index in range(len(self)):
+                digest.update(self.images.head(index))
         return digest.hexdigest()
 
 

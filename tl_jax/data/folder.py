@@ -9,7 +9,8 @@ import numpy as np
 
 from tl_jax.data.examples import FileImages, Source, listed
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+SPLITS |= {"test": "test", "testing": "test"}  # names of split folders, in any case
 LITTER = {"Thumbs.db", "desktop.ini"}  # what file managers leave behind; hidden files are ignored anyway
 
 
@@ -71,11 +72,11 @@ def _subfolders(folder: Path) -> list[str]:
 
 def _split_folders(root: Path) -> dict[str, Path]:
     """The folder of each split; a root without split folders is itself the train split."""
-    found = [name for name in _subfolders(root) if name in SPLITS]
-    same = [name for name in found if sum(SPLITS[name] == SPLITS[other] for other in found) > 1]
+    found = {name: SPLITS[name.lower()] for name in _subfolders(root) if name.lower() in SPLITS}
+    same = [name for name, split in found.items() if list(found.values()).count(split) > 1]
     if same:
         raise ValueError(f"{root} names one split twice: {', '.join(same)}; keep one folder per split")
-    return {SPLITS[name]: root / name for name in found} or {"train": root}
+    return {split: root / name for name, split in found.items()} or {"train": root}
 
 
 def _class_folders(folder: Path) -> list[str]:

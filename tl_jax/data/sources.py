@@ -49,6 +49,8 @@ def load(
         raise ValueError(f"unknown source {source!r}{hint} Sources: {', '.join(FORMS.values())}")
     if on_error not in ("fail", "skip"):
         raise ValueError(f"on_error must be 'fail' or 'skip', found {on_error!r}")
+    if min(shots, seed, split_seed) < 0:
+        raise ValueError(f"shots={shots}, seed={seed}, split_seed={split_seed}: none may be negative")
     parts = parse_split(split)
     names = dict.fromkeys(part.name for part in parts)
     whole = {name: _load_whole(kind, argument, name, on_error, data_dir) for name in names}
@@ -108,7 +110,7 @@ def _draw_shots(source: Source, shots: int, seed: int) -> Source:
     """`shots` examples of every class; each class draws from its own stream, so k shots are the first k of more."""
     members = [np.flatnonzero(source.labels == c) for c in range(len(source.class_names))]
     few = [f"{name}: {len(m)}" for name, m in zip(source.class_names, members, strict=True) if len(m) < shots]
-    if shots < 0 or few:
+    if few:
         raise ValueError(f"{shots} shots of {source.name}; {len(few)} classes have fewer examples:\n{listed(few)}")
     drawn = [np.random.default_rng([seed, c]).permutation(m)[:shots] for c, m in enumerate(members)]
     return source.select(np.sort(np.concatenate(drawn)))
@@ -157,6 +159,9 @@ class TfdsImages(NamedTuple):
 
     def select(self, indices: np.ndarray) -> "TfdsImages":
         return self._replace(indices=self.indices[indices])
+
+    def head(self, index: int) -> bytes:
+        return b""  # a prepared data set has a version; reading every record again would say no more
 
 
 def _load_tfds(name: str, split: str, data_dir: str | None) -> Source:

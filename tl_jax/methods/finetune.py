@@ -24,7 +24,7 @@ def make_rules(name: str, paths: Sequence[str], last_k: int = 0, rules: Rules = 
         raise ValueError(f"unknown method {name!r}; known: {', '.join(NAMES)}")
     if (name == "rules") != bool(rules):
         raise ValueError(f"method {name!r} with rules {list(rules)}: rules belong to method 'rules', and only to it")
-    if (name == "last_k") != bool(last_k):
+    if last_k < 0 or (name == "last_k") != bool(last_k):
         raise ValueError(
             f"method {name!r} with last_k={last_k}: last_k >= 1 belongs to method 'last_k', and only to it"
         )

@@ -11,10 +11,11 @@ from rich import box
 from rich.table import Table
 from scipy import stats
 
-from tl_jax import audit, metrics, plots, trees
+from tl_jax import metrics, options, plots, trees
 from tl_jax.logging import say
 from tl_jax.preemption import Preempted
-from tl_jax.train import flat_options, train
+from tl_jax.train import train
+from tl_jax.workdir import write_json
 
 
 def arms(config: ConfigDict) -> dict[str, dict[int, ConfigDict]]:
@@ -22,11 +23,14 @@ def arms(config: ConfigDict) -> dict[str, dict[int, ConfigDict]]:
 
     Raises ValueError for seeds named twice and for options of the baseline that do not exist.
     """
-    known = flat_options(config)
+    options.check(config)
+    known = set(options.flatten(config)) | set(config.keys())
+    reserved = {"seed", "seeds", "baseline"}
     problems = [
-        f"baseline option {key!r} does not exist{trees.nearest(key, known)}"
+        f"baseline sets {key!r}, which {'every arm shares' if key in reserved else 'does not exist'}"
+        + ("" if key in reserved else trees.nearest(key, known))
         for key, _ in config.baseline
-        if key not in known
+        if key in reserved or not _exists(config, key)
     ]
     if len({config.seed, *config.seeds}) <= len(config.seeds):
         problems.append(
@@ -39,9 +43,26 @@ def arms(config: ConfigDict) -> dict[str, dict[int, ConfigDict]]:
     for arm, changes in overrides.items():
         for seed in (config.seed, *config.seeds):
             run = config.copy_and_resolve_references()
-            run.update_from_flattened_dict({**changes, "seed": seed, "seeds": (), "baseline": ()})
+            try:
+                run.update_from_flattened_dict({**changes, "seed": seed, "seeds": (), "baseline": ()})
+            except TypeError as error:
+                raise ValueError(f"baseline={tuple(config.baseline)}, seeds={tuple(config.seeds)}: {error}") from None
+            options.check(run)
             runs[arm][seed] = run
+    if "baseline" in runs and options.flatten(runs["baseline"][config.seed]) == options.flatten(
+        runs["transfer"][config.seed]
+    ):
+        raise ValueError(f"the baseline {tuple(config.baseline)} changes nothing: both arms would be the same run")
     return runs
+
+
+def _exists(config: ConfigDict, key: str) -> bool:
+    node: Any = config
+    for name in key.split("."):
+        if not isinstance(node, ConfigDict) or name not in node:
+            return False
+        node = node[name]
+    return True
 
 
 def compare(
@@ -89,7 +110,7 @@ def compare(
             for seed in report["seeds"]
         }
     if jax.process_index() == 0:
-        audit.write_json(workdir / "comparison.json", report)
+        write_json(workdir / "comparison.json", report)
         plots.comparison(
             table, workdir / "comparison.png", f"accuracy on {report['data']}, {len(report['seeds'])} seeds"
         )
