@@ -1,5 +1,6 @@
 """Checkpoints: exact, verified, and never silently wrong."""
 
+import gc
 import pathlib
 
 import jax.numpy as jnp
@@ -16,6 +17,13 @@ def state(value: float):
 
 # orbax abandons its other reads when one fails; Python reports those when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collect_here():
+    """Has Python report them in the test that they belong to."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
