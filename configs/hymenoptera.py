@@ -1,4 +1,4 @@
-"""Ants against bees, 244 photos: DeiT-tiny, linear probe, 5 epochs.
+"""Ants against bees, 244 photos: DeiT-tiny, linear probe, 5 epochs. Measured: experiments/hymenoptera.
 
 python launch.py --config configs/hymenoptera.py:weights=deit_tiny_patch16_224.safetensors,data=folder:hymenoptera
     --workdir W    (add ,method=last_k --config.method.last_k=4 to train the last four blocks too)

@@ -47,14 +47,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.method.rules = ()  # for "rules": ordered pairs (path regex, group); group "frozen" is never trained
     config.method.norm = ()  # ordered pairs (path regex, frozen | update); (): as the block it stands in
     config.method.label_smoothing = 0.0
-    config.method.mixup = 0.0
+    config.method.mixup = 0.0  # Beta parameter, 0: off; train accuracy is that of the unmixed labels
     config.method.cutmix = 0.0
 
     config.batch_size = 32  # over all devices
     config.eval_batch_size = 128
     config.total = (10.0, "epochs")  # durations: (amount, epochs | steps | examples)
-    config.accumulate = 1  # parts that a batch is cut into, to save memory
-    config.ema = 0.0  # decay of the moving average of the trained parameters; 0: off
+    config.accumulate = 1  # parts that a batch is cut into, to save memory; BatchNorm then sees the parts
+    config.ema = 0.0  # decay of the moving average of parameters and statistics, not debiased; 0: off
 
     config.lr = 1e-3
     config.optimizer = "adamw"  # any optax optimizer by its name

@@ -70,6 +70,8 @@ def run(count, batches=None, **options):
     state = parallel.replicate(state)
     for s in range(count):
         state = train(state, parallel.put_batch(make_batch(seed=s) if batches is None else batches[s]))
+        # Simulated devices share few threads: several steps in flight can starve each other's collectives.
+        jax.block_until_ready(state)
     return jax.device_get(state), labels
 
 

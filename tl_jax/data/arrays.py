@@ -9,7 +9,7 @@ import numpy as np
 from tl_jax.data.examples import EncodedImages, Source
 from tl_jax.data.folder import natural_key
 
-# The digits' labels repeat about every 130 rows, one writer's form; row 1029 lies between two forms.
+# The digits' labels repeat about every 130 rows, most likely one writer's form; at row 1029 one such period ends.
 DIGITS_TRAIN = 1029
 
 
@@ -23,7 +23,7 @@ def array_source(name: str, split: str, images: np.ndarray, labels: np.ndarray, 
 def load_digits(split: str) -> Source:
     """scikit-learn's 8 x 8 handwritten digits as uint8 RGB: train is rows 0 .. 1028, test rows 1029 .. 1796.
 
-    Counts 0 .. 16 of ink become 0 .. 255 (times 255 / 16, rounded). No writer has rows on both sides of the cut.
+    Counts 0 .. 16 of ink become 0 .. 255 (times 255 / 16, rounded). Neighbouring rows stay on one side of the cut.
     """
     from sklearn import datasets  # here, because importing it takes a second that other sources need not pay
 
