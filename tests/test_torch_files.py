@@ -339,10 +339,15 @@ def good_files(folder):
     state = {"a": tensor(size=1000, shape=(1000,), stride=(1,)), "b": tensor("1", size=12, shape=(3, 4), stride=(4, 1))}
     write_zip(folder / "w.pth", dumps(state), {"0": arrays["a"], "1": arrays["b"].ravel()})
     write_legacy(folder / "w.th", dumps(state), {"0": arrays["a"], "1": arrays["b"].ravel()})
+    formats.write_safetensors(folder / "w.safetensors", arrays, {})
+    np.savez(folder / "w.npz", **arrays)
     return arrays
 
 
-@pytest.mark.parametrize("name", ["w.pth", "w.th"])
+FILES = ["w.pth", "w.th", "w.safetensors", "w.npz"]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_truncation_anywhere_is_one_value_error_that_names_the_file(tmp_path, name):
     arrays = good_files(tmp_path)
     whole, path = (tmp_path / name).read_bytes(), tmp_path / name
@@ -353,7 +358,7 @@ def test_truncation_anywhere_is_one_value_error_that_names_the_file(tmp_path, na
             formats.read(path)
 
 
-@pytest.mark.parametrize("name", ["w.pth", "w.th"])
+@pytest.mark.parametrize("name", FILES)
 def test_flipped_bytes_give_a_value_error_or_tensors_but_never_another_exception(tmp_path, name):
     good_files(tmp_path)
     whole, path = (tmp_path / name).read_bytes(), tmp_path / name
