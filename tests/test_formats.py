@@ -134,7 +134,7 @@ def test_what_is_no_weight_file_is_called_what_it_is(tmp_path, name, contents, m
 
 
 def test_suffix_that_contradicts_the_contents_is_an_error_and_an_unknown_one_is_not(tmp_path):
-    np.savez(tmp_path / "w.npz", a=np.arange(10, dtype="f4"))
+    np.savez(tmp_path / "w.npz", a=np.arange(10, dtype="f4"), b=np.ones(3, "f4"))
     shutil.copy(tmp_path / "w.npz", tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"contents are npz, expected safetensors; rename"):
         formats.read(tmp_path / "x.safetensors")
@@ -143,7 +143,7 @@ def test_suffix_that_contradicts_the_contents_is_an_error_and_an_unknown_one_is_
 
 
 def test_folders_and_missing_files_are_named(tmp_path):
-    np.savez(tmp_path / "w.npz", a=np.arange(10, dtype="f4"))
+    np.savez(tmp_path / "w.npz", a=np.arange(10, dtype="f4"), b=np.ones(3, "f4"))
     with pytest.raises(IsADirectoryError, match=r"w\.npz"):
         formats.read(tmp_path)
     with pytest.raises(FileNotFoundError, match="nothing"):
