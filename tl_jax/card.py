@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 PIXELS = ("input_size", "mean", "std", "interpolation", "crop", "colour")  # the fields that decide what weights see
@@ -28,6 +29,19 @@ class Card:
     source: str = ""
     licence: str = ""
     sha256: str = ""
+
+    def __post_init__(self):
+        numbers = [x for x in (*self.mean, *self.std, self.crop) if not isinstance(x, Real)]
+        size = isinstance(self.input_size, int) and self.input_size > 0
+        if numbers or not size or not len(self.mean) == len(self.std) == 3 or min(*self.std, self.crop) <= 0:
+            raise ValueError(
+                f"a weight card cannot have input_size={self.input_size!r}, mean={self.mean}, std={self.std}, "
+                f"crop={self.crop!r}: expected a whole number of pixels, three means, three deviations > 0, a crop > 0"
+            )
+        if self.colour != "RGB":
+            raise ValueError(
+                f"a weight card with colour={self.colour!r}: images are RGB; swap the input channels instead"
+            )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

@@ -47,21 +47,18 @@ def check(config: ConfigDict) -> None:
         raise ValueError("the config has options that cannot be meant:\n" + "\n".join(problems))
 
 
-def _number(
-    low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = True
-) -> tuple[Callable, str]:
+def _number(low: float, below: float = math.inf, *, above: bool = False) -> tuple[Callable, str]:
     def good(value):
-        if not isinstance(value, Real) or isinstance(value, bool):
-            return False
-        return (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        return number and (low < value if above else low <= value) and value < below
 
-    start = f"{'above' if open_low else 'at least'} {low:g}"
-    return good, f"a number {start}{'' if high == math.inf else f' and below {high:g}'}"
+    bound = "" if below == math.inf else f" and below {below:g}"
+    return good, f"a number {'above' if above else 'of at least'} {low:g}{bound}"
 
 
-def _integer(low: int, high: float = math.inf) -> tuple[Callable, str]:
-    good = lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value < high  # noqa: E731
-    return good, f"an integer of at least {low}" + ("" if high == math.inf else f" and below {high:g}")
+def _integer(low: int, below: float = math.inf) -> tuple[Callable, str]:
+    number, expected = _number(low, below)
+    return lambda value: isinstance(value, int) and number(value), expected.replace("a number", "an integer")
 
 
 def _one_of(*names: str) -> tuple[Callable, str]:
@@ -69,7 +66,7 @@ def _one_of(*names: str) -> tuple[Callable, str]:
 
 
 def _duration(*, zero: bool = False) -> tuple[Callable, str]:
-    amount = _number(0, open_low=not zero)[0]
+    amount = _number(0, above=not zero)[0]
 
     def good(value):
         return isinstance(value, list) and len(value) == 2 and amount(value[0]) and value[1] in UNITS
@@ -106,7 +103,7 @@ RULES = {
     "eval_every": _duration(),
     "schedule.warmup": _duration(zero=True),
     "ema": _number(0, 1),
-    "lr": _number(0, open_low=True),
+    "lr": _number(0, above=True),
     "weight_decay": _number(0),
     "clip": _number(0),
     "resamples": _integer(1),
