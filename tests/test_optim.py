@@ -109,6 +109,12 @@ def test_groups_train_as_pytorch_parameter_groups(name, args, torch_args, wd):
         np.testing.assert_allclose(params[path], leaf.detach().numpy(), rtol=3e-5, err_msg=path)
 
 
+def test_a_group_may_have_an_optimizer_of_its_own():
+    params, _ = run(Group("adamw"), {"fast": {"optimizer": "sgd", "args": {"momentum": 0.5}}}, steps=3)
+    np.testing.assert_allclose(params["b/kernel"], 3.0 - 0.1 * 0.7 * (1 + 1.5 + 1.75), rtol=1e-6)
+    np.testing.assert_array_equal(params["a/kernel"], run(Group("adamw"), {}, steps=3)[0]["a/kernel"])
+
+
 def test_one_global_clip_stands_before_all_groups():
     params, _ = run(Group("sgd"), {}, steps=1, clip=0.1)
     norm = math.sqrt(0.3**2 + 0.1**2 + 0.2**2 + 0.7**2)

@@ -79,6 +79,7 @@ def test_the_audit_proves_that_nothing_frozen_moved(finished):
     assert rows["head/kernel"]["optimizer_values"] == 2 * 64 * 10
     stem = rows["backbone/stem/conv/kernel"]
     assert stem["origin"] == "conv1.weight" and not stem["trainable"] and stem["optimizer_values"] == 0
+    assert report["weights"] == {"file": "builtin:glyphs", "sha256": formats.sha256("tl_jax/assets/glyphs.safetensors")}
     assert report["totals"]["trainable"] == 650 == result["trainable_parameters"]
     assert report["proof"]["bit_equal"] and f"params/{stem['path']}" in report["proof"]["hashes"]
     assert all(row["policy"] == "frozen" for row in report["statistics"])

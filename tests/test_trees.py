@@ -66,7 +66,3 @@ def test_hashes_see_a_single_bit_a_shape_and_a_dtype():
 def test_difference_names_what_changed_appeared_and_vanished():
     lines = trees.difference({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "d": 4})
     assert lines == ["  b: 2 -> 5", "  c: 3 -> '(absent)'", "  d: '(absent)' -> 4"]
-
-
-def test_count_adds_all_values():
-    assert trees.count(TREE) == 6 + 4 + 2

@@ -80,13 +80,14 @@ def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
     opt_state = jax.eval_shape(tx.init, trees.split(loaded.variables["params"], labels)[0])
     facts = {split: {"name": s.name, "examples": len(s), "fingerprint": s.fingerprint} for split, s in data.items()}
     report = audit.make_audit(loaded.variables, loaded.origins, matches, groups, policies, opt_state, card, facts)
+    report["weights"] = {"file": config.model.weights, "sha256": loaded.sha256}
     tables = {
         "options": options.identity(config),
         "labels": audit.labels_table(report),
         "class_names": dict(enumerate(class_names)),
         "card": report["card"],
         "data": {split: fact["fingerprint"] for split, fact in facts.items()},
-        "weights": {"sha256": loaded.sha256},
+        "weights": report["weights"],
     }
     return Run(
         data, batches, eval_batches, model, loaded.variables, card, labels, method, schedule, tx, total_steps, report,

@@ -102,11 +102,6 @@ def split(tree: Any, labels: Mapping[str, str]) -> tuple[dict[str, Any], dict[st
     return trainable, {path: leaf for path, leaf in flat.items() if path not in trainable}
 
 
-def count(tree: Any) -> int:
-    """The number of values in all leaves."""
-    return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))
-
-
 def leaf_hashes(tree: Any) -> dict[str, str]:
     """`{path: sha256}` over dtype, shape and bytes of each leaf: equal exactly when the leaf is bit-equal."""
     hashes = {}

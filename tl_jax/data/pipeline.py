@@ -62,11 +62,6 @@ class TrainBatches:
             ])  # fmt: skip
         return {"image": images, "label": self.source.labels[indices]}
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in which as many examples are seen as the source has; not a whole number in general."""
-        return len(self.source) / self.batch_size
-
     def iterate(self, start: int, stop: int, num_workers: int = 0) -> Iterator[Batch]:
         """Yields the batches of steps start ... stop - 1, made ahead of time; see the function `iterate`."""
         return iterate(self, start, stop, num_workers)
