@@ -19,7 +19,7 @@ NORM_STATISTICS = re.compile(r"(.*)/(?:mean|var)")
 
 
 def norm_policies(batch_stats: Any, labels: Mapping[str, str], rules: trees.Rules) -> dict[str, str]:
-    """ "frozen" or "update" for every layer with running statistics, by its path.
+    """The policy, "frozen" or "update", of every layer with running statistics, by its path.
 
     rules: ordered (path regex, policy). Without rules a layer's statistics are frozen exactly when all parameters of
     the block that it stands in are: a frozen block computes what it computed when it was loaded.
@@ -27,7 +27,7 @@ def norm_policies(batch_stats: Any, labels: Mapping[str, str], rules: trees.Rule
     layers = sorted({match[1] for match in map(NORM_STATISTICS.fullmatch, trees.flatten(batch_stats)) if match})
     if not rules:
         trained = [path for path, label in labels.items() if label != FROZEN]
-        blocks = {layer: layer.rpartition("/norm")[0] or layer for layer in layers}
+        blocks = {layer: re.sub(r"(/shortcut)?/norm\d*$", "", layer) for layer in layers}
         return {
             layer: "update" if any(path.startswith(f"{block}/") for path in trained) else FROZEN
             for layer, block in blocks.items()

@@ -88,10 +88,9 @@ class Checkpoints:
         """
         meta = self.meta(step)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         try:
-            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))[
-                "state"
-            ]
+            state = self._manager.restore(step, args=items)["state"]
         except Exception as error:
             raise ValueError(f"checkpoint {self._folder / str(step)} cannot be read: {_first_line(error)}") from error
         if changed := trees.difference(meta["hashes"], trees.leaf_hashes(state), limit=3):

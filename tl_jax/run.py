@@ -53,7 +53,9 @@ def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
 
     paths = list(trees.flatten(loaded.variables["params"]))
     rules = finetune.make_rules(config.method.name, paths, config.method.last_k, config.method.rules)
-    matches = trees.match_rules(paths, rules)
+    mixing = {name: config.method[name] for name in ("label_smoothing", "mixup", "cutmix")}
+    method = finetune.make_method(rules, num_classes=len(class_names), **mixing)
+    matches = trees.match_rules(paths, method.rules)
     labels = {path: match.value for path, match in matches.items()}
     policies = audit.norm_policies(loaded.variables.get("batch_stats", {}), labels, config.method.norm)
     model = loaded.model.clone(
@@ -64,8 +66,6 @@ def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
         frozen_norms=tuple(path for path, policy in policies.items() if policy == trees.FROZEN),
         axis_name=parallel.axis_name,
     )
-    mixing = {name: config.method[name] for name in ("label_smoothing", "mixup", "cutmix")}
-    method = finetune.make_method(rules, num_classes=len(class_names), **mixing)
 
     in_steps = {"batch_size": config.batch_size, "train_size": len(data["train"])}
     total_steps, warmup_steps = (optim.to_steps(d, **in_steps) for d in (config.total, config.schedule.warmup))

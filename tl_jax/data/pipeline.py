@@ -184,7 +184,7 @@ THREADS = min(4, os.cpu_count() or 1)
 
 
 def _executor(batches: TrainBatches | EvalBatches, num_workers: int) -> tuple[Executor, Callable]:
-    if not num_workers:
+    if not num_workers or batches.prepared is not None:  # prepared pixels are only indexed: nothing to hand out
         return ThreadPoolExecutor(THREADS, thread_name_prefix="batches"), batches.__getitem__
     # A forked copy of a process in which XLA's threads run may hang; spawned workers start clean.
     context = multiprocessing.get_context("spawn")
