@@ -1,0 +1,98 @@
+"""Evaluation designs beyond one held-out split: k-fold, repeated k-fold, bootstrap, leave-one-out."""
+
+import re
+
+import numpy as np
+
+DESIGNS = "holdout, kfold:K, kfold:KxR, bootstrap:N, loo"
+FOLDS = "kfold:K:FOLD, bootstrap:NUMBER"
+REDRAWS = 1000
+
+Split = tuple[np.ndarray, np.ndarray]
+
+
+def folds(design: str) -> list[tuple[str, int]]:
+    """The runs of a design as (resample, repeat); repeat r is to be split with `split_seed + r`.
+
+    "holdout" -> [("", 0)], no resampling. "kfold:5" -> ("kfold:5:0", 0) ... ("kfold:5:4", 0); "kfold:5x2" repeats these
+    as repeat 1. "bootstrap:3" -> ("bootstrap:0", 0) ... ("bootstrap:2", 0). "loo" -> [("loo", 0)]. Raises ValueError
+    for any other design.
+    """
+    if design in ("", "holdout"):
+        return [("", 0)]
+    if design == "loo":
+        return [("loo", 0)]
+    if match := re.fullmatch(r"kfold:(\d+)(?:x(\d+))?", design):
+        count, repeats = int(match[1]), int(match[2] or 1)
+        if count >= 2 and repeats >= 1:
+            return [(f"kfold:{count}:{fold}", repeat) for repeat in range(repeats) for fold in range(count)]
+    if (match := re.fullmatch(r"bootstrap:(\d+)", design)) and int(match[1]) >= 1:
+        return [(f"bootstrap:{number}", 0) for number in range(int(match[1]))]
+    raise ValueError(f"unknown design {design!r}; known: {DESIGNS}, with K of at least 2 and R and N of at least 1")
+
+
+def split(labels: np.ndarray, resample: str, split_seed: int) -> Split:
+    """(train indices, held-out indices) of one fold of a pool with these labels [N], both ascending.
+
+    "kfold:5:0": fold 0 of 5, stratified and shuffled by split_seed. "bootstrap:3": train is draw number 3 of N examples
+    with replacement, so indices repeat; held out is what was not drawn (out of bag). A draw that misses a class, or
+    leaves nothing out, is redrawn, deterministically. Raises ValueError for anything else, for a fold out of range, and
+    for classes with too few examples.
+    """
+    labels = np.asarray(labels)
+    if match := re.fullmatch(r"kfold:(\d+):(\d+)", resample):
+        return _kfold(labels, int(match[1]), int(match[2]), split_seed)
+    if match := re.fullmatch(r"bootstrap:(\d+)", resample):
+        return _bootstrap(labels, int(match[1]), split_seed)
+    hint = "; loo has no single fold, closed forms predict each example by all others" if resample == "loo" else ""
+    raise ValueError(f"unknown fold {resample!r}; known: {FOLDS}{hint}")
+
+
+def splits(labels: np.ndarray, design: str, split_seed: int) -> list[Split]:
+    """All (train indices, held-out indices) of a design, repeat after repeat; "loo" holds out each example alone."""
+    if design == "loo":
+        _check_members(labels, 2, "leave-one-out")
+        everything = np.arange(len(labels))
+        return [(np.delete(everything, i), everything[i : i + 1]) for i in everything]
+    if design in ("", "holdout"):
+        raise ValueError(f"design {design!r} resamples nothing; known: {DESIGNS.removeprefix('holdout, ')}")
+    return [split(labels, resample, split_seed + repeat) for resample, repeat in folds(design)]
+
+
+def _kfold(labels: np.ndarray, count: int, fold: int, split_seed: int) -> Split:
+    from sklearn.model_selection import (
+        StratifiedKFold,
+    )  # here: it takes a second that others need not pay
+
+    if count < 2 or fold >= count:
+        raise ValueError(f"kfold:{count}:{fold}: expected at least 2 folds, and a fold from 0 to {count - 1}")
+    _check_members(labels, count, f"{count} folds")
+    splitter = StratifiedKFold(count, shuffle=True, random_state=split_seed)
+    return list(splitter.split(np.zeros(len(labels)), labels))[fold]
+
+
+def _bootstrap(labels: np.ndarray, number: int, split_seed: int) -> Split:
+    _check_members(labels, 2, "a bootstrap")
+    classes = np.unique(labels)
+    for attempt in range(REDRAWS):
+        rng = np.random.default_rng([split_seed, 0x626F6F74, number, attempt])  # a stream of its own
+        train = np.sort(rng.integers(len(labels), size=len(labels)))
+        held_out = np.setdiff1d(np.arange(len(labels)), train)
+        if len(held_out) and len(np.unique(labels[train])) == len(classes):
+            return train, held_out
+    raise ValueError(
+        f"bootstrap:{number}: none of {REDRAWS} draws of {len(labels)} examples held all {len(classes)} classes; "
+        "the classes are too small, use kfold"
+    )
+
+
+def _check_members(labels: np.ndarray, least: int, what: str) -> None:
+    classes, counts = np.unique(labels, return_counts=True)
+    counted = zip(classes.tolist(), counts.tolist(), strict=True)
+    small = [f"class {c} has {n}" for c, n in counted if n < least]
+    if small:
+        more = f" and {len(small) - 10} more" if len(small) > 10 else ""
+        raise ValueError(
+            f"{what} need at least {least} examples of every class: {', '.join(small[:10])}{more}; use fewer folds, or "
+            "merge or drop the classes"
+        )
