@@ -1,7 +1,7 @@
 """Ants against bees, 244 photos: DeiT-tiny, linear probe, 5 epochs. Measured: experiments/hymenoptera.
 
 python launch.py --config configs/hymenoptera.py:weights=deit_tiny_patch16_224.safetensors,data=folder:hymenoptera
-    --workdir W    (add ,method=last_k --config.method.last_k=4 to train the last four blocks too)
+    --workdir W    (add ,method=last_k --config.method.k=4 to train the last four blocks too)
 """
 
 from configs import transfer

@@ -18,7 +18,7 @@ def get_config(arg: str = ""):
         config.data.test = "test"
         config.data.shots = 5
         config.data.augment = (("translation", {"fraction": 0.1}), ("rotation", {"degrees": 10.0}))
-        config.method.last_k = 1
+        config.method.k = 1
         config.groups = {"backbone": {"lr_mult": 0.1}}
         config.batch_size = 48
         config.total = (150.0, "steps")
@@ -29,7 +29,7 @@ def get_config(arg: str = ""):
         config.baseline = (
             ("model.weights", ""),
             ("method.name", "full"),
-            ("method.last_k", 0),
+            ("method.k", 0),
             ("groups.backbone.lr_mult", 1.0),
         )
     return transfer.parse(config, arg)

@@ -32,6 +32,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.train = "train[:80%]"
     config.data.val = "train[80%:]"
     config.data.test = ""  # read once, at the end; "" scores val instead, and says so
+    config.data.also = ()  # further sets to score at the end: triples (name, source, split)
+    config.data.resample = ""  # cut train and test from the split train: kfold:K:FOLD | bootstrap:DRAW | loo
     config.data.shots = 0  # training examples per class; 0: all
     config.data.split_seed = 0  # of the permutation that slices cut; separate from seed, so that seeds share their val
     config.data.augment = ()  # pairs (name, {parameter: value}), see docs/data.md
@@ -42,10 +44,18 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.override_card = False
 
     config.method = ConfigDict()
-    config.method.name = "linear_probe"  # linear_probe | full | last_k | rules
-    config.method.last_k = 0
+    # What of the network trains: linear_probe | full | last_k | first_k | blocks | bitfit | norm_only | rules.
+    # Without gradient, on features: knn | logistic | ridge. Which of them when: docs/methods.md
+    config.method.name = "linear_probe"
+    config.method.k = 0  # blocks of last_k and first_k
+    config.method.blocks = ()  # for "blocks": names such as stem, stage1/block0, block3, norm
     config.method.rules = ()  # for "rules": ordered pairs (path regex, group); group "frozen" is never trained
     config.method.norm = ()  # ordered pairs (path regex, frozen | update); (): as the block it stands in
+    config.method.add = ()  # parameters beside the network's: pairs (lora | adapter | prompt | ssf, {parameter: value})
+    # Pairs (l2_sp | delta | bss | co_tuning | stoch_norm | r_drop | l1, {parameter: value}).
+    config.method.regularize = ()
+    config.method.auto_rgn = False  # learning rates of the blocks by their relative gradient norms
+    config.method.grid = ()  # of knn (neighbours), logistic (C), ridge (alpha): val chooses; (): a default grid
     config.method.label_smoothing = 0.0
     config.method.mixup = 0.0  # Beta parameter, 0: off; train accuracy is that of the unmixed labels
     config.method.cutmix = 0.0
@@ -63,10 +73,15 @@ def get_config(arg: str = "") -> ConfigDict:
     config.decay = ".*/kernel"  # the paths that weight decay acts on
     config.clip = 1.0  # of the global gradient norm; 0: off
     config.groups = ConfigDict()  # per group: lr_mult, weight_decay, decay, optimizer, args
+    config.layer_decay = 1.0  # the factor on the learning rate from each block to the one before it
     config.schedule = ConfigDict()
     config.schedule.name = "cosine"  # constant | cosine | linear | step | inverse_sqrt
     config.schedule.warmup = (0.0, "epochs")
     config.schedule.args = ConfigDict()  # e.g. final, milestones, factor, timescale
+
+    # Phases, one after the other, each pairs (dotted option, value) that change the config for its time: total, lr,
+    # clip, layer_decay, options of method, schedule, optimizer and groups. The run is as long as all together.
+    config.phases = ()
 
     config.parallel = "jit"  # jit | pmap
     config.log_every = (10.0, "steps")

@@ -10,11 +10,23 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 # Lower files never import higher ones; a file is listed with those of its own height.
 FLOORS = [
-    {"__init__.py", "card.py", "trees.py", "losses.py", "formats.py", "torch_files.py", "preemption.py", "options.py"},
+    {
+        "__init__.py",
+        "card.py",
+        "trees.py",
+        "losses.py",
+        "formats.py",
+        "torch_files.py",
+        "preemption.py",
+        "options.py",
+        "compiled.py",
+        "rollcall.py",
+    },
     {"hub.py", "metrics.py", "data/", "models/", "optim.py", "checkpoint.py", "sharding.py", "methods/", "workdir.py"},
     {"pretrained.py", "audit.py", "steps.py", "plots.py", "logging.py"},
-    {"evaluate.py", "run.py"},
-    {"train.py"},
+    {"evaluate.py", "run.py", "part.py", "outcome.py", "distributed.py"},
+    {"probe.py"},
+    {"train.py", "weight_space.py"},
     {"studies/"},
 ]
 ONLY = {
@@ -23,7 +35,7 @@ ONLY = {
     "tensorflow_datasets": {"data/"},
     "safetensors": {"formats.py"},
     "huggingface_hub": {"hub.py"},
-    "ml_collections": {"options.py", "run.py", "train.py", "studies/"},
+    "ml_collections": {"options.py", "run.py", "probe.py", "outcome.py", "train.py", "weight_space.py", "studies/"},
     "matplotlib": {"plots.py", "data/"},
     "optax": {"optim.py", "steps.py"},
 }

@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 def test_a_checkpoint_comes_back_bit_equal(folder):
     with Checkpoints(folder) as checkpoints:
-        restored = checkpoints.restore_latest(state(0))
+        restored = checkpoints.restore_latest(lambda step: state(0))
         assert restored.step == 3 and not restored.damaged
         assert trees.leaf_hashes(restored.state) == trees.leaf_hashes(state(3))
         assert checkpoints.meta(3)["class_names"] == ["x"]
@@ -84,7 +84,7 @@ def damage(folder, step):
 def test_a_damaged_checkpoint_is_passed_over_and_named(folder):
     damage(folder, 3)
     with Checkpoints(folder) as checkpoints:
-        restored = checkpoints.restore_latest(state(0))
+        restored = checkpoints.restore_latest(lambda step: state(0))
         assert restored.step == 2 and len(restored.damaged) == 1 and "/3 " in restored.damaged[0]
         assert trees.leaf_hashes(restored.state) == trees.leaf_hashes(state(2))
         assert checkpoints.steps() == [1, 2]
@@ -94,12 +94,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_by_itself(f
     for step in (1, 2, 3):
         damage(folder, step)
     with Checkpoints(folder) as checkpoints, pytest.raises(ValueError, match=r"no checkpoint .* is intact"):
-        checkpoints.restore_latest(state(0))
+        checkpoints.restore_latest(lambda step: state(0))
 
 
 def test_an_empty_folder_has_nothing_to_restore(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore_latest(state(0)) is None
+        assert checkpoints.restore_latest(lambda step: state(0)) is None
 
 
 def test_a_full_disk_is_an_error_before_anything_is_written(folder, monkeypatch):

@@ -35,12 +35,12 @@ def test_last_k_counts_blocks_as_numbers_and_takes_the_final_norm():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("linear_prob",), "known: linear_probe, full, last_k, rules"),
+        (("linear_prob",), "known: linear_probe, full, last_k, first_k"),
         (("last_k", 5), "the network has 4 blocks"),
-        (("last_k",), "last_k=0"),
-        (("full", 2), "last_k=2"),
-        (("rules",), "rules belong to method 'rules'"),
-        (("full", 0, [("a", "b")]), "rules belong to method 'rules'"),
+        (("last_k",), "k=0"),
+        (("full", 2), "k=2"),
+        (("rules",), "rules to rules"),
+        (("full", 0, (), [("a", "b")]), "rules to rules"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(args, message):

@@ -47,7 +47,7 @@ def setup(
 ):
     model, variables = initial_variables(name, classes, image_size)
     paths = list(trees.flatten(variables["params"]))
-    rules = finetune.make_rules(method, paths, last_k, rules)
+    rules = finetune.make_rules(method, paths, last_k, (), rules)
     labels = {path: match.value for path, match in trees.match_rules(paths, rules).items()}
     policies = audit.norm_policies(variables.get("batch_stats", {}), labels, ())
     parallel = sharding.make_parallel(mode, step_options.pop("devices", None))

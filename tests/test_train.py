@@ -17,12 +17,14 @@ from tl_jax.train import train
 FILES = {
     ".lock",
     "config.json",
+    "cost.json",
     "audit.json",
     "metrics.jsonl",
     "timing.jsonl",
     "result.json",
     "predictions.npz",
     "model.safetensors",
+    "trained.safetensors",
     "checkpoints",
     "learning_curves.png",
     "confusion_matrix.png",
@@ -74,15 +76,18 @@ def test_a_run_leaves_what_the_readme_promises(finished):
 def test_the_audit_proves_that_nothing_frozen_moved(finished):
     workdir, result = finished
     report = json.loads((workdir / "audit.json").read_text())
-    rows = {row["path"]: row for row in report["parameters"]}
+    rows = {row["path"]: row for row in report["phases"][0]["parameters"]}
     assert rows["head/kernel"]["origin"] == "new" and rows["head/kernel"]["trainable"]
     assert rows["head/kernel"]["optimizer_values"] == 2 * 64 * 10
     stem = rows["backbone/stem/conv/kernel"]
     assert stem["origin"] == "conv1.weight" and not stem["trainable"] and stem["optimizer_values"] == 0
-    assert report["weights"] == {"file": "builtin:glyphs", "sha256": formats.sha256("tl_jax/assets/glyphs.safetensors")}
+    assert report["phases"][0]["weights"] == {
+        "file": "builtin:glyphs",
+        "sha256": formats.sha256("tl_jax/assets/glyphs.safetensors"),
+    }
     assert report["totals"]["trainable"] == 650 == result["trainable_parameters"]
     assert report["proof"]["bit_equal"] and f"params/{stem['path']}" in report["proof"]["hashes"]
-    assert all(row["policy"] == "frozen" for row in report["statistics"])
+    assert all(row["policy"] == "frozen" for row in report["phases"][0]["statistics"])
     loaded, _ = formats.read("tl_jax/assets/glyphs.safetensors")
     trained, _ = formats.read(workdir / "model.safetensors")
     assert set(loaded) == set(trained)
@@ -140,7 +145,7 @@ def test_a_request_to_stop_saves_the_step_and_the_same_command_goes_on(finished,
     asked = []
     crash_at(monkeypatch, {step}, lambda: asked.append(True))
     with pytest.raises(Preempted, match=f"after step {step + 1} of 4"):
-        train(make_config(), tmp_path / "w", stop_requested=lambda: bool(asked))
+        train(make_config(), tmp_path / "w", stop_requested=lambda step: bool(asked))
     with Checkpoints(tmp_path / "w" / "checkpoints") as checkpoints:
         assert checkpoints.steps()[-1] == step + 1
     train(make_config(), tmp_path / "w")
@@ -233,8 +238,8 @@ def test_checkpoints_of_another_freeze_or_class_list_are_refused(finished, tmp_p
         train(make_config(), tmp_path / "w")
     (tmp_path / "w" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"another run.*") as error:
-        train(make_config(**{"method.name": "last_k", "method.last_k": 1}), tmp_path / "w")
-    assert "labels (saved -> now)" in str(error.value) and "method.last_k: 0 -> 1" in str(error.value)
+        train(make_config(**{"method.name": "last_k", "method.k": 1}), tmp_path / "w")
+    assert "labels (saved -> now)" in str(error.value) and "method.k: 0 -> 1" in str(error.value)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):

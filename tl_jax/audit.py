@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,11 +48,13 @@ def make_audit(
     opt_state: Any,
     card: Card,
     data: Mapping[str, Any],
+    multipliers: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The whole audit as plain JSON data.
 
-    origins: `{collection/path: key in the weight file, or "new"}`. matches: the rule of each parameter path.
-    policies: from `norm_policies`. data: facts of the data to show beside it.
+    origins: `{collection/path: key in the weight file, "new", or "copy" of what was loaded}`. matches: the rule of each
+    parameter path. policies: from `norm_policies`. data: facts of the data to show. multipliers: of layer-wise decay.
+    Frozen copies, which only a penalty looks at, do not count as parameters of the network.
     """
     moments = _moment_counts(opt_state, matches)
     parameters = []
@@ -67,7 +69,7 @@ def make_audit(
                 "rule": matches[path].pattern,
                 "group": group,
                 "trainable": group != FROZEN,
-                "lr_mult": settings.lr_mult if settings else 0.0,
+                "lr_mult": settings.lr_mult * (multipliers or {}).get(path, 1.0) if settings else 0.0,
                 "weight_decay": settings.weight_decay if settings and optim.decays(settings, path) else 0.0,
                 "optimizer_values": moments[path],
             }
@@ -81,7 +83,8 @@ def make_audit(
         }
         for path, leaf in trees.flatten(variables.get("batch_stats", {})).items()
     ]
-    sizes = {row["path"]: int(np.prod(row["shape"])) for row in parameters}
+    counted = [row for row in parameters if row["trainable"] or row["origin"] != "copy"]
+    sizes = {row["path"]: int(np.prod(row["shape"])) for row in counted}
     trainable = [row["path"] for row in parameters if row["trainable"]]
     return {
         "parameters": parameters,
@@ -105,22 +108,45 @@ def labels_table(audit: Mapping[str, Any]) -> dict[str, str]:
     return rows | {row["path"]: f"{row['shape']} statistics {row['policy']}" for row in audit["statistics"]}
 
 
-def frozen_hashes(variables: Mapping[str, Any], audit: Mapping[str, Any]) -> dict[str, str]:
-    """`{collection/path: sha256}` of everything that must not move: frozen parameters and frozen statistics."""
-    frozen = {f"params/{row['path']}" for row in audit["parameters"] if not row["trainable"]}
-    frozen |= {f"batch_stats/{row['path']}" for row in audit["statistics"] if row["policy"] == FROZEN}
+def frozen_hashes(variables: Mapping[str, Any], audits: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """`{collection/path: sha256}` of what must not move in any of the phases: frozen parameters, frozen statistics."""
+
+    def frozen(audit):
+        rows = {f"params/{row['path']}" for row in audit["parameters"] if not row["trainable"]}
+        return rows | {f"batch_stats/{row['path']}" for row in audit["statistics"] if row["policy"] == FROZEN}
+
     flat = trees.flatten(variables)
-    return trees.leaf_hashes({path: flat[path] for path in sorted(frozen)})
+    return trees.leaf_hashes({path: flat[path] for path in sorted(set.intersection(*map(frozen, audits)))})
 
 
-def prove(audit: Mapping[str, Any], before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
-    """The audit with its proof: each frozen leaf has the same sha256 as when it was loaded, or RuntimeError."""
+def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> None:
+    """Raises RuntimeError that names the frozen leaves whose sha256 has changed."""
     if moved := trees.difference(before, after):
         raise RuntimeError(
             "frozen leaves changed during training, so this result must not be used:\n" + "\n".join(moved)
         )
+
+
+def totals(audits: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The totals of a run: trainable is what trains in any phase, frozen what trains in none."""
+    sizes = {r["path"]: int(np.prod(r["shape"])) for a in audits for r in a["parameters"] if r["trainable"]}
+    trainable, whole = sum(sizes.values()), audits[0]["totals"]
+    return {**whole, "trainable": trainable, "frozen": whole["parameters"] - trainable}
+
+
+def join(audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The audit of a run, as audit.json holds it: its totals, and the audit of each phase."""
+    return {"totals": totals(audits), "phases": list(audits)}
+
+
+def prove(audits: Sequence[Mapping[str, Any]], before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
+    """The audit of a run with its proof: each leaf that no phase trains has the sha256 that it was loaded with.
+
+    Raises RuntimeError otherwise.
+    """
+    check_frozen(before, after)
     proof = {"frozen_leaves": len(before), "bit_equal": True, "sha256": trees.fingerprint(after), "hashes": dict(after)}
-    return {**audit, "proof": proof}
+    return {**join(audits), "proof": proof}
 
 
 def to_table(audit: Mapping[str, Any]) -> Table:
@@ -159,7 +185,7 @@ def to_table(audit: Mapping[str, Any]) -> Table:
 
 def _cells(rows: list[dict], policies: set[str]) -> tuple[str, ...]:
     return (
-        "+".join(sorted({"new" if row["origin"] == "new" else "file" for row in rows})),
+        "+".join(sorted({row["origin"] if row["origin"] in ("new", "copy") else "file" for row in rows})),
         "+".join(sorted({row["group"] for row in rows})),
         "/".join(f"{value:g}" for value in sorted({row["lr_mult"] for row in rows})),
         "/".join(f"{value:g}" for value in sorted({row["weight_decay"] for row in rows})),

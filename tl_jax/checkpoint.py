@@ -2,7 +2,7 @@
 
 import pathlib
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -100,15 +100,15 @@ class Checkpoints:
             )
         return state
 
-    def restore_latest(self, like: Any) -> Restored | None:
-        """The newest intact checkpoint, or None where the run has none yet.
+    def restore_latest(self, like: Callable[[int], Any]) -> Restored | None:
+        """The newest intact checkpoint, or None where the run has none yet; like(step) has the structure of its state.
 
         Raises ValueError where there are checkpoints and none is intact: starting over must be somebody's decision.
         """
         damaged = []
         for step in reversed(self.steps()):
             try:
-                state = self.restore(step, like)
+                state = self.restore(step, like(step))
             except ValueError as error:
                 damaged.append(str(error))
                 continue

@@ -184,17 +184,140 @@ def _dead_decays(labels: Mapping[str, str], groups: Mapping[str, Group]) -> list
 
 
 def make_optimizer(
-    labels: Mapping[str, str], groups: Mapping[str, Group], schedule, clip: float = 0.0
+    labels: Mapping[str, str],
+    groups: Mapping[str, Group],
+    schedule,
+    clip: float = 0.0,
+    *,
+    multipliers: Mapping[str, float] | None = None,
+    ages: Mapping[str, int] | None = None,
+    blocks: Mapping[str, str] | None = None,
 ) -> optax.GradientTransformation:
     """One transformation of the flat trainable parameters: a clip of the global norm (0: off), then each group's own.
 
     Frozen parameters never enter: they are not differentiated, so that neither the clip nor a logged norm sees them,
     the backward pass that only they need is not compiled, and no optimizer array exists for them.
+
+    multipliers: a further factor on the learning rate of each path. ages: the steps for which a path has been trained
+    when this optimizer takes over (see `ages_after`); paths of one age share their counts. blocks: `{path: block}` of
+    the paths whose learning rates Auto-RGN sets, see `scale_by_relative_gradient_norm`.
     """
     trainable = {path: label for path, label in labels.items() if label != FROZEN}
-    transforms = {name: _group_transform(group, schedule) for name, group in groups.items()}
-    grouped = optax.multi_transform(transforms, trainable)
-    return optax.chain(optax.clip_by_global_norm(clip), grouped) if clip else grouped
+    ages = ages or dict.fromkeys(trainable, 0)
+    cohorts = {path: f"{label}+{ages[path]}" for path, label in trainable.items()}
+    transforms = {
+        cohorts[path]: _group_transform(groups[label], _shifted(schedule, ages[path]))
+        for path, label in trainable.items()
+    }
+    tx = optax.multi_transform(transforms, cohorts)
+    if multipliers:
+        tx = optax.chain(tx, _scale_by_path(multipliers))
+    if blocks:
+        tx = scale_by_relative_gradient_norm(tx, blocks)
+    return optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
+
+
+def _shifted(schedule, age: int):
+    return lambda count: schedule(count - age)
+
+
+def _scale_by_path(multipliers: Mapping[str, float]) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: {path: multipliers[path] * update for path, update in updates.items()})
+
+
+class RelativeGradientNorm(NamedTuple):
+    """The state of `scale_by_relative_gradient_norm`: a running mean of the ratio of each block."""
+
+    ratios: dict[str, jax.Array]
+    inner: Any
+
+
+def scale_by_relative_gradient_norm(
+    inner: optax.GradientTransformation, blocks: Mapping[str, str], decay: float = 0.9
+) -> optax.GradientTransformation:
+    """Auto-RGN (Lee et al. 2023, "Surgical fine-tuning", section 4): the gradient decides how much each block moves.
+
+    The updates of block b are scaled by r_b / max r, where r_b = |g_b| / |w_b| is the norm of the block's gradient over
+    that of its parameters. The paper takes r anew once an epoch; here it is a debiased running mean over steps. Paths
+    that are not in `blocks` (a new head has no norm to speak of) keep their updates.
+    """
+    names = sorted(set(blocks.values()))
+
+    def norms(tree):
+        return {name: optax.tree.norm({p: x for p, x in tree.items() if blocks.get(p) == name}) for name in names}
+
+    def init(params):
+        return RelativeGradientNorm({name: jnp.zeros(()) for name in names}, inner.init(params))
+
+    def update(grads, state, params):
+        of_grads, of_params = norms(grads), norms(params)
+        ratios = {
+            name: decay * state.ratios[name] + (1 - decay) * of_grads[name] / jnp.maximum(of_params[name], 1e-12)
+            for name in names
+        }
+        largest = jnp.maximum(jnp.max(jnp.stack(list(ratios.values()))), 1e-30)  # the debiasing cancels
+        updates, inner_state = inner.update(grads, state.inner, params)
+        updates = {p: u * (ratios[blocks[p]] / largest) if p in blocks else u for p, u in updates.items()}
+        return updates, RelativeGradientNorm(ratios, inner_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def ages_after(
+    before: tuple[Mapping[str, str], Mapping[str, Group], Mapping[str, int], int] | None,
+    labels: Mapping[str, str],
+    groups: Mapping[str, Group],
+) -> dict[str, int]:
+    """The age of each trainable path where a phase begins: how many steps its optimizer values have been kept for.
+
+    before: labels, groups, ages and length of the phase that ends, None before the first. A path that stays trainable
+    under the same kind of optimizer keeps its values and grows older; any other starts at 0 with fresh ones.
+    """
+    trainable = {path: label for path, label in labels.items() if label != FROZEN}
+    if before is None:
+        return dict.fromkeys(trainable, 0)
+    old_labels, old_groups, old_ages, length = before
+
+    def kind(group: Group):
+        return group.optimizer, tuple(sorted(dict(group.args).items())), group.weight_decay > 0
+
+    return {
+        path: old_ages[path] + length
+        if path in old_ages and kind(old_groups[old_labels[path]]) == kind(groups[label])
+        else 0
+        for path, label in trainable.items()
+    }
+
+
+def migrate(fresh: Any, old: Any, length: int) -> Any:
+    """The optimizer state of a new phase: `fresh`, with the values of `old` for the paths that have an age.
+
+    length: the steps of the phase that ends. Raises RuntimeError if a value that must be
+    carried over is not there.
+    """
+    kept = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(old)[0]:
+        if place := _place(keys):
+            cohort_age, suffix = place
+            kept[cohort_age + length, suffix] = leaf
+
+    def carry(keys, leaf):
+        place = _place(keys)
+        if place is None or place[0] == 0:
+            return leaf
+        if place not in kept or kept[place].shape != leaf.shape:
+            raise RuntimeError(f"the optimizer state {jax.tree_util.keystr(keys)} was not found in the phase before")
+        return kept[place]
+
+    return jax.tree_util.tree_map_with_path(carry, fresh)
+
+
+def _place(keys: tuple) -> tuple[int, str] | None:
+    """(age, place inside its group's state) of an optimizer value; None for what belongs to no group."""
+    for i, key in enumerate(keys):
+        if isinstance(key, jax.tree_util.GetAttrKey) and key.name == "inner_states":
+            return int(keys[i + 1].key.rpartition("+")[2]), jax.tree_util.keystr(keys[i + 2 :])
+    return None
 
 
 def decays(group: Group, path: str) -> bool:

@@ -2,13 +2,18 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
 from ml_collections import ConfigDict
 
-SPEED_ONLY = ("data.workers",)  # options that change no number, and so may differ when a run is resumed
+from tl_jax import trees
+
+SPEED_ONLY = {"data.workers": 0}  # options that change no number, and so may differ when a run is resumed
+PHASED = ("total", "lr", "optimizer", "optimizer_args", "weight_decay", "decay", "clip", "groups", "layer_decay",
+          "schedule.", "method.")  # options that a phase may change; a dot: all of the section  # fmt: skip
+WHOLE = ("card", "groups", "args", "optimizer_args")  # sections that start empty: each is one value
 OWN_FIELDS = ("input_size", "mean", "std", "interpolation", "crop", "licence")  # of the card, for data.card
 
 
@@ -16,7 +21,7 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     """`{dotted option: plain JSON value}` of a config; sections that start empty are values."""
     flat = {}
     for key, value in config.items():
-        if isinstance(value, ConfigDict) and key not in ("card", "groups", "args", "optimizer_args"):
+        if isinstance(value, ConfigDict) and key not in WHOLE:
             flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}
         else:
             plain = value.to_dict() if isinstance(value, ConfigDict) else value
@@ -27,6 +32,61 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The options that decide a run's numbers."""
     return {key: value for key, value in flatten(config).items() if key not in SPEED_ONLY}
+
+
+def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
+    """The config of a flat table, such as a run's config.json: the inverse of `flatten`; speed aside, of `identity`."""
+    config = ConfigDict()
+    for key, value in {**SPEED_ONLY, **flat}.items():
+        *sections, name = key.split(".")
+        node = config
+        for section in sections:
+            if section not in node:
+                node[section] = ConfigDict()
+            node = node[section]
+        node[name] = ConfigDict(value) if isinstance(value, dict) else _as_tuples(value)
+    return config.lock()
+
+
+def _as_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_tuples(inner) for key, inner in value.items()}
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """sha256 of the options that decide a run's numbers: the name of the run in a study."""
+    return trees.fingerprint({key: json.dumps(value, sort_keys=True) for key, value in identity(config).items()})
+
+
+def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy of the config with options set, `{dotted option: value}`; a value replaces the old one whole.
+
+    Raises one ValueError that lists every option that does not exist and every value of another type.
+    """
+    config, problems = config.copy_and_resolve_references(), []
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        node: Any = config
+        for section in sections:
+            node = node[section] if isinstance(node, ConfigDict) and section in node else None
+        if not isinstance(node, ConfigDict) or name not in node:
+            problems.append(f"{key!r} does not exist{trees.nearest(key, flatten(config))}")
+            continue
+        try:
+            if isinstance(node[name], ConfigDict):
+                if name not in WHOLE:
+                    raise TypeError("a section, set its options one by one")
+                with node.unlocked():
+                    del node[name]
+                    node[name] = ConfigDict(dict(value))
+            else:
+                node[name] = value
+        except (TypeError, ValueError) as error:
+            problems.append(f"{key!r} = {value!r}: {error}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return config
 
 
 def check(config: ConfigDict) -> None:
@@ -43,8 +103,21 @@ def check(config: ConfigDict) -> None:
         problems.append(
             f"  data.data_dir = {flat['data.data_dir']!r} belongs to tfds sources; this is {flat['data.source']!r}"
         )
+    problems += _phase_problems(flat["phases"])
     if problems:
         raise ValueError("the config has options that cannot be meant:\n" + "\n".join(problems))
+
+
+def _phase_problems(phases: Any) -> list[str]:
+    if not isinstance(phases, list) or not all(map(_are_named, phases)):
+        return [f"  phases = {phases!r}: expected phases, each pairs (dotted option, value)"]
+    return [
+        f"  phases[{i}] sets {key}, which cannot change during a run; what can: {', '.join(PHASED)}"
+        for i, phase in enumerate(phases)
+        for key, _ in phase
+        if not any(key == option or (option.endswith(".") and key.startswith(option)) for option in PHASED)
+        or key in ("method.add", "method.grid")
+    ]
 
 
 def _number(low: float, below: float = math.inf, *, above: bool = False) -> tuple[Callable, str]:
@@ -74,12 +147,24 @@ def _duration(*, zero: bool = False) -> tuple[Callable, str]:
     return good, f"(amount {'>= 0' if zero else '> 0'}, one of {', '.join(UNITS)})"
 
 
-def _is_pair(pair: Any) -> bool:
-    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+def _are_texts(value: Any, size: int) -> bool:
+    return isinstance(value, list) and all(_are_strings(entry) and len(entry) == size for entry in value)
+
+
+def _are_named(value: Any, kind: type | tuple = object) -> bool:
+    """Pairs (string, value of a kind), as JSON has them."""
+    pairs = isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+    return pairs and all(isinstance(name, str) and isinstance(inner, kind) for name, inner in value)
 
 
 UNITS = ("epochs", "steps", "examples")
-PAIRS = (lambda value: isinstance(value, list) and all(map(_is_pair, value)), "pairs of strings, ((regex, name), ...)")
+PAIRS = (lambda value: _are_texts(value, 2), "pairs of strings, ((regex, name), ...)")
+NAMED = (lambda value: _are_named(value, dict), "pairs (name, {parameter: value})")
+ALSO = "triples of strings (name, source, split), each name once"
 RULES = {
     "seed": _integer(0, 2**32),
     "model.image_size": _integer(0),
@@ -89,9 +174,16 @@ RULES = {
     "data.shots": _integer(0),
     "data.split_seed": _integer(0),
     "data.workers": _integer(0),
-    "method.last_k": _integer(0),
+    "data.also": (lambda value: _are_texts(value, 3) and len({name for name, *_ in value}) == len(value), ALSO),
+    "method.k": _integer(0),
+    "method.blocks": (_are_strings, "strings, (block, ...)"),
     "method.rules": PAIRS,
     "method.norm": PAIRS,
+    "method.add": NAMED,
+    "method.regularize": NAMED,
+    "method.auto_rgn": (lambda value: isinstance(value, bool), "True or False"),
+    "method.grid": (lambda value: isinstance(value, list) and all(map(_number(0)[0], value)), "numbers, (value, ...)"),
+    "layer_decay": _number(0, 1.0001, above=True),
     "method.label_smoothing": _number(0, 1),
     "method.mixup": _number(0),
     "method.cutmix": _number(0),

@@ -40,7 +40,8 @@ STYLE = {
 
 def draw_run(rows: list[dict], predictions: metrics.Predictions, folder) -> None:
     """All figures of one run, as PNG files in its folder; rows as in metrics.jsonl."""
-    learning_curves(rows, folder / "learning_curves.png")
+    if rows:  # a closed form takes no steps
+        learning_curves(rows, folder / "learning_curves.png")
     confusion_matrix(predictions, folder / "confusion_matrix.png")
     reliability(predictions, folder / "reliability.png")
     if predictions.features is not None and min(predictions.features.shape) >= 2:  # a plane needs two of each

@@ -10,7 +10,7 @@ class Preempted(Exception):
     """A stop was asked for; what was done is saved, and the same command goes on from there."""
 
 
-def watch() -> Callable[[], bool]:
+def watch() -> Callable[..., bool]:
     """Catches both signals from now on; the function that it returns says whether one has come. Main thread only."""
     came = []
 
@@ -20,4 +20,4 @@ def watch() -> Callable[[], bool]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, request)
-    return lambda: bool(came)
+    return lambda step=0: bool(came)

@@ -125,6 +125,23 @@ def load_with_origins(
     )
 
 
+def source_head(name: str, path: str | pathlib.Path) -> dict[str, jax.Array] | None:
+    """The classifier {"kernel" [D, K], "bias" [K]} that a weight file was trained with; None where it has none."""
+    if not path:
+        return None
+    table, tensors = _table_of(name, path)
+    if not any(tables.is_head(table, key) for key in tensors):
+        return None
+    return load(name, path).variables["params"]["head"]
+
+
+def _table_of(name: str, path: str | pathlib.Path) -> tuple[tables.Layout, Mapping[str, np.ndarray]]:
+    file = hub.resolve(path)
+    tensors, metadata = formats.read(file)
+    layout = _detect(name, path, tensors)
+    return _card(name, path, file, layout, metadata)[0].layouts[layout], tensors
+
+
 def export(
     variables: Mapping[str, Any], name: str, path: str | pathlib.Path, *, card: Card, layout: str | None = None
 ) -> None:

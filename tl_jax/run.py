@@ -1,45 +1,78 @@
 """What a config stands for: data, network, rules and optimizer, checked against each other before the first step."""
 
+import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from tl_jax import audit, optim, options, pretrained, sharding, trees
+from tl_jax import audit, optim, options, pretrained, sharding, steps, trees
 from tl_jax.card import Card
-from tl_jax.data import pipeline, sources
+from tl_jax.data import pipeline, resample, sources
 from tl_jax.logging import say
-from tl_jax.methods import Method, finetune
+from tl_jax.methods import Method, closed_form, finetune, regularize
+from tl_jax.models import adapt
+
+
+class Phase(NamedTuple):
+    """A stretch of the training, steps `start` to `stop`, with one set of rules and one optimizer.
+
+    labels: the group of each parameter path. audit: from audit.make_audit.
+    """
+
+    start: int
+    stop: int
+    model: adapt.Adapted
+    method: Method
+    labels: dict[str, str]
+    schedule: Any
+    tx: Any
+    audit: dict[str, Any]
+
+    @property
+    def length(self) -> int:
+        """The number of steps."""
+        return self.stop - self.start
 
 
 class Run(NamedTuple):
     """Everything that one run is made of.
 
-    data: the sources of train, and of val or test or both. batches: of train, by step. eval_batches: of val and test.
-    variables: as loaded. labels: the group of each parameter path. audit: from audit.make_audit. identity: what must be
-    the same for a checkpoint to be of this run, as flat tables of plain JSON data.
+    data: the sources of train, of val or test or both, and of data.also. batches: of train, by step. eval_batches: of
+    the others. model: as it is evaluated. variables: as loaded, with what the method adds. phases: in order, most runs
+    have one. base: the weight file and its sha256. identity: what must be the same for a checkpoint to be of this run,
+    as flat tables of plain JSON data.
     """
 
     data: dict[str, sources.Source]
     batches: pipeline.TrainBatches
     eval_batches: dict[str, pipeline.EvalBatches]
-    model: Any
+    model: adapt.Adapted
     variables: Any
     card: Card
-    labels: dict[str, str]
-    method: Method
-    schedule: Any
-    tx: Any
-    total_steps: int
-    audit: dict[str, Any]
+    phases: tuple[Phase, ...]
+    base: dict[str, str]
     identity: dict[str, Any]
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of all phases."""
+        return self.phases[-1].stop
+
+    def phase_of(self, step: int) -> int:
+        """The phase that leads to the state after `step` steps; its last state is still its own."""
+        return next(i for i, phase in enumerate(self.phases) if step <= phase.stop)
 
 
 def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
     """Loads and wires everything that a config names; raises ValueError for what does not fit together."""
     options.check(config)
+    stretches = [options.override(config, dict(phase)) for phase in config.phases] or [config]
+    for stretch in stretches:
+        options.check(stretch)
     sharding.check_batch_size(config.batch_size, config.accumulate, parallel.mesh.size)
     data = load_data(config)
     class_names = data["train"].class_names
@@ -50,76 +83,179 @@ def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
     card = loaded.card.override(config.data.card.to_dict(), allowed=config.data.override_card)
     card = card.replace(class_names=class_names, source=f"{card.source or 'random weights'} -> {data['train'].name}")
     batches, eval_batches = make_batches(config, data, card, parallel)
-
-    paths = list(trees.flatten(loaded.variables["params"]))
-    rules = finetune.make_rules(config.method.name, paths, config.method.last_k, config.method.rules)
-    mixing = {name: config.method[name] for name in ("label_smoothing", "mixup", "cutmix")}
-    method = finetune.make_method(rules, num_classes=len(class_names), **mixing)
-    matches = trees.match_rules(paths, method.rules)
-    labels = {path: match.value for path, match in matches.items()}
-    policies = audit.norm_policies(loaded.variables.get("batch_stats", {}), labels, config.method.norm)
-    model = loaded.model.clone(
-        dtype=jnp.dtype(config.model.dtype),
-        dropout=config.model.dropout,
-        drop_path=config.model.drop_path,
-        remat=config.model.remat,
-        frozen_norms=tuple(path for path, policy in policies.items() if policy == trees.FROZEN),
-        axis_name=parallel.axis_name,
+    model = adapt.Adapted(
+        loaded.model.clone(
+            dtype=jnp.dtype(config.model.dtype),
+            dropout=config.model.dropout,
+            drop_path=config.model.drop_path,
+            remat=config.model.remat,
+            axis_name=parallel.axis_name,
+        ),
+        tuple(config.method.add),
     )
+    loaded = _with_parameters_beside(config, stretches, loaded, model, data["train"], card)
+    facts = {split: {"name": s.name, "examples": len(s), "fingerprint": s.fingerprint} for split, s in data.items()}
+    phases: list[Phase] = []
+    ages = None
+    for stretch in stretches:
+        phase, ages = _make_phase(stretch, loaded, model, card, facts, phases[-1] if phases else None, ages)
+        phases.append(phase)
+    base = {"file": config.model.weights, "sha256": loaded.sha256}
+    labels = [audit.labels_table(phase.audit) for phase in phases]
+    tables = {
+        "options": options.identity(config),
+        "labels": {f"{i}: {path}" if i else path: row for i, table in enumerate(labels) for path, row in table.items()},
+        "class_names": dict(enumerate(class_names)),
+        "card": phases[0].audit["card"],
+        "data": {split: fact["fingerprint"] for split, fact in facts.items()},
+        "weights": base,
+    }
+    return Run(
+        data, batches, eval_batches, model, loaded.variables, card, tuple(phases), base,
+        identity=json.loads(json.dumps(tables)),
+    )  # fmt: skip
 
-    in_steps = {"batch_size": config.batch_size, "train_size": len(data["train"])}
-    total_steps, warmup_steps = (optim.to_steps(d, **in_steps) for d in (config.total, config.schedule.warmup))
+
+def _with_parameters_beside(
+    config: ConfigDict,
+    stretches: Sequence[ConfigDict],
+    loaded: pretrained.Loaded,
+    model: adapt.Adapted,
+    train: sources.Source,
+    card: Card,
+) -> pretrained.Loaded:
+    """`loaded` with added parameters, and with what the regularisers of any phase need (a reference, a source head)."""
+    params, batch_stats = loaded.variables["params"], loaded.variables.get("batch_stats", {})
+    beside = trees.flatten(adapt.init(model.model, loaded.variables, model.additions, jax.random.key(config.seed)))
+    pairs = {json.dumps([name, args], sort_keys=True): (name, args) for c in stretches for name, args in _penalties(c)}
+    image = {"mean": card.mean, "std": card.std}
+
+    def apply(params, batch_stats, x, start=None):
+        x = x if start else steps.normalise(x, **image)
+        return model.apply({"params": params, "batch_stats": batch_stats}, x, train=False, start=start)
+
+    def batches():
+        size = min(config.eval_batch_size, len(train))
+        for batch in pipeline.eval_batches(train, card=card, batch_size=size):
+            yield batch["image"][batch["mask"]], batch["label"][batch["mask"]]
+
+    needs_head = any(name == "co_tuning" for name, _ in pairs.values())
+    source_head = pretrained.source_head(config.model.name, config.model.weights) if needs_head else None
+    at_start = trees.merge(params, beside)
+    start = regularize.Start(at_start, batch_stats, source_head, apply, batches, len(train.class_names))
+    for regularizer in (made for pair in pairs.values() for made in regularize.make([pair])):
+        beside |= trees.flatten(regularizer.init(start))
+    copied = ("reference/", "source_head/")
+    origins = {f"params/{path}": "copy" if path.startswith(copied) else "new" for path in beside}
+    variables = {**loaded.variables, "params": trees.merge(params, {p: jnp.asarray(x) for p, x in beside.items()})}
+    return loaded._replace(variables=variables, origins={**loaded.origins, **origins})
+
+
+def _penalties(config: ConfigDict) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(name, dict(args)) for name, args in config.method.regularize if name != "stoch_norm"]
+
+
+def _make_phase(
+    config: ConfigDict,
+    loaded: pretrained.Loaded,
+    model: adapt.Adapted,
+    card: Card,
+    facts: Mapping[str, Any],
+    before: Phase | None,
+    ages_before: Any,
+) -> tuple[Phase, Any]:
+    """One phase behind the one before it, and what the next one must know for the optimizer's values to go on."""
+    params = loaded.variables["params"]
+    paths = list(trees.flatten(params))
+    method = config.method
+    name = "linear_probe" if method.name in closed_form.NAMES else method.name
+    rules = finetune.make_rules(name, paths, method.k, method.blocks, method.rules)
+    matches = trees.match_rules(paths, finetune.beside(paths) + rules)
+    labels = {path: match.value for path, match in matches.items()}
+    policies = audit.norm_policies(loaded.variables.get("batch_stats", {}), labels, method.norm)
+    frozen_norms = tuple(path for path, policy in policies.items() if policy == trees.FROZEN)
+    loss = finetune.make_method(
+        rules, num_classes=len(card.class_names), regularizers=regularize.make(_penalties(config)),
+        **{name: method[name] for name in ("label_smoothing", "mixup", "cutmix")},
+    )  # fmt: skip
+
+    in_steps = {"batch_size": config.batch_size, "train_size": facts["train"]["examples"]}
+    length, warmup_steps = (optim.to_steps(d, **in_steps) for d in (config.total, config.schedule.warmup))
     schedule = optim.make_schedule(
-        config.schedule.name, config.lr, total_steps=total_steps, warmup_steps=warmup_steps, args=config.schedule.args
+        config.schedule.name, config.lr, total_steps=length, warmup_steps=warmup_steps, args=config.schedule.args
     )
     default = optim.Group(
         config.optimizer, tuple(config.optimizer_args.items()), weight_decay=config.weight_decay, decay=config.decay
     )
     groups = optim.make_groups(labels, default, config.groups.to_dict())
-    tx = optim.make_optimizer(labels, groups, schedule, config.clip)
-    opt_state = jax.eval_shape(tx.init, trees.split(loaded.variables["params"], labels)[0])
-    facts = {split: {"name": s.name, "examples": len(s), "fingerprint": s.fingerprint} for split, s in data.items()}
-    report = audit.make_audit(loaded.variables, loaded.origins, matches, groups, policies, opt_state, card, facts)
+    ages = optim.ages_after(ages_before, labels, groups)
+    multipliers = finetune.layer_multipliers(paths, config.layer_decay) if config.layer_decay < 1 else {}
+    blocks = finetune.parts(path for path, label in labels.items() if label != trees.FROZEN) if method.auto_rgn else {}
+    tx = optim.make_optimizer(labels, groups, schedule, config.clip, multipliers=multipliers, ages=ages, blocks=blocks)
+    opt_state = jax.eval_shape(tx.init, trees.split(params, labels)[0])
+    report = audit.make_audit(
+        loaded.variables, loaded.origins, matches, groups, policies, opt_state, card, facts, multipliers
+    )
     report["weights"] = {"file": config.model.weights, "sha256": loaded.sha256}
-    tables = {
-        "options": options.identity(config),
-        "labels": audit.labels_table(report),
-        "class_names": dict(enumerate(class_names)),
-        "card": report["card"],
-        "data": {split: fact["fingerprint"] for split, fact in facts.items()},
-        "weights": report["weights"],
-    }
-    return Run(
-        data, batches, eval_batches, model, loaded.variables, card, labels, method, schedule, tx, total_steps, report,
-        identity=json.loads(json.dumps(tables)),
-    )  # fmt: skip
+    start = before.stop if before else 0
+    model = dataclasses.replace(model, stoch_norm=_stoch_norm(method.regularize, frozen_norms, policies))
+    model = model.clone(frozen_norms=frozen_norms)
+    phase = Phase(start, start + length, model, loss, labels, schedule, tx, report)
+    return phase, (labels, groups, ages, length)
+
+
+def _stoch_norm(pairs: Sequence, frozen_norms: Sequence[str], policies: Mapping[str, str]) -> float:
+    """The probability of ("stoch_norm", {"p": 0.5}); 0 where it is not asked for."""
+    args = {key: value for name, given in pairs if name == "stoch_norm" for key, value in {"p": 0.5, **given}.items()}
+    if unknown := sorted(set(args) - {"p"}):
+        raise ValueError(f"stoch_norm has no parameter {unknown}; it has p, the probability of the running statistics")
+    if args and len(frozen_norms) == len(policies):
+        raise ValueError(
+            "stoch_norm draws between batch and running statistics, but no BatchNorm layer is in train mode "
+            f"({len(policies)} in the network, all frozen); train their blocks, or set method.norm"
+        )
+    return args.get("p", 0.0)
 
 
 def load_data(config: ConfigDict) -> dict[str, sources.Source]:
-    """The sources that the config names, of train, val and test; raises ValueError where they do not fit together."""
+    """The sources that the config names: train, val, test and data.also; raises ValueError where they do not fit."""
     splits = {name: config.data[name] for name in ("train", "val", "test") if config.data[name]}
-    if "train" not in splits or len(splits) < 2 or (config.select == "best_val" and "val" not in splits):
+    resampled = bool(config.data.resample)
+    if resampled and (config.data.test or config.data.shots):
+        raise ValueError(
+            f"data.resample={config.data.resample!r} cuts train and test out of data.train; expected data.test='' and "
+            f"data.shots=0, found {config.data.test!r} and {config.data.shots}"
+        )
+    if "train" not in splits or len(splits) + resampled < 2 or (config.select == "best_val" and "val" not in splits):
         raise ValueError(
             f"data names the splits {splits}, with select={config.select!r}: expected train, and val or test to score "
             "on; best_val needs val"
         )
-    data = {
-        name: sources.load(
-            config.data.source, split, shots=config.data.shots if name == "train" else 0, seed=config.seed,
-            split_seed=config.data.split_seed, on_error=config.data.on_error, data_dir=config.data.data_dir or None,
-        )
-        for name, split in splits.items()
+    load = {
+        "seed": config.seed, "split_seed": config.data.split_seed, "on_error": config.data.on_error,
+        "data_dir": config.data.data_dir or None,
     }  # fmt: skip
+    data = {
+        name: sources.load(config.data.source, split, shots=config.data.shots if name == "train" else 0, **load)
+        for name, split in splits.items()
+    }
+    if resampled:
+        data |= _resample(data["train"], config.data.resample, config.data.split_seed)
+    if taken := sorted({name for name, *_ in config.data.also} & {"train", "val", "test"}):
+        raise ValueError(f"data.also names {taken}; choose other names, these are the run's own splits")
+    data |= {name: sources.load(source, split, **load) for name, source, split in config.data.also}
     classes = dict(enumerate(data["train"].class_names))
     if len(classes) < 2:
         raise ValueError(f"{data['train'].name} has the one class {classes[0]!r}; expected at least two to tell apart")
+    own = {"val", "test"} | {name for name, source, _ in config.data.also if source == config.data.source}
     for name, source in data.items():
         if changed := trees.difference(classes, dict(enumerate(source.class_names))):
             raise ValueError(f"the classes of train and {name} differ (train -> {name}):\n" + "\n".join(changed))
-        if name != "train" and (shared := {*data["train"].ids} & {*source.ids}):
+        left_out_in_turn = name == "test" and config.data.resample == "loo"
+        if name in own and not left_out_in_turn and (shared := {*data["train"].ids} & {*source.ids}):
             raise ValueError(
-                f"{len(shared)} of {len(source)} examples of {name} ({splits[name]!r}) are also in train "
-                f"({splits['train']!r}), such as {min(shared)}; use splits that do not overlap"
+                f"{len(shared)} of {len(source)} examples of {name} ({source.name}) are also in train "
+                f"({data['train'].name}), such as {min(shared)}; use splits that do not overlap"
             )
         if source.skipped:
             say(
@@ -128,15 +264,26 @@ def load_data(config: ConfigDict) -> dict[str, sources.Source]:
     return data
 
 
+def _resample(pool: sources.Source, design: str, split_seed: int) -> dict[str, sources.Source]:
+    """Train and test of one fold of the pool; leave-one-out, which a closed form does at once, keeps all of it."""
+    if design == "loo":
+        return {"test": dataclasses.replace(pool, name=f"{pool.name}, leave-one-out")}
+    train, held_out = resample.split(pool.labels, design, split_seed)
+    return {
+        "train": dataclasses.replace(pool.select(train), name=f"{pool.name}, {design}"),
+        "test": dataclasses.replace(pool.select(held_out), name=f"{pool.name}, held out of {design}"),
+    }
+
+
 def make_batches(
     config: ConfigDict, data: dict[str, sources.Source], card: Card, parallel: sharding.Parallel
 ) -> tuple[pipeline.TrainBatches, dict[str, pipeline.EvalBatches]]:
-    """Batches of train by step, and of val and test in order."""
+    """Batches of train by step, and of the other sources in order."""
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = pipeline.train_batches(
         data["train"], card=card, augment=config.data.augment, batch_size=config.batch_size, seed=config.seed, **hosts
     )
-    # One size for val and test, so that one program serves both; it pads val, which is scored often, the least.
+    # One size for all, so that one program serves them; it pads val, which is scored often, the least.
     count = len(data.get("val", data.get("test")))
     size = parallel.round_up(-(-count // -(-count // config.eval_batch_size)))
     scored = {split: source for split, source in data.items() if split != "train"}

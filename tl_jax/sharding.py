@@ -46,9 +46,27 @@ class Parallel(NamedTuple):
     def train(self, train_step: Callable) -> Callable:
         """(state, batch) -> state on all devices. Under jit the old state's buffers are reused: do not touch it."""
         if self.mode == "jit":
-            return jax.jit(train_step, donate_argnums=0)
+            return jax.jit(train_step, donate_argnums=0, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
         mapped = jax.pmap(train_step, AXIS, in_axes=(None, 0), out_axes=None, devices=list(self.mesh.devices.flat))
         return lambda state, batch: mapped(state, self._per_device(batch))
+
+    def compile(self, train_step: Callable, state: Any, batch: Any) -> tuple[Callable, dict[str, Any]]:
+        """`train` compiled for a state and a batch, and what XLA says of a step: flops_per_step, memory_bytes.
+
+        memory_bytes are the arguments, results and temporaries of one device. Under pmap both are None.
+        """
+        step = self.train(train_step)
+        if self.mode == "pmap":
+            return step, {"flops_per_step": None, "memory_bytes": None}
+        compiled = step.lower(state, batch).compile()
+        memory = compiled.memory_analysis()
+        sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+        return compiled, {
+            "flops_per_step": (compiled.cost_analysis() or {}).get("flops"),
+            "memory_bytes": sum(getattr(memory, size) for size in sizes) - memory.alias_size_in_bytes
+            if memory
+            else None,
+        }
 
     def evaluate(self, eval_step: Callable) -> Callable:
         """(variables, images) -> per-example outputs in the order of the images, whole on every process."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tl_jax import trees
+from tl_jax import optim, trees
 from tl_jax.methods import Method
 
 NEVER = jnp.iinfo(jnp.int32).max
@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
     bad_step: jax.Array
 
 
-SUMS = ("loss", "accuracy", "examples", "grad_norm", "steps")
+SUMS = ("loss", "penalty", "accuracy", "examples", "grad_norm", "steps")
 
 
 def init_state(
@@ -54,6 +54,22 @@ def init_state(
         key=jax.random.PRNGKey(seed),
         sums={name: jnp.zeros(()) for name in SUMS},
         bad_step=jnp.full((), NEVER, jnp.int32),
+    )
+
+
+def enter_phase(
+    state: TrainState, tx, labels: Mapping[str, str], length: int, frozen_norms: Collection[str] = ()
+) -> TrainState:
+    """The state as the next phase begins: what goes on moving keeps its optimizer values and moving averages.
+
+    tx, labels, frozen_norms: of the next phase. length: the steps of the phase that ends. What stops moving keeps the
+    value that training gave it, not its average.
+    """
+    trainable, _ = trees.split(state.params, labels)
+    moving = _moving(state.params, state.batch_stats, labels, frozen_norms)
+    return state._replace(
+        opt_state=optim.migrate(tx.init(trainable), state.opt_state, length),
+        ema={path: state.ema.get(path, jnp.array(leaf)) for path, leaf in moving.items()} if state.ema else {},
     )
 
 
@@ -95,13 +111,12 @@ def make_train_step(
     axis_name: under pmap, the axis over which gradients, statistics and sums are combined; None under jit.
     """
 
-    def forward(params, batch_stats, images, key):
+    def forward(params, batch_stats, images, key, train=True):
+        variables, images = {"params": params, "batch_stats": batch_stats}, normalise(images, mean, std)
+        if not train:
+            return *model.apply(variables, images, train=False), batch_stats
         (logits, out), updates = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            normalise(images, mean, std),
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": key},
+            variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key}
         )
         return logits, out, updates.get("batch_stats", batch_stats)
 

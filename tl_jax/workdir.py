@@ -34,6 +34,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file; none where there is no file, and a last line that was cut short is left out."""
+    lines = path.read_text().split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines[:-1]]
+
+
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path):
     """Holds the workdir for this process; raises ValueError where another one holds it. A killed process lets go."""

@@ -11,8 +11,8 @@ class Method(NamedTuple):
 
     rules: ordered (path regex, group); the group "frozen" is never trained.
     loss:  (params, batch_stats, batch, forward, key) -> (mean loss, (batch_stats, {name: sum over examples})), where
-           forward(params, batch_stats, images, key) -> (logits [B, K], out, batch_stats) runs the network in train mode
-           on images [B, H, W, C] in 0..255.
+           forward(params, batch_stats, images, key, train=True) -> (logits [B, K], out, batch_stats) runs the network
+           on images [B, H, W, C] in 0..255. The sums are loss, penalty and accuracy.
     """
 
     rules: Rules

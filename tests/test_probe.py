@@ -1,0 +1,146 @@
+"""The run of a closed form, end to end on the embedded network, against the same steps by hand."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import LeaveOneOut, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler, normalize
+
+from configs import quickstart
+from tl_jax import evaluate, metrics, options, pretrained, probe, run, sharding, steps
+from tl_jax.data import pipeline, sources
+
+
+def make_config(name, grid=(), **changes):
+    config = quickstart.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict({
+            "method.name": "linear_probe", "method.k": 0, "groups": {}, "data.shots": 0, "resamples": 20,
+            "data.train": "train[:20%]", "data.val": "train[90%:]", "data.test": "test[:20%]", **changes,
+        })  # fmt: skip
+    built = run.build(config, sharding.make_parallel())
+    return options.override(config, {"method.name": name, "method.grid": grid}), built
+
+
+def run_probe(name, folder, grid=(), **changes):
+    config, built = make_config(name, grid, **changes)
+    folder.mkdir()
+    return probe.probe(config, built, sharding.make_parallel(), folder), built
+
+
+def features(split, variables=None):
+    """Labels, features and logits of the embedded network (or of other variables) without the code under test."""
+    model, loaded, card = pretrained.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
+    source = sources.load("digits", split)
+    step = jax.jit(steps.make_eval_step(model, mean=card.mean, std=card.std))
+    batches = pipeline.eval_batches(source, card=card, batch_size=len(source))
+    logits, out = step(variables or loaded, batches[0]["image"])
+    return source.labels, np.asarray(out, np.float64), np.asarray(logits)
+
+
+@pytest.fixture(scope="module")
+def by_hand():
+    return {name: features(split) for name, split in
+            {"train": "train[:20%]", "val": "train[90%:]", "test": "test[:20%]"}.items()}  # fmt: skip
+
+
+def test_neighbours_give_the_accuracy_that_scikit_learn_gives_on_the_features(tmp_path, by_hand):
+    result, built = run_probe("knn", tmp_path / "w", (1, 5, 9))
+    (train_labels, train, _), (val_labels, val, _), (labels, test, _) = by_hand.values()
+    models = {k: KNeighborsClassifier(k).fit(normalize(train), train_labels) for k in (1, 5, 9)}
+    accuracies = {k: model.score(normalize(val), val_labels) for k, model in models.items()}
+    assert {row["value"]: row["val/accuracy"] for row in result["tried"]} == pytest.approx(accuracies)
+    assert accuracies[result["chosen"]] == max(accuracies.values())
+    expected = models[result["chosen"]].score(normalize(test), labels)
+    assert result["metrics"]["accuracy"]["value"] == pytest.approx(expected)
+    assert result["split"] == "test" and not result["chosen_on_scored_split"] and result["trainable_parameters"] == 0
+    files = {"result.json", "predictions.npz", "audit.json", "cost.json",
+             "confusion_matrix.png", "reliability.png", "feature_map.png"}  # fmt: skip
+    assert {path.name for path in (tmp_path / "w").iterdir()} == files  # no network holds neighbours
+    assert json.loads((tmp_path / "w" / "result.json").read_text()) == json.loads(json.dumps(result))
+    saved = metrics.load_predictions(tmp_path / "w" / "predictions.npz")
+    np.testing.assert_array_equal(saved.labels, labels)
+    np.testing.assert_allclose(saved.features, test, atol=1e-4)
+    np.testing.assert_array_equal(saved.ids, built.data["test"].ids)
+
+
+def test_a_linear_form_is_a_network_with_that_head_and_nothing_else_moved(tmp_path, by_hand):
+    result, built = run_probe("logistic", tmp_path / "w", (0.1,), **{"data.also": (("rest", "digits", "test[80%:]"),)})
+    (train_labels, train, _), _, (labels, test, _) = by_hand.values()
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(train, train_labels)
+    assert result["metrics"]["accuracy"]["value"] == pytest.approx(model.score(test, labels))
+    rest_labels, rest, _ = features("test[80%:]")
+    assert result["also"]["rest"]["accuracy"]["value"] == pytest.approx(model.score(rest, rest_labels))
+    assert (result["chosen"], result["trainable_parameters"], result["step"]) == (0.1, 650, 0)
+    exported = pretrained.load("resnet8_cifar", tmp_path / "w" / "model.safetensors")
+    saved = metrics.load_predictions(tmp_path / "w" / "predictions.npz")
+    np.testing.assert_allclose(features("test[:20%]", exported.variables)[2], saved.logits, atol=1e-4)
+    rest_saved = metrics.load_predictions(tmp_path / "w" / "predictions-rest.npz")
+    assert (rest_saved.logits.argmax(1) == rest_labels).mean() == result["also"]["rest"]["accuracy"]["value"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(exported.variables["params"]["backbone"]):
+        loaded = built.variables["params"]["backbone"]
+        for key in path:
+            loaded = loaded[key.key]
+        np.testing.assert_array_equal(leaf, loaded)
+    audit = json.loads((tmp_path / "w" / "audit.json").read_text())
+    assert audit["proof"]["bit_equal"] and audit["proof"]["sha256"] == result["frozen_sha256"]
+    cost = json.loads((tmp_path / "w" / "cost.json").read_text())
+    assert (cost["trainable_parameters"], cost["steps"], cost["flops_per_step"]) == (650, 0, None)
+    assert cost["seconds"] > 0
+
+
+def test_without_test_the_choice_is_said_to_be_made_on_the_scored_split(tmp_path):
+    config, built = make_config("ridge", **{"data.test": ""})
+    result = probe.probe(config, built, sharding.make_parallel(), tmp_path, verbose=False)
+    assert result["split"] == "val" and result["chosen_on_scored_split"]
+    row = next(row for row in result["tried"] if row["value"] == result["chosen"])
+    assert row["val/accuracy"] == pytest.approx(result["metrics"]["accuracy"]["value"])
+    assert row["val/nll"] == pytest.approx(result["metrics"]["nll"]["value"], rel=1e-5)
+    given = options.override(config, {"method.grid": (1.0,)})
+    result = probe.probe(given, built, sharding.make_parallel(), tmp_path, verbose=False)
+    assert not result["chosen_on_scored_split"]
+
+
+def test_a_bootstrap_draw_counts_its_repeated_examples(tmp_path):
+    config, built = make_config("logistic", (1.0,))
+    drawn = np.array([0, 0, 0, *range(1, 100), 50, 50])
+    built.data["train"] = built.data["train"].select(drawn)
+    seen = []
+    real = evaluate.predict
+
+    def predict(eval_fn, variables, batches, parallel):
+        seen.append(len(batches.source))
+        return real(eval_fn, variables, batches, parallel)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "predict", predict)
+        probe.probe(config, built, sharding.make_parallel(), tmp_path, verbose=False)
+    labels, train, _ = features("train[:20%]")
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=1000)).fit(train[drawn], labels[drawn])
+    _, test, _ = features("test[:20%]")
+    saved = metrics.load_predictions(tmp_path / "predictions.npz")
+    np.testing.assert_allclose(
+        saved.logits - saved.logits.mean(1, keepdims=True), model.decision_function(test), atol=5e-3
+    )
+    assert 100 in seen and len(drawn) not in seen  # each image is shown to the network once
+
+
+def test_leave_one_out_scores_the_pool_by_all_others(tmp_path):
+    changes = {"data.resample": "loo", "data.val": "", "data.test": "", "data.train": "train[:10%]"}
+    config, built = make_config("knn", (3,), **changes)
+    result = probe.probe(config, built, sharding.make_parallel(), tmp_path, verbose=False)
+    labels, pool, _ = features("train[:10%]")
+    expected = cross_val_predict(KNeighborsClassifier(3), normalize(pool), labels, cv=LeaveOneOut())
+    assert result["metrics"]["accuracy"]["value"] == pytest.approx((expected == labels).mean())
+    assert (result["split"], result["metrics"]["count"], result["chosen"]) == ("test", 103, 3)
+    several = options.override(config, {"method.grid": (1, 3)})
+    with pytest.raises(ValueError, match=r"method.grid=\(1, 3\)[\s\S]*set one value in method.grid"):
+        probe.probe(several, built, sharding.make_parallel(), tmp_path)
+    beside = built._replace(eval_batches={**built.eval_batches, "val": built.eval_batches["test"]})
+    with pytest.raises(ValueError, match=r"further sets \['val'\]"):
+        probe.probe(config, beside, sharding.make_parallel(), tmp_path)

@@ -1,0 +1,37 @@
+"""What every run leaves at its end, whatever way it went: predictions, audit, figures, and last of all result.json."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from tl_jax import metrics, plots, workdir
+
+
+def leave(
+    config: ConfigDict,
+    folder: pathlib.Path,
+    predictions: Mapping[str, metrics.Predictions],
+    result: Mapping[str, Any],
+    report: Mapping[str, Any],
+    verbose: bool,
+) -> dict[str, Any]:
+    """Scores and writes; returns the result with its metrics.
+
+    predictions: of result["split"], and of the sets of data.also by name. report: the proved audit. Figures are drawn
+    where `verbose`. Process 0 writes; result.json comes last: where it lies, the run is whole.
+    """
+    scores = {name: metrics.summarize(p, resamples=config.resamples) for name, p in predictions.items()}
+    own = predictions[result["split"]]
+    result = {**result, "metrics": scores.pop(result["split"]), "also": scores}
+    if jax.process_index() == 0:
+        for name, values in predictions.items():
+            suffix = "" if values is own else f"-{name}"
+            metrics.save_predictions(folder / f"predictions{suffix}.npz", **values._asdict())
+        workdir.write_json(folder / "audit.json", report)
+        if verbose:
+            plots.draw_run(workdir.read_rows(folder / "metrics.jsonl"), own, folder)
+        workdir.write_json(folder / "result.json", result)
+    return result
