@@ -1,22 +1,36 @@
-"""The front door: python launch.py --config configs/NAME.py[:ARGUMENT] [--config.option=value ...] [--workdir W]
+"""The front door, to one experiment or to a study of many runs:
+
+python launch.py --config configs/NAME.py[:ARGUMENT] [--config.option=value ...] [--workdir W]
+python launch.py --study experiments/NAME[:ARGUMENT] [--workdir W] [--launcher local] [--jobs N] [--dry-run] [--retry]
 
 configs/transfer.py lists all options. Exit codes: 0 done; 2 the config, the data or the workdir does not fit (one
-message says how); 75 stopped by SIGTERM or Ctrl-C with everything saved, start the same command again; 1 anything else.
+message says how); 75 stopped by SIGTERM or Ctrl-C with everything saved, start the same command again; 1 anything else,
+such as a run of a study that failed.
 """
 
 import difflib
-import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from tl_jax.compiled import keep_compiled_programs
+
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: a python file with get_config, and its argument.", lock_config=True
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; default: workdirs/NAME for configs/NAME.py.")
+STUDY = flags.DEFINE_string("study", None, "The study: the folder of a study.py with get_study, and its argument.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; default: workdirs/NAME.")
+LAUNCHER = flags.DEFINE_enum("launcher", "local", ["local", "slurm", "tpu", "gke"], "Where the work is done.")
+SLURM = flags.DEFINE_string("slurm", "", "Options of sbatch for --launcher slurm: partition=gpu,time=2:00:00,...")
+CLOUD = flags.DEFINE_string("cloud", "", "Where --launcher tpu or gke works: name=...,zone=..., see its file.")
+JOBS = flags.DEFINE_integer("jobs", 0, "Runs of a study at once; 0: what suits the machine.", lower_bound=0)
+DRY_RUN = flags.DEFINE_bool("dry-run", False, "Check a study, print its runs and what they would cost, run nothing.")
+RETRY = flags.DEFINE_bool("retry", False, "Do the failed runs of a study again.")
+SUBMIT = flags.DEFINE_bool("submit", False, "Run the command that hands the work to a cluster, do not only print it.")
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an error came from.")
 
 
@@ -28,23 +42,44 @@ def main(argv: list[str]) -> None:
     from tl_jax import preemption
 
     stop_requested = preemption.watch()  # before the imports that take seconds
-    from tl_jax import metrics
-    from tl_jax.logging import say
-    from tl_jax.studies import compare
-
     logging.set_verbosity(logging.WARNING)
     keep_compiled_programs()
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = pathlib.Path(WORKDIR.value or f"workdirs/{pathlib.Path(path).stem}")
     try:
-        report = compare.compare(CONFIG.value, workdir, stop_requested)
+        sys.exit(run_study(stop_requested) if STUDY.value else run_config(stop_requested))
     except (ValueError, OSError, FloatingPointError) as error:
         if TRACEBACK.value:
             raise
         sys.exit(bad_input(error))
     except preemption.Preempted as stop:
-        say(f"{stop}; everything is saved, the same command goes on from there")
+        print(f"{stop}; everything is saved, the same command goes on from there", flush=True)
         sys.exit(preemption.EXIT_CODE)
+
+
+def run_study(stop_requested: Callable[..., bool]) -> int:
+    """Plans and launches a study, or shows what it would be; returns the exit code."""
+    from tl_jax.studies import launchers
+
+    return launchers.start(
+        STUDY.value, WORKDIR.value, launcher=LAUNCHER.value, settings=SLURM.value or CLOUD.value, submit=SUBMIT.value,
+        jobs=JOBS.value, dry_run=DRY_RUN.value, retry=RETRY.value, stop_requested=stop_requested,
+    )  # fmt: skip
+
+
+def run_config(stop_requested: Callable[..., bool]) -> int:
+    """Runs an experiment with its seeds and its baseline and prints the result, or hands it to a cluster."""
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = pathlib.Path(WORKDIR.value or f"workdirs/{pathlib.Path(path).stem}")
+    settings = SLURM.value or CLOUD.value
+    if LAUNCHER.value != "local" or settings or SUBMIT.value:
+        from tl_jax.studies import launchers, submit
+
+        command = ["launch.py", *submit.own_arguments(sys.argv[1:])]
+        return launchers.hand_over(command, workdir, LAUNCHER.value, settings, SUBMIT.value)
+    from tl_jax import metrics
+    from tl_jax.logging import say
+    from tl_jax.studies import compare
+
+    report = compare.compare(CONFIG.value, workdir, stop_requested)
     result = report["result"]
     say(metrics.format_table(result["metrics"], of=f"seed {CONFIG.value.seed}, {result['data']}"))
     if result["chosen_on_scored_split"]:
@@ -52,13 +87,17 @@ def main(argv: list[str]) -> None:
     if report["comparison"]:
         say(compare.to_table(report["comparison"]))
     say(f"everything of this run: {workdir.resolve()}")
+    return 0
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with one message for everything that can be wrong with a config on the command line."""
     try:
         positional = flags.FLAGS(argv)
-        CONFIG.value.keys()  # a file that cannot be loaded is an error only when the config is read
+        if problem := conflict():
+            raise ValueError(problem)
+        if not STUDY.value:
+            CONFIG.value.keys()  # a file that cannot be loaded is an error only when the config is read
         return positional
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         if "--traceback" in argv:
@@ -73,9 +112,20 @@ def parse_flags(argv: list[str]) -> list[str]:
             text = f"there is no config {missing[1]}" + (f" (did you mean {near[0]!r}?)" if near else "")
         elif "Traceback" in text:  # what get_config raised, as text
             text = text.strip().splitlines()[-1].partition(": ")[2]
-        if not any(argument.startswith("--config") for argument in argv):
-            text = "which experiment? give --config configs/NAME.py"
         sys.exit(bad_input(text))
+
+
+def conflict() -> str:
+    """What is wrong with the flags taken together; "" where nothing is."""
+    given = [name for name in ("config", "study") if flags.FLAGS[name].present]
+    if not given:
+        return "which experiment? give --config configs/NAME.py, or --study experiments/NAME"
+    if len(given) > 1:
+        return "--config and --study are two things to run; a study's base config is in its study.py"
+    if DRY_RUN.value and (RETRY.value or SUBMIT.value):
+        return "--dry-run runs nothing: leave out --retry and --submit"
+    only = [f"--{name}" for name in ("jobs", "dry-run", "retry") if flags.FLAGS[name].present]
+    return f"{', '.join(only)}: only a study has these, see --study" if only and given == ["config"] else ""
 
 
 def bad_input(message: object) -> int:
@@ -84,27 +134,5 @@ def bad_input(message: object) -> int:
     return 2
 
 
-def keep_compiled_programs() -> None:
-    """Lets a program that was compiled once start at once the next time; JAX_COMPILATION_CACHE_DIR takes precedence.
-
-    Whoever can write to the folder can run code here, so it is private, or not used.
-    """
-    import jax
-
-    folder = pathlib.Path.home() / ".cache" / "tl_jax" / "compiled"
-    if jax.config.jax_compilation_cache_dir:
-        return
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = folder.stat()
-    except OSError:
-        return  # no home to write to: compile every time
-    if facts.st_uid == os.getuid() and not facts.st_mode & 0o022:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_compilation_cache_max_size", 2**31)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

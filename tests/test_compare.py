@@ -25,7 +25,7 @@ def test_every_arm_runs_with_every_seed_and_differs_only_as_the_baseline_says():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"baseline": (("model.weihgts", ""),)}, "'model.weihgts', which does not exist .did you mean 'model.weights'"),
+        ({"baseline": (("model.weihgts", ""),)}, "'model.weihgts' does not exist .did you mean 'model.weights'"),
         ({"baseline": (("seed", 5),)}, "'seed', which every arm shares"),
         ({"baseline": (("lr", 1e-3),)}, "changes nothing"),
         ({"baseline": (("lr", "fast"),)}, "lr"),
@@ -45,7 +45,7 @@ def test_the_interval_of_the_mean_is_students():
     interval = compare.mean_interval(values)
     expected = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
     assert (interval["low"], interval["high"]) == pytest.approx(expected, rel=1e-12)
-    assert compare.mean_interval([0.5]) == {"mean": 0.5, "low": None, "high": None}
+    assert compare.mean_interval([0.5]) == {"mean": 0.5, "low": None, "high": None, "n": 1}
 
 
 def test_a_request_to_stop_between_runs_starts_no_other(tmp_path):

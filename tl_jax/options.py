@@ -163,11 +163,14 @@ def _are_named(value: Any, kind: type | tuple = object) -> bool:
 
 UNITS = ("epochs", "steps", "examples")
 PAIRS = (lambda value: _are_texts(value, 2), "pairs of strings, ((regex, name), ...)")
+FLAG = (lambda value: isinstance(value, bool), "True or False")
 NAMED = (lambda value: _are_named(value, dict), "pairs (name, {parameter: value})")
 ALSO = "triples of strings (name, source, split), each name once"
 RULES = {
     "seed": _integer(0, 2**32),
     "model.image_size": _integer(0),
+    "model.keep_head": FLAG,
+    "model.reinit": (_are_strings, "strings, (part, ...)"),
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.dropout": _number(0, 1),
     "model.drop_path": _number(0, 1),
@@ -181,7 +184,7 @@ RULES = {
     "method.norm": PAIRS,
     "method.add": NAMED,
     "method.regularize": NAMED,
-    "method.auto_rgn": (lambda value: isinstance(value, bool), "True or False"),
+    "method.auto_rgn": FLAG,
     "method.grid": (lambda value: isinstance(value, list) and all(map(_number(0)[0], value)), "numbers, (value, ...)"),
     "layer_decay": _number(0, 1.0001, above=True),
     "method.label_smoothing": _number(0, 1),

@@ -76,10 +76,7 @@ def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
     sharding.check_batch_size(config.batch_size, config.accumulate, parallel.mesh.size)
     data = load_data(config)
     class_names = data["train"].class_names
-    loaded = pretrained.load_with_origins(
-        config.model.name, config.model.weights, len(class_names),
-        image_size=config.model.image_size or None, head_init=config.model.head_init, seed=config.seed,
-    )  # fmt: skip
+    loaded = _load_network(config, class_names)
     card = loaded.card.override(config.data.card.to_dict(), allowed=config.data.override_card)
     card = card.replace(class_names=class_names, source=f"{card.source or 'random weights'} -> {data['train'].name}")
     batches, eval_batches = make_batches(config, data, card, parallel)
@@ -114,6 +111,33 @@ def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
         data, batches, eval_batches, model, loaded.variables, card, tuple(phases), base,
         identity=json.loads(json.dumps(tables)),
     )  # fmt: skip
+
+
+def _load_network(config: ConfigDict, class_names: Sequence[str]) -> pretrained.Loaded:
+    """The network with a new head, or with the file's own, and random numbers in the parts of model.reinit."""
+    keep, arguments = config.model.keep_head, {
+        "image_size": config.model.image_size or None, "head_init": config.model.head_init, "seed": config.seed
+    }  # fmt: skip
+    loaded = pretrained.load_with_origins(
+        config.model.name, config.model.weights, None if keep else len(class_names), **arguments
+    )
+    known = loaded.card.class_names or class_names
+    if keep and (loaded.card.num_classes != len(class_names) or tuple(known) != tuple(class_names)):
+        raise ValueError(
+            f"model.keep_head=True, but the classifier of {config.model.weights or 'a random network'} knows "
+            f"{loaded.card.num_classes} classes {list(known)[:5]} and the data has {len(class_names)} "
+            f"{list(class_names)[:5]}; they must be the same in the same order, or take a new head"
+        )
+    if not config.model.reinit:
+        return loaded
+    rules = [(f"backbone/{part}/.*", "new") for part in config.model.reinit]
+    flat = {path.partition("/")[2]: path for path in trees.flatten(loaded.variables)}
+    matches = trees.match_rules(flat, [*rules, (".*", "kept")])
+    random = pretrained.load_with_origins(config.model.name, "", loaded.card.num_classes, **arguments)
+    drawn = {path for short, path in flat.items() if matches[short].value == "new"}
+    fresh = {path: leaf for path, leaf in trees.flatten(random.variables).items() if path in drawn}
+    variables = trees.merge(loaded.variables, fresh)
+    return loaded._replace(variables=variables, origins={**loaded.origins, **dict.fromkeys(fresh, "new")})
 
 
 def _with_parameters_beside(

@@ -5,15 +5,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 from rich import box
 from rich.table import Table
-from scipy import stats
 
-from tl_jax import metrics, options, plots, trees
+from tl_jax import metrics, options, plots
 from tl_jax.logging import say
 from tl_jax.preemption import Preempted
+from tl_jax.studies.statistics import mean_interval
 from tl_jax.train import train
 from tl_jax.workdir import write_json
 
@@ -24,13 +23,10 @@ def arms(config: ConfigDict) -> dict[str, dict[int, ConfigDict]]:
     Raises ValueError for seeds named twice and for options of the baseline that do not exist.
     """
     options.check(config)
-    known = set(options.flatten(config)) | set(config.keys())
-    reserved = {"seed", "seeds", "baseline"}
     problems = [
-        f"baseline sets {key!r}, which {'every arm shares' if key in reserved else 'does not exist'}"
-        + ("" if key in reserved else trees.nearest(key, known))
+        f"baseline sets {key!r}, which every arm shares"
         for key, _ in config.baseline
-        if key in reserved or not _exists(config, key)
+        if key in ("seed", "seeds", "baseline")
     ]
     if len({config.seed, *config.seeds}) <= len(config.seeds):
         problems.append(
@@ -42,10 +38,9 @@ def arms(config: ConfigDict) -> dict[str, dict[int, ConfigDict]]:
     runs: dict[str, dict[int, ConfigDict]] = {arm: {} for arm in overrides}
     for arm, changes in overrides.items():
         for seed in (config.seed, *config.seeds):
-            run = config.copy_and_resolve_references()
             try:
-                run.update_from_flattened_dict({**changes, "seed": seed, "seeds": (), "baseline": ()})
-            except TypeError as error:
+                run = options.override(config, {**changes, "seed": seed, "seeds": (), "baseline": ()})
+            except ValueError as error:
                 raise ValueError(f"baseline={tuple(config.baseline)}, seeds={tuple(config.seeds)}: {error}") from None
             options.check(run)
             runs[arm][seed] = run
@@ -56,17 +51,8 @@ def arms(config: ConfigDict) -> dict[str, dict[int, ConfigDict]]:
     return runs
 
 
-def _exists(config: ConfigDict, key: str) -> bool:
-    node: Any = config
-    for name in key.split("."):
-        if not isinstance(node, ConfigDict) or name not in node:
-            return False
-        node = node[name]
-    return True
-
-
 def compare(
-    config: ConfigDict, workdir: pathlib.Path, stop_requested: Callable[[], bool] = lambda: False
+    config: ConfigDict, workdir: pathlib.Path, stop_requested: Callable[..., bool] = lambda step=0: False
 ) -> dict[str, Any]:
     """Runs every arm with every seed and returns {"result": of the first run, "comparison": None for a lone run}.
 
@@ -115,15 +101,6 @@ def compare(
             table, workdir / "comparison.png", f"accuracy on {report['data']}, {len(report['seeds'])} seeds"
         )
     return {"result": first, "comparison": report}
-
-
-def mean_interval(values: list[float], level: float = 0.95) -> dict[str, float | None]:
-    """The mean over seeds and its Student-t interval, n - 1 degrees of freedom; no interval from one seed."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return {"mean": mean, "low": None, "high": None}
-    half = float(stats.t.ppf(0.5 + level / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def to_table(report: Mapping[str, Any]) -> Table:

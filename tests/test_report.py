@@ -1,0 +1,390 @@
+"""The report of a study says what its files say: the numbers, what is missing, and nothing that changes by itself."""
+
+import csv
+import functools
+import hashlib
+import itertools
+import json
+import random
+import re
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tl_jax import metrics
+from tl_jax.studies import analysis, charts, figures, report, tables
+from tl_jax.studies import results as read
+from tl_jax.workdir import write_json
+
+METHODS = {
+    "full": {"method.name": "full"},
+    "probe": {"method.name": "linear_probe"},
+    "50%_a&b": {"method.name": "last_k", "method.last_k": 1},
+}
+SHOTS = {"5": {"data.shots": 5}, "50": {"data.shots": 50}}
+SKILL = {"full": 2.0, "probe": 1.0, "50%_a&b": 2.4, "5": 0.0, "50": 1.0}
+PARAMETERS = {"full": 1_000_000, "probe": 1_000, "50%_a&b": 50_000}
+MARKDOWN = {"full": "full", "probe": "probe", "50%_a&b": r"50%\_a&b"}
+FAILED, MISSING = ("probe", "5", 1), ("full", "50", 2)
+
+
+@functools.cache
+def outputs(skill, seed, count=60, classes=3):
+    """Predictions and their summary; the examples of a seed are the same for every skill."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(count) % classes)
+    logits = rng.normal(size=(count, classes)) + skill * np.eye(classes)[labels]
+    names = [f"class {k}" for k in range(classes)]
+    predictions = metrics.make_predictions(logits, labels, np.arange(count), names)
+    return predictions, metrics.summarize(predictions, resamples=5)
+
+
+def write_run(folder, levels, seed, seconds, classes=3):
+    skill = sum(SKILL.get(level, 1.5) for level in levels.values())
+    predictions, summary = outputs(skill, seed, classes=classes)
+    parameters = PARAMETERS.get(levels.get("method"), 7)
+    metrics.save_predictions(folder / "predictions.npz", *predictions[:4])
+    write_json(
+        folder / "result.json",
+        {
+            "metrics": summary,
+            "also": {"shifted": outputs(skill / 2, seed)[1]},
+            "trainable_parameters": parameters,
+        },
+    )
+    cost = {
+        "trainable_parameters": parameters,
+        "flops_per_step": 3e9,
+        "memory_bytes": 2**28,
+        "seconds": seconds,
+    }
+    write_json(folder / "cost.json", {**cost, "steps": 40, "device": "cpu"})
+    rows = [{"step": step, "val/loss": 1.0, "val/accuracy": 0.5 + skill / 10 - 1 / step} for step in (10, 20, 30, 40)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_study(
+    workdir, factors, baseline, seeds=(0, 1, 2), *, unfinished=(), names=("accuracy", "nll", "shifted/accuracy"),
+    design="holdout", folds=("",), order=0, seconds=12.5, question="Which method wins?", classes=3,
+):  # fmt: skip
+    """A study's files; `order` shuffles their creation. Runs in `unfinished`, (*levels, seed), fail or stay to do."""
+    runs = []
+    for seed, fold, *cell in itertools.product(seeds, folds, *factors.values()):
+        levels = dict(zip(factors, cell, strict=True))
+        key = hashlib.sha256(repr((levels, seed, fold)).encode()).hexdigest()[:12]
+        runs.append({"key": key, "levels": levels, "seed": seed, "fold": fold})
+    plan = {"name": "made_up", "question": question, "factors": factors, "baseline": baseline, "seeds": list(seeds)}
+    workdir.mkdir()
+    write_json(workdir / "study.json", {**plan, "metrics": list(names), "design": design, "runs": runs})
+    for i, run in random.Random(order).sample(list(enumerate(runs)), len(runs)):
+        folder = workdir / "runs" / run["key"]
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        place = (*run["levels"].values(), run["seed"])
+        if place == FAILED and place in unfinished:
+            error = f"Traceback\n  File\nValueError: {workdir}/runs/{run['key']} has nan | at step 3"
+            write_json(folder / "failed.json", {"error": error, "log": ["..."], "attempts": 2})
+        elif place not in unfinished:
+            data_seed = run["seed"] + 100 * folds.index(run["fold"])
+            write_run(folder, run["levels"], data_seed, seconds + i, classes)
+    return workdir
+
+
+def two_factors(workdir, **changes):
+    changes = {"unfinished": (FAILED, MISSING), **changes}
+    return make_study(workdir, {"method": METHODS, "shots": SHOTS}, {"method": "full"}, **changes)
+
+
+def contents(workdir):
+    files = [path for path in workdir.rglob("*") if path.is_file() and "runs" not in path.relative_to(workdir).parts]
+    return {path.relative_to(workdir).as_posix(): path.read_bytes() for path in files}
+
+
+def accuracy(method, shots, seed):
+    predictions, _ = outputs(SKILL[method] + SKILL[shots], seed)
+    return float(np.mean(predictions.logits.argmax(1) == predictions.labels))
+
+
+def section(text, title):
+    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.S | re.M)[1]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    workdir = two_factors(tmp_path_factory.mktemp("study") / "w")
+    return workdir, report.write(workdir), (workdir / "report.md").read_text()
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For the tests of words and numbers: figures take most of a report's time."""
+    monkeypatch.setattr(figures, "MAKERS", ())
+
+
+def test_means_and_intervals_are_students_over_the_seeds_that_finished(study):
+    _, summary, text = study
+    for method, shots in itertools.product(METHODS, SHOTS):
+        seeds = [seed for seed in (0, 1, 2) if (method, shots, seed) not in (FAILED, MISSING)]
+        values = [accuracy(method, shots, seed) for seed in seeds]
+        low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
+        cell = f"{np.mean(values):.4f} [{low:.4f}, {high:.4f}]" + (" (n = 2 of 3)" if len(seeds) == 2 else "")
+        row = next(line for line in section(text, "Results").splitlines() if line.startswith(f"| {MARKDOWN[method]} |"))
+        assert row.split(" | ")[1 + list(SHOTS).index(shots)].removesuffix(" |") == cell
+        entry = next(
+            row
+            for row in summary["metrics"]["accuracy"]["cells"]
+            if row["levels"] == {"method": method, "shots": shots}
+        )
+        assert entry["mean"] == pytest.approx(np.mean(values), rel=1e-12) and entry["n"] == len(seeds)
+
+
+def test_differences_are_paired_by_seed_and_holm_covers_all_comparisons_of_the_metric(study):
+    _, summary, text = study
+    rows, p_values = summary["metrics"]["accuracy"]["differences"], []
+    for row in rows:
+        method, shots = row["cell"]
+        both = [s for s in (0, 1, 2) if not {(method, shots, s), ("full", shots, s)} & {FAILED, MISSING}]
+        a, b = ([accuracy(name, shots, seed) for seed in both] for name in (method, "full"))
+        test = stats.ttest_rel(a, b)
+        assert (row["mean"], row["p"]) == pytest.approx((np.mean(a) - np.mean(b), test.pvalue), rel=1e-9)
+        assert row["n"] == len(both) and row["better"] == sum(x > y for x, y in zip(a, b, strict=True))
+        p_values.append(test.pvalue)
+        numbers = f"{row['mean']:+.4f} | {row['low']:+.4f} to {row['high']:+.4f} |"
+        line = f"| method={MARKDOWN[method]}, shots={shots} | full | {numbers}"
+        assert line in section(text, "Differences from the baseline")
+    order, running = np.argsort(p_values), 0.0
+    for place, index in enumerate(order):
+        running = max(running, min(1, (4 - place) * p_values[index]))
+        assert rows[index]["adjusted"] == pytest.approx(running, rel=1e-9)
+    assert len(rows) == 4
+
+
+def test_less_is_better_for_a_loss(study):
+    for row in study[1]["metrics"]["nll"]["differences"]:
+        assert row["better"] == row["losses"] and row["worse"] == row["wins"] and row["n"] > 0
+
+
+def test_no_run_is_dropped_silently(study):
+    workdir, summary, text = study
+    assert summary["runs"] == {"done": 16, "failed": 1, "missing": 1}
+    assert "18 runs planned: 16 done, 1 failed, 1 missing." in text
+    unfinished = section(text, "Failed and missing runs")
+    assert re.search(
+        r"method=probe, shots=5 \| failed \| seed 1 \| ValueError: runs/\w+ has nan \\\| at step 3", unfinished
+    )
+    assert "| method=full, shots=50 | missing | seed 2 | - |" in unfinished
+    assert str(workdir) not in text
+
+
+def test_csv_has_a_row_for_every_run_with_unrounded_numbers(study):
+    workdir, _, _ = study
+    rows = list(csv.DictReader((workdir / "report.csv").read_text().splitlines()))
+    assert len(rows) == 18 and [row["state"] for row in rows].count("done") == 16
+    for row in rows:
+        if row["state"] == "done":
+            assert float(row["accuracy"]) == accuracy(row["method"], row["shots"], int(row["seed"]))
+            assert float(row["ece"]) >= 0 and float(row["shifted/accuracy"]) > 0
+            assert float(row["trainable_parameters"]) == PARAMETERS[row["method"]]
+        else:
+            assert row["accuracy"] == row["seconds"] == ""
+
+
+def test_effects_use_the_seeds_that_every_cell_has_and_say_so(study, tmp_path, no_figures):
+    assert "accuracy: not computed, because one seed" in section(study[2], "Main effects and interactions")
+    workdir = two_factors(tmp_path / "w", unfinished=(MISSING,))
+    effects = report.write(workdir)["metrics"]["accuracy"]["effects"]
+    table = np.array([[[accuracy(m, s, seed) for seed in (0, 1)] for s in SHOTS] for m in METHODS])
+    shots = stats.ttest_rel(*table.mean(axis=0))
+    assert effects[1]["effect"] == ("shots",) and effects[1]["F"] == pytest.approx(shots.statistic**2, rel=1e-6)
+    assert "over 2 seeds of 3: those that every cell has" in (workdir / "report.md").read_text()
+
+
+def test_same_files_give_the_same_bytes_whatever_the_order_they_were_made_in(tmp_path, no_figures):
+    first, second = two_factors(tmp_path / "a"), two_factors(tmp_path / "b", order=7)
+    for workdir in (first, second):
+        report.write(workdir)
+    before = contents(first)
+    assert before == contents(second) and len(before) == 5
+    report.write(first)
+    assert contents(first) == before
+
+
+def test_times_stand_in_their_own_columns_alone(study, tmp_path):
+    workdir, _, text = study
+    other = two_factors(tmp_path / "slow", seconds=70.0, order=7)
+    report.write(other)
+    slow, ours = contents(other), contents(workdir)
+    assert {name for name in ours if ours[name] != slow[name]} == {f"report.{x}" for x in ("md", "html", "tex", "csv")}
+    lines = zip(text.splitlines(), (other / "report.md").read_text().splitlines(), strict=True)
+    cost = section(text, "Cost")
+    assert all(a in cost for a, b in lines if a != b)
+    rows = (csv.DictReader((place / "report.csv").read_text().splitlines()) for place in (workdir, other))
+    for a, b in zip(*rows, strict=True):
+        assert {**a, "seconds": ""} == {**b, "seconds": ""}
+
+
+def test_latex_is_escaped_and_balanced(study):
+    text = (study[0] / "report.tex").read_text()
+    assert r"50\%\_a\&b" in text and not re.search(r"(?<!\\)[%&_](?=_?a)", text.split("\n", 1)[1])
+    assert text.count(r"\begin{tabular}") == text.count(r"\bottomrule") == text.count(r"\end{table}") > 4
+    widths = [line.count(" & ") for line in text.splitlines() if line.endswith(r"\\")]
+    columns = [len(spec) - 1 for spec in re.findall(r"\\begin\{tabular\}\{(\w+)\}", text)]
+    assert set(widths) == set(columns)
+    assert tables.latex(r"a\b{c}$d#e^f~g<h") == (
+        r"a\textbackslash{}b\{c\}\$d\#e\textasciicircum{}f\textasciitilde{}g$<$h"
+    )
+    assert tables.latex("-0.5 [-1, 2] last-k 1-2") == "$-$0.5 [$-$1, 2] last-k 1-2" and tables.latex("[1]") == "{[}1]"
+
+
+def test_html_needs_nothing_else_and_holds_every_figure(study):
+    workdir, summary, text = study
+    page = (workdir / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["']?(https?:|//|file:)|@import|<script|<link""", page)
+    assert page.count("<img ") == len(summary["figures"]) == len(list((workdir / "figures").glob("*.svg")))
+    for name in summary["figures"]:
+        assert f'id="figure-{name}"' in page and f"(figures/{name}.png)" in text
+    assert "50%_a&amp;b" in page and "<td>50%_a&b" not in page
+    expected = {"cells", "budget", "differences", "interaction", "parameters", "learning", "calibration", "classes"}
+    assert expected <= set(summary["figures"])
+
+
+def test_markdown_shows_names_as_they_are():
+    block = tables.Table("a|b", ("x", "y"), [("p|q", "*r*"), ("last_k", "_s_ <b>")])
+    text = tables.to_markdown("t", [block])
+    assert r"| p\|q | \*r\* |" in text and r"| last_k | \_s\_ \<b> |" in text
+
+
+def test_a_clear_difference_is_told_with_its_direction_and_an_unclear_one_as_not_seen(tmp_path, no_figures):
+    factors = {"method": {"full": {}, "probe": {}, "same": {}}}
+    workdir = make_study(tmp_path / "w", factors, {"method": "full"}, seeds=range(8), names=("accuracy", "nll"))
+    rows = {(run.cell, run.unit): run for run in read.runs(read.load(workdir))}
+    for ((level,), (seed, _)), run in rows.items():
+        result = json.loads((run.folder / "result.json").read_text())
+        noise = np.random.default_rng([seed, len(level)]).normal() / 100
+        result["metrics"]["accuracy"]["value"] = {"full": 0.8, "probe": 0.6, "same": 0.8}[level] + noise
+        result["metrics"]["nll"]["value"] = {"full": 0.5, "probe": 0.9, "same": 0.5}[level] + noise
+        write_json(run.folder / "result.json", result)
+    clear, unclear = report.write(workdir)["reading"]
+    assert clear.startswith("probe has a lower accuracy than full (-0.") and "lower with 8 of 8 seeds" in clear
+    assert unclear.startswith("No difference in accuracy can be seen between same and full")
+    results = read.load(workdir)
+    worse, _ = analysis.reading(results, "nll", analysis.differences(results, "nll"))
+    assert "probe has a higher (worse) nll than full" in worse
+
+
+def test_balanced_studies_have_effects_and_enough_blocks_have_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "MAKERS", (figures.ranks,))
+    summary = report.write(two_factors(tmp_path / "w", unfinished=()))
+    effects = summary["metrics"]["accuracy"]["effects"]
+    assert [row["effect"] for row in effects] == [("method",), ("shots",), ("method", "shots")]
+    table = np.array([[[accuracy(m, s, seed) for seed in range(3)] for s in SHOTS] for m in METHODS])
+    shots = stats.ttest_rel(table.mean(axis=0)[0], table.mean(axis=0)[1])
+    assert effects[1]["F"] == pytest.approx(shots.statistic**2, rel=1e-6)
+    blocks = table.reshape(3, -1)
+    expected = stats.rankdata(-blocks, axis=0).mean(axis=1)
+    ranks = summary["metrics"]["accuracy"]["ranks"]["method"]
+    assert ranks["ranks"] == pytest.approx(expected.tolist()) and ranks["n"] == 6
+    assert "ranks-method" in summary["figures"]
+
+
+def test_folds_are_paired_and_their_intervals_know_that_they_overlap(tmp_path, no_figures):
+    folds = tuple(f"kfold:4:{i}" for i in range(4))
+    factors = {"method": {name: METHODS[name] for name in ("full", "probe")}}
+    workdir = make_study(tmp_path / "w", factors, {"method": "full"}, seeds=(0,), design="kfold:4", folds=folds)
+    row = report.write(workdir)["metrics"]["accuracy"]["differences"][0]
+    values = [
+        float(np.mean(p.logits.argmax(1) == p.labels))
+        for skill in (1.0, 2.0)
+        for p in [outputs(skill, 100 * fold)[0] for fold in range(4)]
+    ]
+    change = np.subtract(values[:4], values[4:])
+    error = change.std(ddof=1) * np.sqrt(1 / 4 + 1 / 3)
+    assert row["n"] == 4 and row["p"] == pytest.approx(2 * stats.t.sf(abs(change.mean()) / error, 3), rel=1e-9)
+    text = (workdir / "report.md").read_text()
+    assert "n_test / n_train = 0.333" in text and "mean over folds" in text
+
+
+def test_one_seed_gives_no_interval_and_says_so(tmp_path):
+    workdir = two_factors(tmp_path / "w", seeds=(0,), unfinished=(), names=("accuracy",))
+    summary = report.write(workdir)
+    text = (workdir / "report.md").read_text()
+    assert "One seed in each cell: there are no intervals, and nothing can be tested." in text
+    assert all(row["low"] is None and row["adjusted"] is None for row in summary["metrics"]["accuracy"]["differences"])
+    assert "no test is possible in 2" in text and "not computed, because one seed" in text
+    assert f"| {accuracy('full', '5', 0):.4f} |" in text
+
+
+def test_a_study_without_baseline_is_not_compared_and_says_so(tmp_path):
+    workdir = make_study(tmp_path / "w", {"method": METHODS}, {}, names=("accuracy",))
+    summary = report.write(workdir)
+    text = (workdir / "report.md").read_text()
+    assert summary["reading"] == [
+        "The study names no baseline level, so its cells are shown side by side and not compared."
+    ]
+    assert "## Differences" not in text and " ratio " not in text and "| full |" in text
+    assert not {"differences", "classes"} & set(summary["figures"])
+
+
+@pytest.mark.parametrize("baseline", [{}, {"method": "full"}])
+def test_a_study_before_its_first_run_says_that_nothing_can_be_said(tmp_path, baseline):
+    everything = [(*cell, seed) for cell in itertools.product(METHODS, SHOTS) for seed in (0, 1, 2)]
+    workdir = make_study(tmp_path / "w", {"method": METHODS, "shots": SHOTS}, baseline, unfinished=everything[1:])
+    shutil.rmtree(workdir / "runs")
+    summary = report.write(workdir)
+    text = (workdir / "report.md").read_text()
+    assert summary["reading"] == ["No run has a value of accuracy, so nothing can be said."]
+    assert summary["runs"] == {"done": 0, "failed": 0, "missing": 18} and summary["figures"] == []
+    assert "| full | missing | missing |" in text and "accuracy per cell: no run has a value" in text
+
+
+def test_a_damaged_result_is_a_failed_run_and_damaged_predictions_are_named(tmp_path, no_figures):
+    workdir = make_study(tmp_path / "w", {"method": METHODS}, {"method": "full"})
+    first, second, *_ = read.runs(read.load(workdir))
+    (first.folder / "result.json").write_text("{")
+    (second.folder / "predictions.npz").write_bytes(b"PK")
+    summary = report.write(workdir)
+    text = (workdir / "report.md").read_text()
+    assert summary["runs"] == {"done": 8, "failed": 1, "missing": 0}
+    assert f"runs/{first.key}/result.json is damaged" in text
+    assert f"runs/{second.key}/predictions.npz: no sound predictions.npz" in section(text, "Figures left out")
+
+
+def test_three_factors_many_levels_and_one_level_can_be_reported(tmp_path, monkeypatch):
+    factors = {"method": METHODS, "rate": {"slow": {}, "fast": {}}, "shots": SHOTS}
+    baseline, names = {"method": "full", "rate": "slow"}, ("accuracy",)
+    summary = report.write(make_study(tmp_path / "v", factors, baseline, seeds=(0, 1), names=names))
+    assert {"differences-method", "differences-rate", "learning", "budget"} <= set(summary["figures"])
+    many = {f"level {i}": {"lr": i} for i in range(9)}
+    factors = {"method": {"full": {}}, "rate": many}
+    monkeypatch.setattr(figures, "MAKERS", (figures.cells, figures.differences, figures.learning))
+    workdir = make_study(tmp_path / "w", factors, {"rate": "level 0"}, seeds=(0,), names=names)
+    assert report.write(workdir)["figures"] == ["cells", "differences"]
+    assert "too many to read" in section((workdir / "report.md").read_text(), "Figures left out")
+
+
+def test_the_command_line_writes_the_report_or_names_what_is_missing(tmp_path, capsys, no_figures):
+    workdir = make_study(tmp_path / "w", {"method": METHODS}, {"method": "full"})
+    report.main([str(workdir)])
+    assert "this rests on 3 seeds alone" in capsys.readouterr().out and (workdir / "report.html").exists()
+    with pytest.raises(SystemExit, match=r"there is no .*study\.json"):
+        report.main([str(tmp_path)])
+    write_json(tmp_path / "study.json", {"name": "x"})
+    with pytest.raises(SystemExit, match="lacks question, factors"):
+        report.main([str(tmp_path)])
+
+
+def test_numbers_are_scaled_by_the_prefixes_of_their_unit():
+    assert [report.scaled(x, 1000) for x in (None, 0.0, 999.0, 1234.0, 3.4e9, 7e18)] == [
+        "-", "0", "999", "1.2 k", "3.4 G", "7000 P",
+    ]  # fmt: skip
+    assert report.scaled(2.0**28, 1024) == "256 Mi" and report.scaled(1536.0, 1024) == "1.5 Ki"
+
+
+@pytest.mark.parametrize("count", [3, 4, 7])
+def test_critical_difference_diagrams_name_every_treatment(tmp_path, count):
+    names = [f"treatment {i}" for i in range(count)]
+    charts.ranks(tmp_path / "a.svg", names, list(np.linspace(1.2, count - 0.2, count)), 1.1, [(0, 1), (1, 2)])
+    text = (tmp_path / "a.svg").read_text()
+    assert all(name in text for name in names) and "critical difference 1.10" in text

@@ -1,0 +1,170 @@
+"""A study before it runs: its grid, what is done of it, and what the rest would cost. Nothing is trained for it."""
+
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from tl_jax import options, sharding, steps
+from tl_jax.logging import CONSOLE
+from tl_jax.methods import closed_form
+from tl_jax.run import build
+from tl_jax.studies import local, store
+from tl_jax.studies.study import RunSpec, Study, title
+from tl_jax.workdir import read_json
+
+BUDGET = 120.0  # seconds for building and tracing cells; the rest is checked value by value only
+SIDE = 1024  # of the matrices whose product measures the machine
+
+
+class Work(NamedTuple):
+    """What one run computes; flops: of all its steps as traced, None where they cannot be counted (closed forms)."""
+
+    steps: int
+    images: int
+    flops: float | None
+
+
+def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jobs: int = 0) -> None:
+    """Prints the grid with the state of its runs, and the cost of what is left. Raises ValueError for a cell that
+    does not fit its data, weights or network, with all such cells in one message."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # runs may be under way on the same GPU
+    cells: dict[str, list[RunSpec]] = {}
+    for run in runs:
+        cells.setdefault(title(run.levels), []).append(run)
+    works = trace_cells({cell: members[0] for cell, members in cells.items()})
+    words = {run.key: store.state(store.run_folder(workdir, run.key)) for run in runs}
+    seconds = finished_seconds(workdir, runs, words)
+    table = Table(title=f"{name}: {len(runs)} runs in {len(cells)} cells", title_justify="left", box=box.SIMPLE_HEAD)
+    present = [word for word in store.STATES if word in words.values()]
+    for column in (*study.factors, "runs", *present, "steps", "images", "FLOPs", "s"):
+        table.add_column(column, justify="left" if column in study.factors else "right", no_wrap=True)
+    for cell, members in cells.items():
+        counts = [sum(words[run.key] == word for run in members) for word in present]
+        row = [str(len(members)), *(str(count or "-") for count in counts), *_describe(works.get(cell))]
+        row.append(f"{np.mean(seconds[cell]):.1f}" if cell in seconds else "-")
+        table.add_row(*members[0].levels.values(), *row)
+    CONSOLE.print(table)
+    CONSOLE.print("steps, images to train on, FLOPs of all steps (as traced) and seconds (as measured) are of one run")
+    if len(works) < len(cells):
+        CONSOLE.print(
+            f"{len(cells) - len(works)} cells were not built: {BUDGET:.0f} s were over; totals scale the others"
+        )
+    left = {cell: sum(words[run.key] != "done" for run in members) for cell, members in cells.items()}
+    for line in totals(left, works, seconds, jobs or local.default_jobs()):
+        CONSOLE.print(line)
+
+
+def trace_cells(cells: Mapping[str, RunSpec]) -> dict[str, Work]:
+    """Builds a run of each cell, as long as BUDGET lasts; ValueError names every cell that cannot be built."""
+    works, problems, began = {}, [], time.monotonic()
+    for cell, run in cells.items():
+        if time.monotonic() - began > BUDGET:
+            break
+        try:
+            works[cell] = trace(options.from_flat(options.identity(run.config)))
+        except (ValueError, OSError) as error:
+            problems.append(f"{cell}: {error}")
+    if problems:
+        raise ValueError("these cells cannot run:\n  " + "\n  ".join(problems))
+    return works
+
+
+def trace(config) -> Work:
+    """Builds a run and traces its steps, without compiling."""
+    run = build(config, sharding.make_parallel("jit"))
+    if config.method.name in closed_form.NAMES:
+        return Work(0, len(run.data["train"]), None)
+    flops: float | None = 0.0
+    for phase in run.phases:
+        step = steps.make_train_step(
+            phase.model, phase.method, phase.tx, phase.labels, mean=run.card.mean, std=run.card.std, ema=config.ema
+        )
+        state = jax.eval_shape(
+            lambda phase=phase: steps.init_state(
+                run.variables, phase.tx, phase.labels, 0, config.ema > 0, phase.model.frozen_norms
+            )
+        )
+        size = (config.batch_size, run.card.input_size, run.card.input_size, 3)
+        batch = {"image": jax.ShapeDtypeStruct(size, jnp.uint8), "label": jax.ShapeDtypeStruct(size[:1], jnp.int32)}
+        found = (jax.jit(step).lower(state, batch).cost_analysis() or {}).get("flops")
+        flops = None if flops is None or found is None else flops + found * phase.length
+    return Work(run.total_steps, run.total_steps * config.batch_size, flops)
+
+
+def finished_seconds(workdir: pathlib.Path, runs: list[RunSpec], words: Mapping[str, str]) -> dict[str, list[float]]:
+    """Seconds of the finished runs of each cell, from their cost.json."""
+    seconds: dict[str, list[float]] = {}
+    for run in runs:
+        path = store.run_folder(workdir, run.key) / "cost.json"
+        if words[run.key] == "done" and path.exists() and (value := read_json(path).get("seconds")) is not None:
+            seconds.setdefault(title(run.levels), []).append(value)
+    return seconds
+
+
+def totals(
+    left: Mapping[str, int], works: Mapping[str, Work], seconds: Mapping[str, list[float]], jobs: int
+) -> list[str]:
+    """Sentences on the cost of the runs that are left, `{cell: runs}`."""
+    count = sum(left.values())
+    if not count:
+        return ["all runs are done"]
+    scale = count / max(sum(left[cell] for cell in works), 1)
+    total_steps, images, flops = (
+        scale * sum(left[cell] * (getattr(work, part) or 0) for cell, work in works.items()) for part in Work._fields
+    )
+    lines = [f"to do: {count} runs, {total_steps:,.0f} steps, {images:,.0f} images, {_si(flops)} FLOPs"]
+    if uncounted := sum(left[cell] for cell, work in works.items() if work.flops is None):
+        lines.append(f"the FLOPs of {uncounted} of them cannot be counted")
+    if seconds:
+        mean = float(np.mean([value for values in seconds.values() for value in values]))
+        whole = sum(runs * (float(np.mean(seconds[cell])) if cell in seconds else mean) for cell, runs in left.items())
+        known = sum(map(len, seconds.values()))
+        lines.append(f"about {_clock(whole / jobs)} with {jobs} at once, by the {known} finished runs here")
+    else:
+        rate = matmul_rate()
+        lines.append(
+            f"at least {_clock(flops / rate)}, at the {_si(rate)} FLOP/s of a matrix product on all of this machine's "
+            "devices; starting, compiling and evaluating come on top"
+        )
+    return lines
+
+
+def matmul_rate() -> float:
+    """FLOP/s of float32 matrix products, on all devices of this machine together."""
+    x = jnp.ones((SIDE, SIDE), jnp.float32)
+    multiply = jax.jit(lambda a, b: a @ b)
+    multiply(x, x).block_until_ready()
+    best, began = float("inf"), time.monotonic()
+    while time.monotonic() - began < 0.5:
+        start = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    devices = 1 if jax.default_backend() == "cpu" else jax.local_device_count()
+    return 2 * SIDE**3 / best * devices
+
+
+def _describe(work: Work | None) -> tuple[str, str, str]:
+    return ("-", "-", "-") if work is None else (f"{work.steps:,}", f"{work.images:,}", _si(work.flops))
+
+
+def _si(value: float | None) -> str:
+    if value is None:
+        return "-"
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}".strip()
+        value /= 1000
+    return f"{value:.3g} E"
+
+
+def _clock(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"

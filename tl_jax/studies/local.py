@@ -1,0 +1,199 @@
+"""Runs a planned study on this machine: several workers at once, each with its share of the cores or its GPU."""
+
+import glob
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from rich import box
+from rich.table import Table
+
+import tl_jax
+from tl_jax import preemption
+from tl_jax.logging import CONSOLE
+from tl_jax.studies import store
+from tl_jax.studies.study import title
+from tl_jax.workdir import read_json
+
+POLL = 0.1  # seconds between two looks at the workers
+EMPTY_HANDED = 3  # deaths without a run in hand after which a worker is not started again: it cannot start at all
+MEMORY = 2 * 2**30  # bytes of this machine for each worker; one that trains a small network takes 0.6 GB
+
+
+class Slot(NamedTuple):
+    """What one worker may use."""
+
+    cores: tuple[int, ...]
+    environment: Mapping[str, str]
+
+
+def launch(workdir: pathlib.Path, *, jobs: int = 0, stop_requested: Callable[[], bool] = lambda: False) -> int:
+    """Starts workers until no run is left to take, writes the report, and returns the exit code.
+
+    jobs: workers at once; 0 chooses. Exit codes: 0 nothing failed; 1 a run failed, or workers could not run; 75
+    stopped, with everything saved.
+    """
+    began, words = time.monotonic(), store.states(workdir)
+    open_runs = sum(word in ("todo", "stale") for word in words.values())
+    slots = divide(min(jobs or default_jobs(), open_runs), os.environ)
+    shape = f"{len(slots)} at once, logs in {workdir / 'runs'}/*/log.txt" if slots else "nothing to do"
+    print(f"{len(words)} runs, {open_runs} to do: {shape}", flush=True)
+    stopped = supervise(workdir, slots, stop_requested)
+    words = store.states(workdir)
+    counts = {word: list(words.values()).count(word) for word in store.STATES}
+    text = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    print(f"{text}; {time.monotonic() - began:.0f} s", flush=True)
+    if stopped:
+        print("stopped; everything is saved, the same command goes on from there", flush=True)
+        return preemption.EXIT_CODE
+    tell_failures(workdir)
+    if counts["running"]:
+        print(f"{counts['running']} run(s) are still in the hands of another launcher, which will report", flush=True)
+    if left := counts["todo"] + counts["stale"]:
+        print(f"{left} run(s) are left; start the same command again", flush=True)
+    if counts["done"]:
+        tell_answer(workdir)
+    return 1 if counts["failed"] or left else 0
+
+
+def supervise(workdir: pathlib.Path, slots: list[Slot], stop_requested: Callable[[], bool]) -> bool:
+    """Keeps a worker in every slot while there are runs to take; True if it was stopped on request."""
+    workers = {index: start_worker(workdir, slot) for index, slot in enumerate(slots)}
+    deaths, stopping, stopped = dict.fromkeys(workers, 0), False, False
+    try:
+        while workers:
+            if stop_requested() and not stopping:
+                stopping = True
+                for process in workers.values():
+                    process.terminate()
+            for index, process in list(workers.items()):
+                if process.poll() is None:
+                    continue
+                del workers[index]
+                stopped |= process.returncode == preemption.EXIT_CODE
+                if stopping or process.returncode in (0, preemption.EXIT_CODE):
+                    continue
+                run = run_of(workdir, process.pid)
+                deaths[index] += not run
+                print(f"a worker ended with code {process.returncode}" + (f" in {run}" if run else ""), flush=True)
+                if deaths[index] < EMPTY_HANDED and {"todo", "stale"} & set(store.states(workdir).values()):
+                    workers[index] = start_worker(workdir, slots[index])
+            time.sleep(POLL)
+    finally:
+        for process in workers.values():  # a second Ctrl-C, or an error here
+            process.kill()
+            process.wait()
+    return stopping or stopped
+
+
+def start_worker(workdir: pathlib.Path, slot: Slot) -> subprocess.Popen:
+    """A worker process in a session of its own, so that Ctrl-C reaches it once: through its launcher."""
+    root = str(pathlib.Path(tl_jax.__file__).resolve().parents[1])
+    environment = {**os.environ, **slot.environment}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "tl_jax.studies.worker", str(workdir), "--parent", str(os.getpid())]
+    before = _cores()
+    try:
+        _use_cores(slot.cores)  # a process starts with the cores of the thread that starts it
+        return subprocess.Popen(command, env=environment, start_new_session=True)
+    finally:
+        _use_cores(before)
+
+
+def run_of(workdir: pathlib.Path, pid: int) -> str:
+    """The run that a process of this machine died in, in words; "" where it held none."""
+    for row in store.read_plan(workdir)["runs"]:
+        folder = store.run_folder(workdir, row["key"])
+        if store.state(folder) == "stale" and read_json(folder / "claim.json")["pid"] == pid:
+            return title(row["levels"], row["seed"], row["fold"])
+    return ""
+
+
+def tell_failures(workdir: pathlib.Path) -> None:
+    """Prints every failed run with its error, and for each kind of error the end of one log."""
+    alike: dict[str, list[tuple[str, pathlib.Path]]] = {}
+    for row in store.read_plan(workdir)["runs"]:
+        folder = store.run_folder(workdir, row["key"])
+        if store.state(folder) == "failed":
+            run = title(row["levels"], row["seed"], row["fold"])
+            alike.setdefault(read_json(folder / "failed.json")["error"], []).append((run, folder))
+    for error, runs in alike.items():
+        print(f"\nfailed: {error}")
+        for run, folder in runs:
+            print(f"  {run}: {folder / 'log.txt'}")
+        print("\n".join(f"    | {line}" for line in read_json(runs[0][1] / "failed.json")["log"]), flush=True)
+    if alike:
+        print("--retry tries again what failed", flush=True)
+
+
+def tell_answer(workdir: pathlib.Path) -> None:
+    """Writes the report, and prints the mean of every cell, what the comparisons say, and where all of it lies."""
+    from tl_jax.studies import report
+
+    summary = report.write(workdir)
+    metric, numbers = next(iter(summary["metrics"].items()))
+    table = Table(title=metric, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in (*numbers["cells"][0]["levels"], "mean", "95 % interval", "n"):
+        table.add_column(name, justify="left" if name in numbers["cells"][0]["levels"] else "right", no_wrap=True)
+    for cell in numbers["cells"]:
+        mean, low, high = (
+            cell[name] if cell[name] is None else f"{cell[name]:.3f}" for name in ("mean", "low", "high")
+        )
+        table.add_row(*cell["levels"].values(), mean or "-", f"{low} .. {high}" if low else "-", str(cell["n"]))
+    CONSOLE.print(table)
+    CONSOLE.print("\n".join(summary["reading"]))
+    CONSOLE.print(f"the whole report: {workdir}/report.html, .md, .csv and .tex; the runs: {workdir}/runs")
+
+
+def default_jobs() -> int:
+    """One worker per GPU; one on a TPU, which a single process holds; else one per core, as far as memory goes."""
+    if glob.glob("/dev/accel*"):
+        return 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return len(_gpus(os.environ)) or max(1, min(len(_cores()), memory // MEMORY))
+
+
+def divide(jobs: int, environment: Mapping[str, str]) -> list[Slot]:
+    """The cores and GPUs of this machine among `jobs` workers; workers on one GPU share its memory evenly."""
+    cores, gpus = _cores(), _gpus(environment)
+    slots = []
+    for i in range(jobs):
+        first = i * len(cores) // jobs
+        own = cores[first : max((i + 1) * len(cores) // jobs, first + 1)]
+        variables = {}
+        if gpus:
+            variables["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
+            sharing = len(range(i % len(gpus), jobs, len(gpus)))
+            if sharing > 1:
+                variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / sharing:.3f}"
+        slots.append(Slot(own, variables))
+    return slots
+
+
+def _cores() -> tuple[int, ...]:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def _use_cores(cores: tuple[int, ...]) -> None:
+    if hasattr(os, "sched_setaffinity"):  # macOS has none: there all workers share all cores
+        os.sched_setaffinity(0, cores)
+
+
+def _gpus(environment: Mapping[str, str]) -> list[str]:
+    """Names of the GPUs for CUDA_VISIBLE_DEVICES, without starting jax on them: that would take their memory."""
+    if environment.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return []
+    if (visible := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.split(",") if name]
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(i) for i, line in enumerate(listing.splitlines()) if line.startswith("GPU")]

@@ -1,0 +1,276 @@
+"""The statistics of studies: what several seeds, folds or data sets say about a difference; numpy and scipy alone.
+
+Everything takes arrays of scores and returns plain data for JSON. A number that the data do not determine is None,
+with the reason beside it. Missing scores are NaN or None; infinite ones are an error.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+ROUNDING = 64 * np.finfo(np.float64).eps  # relative to the largest score: differences below are arithmetic, not data
+
+
+def mean_interval(values: Sequence, level: float = 0.95, test_share: float | None = None) -> dict:
+    """The mean over n seeds and its Student-t interval: {"mean", "low", "high", "n"}.
+
+    mean -+ t(n - 1) sd / sqrt(n), sd with n - 1 (Student 1908). Assumes independent, normal values: seeds of one
+    data set, so it speaks of other seeds and not of other data. Folds share training examples: for them `test_share`
+    as in `paired`. Missing values are left out; None for the bounds of fewer than two, and for the mean of none.
+    """
+    values = _numbers(values, "values")
+    if values.ndim != 1:
+        raise ValueError(f"values have shape {values.shape}, expected [seeds]")
+    values = values[~np.isnan(values)]
+    mean, half, _ = _student(values, level, test_share)
+    bounds = {"low": None, "high": None} if half is None else {"low": mean - half, "high": mean + half}
+    return {"mean": mean, **bounds, "n": len(values)}
+
+
+def paired(a: Sequence, b: Sequence, level: float = 0.95, test_share: float | None = None) -> dict:
+    """a minus b, position by position: {"mean", "low", "high", "p", "effect", "n", "wins", "losses", "ties", "why"}.
+
+    Student's paired t-test, two-sided: t = mean / (sd sqrt(1/n)) of the differences, n - 1 degrees of freedom, and the
+    interval that belongs to it. `effect` is Cohen's d_z = mean / sd (Cohen 1988). A win is a > b: for a
+    metric where less is better, exchange them. Assumes that the pairs are independent and their differences normal.
+
+    Repeated folds of one data set are not independent: with `test_share` = n_test / n_train the variance of the mean
+    is sd^2 (1/n + n_test/n_train), the corrected resampled t-test (Nadeau & Bengio 2003); 1 / (K - 1) for K folds.
+
+    Pairs with a missing member are left out. One pair has a mean only. Differences that are all zero give p = 1 and
+    effect 0; all equal but not zero, they have no spread to test against: p and effect are None, and `why` says so.
+    """
+    a, b = _numbers(a, "a"), _numbers(b, "b")
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(f"a has shape {a.shape}, b {b.shape}: expected two of [pairs], position by position")
+    complete = ~np.isnan(a - b)
+    a, b = a[complete], b[complete]
+    difference = _without_residue(a - b, a, b)
+    n = len(difference)
+    constant = n > 1 and not _without_residue(difference - difference[0], a, b).any()
+    if constant:
+        difference = np.full(n, difference.mean())
+    mean, half, error = _student(difference, level, test_share)
+    p = effect = why = None
+    if n < 2:
+        why = f"{n} complete pairs: a test needs two"
+    elif constant and mean == 0:
+        p, effect = 1.0, 0.0
+    elif constant:
+        why = f"the difference is the same in all {n} pairs: no spread to test against"
+    else:
+        p, effect = float(2 * stats.t.sf(abs(mean) / error, n - 1)), float(mean / difference.std(ddof=1))
+    signs = {"wins": difference > 0, "losses": difference < 0, "ties": difference == 0}
+    return {
+        "mean": mean,
+        "low": None if half is None else mean - half,
+        "high": None if half is None else mean + half,
+        "p": p,
+        "effect": effect,
+        "n": n,
+        **{name: int(np.count_nonzero(which)) for name, which in signs.items()},
+        "why": why,
+    }
+
+
+def holm(p_values: Sequence) -> list[float | None]:
+    """Adjusted p-values that keep the family-wise error: reject those <= alpha; None stays None and is not counted.
+
+    With p_(1) <= ... <= p_(m), the i-th is max over j <= i of min(1, (m - j + 1) p_(j)) (Holm 1979). Holds for any
+    dependence between the tests. The family is what is handed over: every comparison that might have been reported.
+    """
+    p = _numbers(p_values, "p_values")
+    if p.ndim != 1 or (p < 0).any() or (p > 1).any():
+        raise ValueError(f"p_values={list(p_values)}: expected a list of numbers between 0 and 1, or None")
+    order = np.argsort(p, kind="stable")[: np.count_nonzero(~np.isnan(p))]  # NaN sorts last
+    factors = np.arange(len(order), 0, -1)
+    adjusted: list[float | None] = [None] * len(p)
+    for index, value in zip(order, np.maximum.accumulate(np.minimum(1, factors * p[order])), strict=True):
+        adjusted[index] = float(value)
+    return adjusted
+
+
+def anova(table: Sequence, factors: Sequence[str], test_share: float | None = None) -> list[dict] | str:
+    """Repeated-measures analysis of variance of `table` [levels of factor 1, ..., of factor m, seeds].
+
+    One row per main effect and interaction of two factors (higher ones are neither tested nor used as error):
+    {"effect": ("blocks", "shots"), "ss", "df", "df_error", "F", "p", "eta2", "epsilon", "p_gg", "why"}, with
+    F = (SS_effect / df) / (SS_effect x seed / df_error), df_error = df (seeds - 1), eta2 = SS_effect / SS_total
+    (Winer, Brown & Michels 1991). A factor of one level has no effect and no row.
+
+    Seeds are random blocks: the same seed is the same split, shots and head in every cell. Each effect is tested
+    against its own interaction with the seed rather than the residual pooled over all of them, because that
+    interaction is to be expected (a lucky draw of shots matters more where there are fewer) and the pooled residual
+    then rejects too often. The price is few degrees of freedom: with two levels it is the paired t-test, F = t^2.
+
+    Assumes normal errors and, for df > 1, sphericity: equal variance of all contrasts over seeds. `p_gg` does not:
+    both degrees of freedom are multiplied by `epsilon`, in 1/df .. 1 (Greenhouse & Geisser 1959); conservative for
+    few seeds. Folds in the place of seeds are not independent: with `test_share` as in `paired`, F is divided by
+    1 + n test_share, which is the corrected t-test where F = t^2.
+
+    F is None where effect x seed is zero; p is then 1 if the effect is zero too, otherwise None (`why`).
+    Returns the reason, a text, where there is nothing to compute: a missing cell, or fewer than two seeds.
+    """
+    table = _numbers(table, "table")
+    _check_share(test_share)
+    if table.ndim != len(factors) + 1 or not factors or not table.size:
+        raise ValueError(f"table has shape {table.shape}, expected {len(factors)} factors {tuple(factors)}, then seeds")
+    if missing := int(np.isnan(table).sum()):
+        return f"{missing} of {table.size} runs have no score: the design is not balanced"
+    if table.shape[-1] < 2:
+        return "one seed: an effect has nothing to be tested against"
+    varied = [axis for axis in range(len(factors)) if table.shape[axis] > 1]
+    effects = [axes for order in (1, 2) for axes in itertools.combinations(varied, order)]
+    total = float(np.sum(_without_residue(table - table.mean(), table) ** 2))
+    return [
+        {"effect": tuple(factors[axis] for axis in axes), **_test_effect(table, axes, total, test_share or 0.0)}
+        for axes in effects
+    ]
+
+
+def _test_effect(table: np.ndarray, axes: tuple[int, ...], total: float, test_share: float) -> dict:
+    """The row of the effect of `axes`: its share of each seed's scores, over seeds against between seeds."""
+    part = table
+    for axis in range(table.ndim - 1):  # orthogonal projection: deviations along its factors, means along the others
+        mean = part.mean(axis=axis, keepdims=True)
+        part = part - mean if axis in axes else mean
+    seeds, cells = table.shape[-1], part[..., 0].size
+    part = _without_residue(part.reshape(cells, seeds), table)
+    effect = part.mean(axis=1, keepdims=True)
+    noise = _without_residue(part - effect, table)
+    copies = table[..., 0].size // cells  # cells of the table that one cell of the effect stands for
+    ss, ss_error = float(copies * seeds * np.sum(effect**2)), float(copies * np.sum(noise**2))
+    df = int(np.prod([table.shape[axis] - 1 for axis in axes]))
+    df_error = df * (seeds - 1)
+    row = {"ss": ss, "df": df, "df_error": df_error, "F": None, "p": None, "eta2": ss / total if total else None}
+    row |= {"epsilon": None, "p_gg": None, "why": None}
+    if ss_error == 0:
+        same = "the effect is the same with every seed: no spread to test against"
+        return row | ({"p": 1.0, "p_gg": 1.0} if ss == 0 else {"why": same})
+    ratio = (ss / df) / (ss_error / df_error) / (1 + seeds * test_share)
+    covariance = noise @ noise.T
+    epsilon = float(np.trace(covariance) ** 2 / (df * np.sum(covariance**2)))
+    p, p_gg = (float(stats.f.sf(ratio, e * df, e * df_error)) for e in (1.0, epsilon))
+    return row | {"F": ratio, "p": p, "epsilon": epsilon, "p_gg": p_gg}
+
+
+def friedman(scores: Sequence, level: float = 0.95) -> dict:
+    """Ranks k treatments within N blocks: {"ranks", "statistic", "p", "critical_difference", "n"}; higher is better.
+
+    `scores` [blocks, treatments]; the best of a block has rank 1, ties share their mean rank. The statistic is
+    12 N / (k (k + 1)) sum (R_j - (k + 1) / 2)^2, divided by 1 - sum (t^3 - t) / (N (k^3 - k)) over groups of t ties
+    (Friedman 1937), p from chi-squared with k - 1 degrees of freedom (an approximation: p is rough for N < 10).
+    Mean ranks further apart than the critical difference q sqrt(k (k + 1) / (6 N)) differ by Nemenyi's test, q the
+    studentised range over sqrt(2) (Demsar 2006, section 3.2.2).
+
+    Assumes independent blocks: data sets, not seeds of one. Blocks with a missing score are left out, n counts the
+    others; all None where none is left.
+    """
+    scores = _numbers(scores, "scores")
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        raise ValueError(f"scores have shape {scores.shape}, expected [blocks, treatments >= 2]")
+    _check_level(level)
+    scores = scores[~np.isnan(scores).any(axis=1)]
+    n, k = scores.shape
+    if n == 0:
+        return {"ranks": None, "statistic": None, "p": None, "critical_difference": None, "n": 0}
+    ranks = stats.rankdata(-_without_rounding(scores), axis=1)
+    tied = sum(float(t**3 - t) for row in ranks for t in np.unique(row, return_counts=True)[1])
+    spread, correction = float(np.sum((ranks.mean(axis=0) - (k + 1) / 2) ** 2)), 1 - tied / (n * (k**3 - k))
+    statistic = 12 * n / (k * (k + 1)) * spread / correction if correction > 0 else 0.0  # 0: every block is one tie
+    return {
+        "ranks": ranks.mean(axis=0).tolist(),
+        "statistic": statistic,
+        "p": float(stats.chi2.sf(statistic, k - 1)),
+        "critical_difference": nemenyi_quantile(k, level) * float(np.sqrt(k * (k + 1) / (6 * n))),
+        "n": n,
+    }
+
+
+@functools.cache
+def nemenyi_quantile(treatments: int, level: float = 0.95) -> float:
+    """q of Nemenyi's test: the quantile of the studentised range, infinite degrees, over sqrt(2) (Demsar, table 5)."""
+    return float(stats.studentized_range.ppf(level, treatments, np.inf) / np.sqrt(2))
+
+
+def groups_not_different(ranks: Sequence[float], critical_difference: float) -> list[tuple[int, ...]]:
+    """The bars of a critical-difference diagram: largest groups of two or more whose mean ranks lie closer than that.
+
+    Tuples of positions in `ranks`, best rank first; a group inside another is not listed (Demsar 2006, figure 1).
+    """
+    order = np.argsort(ranks, kind="stable")
+    ordered = np.asarray(ranks, np.float64)[order]
+    groups, reached = [], 0
+    for start in range(len(order)):
+        end = int(np.searchsorted(ordered, ordered[start] + critical_difference, side="left"))
+        if end > reached and end - start > 1:
+            groups.append(tuple(order[start:end].tolist()))
+        reached = max(reached, end)
+    return groups
+
+
+def pareto(cost: Sequence, score: Sequence) -> list[int]:
+    """Positions of the points that no other beats, by rising cost; a missing cost or score is no point.
+
+    One point beats another if it costs no more, scores no less, and is better in one of them; equal points both stay.
+    """
+    cost, score = _numbers(cost, "cost"), _numbers(score, "score")
+    if cost.ndim != 1 or cost.shape != score.shape:
+        raise ValueError(f"cost has shape {cost.shape}, score {score.shape}: expected two of [points]")
+    front: list[int] = []
+    for index in np.lexsort((-score, cost)).tolist():
+        if np.isnan(cost[index]) or np.isnan(score[index]):
+            continue
+        last = front[-1] if front else None
+        equal = last is not None and (cost[index], score[index]) == (cost[last], score[last])
+        if last is None or score[index] > score[last] or equal:
+            front.append(index)
+    return front
+
+
+def _numbers(values, name: str) -> np.ndarray:
+    """float64, None as NaN; ValueError for infinite entries, which no mean survives."""
+    array = np.asarray(values, np.float64)
+    if count := np.count_nonzero(np.isinf(array)):
+        raise ValueError(f"{name} hold {count} infinite numbers, expected finite or missing ones; did a run diverge?")
+    return array
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: expected a number between 0 and 1, as 0.95")
+
+
+def _check_share(test_share: float | None) -> None:
+    if test_share is not None and not test_share > 0:
+        raise ValueError(f"test_share={test_share}: expected n_test / n_train, above 0, or None for independent values")
+
+
+def _largest(*arrays: np.ndarray) -> float:
+    """The largest magnitude among the numbers present; 0 where there are none."""
+    return max((float(np.abs(array[~np.isnan(array)]).max(initial=0)) for array in arrays), default=0.0)
+
+
+def _without_residue(deviations: np.ndarray, *scores: np.ndarray) -> np.ndarray:
+    """Deviations with zeros for those that rounding alone leaves of equal scores of this size."""
+    return np.where(np.abs(deviations) <= ROUNDING * _largest(*scores), 0.0, deviations)
+
+
+def _student(values: np.ndarray, level: float, test_share: float | None) -> tuple[float | None, float | None, float]:
+    """Mean, half width of its interval and standard error of values without gaps; None where too few."""
+    _check_level(level)
+    _check_share(test_share)
+    n = len(values)
+    if n < 2:
+        return (float(values[0]) if n else None), None, 0.0
+    error = float(values.std(ddof=1) * np.sqrt(1 / n + (test_share or 0.0)))
+    return float(values.mean()), float(stats.t.ppf(0.5 + level / 2, n - 1)) * error, error
+
+
+def _without_rounding(scores: np.ndarray) -> np.ndarray:
+    """Scores on a grid of 2^-40 of the largest: means of equal scores may differ in their last bits, and must tie."""
+    step = 2.0 ** (np.frexp(_largest(scores))[1] - 40)
+    return np.round(scores / step)

@@ -1,0 +1,196 @@
+"""What a study is: a question, factors with levels, and the grid of runs that answers it."""
+
+import importlib.util
+import inspect
+import itertools
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from tl_jax import metrics, options, trees
+from tl_jax.data import resample
+
+SHARED = ("seed", "seeds", "baseline", "data.resample")  # the study's own: no level may set them
+SHOWN = 20  # offenders in one message
+
+
+class Study(NamedTuple):
+    """A grid of runs: the product of all factors, with every seed, in every fold of the design.
+
+    base: a full config. factors: `{factor: {level: {dotted option: value}}}`; a value replaces the option whole.
+    baseline: `{factor: level}`, what the other levels of that factor are compared with, the other factors being equal.
+    metrics: the first decides; "NAME/accuracy" is that of a further set of data.also.
+    design: holdout | kfold:K | kfold:KxR | loo | bootstrap:N, see tl_jax/data/resample.py.
+    """
+
+    base: ConfigDict
+    factors: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    baseline: Mapping[str, str] = {}
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    metrics: Sequence[str] = ("accuracy",)
+    design: str = "holdout"
+
+
+class RunSpec(NamedTuple):
+    """One run of a study; key: the first 12 hex digits of the hash of its options, and the name of its folder."""
+
+    levels: dict[str, str]
+    seed: int
+    fold: str
+    config: ConfigDict
+    key: str
+
+
+def title(levels: Mapping[str, str], seed: int | None = None, fold: str = "") -> str:
+    """How messages name a cell, or a run of it: `unfrozen=1, shots=5, seed 2`."""
+    parts = [f"{factor}={level}" for factor, level in levels.items()]
+    parts += [] if seed is None else [f"seed {seed}"]
+    return ", ".join(parts + ([fold] if fold else []))
+
+
+def load(text: str) -> tuple[str, str, Study]:
+    """Name, question and study of `experiments/NAME[:argument]`, the folder or the file in it.
+
+    The file's docstring is the question, its `get_study(arg)` gives the study. Raises ValueError where one is missing.
+    """
+    place, _, argument = text.partition(":")
+    path = pathlib.Path(place)
+    file = path if path.suffix == ".py" else path / "study.py"
+    if not file.is_file():
+        folders = {path.parent, pathlib.Path("experiments")}
+        known = sorted(str(study.parent) for folder in folders for study in folder.glob("*/study.py"))
+        raise ValueError(f"there is no study {file}{trees.nearest(place, known)}; studies there: {known or 'none'}")
+    spec = importlib.util.spec_from_file_location(f"study_of_{file.parent.name}", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError, NameError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from error
+    problems = [] if (module.__doc__ or "").strip() else ["a docstring, which is the question"]
+    if not callable(getattr(module, "get_study", None)):
+        problems.append("a function get_study(arg)")
+    if problems:
+        raise ValueError(f"{file} lacks {' and '.join(problems)}")
+    study = module.get_study(argument)
+    if not isinstance(study, Study):
+        raise ValueError(f"get_study of {file} gave a {type(study).__name__}, expected a tl_jax.studies.study.Study")
+    return file.resolve().parent.name, inspect.cleandoc(module.__doc__), study
+
+
+def grid(study: Study) -> list[RunSpec]:
+    """Every run, seed by seed, so that the first results are of all cells.
+
+    The same seed (and fold) has the same split, shots, order and new head in every cell, so that cells are paired.
+    Raises one ValueError that lists all that cannot be meant: options, levels, baseline, seeds, metrics, equal cells.
+    """
+    _refuse([*_problems_of_study(study), *_problems_of_levels(study)])
+    folds = resample.folds(study.design)
+    runs, problems = [], []
+    for seed, (fold, repeat), cell in itertools.product(study.seeds, folds, itertools.product(*study.factors.values())):
+        levels = dict(zip(study.factors, cell, strict=True))
+        changes = {"seed": seed, "data.split_seed": study.base.data.split_seed + repeat}
+        changes |= {"data.resample": fold} if fold else {}
+        for factor, level in levels.items():
+            changes |= study.factors[factor][level]
+        config = options.override(study.base, changes)
+        problems += _problems_of_run(study, levels, config)
+        name = f"{fold}, repeat {repeat}" if repeat else fold
+        runs.append(RunSpec(levels, seed, name, config, options.fingerprint(config)[:12]))
+    first: dict[str, RunSpec] = {}
+    for run in runs:
+        same = first.setdefault(run.key, run)
+        if same is not run:
+            problems.append(f"{title(same.levels)} and {title(run.levels)} are the same run: no option differs")
+    _refuse(problems)
+    return runs
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    found = list(dict.fromkeys(problems))
+    if found:
+        more = [f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        raise ValueError("the study cannot be meant:\n  " + "\n  ".join([*found[:SHOWN], *more]))
+
+
+def _problems_of_study(study: Study) -> list[str]:
+    problems = []
+    if not study.factors or not all(isinstance(levels, Mapping) and levels for levels in study.factors.values()):
+        problems.append("factors: expected {factor: {level: {option: value}}}, with at least one level each")
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        problems.append(f"seeds={tuple(study.seeds)}: expected at least one, and none twice")
+    for factor, level in study.baseline.items():
+        if factor not in study.factors:
+            problems.append(f"baseline names the factor {factor!r}{trees.nearest(factor, list(study.factors))}")
+        elif level not in study.factors[factor]:
+            near = trees.nearest(str(level), list(map(str, study.factors[factor])))
+            problems.append(f"baseline names the level {level!r} of {factor}{near}")
+    if arms := [name for name in ("seeds", "baseline") if study.base.get(name)]:
+        problems.append(f"the base config sets {' and '.join(arms)}: here they are the study's")
+    known = _scalar_metrics()
+    for metric in study.metrics:
+        name = metric.rpartition("/")[2]
+        if name not in known:
+            problems.append(f"metric {metric!r} is unknown{trees.nearest(name, known)}; known: {', '.join(known)}")
+    if not study.metrics or len(set(study.metrics)) < len(study.metrics):
+        problems.append(f"metrics={tuple(study.metrics)}: expected at least one, and none twice")
+    return problems
+
+
+def _scalar_metrics() -> list[str]:
+    """What metrics.summarize gives one number for."""
+    few = metrics.make_predictions(np.eye(6), np.arange(6), [str(i) for i in range(6)], [str(i) for i in range(6)])
+    summary = metrics.summarize(few, resamples=1)
+    return [name for name, entry in summary.items() if isinstance(entry, dict) and np.isscalar(entry.get("value"))]
+
+
+def _problems_of_levels(study: Study) -> list[str]:
+    problems: list[str] = []
+    owner: dict[str, str] = {}
+    for factor, levels in study.factors.items():
+        for level, changes in levels.items() if isinstance(levels, Mapping) else ():
+            if not isinstance(level, str) or not isinstance(changes, Mapping):
+                problems.append(f"{factor}: level {level!r} should be a string, with a table {{option: value}}")
+                continue
+            if taken := [option for option in changes if option in SHARED]:
+                problems.append(f"{factor}={level} sets {', '.join(taken)}, which the study decides for all runs")
+            try:
+                options.override(study.base, {key: value for key, value in changes.items() if key not in SHARED})
+            except ValueError as error:
+                problems.append(f"{factor}={level}: {error}")
+            problems += [
+                f"{option} of {factor} and {other} of {owner[other]}: one would overwrite the other"
+                for option in changes
+                for other in owner
+                if owner[other] != factor and _overlap(option, other)
+            ]
+            owner |= {option: owner.get(option, factor) for option in changes}
+    return problems
+
+
+def _overlap(a: str, b: str) -> bool:
+    return a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.")
+
+
+def _problems_of_run(study: Study, levels: Mapping[str, str], config: ConfigDict) -> list[str]:
+    problems = []
+    try:
+        options.check(config)
+    except ValueError as error:
+        problems.append(f"{title(levels)}: {error}")
+    phases = [dict(phase) for phase in config.get("phases", ())]
+    problems += [
+        f"{factor}={level} sets {option}, and so does every phase of {title(levels)}: the level would be without effect"
+        for factor, level in levels.items()
+        for option in study.factors[factor][level]
+        if phases and all(option in phase for phase in phases)
+    ]
+    sets = [name for name, *_ in config.data.get("also", ())]
+    problems += [
+        f"metric {metric!r}: data.also has no set {metric.rpartition('/')[0]!r}, only {sets}"
+        for metric in study.metrics
+        if "/" in metric and metric.rpartition("/")[0] not in sets
+    ]
+    return problems
