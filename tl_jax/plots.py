@@ -50,7 +50,7 @@ def draw_run(rows: list[dict], predictions: metrics.Predictions, folder) -> None
 
 def learning_curves(rows: list[dict], path) -> None:
     """Loss and accuracy against the step, training and validation; rows as in metrics.jsonl, any key may be missing."""
-    with _figure(path, (7.2, 2.9), columns=2) as (_, axes):
+    with figure_at(path, (7.2, 2.9), columns=2) as (_, axes):
         for axis, label, best in zip(axes, ("loss", "accuracy"), (np.argmin, np.argmax), strict=True):
             for split, colour in (("train", BLUE), ("val", VERMILION)):
                 name = f"{split}/{label}"
@@ -86,7 +86,7 @@ def confusion_matrix(predictions: metrics.Predictions, path) -> None:
     classes = len(counts)
     side, listed = min(2.8 + 0.34 * classes, 7.2), classes > 20
     grid = {"columns": 2, "ratios": [side, 3.2]} if listed else {}
-    with _figure(path, (side + (4.0 if listed else 0.6), side), **grid) as (figure, axes):
+    with figure_at(path, (side + (4.0 if listed else 0.6), side), **grid) as (figure, axes):
         share, block = _share(counts)
         image = axes[0].imshow(
             share, cmap=BLUES, norm=PowerNorm(0.5, 0, 1), interpolation="nearest", extent=(0, classes, classes, 0)
@@ -118,7 +118,7 @@ def _share(counts):
 
 
 def _name_classes(axis, class_names):
-    names, size = [_short(name) for name in class_names], 9 if len(class_names) <= 20 else 6
+    names, size = [short(name) for name in class_names], 9 if len(class_names) <= 20 else 6
     centres = np.arange(len(names)) + 0.5
     axis.set_xticks(centres, names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
     axis.set_yticks(centres, names, fontsize=size)
@@ -132,7 +132,7 @@ def _list_confusions(axis, counts, class_names, limit=25):
     lines = ["commonest confusions", f"(count  true {arrow} predicted)", ""]
     for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True):
         if wrong[i, j]:
-            lines.append(f"{wrong[i, j]:>4,}  {_short(class_names[i])} {arrow} {_short(class_names[j])}")
+            lines.append(f"{wrong[i, j]:>4,}  {short(class_names[i])} {arrow} {short(class_names[j])}")
     axis.axis("off")
     axis.text(0, 0.92, "\n".join(lines), va="top", fontsize=7, linespacing=1.5, transform=axis.transAxes)
 
@@ -143,7 +143,7 @@ def reliability(predictions: metrics.Predictions, path) -> None:
     total, bins = count.sum(), len(count)
     ece = np.nansum(count * np.abs(accuracy - confidence)) / total
     left, width = np.arange(bins) / bins, 1 / bins
-    with _figure(path, (3.8, 4.4), rows=2, ratios=[3, 1]) as (_, (top, bottom)):
+    with figure_at(path, (3.8, 4.4), rows=2, ratios=[3, 1]) as (_, (top, bottom)):
         bar = {"width": width, "align": "edge", "linewidth": 0.6}
         top.bar(left, accuracy, color=BLUE, alpha=0.85, edgecolor="white", label="accuracy", **bar)
         gap = {"color": "none", "edgecolor": VERMILION, "hatch": "/////", "label": "gap to confidence"}
@@ -176,19 +176,19 @@ def feature_map(predictions: metrics.Predictions, path) -> None:
     points = pca.fit_transform(features.astype(np.float64))
     wrong = predictions.logits.argmax(1) != labels
     legend = 10 < len(names) <= 40
-    with _figure(path, (7.4 if legend else 5.4, 4.8)) as (figure, (axis,)):
+    with figure_at(path, (7.4 if legend else 5.4, 4.8)) as (figure, (axis,)):
         size = float(np.clip(6000 / len(labels), 3, 16))
         for k in np.unique(labels):
             colour, marker = PALETTE[k % len(PALETTE)], MARKERS[k // len(PALETTE) % len(MARKERS)]
             colour, marker = (colour, marker) if len(names) <= 40 else ("#9AA5AE", "o")
             style = {"color": colour, "marker": marker, "alpha": 0.65, "linewidths": 0, "rasterized": True}
-            axis.scatter(*points[labels == k].T, s=size, label=_short(names[k]), **style)
+            axis.scatter(*points[labels == k].T, s=size, label=short(names[k]), **style)
         ring = {"facecolors": "none", "edgecolors": "black", "linewidths": 0.8, "rasterized": True}
         axis.scatter(*points[wrong].T, s=3.5 * size, **ring)
         for k in np.unique(labels) if len(names) <= 10 else ():
             halo = [withStroke(linewidth=2.5, foreground="white")]
             x, y = np.median(points[labels == k], axis=0)
-            axis.text(x, y, _short(names[k]), ha="center", va="center", weight="bold", path_effects=halo)
+            axis.text(x, y, short(names[k]), ha="center", va="center", weight="bold", path_effects=halo)
         first, second = pca.explained_variance_ratio_
         axis.set(xlabel=f"component 1 ({first:.1%} of the variance)", ylabel=f"component 2 ({second:.1%})")
         axis.set_title(f"{features.shape[1]} features; {wrong.sum():,} of {len(wrong):,} misclassified (ringed)")
@@ -205,7 +205,7 @@ def comparison(named: dict, path, label: str = "accuracy") -> None:
     """
     if not named:
         raise ValueError("nothing to compare: expected at least one name with its numbers")
-    with _figure(path, (5.6, 1.0 + 0.42 * len(named))) as (_, (axis,)):
+    with figure_at(path, (5.6, 1.0 + 0.42 * len(named))) as (_, (axis,)):
         for row, (name, entry) in enumerate(named.items()):
             low, value, high = _span(name, entry)
             axis.plot([low, high], [row, row], color=BLUE, linewidth=2.2, solid_capstyle="round")
@@ -214,7 +214,7 @@ def comparison(named: dict, path, label: str = "accuracy") -> None:
                 axis.plot(entry, [row + 0.22] * len(entry), "|", color=GREY, markersize=5)
             text = f" {value:.4f}  [{low:.4f}, {high:.4f}]" if low < high else f" {value:.4f}"
             axis.text(1.01, row, text, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
-        axis.set_yticks(range(len(named)), [_short(name, 32) for name in named])
+        axis.set_yticks(range(len(named)), [short(name, 32) for name in named])
         axis.set(xlabel=f"{label}, 95 % interval", ylim=(len(named) - 0.4, -0.6))
         axis.tick_params(axis="y", length=0, labelcolor="#222222")
         axis.grid(True, axis="x")
@@ -235,12 +235,12 @@ def _span(name, entry):
     return values.mean() - half, values.mean(), values.mean() + half
 
 
-def _short(name, limit=22):
+def short(name, limit=22):
     return name if len(name) <= limit else name[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 @contextlib.contextmanager
-def _figure(path, size, rows=1, columns=1, ratios=None):
+def figure_at(path, size, rows=1, columns=1, ratios=None):
     """Yields a styled figure of `size` inches and its axes; on leaving, writes it whole to .png (150 dpi) or .svg."""
     path = pathlib.Path(path)
     if path.suffix not in (".png", ".svg"):

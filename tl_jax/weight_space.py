@@ -252,7 +252,7 @@ def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
     scored = "test" if "test" in curves else "val"
     further = [split for split in curves if split not in ("val", "test")]
     columns, names = 1 + bool(further), [_named(report[end]) for end in "ab"]
-    with plots._figure(path, (4.4 * columns, 3.4), columns=columns) as (_, axes):
+    with plots.figure_at(path, (4.4 * columns, 3.4), columns=columns) as (_, axes):
         colours = {split: plots.PALETTE[i % len(plots.PALETTE)] for i, split in enumerate(curves)}
         for split, colour in colours.items():
             axes[0].plot(alphas, curves[split]["accuracy"], "o-", color=colour, markersize=3, label=split)
@@ -274,7 +274,7 @@ def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def _named(end: dict[str, str]) -> str:
-    return plots._short(" ".join(filter(None, (end["method"], pathlib.Path(end["run"]).name))))
+    return plots.short(" ".join(filter(None, (end["method"], pathlib.Path(end["run"]).name))))
 
 
 def _facts(weights: Weights) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tl_jax.plots import BLUE, GREY, MARKERS, PALETTE, _figure, _short
+from tl_jax.plots import BLUE, GREY, MARKERS, PALETTE, figure_at, short
 
 INK = "#222222"
 LINES = len(PALETTE)  # more than its colours cannot be told apart
@@ -21,7 +21,7 @@ def dots(path, rows: Sequence[str], series: Mapping[str, Sequence[dict]], label:
     several = len(series) > 1
     step = 0.8 / len(series)
     height = min(0.9 + len(rows) * (0.14 + max(0.2 * len(series), 0.24)), 40)
-    with _figure(path, (6.4 if several else 7.0, height)) as (figure, (axis,)):
+    with figure_at(path, (6.4 if several else 7.0, height)) as (figure, (axis,)):
         if reference is not None:
             axis.axvline(reference, color=GREY, linewidth=1)
         for i, (name, marks) in enumerate(series.items()):
@@ -29,8 +29,8 @@ def dots(path, rows: Sequence[str], series: Mapping[str, Sequence[dict]], label:
             for row, mark in enumerate(marks):
                 y = row + (i - (len(series) - 1) / 2) * step
                 _dot(axis, y, mark, colour, marker, step, written=not several)
-            axis.plot([], [], marker, color=colour, markersize=6, label=_short(name, 30))
-        axis.set_yticks(range(len(rows)), [_short(name, 40) for name in rows])
+            axis.plot([], [], marker, color=colour, markersize=6, label=short(name, 30))
+        axis.set_yticks(range(len(rows)), [short(name, 40) for name in rows])
         axis.set(xlabel=label, ylim=(len(rows) - 0.45, -0.55))
         axis.tick_params(axis="y", length=0, labelcolor=INK)
         axis.grid(True, axis="x")
@@ -81,17 +81,17 @@ def lines(path, panels: Mapping[str, Mapping[str, dict]], x_label: str, y_label:
     rows = -(-len(panels) // columns)
     several = len(order) > 1
     size = (5.2, 3.5) if len(panels) == 1 else (2.5 * columns, 2.3 * rows + 0.2)
-    with _figure(path, (size[0] + 1.5 * several, size[1]), rows=rows, columns=columns) as (figure, axes):
+    with figure_at(path, (size[0] + 1.5 * several, size[1]), rows=rows, columns=columns) as (figure, axes):
         for axis, (title, panel) in zip(axes, panels.items(), strict=False):
             for name, line in panel.items():
                 _line(axis, name, order, line, bars)
-            axis.set_title(_short(title, 34), fontsize=9)
+            axis.set_title(short(title, 34), fontsize=9)
             axis.grid(True)
             if log:
                 axis.set_xscale("log")
                 axis.minorticks_off()
             if ticks:
-                axis.set_xticks([x for x, _ in ticks], [_short(text, 16) for _, text in ticks])
+                axis.set_xticks([x for x, _ in ticks], [short(text, 16) for _, text in ticks])
         shown = axes[: len(panels)]
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
@@ -107,7 +107,7 @@ def _line(axis, name, order, line, bars):
     colour, marker = look(name, order)
     x, mean = np.asarray(line["x"], float), np.asarray(line["mean"], float)
     low, high = (np.array(line[end], dtype=float) for end in ("low", "high"))
-    style = {"color": colour, "linewidth": 1.5, "label": _short(name, 30), "marker": marker, "markersize": 5.5}
+    style = {"color": colour, "linewidth": 1.5, "label": short(name, 30), "marker": marker, "markersize": 5.5}
     if len(x) > 15:
         style["marker"] = ""
     if bars:
@@ -124,7 +124,7 @@ def _all_handles(figure, axes, names, title):
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    labels = [label for label in dict.fromkeys(_short(name, 30) for name in names) if label in found]
+    labels = [label for label in dict.fromkeys(short(name, 30) for name in names) if label in found]
     handles = [found[label] for label in labels]
     figure.legend(handles, labels, title=title or None, loc="outside right upper", fontsize=8, title_fontsize=8)
 
@@ -138,7 +138,7 @@ def front(path, points: Sequence[dict], on_front: Sequence[int], label: str, *, 
     positive = [point["x"] for point in points if point["x"] > 0]
     at_zero = min(positive) / 4
     several = len(order) > 1
-    with _figure(path, (6.8 if several else 5.6, 3.9)) as (figure, (axis,)):
+    with figure_at(path, (6.8 if several else 5.6, 3.9)) as (figure, (axis,)):
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(_compact)
         if max(positive) < 12 * min(positive):  # hardly a power of ten between them
@@ -154,12 +154,12 @@ def front(path, points: Sequence[dict], on_front: Sequence[int], label: str, *, 
             axis.plot(x, point["mean"], marker, color=colour, markersize=6.5, markeredgecolor="white", zorder=3)
         for group in order if several else ():
             colour, marker = look(group, order)
-            axis.plot([], [], marker, color=colour, label=_short(group, 30))
+            axis.plot([], [], marker, color=colour, label=short(group, 30))
         named = points if len(points) <= 8 else best
         for i, point in enumerate(named):
             right = i < len(named) / 2
             axis.annotate(
-                _short(point["name"], 34),
+                short(point["name"], 34),
                 (point["x"] or at_zero, point["mean"]),
                 fontsize=7.5,
                 color=INK,
@@ -185,14 +185,14 @@ def _compact(value: float, _=None) -> str:
 
 def reliability(path, series: Mapping[str, dict], *, order: Sequence[str], legend="") -> None:
     """Accuracy against confidence, a line each for {"count", "accuracy", "confidence"} of equal bins."""
-    with _figure(path, (5.6 if len(series) > 1 else 4.0, 3.8)) as (figure, (axis,)):
+    with figure_at(path, (5.6 if len(series) > 1 else 4.0, 3.8)) as (figure, (axis,)):
         axis.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
         for name, bins in series.items():
             seen = bins["count"] >= max(1, 0.005 * bins["count"].sum())  # a bin of a few examples is noise
             colour, marker = look(name, order)
             style = {"color": colour, "marker": marker, "markersize": 5.5, "linewidth": 1.5}
             axis.plot(bins["confidence"][seen], bins["accuracy"][seen], **style, markeredgecolor="white",
-                      markeredgewidth=0.6, label=_short(name, 30))  # fmt: skip
+                      markeredgewidth=0.6, label=short(name, 30))  # fmt: skip
         axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
         axis.grid(True)
         if len(series) > 1:
@@ -205,7 +205,7 @@ def ranks(path, names: Sequence[str], mean_ranks: Sequence[float], distance: flo
     order = np.argsort(mean_ranks, kind="stable").tolist()
     left, levels = -(-count // 2), 0.5 + 0.28 * len(groups)
     depth = levels + 0.45 * left
-    with _figure(path, (6.8, 0.85 + 0.42 * depth)) as (_, (axis,)):
+    with figure_at(path, (6.8, 0.85 + 0.42 * depth)) as (_, (axis,)):
         axis.axis("off")
         axis.set(xlim=(1 - 0.35 * (count - 1), count + 0.35 * (count - 1)), ylim=(-depth - 0.2, 1.35))
         line = {"color": INK, "linewidth": 1}
@@ -221,7 +221,7 @@ def ranks(path, names: Sequence[str], mean_ranks: Sequence[float], distance: flo
             y = -levels - 0.45 * (place if near else count - 1 - place)
             x, edge = mean_ranks[index], (1 - 0.05 * (count - 1) if near else count + 0.05 * (count - 1))
             axis.plot([x, x, edge], [0, y, y], **line)
-            text = f"{_short(names[index], 26)}  {x:.2f}" if near else f"{x:.2f}  {_short(names[index], 26)}"
+            text = f"{short(names[index], 26)}  {x:.2f}" if near else f"{x:.2f}  {short(names[index], 26)}"
             axis.text(edge, y, f"{text} " if near else f" {text}", ha="right" if near else "left", va="center")
         for depth_of, group in enumerate(groups):
             ends = [mean_ranks[index] for index in group]
