@@ -11,6 +11,7 @@ from tl_jax.studies.results import Cell, Results
 
 ALPHA = 0.05
 FEW = 5  # with fewer pairs a t-test sees large differences only
+MANY = 3  # levels without a visible difference that still have a sentence each
 FLIPPED = {1: ("wins", "losses"), -1: ("losses", "wins")}
 
 
@@ -57,11 +58,12 @@ def reading(results: Results, metric: str, rows: list[dict[str, Any]]) -> list[s
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["factor"], row["level"]), []).append(row)
-    sentences = []
-    for group in groups.values():
-        alone = len(results.factors) == 1
-        sentences.append(_read_one(results, metric, group[0]) if alone else _read_several(results, metric, group))
-    return sentences
+    if len(results.factors) > 1:
+        return [_read_several(results, metric, group) for group in groups.values()]
+    unseen = [row for row in rows if row["adjusted"] is not None and row["adjusted"] >= ALPHA]
+    told = [row for row in rows if row not in unseen] if len(unseen) > MANY else rows
+    sentences = [_read_one(results, metric, row) for row in told]
+    return sentences if told is rows else [*sentences, _read_unseen(results, metric, unseen)]
 
 
 def _read_one(results: Results, metric: str, row: dict[str, Any]) -> str:
@@ -83,6 +85,18 @@ def _read_one(results: Results, metric: str, row: dict[str, Any]) -> str:
     side, share = _direction(metric, row["mean"]), max(row["wins"], row["losses"])
     rests = f"; this rests on {n} {units} alone" if n < FEW else ""
     return f"{a} has a {side} {metric} than {b} ({span}; {side} with {share} of {n} {units}){rests}."
+
+
+def _read_unseen(results: Results, metric: str, rows: list[dict[str, Any]]) -> str:
+    """The levels of which nothing can be said, in one sentence."""
+    levels = _listed([f"{row['level']} {row['mean']:+.4f}" for row in rows], limit=len(rows))
+    n = min(row["n"] for row in rows)
+    few = f"; with {n} {read.unit_noun(results, n)} only large differences can be seen" if n < FEW else ""
+    smallest = p_equals(min(row["adjusted"] for row in rows))
+    return (
+        f"No difference in {metric} can be seen between {rows[0]['against']} and {len(rows)} levels ({levels}; the "
+        f"smallest adjusted {smallest}){few}."
+    )
 
 
 def _read_several(results: Results, metric: str, rows: list[dict[str, Any]]) -> str:
