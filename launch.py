@@ -31,6 +31,11 @@ JOBS = flags.DEFINE_integer("jobs", 0, "Runs of a study at once; 0: what suits t
 DRY_RUN = flags.DEFINE_bool("dry-run", False, "Check a study, print its runs and what they would cost, run nothing.")
 RETRY = flags.DEFINE_bool("retry", False, "Do the failed runs of a study again.")
 SUBMIT = flags.DEFINE_bool("submit", False, "Run the command that hands the work to a cluster, do not only print it.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for one run in several processes.")
+PROCESSES = flags.DEFINE_integer(
+    "num-processes", None, "How many processes there are; SLURM and others tell by themselves."
+)
+PROCESS = flags.DEFINE_integer("process-id", None, "Which of them this is, from 0.")
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an error came from.")
 
 
@@ -42,6 +47,8 @@ def main(argv: list[str]) -> None:
     from tl_jax import preemption
 
     stop_requested = preemption.watch()  # before the imports that take seconds
+    from tl_jax import distributed
+
     logging.set_verbosity(logging.WARNING)
     keep_compiled_programs()
     try:
@@ -49,9 +56,11 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if TRACEBACK.value:
             raise
+        distributed.fail(error, 2)
         sys.exit(bad_input(error))
     except preemption.Preempted as stop:
-        print(f"{stop}; everything is saved, the same command goes on from there", flush=True)
+        if distributed.is_first():
+            print(f"{stop}; everything is saved, the same command goes on from there", flush=True)
         sys.exit(preemption.EXIT_CODE)
 
 
@@ -75,11 +84,12 @@ def run_config(stop_requested: Callable[..., bool]) -> int:
 
         command = ["launch.py", *submit.own_arguments(sys.argv[1:])]
         return launchers.hand_over(command, workdir, LAUNCHER.value, settings, SUBMIT.value)
-    from tl_jax import metrics
+    from tl_jax import distributed, metrics
     from tl_jax.logging import say
     from tl_jax.studies import compare
 
-    report = compare.compare(CONFIG.value, workdir, stop_requested)
+    distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    report = compare.compare(CONFIG.value, workdir, distributed.agreed(stop_requested))
     result = report["result"]
     say(metrics.format_table(result["metrics"], of=f"seed {CONFIG.value.seed}, {result['data']}"))
     if result["chosen_on_scored_split"]:
