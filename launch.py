@@ -134,6 +134,9 @@ def conflict() -> str:
         return "--config and --study are two things to run; a study's base config is in its study.py"
     if DRY_RUN.value and (RETRY.value or SUBMIT.value):
         return "--dry-run runs nothing: leave out --retry and --submit"
+    several = [f"--{name}" for name in ("coordinator", "num-processes", "process-id") if flags.FLAGS[name].present]
+    if several and STUDY.value:
+        return f"{', '.join(several)}: these are of one run in several processes, --config; a study has workers"
     only = [f"--{name}" for name in ("jobs", "dry-run", "retry") if flags.FLAGS[name].present]
     return f"{', '.join(only)}: only a study has these, see --study" if only and given == ["config"] else ""
 

@@ -11,7 +11,7 @@ import pytest
 from tl_jax.studies import slurm, submit
 
 HOSTILE = ["a b", "it's", '"quoted"', "$(touch /tmp/never)", "`id`", "line\nbreak", "%j", "*", "\\", "--flag=x y", ""]
-STEP = ["--kill-on-bad-exit=0", "--wait=15"]  # of srun
+STEP = ["--kill-on-bad-exit=0", "--wait=12"]  # of srun
 RECORDER = """#!{python}
 import json, os, pathlib, sys
 name = pathlib.Path(sys.argv[0]).name

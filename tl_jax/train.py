@@ -12,7 +12,21 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from tl_jax import audit, evaluate, metrics, options, outcome, part, pretrained, probe, sharding, steps, trees, workdir
+from tl_jax import (
+    audit,
+    distributed,
+    evaluate,
+    metrics,
+    options,
+    outcome,
+    part,
+    pretrained,
+    probe,
+    sharding,
+    steps,
+    trees,
+    workdir,
+)
 from tl_jax.checkpoint import Checkpoints
 from tl_jax.logging import RunLog, say
 from tl_jax.methods import closed_form
@@ -36,12 +50,11 @@ def train(
     finite; Preempted, with everything saved, soon after `stop_requested(steps done)` has become true.
     """
     folder = pathlib.Path(folder)
-    workdir.check_options(folder, options.identity(config))
-    if (folder / "result.json").exists():
+    if result := distributed.from_first(lambda: finished(config, folder)):
         say(
             f"{folder} holds the finished run of these options: its result is shown, data and weights are not looked at"
         )
-        return workdir.read_json(folder / "result.json")
+        return result
     parallel = sharding.make_parallel(config.parallel)
     run = build(config, parallel)
     audits = [phase.audit for phase in run.phases]
@@ -60,6 +73,13 @@ def train(
         workdir.write_json(folder / "config.json", options.identity(config))
         workdir.write_json(folder / "audit.json", audit.join(audits))
         return work()
+
+
+def finished(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any] | None:
+    """The result that lies in a workdir, if any; raises ValueError where the workdir is of other options."""
+    workdir.check_options(folder, options.identity(config))
+    path = folder / "result.json"
+    return workdir.read_json(path) if path.exists() else None
 
 
 def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folder, verbose, stop_requested):

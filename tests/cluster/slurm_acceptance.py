@@ -36,7 +36,7 @@ def run(*words):
     return done.stdout + done.stderr
 
 
-def until(condition, what, seconds=120):
+def until(condition, what, seconds=240):
     """Waits, and returns what the condition gave when it was true."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -61,6 +61,12 @@ def has_ended(job):
         not run("squeue", "--noheader", f"--job={job}", "--states=all", "--format=%T").strip()
         or (state_of(job) in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY"))
     )
+
+
+def says(job, log, words):
+    """Waits for words in the log of a job, which must not end before."""
+    until(lambda: words in text_of(log) or has_ended(job)(), words)
+    assert words in text_of(log), text_of(log)
 
 
 def state_of(job):
@@ -120,7 +126,7 @@ def two_processes_give_the_losses_of_one(place):
 
 def a_stopped_job_is_requeued_and_ends_bit_equal(place):
     job, log = submit(place / "stopped", [*RUN, "--workdir", str(place / "stopped")], "ntasks=2")
-    until(lambda: "transfer audit" in text_of(log), "the start")  # before the first step: all of them take a moment
+    says(job, log, "transfer audit")  # before the first step, as twenty of them take a moment
     run("scancel", "--signal=TERM", job)
     until(has_ended(job), "its end, requeued in between")
     text = log.read_text()
@@ -135,7 +141,7 @@ def a_stopped_job_is_requeued_and_ends_bit_equal(place):
 
 def a_cancelled_job_stays_cancelled(place):
     job, log = submit(place / "cancelled", [*LONG, "--workdir", str(place / "cancelled")], "ntasks=2")
-    until(lambda: "step 5/" in text_of(log), "step 5")
+    says(job, log, "step 5/")
     run("scancel", job)
     until(has_ended(job), "its end")
     assert state_of(job) == "CANCELLED" and "stopped after step" in log.read_text()
@@ -146,7 +152,7 @@ def lost(place, number, words):
     """Sends a signal to process 1 of a job of two; returns how long the job lived on."""
     folder = place / f"lost{number}"
     job, log = submit(folder, [*LONG, "--workdir", str(folder)], "ntasks=2")
-    until(lambda: "step 5/" in text_of(log), "step 5")
+    says(job, log, "step 5/")
     pid = process_of(job, 1)
     os.kill(pid, number)
     began = time.monotonic()

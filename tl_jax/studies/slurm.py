@@ -13,7 +13,7 @@ from tl_jax.workdir import write_text
 
 LARGEST_ARRAY = 1000  # SLURM's default MaxArraySize is 1001
 GRACE = 120  # seconds before the time limit at which a job is asked to save and end
-WAIT = 15  # seconds that the tasks of a run may end apart: a suspended one never ends by itself
+WAIT = 12  # seconds that the tasks of a run may end apart: a suspended one never ends by itself
 OURS = ("array", "chdir", "wrap", "requeue", "no-requeue")  # what a job depends on to be resumed
 
 SCRIPT = f"""\

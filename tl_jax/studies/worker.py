@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
         work(arguments.workdir, arguments.only, stop_requested)
     except ValueError as error:
+        distributed.fail(error, 2)  # returns where there is one process
         print(f"error: {error}", file=sys.stderr, flush=True)
-        distributed.fail(error, 2)
         return 2
     except preemption.Preempted:
         return preemption.EXIT_CODE
@@ -96,6 +96,7 @@ def take(workdir: pathlib.Path, row: Mapping[str, Any], attempt: int, stop_reque
         say(workdir, row, str(stop))
         raise
     except Exception as error:  # of any kind: the other runs do not depend on this one
+        distributed.wait_for_cause(error)  # a run whose other process was killed has not failed
         if distributed.is_first():
             store.fail(folder, f"{type(error).__name__}: {error}", attempt)
         say(workdir, row, f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
