@@ -1,7 +1,7 @@
 """Which way of adapting DeiT-tiny to 20 photos of ants and 20 of bees is best, and at what cost?
 
 Every way of configs/methods.py that fits a vision transformer, with the same examples, order and number of steps, is
-compared with a linear probe. The photos are reduced to 96 pixels, so that the pretrained features alone do not settle it.
+compared with a linear probe. The photos are reduced to 96 pixels, so that the pretrained features do not settle it.
 """
 
 from configs import methods, transfer
