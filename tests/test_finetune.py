@@ -1,9 +1,12 @@
 """Named ways of fine-tuning as rules over paths."""
 
+import re
+
 import pytest
 
-from tl_jax import trees
+from tl_jax import models, pretrained, trees
 from tl_jax.methods import finetune
+from tl_jax.models import layout
 
 RESNET = [f"backbone/stage{i}/block{j}/conv1/kernel" for i in (1, 2) for j in (0, 1)] + [
     "backbone/stem/conv/kernel",
@@ -46,3 +49,96 @@ def test_last_k_counts_blocks_as_numbers_and_takes_the_final_norm():
 def test_settings_that_contradict_each_other_are_refused(args, message):
     with pytest.raises(ValueError, match=message):
         finetune.make_rules(args[0], RESNET, *args[1:])
+
+
+def paths_of(name):
+    """The parameter paths of a network as it stands in the model table."""
+    return [p.removeprefix("params/") for p in pretrained._default_shapes(name) if p.startswith("params/")]
+
+
+NETWORKS = ("resnet18", "vit_tiny_patch16_224")
+HEAD = ["head/bias", "head/kernel"]
+
+
+def trained_of(name, *args):
+    return sorted(trained(paths_of(name), *args))
+
+
+def matching(name, pattern):
+    """The head's paths and those that the regex matches in full: what should train."""
+    return sorted([*HEAD, *(path for path in paths_of(name) if re.fullmatch(pattern, path))])
+
+
+def test_first_k_trains_the_stem_and_the_first_blocks():
+    assert trained_of("vit_tiny_patch16_224", "first_k", 2) == matching(
+        "vit_tiny_patch16_224", "backbone/(stem|block0|block1)/.*"
+    )
+    assert trained_of("resnet18", "first_k", 3) == matching(
+        "resnet18", "backbone/(stem|stage1/block0|stage1/block1|stage2/block0)/.*"
+    )
+    every_block = trained_of("vit_tiny_patch16_224", "first_k", 12)
+    assert every_block == matching("vit_tiny_patch16_224", r"backbone/(stem|block\d+)/.*"), "without the final norm"
+
+
+def test_first_k_and_last_k_of_all_blocks_share_the_blocks_between_them():
+    for name in NETWORKS:
+        count = len(finetune.block_names(paths_of(name)))
+        first, last = (set(trained_of(name, kind, k)) for kind, k in (("first_k", 1), ("last_k", count - 1)))
+        assert first & last == set(HEAD) and first | last == set(paths_of(name))
+
+
+def test_blocks_train_the_parts_that_are_named_and_no_longer_names():
+    assert trained_of("resnet18", "blocks", 0, ("stem", "stage2/block1", "stage4")) == matching(
+        "resnet18", "backbone/(stem|stage2/block1|stage4/block0|stage4/block1)/.*"
+    )
+    assert trained_of("vit_tiny_patch16_224", "blocks", 0, ("block1", "norm")) == matching(
+        "vit_tiny_patch16_224", "backbone/(block1|norm)/.*"
+    ), "block1 is not block10 or block11"
+    with pytest.raises(ValueError, match=r"backbone/block12/.*'backbone'. decides no parameter"):
+        trained_of("vit_tiny_patch16_224", "blocks", 0, ("block12",))
+
+
+def test_bitfit_trains_every_bias_and_nothing_else():
+    for name in NETWORKS:
+        assert trained_of(name, "bitfit") == sorted(["head/kernel", *(p for p in paths_of(name) if p.endswith("bias"))])
+
+
+def test_norm_only_trains_the_parameters_of_every_norm_layer_and_nothing_else():
+    """Outside the head, a norm layer is what has a scale; its bias has the same owner."""
+    for name, layers in (("resnet18", 20), ("vit_tiny_patch16_224", 25)):
+        owners = [path.removesuffix("/scale") for path in paths_of(name) if path.endswith("/scale")]
+        assert len(owners) == layers
+        expected = [f"{owner}/{leaf}" for owner in owners for leaf in ("scale", "bias")]
+        assert trained_of(name, "norm_only") == sorted([*HEAD, *expected])
+
+
+def test_what_stands_beside_the_network_has_its_own_group():
+    paths = [*RESNET, "reference/params/backbone/stem/conv/kernel", "source_head/kernel", "lora/backbone/stem/conv/a"]
+    matches = trees.match_rules(paths, finetune.beside(paths) + finetune.make_rules("full", paths))
+    assert [matches[path].value for path in paths[-3:]] == ["frozen", "head", "lora"]
+    assert {matches[path].value for path in RESNET} == {"backbone", "head"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_layer_decay_has_the_multipliers_of_timm(name):
+    pytest.importorskip("torch_reference")
+    timm = pytest.importorskip("timm")
+    from timm.optim._param_groups import param_groups_layer_decay
+
+    model = timm.create_model(name, pretrained=False)
+    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.75)
+    theirs = {id(weight): group["lr_scale"] for group in groups for weight in group["params"]}
+    theirs = {key: theirs[id(weight)] for key, weight in model.named_parameters()}
+    ours, table = finetune.layer_multipliers(paths_of(name), 0.75), models.get(name).layouts["timm"]
+    read = {path: layout.sources_of(table, f"params/{path}")[0] for path in ours}
+    assert sorted(key for keys in read.values() for key in keys) == sorted(theirs)
+    assert len(set(theirs.values())) == {"resnet18": 10, "vit_tiny_patch16_224": 14}[name]
+    for path, keys in read.items():
+        assert ours[path] == pytest.approx(theirs[keys[0]], rel=1e-12), path
+
+
+def test_added_parameters_have_the_multiplier_of_their_block():
+    paths = [*VIT, "lora/backbone/block3/attn/qkv/a", "prompt/backbone/stem/tokens", "source_head/kernel"]
+    ours = finetune.layer_multipliers(paths, 0.5)
+    assert ours["lora/backbone/block3/attn/qkv/a"] == ours["backbone/block3/mlp/fc1/kernel"] == 0.5**9
+    assert ours["prompt/backbone/stem/tokens"] == 0.5**13 and ours["source_head/kernel"] == ours["head/kernel"] == 1

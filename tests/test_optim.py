@@ -165,3 +165,185 @@ def test_groups_that_cannot_be_meant_are_refused(group, message):
 def test_a_model_without_trainable_parameters_is_refused():
     with pytest.raises(ValueError, match="nothing to train"):
         optim.make_groups({"a": "frozen"}, Group(), {})
+
+
+def follow(tx, params, state, steps):
+    """The trainable parameters after each of `steps` steps, with gradients that change, and the last state."""
+    trail = []
+    for step in steps:
+        grads = {path: GRADS[path] * (1.0 + 0.3 * step) for path in params}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        trail.append(params)
+    return trail, state
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb"])
+def test_a_multiplier_is_a_learning_rate_of_its_own_weight_decay_included(name):
+    default, labels = Group(name, weight_decay=0.3), {"a/kernel": "a", "a/bias": "b", "b/kernel": "c"}
+    schedule = optim.make_schedule("cosine", 0.1, total_steps=6, warmup_steps=2)
+    multipliers = {"a/kernel": 0.5, "a/bias": 0.125, "b/kernel": 1.0, "frozen/kernel": 7.0}
+    plain = optim.make_groups(labels, default, {})
+    own = optim.make_groups(labels, default, {label: {"lr_mult": multipliers[path]} for path, label in labels.items()})
+    txs = (
+        optim.make_optimizer(labels, plain, schedule, multipliers=multipliers),
+        optim.make_optimizer(labels, own, schedule),
+    )
+    ours, expected = (follow(tx, PARAMS, tx.init(PARAMS), range(6))[0] for tx in txs)
+    for left, right in zip(ours, expected, strict=True):  # powers of two: exact, whatever the order of the factors
+        for path in PARAMS:
+            np.testing.assert_array_equal(left[path], right[path], err_msg=path)
+
+
+def test_multipliers_and_group_rates_multiply():
+    labels = dict.fromkeys(PARAMS, "all")
+    groups = optim.make_groups(labels, Group("sgd"), {"all": {"lr_mult": 10.0}})
+    tx = optim.make_optimizer(labels, groups, lambda k: 0.1, multipliers=dict.fromkeys(PARAMS, 0.3))
+    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    for path, grad in GRADS.items():
+        np.testing.assert_allclose(updates[path], -0.3 * np.asarray(grad), rtol=1e-6)
+
+
+def test_auto_rgn_scales_each_block_by_its_relative_gradient_norm():
+    """Three steps of SGD with momentum in float64: a running mean of |g| / |w| per block, over the largest."""
+    blocks, labels = {"a/kernel": "a", "a/bias": "a", "b/kernel": "b"}, dict.fromkeys((*PARAMS, "head/kernel"), "all")
+    params = {**PARAMS, "head/kernel": jnp.asarray([0.01])}
+    groups = optim.make_groups(labels, Group("sgd", (("momentum", 0.5),)), {})
+    tx = optim.make_optimizer(labels, groups, lambda k: 0.1 + 0.0 * k, blocks=blocks)
+    w = {path: np.asarray(leaf, np.float64) for path, leaf in params.items()}
+    velocity, ratios, state = dict.fromkeys(w, 0.0), {"a": 0.0, "b": 0.0}, tx.init(params)
+    for step in range(3):
+        g = {path: (step + 1.0) ** (1 if path[0] == "a" else -1) * np.cos(x) for path, x in w.items()}
+        for name in ratios:
+            members = [path for path in blocks if blocks[path] == name]
+            norms = [np.sqrt(sum((tree[path] ** 2).sum() for path in members)) for tree in (g, w)]
+            ratios[name] = 0.9 * ratios[name] + 0.1 * norms[0] / norms[1]
+        updates, state = tx.update({p: jnp.asarray(x, jnp.float32) for p, x in g.items()}, state, params)
+        params = optax.apply_updates(params, updates)
+        for path in w:
+            velocity[path] = 0.5 * velocity[path] + g[path]
+            factor = ratios[blocks[path]] / max(ratios.values()) if path in blocks else 1.0
+            w[path] = w[path] - 0.1 * factor * velocity[path]
+            np.testing.assert_allclose(params[path], w[path], rtol=2e-6, err_msg=f"{path}, step {step}")
+        assert 0 < min(ratios.values()) < max(ratios.values()), "both blocks at full rate would prove nothing"
+
+
+def make_phases(*stretches, lengths):
+    """(transformation, labels) of each phase as a run makes them; a stretch is (labels, default group, schedule)."""
+    before, made = None, []
+    for (labels, default, schedule), length in zip(stretches, lengths, strict=True):
+        groups = optim.make_groups(labels, default, {})
+        ages = optim.ages_after(before, labels, groups)
+        made.append(optim.make_optimizer(labels, groups, schedule, ages=ages))
+        before = labels, groups, ages, length
+    return made
+
+
+def run_phases(*stretches, lengths):
+    """The parameters after every step of all phases, the optimizer state migrated between them."""
+    params, old, trail, done = PARAMS, None, [], 0
+    made = make_phases(*stretches, lengths=lengths)
+    for i, (tx, (labels, *_), length) in enumerate(zip(made, stretches, lengths, strict=True)):
+        trainable = {path: params[path] for path in labels if labels[path] != "frozen"}
+        state = tx.init(trainable) if i == 0 else optim.migrate(tx.init(trainable), old, lengths[i - 1])
+        steps, old = follow(tx, trainable, state, range(done, done + length))
+        trail += [{**params, **step} for step in steps]
+        params, done = trail[-1], done + length
+    return trail
+
+
+ADAMW, ALL = Group("adamw", weight_decay=0.1), dict.fromkeys(PARAMS, "all")
+ONLY_A = {"a/kernel": "all", "a/bias": "all", "b/kernel": "frozen"}
+ONLY_B = {"a/kernel": "frozen", "a/bias": "frozen", "b/kernel": "all"}
+SCHEDULES = [
+    optim.make_schedule("cosine", 0.1, total_steps=3),
+    optim.make_schedule("linear", 0.02, total_steps=4, warmup_steps=1),
+    optim.make_schedule("cosine", 0.05, total_steps=3),
+]
+
+
+def joined(count):
+    """The schedules of three phases as one function of the step."""
+    first, second = jnp.where(count < 3, SCHEDULES[0](count), SCHEDULES[1](count - 3)), SCHEDULES[2](count - 7)
+    return jnp.where(count < 7, first, second)
+
+
+@pytest.mark.parametrize("args", [Group("adamw", weight_decay=0.1), Group("sgd", (("momentum", 0.9),)), Group("lamb")])
+def test_a_leaf_that_stays_trainable_goes_on_as_if_there_were_no_phases(args):
+    """a/* train throughout, b/kernel comes in the second phase and goes in the third."""
+    stretches = [(labels, args, s) for labels, s in zip((ONLY_A, ALL, ONLY_A), SCHEDULES, strict=True)]
+    trail = run_phases(*stretches, lengths=(3, 4, 3))
+    alone = {path: PARAMS[path] for path in ("a/kernel", "a/bias")}
+    tx = optim.make_optimizer(ONLY_A, optim.make_groups(ONLY_A, args, {}), joined)
+    unbroken, _ = follow(tx, alone, tx.init(alone), range(10))
+    for step, (ours, expected) in enumerate(zip(trail, unbroken, strict=True)):
+        for path in alone:
+            np.testing.assert_array_equal(ours[path], expected[path], err_msg=f"{path}, step {step}")
+    b = [np.asarray(params["b/kernel"]) for params in trail]
+    assert (b[2] == PARAMS["b/kernel"]).all() and (b[6] != b[2]).all() and (b[9] == b[6]).all()
+
+
+def test_a_leaf_that_becomes_trainable_has_fresh_moments_and_its_own_bias_correction():
+    stretches = [(labels, Group("adam"), s) for labels, s in zip((ONLY_A, ALL), SCHEDULES, strict=False)]
+    trail = run_phases(*stretches, lengths=(3, 4))
+    first = np.asarray(trail[3]["b/kernel"]) - np.asarray(PARAMS["b/kernel"])
+    np.testing.assert_allclose(np.abs(first), SCHEDULES[1](0), rtol=1e-5)
+    tx = optim.make_optimizer(ONLY_B, optim.make_groups(ONLY_B, Group("adam"), {}), SCHEDULES[1])
+    alone = {"b/kernel": PARAMS["b/kernel"]}
+    fresh, _ = follow(tx, alone, tx.init(alone), range(3, 7))
+    for ours, expected in zip(trail[3:], fresh, strict=True):
+        np.testing.assert_array_equal(ours["b/kernel"], expected["b/kernel"])
+
+
+def test_a_leaf_that_rested_for_a_phase_starts_afresh():
+    stretches = [(labels, ADAMW, s) for labels, s in zip((ALL, ONLY_A, ALL), SCHEDULES, strict=True)]
+    trail = run_phases(*stretches, lengths=(3, 4, 3))
+    tx = optim.make_optimizer(ONLY_B, optim.make_groups(ONLY_B, ADAMW, {}), SCHEDULES[2])
+    alone = {"b/kernel": trail[6]["b/kernel"]}
+    fresh, _ = follow(tx, alone, tx.init(alone), range(7, 10))
+    np.testing.assert_array_equal(trail[9]["b/kernel"], fresh[-1]["b/kernel"])
+    np.testing.assert_array_equal(trail[6]["b/kernel"], trail[2]["b/kernel"])
+
+
+@pytest.mark.parametrize(
+    ("second", "kept"),
+    [
+        (Group("sgd", (("momentum", 0.9),)), False),
+        (Group("adamw", (("b1", 0.8),), weight_decay=0.1), False),
+        (Group("adamw"), False),
+        (Group("adamw", weight_decay=0.7), True),
+        (Group("adamw", weight_decay=0.1, lr_mult=3.0), True),
+    ],
+)
+def test_optimizer_values_are_kept_under_the_same_optimizer_alone(second, kept):
+    made = make_phases((ALL, ADAMW, SCHEDULES[0]), (ALL, second, SCHEDULES[1]), lengths=(3, 4))
+    trail, old = follow(made[0], PARAMS, made[0].init(PARAMS), range(3))
+    new = made[1].init(trail[-1])
+    migrated = optim.migrate(new, old, 3)
+    assert jax.tree.structure(migrated) == jax.tree.structure(new)
+    before, values = ([np.asarray(x) for x in jax.tree.leaves(tree)] for tree in (old, migrated))
+    if kept:
+        for left, right in zip(before, values, strict=True):
+            np.testing.assert_array_equal(left, right)
+        assert any((x != 0).any() for x in values)
+    else:
+        assert all((x == 0).all() for x in values)
+
+
+def test_a_leaf_may_change_its_group_and_keep_its_values():
+    moved = {"a/kernel": "slow", "a/bias": "all", "b/kernel": "all"}
+    ours = run_phases((ALL, ADAMW, SCHEDULES[0]), (moved, ADAMW, SCHEDULES[1]), lengths=(3, 4))
+    stayed = run_phases((ALL, ADAMW, SCHEDULES[0]), (ALL, ADAMW, SCHEDULES[1]), lengths=(3, 4))
+    afresh = run_phases((ONLY_B, ADAMW, SCHEDULES[0]), (ALL, ADAMW, SCHEDULES[1]), lengths=(3, 4))
+    for path in PARAMS:
+        np.testing.assert_allclose(ours[-1][path], stayed[-1][path], rtol=3e-7)  # compiled apart: one rounding
+    moved_by = [float(jnp.abs(trail[-1]["a/kernel"] - trail[2]["a/kernel"]).max()) for trail in (stayed, afresh)]
+    assert abs(moved_by[0] - moved_by[1]) > 1e-4, "fresh values would have gone elsewhere"
+
+
+def test_a_value_that_should_be_carried_over_and_is_not_there_is_an_error():
+    _, tx = make_phases((ALL, ADAMW, SCHEDULES[0]), (ALL, ADAMW, SCHEDULES[1]), lengths=(3, 4))
+    other = optim.make_optimizer(ONLY_A, optim.make_groups(ONLY_A, ADAMW, {}), SCHEDULES[0])
+    new, old = tx.init(PARAMS), other.init({path: PARAMS[path] for path in ("a/kernel", "a/bias")})
+    with pytest.raises(RuntimeError, match=r"b/kernel.* was not found in the phase before"):
+        optim.migrate(new, old, 3)

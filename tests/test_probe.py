@@ -20,11 +20,10 @@ def make_config(name, grid=(), **changes):
     config = quickstart.get_config()
     with config.unlocked():
         config.update_from_flattened_dict({
-            "method.name": "linear_probe", "method.k": 0, "groups": {}, "data.shots": 0, "resamples": 20,
+            "method.name": name, "method.grid": grid, "method.k": 0, "groups": {}, "data.shots": 0, "resamples": 20,
             "data.train": "train[:20%]", "data.val": "train[90%:]", "data.test": "test[:20%]", **changes,
         })  # fmt: skip
-    built = run.build(config, sharding.make_parallel())
-    return options.override(config, {"method.name": name, "method.grid": grid}), built
+    return config, run.build(config, sharding.make_parallel())
 
 
 def run_probe(name, folder, grid=(), **changes):

@@ -14,6 +14,7 @@ SPEED_ONLY = {"data.workers": 0}  # options that change no number, and so may di
 PHASED = ("total", "lr", "optimizer", "optimizer_args", "weight_decay", "decay", "clip", "groups", "layer_decay",
           "schedule.", "method.")  # options that a phase may change; a dot: all of the section  # fmt: skip
 WHOLE = ("card", "groups", "args", "optimizer_args")  # sections that start empty: each is one value
+CLOSED_FORMS = ("knn", "logistic", "ridge")  # methods without steps, fitted on features at once
 OWN_FIELDS = ("input_size", "mean", "std", "interpolation", "crop", "licence")  # of the card, for data.card
 
 
@@ -104,6 +105,8 @@ def check(config: ConfigDict) -> None:
             f"  data.data_dir = {flat['data.data_dir']!r} belongs to tfds sources; this is {flat['data.source']!r}"
         )
     problems += _phase_problems(flat["phases"])
+    if not problems:
+        problems = _method_problems(flat)
     if problems:
         raise ValueError("the config has options that cannot be meant:\n" + "\n".join(problems))
 
@@ -112,12 +115,34 @@ def _phase_problems(phases: Any) -> list[str]:
     if not isinstance(phases, list) or not all(map(_are_named, phases)):
         return [f"  phases = {phases!r}: expected phases, each pairs (dotted option, value)"]
     return [
-        f"  phases[{i}] sets {key}, which cannot change during a run; what can: {', '.join(PHASED)}"
+        f"  phases[{i}] sets {key}, which cannot change during a run; what can: {', '.join(PHASED)} (but method.add, .grid)"
         for i, phase in enumerate(phases)
         for key, _ in phase
         if not any(key == option or (option.endswith(".") and key.startswith(option)) for option in PHASED)
         or key in ("method.add", "method.grid")
     ]
+
+
+def _method_problems(flat: Mapping[str, Any]) -> list[str]:
+    """Options that the method cannot take, in a table whose values are each sound by themselves."""
+    name, problems = flat["method.name"], []
+    if name in CLOSED_FORMS:
+        takes = {"phases": [], "method.add": [], "method.regularize": [], "method.auto_rgn": False, "select": "last"}
+        problems += [
+            f"  {key} = {flat[key]!r}: method.name = {name!r} takes no steps, expected {value!r}"
+            for key, value in takes.items()
+            if flat[key] != value
+        ]
+    else:
+        only = f"belongs to {', '.join(CLOSED_FORMS)}; method.name = {name!r}"
+        if flat["data.resample"] == "loo":
+            problems.append(f"  data.resample = 'loo' {only} takes a fold, such as kfold:5:0")
+        if flat["method.grid"]:
+            problems.append(f"  method.grid = {flat['method.grid']!r} {only} has no grid, expected []")
+    penalties = {penalty for penalty, _ in flat["method.regularize"]}
+    if "r_drop" in penalties and not (flat["model.dropout"] or flat["model.drop_path"] or "stoch_norm" in penalties):
+        problems.append("  method.regularize has r_drop, but its two passes are equal: set model.dropout or drop_path")
+    return problems
 
 
 def _number(low: float, below: float = math.inf, *, above: bool = False) -> tuple[Callable, str]:

@@ -28,21 +28,31 @@ def save(
 ) -> None:
     """Writes all that training moved, parameters and statistics, as safetensors under this package's paths.
 
-    report: the proved audit, which says what rested. weights: {"file", "sha256"} of what was loaded; seed: of the parts
-    that no file filled. What only penalties look at is left out.
+    With it go the head and what began from random numbers beside a file's, whether they moved or not. report: the
+    proved audit, which says what rested. weights: {"file", "sha256"} of what was loaded; seed: of a network that no
+    file filled. What only penalties look at is left out.
     """
     beside = tuple(f"params/{name}/" for name in adapt.TRAINING_ONLY)
-    rested = report["proof"]["hashes"]
-    moved = {p: np.asarray(x) for p, x in trees.flatten(variables).items() if p not in rested}
+    own = _new(report) if weights["file"] else set()
+    hashes = report["proof"]["hashes"].items()
+    rested = {p: h for p, h in hashes if p not in own and not p.startswith((pretrained.HEAD, *beside))}
+    kept = {p: np.asarray(x) for p, x in trees.flatten(variables).items() if p not in rested}
     about = {
         "model": model,
         "weights": dict(weights),
         "seed": seed,
         "additions": [[name, dict(args)] for name, args in additions],
-        "rested": trees.fingerprint({p: h for p, h in rested.items() if not p.startswith(beside)}),
+        "rested": trees.fingerprint(rested),
     }
-    tensors = {path: leaf for path, leaf in moved.items() if not path.startswith(beside)}
+    tensors = {path: leaf for path, leaf in kept.items() if not path.startswith(beside)}
     formats.write_safetensors(path, tensors, {pretrained.CARD_KEY: card.to_json(), KEY: json.dumps(about)})
+
+
+def _new(report: Mapping[str, Any]) -> set[str]:
+    """The leaves that were drawn, `collection/path`."""
+    kinds = {"params": "parameters", "batch_stats": "statistics"}
+    rows = {kind: report["phases"][0][table] for kind, table in kinds.items()}
+    return {f"{kind}/{row['path']}" for kind in rows for row in rows[kind] if row["origin"] == "new"}
 
 
 def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) -> pretrained.Pretrained:
@@ -70,7 +80,8 @@ def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) ->
     additions = tuple((name, args) for name, args in about["additions"])
     flat = trees.flatten(base.variables)
     rested = {p: h for p, h in trees.leaf_hashes(base.variables).items() if p not in tensors}
-    surplus = [p for p in tensors if p not in flat and not p.startswith(tuple(f"params/{n}/" for n, _ in additions))]
+    added, shapes = tuple(f"params/{name}/" for name, _ in additions), {p: x.shape for p, x in flat.items()}
+    surplus = [f"{p} {x.shape}" for p, x in tensors.items() if not p.startswith(added) and x.shape != shapes.get(p)]
     if surplus or trees.fingerprint(rested) != about["rested"]:
         raise ValueError(
             f"{path} does not fit {about['model']} from {file}: "

@@ -1,0 +1,276 @@
+"""A run of several phases: what it equals, what rests in each, and that a kill anywhere changes nothing."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import methods, smoke
+from tl_jax import formats, optim, options, run, sharding, steps, trees
+from tl_jax import train as trainer
+from tl_jax.checkpoint import Checkpoints
+from tl_jax.data import pipeline
+from tl_jax.preemption import Preempted
+
+LAST = {"method.name": "last_k", "method.k": 1, "groups": {"backbone": {"lr_mult": 0.1}}}
+FULL = {"method.name": "full", "groups": {"backbone": {"lr_mult": 0.1}}}
+TWO, THREE = (2.0, "steps"), (3.0, "steps")
+PHASES = (tuple({"total": TWO}.items()), tuple({"total": TWO, "lr": 0.02, **LAST}.items()))
+
+
+def make_config(**changes):
+    return options.override(smoke.get_config(), {
+        "model.image_size": 16, "model.head_init": "lecun", "data.train": "train[:5%]", "data.val": "train[97%:]",
+        "data.test": "test[:8%]", "data.shots": 0, "batch_size": 8, "eval_batch_size": 64, "resamples": 10,
+        "select": "last", "eval_every": (1.0, "epochs"), "log_every": (1.0, "steps"), "lr": 0.05, "optimizer": "sgd",
+        "phases": PHASES, **changes,
+    })  # fmt: skip
+
+
+def with_everything(**changes):
+    """With all that a state can hold: momentum, a moving average, random masks and mixing."""
+    return make_config(**{
+        "optimizer_args": {"momentum": 0.9}, "ema": 0.5, "model.dropout": 0.2, "method.mixup": 0.2, **changes,
+    })  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    device = sharding.make_parallel("jit", jax.devices()[:1])  # less to compile
+    monkeypatch.setattr(sharding, "make_parallel", lambda mode: device)
+
+
+def train(config, folder, **kwargs):
+    return trainer.train(config, folder, verbose=False, **kwargs)
+
+
+def watch_phases(config, folder):
+    """Trains; returns the run and its variables at the start, at every boundary, and at the end."""
+    seen, states = {}, []
+    build, enter, finish = trainer.build, trainer.enter_phase, trainer.finish
+
+    def keep_run(*args):
+        seen["run"] = build(*args)
+        return seen["run"]
+
+    def keep_at_boundary(run, i, state, *rest):
+        states.append(jax.device_get(trainer.variables_of(state)))
+        return enter(run, i, state, *rest)
+
+    def keep_at_end(config, run, folder, state, *rest):
+        states.append(jax.device_get(trainer.variables_of(state)))
+        return finish(config, run, folder, state, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, wrapped in (("build", keep_run), ("enter_phase", keep_at_boundary), ("finish", keep_at_end)):
+            patch.setattr(trainer, name, wrapped)
+        train(config, folder)
+    return seen["run"], [seen["run"].variables, *states]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "w"
+    with pytest.MonkeyPatch.context() as patch:
+        device = sharding.make_parallel("jit", jax.devices()[:1])
+        patch.setattr(sharding, "make_parallel", lambda mode: device)
+        return folder, *watch_phases(with_everything(), folder)
+
+
+def check_each_phase(run, states):
+    """What a phase trains moves in it, whatever it freezes is bit-equal, and nothing else decides."""
+    assert len(states) == len(run.phases) + 1
+    for phase, before, after in zip(run.phases, states, states[1:], strict=False):
+        hashes = trees.leaf_hashes(before)
+        moved = {path for path, hash in trees.leaf_hashes(after).items() if hash != hashes[path]}
+        trainable = {f"params/{path}" for path, label in phase.labels.items() if label != "frozen"}
+        updated = {f"batch_stats/{r['path']}" for r in phase.audit["statistics"] if r["policy"] == "update"}
+        assert moved == trainable | updated
+
+
+def test_each_phase_moves_what_it_trains_and_leaves_the_rest_bit_equal(unbroken):
+    folder, run, states = unbroken
+    check_each_phase(run, states)
+    first, second = ({p for p, label in phase.labels.items() if label != "frozen"} for phase in run.phases)
+    assert first == {"head/kernel", "head/bias"} < second and (run.total_steps, run.phases[1].start) == (4, 2)
+    report = json.loads((folder / "audit.json").read_text())
+    assert len(report["phases"]) == 2 and report["proof"]["bit_equal"]
+    assert report["totals"]["trainable"] == sum(np.size(trees.flatten(run.variables["params"])[p]) for p in second)
+    resting = set(report["proof"]["hashes"])
+    assert "params/backbone/stem/conv/kernel" in resting and not any("stage3" in path for path in resting)
+
+
+@pytest.mark.slow
+def test_what_trained_in_one_phase_may_rest_in_the_next_and_wake_again(tmp_path):
+    """The head trains, rests, trains; what rests keeps the values of training, not their average."""
+    only_last = {"method.name": "rules", "method.rules": (("backbone/stage3/.*", "backbone"), (".*", "frozen"))}
+    stretches = ({}, only_last, {**LAST})
+    config = with_everything(phases=tuple(tuple({"total": TWO, **stretch}.items()) for stretch in stretches))
+    check_each_phase(*watch_phases(config, tmp_path / "w"))
+
+
+def remains(folder):
+    """Everything that a run leaves and its seed determines; the state after the last step by its hashes."""
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        last = checkpoints.meta(checkpoints.steps()[-1])
+    with np.load(folder / "predictions.npz") as file:
+        arrays = {name: file[name].tobytes() for name in file.files}
+    names = ("metrics.jsonl", "result.json", "audit.json", "config.json", "model.safetensors", "trained.safetensors")
+    return {"step": last["step"], "state": last["hashes"], "predictions": arrays} | {
+        name: (folder / name).read_bytes() for name in names
+    }
+
+
+@pytest.mark.parametrize(
+    "stops", [(2,), *(pytest.param(s, marks=pytest.mark.slow) for s in [(1,), (3,), (1, 2, 3, 4)])]
+)
+def test_a_kill_inside_at_or_behind_a_boundary_changes_no_bit(unbroken, tmp_path, capsys, stops):
+    for stop in stops:
+        with pytest.raises(Preempted, match=f"stopped after step {stop} of 4"):
+            train(with_everything(), tmp_path / "w", stop_requested=lambda step, stop=stop: step == stop)
+        with Checkpoints(tmp_path / "w" / "checkpoints") as checkpoints:
+            assert checkpoints.steps()[-1] == stop
+    train(with_everything(), tmp_path / "w")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed after step")]
+    assert said == [f"resumed after step {stop}" for stop in stops], "from where it was, not from further back"
+    ours, reference = remains(tmp_path / "w"), remains(unbroken[0])
+    assert ours["step"] == 4 and any("ema" in path for path in ours["state"])
+    for name in reference:
+        assert ours[name] == reference[name], name
+
+
+def behind(monkeypatch, offset):
+    """Lets a run see the batches that follow the first `offset`."""
+    real = pipeline.train_batches
+
+    def train_batches(*args, **kwargs):
+        batches = real(*args, **kwargs)
+
+        class Later:
+            def iterate(self, start, stop, num_workers=0):
+                return batches.iterate(start + offset, stop + offset, num_workers=num_workers)
+
+        return Later()
+
+    monkeypatch.setattr(pipeline, "train_batches", train_batches)
+
+
+def rows_of(folder, offset=0):
+    """The lines of training after the first `offset` steps, counted from there."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{**row, "step": row["step"] - offset} for row in rows if row["step"] > offset]
+
+
+@pytest.mark.slow
+def test_lp_ft_is_the_two_runs_by_hand(tmp_path, monkeypatch):
+    """Without momentum nothing but the weights crosses the boundary: the second run goes on from the exported file.
+
+    Each phase has its own schedule from its own start; cosine and warm-up would show a shift.
+    """
+    schedule = {"schedule.warmup": (1.0, "steps")}
+    phases = (tuple({"total": TWO}.items()), tuple({"total": THREE, "lr": 0.02, **schedule, **FULL}.items()))
+    together = train(make_config(phases=phases), tmp_path / "lp_ft")
+    train(make_config(phases=(), total=TWO), tmp_path / "probe")
+    first = tmp_path / "probe" / "model.safetensors"
+    behind(monkeypatch, 2)
+    second = {"total": THREE, "lr": 0.02, **schedule, **FULL, "model.weights": str(first), "model.keep_head": True}
+    by_hand = train(make_config(phases=(), **second), tmp_path / "full")
+    tensors, expected = (formats.read(tmp_path / name / "model.safetensors")[0] for name in ("lp_ft", "full"))
+    start = formats.read(first)[0]
+    assert tensors.keys() == expected.keys() and (tensors["conv1.weight"] != start["conv1.weight"]).any()
+    for key in tensors:
+        np.testing.assert_array_equal(tensors[key], expected[key], err_msg=key)
+    assert together["metrics"] == by_hand["metrics"]
+    whole = rows_of(tmp_path / "lp_ft")
+    assert [row for row in whole if row["step"] <= 2] == rows_of(tmp_path / "probe")
+    assert rows_of(tmp_path / "lp_ft", 2) == rows_of(tmp_path / "full")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "args"), [("adamw", {}), pytest.param("sgd", {"momentum": 0.9}, marks=pytest.mark.slow)]
+)
+def test_a_boundary_at_which_nothing_changes_changes_nothing(tmp_path, optimizer, args):
+    """Optimizer values and their bias corrections, moving averages and random keys go on."""
+    common = {"schedule.name": "constant", "lr": 0.01, "optimizer": optimizer, "optimizer_args": args}
+    train(with_everything(phases=(), total=THREE, **common), tmp_path / "one")
+    train(with_everything(phases=((("total", TWO),), (("total", (1.0, "steps")),)), **common), tmp_path / "two")
+    one, two = (remains(tmp_path / name) for name in ("one", "two"))
+    for name in ("predictions", "model.safetensors", "trained.safetensors"):
+        assert one[name] == two[name], name
+    assert rows_of(tmp_path / "one", 2) == rows_of(tmp_path / "two", 2)
+    states = ({path: h for path, h in r["state"].items() if path.startswith(("params", "ema"))} for r in (one, two))
+    assert trees.difference(*states) == []
+
+
+def test_averages_go_on_where_a_leaf_goes_on_moving_and_begin_at_its_value_where_it_begins():
+    first, second = {"a": "x", "b": "x", "c": "frozen"}, {"a": "x", "b": "frozen", "c": "x"}
+    txs = [optim.make_optimizer(labels, {"x": optim.Group("sgd")}, lambda k: 0.1) for labels in (first, second)]
+    variables = {
+        "params": {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)},
+        "batch_stats": {"left": {"mean": jnp.zeros(2)}, "right": {"mean": jnp.zeros(2)}},
+    }
+    state = steps.init_state(variables, txs[0], first, 0, True, ["right"])
+    assert set(state.ema) == {"params/a", "params/b", "batch_stats/left/mean"}
+    trained = jax.tree.map(lambda leaf: leaf + 1, variables)
+    ema = {path: leaf + 10 for path, leaf in state.ema.items()}
+    state = state._replace(ema=ema, params=trained["params"], batch_stats=trained["batch_stats"])
+    after = steps.enter_phase(state, txs[1], second, 1)
+    values = {path: float(leaf[0]) for path, leaf in after.ema.items()}
+    assert values == {"params/a": 11, "params/c": 2, "batch_stats/left/mean": 10, "batch_stats/right/mean": 1}
+    evaluated = trees.flatten(steps.eval_variables(after))
+    assert float(evaluated["params/b"][0]) == 2, "what rests has the value that training gave it"
+
+
+@pytest.mark.slow
+def test_the_best_step_may_lie_in_an_earlier_phase(tmp_path, monkeypatch):
+    alone = train(with_everything(phases=(), total=TWO), tmp_path / "alone")
+    monkeypatch.setattr(trainer, "best_step", lambda rows: 2)
+    result = train(with_everything(select="best_val"), tmp_path / "w")
+    assert result["step"] == 2 and result["metrics"] == alone["metrics"]
+    left, right = (np.load(tmp_path / name / "predictions.npz")["logits"] for name in ("alone", "w"))
+    np.testing.assert_array_equal(left, right)
+
+
+def test_phases_that_set_what_cannot_change_are_refused_before_training(tmp_path):
+    phases = ((("total", TWO), ("batch_size", 16), ("model.dropout", 0.5)), (("lr", 0.1), ("method.add", ())))
+    with pytest.raises(ValueError) as error:
+        train(make_config(phases=phases), tmp_path / "w")
+    for i, key in ((0, "batch_size"), (0, "model.dropout"), (1, "method.add")):
+        assert f"phases[{i}] sets {key}, which cannot change during a run; what can: total, lr" in str(error.value)
+    with pytest.raises(ValueError, match=r"'method\.nam' does not exist .did you mean 'method\.name'"):
+        train(make_config(phases=((("method.nam", "full"),),)), tmp_path / "w")
+    with pytest.raises(ValueError, match=r"layer_decay = 2\.0: expected a number"):
+        train(make_config(phases=((("layer_decay", 2.0),),)), tmp_path / "w")
+    assert not (tmp_path / "w" / "checkpoints").exists()
+
+
+def test_gradual_unfreezing_goes_from_the_head_down():
+    config = options.override(make_config(), methods.methods(8.0, "steps")["gradual"])
+    built = run.build(config, sharding.make_parallel("jit"))
+    order = ["head", "backbone/stage3/block0", "backbone/stage2/block0", "backbone/stage1/block0", "backbone/stem"]
+    trained = []
+    for phase in built.phases:
+        paths = {path for path, label in phase.labels.items() if label != "frozen"}
+        parts = {part for part in order for path in paths if path.startswith(f"{part}/")}
+        assert paths == {path for path in phase.labels for part in parts if path.startswith(f"{part}/")}, "parts whole"
+        trained.append([part for part in order if part in parts])
+    assert trained == [order[:1], order[:2], order[:3], order]
+    assert [(phase.start, phase.stop) for phase in built.phases] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+
+
+def test_a_resume_with_other_phases_is_refused_with_the_difference(tmp_path):
+    with pytest.raises(Preempted):
+        train(with_everything(), tmp_path / "w", stop_requested=lambda step: step == 1)
+    second = dict(PHASES[1])
+    for changes in ({**second, "lr": 0.5}, {**second, "total": THREE}, {**second, "method.k": 2}):
+        other = with_everything(phases=(PHASES[0], tuple(changes.items())))
+        with pytest.raises(ValueError, match=r"other options[\s\S]*phases: "):
+            train(other, tmp_path / "w")
+    shutil.copytree(tmp_path / "w", tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"the checkpoints are of another run[\s\S]*phases: ") as error:
+        train(other, tmp_path / "bare")
+    assert "labels (saved -> now)" in str(error.value) and "1: backbone/stage2/block0" in str(error.value)
