@@ -115,8 +115,8 @@ def _phase_problems(phases: Any) -> list[str]:
     if not isinstance(phases, list) or not all(map(_are_named, phases)):
         return [f"  phases = {phases!r}: expected phases, each pairs (dotted option, value)"]
     return [
-        f"  phases[{i}] sets {key}, which cannot change during a run; what can: {', '.join(PHASED)}; but not method.add, "
-        "method.grid"
+        f"  phases[{i}] sets {key}, which cannot change during a run; what can: {', '.join(PHASED)}; not "
+        "method.add and method.grid"
         for i, phase in enumerate(phases)
         for key, _ in phase
         if not any(key == option or (option.endswith(".") and key.startswith(option)) for option in PHASED)

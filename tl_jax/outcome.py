@@ -8,6 +8,18 @@ import jax
 from ml_collections import ConfigDict
 
 from tl_jax import metrics, plots, workdir
+from tl_jax.run import Run
+
+
+def facts(config: ConfigDict, run: Run, split: str) -> dict[str, Any]:
+    """What was run and what it is scored on, for result.json."""
+    return {
+        "model": run.card.model,
+        "method": config.method.name,
+        "data": run.data[split].name,
+        "split": split,
+        "select": config.select,
+    }
 
 
 def leave(

@@ -48,11 +48,7 @@ def probe(
     report = audit.prove(audits, frozen, audit.frozen_hashes(variables, audits))
     split = next(iter(scored.predictions))
     result = {
-        "model": run.card.model,
-        "method": config.method.name,
-        "data": run.data[split].name,
-        "split": split,
-        "select": config.select,
+        **outcome.facts(config, run, split),
         "chosen_on_scored_split": split == "val" and len(scored.tried) > 1,
         "step": 0,
         "total_steps": 0,

@@ -198,11 +198,7 @@ def finish(config: ConfigDict, run: Run, folder, state, selected: int, predict, 
     variables, audits = jax.device_get(steps.eval_variables(state)), [phase.audit for phase in run.phases]
     report = audit.prove(audits, audit.frozen_hashes(run.variables, audits), audit.frozen_hashes(variables, audits))
     result = {
-        "model": run.card.model,
-        "method": config.method.name,
-        "data": run.data[split].name,
-        "split": split,
-        "select": config.select,
+        **outcome.facts(config, run, split),
         "chosen_on_scored_split": config.select == "best_val" and split == "val",
         "step": selected,
         "total_steps": run.total_steps,
