@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -101,10 +100,8 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
                 phase = run.phases[i]
                 if i > first:
                     state, frozen = enter_phase(run, i, state, frozen, parallel)
-                train_fn = None
-                for done, batch in enumerate(
-                    itertools.islice(stream, phase.stop - max(start, phase.start)), max(start, phase.start) + 1
-                ):
+                train_fn, so_far = None, max(start, phase.start)
+                for done, batch in enumerate(itertools.islice(stream, phase.stop - so_far), so_far + 1):
                     batch = parallel.put_batch(batch)
                     if train_fn is None:
                         train_fn, cost = compile_step(config, run, phase, parallel, state, batch)
@@ -172,18 +169,19 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
     if jax.process_index():
         return
     path = folder / "cost.json"
-    phases = workdir.read_json(path)["phases"] if path.exists() else [None] * len(run.phases)
+    phases = workdir.read_json(path)["phases"] if path.exists() else []
+    if len(phases) != len(run.phases):  # none yet, or those of a run that ended before its first checkpoint
+        phases = [None] * len(run.phases)
     if cost:
         phases[i] = {**cost, "steps": run.phases[i].length}
     known = all(phases)
     flops = [phase["flops_per_step"] * phase["steps"] for phase in phases if phase and phase["flops_per_step"]]
     memory = [phase["memory_bytes"] for phase in phases if phase and phase["memory_bytes"]]
-    timing = (folder / "timing.jsonl").read_text().splitlines() if (folder / "timing.jsonl").exists() else []
     table = {
         "trainable_parameters": audit.totals([phase.audit for phase in run.phases])["trainable"],
         "flops_per_step": sum(flops) / run.total_steps if known and len(flops) == len(phases) else None,
         "memory_bytes": max(memory, default=None),
-        "seconds": round(sum(json.loads(line)["seconds"] for line in timing), 3),
+        "seconds": round(sum(row["seconds"] for row in workdir.read_rows(folder / "timing.jsonl")), 3),
         "steps": run.total_steps,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "phases": phases,
