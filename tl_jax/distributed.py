@@ -84,11 +84,6 @@ def is_first() -> bool:
     return _line is None or _line.index == 0
 
 
-def is_alone() -> bool:
-    """Whether the run has this process only."""
-    return _line is None
-
-
 def wait_for_cause(error: BaseException) -> None:
     """Waits where an error may only say that another process has gone: that one is named, which ends this process too.
 

@@ -3,6 +3,7 @@
 Both need the checkout and its environment in place: in the VM's folder, or in the container image.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -20,38 +21,20 @@ GKE = (
 )
 
 
-def launch_tpu(
+def launch(
+    plan: Callable[[Sequence[str], str], Plan],
     workdir: pathlib.Path,
     *,
     command: Sequence[str] = (),
     settings: str = "",
     jobs: int = 0,
     submit: bool = False,
-    stop_requested: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Prints the command that runs a planned study, or `python COMMAND...`, on a TPU VM; runs it with `submit`.
+    """Prints the command that runs a planned study, or `python COMMAND...`, there; runs it with `submit`.
 
-    The workdir is the same folder here and there. Raises ValueError for more than one job: a TPU has one user.
+    plan: `tpu` or `gke`. The workdir is the same folder here and there. Raises ValueError for more than one job: these
+    have one user.
     """
-    del stop_requested  # ssh gets Ctrl-C itself
-    return _launch(tpu, workdir, command, settings, jobs, submit)
-
-
-def launch_gke(
-    workdir: pathlib.Path,
-    *,
-    command: Sequence[str] = (),
-    settings: str = "",
-    jobs: int = 0,
-    submit: bool = False,
-    stop_requested: Callable[[], bool] = lambda: False,
-) -> int:
-    """As `launch_tpu`, for a JobSet."""
-    del stop_requested  # nothing here takes long
-    return _launch(gke, workdir, command, settings, jobs, submit)
-
-
-def _launch(plan, workdir: pathlib.Path, command: Sequence[str], settings: str, jobs: int, submit: bool) -> int:
     if jobs > 1:
         raise ValueError(f"--jobs {jobs}: this launcher does the runs of a study one after the other; leave --jobs out")
     if command:
@@ -151,3 +134,7 @@ INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 def _prefixed(given: dict[str, str], prefix: str) -> dict[str, str]:
     return {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
+
+
+launch_tpu = functools.partial(launch, tpu)
+launch_gke = functools.partial(launch, gke)

@@ -8,8 +8,8 @@ from typing import Any
 from tl_jax.studies import store
 from tl_jax.studies import study as studies
 
-# Each is a function (workdir, *, jobs, stop_requested) -> exit code, imported when it is asked for; those that hand a
-# study to a cluster also take (settings, submit), and can do so with any command of ours instead.
+# Each is a function (workdir, *, jobs, ...) -> exit code, imported when it is asked for. The local one also takes
+# stop_requested; those that hand a study to a cluster take (settings, submit), and any command of ours instead.
 LAUNCHERS = {
     "local": ("tl_jax.studies.local", "launch"),
     "slurm": ("tl_jax.studies.slurm", "launch"),
@@ -35,7 +35,7 @@ def start(
     Returns the launcher's exit code; a dry run prints the grid and what it would cost, and writes nothing. Raises
     ValueError for a study that cannot be meant, or a workdir that holds something else.
     """
-    handing_over = _cluster_options(launcher, settings, submit)
+    own = _cluster_options(launcher, settings, submit) or {"stop_requested": stop_requested}
     name, question, study = studies.load(text)
     workdir = pathlib.Path(workdir or f"workdirs/{name}")
     if dry_run:
@@ -48,7 +48,7 @@ def start(
     store.plan(workdir, name, question, study)
     if retry and (count := store.retry(workdir)):
         print(f"{count} failed run(s) will be tried again", flush=True)
-    return _load(launcher)(workdir, jobs=jobs, stop_requested=stop_requested, **handing_over)
+    return _load(launcher)(workdir, jobs=jobs, **own)
 
 
 def hand_over(command: Sequence[str], workdir: str | pathlib.Path, launcher: str, settings: str, submit: bool) -> int:

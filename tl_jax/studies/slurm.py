@@ -5,7 +5,7 @@ No text is put into the script: what differs from job to job is an argument of s
 
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from tl_jax import preemption
 from tl_jax.studies.submit import Plan, carry_out, open_runs, parse_settings, worker_arguments
@@ -44,13 +44,11 @@ def launch(
     settings: str = "",
     jobs: int = 0,
     submit: bool = False,
-    stop_requested: Callable[[], bool] = lambda: False,
 ) -> int:
     """Prints the sbatch command for a planned study, or for `python COMMAND...`; runs it with `submit`.
 
     settings: of `plan`. jobs: array tasks, each with its share of the runs; 0: one for each run.
     """
-    del stop_requested  # nothing here takes long
     if command:
         return carry_out(plan(command, (), settings, workdir), submit)
     if not (keys := open_runs(workdir)):
