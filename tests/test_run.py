@@ -1,0 +1,67 @@
+"""What a config stands for: where the network's parts come from, and which examples are train, test and further sets."""
+
+import numpy as np
+import pytest
+from sklearn.model_selection import StratifiedKFold
+
+from configs import quickstart
+from tl_jax import options, pretrained, run, sharding, trees
+from tl_jax.data import sources
+from tl_jax.train import train
+
+
+def make_config(**changes):
+    base = {"seeds": (), "baseline": (), "resamples": 20, "data.augment": (), "data.shots": 0, "data.val": ""}
+    return options.override(quickstart.get_config(), {**base, **changes})
+
+
+def build(**changes):
+    return run.build(make_config(**changes), sharding.make_parallel())
+
+
+def test_parts_that_are_reinitialised_are_random_and_the_rest_is_the_files():
+    built = build(**{"model.reinit": ("stage3",), "data.train": "train[:20%]"})
+    _, file, _ = pretrained.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
+    _, other, *_ = pretrained.load_with_origins("resnet8_cifar", "", 10, image_size=16, seed=0)
+    loaded, random = trees.flatten(file), trees.flatten(other)
+    origins = {row["path"]: row["origin"] for row in built.phases[0].audit["parameters"]}
+    for path, leaf in trees.flatten(built.variables).items():
+        inside = "/stage3/" in path
+        np.testing.assert_array_equal(leaf, (random if inside else loaded)[path])
+        if path.startswith("params/backbone"):
+            assert (origins[path.removeprefix("params/")] == "new") == inside
+
+
+def test_a_part_that_the_network_lacks_cannot_be_reinitialised():
+    with pytest.raises(ValueError, match="stage7"):
+        build(**{"model.reinit": ("stage7",)})
+
+
+def test_a_kept_head_of_other_classes_is_refused():
+    with pytest.raises(ValueError, match=r"knows 37 classes .* the data has 10"):
+        build(**{"model.keep_head": True})
+
+
+def test_a_fold_is_scikit_learns_and_no_example_is_on_both_sides():
+    config = make_config(**{"data.train": "train", "data.test": "", "data.resample": "kfold:5:3"})
+    data, pool = run.load_data(config), sources.load("digits", "train")
+    folds = StratifiedKFold(5, shuffle=True, random_state=0).split(pool.labels, pool.labels)
+    _, held_out = list(folds)[3]
+    assert data["test"].ids == tuple(pool.ids[i] for i in held_out)
+    assert set(data["train"].ids) | set(data["test"].ids) == set(pool.ids)
+    assert len(data["train"]) + len(data["test"]) == len(pool)
+
+
+@pytest.mark.parametrize("changes", [{"data.test": "test"}, {"data.test": "", "data.shots": 5}])
+def test_a_fold_beside_a_test_split_or_shots_is_refused(changes):
+    with pytest.raises(ValueError, match=r"expected data.test='' and data.shots=0"):
+        run.load_data(make_config(**{"data.resample": "kfold:5:0", **changes}))
+
+
+def test_a_further_set_is_scored_and_may_share_no_example_with_train(tmp_path):
+    further = {"data.also": (("rest", "digits", "test[50%:]"),), "data.test": "test[:50%]", "total": (2.0, "steps")}
+    result = train(make_config(**further, **{"data.shots": 5}), tmp_path / "w", verbose=False)
+    count = len(sources.load("digits", "test[50%:]"))
+    assert result["also"]["rest"]["count"] == count == len(np.load(tmp_path / "w" / "predictions-rest.npz")["labels"])
+    with pytest.raises(ValueError, match="are also in train"):
+        run.load_data(make_config(**{"data.also": (("rest", "digits", "train[70%:]"),)}))
