@@ -1,4 +1,4 @@
-"""What a config stands for: where the network's parts come from, and which examples are train, test and further sets."""
+"""What a config stands for: where the parts of the network come from, and what is train, test and further sets."""
 
 import numpy as np
 import pytest
