@@ -127,6 +127,9 @@ def test_running_from_any_cut_gives_the_same_logits(make):
         again, rest = model.apply(variables, out[cut], start=cut)
         np.testing.assert_array_equal(again, logits)
         assert list(rest) == list(out)[list(out).index(cut) + 1 :]
+        front, before = model.apply(variables, images(), stop=cut)
+        np.testing.assert_array_equal(front, out[cut])
+        assert list(before) + list(rest) == list(out)
 
 
 @FAMILIES

@@ -230,7 +230,7 @@ def _by_layer(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapted:
-    """A model with additions, used in its place: `logits, out = apply(variables, images, train, start)`.
+    """A model with additions, used in its place: `logits, out = apply(variables, images, train, start, stop)`.
 
     variables["params"] holds the network's parameters and those of `init`, and may hold what only losses read. Without
     additions and stochastic normalisation it computes what the model computes. Prompts are part of out["stem"] and of
@@ -268,6 +268,7 @@ class Adapted:
         images: jax.Array,
         train: bool = False,
         start: str | None = None,
+        stop: str | None = None,
         mutable: Any = False,
         rngs: Mapping[str, jax.Array] | None = None,
     ):
@@ -277,8 +278,9 @@ class Adapted:
         if "prompt" in options and start is not None:
             _check_tokens(self.model, variables["params"]["prompt"], images, start)
         call = functools.partial(
-            self.model.apply, _network(variables), images, train=train, start=start, mutable=mutable, rngs=rngs
-        )
+            self.model.apply, _network(variables), images,
+            train=train, start=start, stop=stop, mutable=mutable, rngs=rngs,
+        )  # fmt: skip
         if not table and not self.stoch_norm:
             return call()
         alpha = options.get("lora", {}).get("alpha", 0.0)

@@ -90,13 +90,20 @@ def max_pool(x: jax.Array) -> jax.Array:
     return functools.reduce(jnp.maximum, shifts)
 
 
-def run_parts(parts: dict[str, Callable], x: jax.Array, start: str | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Runs the named parts in order and keeps every output; with `start`, x is that part's output and the rest runs."""
+def run_parts(
+    parts: dict[str, Callable], x: jax.Array, start: str | None = None, stop: str | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Runs the named parts in order and keeps every output.
+
+    With `start`, x is that part's output and those behind it run; with `stop`, none behind that part runs.
+    """
     names = list(parts)
-    if start is not None and start not in names:
-        raise ValueError(f"start={start!r} is no cut of this model; its cuts: {names}")
+    for argument, name in {"start": start, "stop": stop}.items():
+        if name is not None and name not in names:
+            raise ValueError(f"{argument}={name!r} is no cut of this model; its cuts: {names}")
+    first, last = 0 if start is None else names.index(start) + 1, len(names) if stop is None else names.index(stop) + 1
     out = {}
-    for name in names[0 if start is None else names.index(start) + 1 :]:
+    for name in names[first:last]:
         x = out[name] = parts[name](x)
     return x, out
 

@@ -76,25 +76,25 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution; the first has the stride."""
+    """The blocks of one resolution, called one by one; the first has the stride."""
 
     block: Callable[..., nn.Module]
     stride: int
     drop_paths: tuple[float, ...]
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        for j, drop_path in enumerate(self.drop_paths):
-            x = self.block(stride=self.stride if j == 0 else 1, drop_path=drop_path, name=f"block{j}")(x, train)
-        return x
+    def __call__(self, j: int, x: jax.Array, train: bool) -> jax.Array:
+        stride = self.stride if j == 0 else 1
+        return self.block(stride=stride, drop_path=self.drop_paths[j], name=f"block{j}")(x, train)
 
 
 class ResNet(nn.Module):
-    """Residual network: `logits, out = apply(variables, images, train, start)`.
+    """Residual network: `logits, out = apply(variables, images, train, start, stop)`.
 
-    Takes images [B, H, W, 3] (normalised), any size. `out` holds stem, stage1, stage2, ... [B, h, w, C], pre_logits
-    [B, D] and logits [B, K], the last two float32. With `start=NAME` the input is out[NAME] and only the rest runs.
-    Training needs mutable=["batch_stats"] and, with dropout or drop_path, rngs={"dropout": key}.
+    Takes images [B, H, W, 3] (normalised), any size. `out` holds stem, stage1/block0, ..., stage1 (its last block),
+    stage2/block0, ... [B, h, w, C], pre_logits [B, D] and logits [B, K], the last two float32. With `start=NAME` the
+    input is out[NAME] and only the rest runs; with `stop=NAME` nothing behind out[NAME] runs, which is returned in
+    place of the logits. Training needs mutable=["batch_stats"] and, with dropout or drop_path, rngs={"dropout": key}.
 
     Attributes:
       num_classes: size of the head; 0 for none, then logits are the pre_logits.
@@ -126,13 +126,15 @@ class ResNet(nn.Module):
     head_init: str = "zeros"
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False, start: str | None = None):
-        pre_logits, out = self.backbone(images, train, start)
-        logits = out["logits"] = classify(self, pre_logits, train)
+    def __call__(self, images: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
+        x, out = self.backbone(images, train, start, stop)
+        if stop is not None:
+            return x, out
+        logits = out["logits"] = classify(self, x, train)
         return logits, out
 
     @nn.compact_name_scope
-    def backbone(self, x: jax.Array, train: bool, start: str | None):
+    def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
         policy = {"dtype": self.dtype, "frozen_norms": self.frozen_norms, "axis_name": self.axis_name}
         # static_argnums counts the module itself: 2 is `train`.
         block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
@@ -151,21 +153,20 @@ class ResNet(nn.Module):
             x = nn.relu(ConvNorm(self.widths[0], size, stride, name="stem", **policy)(x, train))
             return x if self.cifar else max_pool(x)
 
-        def stage(i, x):
+        parts = {"stem": stem}
+        for i, depth in enumerate(self.depths):
             before = sum(self.depths[:i])
-            return Stage(
+            stage = Stage(
                 functools.partial(block, width=self.widths[i]),
                 stride=1 if i == 0 else 2,
-                drop_paths=tuple(rates[before : before + self.depths[i]]),
+                drop_paths=tuple(rates[before : before + depth]),
                 name=f"stage{i + 1}",
-            )(x, train)
-
-        parts = {
-            "stem": stem,
-            **{f"stage{i + 1}": functools.partial(stage, i) for i in range(len(self.depths))},
-            "pre_logits": lambda x: jnp.mean(x, axis=(1, 2), dtype=jnp.float32),
-        }
-        return run_parts(parts, x, start)
+            )
+            for j in range(depth):  # the output of the last block is that of the stage
+                name = f"stage{i + 1}" if j == depth - 1 else f"stage{i + 1}/block{j}"
+                parts[name] = functools.partial(stage, j, train=train)
+        parts["pre_logits"] = lambda x: jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        return run_parts(parts, x, start, stop)
 
 
 # torchvision and timm use the same names.

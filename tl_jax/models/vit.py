@@ -91,11 +91,12 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer: `logits, out = apply(variables, images, train, start)`.
+    """Vision transformer: `logits, out = apply(variables, images, train, start, stop)`.
 
     Takes images [B, S, S, 3] (normalised), S = image_size. `out` holds stem, block0, block1, ... [B, N, D] (class token
     first), pre_logits [B, D] (the normalised class token) and logits [B, K], the last two float32. With `start=NAME`
-    the input is out[NAME] and only the rest runs. Training with dropout or drop_path needs rngs={"dropout": key}.
+    the input is out[NAME] and only the rest runs; with `stop=NAME` nothing behind out[NAME] runs, which is returned in
+    place of the logits. Training with dropout or drop_path needs rngs={"dropout": key}.
 
     Attributes:
       num_classes: size of the head; 0 for none, then logits are the pre_logits.
@@ -127,13 +128,15 @@ class ViT(nn.Module):
     head_init: str = "zeros"
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False, start: str | None = None):
-        pre_logits, out = self.backbone(images, train, start)
-        logits = out["logits"] = classify(self, pre_logits, train)
+    def __call__(self, images: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
+        x, out = self.backbone(images, train, start, stop)
+        if stop is not None:
+            return x, out
+        logits = out["logits"] = classify(self, x, train)
         return logits, out
 
     @nn.compact_name_scope
-    def backbone(self, x: jax.Array, train: bool, start: str | None):
+    def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
         # static_argnums counts the module itself: 2 is `train`.
         block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
 
@@ -149,7 +152,7 @@ class ViT(nn.Module):
             **{f"block{i}": functools.partial(block, i, rate) for i, rate in enumerate(rates)},
             "pre_logits": pre_logits,
         }
-        return run_parts(parts, x, start)
+        return run_parts(parts, x, start, stop)
 
 
 def is_other_grid(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
