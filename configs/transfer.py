@@ -25,6 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.reinit = ()  # parts that start from random numbers all the same, such as stage3, block11
     config.model.head_init = "zeros"  # zeros | lecun
     config.model.dtype = "float32"  # of activations: float32 | bfloat16; parameters and loss stay float32
+    config.model.prefix_dtype = ""  # the same, of what is frozen in front of all that trains; "": as dtype
     config.model.dropout = 0.0  # before the head
     config.model.drop_path = 0.0  # stochastic depth, rising linearly to this rate in the last block
     config.model.remat = False  # recompute activations in the backward pass: less memory, more time
@@ -66,6 +67,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.eval_batch_size = 128
     config.total = (10.0, "epochs")  # durations: (amount, epochs | steps | examples)
     config.accumulate = 1  # parts that a batch is cut into, to save memory; BatchNorm then sees the parts
+    config.cache = ""  # "features": what is frozen in front runs once per image, its outputs are kept on disk
+    config.views = 1  # epochs of augmentation that are kept so; epoch e sees those of e % views
+    config.cache_dir = ""  # where they are kept; "": ~/.cache/tl_jax/features
     config.ema = 0.0  # decay of the moving average of parameters and statistics, not debiased; 0: off
 
     config.lr = 1e-3

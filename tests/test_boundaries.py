@@ -24,7 +24,7 @@ FLOORS = [
     },
     {"hub.py", "metrics.py", "data/", "models/", "optim.py", "checkpoint.py", "sharding.py", "methods/", "workdir.py"},
     {"pretrained.py", "audit.py", "steps.py", "plots.py", "logging.py"},
-    {"evaluate.py", "run.py", "part.py", "outcome.py", "distributed.py"},
+    {"evaluate.py", "run.py", "part.py", "outcome.py", "distributed.py", "features.py"},
     {"probe.py"},
     {"train.py", "weight_space.py"},
     {"studies/"},

@@ -10,7 +10,10 @@ from ml_collections import ConfigDict
 
 from tl_jax import trees
 
-SPEED_ONLY = {"data.workers": 0}  # options that change no number, and so may differ when a run is resumed
+SPEED_ONLY = {
+    "data.workers": 0,
+    "cache_dir": "",
+}  # options that change no number, and so may differ when a run is resumed
 PHASED = ("total", "lr", "optimizer", "optimizer_args", "weight_decay", "decay", "clip", "groups", "layer_decay",
           "schedule.", "method.")  # options that a phase may change; a dot: all of the section  # fmt: skip
 WHOLE = ("card", "groups", "args", "optimizer_args")  # sections that start empty: each is one value
@@ -104,6 +107,10 @@ def check(config: ConfigDict) -> None:
         problems.append(
             f"  data.data_dir = {flat['data.data_dir']!r} belongs to tfds sources; this is {flat['data.source']!r}"
         )
+    if not flat["cache"] and (flat["views"] > 1 or flat["cache_dir"]):
+        problems.append(
+            f"  views = {flat['views']!r}, cache_dir = {flat['cache_dir']!r}: they belong to cache = 'features'"
+        )
     problems += _phase_problems(flat["phases"])
     if not problems:
         problems = _method_problems(flat)
@@ -129,6 +136,7 @@ def _method_problems(flat: Mapping[str, Any]) -> list[str]:
     name, problems = flat["method.name"], []
     if name in CLOSED_FORMS:
         takes = {"phases": [], "method.add": [], "method.regularize": [], "method.auto_rgn": False, "select": "last"}
+        takes |= {"views": 1}
         problems += [
             f"  {key} = {flat[key]!r}: method.name = {name!r} takes no steps, expected {value!r}"
             for key, value in takes.items()
@@ -161,7 +169,7 @@ def _integer(low: int, below: float = math.inf) -> tuple[Callable, str]:
 
 
 def _one_of(*names: str) -> tuple[Callable, str]:
-    return lambda value: value in names, f"one of {', '.join(names)}"
+    return lambda value: value in names, f"one of {', '.join(name or repr(name) for name in names)}"
 
 
 def _duration(*, zero: bool = False) -> tuple[Callable, str]:
@@ -198,6 +206,7 @@ RULES = {
     "model.keep_head": FLAG,
     "model.reinit": (_are_strings, "strings, (part, ...)"),
     "model.dtype": _one_of("float32", "bfloat16"),
+    "model.prefix_dtype": _one_of("", "float32", "bfloat16"),
     "model.dropout": _number(0, 1),
     "model.drop_path": _number(0, 1),
     "data.shots": _integer(0),
@@ -219,6 +228,8 @@ RULES = {
     "batch_size": _integer(1),
     "eval_batch_size": _integer(1),
     "accumulate": _integer(1),
+    "cache": _one_of("", "features"),
+    "views": _integer(1),
     "total": _duration(),
     "log_every": _duration(),
     "eval_every": _duration(),

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tl_jax import audit, evaluate, metrics, outcome, pretrained, sharding, steps, trees, workdir
+from tl_jax import audit, evaluate, features, metrics, outcome, pretrained, sharding, steps, trees, workdir
 from tl_jax.data import pipeline, resample
 from tl_jax.data.examples import Source
 from tl_jax.methods import closed_form
@@ -71,7 +71,7 @@ def _hold_out(config: ConfigDict, run: Run, parallel: sharding.Parallel) -> Scor
         different, card=run.card, batch_size=size, num_workers=config.data.workers,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    seen = _predict(run, parallel, {**run.eval_batches, "train": batches})
+    seen = _predict(config, run, parallel, {**run.eval_batches, "train": batches})
     train, val = seen.pop("train"), seen.pop("val", None)
     fitted = closed_form.fit(
         config.method.name, (train.features[index], train.labels[index]), val and (val.features, val.labels),
@@ -91,7 +91,7 @@ def _leave_one_out(config: ConfigDict, run: Run, parallel: sharding.Parallel) ->
             f"data.resample='loo' with method.grid={grid} and the further sets {further}: it scores data.train itself, "
             "with one given value; set one value in method.grid, and leave data.val and data.also empty"
         )
-    pool = _predict(run, parallel, run.eval_batches)["test"]
+    pool = _predict(config, run, parallel, run.eval_batches)["test"]
     splits = resample.splits(pool.labels, "loo", config.data.split_seed)
     (logits,) = closed_form.cross_predict(
         config.method.name, pool.features, pool.labels, splits, len(pool.class_names), grid[0]
@@ -99,10 +99,18 @@ def _leave_one_out(config: ConfigDict, run: Run, parallel: sharding.Parallel) ->
     return Scored({"test": pool._replace(logits=logits)}, None, grid[0], [])
 
 
-def _predict(run: Run, parallel: sharding.Parallel, batches: dict[str, pipeline.EvalBatches]) -> dict[str, Any]:
+def _predict(
+    config: ConfigDict, run: Run, parallel: sharding.Parallel, batches: dict[str, pipeline.EvalBatches]
+) -> dict[str, Any]:
     """The features of each set, as predictions with the logits of the network as it was loaded."""
-    step = steps.make_eval_step(run.model, mean=run.card.mean, std=run.card.std)
-    eval_fn, variables = parallel.evaluate(step), parallel.replicate(run.variables)
+    prefix, variables = run.phases[0].prefix, parallel.replicate(run.variables)
+    step = steps.make_eval_step(run.model, mean=run.card.mean, std=run.card.std, prefix=prefix)
+    eval_fn = parallel.evaluate(step)
+    if prefix.cached:
+        size = next(iter(run.eval_batches.values())).batch_size
+        batches = features.hold(
+            batches, prefix, variables, run.card, parallel, batch_size=size, folder=config.cache_dir
+        )  # fmt: skip
     return {name: evaluate.predict(eval_fn, variables, some, parallel) for name, some in batches.items()}
 
 

@@ -20,7 +20,7 @@ from tl_jax.models import adapt
 class Phase(NamedTuple):
     """A stretch of the training, steps `start` to `stop`, with one set of rules and one optimizer.
 
-    labels: the group of each parameter path. audit: from audit.make_audit.
+    labels: the group of each parameter path. audit: from audit.make_audit. prefix: what is frozen in front, if any.
     """
 
     start: int
@@ -31,6 +31,7 @@ class Phase(NamedTuple):
     schedule: Any
     tx: Any
     audit: dict[str, Any]
+    prefix: steps.Prefix | None
 
     @property
     def length(self) -> int:
@@ -97,6 +98,7 @@ def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
     for stretch in stretches:
         phase, ages = _make_phase(stretch, loaded, model, card, facts, phases[-1] if phases else None, ages)
         phases.append(phase)
+    _check_prefixes(config, stretches, phases)
     base = {"file": config.model.weights, "sha256": loaded.sha256}
     labels = [audit.labels_table(phase.audit) for phase in phases]
     tables = {
@@ -224,8 +226,44 @@ def _make_phase(
     start = before.stop if before else 0
     model = dataclasses.replace(model, stoch_norm=_stoch_norm(method.regularize, frozen_norms, policies))
     model = model.clone(frozen_norms=frozen_norms)
-    phase = Phase(start, start + length, model, loss, labels, schedule, tx, report)
+    prefix = _make_prefix(config, model, labels, policies)
+    phase = Phase(start, start + length, model, loss, labels, schedule, tx, report, prefix)
     return phase, (labels, groups, ages, length)
+
+
+def _make_prefix(
+    config: ConfigDict, model: adapt.Adapted, labels: Mapping[str, str], policies: Mapping[str, str]
+) -> steps.Prefix | None:
+    """The longest front of the network in which nothing moves and nothing is drawn at random."""
+    moving = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
+    length = finetune.frozen_in_front(list(labels), moving, config.model.drop_path)
+    if not length:
+        return None
+    dtype = config.model.prefix_dtype or config.model.dtype
+    return steps.Prefix(model.clone(dtype=jnp.dtype(dtype), remat=False), model.cuts[length - 1], bool(config.cache))
+
+
+def _check_prefixes(config: ConfigDict, stretches: Sequence[ConfigDict], phases: Sequence[Phase]) -> None:
+    """Raises one ValueError for options of the frozen front that come to nothing, or that would change numbers."""
+    problems, fronts = [], [phase.prefix for phase in phases]
+    about_it = {"cache": config.cache, "model.prefix_dtype": config.model.prefix_dtype}
+    if any(about_it.values()) and not any(fronts):
+        problems.append(
+            f"{about_it} is about what is frozen in front, but in every phase the stem trains, or its statistics "
+            "move; freeze from the front on (linear_probe, last_k), or leave it out"
+        )
+    if config.views > 1 and not config.data.augment:
+        problems.append(f"views={config.views}, but data.augment is empty: all views would be the same; expected 1")
+    for i, (stretch, front) in enumerate(zip(stretches, fronts, strict=True)):
+        mixing = {name: stretch.method[name] for name in ("mixup", "cutmix") if stretch.method[name]}
+        if config.cache and front and mixing:
+            problems.append(f"phase {i} mixes images, {mixing}: cached features are of single images; leave it out")
+        if config.cache and front and any(name == "delta" for name, _ in stretch.method.regularize):
+            problems.append(
+                f"phase {i} has the penalty delta, which runs a second network on the images; leave out cache"
+            )
+    if problems:
+        raise ValueError("the frozen front of the network does not go with:\n  " + "\n  ".join(problems))
 
 
 def _stoch_norm(pairs: Sequence, frozen_norms: Sequence[str], policies: Mapping[str, str]) -> float:

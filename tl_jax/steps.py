@@ -34,6 +34,17 @@ class TrainState(NamedTuple):
 SUMS = ("loss", "penalty", "accuracy", "examples", "grad_norm", "steps")
 
 
+class Prefix(NamedTuple):
+    """What is frozen in front of a network: all up to and including its output `cut`.
+
+    model: computes it, perhaps in another type than the rest. cached: batches hold its outputs in place of images.
+    """
+
+    model: Any
+    cut: str
+    cached: bool = False
+
+
 def init_state(
     variables: Mapping[str, Any],
     tx,
@@ -102,9 +113,12 @@ def make_train_step(
     std: tuple[float, ...],
     accumulate: int = 1,
     ema: float = 0.0,
+    prefix: Prefix | None = None,
     axis_name: str | None = None,
 ) -> Callable:
     """train_step(state, batch) -> state, pure; batch holds "image" [B, H, W, C] uint8 and "label" [B] int32.
+
+    prefix: of it nothing is differentiated or kept for a backward pass; where it is cached, "image" holds its outputs.
 
     accumulate: the batch is cut into this many parts, run one after the other, and their gradients averaged.
     ema: the decay of the moving average of trainable parameters and moving statistics (0: off).
@@ -112,13 +126,15 @@ def make_train_step(
     """
 
     def forward(params, batch_stats, images, key, train=True):
-        variables, images = {"params": params, "batch_stats": batch_stats}, normalise(images, mean, std)
+        variables = {"params": params, "batch_stats": batch_stats}
+        x, start, before = _run_prefix(prefix, variables, images, mean, std)
         if not train:
-            return *model.apply(variables, images, train=False), batch_stats
+            logits, out = model.apply(variables, x, train=False, start=start)
+            return logits, before | out, batch_stats
         (logits, out), updates = model.apply(
-            variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key}
+            variables, x, train=True, start=start, mutable=["batch_stats"], rngs={"dropout": key}
         )
-        return logits, out, updates.get("batch_stats", batch_stats)
+        return logits, before | out, updates.get("batch_stats", batch_stats)
 
     def gradients(trainable, params, batch_stats, batch, key):
         def loss_fn(trainable):
@@ -178,14 +194,37 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
-    """eval_step(variables, images [B, H, W, C] uint8) -> (logits [B, K], features [B, D]), float32, pure."""
+def make_eval_step(model, *, mean: tuple[float, ...], std: tuple[float, ...], prefix: Prefix | None = None) -> Callable:
+    """eval_step(variables, images [B, H, W, C] uint8) -> (logits [B, K], features [B, D]), float32, pure.
+
+    prefix: as in `make_train_step`; where it is cached, `images` are its outputs.
+    """
 
     def eval_step(variables: Mapping[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, out = model.apply(variables, normalise(images, mean, std), train=False)
-        return logits.astype(jnp.float32), out["pre_logits"].astype(jnp.float32)
+        x, start, before = _run_prefix(prefix, variables, images, mean, std)
+        logits, out = model.apply(variables, x, train=False, start=start)
+        return logits.astype(jnp.float32), (before | out)["pre_logits"].astype(jnp.float32)
 
     return eval_step
+
+
+def make_prefix_step(prefix: Prefix, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+    """prefix_step(variables, images [B, H, W, C] uint8) -> the outputs of a prefix [B, ...], pure."""
+
+    def prefix_step(variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
+        return _run_prefix(prefix._replace(cached=False), variables, images, mean, std)[0]
+
+    return prefix_step
+
+
+def _run_prefix(prefix: Prefix | None, variables, images, mean, std) -> tuple[jax.Array, str | None, dict]:
+    """What enters the rest of the network, the cut behind which that begins (None: all of it), and what is before."""
+    if prefix is None:
+        return normalise(images, mean, std), None, {}
+    if prefix.cached:
+        return images, prefix.cut, {prefix.cut: images}
+    x, out = prefix.model.apply(variables, normalise(images, mean, std), train=False, stop=prefix.cut)
+    return jax.lax.stop_gradient(x), prefix.cut, out
 
 
 def _add(left, right):

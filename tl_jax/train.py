@@ -1,10 +1,10 @@
 """train(config, workdir): one run from the config to result.json. Loop and bookkeeping, top to bottom: fork it."""
 
 import contextlib
-import itertools
+import functools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from tl_jax import (
     audit,
     distributed,
     evaluate,
+    features,
     metrics,
     options,
     outcome,
@@ -83,25 +84,24 @@ def finished(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any] | None:
 
 def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folder, verbose, stop_requested):
     """The loop: steps, lines of metrics, evaluations and checkpoints, phase by phase, and at the end the score."""
-    eval_fn = parallel.evaluate(steps.make_eval_step(run.model, mean=run.card.mean, std=run.card.std))
-
-    def predict(state: steps.TrainState, split: str) -> metrics.Predictions:
-        return evaluate.predict(eval_fn, steps.eval_variables(state), run.eval_batches[split], parallel)
-
     total, in_steps = run.total_steps, {"batch_size": config.batch_size, "train_size": len(run.data["train"])}
     log_every, eval_every = (to_steps(duration, **in_steps) for duration in (config.log_every, config.eval_every))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state, rows, frozen = resume(checkpoints, config, run, parallel)
         start = int(state.step)
         first = run.phase_of(start)
-        stream = run.batches.iterate(start, total, num_workers=config.data.workers)
-        with RunLog(folder, rows, start, total, verbose) as log, contextlib.closing(stream):
+        predict = make_predict(run, parallel)
+        with RunLog(folder, rows, start, total, verbose) as log, contextlib.ExitStack() as streams:
             for i in range(first, len(run.phases)):
                 phase = run.phases[i]
                 if i > first:
                     state, frozen = enter_phase(run, i, state, frozen, parallel)
                 train_fn, so_far = None, max(start, phase.start)
-                for done, batch in enumerate(itertools.islice(stream, phase.stop - so_far), so_far + 1):
+                splits = [split for split in ("train", "val") if split in run.data]
+                batches = batches_of(config, run, phase, splits, state, parallel, stop_requested)
+                stream = batches["train"].iterate(so_far, phase.stop, num_workers=config.data.workers)
+                streams.callback(stream.close)
+                for done, batch in enumerate(stream, so_far + 1):
                     batch = parallel.put_batch(batch)
                     if train_fn is None:
                         train_fn, cost = compile_step(config, run, phase, parallel, state, batch)
@@ -115,7 +115,7 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
                         check_finite(state, checkpoints)
                         with log.untimed():
                             if evaluates and "val" in run.data:
-                                log.evaluated(done, evaluate.scores(predict(state, "val")))
+                                log.evaluated(done, evaluate.scores(predict(phase, state, batches["val"])))
                             meta = {**run.identity, "rows": log.rows, "frozen": frozen}
                             checkpoints.save(done, state, meta, keep={best_step(log.rows)})
                     if stopping:
@@ -124,7 +124,42 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
         selected = best_step(log.rows) if config.select == "best_val" else total
         if selected != total:
             state = checkpoints.restore(selected, initial_state(config, run, run.phase_of(selected), parallel))
-    return finish(config, run, folder, state, selected, predict, verbose)
+    split = "test" if "test" in run.data else "val"  # the one time that test is read
+    splits, phase = [split, *(name for name, *_ in config.data.also)], run.phases[run.phase_of(selected)]
+    batches = batches_of(config, run, phase, splits, state, parallel, stop_requested)
+    predictions = {name: predict(phase, state, batches[name]) for name in splits}
+    return finish(config, run, folder, state, selected, predictions, verbose)
+
+
+def batches_of(
+    config: ConfigDict, run: Run, phase: Phase, splits: Sequence[str], state: steps.TrainState, parallel, stop_requested
+) -> dict[str, Any]:
+    """The batches of the splits as a phase reads them: of images, or of the features of what is frozen in front."""
+    sets = {"train": run.batches, **run.eval_batches}
+    sets = {split: sets[split] for split in splits}
+    if phase.prefix is None or not phase.prefix.cached:
+        return sets
+    epochs = -(-run.total_steps * config.batch_size // len(run.data["train"]))
+    return features.hold(
+        sets, phase.prefix, variables_of(state), run.card, parallel, views=min(config.views, epochs),
+        batch_size=next(iter(run.eval_batches.values())).batch_size, folder=config.cache_dir,
+        stop_requested=stop_requested,
+    )  # fmt: skip
+
+
+def make_predict(run: Run, parallel: sharding.Parallel) -> Callable:
+    """predict(phase, state, batches of a split) -> its predictions; one program serves all phases where it can."""
+
+    @functools.cache
+    def eval_fn(prefix):
+        return parallel.evaluate(steps.make_eval_step(run.model, mean=run.card.mean, std=run.card.std, prefix=prefix))
+
+    def predict(phase: Phase, state: steps.TrainState, batches) -> metrics.Predictions:
+        same = phase.prefix is None or (not phase.prefix.cached and phase.prefix.model.dtype == run.model.dtype)
+        fn = eval_fn(None if same else phase.prefix)
+        return evaluate.predict(fn, steps.eval_variables(state), batches, parallel)
+
+    return predict
 
 
 def initial_state(config: ConfigDict, run: Run, i: int, parallel: sharding.Parallel) -> steps.TrainState:
@@ -155,7 +190,7 @@ def compile_step(config: ConfigDict, run: Run, phase: Phase, parallel: sharding.
     """The compiled train step of a phase, and what it costs."""
     train_step = steps.make_train_step(
         phase.model, phase.method, phase.tx, phase.labels, mean=run.card.mean, std=run.card.std,
-        accumulate=config.accumulate, ema=config.ema, axis_name=parallel.axis_name,
+        accumulate=config.accumulate, ema=config.ema, prefix=phase.prefix, axis_name=parallel.axis_name,
     )  # fmt: skip
     return parallel.compile(train_step, state, batch)
 
@@ -189,10 +224,17 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
     workdir.write_json(path, table)
 
 
-def finish(config: ConfigDict, run: Run, folder, state, selected: int, predict, verbose: bool) -> dict[str, Any]:
-    """Scores the selected state once on every held-out set, proves the audit, and writes what a run leaves."""
-    split = "test" if "test" in run.data else "val"  # the one time that test is read
-    predictions = {name: predict(state, name) for name in (split, *(name for name, *_ in config.data.also))}
+def finish(
+    config: ConfigDict,
+    run: Run,
+    folder,
+    state,
+    selected: int,
+    predictions: dict[str, metrics.Predictions],
+    verbose: bool,
+) -> dict[str, Any]:
+    """Proves the audit and writes what a run leaves; predictions: of the selected state, the scored split first."""
+    split = next(iter(predictions))
     variables, audits = jax.device_get(steps.eval_variables(state)), [phase.audit for phase in run.phases]
     report = audit.prove(audits, audit.frozen_hashes(run.variables, audits), audit.frozen_hashes(variables, audits))
     result = {

@@ -35,6 +35,8 @@ class TrainBatches:
     smaller than a batch repeats. Step s holds c = s * batch_size ... (s + 1) * batch_size - 1, and process p the p-th
     run of b of them: the slices of all processes, concatenated, are the batch of a single one. Augmentation draws
     from a stream keyed by (seed, c).
+
+    prepared: what is taken in place of the images [views, N, ...]: in epoch e the view e % views.
     """
 
     source: Source
@@ -50,17 +52,21 @@ class TrainBatches:
             raise IndexError(f"step must be at least 0, found {step}")
         local = self.batch_size // self.process_count
         first = step * self.batch_size + self.process_index * local
-        counters = range(first, first + local)
-        n = len(self.source)
-        indices = np.array([_epoch_order(n, self.seed, c // n)[c % n] for c in counters])
+        counters = np.arange(first, first + local)
+        indices = self.order(counters)
         if self.prepared is not None:
-            images = self.prepared[indices]
+            images = self.prepared[counters // len(self.source) % len(self.prepared), indices]
         else:
             images = np.stack([
                 _pixels(self.source, self.preprocess, i, np.random.Generator(np.random.Philox(key=(self.seed, c))))
-                for c, i in zip(counters, indices, strict=True)
+                for c, i in zip(counters.tolist(), indices, strict=True)
             ])  # fmt: skip
         return {"image": images, "label": self.source.labels[indices]}
+
+    def order(self, counters: np.ndarray) -> np.ndarray:
+        """The indices of the examples that the counters stand for."""
+        n = len(self.source)
+        return np.array([_epoch_order(n, self.seed, c // n)[c % n] for c in counters.tolist()])
 
     def iterate(self, start: int, stop: int, num_workers: int = 0) -> Iterator[Batch]:
         """Yields the batches of steps start ... stop - 1, made ahead of time; see the function `iterate`."""
@@ -86,6 +92,7 @@ def train_batches(
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, found {seed}")
     preprocess = make_preprocess(card, augment)
     prepared = _prepare(source, preprocess)
+    prepared = None if prepared is None else prepared[None]
     return TrainBatches(source, preprocess, prepared, batch_size, seed, process_index, process_count)
 
 
@@ -116,8 +123,9 @@ class EvalBatches:
         first = i * self.batch_size + self.process_index * local
         real = np.arange(first, min(first + local, len(self.source)), dtype=np.int32)  # empty where all is padding
         size = self.preprocess.input_size
+        blank = np.zeros((1, size, size, 3), np.uint8) if self.prepared is None else self.prepared[:1]
         batch = {
-            "image": np.zeros((local, size, size, 3), np.uint8),
+            "image": np.zeros((local, *blank.shape[1:]), blank.dtype),
             "label": np.zeros(local, np.int32),
             "mask": np.arange(local) < len(real),
             "index": np.full(local, -1, np.int32),

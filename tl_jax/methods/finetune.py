@@ -79,6 +79,24 @@ def parts(paths: Iterable[str]) -> dict[str, str]:
     return {path: match[1] for path, match in found.items() if match}
 
 
+def frozen_in_front(paths: Sequence[str], moving: Sequence[str], drop_path: float = 0.0) -> int:
+    """How many parts of the backbone, counted from the images, compute the same in every step.
+
+    The parts are the stem, the blocks in order, and what is behind them. moving: the paths of trained parameters and
+    of BatchNorm layers that update their statistics. With stochastic depth, blocks behind the first draw at random.
+    """
+    place, blocks = places([*paths, *moving]), len(block_names(paths))
+    first = [place[path] for path in moving if path in place] + [blocks + 2]
+    return min(first + [2] if drop_path and blocks > 1 else first)
+
+
+def places(paths: Iterable[str]) -> dict[str, int]:
+    """The place of each path's part on the way of the data: 0 the stem, i + 1 block i, then what is behind them."""
+    part = parts(paths)
+    order = {"stem": 0, **{block: i for i, block in enumerate(block_names(list(part)), 1)}}
+    return {path: order.get(name, len(order)) for path, name in part.items()}
+
+
 def layer_multipliers(paths: Sequence[str], decay: float) -> dict[str, float]:
     """Layer-wise learning rate decay: the factor `decay ** (depth + 1 - layer)` on each path's learning rate.
 

@@ -258,6 +258,14 @@ class Adapted:
     def frozen_norms(self) -> tuple[str, ...]:
         return self.model.frozen_norms
 
+    @property
+    def dtype(self) -> Any:
+        return self.model.dtype
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        return self.model.cuts
+
     def clone(self, **fields: Any) -> "Adapted":
         """The same additions around `model.clone(**fields)`."""
         return dataclasses.replace(self, model=self.model.clone(**fields))

@@ -125,6 +125,16 @@ class ResNet(nn.Module):
     axis_name: str | None = None
     head_init: str = "zeros"
 
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The outputs at which the network can be cut, in order; that of a stage is the output of its last block."""
+        blocks = [
+            f"stage{i}" if j == depth - 1 else f"stage{i}/block{j}"
+            for i, depth in enumerate(self.depths, 1)
+            for j in range(depth)
+        ]
+        return ("stem", *blocks, "pre_logits")
+
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
         x, out = self.backbone(images, train, start, stop)
@@ -153,7 +163,7 @@ class ResNet(nn.Module):
             x = nn.relu(ConvNorm(self.widths[0], size, stride, name="stem", **policy)(x, train))
             return x if self.cifar else max_pool(x)
 
-        parts = {"stem": stem}
+        parts = [stem]
         for i, depth in enumerate(self.depths):
             before = sum(self.depths[:i])
             stage = Stage(
@@ -162,11 +172,9 @@ class ResNet(nn.Module):
                 drop_paths=tuple(rates[before : before + depth]),
                 name=f"stage{i + 1}",
             )
-            for j in range(depth):  # the output of the last block is that of the stage
-                name = f"stage{i + 1}" if j == depth - 1 else f"stage{i + 1}/block{j}"
-                parts[name] = functools.partial(stage, j, train=train)
-        parts["pre_logits"] = lambda x: jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        return run_parts(parts, x, start, stop)
+            parts += [functools.partial(stage, j, train=train) for j in range(depth)]
+        parts.append(lambda x: jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
+        return run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
 
 
 # torchvision and timm use the same names.

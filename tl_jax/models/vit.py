@@ -127,6 +127,11 @@ class ViT(nn.Module):
     axis_name: str | None = None
     head_init: str = "zeros"
 
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The outputs at which the network can be cut, in order."""
+        return ("stem", *(f"block{i}" for i in range(self.depth)), "pre_logits")
+
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
         x, out = self.backbone(images, train, start, stop)
@@ -147,12 +152,9 @@ class ViT(nn.Module):
             return nn.LayerNorm(epsilon=self.norm_eps, dtype=jnp.float32, name="norm")(x[:, 0])
 
         rates = drop_path_rates(self.drop_path, self.depth)
-        parts = {
-            "stem": lambda x: Stem(self.patch_size, self.width, self.image_size, self.dtype, name="stem")(x),
-            **{f"block{i}": functools.partial(block, i, rate) for i, rate in enumerate(rates)},
-            "pre_logits": pre_logits,
-        }
-        return run_parts(parts, x, start, stop)
+        stem = Stem(self.patch_size, self.width, self.image_size, self.dtype, name="stem")
+        parts = [stem, *(functools.partial(block, i, rate) for i, rate in enumerate(rates)), pre_logits]
+        return run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
 
 
 def is_other_grid(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

@@ -85,15 +85,20 @@ def trace(config) -> Work:
     flops: float | None = 0.0
     for phase in run.phases:
         step = steps.make_train_step(
-            phase.model, phase.method, phase.tx, phase.labels, mean=run.card.mean, std=run.card.std, ema=config.ema
-        )
+            phase.model, phase.method, phase.tx, phase.labels, mean=run.card.mean, std=run.card.std, ema=config.ema,
+            prefix=phase.prefix,
+        )  # fmt: skip
         state = jax.eval_shape(
             lambda phase=phase: steps.init_state(
                 run.variables, phase.tx, phase.labels, 0, config.ema > 0, phase.model.frozen_norms
             )
         )
         size = (config.batch_size, run.card.input_size, run.card.input_size, 3)
-        batch = {"image": jax.ShapeDtypeStruct(size, jnp.uint8), "label": jax.ShapeDtypeStruct(size[:1], jnp.int32)}
+        images = jax.ShapeDtypeStruct(size, jnp.uint8)
+        if phase.prefix and phase.prefix.cached:  # which takes one run over the images, and is often there already
+            prefix_step = steps.make_prefix_step(phase.prefix, mean=run.card.mean, std=run.card.std)
+            images = jax.eval_shape(prefix_step, run.variables, images)
+        batch = {"image": images, "label": jax.ShapeDtypeStruct(size[:1], jnp.int32)}
         found = (jax.jit(step).lower(state, batch).cost_analysis() or {}).get("flops")
         flops = None if flops is None or found is None else flops + found * phase.length
     return Work(run.total_steps, run.total_steps * config.batch_size, flops)

@@ -1,0 +1,244 @@
+"""Cached features of what is frozen: the numbers of live training, checked when read, never computed twice."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import smoke
+from tl_jax import features, formats, options, run, sharding, steps
+from tl_jax.methods import finetune
+from tl_jax.models import MODELS, adapt
+from tl_jax.preemption import Preempted
+from tl_jax.train import train
+
+AUGMENT = (("rotation", {"degrees": 20.0}),)
+LAST = {"method.name": "last_k", "method.k": 1}
+PROBE = {"method.name": "linear_probe", "method.k": 0}
+WAYS = {
+    "head": PROBE,
+    "last block": LAST,
+    "two phases": {
+        **PROBE,
+        "phases": (
+            (("total", (2, "steps")),),
+            (("total", (2, "steps")), ("method.name", "last_k"), ("method.k", 1), ("lr", 1e-4)),
+            (("total", (1, "steps")), ("method.name", "full"), ("method.mixup", 0.2)),
+        ),
+    },
+    "lora behind a frozen stem": {
+        **PROBE,
+        "method.add": (("lora", {"rank": 2, "targets": "backbone/stage[23]/.*conv1/kernel"}),),
+    },
+    "moving average": {**LAST, "ema": 0.9},
+}
+
+
+def make_config(changes=(), **more):
+    return options.override(smoke.get_config(), {"data.augment": AUGMENT, **dict(changes), **more})
+
+
+def cached(changes, folder, **more):
+    return make_config(changes, cache="features", cache_dir=str(folder), **more)
+
+
+def numbers(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with np.load(folder / "predictions.npz") as file:
+        arrays = {name: file[name] for name in ("logits", "features", "labels")}
+    return rows, arrays, formats.read(folder / "model.safetensors")[0]
+
+
+def refuse(*_):
+    raise AssertionError("features were computed")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_cached_training_has_the_numbers_of_live_training(tmp_path, monkeypatch, way):
+    views = 40  # more than the epochs: what is seen is what a live run sees
+    train(make_config(WAYS[way]), tmp_path / "live", verbose=False)
+    train(cached(WAYS[way], tmp_path / "cache", views=views), tmp_path / "cached", verbose=False)
+    (rows, arrays, weights), (rows_live, arrays_live, weights_live) = (
+        numbers(tmp_path / name) for name in ("cached", "live")
+    )
+    assert [sorted(row) for row in rows] == [sorted(row) for row in rows_live]
+    for row, live in zip(rows, rows_live, strict=True):
+        assert row == pytest.approx(live, rel=1e-5, abs=1e-5)
+    for name, values in arrays.items():
+        np.testing.assert_allclose(values, arrays_live[name], rtol=1e-4, atol=1e-5)
+    assert weights.keys() == weights_live.keys()
+    for name, values in weights.items():
+        np.testing.assert_allclose(values, weights_live[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A cache that a linear probe has filled, and what that run left."""
+    folder = tmp_path_factory.mktemp("cache")
+    train(cached(PROBE, folder), folder / "run", verbose=False)
+    return folder, numbers(folder / "run")
+
+
+def test_the_same_features_are_never_computed_twice(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "_compute", refuse)
+    train(cached(PROBE, store[0], lr=1e-4), tmp_path / "w", verbose=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},  # draws other shots, and augments otherwise
+        {"data.train": "train[10%:60%]"},
+        {"data.augment": ()},
+        {"method.name": "last_k", "method.k": 1},
+        {"model.prefix_dtype": "bfloat16"},
+        {"model.weights": ""},
+        {"data.card": {"mean": (0.5, 0.5, 0.5)}, "data.override_card": True},
+    ],
+    ids=str,
+)
+def test_whatever_the_features_depend_on_makes_others(store, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(features, "_compute", refuse)
+    with pytest.raises(AssertionError, match="features were computed"):
+        train(cached({**PROBE, **change}, store[0]), tmp_path / "w", verbose=False)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "other key", "no file"])
+def test_damaged_features_are_computed_anew(store, tmp_path, capsys, damage):
+    folder = tmp_path / "cache"
+    shutil.copytree(store[0], folder, ignore=shutil.ignore_patterns("run"))
+    victim = max(folder.glob("*/features.bin"), key=lambda path: path.stat().st_size)
+    if damage == "flip":
+        with victim.open("r+b") as file:
+            file.seek(100)
+            byte = file.read(1)[0]
+            file.seek(100)
+            file.write(bytes([byte ^ 1]))
+    elif damage == "cut":
+        victim.write_bytes(victim.read_bytes()[:-1])
+    elif damage == "no file":
+        victim.unlink()
+    else:
+        meta = victim.with_name("meta.json")
+        meta.write_text(meta.read_text().replace("pre_logits", "stage1"))
+    train(cached(PROBE, folder), tmp_path / "w", verbose=False)
+    assert "are damaged; they are computed anew" in capsys.readouterr().out
+    rows, arrays, weights = numbers(tmp_path / "w")
+    assert rows == store[1][0] and all(np.array_equal(weights[name], store[1][2][name]) for name in weights)
+    np.testing.assert_array_equal(arrays["logits"], store[1][1]["logits"])
+
+
+def test_a_computation_that_was_stopped_goes_on_where_it_was(store, tmp_path, monkeypatch):
+    asked = []
+
+    def stop(step):
+        asked.append(step)
+        return len(asked) == 2
+
+    config = cached(PROBE, tmp_path / "cache", eval_batch_size=16)
+    with pytest.raises(Preempted, match=r"after the features of 32 of 40 images"):
+        train(config, tmp_path / "w", verbose=False, stop_requested=stop)
+    assert not list((tmp_path / "cache").glob("*/meta.json"))
+    batches = []
+    whole = features.TrainBatches.__getitem__
+    monkeypatch.setattr(features.TrainBatches, "__getitem__", lambda self, i: batches.append(i) or whole(self, i))
+    train(config, tmp_path / "w", verbose=False)
+    assert batches[0] == 2  # of train, the third batch of 16; the first two were there
+    reference = numbers(tmp_path / "w")[0]
+    for row, row_store in zip(reference, store[1][0], strict=True):
+        assert row == pytest.approx(row_store, rel=1e-5)
+
+
+def test_views_repeat_after_the_last_one(tmp_path):
+    train(cached(PROBE, tmp_path / "cache", views=2), tmp_path / "w", verbose=False)
+    metas = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*/meta.json")]
+    assert sorted(meta["shape"] for meta in metas) == [[1, 103, 64], [1, 154, 64], [2, 40, 64]]
+    values = np.arange(2 * 40, dtype=np.float32).reshape(2, 40, 1)
+    batches = run.build(make_config(PROBE), sharding.make_parallel()).batches
+    batches = dataclasses.replace(batches, prepared=values)
+    seen = np.concatenate([batches[step]["image"] for step in range(10)])[:, 0]
+    for epoch in range(4):
+        counters = np.arange(epoch * 40, (epoch + 1) * 40)
+        np.testing.assert_array_equal(seen[counters], epoch % 2 * 40 + batches.order(counters))
+
+
+def test_no_room_is_said_before_anything_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "_compute", refuse)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 5_000))
+    with pytest.raises(OSError, match=r"they need 36,608 bytes, 5,000 are free.*cache_dir") as caught:
+        train(cached(PROBE, tmp_path / "cache"), tmp_path / "w", verbose=False)
+    assert "train: 40 examples x 64, float32, 10,240 bytes" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"method.name": "full", "method.k": 0, "cache": "features"}, r"'cache': 'features'.*the stem trains"),
+        ({"method.name": "full", "method.k": 0, "model.prefix_dtype": "bfloat16"}, r"the stem trains"),
+        ({"cache": "features", "method.mixup": 0.2}, r"phase 0 mixes images, {'mixup': 0.2}"),
+        ({"cache": "features", "method.regularize": (("delta", {}),)}, r"phase 0 has the penalty delta"),
+        ({"cache": "features", "views": 3, "data.augment": ()}, r"views=3, but data.augment is empty"),
+        ({"views": 3}, r"views = 3.* belong to cache = 'features'"),
+        ({"cache": "feature"}, r"cache = 'feature': expected one of '', features"),
+    ],
+)
+def test_what_cannot_be_cached_is_refused_at_once(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        train(make_config(LAST, **changes), tmp_path / "w", verbose=False)
+    assert not list(tmp_path.glob("w/checkpoints*"))
+
+
+@pytest.mark.parametrize("name", ["knn", "logistic"])
+def test_closed_forms_read_the_same_features(store, tmp_path, monkeypatch, name):
+    form = {"method.name": name, "method.k": 0, "select": "last", "data.augment": ()}
+    live = train(make_config(form), tmp_path / "live", verbose=False)
+    held = train(cached(form, tmp_path / "cache"), tmp_path / "held", verbose=False)
+    monkeypatch.setattr(features, "_compute", refuse)
+    again = train(cached(form, tmp_path / "cache", seed=0), tmp_path / "again", verbose=False)
+    assert live["metrics"] == held["metrics"] == again["metrics"]
+    for way in ("held", "again"):
+        with np.load(tmp_path / way / "predictions.npz") as ours, np.load(tmp_path / "live/predictions.npz") as theirs:
+            np.testing.assert_allclose(ours["features"], theirs["features"], rtol=1e-5, atol=1e-6)
+
+
+PATHS = [f"backbone/{part}/x/kernel" for part in ("stem", "stage1/block0", "stage1/block1", "stage2/block0", "norm")]
+
+
+@pytest.mark.parametrize(
+    "moving, drop_path, frozen",
+    [
+        ([], 0.0, 5),
+        (["head/kernel"], 0.0, 5),
+        (["backbone/norm/scale"], 0.0, 4),
+        (["backbone/stage2/block0/norm1"], 0.0, 3),
+        (["lora/backbone/stage1/block1/x/a", "backbone/norm/scale"], 0.0, 2),
+        (["backbone/stem/norm"], 0.0, 0),
+        (["head/kernel"], 0.1, 2),
+        (["backbone/stem/x/kernel"], 0.1, 0),
+    ],
+)
+def test_the_frozen_front_ends_where_something_moves_or_is_drawn(moving, drop_path, frozen):
+    assert finetune.frozen_in_front(PATHS, moving, drop_path) == frozen
+
+
+@pytest.mark.parametrize("name", ["resnet8_cifar", "vit_tiny_patch16_224"])
+def test_a_bfloat16_front_computes_in_bfloat16_and_the_rest_does_not(name):
+    make = MODELS[name].module
+    model = adapt.Adapted(make(num_classes=3, **({"image_size": 32, "depth": 2} if "vit" in name else {})))
+    image = jnp.zeros((2, 32, 32, 3), jnp.uint8)
+    variables = model.model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    cut = model.cuts[-3]
+    step = steps.make_eval_step(
+        model, mean=(0.5,) * 3, std=(0.5,) * 3, prefix=steps.Prefix(model.clone(dtype=jnp.bfloat16), cut)
+    )
+    kinds = [
+        str(equation.invars[0].aval.dtype)
+        for equation in jax.make_jaxpr(step)(variables, image).eqns
+        if equation.primitive.name in ("conv_general_dilated", "dot_general")
+    ]
+    switch = kinds.index("float32")
+    assert switch > 1 and set(kinds[:switch]) == {"bfloat16"} and set(kinds[switch:]) == {"float32"}
