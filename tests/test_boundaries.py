@@ -27,6 +27,7 @@ FLOORS = [
     {"evaluate.py", "run.py", "part.py", "outcome.py", "distributed.py"},
     {"probe.py"},
     {"train.py", "weight_space.py"},
+    {"replicas.py"},
     {"studies/"},
 ]
 ONLY = {
@@ -35,7 +36,16 @@ ONLY = {
     "tensorflow_datasets": {"data/"},
     "safetensors": {"formats.py"},
     "huggingface_hub": {"hub.py"},
-    "ml_collections": {"options.py", "run.py", "probe.py", "outcome.py", "train.py", "weight_space.py", "studies/"},
+    "ml_collections": {
+        "options.py",
+        "run.py",
+        "probe.py",
+        "outcome.py",
+        "train.py",
+        "replicas.py",
+        "weight_space.py",
+        "studies/",
+    },
     "matplotlib": {"plots.py", "data/"},
     "optax": {"optim.py", "steps.py"},
 }
