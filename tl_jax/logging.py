@@ -30,20 +30,20 @@ class RunLog:
     metrics.jsonl holds what the seed determines, timing.jsonl what the machine does. A run that goes on from a
     checkpoint hands in that checkpoint's `rows`, and metrics.jsonl starts as these: whatever became of the file, a
     resumed run leaves the same one as an unbroken run. Of runs that are trained together each is charged its share of
-    the seconds, one of `replicas`.
+    the seconds, one of `replicas`. Without a workdir the rows are kept and not written.
     """
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: pathlib.Path | None,
         rows: list[dict[str, Any]],
         start: int,
         total_steps: int,
         verbose: bool = True,
         replicas: int = 1,
     ):
-        self._writes = jax.process_index() == 0
-        self._paths = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timing")}
+        self._writes = jax.process_index() == 0 and workdir is not None
+        self._paths = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timing")} if workdir else {}
         self.rows = list(rows)
         if self._writes:
             write_text(self._paths["metrics"], "".join(json.dumps(row) + "\n" for row in rows))

@@ -136,9 +136,9 @@ def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
         return [f"  replicas = {replicas!r}: expected replicas, each pairs (dotted option, value)"]
     alone = {"method.name": CLOSED_FORMS, "parallel": ("pmap",)}
     problems = [
-        f"  {key} = {flat[key]!r} does not go with replicas"
+        f"  {key} = {flat.get(key)!r} does not go with replicas"
         for key in ("seeds", "baseline", *alone)
-        if replicas and (flat[key] in alone[key] if key in alone else flat[key])
+        if replicas and (flat[key] in alone[key] if key in alone else flat.get(key))
     ]
     for i, replica in enumerate(replicas):
         if wrong := [key for key, _ in replica if key not in REPLICABLE and not key.startswith("groups.")]:

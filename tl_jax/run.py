@@ -20,8 +20,9 @@ from tl_jax.models import adapt
 class Phase(NamedTuple):
     """A stretch of the training, steps `start` to `stop`, with one set of rules and one optimizer.
 
-    labels: the group of each parameter path. audit: from audit.make_audit. schedule and tx are
-    make_optimizer(lr, groups), where lr may be traced and `values` given as well, see optim.make_optimizer.
+    labels: the group of each parameter path. audit: from audit.make_audit. schedule is
+    make_schedule(lr), tx is make_optimizer(schedule, groups); with a traced lr, and `values` as in
+    optim.make_optimizer, they make those of other runs of the same form.
     """
 
     start: int
@@ -36,6 +37,7 @@ class Phase(NamedTuple):
     warmup_steps: int
     groups: dict[str, optim.Group]
     ages: dict[str, int]
+    make_schedule: Callable
     make_optimizer: Callable
 
     @property
@@ -249,12 +251,15 @@ def _make_phase(
     blocks = finetune.parts(path for path, label in labels.items() if label != trees.FROZEN) if method.auto_rgn else {}
     shape = {"total_steps": length, "warmup_steps": warmup_steps, "args": config.schedule.args.to_dict()}
 
-    def make_optimizer(lr, groups, values=None):
-        schedule = optim.make_schedule(config.schedule.name, lr, **shape)
-        more = {"multipliers": multipliers, "ages": ages, "blocks": blocks, "values": values}
-        return schedule, optim.make_optimizer(labels, groups, schedule, config.clip, **more)
+    def make_schedule(lr):
+        return optim.make_schedule(config.schedule.name, lr, **shape)
 
-    schedule, tx = make_optimizer(config.lr, groups)
+    def make_optimizer(schedule, groups, values=None):
+        more = {"multipliers": multipliers, "ages": ages, "blocks": blocks, "values": values}
+        return optim.make_optimizer(labels, groups, schedule, config.clip, **more)
+
+    schedule = make_schedule(config.lr)
+    tx = make_optimizer(schedule, groups)
     opt_state = jax.eval_shape(tx.init, trees.split(params, labels)[0])
     report = audit.make_audit(
         loaded.variables, loaded.origins, matches, groups, policies, opt_state, card, facts, multipliers
@@ -265,7 +270,7 @@ def _make_phase(
     model = model.clone(frozen_norms=frozen_norms)
     phase = Phase(
         start, start + length, model, loss, labels, schedule, tx, report,
-        config.lr, warmup_steps, groups, ages, make_optimizer,
+        config.lr, warmup_steps, groups, ages, make_schedule, make_optimizer,
     )  # fmt: skip
     return phase, (labels, groups, ages, length)
 
