@@ -28,6 +28,7 @@ FLOORS = [
     {"probe.py"},
     {"train.py", "weight_space.py"},
     {"replicas.py"},
+    {"sweep.py"},
     {"studies/"},
 ]
 ONLY = {
@@ -43,6 +44,7 @@ ONLY = {
         "outcome.py",
         "train.py",
         "replicas.py",
+        "sweep.py",
         "weight_space.py",
         "studies/",
     },

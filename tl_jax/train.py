@@ -55,7 +55,7 @@ def train(
         )
         return result
     if config.replicas:
-        raise ValueError("the config has replicas, which are runs of their own: train it with tl_jax.replicas.run_all")
+        raise ValueError("the config has replicas, which are runs of their own: train it with tl_jax.sweep.sweep")
     parallel = sharding.make_parallel(config.parallel)
     run = build(config, parallel)
     audits = [phase.audit for phase in run.phases]
