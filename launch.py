@@ -89,6 +89,12 @@ def run_config(stop_requested: Callable[..., bool]) -> int:
     from tl_jax.studies import compare
 
     distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    if CONFIG.value.replicas:
+        from tl_jax import sweep
+
+        say(sweep.to_table(sweep.sweep(CONFIG.value, workdir, stop_requested=distributed.agreed(stop_requested))))
+        say(f"each replica is a run with a folder of its own: {(workdir / 'replicas').resolve()}")
+        return 0
     report = compare.compare(CONFIG.value, workdir, distributed.agreed(stop_requested))
     result = report["result"]
     say(metrics.format_table(result["metrics"], of=f"seed {CONFIG.value.seed}, {result['data']}"))

@@ -89,6 +89,10 @@ def get_config(arg: str = "") -> ConfigDict:
     # clip, layer_decay, options of method, schedule, optimizer and groups. The run is as long as all together.
     config.phases = ()
 
+    # Runs that are trained together, each pairs (dotted option, value) of lr, weight_decay, groups, seed, data.shots;
+    # what is frozen is computed once for all of them, and each leaves the folder of a run by itself.
+    config.replicas = ()
+
     config.parallel = "jit"  # jit | pmap
     config.log_every = (10.0, "steps")
     config.eval_every = (1.0, "epochs")  # exact evaluation on val, then a checkpoint

@@ -27,6 +27,8 @@ FLOORS = [
     {"evaluate.py", "run.py", "part.py", "outcome.py", "distributed.py", "features.py"},
     {"probe.py"},
     {"train.py", "weight_space.py"},
+    {"replicas.py"},
+    {"sweep.py"},
     {"studies/"},
 ]
 ONLY = {
@@ -35,7 +37,17 @@ ONLY = {
     "tensorflow_datasets": {"data/"},
     "safetensors": {"formats.py"},
     "huggingface_hub": {"hub.py"},
-    "ml_collections": {"options.py", "run.py", "probe.py", "outcome.py", "train.py", "weight_space.py", "studies/"},
+    "ml_collections": {
+        "options.py",
+        "run.py",
+        "probe.py",
+        "outcome.py",
+        "train.py",
+        "replicas.py",
+        "sweep.py",
+        "weight_space.py",
+        "studies/",
+    },
     "matplotlib": {"plots.py", "data/"},
     "optax": {"optim.py", "steps.py"},
 }

@@ -29,14 +29,21 @@ class RunLog:
 
     metrics.jsonl holds what the seed determines, timing.jsonl what the machine does. A run that goes on from a
     checkpoint hands in that checkpoint's `rows`, and metrics.jsonl starts as these: whatever became of the file, a
-    resumed run leaves the same one as an unbroken run.
+    resumed run leaves the same one as an unbroken run. Of runs that are trained together each is charged its share of
+    the seconds, one of `replicas`. Without a workdir the rows are kept and not written.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, rows: list[dict[str, Any]], start: int, total_steps: int, verbose: bool = True
+        self,
+        workdir: pathlib.Path | None,
+        rows: list[dict[str, Any]],
+        start: int,
+        total_steps: int,
+        verbose: bool = True,
+        replicas: int = 1,
     ):
-        self._writes = jax.process_index() == 0
-        self._paths = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timing")}
+        self._writes = jax.process_index() == 0 and workdir is not None
+        self._paths = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timing")} if workdir else {}
         self.rows = list(rows)
         if self._writes:
             write_text(self._paths["metrics"], "".join(json.dumps(row) + "\n" for row in rows))
@@ -44,6 +51,7 @@ class RunLog:
                 write_text(self._paths["timing"], "")
         self._clock = self._began = time.perf_counter()
         self._start, self._total = start, total_steps
+        self._share = 1 / replicas
         self._verbose = verbose and self._writes
         self._progress = self._make_progress(start) if CONSOLE.is_terminal and self._verbose else None
 
@@ -71,9 +79,9 @@ class RunLog:
     def progress(self, step: int, metrics: Mapping[str, float], examples: float) -> None:
         """Shows the bar (or, without a terminal, a line) and times the steps since the last call."""
         now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
+        seconds, self._clock = (now - self._clock) * self._share, now
         rate = examples / seconds
-        self._append("timing", {"step": step, "seconds": round(seconds, 4), "images_per_second": round(rate, 1)})
+        self._append("timing", {"step": step, "seconds": round(seconds, 6), "images_per_second": round(rate, 1)})
         text = "  ".join(f"{name} {metrics[f'train/{name}']:.4g}" for name in ("loss", "accuracy"))
         if self._progress:
             self._progress.update(self._task, completed=step, text=text, rate=f"{rate:,.0f} images/s")

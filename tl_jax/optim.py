@@ -192,6 +192,7 @@ def make_optimizer(
     multipliers: Mapping[str, float] | None = None,
     ages: Mapping[str, int] | None = None,
     blocks: Mapping[str, str] | None = None,
+    values: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> optax.GradientTransformation:
     """One transformation of the flat trainable parameters: a clip of the global norm (0: off), then each group's own.
 
@@ -200,13 +201,14 @@ def make_optimizer(
 
     multipliers: a further factor on the learning rate of each path. ages: the steps for which a path has been trained
     when this optimizer takes over (see `ages_after`); paths of one age share their counts. blocks: `{path: block}` of
-    the paths whose learning rates Auto-RGN sets, see `scale_by_relative_gradient_norm`.
+    the paths whose learning rates Auto-RGN sets, see `scale_by_relative_gradient_norm`. values: `{group: {"lr_mult",
+    "weight_decay"}}` in place of the groups' own numbers; they may be traced, what decays at all the groups say.
     """
     trainable = {path: label for path, label in labels.items() if label != FROZEN}
     ages = ages or dict.fromkeys(trainable, 0)
     cohorts = {path: f"{label}+{ages[path]}" for path, label in trainable.items()}
     transforms = {
-        cohorts[path]: _group_transform(groups[label], _shifted(schedule, ages[path]))
+        cohorts[path]: _group_transform(groups[label], _shifted(schedule, ages[path]), **(values or {}).get(label, {}))
         for path, label in trainable.items()
     }
     tx = optax.multi_transform(transforms, cohorts)
@@ -325,7 +327,9 @@ def decays(group: Group, path: str) -> bool:
     return group.weight_decay > 0 and re.fullmatch(group.decay, path) is not None
 
 
-def _group_transform(group: Group, schedule) -> optax.GradientTransformation:
+def _group_transform(group: Group, schedule, lr_mult=None, weight_decay=None) -> optax.GradientTransformation:
+    lr_mult = group.lr_mult if lr_mult is None else lr_mult
+    weight_decay = group.weight_decay if weight_decay is None else weight_decay
     factory, args = _factory(group.optimizer), dict(group.args)
     parameters = inspect.signature(factory).parameters
 
@@ -333,14 +337,14 @@ def _group_transform(group: Group, schedule) -> optax.GradientTransformation:
         return {path: jax.tree.map(lambda _, path=path: decays(group, path), leaf) for path, leaf in params.items()}
 
     def rate(count):
-        return group.lr_mult * schedule(count)
+        return lr_mult * schedule(count)
 
     mask_name = next((name for name in ("mask", "weight_decay_mask") if name in parameters), None)
     if "weight_decay" in parameters and mask_name:
-        return factory(rate, weight_decay=group.weight_decay, **{mask_name: mask}, **args)
+        return factory(rate, weight_decay=weight_decay, **{mask_name: mask}, **args)
     if not group.weight_decay:
         return factory(rate, **args)
-    return optax.chain(optax.add_decayed_weights(group.weight_decay, mask=mask), factory(rate, **args))
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask=mask), factory(rate, **args))
 
 
 def _factory(name: str):

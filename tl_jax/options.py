@@ -18,6 +18,7 @@ PHASED = ("total", "lr", "optimizer", "optimizer_args", "weight_decay", "decay",
           "schedule.", "method.")  # options that a phase may change; a dot: all of the section  # fmt: skip
 WHOLE = ("card", "groups", "args", "optimizer_args")  # sections that start empty: each is one value
 CLOSED_FORMS = ("knn", "logistic", "ridge")  # methods without steps, fitted on features at once
+REPLICABLE = ("lr", "weight_decay", "groups", "seed", "data.shots")  # options in which replicas may differ
 OWN_FIELDS = ("input_size", "mean", "std", "interpolation", "crop", "licence")  # of the card, for data.card
 
 
@@ -93,6 +94,11 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
+def replicas(config: ConfigDict) -> list[ConfigDict]:
+    """The config of every replica, which is that of the same run by itself."""
+    return [override(config, {**dict(changes), "replicas": ()}) for changes in config.replicas]
+
+
 def check(config: ConfigDict) -> None:
     """Raises one ValueError that lists every option whose value cannot be meant."""
     flat = flatten(config)
@@ -111,7 +117,7 @@ def check(config: ConfigDict) -> None:
         problems.append(
             f"  views = {flat['views']!r}, cache_dir = {flat['cache_dir']!r}: they belong to cache = 'features'"
         )
-    problems += _phase_problems(flat["phases"])
+    problems += _phase_problems(flat["phases"]) + _replica_problems(flat)
     if not problems:
         problems = _method_problems(flat)
     if problems:
@@ -129,6 +135,26 @@ def _phase_problems(phases: Any) -> list[str]:
         if not any(key == option or (option.endswith(".") and key.startswith(option)) for option in PHASED)
         or key in ("method.add", "method.grid")
     ]
+
+
+def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
+    replicas = flat["replicas"]
+    if not isinstance(replicas, list) or not all(map(_are_named, replicas)):
+        return [f"  replicas = {replicas!r}: expected replicas, each pairs (dotted option, value)"]
+    alone = {"method.name": CLOSED_FORMS, "parallel": ("pmap",)}
+    problems = [
+        f"  {key} = {flat.get(key)!r} does not go with replicas"
+        for key in ("seeds", "baseline", *alone)
+        if replicas and (flat[key] in alone[key] if key in alone else flat.get(key))
+    ]
+    for i, replica in enumerate(replicas):
+        if wrong := [key for key, _ in replica if key not in REPLICABLE and not key.startswith("groups.")]:
+            problems.append(
+                f"  replicas[{i}] sets {', '.join(wrong)}; replicas may differ in {', '.join(REPLICABLE)} alone"
+            )
+        if (first := replicas.index(replica)) < i:
+            problems.append(f"  replicas[{i}] is replicas[{first}] again")
+    return problems
 
 
 def _method_problems(flat: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,8 @@ class Phase(NamedTuple):
     """A stretch of the training, steps `start` to `stop`, with one set of rules and one optimizer.
 
     labels: the group of each parameter path. audit: from audit.make_audit. prefix: what is frozen in front, if any.
+    schedule is make_schedule(lr), tx is make_optimizer(schedule, groups); with a traced lr, and `values` as in
+    optim.make_optimizer, they make those of other runs of the same form.
     """
 
     start: int
@@ -32,6 +34,12 @@ class Phase(NamedTuple):
     tx: Any
     audit: dict[str, Any]
     prefix: steps.Prefix | None
+    lr: float
+    warmup_steps: int
+    groups: dict[str, optim.Group]
+    ages: dict[str, int]
+    make_schedule: Callable
+    make_optimizer: Callable
 
     @property
     def length(self) -> int:
@@ -68,13 +76,36 @@ class Run(NamedTuple):
         return next(i for i, phase in enumerate(self.phases) if step <= phase.stop)
 
 
+class Material(NamedTuple):
+    """What a run needs that neither lr, weight_decay nor groups decide; facts: of each split of the data."""
+
+    data: dict[str, sources.Source]
+    batches: pipeline.TrainBatches
+    eval_batches: dict[str, pipeline.EvalBatches]
+    model: adapt.Adapted
+    loaded: pretrained.Loaded
+    card: Card
+    facts: dict[str, dict[str, Any]]
+
+
 def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
     """Loads and wires everything that a config names; raises ValueError for what does not fit together."""
+    stretches = check(config, parallel)
+    return assemble(config, stretches, prepare(config, stretches, parallel))
+
+
+def check(config: ConfigDict, parallel: sharding.Parallel) -> list[ConfigDict]:
+    """The config of each phase; raises ValueError for values that cannot be meant, before anything is loaded."""
     options.check(config)
     stretches = [options.override(config, dict(phase)) for phase in config.phases] or [config]
     for stretch in stretches:
         options.check(stretch)
     sharding.check_batch_size(config.batch_size, config.accumulate, parallel.mesh.size)
+    return stretches
+
+
+def prepare(config: ConfigDict, stretches: Sequence[ConfigDict], parallel: sharding.Parallel) -> Material:
+    """Loads data and network."""
     data = load_data(config)
     class_names = data["train"].class_names
     loaded = _load_network(config, class_names)
@@ -93,6 +124,12 @@ def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
     )
     loaded = _with_parameters_beside(config, stretches, loaded, model, data["train"], card)
     facts = {split: {"name": s.name, "examples": len(s), "fingerprint": s.fingerprint} for split, s in data.items()}
+    return Material(data, batches, eval_batches, model, loaded, card, facts)
+
+
+def assemble(config: ConfigDict, stretches: Sequence[ConfigDict], material: Material) -> Run:
+    """Rules, optimizers and audits of every phase, on what was loaded."""
+    data, batches, eval_batches, model, loaded, card, facts = material
     phases: list[Phase] = []
     ages = None
     for stretch in stretches:
@@ -104,7 +141,7 @@ def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
     tables = {
         "options": options.identity(config),
         "labels": {f"{i}: {path}" if i else path: row for i, table in enumerate(labels) for path, row in table.items()},
-        "class_names": dict(enumerate(class_names)),
+        "class_names": dict(enumerate(card.class_names)),
         "card": phases[0].audit["card"],
         "data": {split: fact["fingerprint"] for split, fact in facts.items()},
         "weights": base,
@@ -207,9 +244,6 @@ def _make_phase(
 
     in_steps = {"batch_size": config.batch_size, "train_size": facts["train"]["examples"]}
     length, warmup_steps = (optim.to_steps(d, **in_steps) for d in (config.total, config.schedule.warmup))
-    schedule = optim.make_schedule(
-        config.schedule.name, config.lr, total_steps=length, warmup_steps=warmup_steps, args=config.schedule.args
-    )
     default = optim.Group(
         config.optimizer, tuple(config.optimizer_args.items()), weight_decay=config.weight_decay, decay=config.decay
     )
@@ -217,7 +251,17 @@ def _make_phase(
     ages = optim.ages_after(ages_before, labels, groups)
     multipliers = finetune.layer_multipliers(paths, config.layer_decay) if config.layer_decay < 1 else {}
     blocks = finetune.parts(path for path, label in labels.items() if label != trees.FROZEN) if method.auto_rgn else {}
-    tx = optim.make_optimizer(labels, groups, schedule, config.clip, multipliers=multipliers, ages=ages, blocks=blocks)
+    shape = {"total_steps": length, "warmup_steps": warmup_steps, "args": config.schedule.args.to_dict()}
+
+    def make_schedule(lr):
+        return optim.make_schedule(config.schedule.name, lr, **shape)
+
+    def make_optimizer(schedule, groups, values=None):
+        more = {"multipliers": multipliers, "ages": ages, "blocks": blocks, "values": values}
+        return optim.make_optimizer(labels, groups, schedule, config.clip, **more)
+
+    schedule = make_schedule(config.lr)
+    tx = make_optimizer(schedule, groups)
     opt_state = jax.eval_shape(tx.init, trees.split(params, labels)[0])
     report = audit.make_audit(
         loaded.variables, loaded.origins, matches, groups, policies, opt_state, card, facts, multipliers
@@ -226,8 +270,11 @@ def _make_phase(
     start = before.stop if before else 0
     model = dataclasses.replace(model, stoch_norm=_stoch_norm(method.regularize, frozen_norms, policies))
     model = model.clone(frozen_norms=frozen_norms)
-    prefix = _make_prefix(config, model, labels, policies)
-    phase = Phase(start, start + length, model, loss, labels, schedule, tx, report, prefix)
+    phase = Phase(
+        start, start + length, model, loss, labels, schedule, tx, report,
+        _make_prefix(config, model, labels, policies),
+        config.lr, warmup_steps, groups, ages, make_schedule, make_optimizer,
+    )  # fmt: skip
     return phase, (labels, groups, ages, length)
 
 

@@ -55,6 +55,8 @@ def train(
             f"{folder} holds the finished run of these options: its result is shown, data and weights are not looked at"
         )
         return result
+    if config.replicas:
+        raise ValueError("the config has replicas, which are runs of their own: train it with tl_jax.sweep.sweep")
     parallel = sharding.make_parallel(config.parallel)
     run = build(config, parallel)
     audits = [phase.audit for phase in run.phases]
@@ -84,11 +86,13 @@ def finished(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any] | None:
 
 def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folder, verbose, stop_requested):
     """The loop: steps, lines of metrics, evaluations and checkpoints, phase by phase, and at the end the score."""
-    total, in_steps = run.total_steps, {"batch_size": config.batch_size, "train_size": len(run.data["train"])}
-    log_every, eval_every = (to_steps(duration, **in_steps) for duration in (config.log_every, config.eval_every))
+    total, (log_every, eval_every) = run.total_steps, intervals(config, run)
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        state, rows, frozen = resume(checkpoints, config, run, parallel)
-        start = int(state.step)
+        state, meta = resume(
+            checkpoints, run.identity, lambda step: initial_state(config, run, run.phase_of(step), parallel)
+        )
+        start, rows = int(state.step), meta.get("rows", [])
+        frozen = meta.get("frozen") or audit.frozen_hashes(run.variables, [run.phases[0].audit])
         first = run.phase_of(start)
         predict = make_predict(run, parallel)
         with RunLog(folder, rows, start, total, verbose) as log, contextlib.ExitStack() as streams:
@@ -104,13 +108,17 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
                 for done, batch in enumerate(stream, so_far + 1):
                     batch = parallel.put_batch(batch)
                     if train_fn is None:
-                        train_fn, cost = compile_step(config, run, phase, parallel, state, batch)
+                        train_fn, cost = parallel.compile(
+                            make_train_step(config, run, phase, parallel, phase.tx), state, batch
+                        )
                         note_cost(folder, run, i, cost)
                     state = train_fn(state, batch)
                     evaluates, stopping = done % eval_every == 0 or done == phase.stop, stop_requested(done)
                     if done % log_every == 0 or done == phase.stop:
                         check_finite(state, checkpoints)
-                        state = log_training(log, state, phase)
+                        log_training(log, done, jax.device_get(state.sums), phase.schedule(done - 1 - phase.start))
+                        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), state.sums)
+                        state = state._replace(sums=zeros)
                     if evaluates or stopping:
                         check_finite(state, checkpoints)
                         with log.untimed():
@@ -124,8 +132,7 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
         selected = best_step(log.rows) if config.select == "best_val" else total
         if selected != total:
             state = checkpoints.restore(selected, initial_state(config, run, run.phase_of(selected), parallel))
-    split = "test" if "test" in run.data else "val"  # the one time that test is read
-    splits, phase = [split, *(name for name, *_ in config.data.also)], run.phases[run.phase_of(selected)]
+    splits, phase = scored(config, run), run.phases[run.phase_of(selected)]  # the one time that test is read
     batches = batches_of(config, run, phase, splits, state, parallel, stop_requested)
     predictions = {name: predict(phase, state, batches[name]) for name in splits}
     return finish(config, run, folder, state, selected, predictions, verbose)
@@ -152,12 +159,10 @@ def make_predict(run: Run, parallel: sharding.Parallel) -> Callable:
 
     @functools.cache
     def eval_fn(prefix):
-        return parallel.evaluate(steps.make_eval_step(run.model, mean=run.card.mean, std=run.card.std, prefix=prefix))
+        return parallel.evaluate(make_eval_step(run, prefix))
 
     def predict(phase: Phase, state: steps.TrainState, batches) -> metrics.Predictions:
-        same = phase.prefix is None or (not phase.prefix.cached and phase.prefix.model.dtype == run.model.dtype)
-        fn = eval_fn(None if same else phase.prefix)
-        return evaluate.predict(fn, steps.eval_variables(state), batches, parallel)
+        return evaluate.predict(eval_fn(eval_prefix(run, phase)), steps.eval_variables(state), batches, parallel)
 
     return predict
 
@@ -186,20 +191,37 @@ def variables_of(state: steps.TrainState) -> dict[str, Any]:
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
-def compile_step(config: ConfigDict, run: Run, phase: Phase, parallel: sharding.Parallel, state, batch):
-    """The compiled train step of a phase, and what it costs."""
-    train_step = steps.make_train_step(
-        phase.model, phase.method, phase.tx, phase.labels, mean=run.card.mean, std=run.card.std,
+def intervals(config: ConfigDict, run: Run) -> tuple[int, int]:
+    """log_every and eval_every in steps."""
+    in_steps = {"batch_size": config.batch_size, "train_size": len(run.data["train"])}
+    return to_steps(config.log_every, **in_steps), to_steps(config.eval_every, **in_steps)
+
+
+def make_train_step(config: ConfigDict, run: Run, phase: Phase, parallel: sharding.Parallel, tx) -> Callable:
+    """The train step of a phase, with its optimizer or another one of its form."""
+    return steps.make_train_step(
+        phase.model, phase.method, tx, phase.labels, mean=run.card.mean, std=run.card.std,
         accumulate=config.accumulate, ema=config.ema, prefix=phase.prefix, axis_name=parallel.axis_name,
     )  # fmt: skip
-    return parallel.compile(train_step, state, batch)
 
 
-def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | None = None) -> None:
+def eval_prefix(run: Run, phase: Phase) -> steps.Prefix | None:
+    """The prefix that evaluation in a phase must know of: one that is cached, or computes in another type."""
+    plain = phase.prefix is None or (not phase.prefix.cached and phase.prefix.model.dtype == run.model.dtype)
+    return None if plain else phase.prefix
+
+
+def make_eval_step(run: Run, prefix: steps.Prefix | None = None) -> Callable:
+    """The step that evaluates a run."""
+    return steps.make_eval_step(run.model, mean=run.card.mean, std=run.card.std, prefix=prefix)
+
+
+def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | None = None, replicas: int = 1) -> None:
     """Writes cost.json: what a step of phase i costs as compiled, beside what is known of the other phases.
 
     flops_per_step is the mean over the steps, memory_bytes the largest of the phases; seconds are those of training,
-    compilation included, evaluation not, over all starts of the run.
+    compilation included, evaluation not, over all starts of the run. Of a run that was trained together with others,
+    seconds and flops_per_step are its share and "replicas" says how many shared; memory_bytes is that of all together.
     """
     if jax.process_index():
         return
@@ -208,7 +230,8 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
     if len(phases) != len(run.phases):  # none yet, or those of a run that ended before its first checkpoint
         phases = [None] * len(run.phases)
     if cost:
-        phases[i] = {**cost, "steps": run.phases[i].length}
+        share = cost["flops_per_step"] and cost["flops_per_step"] / replicas
+        phases[i] = {**cost, "flops_per_step": share, "steps": run.phases[i].length}
     known = all(phases)
     flops = [phase["flops_per_step"] * phase["steps"] for phase in phases if phase and phase["flops_per_step"]]
     memory = [phase["memory_bytes"] for phase in phases if phase and phase["memory_bytes"]]
@@ -220,6 +243,7 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
         "steps": run.total_steps,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "phases": phases,
+        **({"replicas": replicas} if replicas > 1 else {}),
     }
     workdir.write_json(path, table)
 
@@ -227,16 +251,29 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
 def finish(
     config: ConfigDict,
     run: Run,
-    folder,
-    state,
+    folder: pathlib.Path,
+    state: steps.TrainState,
     selected: int,
     predictions: dict[str, metrics.Predictions],
     verbose: bool,
 ) -> dict[str, Any]:
-    """Proves the audit and writes what a run leaves; predictions: of the selected state, the scored split first."""
-    split = next(iter(predictions))
+    """Proves the audit and writes what a run leaves; predictions: of the selected state, see `scored`."""
     variables, audits = jax.device_get(steps.eval_variables(state)), [phase.audit for phase in run.phases]
-    report = audit.prove(audits, audit.frozen_hashes(run.variables, audits), audit.frozen_hashes(variables, audits))
+    before, after = (audit.frozen_hashes(tree, audits) for tree in (run.variables, variables))
+    return leave(config, run, folder, variables, predictions, (before, after), selected, verbose)
+
+
+def scored(config: ConfigDict, run: Run) -> list[str]:
+    """The splits that are scored at the end: the run's own first, then those of data.also."""
+    return ["test" if "test" in run.data else "val", *(name for name, *_ in config.data.also)]
+
+
+def leave(
+    config: ConfigDict, run: Run, folder, variables, predictions, hashes, selected: int, verbose: bool, replicas=1
+) -> dict[str, Any]:
+    """Proves the audit by the hashes of what is frozen, (as loaded, at the end), and writes what a run leaves."""
+    split, audits = scored(config, run)[0], [phase.audit for phase in run.phases]  # the one time that test is read
+    report = audit.prove(audits, *hashes)
     result = {
         **outcome.facts(config, run, split),
         "chosen_on_scored_split": config.select == "best_val" and split == "val",
@@ -246,7 +283,7 @@ def finish(
         "frozen_sha256": report["proof"]["sha256"],
     }
     if jax.process_index() == 0:
-        note_cost(folder, run, len(run.phases) - 1)
+        note_cost(folder, run, len(run.phases) - 1, replicas=replicas)
         part.save(
             folder / "trained.safetensors", variables, report, run.card,
             model=config.model.name, weights=run.base, seed=config.seed, additions=run.model.additions,
@@ -258,58 +295,62 @@ def finish(
 
 
 def resume(
-    checkpoints: Checkpoints, config: ConfigDict, run: Run, parallel: sharding.Parallel
-) -> tuple[steps.TrainState, list[dict], dict[str, str]]:
-    """State, metric rows and hashes of what is frozen, of the newest intact checkpoint, or as the run begins.
+    checkpoints: Checkpoints, identity: dict[str, Any], initial: Callable[[int], Any]
+) -> tuple[Any, dict[str, Any]]:
+    """State and JSON data of the newest intact checkpoint; as the run begins, its state initial(0) and no data.
 
-    Raises ValueError where the checkpoints are of another run: other options, groups, classes, card, data or weights.
+    initial(step) has the structure of the state after `step` steps. Raises ValueError where the checkpoints are of
+    another run: other options, groups, classes, card, data or weights.
     """
     for step in checkpoints.steps():
         try:
             saved = checkpoints.meta(step)
         except ValueError:
             continue  # unreadable: restore_latest passes over it and says so
-        changed = {part: trees.difference(saved.get(part, {}), new) for part, new in run.identity.items()}
+        changed = {part: trees.difference(saved.get(part, {}), new) for part, new in identity.items()}
         if listing := [
             line for part, lines in changed.items() if lines for line in (f"{part} (saved -> now):", *lines)
         ]:
             raise ValueError("the checkpoints are of another run; choose another workdir:\n" + "\n".join(listing))
-    restored = checkpoints.restore_latest(lambda step: initial_state(config, run, run.phase_of(step), parallel))
+    restored = checkpoints.restore_latest(initial)
     if restored is None:
-        return initial_state(config, run, 0, parallel), [], audit.frozen_hashes(run.variables, [run.phases[0].audit])
+        return initial(0), {}
     for message in restored.damaged:
         say(f"passed over: {message}")
     say(f"resumed after step {restored.step}")
-    return restored.state, restored.meta["rows"], restored.meta["frozen"]
+    return restored.state, restored.meta
 
 
-def log_training(log: RunLog, state: steps.TrainState, phase: Phase) -> steps.TrainState:
-    """Writes the means since the last line, and starts new sums."""
-    sums = {name: float(value) for name, value in jax.device_get(state.sums).items()}
-    step = int(state.step)
+def log_training(log: RunLog, step: int, sums: dict[str, Any], lr: Any) -> None:
+    """Writes the means since the last line."""
+    sums = {name: float(value) for name, value in sums.items()}
     row = {
         "train/loss": sums["loss"] / sums["examples"],
         "train/accuracy": sums["accuracy"] / sums["examples"],
         "train/grad_norm": sums["grad_norm"] / sums["steps"],
-        "train/lr": float(phase.schedule(step - 1 - phase.start)),
+        "train/lr": float(lr),
     }
     if sums["penalty"]:
         row["train/penalty"] = sums["penalty"] / sums["examples"]
     log.write(step, row)
     log.progress(step, row, sums["examples"])
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), state.sums)
-    return state._replace(sums=zeros)
 
 
 def check_finite(state: steps.TrainState, checkpoints: Checkpoints) -> None:
     """Raises FloatingPointError with the first step at which the loss or a gradient was not finite."""
     if int(state.bad_step) != steps.NEVER:
         sound = checkpoints.steps()
-        raise FloatingPointError(
-            f"the loss or its gradient was not finite at step {int(state.bad_step)} (counted from 0), seen after step "
-            f"{int(state.step)}; the last sound checkpoint: {sound[-1] if sound else 'none'}. "
-            "Likely: lr too high, no warm-up, or clip=0"
+        raise not_finite(
+            int(state.bad_step), int(state.step), f"the last sound checkpoint: {sound[-1] if sound else 'none'}"
         )
+
+
+def not_finite(bad_step: int, step: int, left: str) -> FloatingPointError:
+    """What a run that diverged ends with; left: what is there of it."""
+    return FloatingPointError(
+        f"the loss or its gradient was not finite at step {bad_step} (counted from 0), seen after step {step}; {left}. "
+        "Likely: lr too high, no warm-up, or clip=0"
+    )
 
 
 def best_step(rows: list[dict[str, Any]]) -> int | None:

@@ -15,7 +15,7 @@ from rich.table import Table
 import tl_jax
 from tl_jax import preemption
 from tl_jax.logging import CONSOLE
-from tl_jax.studies import store
+from tl_jax.studies import store, together
 from tl_jax.studies.study import title
 from tl_jax.workdir import read_json
 
@@ -38,10 +38,11 @@ def launch(workdir: pathlib.Path, *, jobs: int = 0, stop_requested: Callable[[],
     stopped, with everything saved.
     """
     began, words = time.monotonic(), store.states(workdir)
-    open_runs = sum(word in ("todo", "stale") for word in words.values())
-    slots = divide(min(jobs or default_jobs(), open_runs), os.environ)
+    keys = [key for key, word in words.items() if word in ("todo", "stale")]
+    programs = len(together.sets(workdir, keys, store.read_plan(workdir).get("together", "none")))
+    slots = divide(min(jobs or default_jobs(), programs), os.environ)
     shape = f"{len(slots)} at once, logs in {workdir / 'runs'}/*/log.txt" if slots else "nothing to do"
-    print(f"{len(words)} runs, {open_runs} to do: {shape}", flush=True)
+    print(f"{len(words)} runs, {len(keys)} to do: {shape}", flush=True)
     stopped = supervise(workdir, slots, stop_requested)
     words = store.states(workdir)
     counts = {word: list(words.values()).count(word) for word in store.STATES}

@@ -59,6 +59,7 @@ def _table(name: str, question: str, study: Study, runs: list[RunSpec]) -> dict[
         "seeds": list(study.seeds),
         "metrics": list(study.metrics),
         "design": study.design,
+        "together": study.together,
         "speed": {option: flat[option] for option in options.SPEED_ONLY},  # config.json leaves these out
         "runs": [{"key": run.key, "levels": run.levels, "seed": run.seed, "fold": run.fold} for run in runs],
     }
@@ -126,17 +127,18 @@ def state(folder: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def claim(folder: pathlib.Path) -> Iterator[int | None]:
+def claim(folder: pathlib.Path, home: pathlib.Path | None = None) -> Iterator[int | None]:
     """Holds a run for this process and yields which attempt this is, or None where the run is not to be had.
 
     An attempt counts when its process died without leaving a newer checkpoint; after ATTEMPTS of them the run is
-    marked as failed instead. However the block is left, the claim ends with it.
+    marked as failed instead. However the block is left, the claim ends with it. home: where the checkpoints are of a
+    run that is not done by itself.
     """
     with (folder / ".claim").open("a+") as file:
         if not _take(file) or (folder / "result.json").exists() or (folder / "failed.json").exists():
             yield None
             return
-        path, step, attempts = folder / "claim.json", _newest_checkpoint(folder), 1
+        path, step, attempts = folder / "claim.json", _newest_checkpoint(home or folder), 1
         if path.exists():
             before = read_json(path)
             attempts = 1 if before["step"] < step else before["attempts"] + 1
@@ -149,6 +151,11 @@ def claim(folder: pathlib.Path) -> Iterator[int | None]:
             yield attempts
         finally:
             path.unlink(missing_ok=True)
+
+
+def taking(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
+    """While one worker chooses and claims runs the others wait, so that a set of runs is claimed by one of them."""
+    return _waiting_lock(workdir / ".take")
 
 
 def fail(folder: pathlib.Path, error: str, attempts: int) -> None:

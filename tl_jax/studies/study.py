@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from tl_jax import metrics, options, trees
 from tl_jax.data import resample
 
-SHARED = ("seed", "seeds", "baseline", "data.resample")  # the study's own: no level may set them
+SHARED = ("seed", "seeds", "baseline", "replicas", "data.resample")  # the study's own: no level may set them
+TOGETHER = ("heads", "all", "none")
 SHOWN = 20  # offenders in one message
 
 
@@ -24,6 +25,7 @@ class Study(NamedTuple):
     baseline: `{factor: level}`, what the other levels of that factor are compared with, the other factors being equal.
     metrics: the first decides; "NAME/accuracy" is that of a further set of data.also.
     design: holdout | kfold:K | kfold:KxR | loo | bootstrap:N, see tl_jax/data/resample.py.
+    together: which runs are trained in one program, see tl_jax/studies/together.py: heads | all | none.
     """
 
     base: ConfigDict
@@ -32,6 +34,7 @@ class Study(NamedTuple):
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     metrics: Sequence[str] = ("accuracy",)
     design: str = "holdout"
+    together: str = "heads"
 
 
 class RunSpec(NamedTuple):
@@ -127,8 +130,10 @@ def _problems_of_study(study: Study) -> list[str]:
         elif level not in study.factors[factor]:
             near = trees.nearest(str(level), list(map(str, study.factors[factor])))
             problems.append(f"baseline names the level {level!r} of {factor}{near}")
-    if arms := [name for name in ("seeds", "baseline") if study.base.get(name)]:
+    if arms := [name for name in ("seeds", "baseline", "replicas") if study.base.get(name)]:
         problems.append(f"the base config sets {' and '.join(arms)}: here they are the study's")
+    if study.together not in TOGETHER:
+        problems.append(f"together={study.together!r}: expected one of {', '.join(TOGETHER)}")
     known = _scalar_metrics()
     for metric in study.metrics:
         name = metric.rpartition("/")[2]

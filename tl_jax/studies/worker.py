@@ -20,7 +20,7 @@ import jax
 
 from tl_jax import distributed, preemption
 from tl_jax.compiled import keep_compiled_programs
-from tl_jax.studies import store
+from tl_jax.studies import store, together
 from tl_jax.studies.study import title
 from tl_jax.workdir import read_json
 
@@ -58,16 +58,43 @@ def work(workdir: pathlib.Path, only: Collection[str] = (), stop_requested: Call
     if unknown := sorted(set(only) - known):
         raise ValueError(f"{workdir} has no run {', '.join(unknown)}; its study has {len(known)} runs, see study.json")
     agreed = distributed.agreed(stop_requested)
-    while (row := distributed.from_first(lambda: next_run(workdir, only))) is not None:
-        if distributed.from_first(lambda: bool(stop_requested())):
-            raise preemption.Preempted("stopped between two runs")
-        folder = store.run_folder(workdir, row["key"])
-        with store.claim(folder) if distributed.is_first() else contextlib.nullcontext() as claimed:
-            attempt = distributed.from_first(lambda claimed=claimed: claimed)
-            if attempt is not None:
-                take(workdir, row, attempt, agreed)
-            elif distributed.is_first() and store.state(folder) == "failed":
-                say(workdir, row, f"failed: {read_json(folder / 'failed.json')['error']}")
+    while True:
+        with contextlib.ExitStack() as claims:
+            chosen = distributed.from_first(lambda claims=claims: choose(workdir, only, claims))
+            if chosen is None:
+                return
+            if distributed.from_first(lambda: bool(stop_requested())):
+                raise preemption.Preempted("stopped between two runs")
+            rows, attempts, home = chosen
+            if home:
+                take_together(workdir, rows, attempts, pathlib.Path(home), agreed)
+            elif attempts[0] is not None:
+                take(workdir, rows[0], attempts[0], agreed)
+            elif distributed.is_first():
+                tell_if_failed(workdir, rows[0])
+
+
+def tell_if_failed(workdir: pathlib.Path, row: Mapping[str, Any]) -> None:
+    """A run that was not to be had may have failed for good."""
+    folder = store.run_folder(workdir, row["key"])
+    if store.state(folder) == "failed":
+        say(workdir, row, f"failed: {read_json(folder / 'failed.json')['error']}")
+
+
+def choose(workdir: pathlib.Path, only: Collection[str], claims: contextlib.ExitStack):
+    """Claims the next run, or the next set of runs that are one program: their rows, which attempt each is, and the
+    set's folder ("": a run by itself); None where nothing is left. A claim that is not to be had is None."""
+    with store.taking(workdir):
+        if (row := next_run(workdir, only)) is None:
+            return None
+        keys, home = ([row["key"]], None) if jax.process_count() > 1 else together.members(workdir, row["key"], only)
+        rows = [row for row in store.read_plan(workdir)["runs"] if row["key"] in keys]
+        held = [not only or row["key"] in only for row in rows]
+        attempts = [
+            claims.enter_context(store.claim(store.run_folder(workdir, row["key"]), home)) if wanted else None
+            for row, wanted in zip(rows, held, strict=True)
+        ]
+        return rows, attempts, str(home or "")
 
 
 def next_run(workdir: pathlib.Path, only: Collection[str] = ()) -> dict[str, Any] | None:
@@ -108,14 +135,68 @@ def take(workdir: pathlib.Path, row: Mapping[str, Any], attempt: int, stop_reque
     say(workdir, row, f"{metric} {text} ({time.monotonic() - began:.1f} s)")
 
 
-def train_run(workdir: pathlib.Path, folder: pathlib.Path, stop_requested: Callable[..., bool]) -> dict[str, Any]:
+def take_together(
+    workdir: pathlib.Path,
+    rows: Sequence[Mapping[str, Any]],
+    attempts: Sequence[int | None],
+    home: pathlib.Path,
+    stop_requested: Callable[..., bool],
+) -> None:
+    """Does a set of runs, of which those with an attempt are claimed; where it cannot be, they are done one by one."""
+    folders, began = [store.run_folder(workdir, row["key"]) for row in rows], time.monotonic()
+    claimed = [(row, folder) for row, folder, attempt in zip(rows, folders, attempts, strict=True) if attempt]
+    if max((attempt for attempt in attempts if attempt), default=0) >= store.ATTEMPTS:
+        together.part(home, "its process died")
+    if not claimed or read_json(home / "runs.json")["alone"]:
+        return
+    for _, folder in claimed:
+        with (folder / "log.txt").open("a") as file:
+            file.write(f"trained together with {len(rows) - 1} other runs: {home / 'log.txt'}\n")
+    try:
+        with output_into(home / "log.txt"):
+            wanted = [folder if attempt else None for folder, attempt in zip(folders, attempts, strict=True)]
+            outcomes = train_runs(workdir, folders, wanted, home, stop_requested)
+    except preemption.Preempted as stop:
+        say(workdir, claimed[0][0], f"and {len(rows) - 1} runs with it: {stop}")
+        raise
+    except Exception as error:  # perhaps it is too large, or one run does not fit: each by itself says what is wrong
+        together.part(home, f"{type(error).__name__}: {error}")
+        reason = str(error).partition(chr(10))[0]
+        say(workdir, claimed[0][0], f"and {len(rows) - 1} runs with it are done one by one: {reason}")
+        return
+    metric = store.read_plan(workdir)["metrics"][0]
+    for row, folder, outcome in zip(rows, folders, outcomes, strict=True):
+        if isinstance(outcome, Exception):
+            store.fail(folder, f"{type(outcome).__name__}: {outcome}", 1)
+            say(workdir, row, f"failed: {type(outcome).__name__}: {str(outcome).partition(chr(10))[0]}")
+        elif outcome is not None:
+            value = store.score(outcome, metric)
+            text = "undefined" if value is None else f"{value:.3f}"
+            say(workdir, row, f"{metric} {text} ({len(rows)} runs together in {time.monotonic() - began:.1f} s)")
+
+
+def train_runs(workdir: pathlib.Path, folders, wanted, home: pathlib.Path, stop_requested: Callable[..., bool]):
+    from tl_jax import sweep
+
+    try:
+        configs = [read_config(workdir, folder) for folder in folders]
+        return sweep.train_together(configs, wanted, home, stop_requested=stop_requested)
+    except Exception:
+        traceback.print_exc()
+        raise
+
+
+def read_config(workdir: pathlib.Path, folder: pathlib.Path):
     from tl_jax import options  # the imports that take seconds wait until there is something to do
+
+    return options.from_flat({**store.read_plan(workdir)["speed"], **read_json(folder / "config.json")})
+
+
+def train_run(workdir: pathlib.Path, folder: pathlib.Path, stop_requested: Callable[..., bool]) -> dict[str, Any]:
     from tl_jax.train import train
 
     try:
-        speed = store.read_plan(workdir)["speed"]
-        config = options.from_flat({**speed, **read_json(folder / "config.json")})
-        return train(config, folder, verbose=False, stop_requested=stop_requested)
+        return train(read_config(workdir, folder), folder, verbose=False, stop_requested=stop_requested)
     except Exception:
         traceback.print_exc()
         raise

@@ -1,0 +1,81 @@
+"""Runs of a study that are one program: they differ in their rates alone and share what is frozen, see tl_jax/sweep.py.
+
+Which ones is the study's field `together`:
+  heads  runs that train nothing but a head, and differ in lr, weight_decay and groups;
+  all    any that take steps and differ in options.REPLICABLE: an added part is small, but a backbone that trains is
+         held once for each of them, and other seeds or shots are other images;
+  none   every run by itself.
+A set that was begun is W/together/KEY: runs.json names its runs, checkpoints/ is what it has saved. Its runs are
+claimed, done and failed like any other. Where a set cannot be trained, runs.json says why, and its runs are done one by
+one.
+"""
+
+import json
+import pathlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tl_jax import options, trees
+from tl_jax.studies import store
+from tl_jax.workdir import read_json, write_json
+
+LARGEST = 64  # runs in one program
+RATES = ("lr", "weight_decay", "groups")
+DURATIONS = ("total", "log_every", "eval_every", "schedule.warmup")
+
+
+def members(workdir: pathlib.Path, key: str, only: Collection[str] = ()) -> tuple[list[str], pathlib.Path | None]:
+    """The runs to train together with a run, itself among them, and the set's folder; ([key], None): by itself.
+
+    A set that was begun stays as it is, whatever the plan has become, so that its checkpoints serve it.
+    """
+    plan = store.read_plan(workdir)
+    begun = {path.parent: read_json(path) for path in sorted(workdir.glob("together/*/runs.json"))}
+    for home, table in begun.items():
+        if key in table["runs"]:
+            return ([key], None) if table["alone"] else (table["runs"], home)
+    taken = {other for table in begun.values() for other in table["runs"]}
+    words = {other: word for other, word in store.states(workdir).items() if word in ("todo", "stale")}
+    choice = [other for other in words if other not in taken and (not only or other in only)]
+    found = next(runs for runs in sets(workdir, choice, plan.get("together", "none")) if key in runs)
+    if len(found) == 1:
+        return found, None
+    home = workdir / "together" / trees.fingerprint(dict.fromkeys(found))[:12]
+    home.mkdir(parents=True, exist_ok=True)
+    write_json(home / "runs.json", {"runs": found, "alone": ""})
+    return found, home
+
+
+def part(home: pathlib.Path, reason: str) -> None:
+    """Lets the runs of a set be done one by one."""
+    write_json(home / "runs.json", {**read_json(home / "runs.json"), "alone": reason})
+
+
+def sets(workdir: pathlib.Path, keys: Collection[str], which: str) -> list[list[str]]:
+    """The keys in sets that are one program each, of at most LARGEST; most are by themselves."""
+    alike: dict[str, list[str]] = {}
+    for key in keys:
+        form = None if which == "none" else form_of(read_json(store.run_folder(workdir, key) / "config.json"), which)
+        alike.setdefault(form or key, []).append(key)
+    return [runs[i : i + LARGEST] for runs in alike.values() for i in range(0, len(runs), LARGEST)]
+
+
+def form_of(flat: Mapping[str, Any], which: str) -> str | None:
+    """What two runs must have alike to be one program, as a text; None for a run that has to be by itself.
+
+    flat: the options of a run. What only shows when data and network are there is found in tl_jax/replicas.py.
+    """
+    heads = flat["method.name"] == "linear_probe" and not flat["method.add"] and not flat["phases"]
+    if flat["method.name"] in options.CLOSED_FORMS or flat["parallel"] != "jit" or (which == "heads" and not heads):
+        return None
+    free = set(RATES if which == "heads" else options.REPLICABLE)
+    spans = [flat[name] for name in DURATIONS]
+    spans += [value for phase in flat["phases"] for name, value in phase if name in DURATIONS]
+    if any(amount and unit == "epochs" for amount, unit in spans):
+        free.discard("data.shots")  # an epoch is as long as there are examples
+    kinds = {
+        name: {field: value for field, value in fields.items() if field not in ("lr_mult", "weight_decay")}
+        for name, fields in flat["groups"].items()
+    }
+    alike = {key: value for key, value in flat.items() if key not in free}
+    return json.dumps([alike, {name: kind for name, kind in kinds.items() if kind}], sort_keys=True)
