@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from tl_jax import trees
 
-SPEED_ONLY = {"data.workers": 0}  # options that change no number, and so may differ when a run is resumed
+SPEED_ONLY = {"data.workers": 0, "fsdp": 0}  # options that change no number, and so may differ when a run is resumed
 PHASED = ("total", "lr", "optimizer", "optimizer_args", "weight_decay", "decay", "clip", "groups", "layer_decay",
           "schedule.", "method.")  # options that a phase may change; a dot: all of the section  # fmt: skip
 WHOLE = ("card", "groups", "args", "optimizer_args")  # sections that start empty: each is one value
@@ -198,6 +198,7 @@ RULES = {
     "model.keep_head": FLAG,
     "model.reinit": (_are_strings, "strings, (part, ...)"),
     "model.dtype": _one_of("float32", "bfloat16"),
+    "model.remat": _one_of("", "block", "dots"),
     "model.dropout": _number(0, 1),
     "model.drop_path": _number(0, 1),
     "data.shots": _integer(0),
@@ -230,4 +231,5 @@ RULES = {
     "resamples": _integer(1),
     "select": _one_of("last", "best_val"),
     "parallel": _one_of("jit", "pmap"),
+    "fsdp": _integer(0),
 }

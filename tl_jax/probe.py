@@ -102,7 +102,7 @@ def _leave_one_out(config: ConfigDict, run: Run, parallel: sharding.Parallel) ->
 def _predict(run: Run, parallel: sharding.Parallel, batches: dict[str, pipeline.EvalBatches]) -> dict[str, Any]:
     """The features of each set, as predictions with the logits of the network as it was loaded."""
     step = steps.make_eval_step(run.model, mean=run.card.mean, std=run.card.std)
-    eval_fn, variables = parallel.evaluate(step), parallel.replicate(run.variables)
+    eval_fn, variables = parallel.evaluate(step), parallel.place(run.variables)
     return {name: evaluate.predict(eval_fn, variables, some, parallel) for name, some in batches.items()}
 
 

@@ -103,16 +103,19 @@ def make_train_step(
     accumulate: int = 1,
     ema: float = 0.0,
     axis_name: str | None = None,
+    whole: Callable = lambda variables: variables,
 ) -> Callable:
     """train_step(state, batch) -> state, pure; batch holds "image" [B, H, W, C] uint8 and "label" [B] int32.
 
     accumulate: the batch is cut into this many parts, run one after the other, and their gradients averaged.
     ema: the decay of the moving average of trainable parameters and moving statistics (0: off).
     axis_name: under pmap, the axis over which gradients, statistics and sums are combined; None under jit.
+    whole: what makes divided variables whole where the network is applied, `Parallel.whole`.
     """
 
     def forward(params, batch_stats, images, key, train=True):
-        variables, images = {"params": params, "batch_stats": batch_stats}, normalise(images, mean, std)
+        variables = whole({"params": params, "batch_stats": batch_stats})
+        images = normalise(images, mean, std)
         if not train:
             return *model.apply(variables, images, train=False), batch_stats
         (logits, out), updates = model.apply(

@@ -1,9 +1,11 @@
 """train(config, workdir): one run from the config to result.json. Loop and bookkeeping, top to bottom: fork it."""
 
 import contextlib
+import functools
 import itertools
 import math
 import pathlib
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ from tl_jax import (
     part,
     pretrained,
     probe,
+    roofline,
     sharding,
     steps,
     trees,
@@ -54,7 +57,7 @@ def train(
             f"{folder} holds the finished run of these options: its result is shown, data and weights are not looked at"
         )
         return result
-    parallel = sharding.make_parallel(config.parallel)
+    parallel = sharding.make_parallel(config.parallel, fsdp=config.fsdp)
     run = build(config, parallel)
     audits = [phase.audit for phase in run.phases]
     for phase in run.phases if verbose else ():
@@ -106,6 +109,7 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
                     if train_fn is None:
                         train_fn, cost = compile_step(config, run, phase, parallel, state, batch)
                         note_cost(folder, run, i, cost)
+                        log.rates = rates_of(config, parallel, cost)
                     state = train_fn(state, batch)
                     evaluates, stopping = done % eval_every == 0 or done == phase.stop, stop_requested(done)
                     if done % log_every == 0 or done == phase.stop:
@@ -130,9 +134,10 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
 def initial_state(config: ConfigDict, run: Run, i: int, parallel: sharding.Parallel) -> steps.TrainState:
     """The state of phase i as if training began with it: its structure, and for the first phase its values too."""
     phase = run.phases[i]
-    variables = jax.tree.map(jnp.array, run.variables)  # copies: a step reuses the memory of the state before it
+    # Copies, as a step reuses the memory of the state before it; leaf by leaf, as all may be too much for one device.
+    variables = jax.tree.map(lambda leaf: parallel.place(jnp.array(leaf)), run.variables)
     state = steps.init_state(variables, phase.tx, phase.labels, config.seed, config.ema > 0, phase.model.frozen_norms)
-    return parallel.replicate(state)
+    return parallel.place(state)
 
 
 def enter_phase(
@@ -142,7 +147,7 @@ def enter_phase(
     before, phase = run.phases[i - 1], run.phases[i]
     audit.check_frozen(frozen, audit.frozen_hashes(variables_of(state), [before.audit]))
     state = steps.enter_phase(state, phase.tx, phase.labels, before.length, phase.model.frozen_norms)
-    state = parallel.replicate(state)
+    state = parallel.place(state)
     return state, audit.frozen_hashes(variables_of(state), [phase.audit])
 
 
@@ -153,18 +158,30 @@ def variables_of(state: steps.TrainState) -> dict[str, Any]:
 
 def compile_step(config: ConfigDict, run: Run, phase: Phase, parallel: sharding.Parallel, state, batch):
     """The compiled train step of a phase, and what it costs."""
-    train_step = steps.make_train_step(
-        phase.model, phase.method, phase.tx, phase.labels, mean=run.card.mean, std=run.card.std,
-        accumulate=config.accumulate, ema=config.ema, axis_name=parallel.axis_name,
-    )  # fmt: skip
-    return parallel.compile(train_step, state, batch)
+
+    def make(accumulate):
+        return steps.make_train_step(
+            phase.model, phase.method, phase.tx, phase.labels, mean=run.card.mean, std=run.card.std,
+            accumulate=accumulate, ema=config.ema, axis_name=parallel.axis_name, whole=parallel.whole,
+        )  # fmt: skip
+
+    return parallel.compile(make(config.accumulate), state, batch, make(1) if config.accumulate > 1 else None)
+
+
+def rates_of(config: ConfigDict, parallel: sharding.Parallel, cost: dict[str, Any]) -> Callable:
+    """(steps per second) -> what of the devices a step of this cost uses, for timing.jsonl."""
+    limit = roofline.peak(parallel.mesh.devices.flat[0].device_kind)
+    return functools.partial(
+        roofline.rates, cost=cost, limit=limit, dtype=config.model.dtype, devices=parallel.mesh.size
+    )
 
 
 def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | None = None) -> None:
     """Writes cost.json: what a step of phase i costs as compiled, beside what is known of the other phases.
 
     flops_per_step is the mean over the steps, memory_bytes the largest of the phases; seconds are those of training,
-    compilation included, evaluation not, over all starts of the run.
+    compilation included, evaluation not, over all starts of the run; flops_per_second, mfu and roofline are medians of
+    the rows of timing.jsonl.
     """
     if jax.process_index():
         return
@@ -177,11 +194,14 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
     known = all(phases)
     flops = [phase["flops_per_step"] * phase["steps"] for phase in phases if phase and phase["flops_per_step"]]
     memory = [phase["memory_bytes"] for phase in phases if phase and phase["memory_bytes"]]
+    rows = workdir.read_rows(folder / "timing.jsonl")
+    rates = {name: [row[name] for row in rows if row.get(name)] for name in ("flops_per_second", "mfu", "roofline")}
     table = {
         "trainable_parameters": audit.totals([phase.audit for phase in run.phases])["trainable"],
         "flops_per_step": sum(flops) / run.total_steps if known and len(flops) == len(phases) else None,
         "memory_bytes": max(memory, default=None),
-        "seconds": round(sum(row["seconds"] for row in workdir.read_rows(folder / "timing.jsonl")), 3),
+        **{name: statistics.median(values) if values else None for name, values in rates.items()},
+        "seconds": round(sum(row["seconds"] for row in rows), 3),
         "steps": run.total_steps,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "phases": phases,
@@ -193,7 +213,7 @@ def finish(config: ConfigDict, run: Run, folder, state, selected: int, predict, 
     """Scores the selected state once on every held-out set, proves the audit, and writes what a run leaves."""
     split = "test" if "test" in run.data else "val"  # the one time that test is read
     predictions = {name: predict(state, name) for name in (split, *(name for name, *_ in config.data.also))}
-    variables, audits = jax.device_get(steps.eval_variables(state)), [phase.audit for phase in run.phases]
+    variables, audits = trees.to_host(steps.eval_variables(state)), [phase.audit for phase in run.phases]
     report = audit.prove(audits, audit.frozen_hashes(run.variables, audits), audit.frozen_hashes(variables, audits))
     result = {
         **outcome.facts(config, run, split),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 Rules = Sequence[tuple[str, str]]
 FROZEN = "frozen"
@@ -102,11 +103,22 @@ def split(tree: Any, labels: Mapping[str, str]) -> tuple[dict[str, Any], dict[st
     return trainable, {path: leaf for path, leaf in flat.items() if path not in trainable}
 
 
+def to_host(tree: Any) -> Any:
+    """The leaves as numpy arrays; one that is divided between processes is collected, so all of them must call this."""
+
+    def fetch(leaf):
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(fetch, tree)
+
+
 def leaf_hashes(tree: Any) -> dict[str, str]:
     """`{path: sha256}` over dtype, shape and bytes of each leaf: equal exactly when the leaf is bit-equal."""
     hashes = {}
     for path, leaf in flatten(tree).items():
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(to_host(leaf))
         head = f"{array.dtype.name}{array.shape}".encode()
         hashes[path] = hashlib.sha256(head + b"|" + array.tobytes()).hexdigest()
     return hashes
