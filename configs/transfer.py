@@ -28,7 +28,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.prefix_dtype = ""  # the same, of what is frozen in front of all that trains; "": as dtype
     config.model.dropout = 0.0  # before the head
     config.model.drop_path = 0.0  # stochastic depth, rising linearly to this rate in the last block
-    config.model.remat = False  # recompute activations in the backward pass: less memory, more time
+    # Recompute in the backward pass, for memory: "" | block (all of a block) | dots (all but matmuls and convolutions).
+    config.model.remat = ""
 
     config.data = ConfigDict()
     config.data.source = "digits"  # digits | glyphs | folder:PATH | arrays:FILE.npz | tfds:NAME
@@ -94,6 +95,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.replicas = ()
 
     config.parallel = "jit"  # jit | pmap
+    # Parameters, moments and averages of at least this many elements are divided over the devices; 0: whole on each.
+    config.fsdp = 0
     config.log_every = (10.0, "steps")
     config.eval_every = (1.0, "epochs")  # exact evaluation on val, then a checkpoint
     config.select = "last"  # which checkpoint is scored at the end: last | best_val

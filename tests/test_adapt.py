@@ -235,10 +235,10 @@ def test_every_added_parameter_trains_with_and_without_remat(make, additions):
 
         return jax.value_and_grad(loss, has_aux=True)(added)
 
-    (_, outputs), gradient = step(added, False)
+    (_, outputs), gradient = step(added, "")
     for path, leaf in trees.flatten(gradient).items():
         assert np.abs(leaf).max() > 0, path
-    (_, remat_outputs), remat_gradient = step(added, True)
+    (_, remat_outputs), remat_gradient = step(added, "block")
     jax.tree.map(close, remat_outputs, outputs)
     jax.tree.map(functools.partial(close, tolerance=1e-4), remat_gradient, gradient)
 
@@ -323,7 +323,7 @@ def stem_norm(state):
     return state["batch_stats"]["backbone"]["stem"]["norm"]
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["", "block"])
 def test_stochastic_normalisation_draws_the_statistics_of_every_channel(remat):
     model, variables, _, _ = plain_and_adapted(CIFAR, remat=remat)
 

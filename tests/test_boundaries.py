@@ -21,6 +21,7 @@ FLOORS = [
         "options.py",
         "compiled.py",
         "rollcall.py",
+        "roofline.py",
     },
     {"hub.py", "metrics.py", "data/", "models/", "optim.py", "checkpoint.py", "sharding.py", "methods/", "workdir.py"},
     {"pretrained.py", "audit.py", "steps.py", "plots.py", "logging.py"},

@@ -175,7 +175,7 @@ def test_remat_keeps_paths_logits_and_gradients(make):
         (logits, _), _ = model.apply(variables_, images(), True, rngs=rngs, mutable=["batch_stats"])
         return jnp.sum(jnp.sin(logits))
 
-    remat = plain.clone(remat=True)
+    remat = plain.clone(remat="block")
     assert set(trees.flatten(jax.eval_shape(remat.init, jax.random.key(0), images()))) == set(trees.flatten(variables))
     step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     value, gradient = step(variables["params"], plain)
@@ -200,7 +200,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters_statistics_and_l
 
 
 @pytest.mark.parametrize("make", [RESNET, CIFAR], ids=["resnet", "cifar"])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["", "block"])
 def test_frozen_norms_keep_their_statistics_and_use_them(make, remat):
     model = make(num_classes=5, remat=remat)
     variables = random_variables(model)

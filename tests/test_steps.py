@@ -67,7 +67,7 @@ def setup(
 
 def run(count, batches=None, **options):
     state, train, parallel, labels, _ = setup(**options)
-    state = parallel.replicate(state)
+    state = parallel.place(state)
     for s in range(count):
         state = train(state, parallel.put_batch(make_batch(seed=s) if batches is None else batches[s]))
         # Simulated devices share few threads: several steps in flight can starve each other's collectives.
@@ -159,7 +159,7 @@ def test_devices_and_mode_do_not_change_losses_or_parameters(options):
 
 def test_the_first_step_with_a_nan_is_remembered():
     state, train, parallel, *_ = setup("full", optimizer=optim.Group("sgd"), clip=0.0)
-    state = parallel.replicate(state)
+    state = parallel.place(state)
     for s in range(4):
         if s == 2:
             state = state._replace(params=trees.merge(state.params, {"head/bias": jnp.full(4, jnp.nan)}))
@@ -183,7 +183,7 @@ def test_evaluation_does_not_depend_on_devices_or_mode():
     for mode, devices in [("jit", 1), ("jit", 4), ("pmap", 4)]:
         parallel = sharding.make_parallel(mode, jax.devices()[:devices])
         evaluate = parallel.evaluate(steps.make_eval_step(model, **IMAGE))
-        outputs.append(jax.device_get(evaluate(parallel.replicate(variables), parallel.put_batch({"x": images})["x"])))
+        outputs.append(jax.device_get(evaluate(parallel.place(variables), parallel.put_batch({"x": images})["x"])))
     for logits, features in outputs[1:]:
         np.testing.assert_allclose(logits, outputs[0][0], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(features, outputs[0][1], rtol=1e-5, atol=1e-6)

@@ -107,7 +107,7 @@ def _network_key(prefix: steps.Prefix, variables: Mapping[str, Any], card: Card)
         "model": card.model,
         "added": [list(pair) for pair in prefix.model.additions],
         "cut": prefix.cut,
-        "weights": trees.fingerprint(trees.leaf_hashes(jax.device_get(front))),
+        "weights": trees.fingerprint(trees.leaf_hashes(front)),
         "computed_in": np.dtype(prefix.model.dtype).name,
         "card": {field: getattr(card, field) for field in PIXELS},
     }

@@ -6,7 +6,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,8 +50,10 @@ class RunLog:
             if not start:
                 write_text(self._paths["timing"], "")
         self._clock = self._began = time.perf_counter()
-        self._start, self._total = start, total_steps
+        self._start, self._timed, self._total = start, start, total_steps
         self._share = 1 / replicas
+        # Further columns of timing.jsonl, from the steps per second.
+        self.rates: Callable[[float], Mapping[str, Any]] = lambda steps_per_second: {}
         self._verbose = verbose and self._writes
         self._progress = self._make_progress(start) if CONSOLE.is_terminal and self._verbose else None
 
@@ -81,7 +83,9 @@ class RunLog:
         now = time.perf_counter()
         seconds, self._clock = (now - self._clock) * self._share, now
         rate = examples / seconds
-        self._append("timing", {"step": step, "seconds": round(seconds, 6), "images_per_second": round(rate, 1)})
+        row = {"step": step, "seconds": round(seconds, 6), "images_per_second": round(rate, 1)}
+        self._append("timing", {**row, **self.rates((step - self._timed) / seconds)})
+        self._timed = step
         text = "  ".join(f"{name} {metrics[f'train/{name}']:.4g}" for name in ("loss", "accuracy"))
         if self._progress:
             self._progress.update(self._task, completed=step, text=text, rate=f"{rate:,.0f} images/s")

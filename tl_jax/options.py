@@ -10,10 +10,7 @@ from ml_collections import ConfigDict
 
 from tl_jax import trees
 
-SPEED_ONLY = {
-    "data.workers": 0,
-    "cache_dir": "",
-}  # options that change no number, and so may differ when a run is resumed
+SPEED_ONLY = {"data.workers": 0, "cache_dir": "", "fsdp": 0}  # they change no number: a resumed run may have others
 PHASED = ("total", "lr", "optimizer", "optimizer_args", "weight_decay", "decay", "clip", "groups", "layer_decay",
           "schedule.", "method.")  # options that a phase may change; a dot: all of the section  # fmt: skip
 WHOLE = ("card", "groups", "args", "optimizer_args")  # sections that start empty: each is one value
@@ -144,7 +141,7 @@ def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
     alone = {"method.name": CLOSED_FORMS, "parallel": ("pmap",)}
     problems = [
         f"  {key} = {flat.get(key)!r} does not go with replicas"
-        for key in ("seeds", "baseline", *alone)
+        for key in ("seeds", "baseline", "fsdp", *alone)
         if replicas and (flat[key] in alone[key] if key in alone else flat.get(key))
     ]
     for i, replica in enumerate(replicas):
@@ -233,6 +230,7 @@ RULES = {
     "model.reinit": (_are_strings, "strings, (part, ...)"),
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.prefix_dtype": _one_of("", "float32", "bfloat16"),
+    "model.remat": _one_of("", "block", "dots"),
     "model.dropout": _number(0, 1),
     "model.drop_path": _number(0, 1),
     "data.shots": _integer(0),
@@ -267,4 +265,5 @@ RULES = {
     "resamples": _integer(1),
     "select": _one_of("last", "best_val"),
     "parallel": _one_of("jit", "pmap"),
+    "fsdp": _integer(0),
 }

@@ -103,9 +103,8 @@ def _predict(
     config: ConfigDict, run: Run, parallel: sharding.Parallel, batches: dict[str, pipeline.EvalBatches]
 ) -> dict[str, Any]:
     """The features of each set, as predictions with the logits of the network as it was loaded."""
-    prefix, variables = run.phases[0].prefix, parallel.replicate(run.variables)
-    step = steps.make_eval_step(run.model, mean=run.card.mean, std=run.card.std, prefix=prefix)
-    eval_fn = parallel.evaluate(step)
+    prefix, variables = run.phases[0].prefix, parallel.place(run.variables)
+    eval_fn = parallel.evaluate(steps.make_eval_step(run.model, mean=run.card.mean, std=run.card.std, prefix=prefix))
     if prefix.cached:
         size = next(iter(run.eval_batches.values())).batch_size
         batches = features.hold(

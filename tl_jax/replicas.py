@@ -69,7 +69,7 @@ def build(configs: Sequence[ConfigDict], parallel: sharding.Parallel) -> Group:
     keys = jnp.stack([jax.random.PRNGKey(seed) for seed, _ in streams])
     if len(first) == 1:
         grid, keys = grid[0], keys[0]
-    placed = parallel.replicate((shared, {"key": keys, "resting": resting}))
+    placed = parallel.place((shared, {"key": keys, "resting": resting}))
     return Group(list(configs), runs, grid, own, *placed)
 
 
@@ -188,7 +188,7 @@ def initial_state(group: Group, i: int, parallel: sharding.Parallel) -> dict[str
         return {"step": jnp.zeros((), jnp.int32), "own": group.over(one)(variables, streams, numbers)}
 
     state = jax.jit(begin)(variables, group.shared, group.streams, numbers_of(group, i))
-    return parallel.replicate(state)
+    return parallel.place(state)
 
 
 def enter_phase(group: Group, i: int, state: dict[str, Any], parallel: sharding.Parallel) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def enter_phase(group: Group, i: int, state: dict[str, Any], parallel: sharding.
 
         return {**state, "own": group.over(one)(state["own"], streams, numbers)}
 
-    return parallel.replicate(jax.jit(enter)(state, group.shared, group.streams, numbers_of(group, i)))
+    return parallel.place(jax.jit(enter)(state, group.shared, group.streams, numbers_of(group, i)))
 
 
 def make_train_step(group: Group, i: int, parallel: sharding.Parallel) -> Callable:
@@ -213,7 +213,7 @@ def make_train_step(group: Group, i: int, parallel: sharding.Parallel) -> Callab
         def one(own, stream, numbers):
             whole = _join(state["step"], stream["key"], own, inputs["shared"], stream["resting"])
             tx = _optimizer(group, i, numbers)
-            step = train.make_train_step(config, run, run.phases[i], parallel, tx)
+            step = train.make_train_step(config, run, run.phases[i], parallel, tx, config.accumulate)
             return _part(group, step(whole, stream["batch"]))
 
         own = group.over(one)(state["own"], inputs["streams"], inputs["numbers"])

@@ -287,7 +287,7 @@ def _make_prefix(
     if not length:
         return None
     dtype = config.model.prefix_dtype or config.model.dtype
-    return steps.Prefix(model.clone(dtype=jnp.dtype(dtype), remat=False), model.cuts[length - 1], bool(config.cache))
+    return steps.Prefix(model.clone(dtype=jnp.dtype(dtype), remat=""), model.cuts[length - 1], bool(config.cache))
 
 
 def _check_prefixes(config: ConfigDict, stretches: Sequence[ConfigDict], phases: Sequence[Phase]) -> None:

@@ -1,5 +1,6 @@
 """Parallelism is placement: the same pure steps under `jax.jit` on a mesh, or under `jax.pmap`."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,19 +17,58 @@ class Parallel(NamedTuple):
 
     mode: "jit" (one program over a mesh) or "pmap" (one program per device, combined over AXIS).
     mesh: the devices, one axis of data parallelism.
+    fsdp: arrays of a state with at least this many elements are divided over the devices; 0: every device has it whole.
     """
 
     mode: str
     mesh: Mesh
+    fsdp: int = 0
 
     @property
     def axis_name(self) -> str | None:
         """What the steps and BatchNorm need to combine over: AXIS under pmap, nothing under jit."""
         return AXIS if self.mode == "pmap" else None
 
-    def replicate(self, tree: Any) -> Any:
-        """Puts a whole tree on every device."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+    def shardings(self, tree: Any) -> Any:
+        """Where each leaf of a state or of variables belongs: the one rule, for arrays and for their shapes.
+
+        Of a leaf that `fsdp` divides, the largest axis that the devices divide is cut (among equals the first); one
+        with no such axis stays whole. Moments and averages have the shapes of their parameters, so they lie with them.
+        """
+
+        def sharding(leaf):
+            axes = [axis for axis, size in enumerate(leaf.shape) if size and size % self.mesh.size == 0]
+            if not self.fsdp or leaf.size < self.fsdp or not axes:
+                return self._whole
+            axis = max(axes, key=lambda axis: leaf.shape[axis])
+            return NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, AXIS))
+
+        return jax.tree.map(sharding, tree)
+
+    def place(self, tree: Any) -> Any:
+        """Puts a state or variables on the devices, by `shardings`."""
+        return jax.device_put(tree, self.shardings(tree))
+
+    def whole(self, variables: Any) -> Any:
+        """Inside a step: the variables whole on every device; their gradients are divided again.
+
+        Left to itself XLA moves activations where it could move parameters, which costs more the larger the batch is.
+        A divided leaf is collected once for the forward and once for the backward pass, so that a device never holds
+        all of them (Rajbhandari et al. 2020, section 5.3, stage 3).
+        """
+        if not self.fsdp:
+            return variables
+
+        def collect(leaf, sharding):
+            if sharding == self._whole:
+                return leaf
+            return jax.checkpoint(_collect, static_argnums=(1, 2))(leaf, self._whole, sharding)
+
+        return jax.tree.map(collect, variables, self.shardings(variables))
+
+    @property
+    def _whole(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
 
     def round_up(self, batch_size: int) -> int:
         """The smallest multiple of the device count that is at least `batch_size`."""
@@ -41,28 +81,51 @@ class Parallel(NamedTuple):
 
     def gather(self, batch: Any) -> Any:
         """The global batch, whole on every process: the inverse of `put_batch`."""
-        return self.replicate(batch)
+        return jax.device_put(batch, self._whole)
 
     def train(self, train_step: Callable) -> Callable:
         """(state, batch) -> state on all devices. Under jit the old state's buffers are reused: do not touch it."""
         if self.mode == "jit":
-            return jax.jit(train_step, donate_argnums=0, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
+            def placed(state, batch):
+                state = train_step(state, batch)
+                return jax.lax.with_sharding_constraint(state, self.shardings(state))
+
+            return jax.jit(placed, donate_argnums=0)
         mapped = jax.pmap(train_step, AXIS, in_axes=(None, 0), out_axes=None, devices=list(self.mesh.devices.flat))
         return lambda state, batch: mapped(state, self._per_device(batch))
 
-    def compile(self, train_step: Callable, state: Any, batch: Any) -> tuple[Callable, dict[str, Any]]:
-        """`train` compiled for a state and a batch, and what XLA says of a step: flops_per_step, memory_bytes.
+    def compile(
+        self, train_step: Callable, state: Any, batch: Any, unlooped: Callable | None = None
+    ) -> tuple[Callable, dict[str, Any]]:
+        """`train` compiled for a state and a batch, and what XLA says of a step; under pmap all of it is None.
 
-        memory_bytes are the arguments, results and temporaries of one device. Under pmap both are None.
+        flops_per_step, bytes_per_step: of all devices together; XLA counts those of one. Bytes are what its operations
+        read and write, so a value in a cache counts too. memory_bytes: arguments, results and temporaries of one
+        device. unlooped: for a step with a loop, whose body XLA counts once however often it runs: the same step
+        without; the cost is raised by the ratio of the two programs before they are optimised.
         """
         step = self.train(train_step)
         if self.mode == "pmap":
-            return step, {"flops_per_step": None, "memory_bytes": None}
-        compiled = step.lower(state, batch).compile()
-        memory = compiled.memory_analysis()
+            return step, dict.fromkeys(("flops_per_step", "bytes_per_step", "memory_bytes"))
+        lowered = step.lower(state, batch)
+        compiled = lowered.compile()
+        cost = self.cost(compiled)
+        if unlooped is not None:
+            programs = lowered, self.train(unlooped).lower(state, batch)
+            once, all_ = (program.cost_analysis() or {} for program in programs)
+            for name, counted in {"flops_per_step": "flops", "bytes_per_step": "bytes accessed"}.items():
+                known = cost[name] and once.get(counted) and all_.get(counted)
+                cost[name] = cost[name] * all_[counted] / once[counted] if known else None
+        return compiled, cost
+
+    def cost(self, compiled: Any) -> dict[str, Any]:
+        """What XLA says of a compiled step, see `compile`; None where the backend does not say."""
+        counted, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
         sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
-        return compiled, {
-            "flops_per_step": (compiled.cost_analysis() or {}).get("flops"),
+        return {
+            "flops_per_step": self.mesh.size * counted["flops"] if "flops" in counted else None,
+            "bytes_per_step": self.mesh.size * counted["bytes accessed"] if "bytes accessed" in counted else None,
             "memory_bytes": sum(getattr(memory, size) for size in sizes) - memory.alias_size_in_bytes
             if memory
             else None,
@@ -71,7 +134,9 @@ class Parallel(NamedTuple):
     def evaluate(self, eval_step: Callable) -> Callable:
         """(variables, images) -> per-example outputs in the order of the images, whole on every process."""
         if self.mode == "jit":
-            return jax.jit(eval_step, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+            return jax.jit(
+                lambda variables, images: eval_step(self.whole(variables), images), out_shardings=self._whole
+            )
         mapped = jax.pmap(eval_step, AXIS, in_axes=(None, 0), devices=list(self.mesh.devices.flat))
 
         def evaluate(variables, images):
@@ -84,15 +149,31 @@ class Parallel(NamedTuple):
         return jax.tree.map(lambda x: x.reshape(self.mesh.size, -1, *x.shape[1:]), batch)
 
 
-def make_parallel(mode: str = "jit", devices: Sequence[jax.Device] | None = None) -> Parallel:
-    """Data parallelism over `devices` (default: all of them), with one of MODES."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _collect(leaf: jax.Array, whole: NamedSharding, divided: NamedSharding) -> jax.Array:
+    """A divided leaf, whole on every device; its gradient is summed over the devices and divided as the leaf is."""
+    return jax.lax.with_sharding_constraint(leaf, whole)
+
+
+_collect.defvjp(
+    lambda leaf, whole, divided: (_collect(leaf, whole, divided), None),
+    lambda whole, divided, _, gradient: (jax.lax.with_sharding_constraint(gradient, divided),),
+)
+
+
+def make_parallel(mode: str = "jit", devices: Sequence[jax.Device] | None = None, fsdp: int = 0) -> Parallel:
+    """Data parallelism over `devices` (default: all of them), with one of MODES; fsdp: see Parallel."""
     if mode not in MODES:
         raise ValueError(f"unknown parallel mode {mode!r}; known: {', '.join(MODES)}")
     if mode == "pmap" and jax.process_count() > 1:
         raise ValueError("parallel mode 'pmap' runs in one process only; several processes need parallel='jit'")
+    if mode == "pmap" and fsdp:
+        raise ValueError(
+            f"fsdp={fsdp} divides arrays over a mesh, and parallel mode 'pmap' has none; set parallel='jit' or fsdp=0"
+        )
     devices = list(jax.devices() if devices is None else devices)
     # Axes must be Auto: Explicit ones put shardings into the types, which Linen modules do not expect.
-    return Parallel(mode, Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,)))
+    return Parallel(mode, Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,)), fsdp)
 
 
 def check_batch_size(batch_size: int, accumulate: int, device_count: int) -> None:

@@ -115,6 +115,7 @@ def make_train_step(
     ema: float = 0.0,
     prefix: Prefix | None = None,
     axis_name: str | None = None,
+    whole: Callable = lambda variables: variables,
 ) -> Callable:
     """train_step(state, batch) -> state, pure; batch holds "image" [B, H, W, C] uint8 and "label" [B] int32.
 
@@ -123,10 +124,11 @@ def make_train_step(
     accumulate: the batch is cut into this many parts, run one after the other, and their gradients averaged.
     ema: the decay of the moving average of trainable parameters and moving statistics (0: off).
     axis_name: under pmap, the axis over which gradients, statistics and sums are combined; None under jit.
+    whole: what makes divided variables whole where the network is applied, `Parallel.whole`.
     """
 
     def forward(params, batch_stats, images, key, train=True):
-        variables = {"params": params, "batch_stats": batch_stats}
+        variables = whole({"params": params, "batch_stats": batch_stats})
         x, start, before = _run_prefix(prefix, variables, images, mean, std)
         if not train:
             logits, out = model.apply(variables, x, train=False, start=start)

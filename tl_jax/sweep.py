@@ -104,7 +104,7 @@ def _loop(group: Group, folders: Mapping[int, pathlib.Path], checkpoints, parall
                 audit.check_frozen(frozen, replicas.frozen_hashes(group, state, i - 1))
                 state = replicas.enter_phase(group, i, state, parallel)
                 frozen = replicas.frozen_hashes(group, state, i)
-            numbers = parallel.replicate(replicas.numbers_of(group, i))
+            numbers = parallel.place(replicas.numbers_of(group, i))
             for done, batches in enumerate(itertools.islice(stream, phase.stop - so_far), so_far + 1):
                 streams = {**group.streams, "batch": replicas.put_batches(group, batches, parallel)}
                 inputs = {"shared": group.shared, "streams": streams, "numbers": numbers}
@@ -208,7 +208,7 @@ def _finish(
             for i in (i for i in folders if chosen[i] == step):
                 flat[path][places[i]] = leaf.reshape(flat[path].shape)[places[i]]
     selected = {path: leaf.reshape(*group.grid.shape, *leaf.shape[1:]) for path, leaf in flat.items()}
-    predict, placed = replicas.make_predict(group, parallel), parallel.replicate(selected)
+    predict, placed = replicas.make_predict(group, parallel), parallel.place(selected)
     predictions = {name: predict(placed, name, folders) for name in train.scored(config, run)}
     shared, resting = jax.device_get((group.shared, group.streams["resting"]))
     outcomes, proofs = {}, {}

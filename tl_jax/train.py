@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import pathlib
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from tl_jax import (
     part,
     pretrained,
     probe,
+    roofline,
     sharding,
     steps,
     trees,
@@ -57,7 +59,7 @@ def train(
         return result
     if config.replicas:
         raise ValueError("the config has replicas, which are runs of their own: train it with tl_jax.sweep.sweep")
-    parallel = sharding.make_parallel(config.parallel)
+    parallel = sharding.make_parallel(config.parallel, fsdp=config.fsdp)
     run = build(config, parallel)
     audits = [phase.audit for phase in run.phases]
     for phase in run.phases if verbose else ():
@@ -108,10 +110,9 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
                 for done, batch in enumerate(stream, so_far + 1):
                     batch = parallel.put_batch(batch)
                     if train_fn is None:
-                        train_fn, cost = parallel.compile(
-                            make_train_step(config, run, phase, parallel, phase.tx), state, batch
-                        )
+                        train_fn, cost = compile_step(config, run, phase, parallel, state, batch)
                         note_cost(folder, run, i, cost)
+                        log.rates = rates_of(config, parallel, cost)
                     state = train_fn(state, batch)
                     evaluates, stopping = done % eval_every == 0 or done == phase.stop, stop_requested(done)
                     if done % log_every == 0 or done == phase.stop:
@@ -170,9 +171,10 @@ def make_predict(run: Run, parallel: sharding.Parallel) -> Callable:
 def initial_state(config: ConfigDict, run: Run, i: int, parallel: sharding.Parallel) -> steps.TrainState:
     """The state of phase i as if training began with it: its structure, and for the first phase its values too."""
     phase = run.phases[i]
-    variables = jax.tree.map(jnp.array, run.variables)  # copies: a step reuses the memory of the state before it
+    # Copies, as a step reuses the memory of the state before it; leaf by leaf, as all may be too much for one device.
+    variables = jax.tree.map(lambda leaf: parallel.place(jnp.array(leaf)), run.variables)
     state = steps.init_state(variables, phase.tx, phase.labels, config.seed, config.ema > 0, phase.model.frozen_norms)
-    return parallel.replicate(state)
+    return parallel.place(state)
 
 
 def enter_phase(
@@ -182,7 +184,7 @@ def enter_phase(
     before, phase = run.phases[i - 1], run.phases[i]
     audit.check_frozen(frozen, audit.frozen_hashes(variables_of(state), [before.audit]))
     state = steps.enter_phase(state, phase.tx, phase.labels, before.length, phase.model.frozen_norms)
-    state = parallel.replicate(state)
+    state = parallel.place(state)
     return state, audit.frozen_hashes(variables_of(state), [phase.audit])
 
 
@@ -197,12 +199,31 @@ def intervals(config: ConfigDict, run: Run) -> tuple[int, int]:
     return to_steps(config.log_every, **in_steps), to_steps(config.eval_every, **in_steps)
 
 
-def make_train_step(config: ConfigDict, run: Run, phase: Phase, parallel: sharding.Parallel, tx) -> Callable:
+def make_train_step(
+    config: ConfigDict, run: Run, phase: Phase, parallel: sharding.Parallel, tx: Any, accumulate: int
+) -> Callable:
     """The train step of a phase, with its optimizer or another one of its form."""
     return steps.make_train_step(
-        phase.model, phase.method, tx, phase.labels, mean=run.card.mean, std=run.card.std,
-        accumulate=config.accumulate, ema=config.ema, prefix=phase.prefix, axis_name=parallel.axis_name,
+        phase.model, phase.method, tx, phase.labels, mean=run.card.mean, std=run.card.std, accumulate=accumulate,
+        ema=config.ema, prefix=phase.prefix, axis_name=parallel.axis_name, whole=parallel.whole,
     )  # fmt: skip
+
+
+def compile_step(config: ConfigDict, run: Run, phase: Phase, parallel: sharding.Parallel, state, batch):
+    """The compiled train step of a phase, and what it costs."""
+
+    def make(accumulate):
+        return make_train_step(config, run, phase, parallel, phase.tx, accumulate)
+
+    return parallel.compile(make(config.accumulate), state, batch, make(1) if config.accumulate > 1 else None)
+
+
+def rates_of(config: ConfigDict, parallel: sharding.Parallel, cost: dict[str, Any]) -> Callable:
+    """(steps per second) -> what of the devices a step of this cost uses, for timing.jsonl."""
+    limit = roofline.peak(parallel.mesh.devices.flat[0].device_kind)
+    return functools.partial(
+        roofline.rates, cost=cost, limit=limit, dtype=config.model.dtype, devices=parallel.mesh.size
+    )
 
 
 def eval_prefix(run: Run, phase: Phase) -> steps.Prefix | None:
@@ -220,8 +241,9 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
     """Writes cost.json: what a step of phase i costs as compiled, beside what is known of the other phases.
 
     flops_per_step is the mean over the steps, memory_bytes the largest of the phases; seconds are those of training,
-    compilation included, evaluation not, over all starts of the run. Of a run that was trained together with others,
-    seconds and flops_per_step are its share and "replicas" says how many shared; memory_bytes is that of all together.
+    compilation included, evaluation not, over all starts of the run; flops_per_second, mfu and roofline are medians of
+    the rows of timing.jsonl. Of a run that was trained together with others, seconds and flops_per_step are its share
+    and "replicas" says how many shared; memory_bytes is that of all together.
     """
     if jax.process_index():
         return
@@ -235,11 +257,14 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
     known = all(phases)
     flops = [phase["flops_per_step"] * phase["steps"] for phase in phases if phase and phase["flops_per_step"]]
     memory = [phase["memory_bytes"] for phase in phases if phase and phase["memory_bytes"]]
+    rows = workdir.read_rows(folder / "timing.jsonl")
+    rates = {name: [row[name] for row in rows if row.get(name)] for name in ("flops_per_second", "mfu", "roofline")}
     table = {
         "trainable_parameters": audit.totals([phase.audit for phase in run.phases])["trainable"],
         "flops_per_step": sum(flops) / run.total_steps if known and len(flops) == len(phases) else None,
         "memory_bytes": max(memory, default=None),
-        "seconds": round(sum(row["seconds"] for row in workdir.read_rows(folder / "timing.jsonl")), 3),
+        **{name: statistics.median(values) if values else None for name, values in rates.items()},
+        "seconds": round(sum(row["seconds"] for row in rows), 3),
         "steps": run.total_steps,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "phases": phases,
@@ -258,7 +283,7 @@ def finish(
     verbose: bool,
 ) -> dict[str, Any]:
     """Proves the audit and writes what a run leaves; predictions: of the selected state, see `scored`."""
-    variables, audits = jax.device_get(steps.eval_variables(state)), [phase.audit for phase in run.phases]
+    variables, audits = trees.to_host(steps.eval_variables(state)), [phase.audit for phase in run.phases]
     before, after = (audit.frozen_hashes(tree, audits) for tree in (run.variables, variables))
     return leave(config, run, folder, variables, predictions, (before, after), selected, verbose)
 

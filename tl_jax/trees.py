@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 Rules = Sequence[tuple[str, str]]
 FROZEN = "frozen"
@@ -104,9 +105,20 @@ def split(tree: Any, labels: Mapping[str, str]) -> tuple[dict[str, Any], dict[st
     return trainable, {path: leaf for path, leaf in flat.items() if path not in trainable}
 
 
+def to_host(tree: Any) -> Any:
+    """The leaves as numpy arrays; one that is divided between processes is collected, so all of them must call this."""
+
+    def fetch(leaf):
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(fetch, tree)
+
+
 def leaf_hashes(tree: Any) -> dict[str, str]:
     """`{path: sha256}` over dtype, shape and bytes of each leaf: equal exactly when the leaf is bit-equal."""
-    flat = flatten(tree)
+    flat = {path: to_host(leaf) for path, leaf in flatten(tree).items()}  # in order: processes may have to agree
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter's lock
         return dict(zip(flat, pool.map(leaf_hash, flat.values()), strict=True))
 

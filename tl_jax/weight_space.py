@@ -149,7 +149,7 @@ def check_same(runs: Sequence[Weights]) -> None:
 def make_scorer(weights: Weights) -> Scorer:
     """The evaluation of the run's config on val, test and data.also."""
     config, card = weights.config, weights.card
-    parallel = sharding.make_parallel(config.parallel)
+    parallel = sharding.make_parallel(config.parallel, fsdp=config.fsdp)
     data = {name: source for name, source in run.load_data(config).items() if name != "train"}
     if any(source.class_names != card.class_names for source in data.values()):
         raise ValueError(f"the data of {weights.name} have other classes by now than when it ran: {card.class_names}")
@@ -161,7 +161,7 @@ def make_scorer(weights: Weights) -> Scorer:
     eval_fn = parallel.evaluate(steps.make_eval_step(weights.model, mean=card.mean, std=card.std))
 
     def predict(variables: Variables, split: str) -> metrics.Predictions:
-        return evaluate.predict(eval_fn, parallel.replicate(variables), batches[split], parallel)
+        return evaluate.predict(eval_fn, parallel.place(variables), batches[split], parallel)
 
     return Scorer(predict, tuple(data))
 

@@ -90,6 +90,32 @@ def max_pool(x: jax.Array) -> jax.Array:
     return functools.reduce(jnp.maximum, shifts)
 
 
+def recomputed(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    """The class of a block, called with (x, train), whose backward pass recomputes what `remat` says.
+
+    "": nothing, every activation is kept. "block": all of the block, from its input. "dots": what is cheap to compute,
+    such as norms and activations; outputs of convolutions and matmuls are kept, attention scores are not. Raises
+    ValueError for another name.
+    """
+    policies = {"block": None, "dots": _is_product}
+    if not remat:
+        return block
+    if remat not in policies:
+        raise ValueError(f"remat={remat!r}: expected one of '', {', '.join(policies)}")
+    # static_argnums counts the module itself: 2 is `train`.
+    return nn.remat(block, static_argnums=(2,), policy=policies[remat])
+
+
+def _is_product(primitive, *_, **parameters) -> bool:
+    convolution = primitive is jax.lax.conv_general_dilated_p
+    return convolution or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *_, **parameters)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(D)) v of each head, [B, N, H, D]; the softmax is float32."""
+    return jax.nn.dot_product_attention(q, k, v)
+
+
 def run_parts(
     parts: dict[str, Callable], x: jax.Array, start: str | None = None, stop: str | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from tl_jax.card import Card
 from tl_jax.models import layout
-from tl_jax.models.layers import Conv, DropPath, batch_norm, classify, drop_path_rates, max_pool, run_parts
+from tl_jax.models.layers import Conv, DropPath, batch_norm, classify, drop_path_rates, max_pool, recomputed, run_parts
 from tl_jax.models.variant import Variant
 
 
@@ -104,7 +104,7 @@ class ResNet(nn.Module):
       dtype: of the computation (float32 or bfloat16); parameters and statistics are float32.
       dropout: before the head.
       drop_path: stochastic depth at the last block, rising linearly from 0.
-      remat: recompute each block's activations in the backward pass.
+      remat: what the backward pass of a block recomputes: "", "block" or "dots", see layers.recomputed.
       frozen_norms: paths of BatchNorm layers that keep their running statistics in training.
       axis_name: pmap axis over which BatchNorm averages.
       head_init: "zeros" or "lecun".
@@ -120,7 +120,7 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
     dropout: float = 0.0
     drop_path: float = 0.0
-    remat: bool = False
+    remat: str = ""
     frozen_norms: tuple[str, ...] = ()
     axis_name: str | None = None
     head_init: str = "zeros"
@@ -146,8 +146,7 @@ class ResNet(nn.Module):
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
         policy = {"dtype": self.dtype, "frozen_norms": self.frozen_norms, "axis_name": self.axis_name}
-        # static_argnums counts the module itself: 2 is `train`.
-        block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        block_class = recomputed(Block, self.remat)
         block = functools.partial(
             block_class,
             bottleneck=self.bottleneck,

@@ -13,7 +13,7 @@ import numpy as np
 
 from tl_jax.card import Card
 from tl_jax.models import layout
-from tl_jax.models.layers import DropPath, classify, drop_path_rates, run_parts
+from tl_jax.models.layers import DropPath, attend, classify, drop_path_rates, recomputed, run_parts
 from tl_jax.models.variant import Variant
 
 INIT = nn.initializers.truncated_normal(0.02)
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         qkv = nn.Dense(3 * width, kernel_init=INIT, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0)
-        x = jax.nn.dot_product_attention(q, k, v).reshape(batch, tokens, width)
+        x = attend(q, k, v).reshape(batch, tokens, width)
         return nn.Dense(width, kernel_init=INIT, dtype=self.dtype, name="proj")(x)
 
 
@@ -106,7 +106,7 @@ class ViT(nn.Module):
       dtype: of the computation (float32 or bfloat16); parameters are float32.
       dropout: before the head.
       drop_path: stochastic depth at the last block, rising linearly from 0.
-      remat: recompute each block's activations in the backward pass.
+      remat: what the backward pass of a block recomputes: "", "block" or "dots", see layers.recomputed.
       frozen_norms, axis_name: there is no BatchNorm here; accepted so that every family is built alike.
       head_init: "zeros" or "lecun".
     """
@@ -122,7 +122,7 @@ class ViT(nn.Module):
     dtype: Any = jnp.float32
     dropout: float = 0.0
     drop_path: float = 0.0
-    remat: bool = False
+    remat: str = ""
     frozen_norms: tuple[str, ...] = ()
     axis_name: str | None = None
     head_init: str = "zeros"
@@ -142,8 +142,7 @@ class ViT(nn.Module):
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
-        # static_argnums counts the module itself: 2 is `train`.
-        block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        block_class = recomputed(Block, self.remat)
 
         def block(i, rate, x):
             return block_class(self.heads, rate, self.norm_eps, self.gelu_tanh, self.dtype, name=f"block{i}")(x, train)
