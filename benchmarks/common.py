@@ -1,0 +1,137 @@
+"""What the benchmarks share: rounds in which the ways take turns, medians with intervals, a table, a chart, JSON.
+
+    def main(argv):
+        folder = common.start("NAME")                                  # --device, --out
+        seconds = common.take_turns({"plain": plain, "fast": fast}, common.ROUNDS.value)
+        rows = [{"way": name, **common.summary(times)} for name, times in seconds.items()]
+        common.report(folder, rows, title="steps", bars=("way", "median", "seconds"))
+
+A machine's mood changes within minutes, so what is compared runs in the same rounds, and the ratio is taken round by
+round.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import flags, logging
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+DEVICE = flags.DEFINE_enum("device", "", ["", "cpu", "gpu", "tpu"], "Where to run; empty: what jax takes.")
+OUT = flags.DEFINE_string("out", "", "The folder for table, chart and rows; default: workdirs/benchmarks/NAME.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds; one more, untimed, warms up.", lower_bound=1)
+
+
+def start(name: str) -> pathlib.Path:
+    """Chooses the device, for this process and those it starts, before jax's first use; returns the folder to write."""
+    logging.set_verbosity(logging.WARNING)
+    if DEVICE.value:
+        platforms = {"gpu": "cuda", "tpu": "tpu,cpu", "cpu": "cpu"}[DEVICE.value]
+        os.environ["JAX_PLATFORMS"] = platforms
+        if "jax" in sys.modules:
+            sys.modules["jax"].config.update("jax_platforms", platforms)
+    folder = pathlib.Path(OUT.value or f"workdirs/benchmarks/{name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call, way by way within every round; what a way returns is waited for."""
+    import jax
+
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for round_ in range(warm_up + rounds):
+        for name, call in ways.items():
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            if round_ >= warm_up:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median and extremes."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def ratios(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """The summary of values / reference, round by round."""
+    return summary([value / other for value, other in zip(values, reference, strict=True)])
+
+
+def machine() -> str:
+    """Processor, cores, accelerator and versions, on one line."""
+    import jax
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device, info = jax.devices()[0].device_kind, pathlib.Path("/proc/cpuinfo")
+    if device == "cpu" and info.exists():
+        named = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        device = (named or [device])[0]
+    where = f"{jax.device_count()} x {device}, {cores} CPU cores"
+    return f"{where}, Python {platform.python_version()}, jax {jax.__version__}, {time.strftime('%d %B %Y')}"
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """Rows as aligned text; numbers with four digits, missing cells as a dash."""
+    columns = list(columns or dict.fromkeys(key for row in rows for key in row))
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+        return "-" if value is None else str(value)
+
+    lines = [columns, *([cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    words = [isinstance(rows[0].get(column), str) for column in columns]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if left else text.rjust(width)
+            for text, width, left in zip(line, widths, words, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def report(
+    folder: pathlib.Path,
+    rows: Sequence[Mapping[str, Any]],
+    title: str,
+    bars: tuple[str, str, str] | None = None,
+    columns: Sequence[str] = (),
+) -> None:
+    """Prints the table and writes table.txt, rows.json and, with bars = (label column, value column, unit), bars.png.
+
+    A row's "low" and "high" become the error bar of its value, if the value is its "median".
+    """
+    text = f"{title}\n{machine()}\n\n{table(rows, columns)}\n"
+    print(text, flush=True)
+    command = " ".join(["python", *sys.argv])
+    (folder / "table.txt").write_text(f"{text}\n{command}\n")
+    facts = {"title": title, "machine": machine(), "command": command, "rows": list(rows)}
+    (folder / "rows.json").write_text(json.dumps(facts, indent=1) + "\n")
+    if bars:
+        _draw(folder / "bars.png", rows, title, *bars)
+
+
+def _draw(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], title: str, label: str, value: str, unit: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.2 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    values = [row[value] for row in rows]
+    ends = [[row[value] - row["low"], row["high"] - row[value]] for row in rows if value == "median" and "low" in row]
+    axes.barh([str(row[label]) for row in rows], values, xerr=[*zip(*ends, strict=True)] or None, color="#4477aa")
+    axes.bar_label(axes.containers[-1], fmt="%.3g", padding=4) if not ends else None
+    axes.invert_yaxis()
+    axes.set(xlabel=unit, title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
