@@ -1,14 +1,20 @@
 """Checkpoints: asynchronous, hashed leaf by leaf, verified when read. The only file that imports orbax."""
 
+import dataclasses
+import os
 import pathlib
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
-from tl_jax import trees
+from tl_jax import leaves, trees
 
 
 class Restored(NamedTuple):
@@ -24,11 +30,14 @@ class Checkpoints:
     """The checkpoints of one run, `folder/<step>`; close it (or leave its `with`) before the program ends.
 
     A checkpoint holds the state and `meta`: plain JSON data about the run, to which the sha256 of every leaf is added.
+    orbax keeps the steps: it has each written into a folder of another name, and renames that when it is complete.
     """
 
     def __init__(self, folder: pathlib.Path):
-        options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
+        self._keep: Collection[int] = ()
         self._folder = folder.absolute()
+        self._copy: dict[str, jax.Array] = {}
+        options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True, preservation_policy=self)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -45,8 +54,12 @@ class Checkpoints:
         """The steps that have a committed checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def prepare(self, state: Any) -> None:
+        """Compiles and allocates what `save` needs, so that the first save takes no longer than the others."""
+        self._copy = _copy_of(state, self._copy)
+
     def save(self, step: int, state: Any, meta: Mapping[str, Any], keep: Collection[int] = ()) -> None:
-        """Starts to save in the background, after the save before it has ended.
+        """Starts to save in the background, after the save before it has ended; the state may be donated at once.
 
         Of the older checkpoints, the newest and the steps in `keep` stay; the newest stays because this one is not
         committed yet. Raises OSError, before anything is written, where the disk has no room.
@@ -59,46 +72,59 @@ class Checkpoints:
                 f"no room for the checkpoint of step {step} in {self._folder}: it needs {needed:,} bytes, {free:,} are "
                 f"free. Make room and start the same command again; it resumes from step {max(self.steps(), default=0)}"
             )
-        meta = {**meta, "step": step, "hashes": trees.leaf_hashes(state)}
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self._copy, self._keep = _copy_of(state, self._copy), keep
+        items = ocp.args.Composite(state=_Save(self._copy, {**meta, "step": step}))
         older = self.steps()
         if not self._manager.save(step, args=items):
             raise ValueError(
                 f"{self._folder} has checkpoints beyond step {step}, {older[-1:]}: they are not of this run"
             )
-        for old in older[:-1]:
-            if old not in keep and old != step:
-                self._manager.delete(old)
+        if jax.default_backend() != "cpu":
+            self._copy = {}  # given back when it is written; only on a CPU fresh memory is slow
+
+    def should_preserve(self, checkpoints: list, *, context: Any) -> list[bool]:
+        """For orbax, which deletes the others once the newest is committed."""
+        newest = sorted(info.step for info in checkpoints)[-2:]
+        return [info.step in newest or info.step in self._keep for info in checkpoints]
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON data of a checkpoint; raises ValueError where it cannot be read."""
+        index = self._index(step)
+        return {**index.meta, "hashes": index.hashes}
+
+    def _index(self, step: int) -> leaves.Index:
         name = f"checkpoint {self._folder / str(step)}"
         try:
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        except Exception as error:
+            index = leaves.read_index(self._folder / str(step) / "state")
+        except (OSError, ValueError) as error:
             raise ValueError(f"{name} cannot be read: {_first_line(error)}") from error
-        if not isinstance(meta, dict) or meta.get("step") != step:
+        if index.meta.get("step") != step:
             raise ValueError(f"{name} is damaged: its meta data are not those of step {step}")
-        return meta
+        return index
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of a step, with the structure, shapes and placement of `like`.
 
         Raises ValueError unless every leaf has the hash that it was saved with.
         """
-        meta = self.meta(step)
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        name, index = f"checkpoint {self._folder / str(step)}", self._index(step)
+        expected = {path: f"{leaf.dtype.name}{list(leaf.shape)}" for path, leaf in trees.flatten(like).items()}
+        found = {path: f"{entry['dtype']}{entry['shape']}" for path, entry in index.leaves.items()}
+        if changed := trees.difference(found, expected, limit=3):
+            raise ValueError(f"{name} has other leaves than this run (saved -> expected):\n" + "\n".join(changed))
         try:
-            state = self._manager.restore(step, args=items)["state"]
-        except Exception as error:
-            raise ValueError(f"checkpoint {self._folder / str(step)} cannot be read: {_first_line(error)}") from error
-        if changed := trees.difference(meta["hashes"], trees.leaf_hashes(state), limit=3):
-            listing = "\n".join(changed)
-            raise ValueError(
-                f"checkpoint {self._folder / str(step)} is damaged, leaves differ from what was saved:\n{listing}"
-            )
-        return state
+            arrays = leaves.read(self._folder / str(step) / "state", index)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} is damaged, {error}") from error
+
+        def put(array: np.ndarray, leaf: jax.Array) -> jax.Array:
+            if leaf.is_fully_addressable:
+                return jax.device_put(array, leaf.sharding, may_alias=False)  # a step may then reuse the memory
+            return jax.make_array_from_callback(array.shape, leaf.sharding, lambda part: array[part])
+
+        return jax.tree.unflatten(
+            jax.tree.structure(like), [put(arrays[path], leaf) for path, leaf in trees.flatten(like).items()]
+        )
 
     def restore_latest(self, like: Callable[[int], Any]) -> Restored | None:
         """The newest intact checkpoint, or None where the run has none yet; like(step) has the structure of its state.
@@ -121,6 +147,62 @@ class Checkpoints:
                 f"no checkpoint in {self._folder} is intact; move the folder away to start over:\n{listing}"
             )
         return None
+
+
+def _copy_of(state: Any, old: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A copy of one replica of a state, `{path: leaf}`, in the memory of the copy before it; does not wait for it."""
+    flat = {path: _one_replica(leaf) for path, leaf in trees.flatten(state).items()}
+    alike = [(x.shape, x.dtype) for x in old.values()] == [(x.shape, x.dtype) for x in flat.values()]
+    copy, _ = _copy_into(old, flat) if alike and old else _copy_fresh(flat)
+    return copy
+
+
+def _one_replica(leaf: jax.Array) -> jax.Array:
+    if not leaf.is_fully_replicated:  # cut over devices: every one gets the whole, all processes take part
+        leaf = jax.device_put(leaf, jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec()))
+    return leaf.addressable_data(0)
+
+
+def _copies(flat: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
+    # XLA runs cheap programs on the calling thread, and takes a gigabyte of copies for one, but not a matrix product.
+    number = next(iter(flat.values())).reshape(-1)[0]
+    work = jnp.full((64, 64), number.astype(jnp.float32))
+    return jax.tree.map(jnp.copy, flat), work @ work
+
+
+_copy_fresh = jax.jit(_copies)
+_copy_into = jax.jit(lambda old, flat: _copies(flat), donate_argnums=0, keep_unused=True)
+
+
+@dataclasses.dataclass
+class _Save(ocp.args.CheckpointArgs):
+    leaves: Mapping[str, jax.Array]
+    meta: Mapping[str, Any]
+
+
+class _Handler(ocp.AsyncCheckpointHandler):
+    """How orbax has a state written: on threads that take only what time training leaves."""
+
+    async def async_save(self, directory: Any, args: _Save) -> list[Any]:
+        async def write() -> None:
+            if sys.platform == "linux":  # there the priority is each thread's own, and inherited by those it starts
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            # Views of what is in the host's memory already; they must be gone before the copy is written over.
+            arrays = {path: np.asarray(leaf.addressable_data(0)) for path, leaf in args.leaves.items()}
+            leaves.write(pathlib.Path(directory), arrays, args.meta)
+
+        if jax.process_index():
+            return []
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="checkpoint")]
+
+    def save(self, directory: Any, args: _Save) -> None:
+        raise NotImplementedError("saved in the background only")
+
+    def restore(self, directory: Any, args: Any = None) -> None:
+        raise NotImplementedError("read by Checkpoints.restore")
+
+
+ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)(_Save)
 
 
 def _first_line(error: Exception) -> str:
