@@ -64,7 +64,7 @@ class Checkpoints:
         Of the older checkpoints, the newest and the steps in `keep` stay; the newest stays because this one is not
         committed yet. Raises OSError, before anything is written, where the disk has no room.
         """
-        self._manager.wait_until_finished()
+        self.wait()
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self._folder).free
         if free < 1.05 * needed + 2**20:
@@ -86,6 +86,14 @@ class Checkpoints:
         """For orbax, which deletes the others once the newest is committed."""
         newest = sorted(info.step for info in checkpoints)[-2:]
         return [info.step in newest or info.step in self._keep for info in checkpoints]
+
+    def wait(self) -> None:
+        """Waits for the save in flight; raises what became of it."""
+        self._manager.wait_until_finished()
+
+    def saving(self) -> bool:
+        """Whether a save is in flight."""
+        return self._manager.is_saving_in_progress()
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON data of a checkpoint; raises ValueError where it cannot be read."""
