@@ -57,6 +57,7 @@ class Checkpoints:
     def prepare(self, state: Any) -> None:
         """Compiles and allocates what `save` needs, so that the first save takes no longer than the others."""
         self._copy = _copy_of(state, self._copy)
+        self._give_back()
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], keep: Collection[int] = ()) -> None:
         """Starts to save in the background, after the save before it has ended; the state may be donated at once.
@@ -79,8 +80,11 @@ class Checkpoints:
             raise ValueError(
                 f"{self._folder} has checkpoints beyond step {step}, {older[-1:]}: they are not of this run"
             )
-        if jax.default_backend() != "cpu":
-            self._copy = {}  # given back when it is written; only on a CPU fresh memory is slow
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if jax.default_backend() != "cpu":  # there alone fresh memory is slow
+            self._copy = {}
 
     def should_preserve(self, checkpoints: list, *, context: Any) -> list[bool]:
         """For orbax, which deletes the others once the newest is committed."""
@@ -158,10 +162,18 @@ class Checkpoints:
 
 
 def _copy_of(state: Any, old: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A copy of one replica of a state, `{path: leaf}`, in the memory of the copy before it; does not wait for it."""
+    """A copy of one replica of a state, `{path: leaf}`, in the memory of the copy before it; does not wait for it.
+
+    Where the device has no room for it, the copy is in the host's memory, and waited for.
+    """
     flat = {path: _one_replica(leaf) for path, leaf in trees.flatten(state).items()}
     alike = [(x.shape, x.dtype) for x in old.values()] == [(x.shape, x.dtype) for x in flat.values()]
-    copy, _ = _copy_into(old, flat) if alike and old else _copy_fresh(flat)
+    try:
+        copy, _ = _copy_into(old, flat) if alike and old else _copy_fresh(flat)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return jax.tree.map(lambda leaf: np.array(leaf), flat)
     return copy
 
 
@@ -196,7 +208,7 @@ class _Handler(ocp.AsyncCheckpointHandler):
             if sys.platform == "linux":  # there the priority is each thread's own, and inherited by those it starts
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
             # Views of what is in the host's memory already; they must be gone before the copy is written over.
-            arrays = {path: np.asarray(leaf.addressable_data(0)) for path, leaf in args.leaves.items()}
+            arrays = {path: np.asarray(_view(leaf)) for path, leaf in args.leaves.items()}
             leaves.write(pathlib.Path(directory), arrays, args.meta)
 
         if jax.process_index():
@@ -211,6 +223,10 @@ class _Handler(ocp.AsyncCheckpointHandler):
 
 
 ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)(_Save)
+
+
+def _view(leaf: jax.Array | np.ndarray) -> Any:
+    return leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
 
 
 def _first_line(error: Exception) -> str:

@@ -5,10 +5,11 @@ import itertools
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from tl_jax import (
@@ -95,22 +96,28 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
         start = int(state.step)
         first = run.phase_of(start)
         stream = run.batches.iterate(start, total, num_workers=config.data.workers)
+        line = (
+            None  # of metrics, whose sums may still be on their way: the loop waits for nothing that it can do without
+        )
         with RunLog(folder, rows, start, total, verbose) as log, contextlib.closing(stream):
             for i in range(first, len(run.phases)):
                 phase = run.phases[i]
                 if i > first:
                     state, frozen = enter_phase(run, i, state, frozen, parallel)
-                train_fn, so_far = None, max(start, phase.start)
+                train_fn, so_far, lr_fn = None, max(start, phase.start), jax.jit(phase.schedule)
                 for done, batch in enumerate(itertools.islice(stream, phase.stop - so_far), so_far + 1):
                     batch = parallel.put_batch(batch)
                     if train_fn is None:
                         train_fn, cost = compile_step(config, run, phase, parallel, state, batch)
                         note_cost(folder, run, i, cost)
                     state = train_fn(state, batch)
+                    if done == so_far + 1:
+                        checkpoints.prepare(state)  # while the device is busy
                     evaluates, stopping = done % eval_every == 0 or done == phase.stop, stop_requested(done)
                     if done % log_every == 0 or done == phase.stop:
-                        check_finite(state, checkpoints)
-                        state = log_training(log, state, phase)
+                        write_line(line, log, state, checkpoints)
+                        state, line = end_line(state, done, lr_fn, phase, parallel)
+                    line = write_line(line, log, state, checkpoints, wait=evaluates or stopping)
                     if evaluates or stopping:
                         check_finite(state, checkpoints)
                         with log.untimed():
@@ -130,9 +137,14 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
 def initial_state(config: ConfigDict, run: Run, i: int, parallel: sharding.Parallel) -> steps.TrainState:
     """The state of phase i as if training began with it: its structure, and for the first phase its values too."""
     phase = run.phases[i]
-    variables = jax.tree.map(jnp.array, run.variables)  # copies: a step reuses the memory of the state before it
-    state = steps.init_state(variables, phase.tx, phase.labels, config.seed, config.ema > 0, phase.model.frozen_norms)
-    return parallel.replicate(state)
+
+    def init(variables):
+        variables = jax.tree.map(jnp.copy, variables)  # a step reuses the memory of the state before it
+        return steps.init_state(
+            variables, phase.tx, phase.labels, config.seed, config.ema > 0, phase.model.frozen_norms
+        )
+
+    return parallel.replicate(jax.jit(init)(run.variables))  # one program: leaf by leaf each is a program of its own
 
 
 def enter_phase(
@@ -241,31 +253,57 @@ def resume(
     return restored.state, restored.meta["rows"], restored.meta["frozen"]
 
 
-def log_training(log: RunLog, state: steps.TrainState, phase: Phase) -> steps.TrainState:
-    """Writes the means since the last line, and starts new sums."""
-    sums = {name: float(value) for name, value in jax.device_get(state.sums).items()}
-    step = int(state.step)
+class Line(NamedTuple):
+    """A line of metrics as the device has it: the sums up to a step, and the learning rate of that step."""
+
+    step: int
+    sums: dict[str, jax.Array]
+    lr: jax.Array
+
+
+def end_line(
+    state: steps.TrainState, step: int, lr_fn: Callable, phase: Phase, parallel: sharding.Parallel
+) -> tuple[steps.TrainState, Line]:
+    """Ends a line after `step` steps, and starts new sums; waits for nothing."""
+    zeros = {name: np.zeros((), np.float32) for name in state.sums}
+    lr = lr_fn(jax.device_put(np.int32(step - 1 - phase.start)))
+    return state._replace(sums=parallel.replicate(zeros)), Line(step, state.sums, lr)
+
+
+def write_line(
+    line: Line | None, log: RunLog, state: steps.TrainState, checkpoints: Checkpoints, wait: bool = True
+) -> Line | None:
+    """Writes a line, if there is one; where its sums are not there yet and need not be waited for, gives it back.
+
+    Raises FloatingPointError, as `check_finite`, where a loss in it was not finite.
+    """
+    if line is None or not (wait or line.sums["loss"].is_ready()):
+        return line
+    sums, lr = jax.device_get((line.sums, line.lr))
+    sums = {name: float(value) for name, value in sums.items()}
+    if not math.isfinite(sums["loss"] + sums["grad_norm"]):
+        check_finite(state, checkpoints)
     row = {
         "train/loss": sums["loss"] / sums["examples"],
         "train/accuracy": sums["accuracy"] / sums["examples"],
         "train/grad_norm": sums["grad_norm"] / sums["steps"],
-        "train/lr": float(phase.schedule(step - 1 - phase.start)),
+        "train/lr": float(lr),
     }
     if sums["penalty"]:
         row["train/penalty"] = sums["penalty"] / sums["examples"]
-    log.write(step, row)
-    log.progress(step, row, sums["examples"])
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), state.sums)
-    return state._replace(sums=zeros)
+    log.write(line.step, row)
+    log.progress(line.step, row, sums["examples"])
+    return None
 
 
 def check_finite(state: steps.TrainState, checkpoints: Checkpoints) -> None:
     """Raises FloatingPointError with the first step at which the loss or a gradient was not finite."""
-    if int(state.bad_step) != steps.NEVER:
+    bad_step, step = (int(value) for value in jax.device_get((state.bad_step, state.step)))
+    if bad_step != steps.NEVER:
         sound = checkpoints.steps()
         raise FloatingPointError(
-            f"the loss or its gradient was not finite at step {int(state.bad_step)} (counted from 0), seen after step "
-            f"{int(state.step)}; the last sound checkpoint: {sound[-1] if sound else 'none'}. "
+            f"the loss or its gradient was not finite at step {bad_step} (counted from 0), seen after step "
+            f"{step}; the last sound checkpoint: {sound[-1] if sound else 'none'}. "
             "Likely: lr too high, no warm-up, or clip=0"
         )
 
