@@ -1,6 +1,7 @@
 """Checkpoints: asynchronous, hashed leaf by leaf, verified when read. The only file that imports orbax."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -74,7 +75,8 @@ class Checkpoints:
                 f"free. Make room and start the same command again; it resumes from step {max(self.steps(), default=0)}"
             )
         self._copy, self._keep = _copy_of(state, self._copy), keep
-        items = ocp.args.Composite(state=_Save(self._copy, {**meta, "step": step}))
+        text = json.dumps({**meta, "step": step})  # now: the caller's rows go on growing
+        items = ocp.args.Composite(state=_Save(self._copy, text))
         older = self.steps()
         if not self._manager.save(step, args=items):
             raise ValueError(
@@ -197,7 +199,7 @@ _copy_into = jax.jit(lambda old, flat: _copies(flat), donate_argnums=0, keep_unu
 @dataclasses.dataclass
 class _Save(ocp.args.CheckpointArgs):
     leaves: Mapping[str, jax.Array]
-    meta: Mapping[str, Any]
+    meta: str
 
 
 class _Handler(ocp.AsyncCheckpointHandler):

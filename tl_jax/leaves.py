@@ -37,8 +37,8 @@ class Index(NamedTuple):
         return {path: entry["sha256"] for path, entry in self.leaves.items()}
 
 
-def write(folder: pathlib.Path, leaves: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-    """Writes the files, and returns when they are on disk; leaves are hashed while others are written."""
+def write(folder: pathlib.Path, leaves: Mapping[str, np.ndarray], meta: str) -> None:
+    """Writes the files, and returns when they are on disk; leaves are hashed while others are written. meta: JSON."""
     table, offset = {}, 0
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = {path: pool.submit(trees.leaf_hash, leaf) for path, leaf in leaves.items()}
@@ -52,7 +52,7 @@ def write(folder: pathlib.Path, leaves: Mapping[str, np.ndarray], meta: Mapping[
             raise
         for path, value in hashes.items():
             table[path]["sha256"] = value.result()
-    text = json.dumps({"meta": meta, "leaves": table})
+    text = f'{{"meta": {meta}, "leaves": {json.dumps(table)}}}'
     with open(folder / "index", "w") as file:
         file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
         file.flush()
