@@ -112,6 +112,7 @@ def report(
 
     A row's "low" and "high" become the error bar of its value, if the value is its "median".
     """
+    folder.mkdir(parents=True, exist_ok=True)
     text = f"{title}\n{machine()}\n\n{table(rows, columns)}\n"
     print(text, flush=True)
     command = " ".join(["python", *sys.argv])

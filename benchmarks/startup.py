@@ -9,6 +9,7 @@ first batch, tracing and lowering, compilation or the reading of the kept progra
 Without --images only the quickstart runs, which needs no files.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -57,7 +58,7 @@ def measured() -> None:
             times.append(time.monotonic())
             jax.block_until_ready(compiled(state, batch))
             times.append(time.monotonic())
-            print(json.dumps([after - before for before, after in zip(times, times[1:], strict=False)]), flush=True)
+            print(json.dumps([after - before for before, after in itertools.pairwise(times)]), flush=True)
             os._exit(0)
 
         train.build, sharding.Parallel.compile = timed_build, timed_compile

@@ -1,6 +1,7 @@
 """Checkpoints: asynchronous, hashed leaf by leaf, verified when read. The only file that imports orbax."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -57,6 +58,7 @@ class Checkpoints:
     def prepare(self, state: Any) -> None:
         """Compiles and allocates what `save` needs, so that the first save takes no longer than the others."""
         self._copy = _copy_of(state, self._copy)
+        self._give_back()
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], keep: Collection[int] = ()) -> None:
         """Starts to save in the background, after the save before it has ended; the state may be donated at once.
@@ -64,7 +66,7 @@ class Checkpoints:
         Of the older checkpoints, the newest and the steps in `keep` stay; the newest stays because this one is not
         committed yet. Raises OSError, before anything is written, where the disk has no room.
         """
-        self._manager.wait_until_finished()
+        self.wait()
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self._folder).free
         if free < 1.05 * needed + 2**20:
@@ -73,19 +75,31 @@ class Checkpoints:
                 f"free. Make room and start the same command again; it resumes from step {max(self.steps(), default=0)}"
             )
         self._copy, self._keep = _copy_of(state, self._copy), keep
-        items = ocp.args.Composite(state=_Save(self._copy, {**meta, "step": step}))
+        text = json.dumps({**meta, "step": step})  # now: the caller's rows go on growing
+        items = ocp.args.Composite(state=_Save(self._copy, text))
         older = self.steps()
         if not self._manager.save(step, args=items):
             raise ValueError(
                 f"{self._folder} has checkpoints beyond step {step}, {older[-1:]}: they are not of this run"
             )
-        if jax.default_backend() != "cpu":
-            self._copy = {}  # given back when it is written; only on a CPU fresh memory is slow
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if jax.default_backend() != "cpu":  # there alone fresh memory is slow
+            self._copy = {}
 
     def should_preserve(self, checkpoints: list, *, context: Any) -> list[bool]:
         """For orbax, which deletes the others once the newest is committed."""
         newest = sorted(info.step for info in checkpoints)[-2:]
         return [info.step in newest or info.step in self._keep for info in checkpoints]
+
+    def wait(self) -> None:
+        """Waits for the save in flight; raises what became of it."""
+        self._manager.wait_until_finished()
+
+    def saving(self) -> bool:
+        """Whether a save is in flight."""
+        return self._manager.is_saving_in_progress()
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON data of a checkpoint; raises ValueError where it cannot be read."""
@@ -150,10 +164,18 @@ class Checkpoints:
 
 
 def _copy_of(state: Any, old: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A copy of one replica of a state, `{path: leaf}`, in the memory of the copy before it; does not wait for it."""
+    """A copy of one replica of a state, `{path: leaf}`, in the memory of the copy before it; does not wait for it.
+
+    Where the device has no room for it, the copy is in the host's memory, and waited for.
+    """
     flat = {path: _one_replica(leaf) for path, leaf in trees.flatten(state).items()}
     alike = [(x.shape, x.dtype) for x in old.values()] == [(x.shape, x.dtype) for x in flat.values()]
-    copy, _ = _copy_into(old, flat) if alike and old else _copy_fresh(flat)
+    try:
+        copy, _ = _copy_into(old, flat) if alike and old else _copy_fresh(flat)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return jax.tree.map(lambda leaf: np.array(leaf), flat)
     return copy
 
 
@@ -177,7 +199,7 @@ _copy_into = jax.jit(lambda old, flat: _copies(flat), donate_argnums=0, keep_unu
 @dataclasses.dataclass
 class _Save(ocp.args.CheckpointArgs):
     leaves: Mapping[str, jax.Array]
-    meta: Mapping[str, Any]
+    meta: str
 
 
 class _Handler(ocp.AsyncCheckpointHandler):
@@ -188,7 +210,7 @@ class _Handler(ocp.AsyncCheckpointHandler):
             if sys.platform == "linux":  # there the priority is each thread's own, and inherited by those it starts
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
             # Views of what is in the host's memory already; they must be gone before the copy is written over.
-            arrays = {path: np.asarray(leaf.addressable_data(0)) for path, leaf in args.leaves.items()}
+            arrays = {path: np.asarray(_view(leaf)) for path, leaf in args.leaves.items()}
             leaves.write(pathlib.Path(directory), arrays, args.meta)
 
         if jax.process_index():
@@ -203,6 +225,10 @@ class _Handler(ocp.AsyncCheckpointHandler):
 
 
 ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)(_Save)
+
+
+def _view(leaf: jax.Array | np.ndarray) -> Any:
+    return leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
 
 
 def _first_line(error: Exception) -> str:

@@ -6,9 +6,6 @@ import os
 import pathlib
 import re
 
-import huggingface_hub
-from huggingface_hub import errors
-
 from tl_jax import formats
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
@@ -56,6 +53,9 @@ def _local(path):
 
 
 def _from_hub(spec, pinned):
+    import huggingface_hub  # here, as only this needs it, and it takes its time
+    from huggingface_hub import errors
+
     match = _HF.fullmatch(spec)
     if not match or not match["revision"]:
         raise ValueError(

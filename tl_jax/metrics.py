@@ -15,8 +15,7 @@ import rich.box
 import rich.console
 import rich.markup
 import rich.table
-import scipy.sparse
-import sklearn.metrics
+import scipy  # loads its parts when they are used
 
 from tl_jax import formats
 
@@ -148,6 +147,8 @@ def paired_difference(
 
 def confusion(predictions: Predictions) -> np.ndarray:
     """Counts [K, K]; rows are true classes, columns predicted ones."""
+    import sklearn.metrics  # here, as it takes half a second, which the first training step should not wait for
+
     classes = range(len(predictions.class_names))
     return sklearn.metrics.confusion_matrix(predictions.labels, predictions.logits.argmax(1), labels=classes)
 
@@ -193,6 +194,8 @@ def _confidence(predictions, bins):
 
 def _point(predictions) -> dict:
     """Point estimates: scalars and [K] arrays; NaN where undefined (a class without examples, or without others)."""
+    import sklearn.metrics
+
     labels, predicted, log_p = predictions.labels, predictions.logits.argmax(1), _log_probabilities(predictions)
     count, classes = log_p.shape
     rates, rate_names = sklearn.metrics.precision_recall_fscore_support, ("precision", "recall", "f1")

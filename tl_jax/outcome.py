@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from tl_jax import metrics, plots, workdir
+from tl_jax import metrics, workdir
 from tl_jax.run import Run
 
 
@@ -44,6 +44,8 @@ def leave(
             metrics.save_predictions(folder / f"predictions{suffix}.npz", **values._asdict())
         workdir.write_json(folder / "audit.json", report)
         if verbose:
+            from tl_jax import plots  # here, as matplotlib takes its time
+
             plots.draw_run(workdir.read_rows(folder / "metrics.jsonl"), own, folder)
         workdir.write_json(folder / "result.json", result)
     return result

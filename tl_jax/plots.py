@@ -5,8 +5,7 @@ import pathlib
 
 import matplotlib
 import numpy as np
-import scipy.stats
-import sklearn.decomposition
+import scipy  # loads its parts when they are used
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -172,6 +171,8 @@ def feature_map(predictions: metrics.Predictions, path) -> None:
     if features is None or min(features.shape) < 2:
         found = "no features" if features is None else f"features {features.shape}"
         raise ValueError(f"the predictions carry {found}; a feature map needs [N >= 2, D >= 2]")
+    import sklearn.decomposition
+
     pca = sklearn.decomposition.PCA(2, random_state=0)
     points = pca.fit_transform(features.astype(np.float64))
     wrong = predictions.logits.argmax(1) != labels

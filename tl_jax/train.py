@@ -6,10 +6,11 @@ import math
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from tl_jax import (
@@ -97,12 +98,13 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
         frozen = meta.get("frozen") or audit.frozen_hashes(run.variables, [run.phases[0].audit])
         first = run.phase_of(start)
         predict = make_predict(run, parallel)
+        line = None  # of metrics, whose sums may still be on their way: the loop waits for nothing it can do without
         with RunLog(folder, rows, start, total, verbose) as log, contextlib.ExitStack() as streams:
             for i in range(first, len(run.phases)):
                 phase = run.phases[i]
                 if i > first:
                     state, frozen = enter_phase(run, i, state, frozen, parallel)
-                train_fn, so_far = None, max(start, phase.start)
+                train_fn, so_far, lr_fn = None, max(start, phase.start), jax.jit(phase.schedule)
                 splits = [split for split in ("train", "val") if split in run.data]
                 batches = batches_of(config, run, phase, splits, state, parallel, stop_requested)
                 stream = batches["train"].iterate(so_far, phase.stop, num_workers=config.data.workers)
@@ -114,12 +116,13 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
                         note_cost(folder, run, i, cost)
                         log.rates = rates_of(config, parallel, cost)
                     state = train_fn(state, batch)
+                    if done == so_far + 1:
+                        checkpoints.prepare(state)  # while the device is busy
                     evaluates, stopping = done % eval_every == 0 or done == phase.stop, stop_requested(done)
                     if done % log_every == 0 or done == phase.stop:
-                        check_finite(state, checkpoints)
-                        log_training(log, done, jax.device_get(state.sums), phase.schedule(done - 1 - phase.start))
-                        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), state.sums)
-                        state = state._replace(sums=zeros)
+                        write_line(line, log, state, checkpoints)
+                        state, line = end_line(state, done, lr_fn, phase, parallel)
+                    line = write_line(line, log, state, checkpoints, wait=evaluates or stopping)
                     if evaluates or stopping:
                         check_finite(state, checkpoints)
                         with log.untimed():
@@ -171,10 +174,16 @@ def make_predict(run: Run, parallel: sharding.Parallel) -> Callable:
 def initial_state(config: ConfigDict, run: Run, i: int, parallel: sharding.Parallel) -> steps.TrainState:
     """The state of phase i as if training began with it: its structure, and for the first phase its values too."""
     phase = run.phases[i]
-    # Copies, as a step reuses the memory of the state before it; leaf by leaf, as all may be too much for one device.
-    variables = jax.tree.map(lambda leaf: parallel.place(jnp.array(leaf)), run.variables)
-    state = steps.init_state(variables, phase.tx, phase.labels, config.seed, config.ema > 0, phase.model.frozen_norms)
-    return parallel.place(state)
+
+    def init(variables):
+        variables = jax.tree.map(jnp.copy, variables)  # a step reuses the memory of the state before it
+        return steps.init_state(
+            variables, phase.tx, phase.labels, config.seed, config.ema > 0, phase.model.frozen_norms
+        )
+
+    placed = parallel.shardings(jax.eval_shape(init, run.variables))
+    # One program: leaf by leaf each would be a program of its own.
+    return jax.jit(init, out_shardings=placed)(parallel.place(run.variables))
 
 
 def enter_phase(
@@ -346,6 +355,39 @@ def resume(
     return restored.state, restored.meta
 
 
+class Line(NamedTuple):
+    """A line of metrics as the device has it: the sums up to a step, and the learning rate of that step."""
+
+    step: int
+    sums: dict[str, jax.Array]
+    lr: jax.Array
+
+
+def end_line(
+    state: steps.TrainState, step: int, lr_fn: Callable, phase: Phase, parallel: sharding.Parallel
+) -> tuple[steps.TrainState, Line]:
+    """Ends a line after `step` steps, and starts new sums; waits for nothing."""
+    zeros = {name: np.zeros((), np.float32) for name in state.sums}
+    lr = lr_fn(jax.device_put(np.int32(step - 1 - phase.start)))
+    return state._replace(sums=parallel.place(zeros)), Line(step, state.sums, lr)
+
+
+def write_line(
+    line: Line | None, log: RunLog, state: steps.TrainState, checkpoints: Checkpoints, wait: bool = True
+) -> Line | None:
+    """Writes a line, if there is one; where its sums are not there yet and need not be waited for, gives it back.
+
+    Raises FloatingPointError, as `check_finite`, where a loss in it was not finite.
+    """
+    if line is None or not (wait or line.sums["loss"].is_ready()):
+        return line
+    sums, lr = jax.device_get((line.sums, line.lr))
+    if not math.isfinite(float(sums["loss"] + sums["grad_norm"])):
+        check_finite(state, checkpoints)
+    log_training(log, line.step, sums, lr)
+    return None
+
+
 def log_training(log: RunLog, step: int, sums: dict[str, Any], lr: Any) -> None:
     """Writes the means since the last line."""
     sums = {name: float(value) for name, value in sums.items()}
@@ -363,11 +405,10 @@ def log_training(log: RunLog, step: int, sums: dict[str, Any], lr: Any) -> None:
 
 def check_finite(state: steps.TrainState, checkpoints: Checkpoints) -> None:
     """Raises FloatingPointError with the first step at which the loss or a gradient was not finite."""
-    if int(state.bad_step) != steps.NEVER:
+    bad_step, step = (int(value) for value in jax.device_get((state.bad_step, state.step)))
+    if bad_step != steps.NEVER:
         sound = checkpoints.steps()
-        raise not_finite(
-            int(state.bad_step), int(state.step), f"the last sound checkpoint: {sound[-1] if sound else 'none'}"
-        )
+        raise not_finite(bad_step, step, f"the last sound checkpoint: {sound[-1] if sound else 'none'}")
 
 
 def not_finite(bad_step: int, step: int, left: str) -> FloatingPointError:

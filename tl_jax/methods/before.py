@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from tl_jax import losses, trees
 
@@ -113,6 +111,8 @@ def _chunks(images: np.ndarray, *rest: np.ndarray) -> Iterator[tuple[np.ndarray,
 
 def _fit_classifier(features: np.ndarray, labels: np.ndarray) -> tuple[dict[str, jax.Array], np.ndarray]:
     """A logistic regression (C = 1) as a linear head {"kernel" [D, T], "bias" [T]}, and the T classes seen."""
+    from sklearn.linear_model import LogisticRegression  # here, as it takes half a second
+
     model = LogisticRegression(max_iter=10_000).fit(np.asarray(features, np.float64), labels)
     kernel, bias = model.coef_.T, model.intercept_
     if bias.size == 1:  # two classes: sklearn keeps the difference of their logits
@@ -153,6 +153,9 @@ def direct(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def reverse(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """p(y_s | y_t) by Bayes' rule from a fitted p(y_t | y_s) and the average p(y_s), [T, S] for the T classes seen."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
     probabilities = probabilities.astype(np.float64)
     model = LogisticRegression(C=100.0, fit_intercept=False, max_iter=10_000)
     folds = min(3, np.unique(labels, return_counts=True)[1].min())

@@ -6,12 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.optimize
-import scipy.special
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import NearestNeighbors
-from sklearn.preprocessing import StandardScaler
+import scipy  # loads its parts when they are used; scikit-learn does not, and is imported where it is
 
 from tl_jax import trees
 
@@ -148,6 +143,8 @@ def _fit_knn(features, labels, num_classes, values, metric) -> Candidates:
 
     The order of cosine similarity is that of the euclidean distance between normalised features.
     """
+    from sklearn.neighbors import NearestNeighbors
+
     index = NearestNeighbors().fit(_points(features, metric))
 
     def predict(features, values):
@@ -159,6 +156,8 @@ def _fit_knn(features, labels, num_classes, values, metric) -> Candidates:
 
 def _left_out_neighbours(features, labels, num_classes, k, metric) -> np.ndarray:
     """Logits [N, K] of each example by its k nearest others, from one search instead of N."""
+    from sklearn.neighbors import NearestNeighbors
+
     _check("knn", (k,), metric, (features, labels), None, num_classes, left_out=1)
     points = _points(np.asarray(features, np.float64), metric)
     found = NearestNeighbors().fit(points).kneighbors(points, int(k) + 1, return_distance=False)
@@ -187,6 +186,10 @@ def _points(features: np.ndarray, metric: str) -> np.ndarray:
 
 def _fit_logistic(features, labels, num_classes, values, metric) -> Candidates:
     """Multinomial logistic regression on standardised features, by L-BFGS; the bias is not penalised."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler().fit(features)
     standardised, heads, converged = scaler.transform(features), {}, {}
     present = np.unique(labels)
@@ -219,6 +222,8 @@ def _fit_ridge(features, labels, num_classes, values, metric) -> Candidates:
     The scale is the inverse temperature (Guo et al. 2017, section 4.2) of the scores that each train example gets from
     the model fitted without it; so it needs no val. It changes no prediction.
     """
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler().fit(features)
     standardised, heads = scaler.transform(features), {}
     for alpha, (kernel, bias, left_out) in ridge(standardised, np.eye(num_classes)[labels], values).items():
@@ -259,7 +264,7 @@ def _scale(scores: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(scipy.optimize.minimize_scalar(nll, bounds=(-bound, bound), method="bounded").x)
 
 
-def _fold(scaler: StandardScaler, kernel: np.ndarray, bias: np.ndarray) -> Head:
+def _fold(scaler: Any, kernel: np.ndarray, bias: np.ndarray) -> Head:
     """The head for raw features of one for standardised features."""
     folded = kernel / scaler.scale_[:, None]
     return {"kernel": folded.astype(np.float32), "bias": (bias - scaler.mean_ @ folded).astype(np.float32)}

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from rich import box
 from rich.table import Table
 
-from tl_jax import metrics, options, plots
+from tl_jax import metrics, options
 from tl_jax.logging import say
 from tl_jax.preemption import Preempted
 from tl_jax.studies.statistics import mean_interval
@@ -97,6 +97,8 @@ def compare(
         }
     if jax.process_index() == 0:
         write_json(workdir / "comparison.json", report)
+        from tl_jax import plots  # here, as matplotlib takes its time
+
         plots.comparison(
             table, workdir / "comparison.png", f"accuracy on {report['data']}, {len(report['seeds'])} seeds"
         )

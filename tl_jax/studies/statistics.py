@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+import scipy  # loads its parts when they are used
 
 ROUNDING = 64 * np.finfo(np.float64).eps  # relative to the largest score: differences below are arithmetic, not data
 
@@ -62,7 +62,7 @@ def paired(a: Sequence, b: Sequence, level: float = 0.95, test_share: float | No
     elif constant:
         why = f"the difference is the same in all {n} pairs: no spread to test against"
     else:
-        p, effect = float(2 * stats.t.sf(abs(mean) / error, n - 1)), float(mean / difference.std(ddof=1))
+        p, effect = float(2 * scipy.stats.t.sf(abs(mean) / error, n - 1)), float(mean / difference.std(ddof=1))
     signs = {"wins": difference > 0, "losses": difference < 0, "ties": difference == 0}
     return {
         "mean": mean,
@@ -153,7 +153,7 @@ def _test_effect(table: np.ndarray, axes: tuple[int, ...], total: float, test_sh
     ratio = (ss / df) / (ss_error / df_error) / (1 + seeds * test_share)
     covariance = noise @ noise.T
     epsilon = float(np.trace(covariance) ** 2 / (df * np.sum(covariance**2)))
-    p, p_gg = (float(stats.f.sf(ratio, e * df, e * df_error)) for e in (1.0, epsilon))
+    p, p_gg = (float(scipy.stats.f.sf(ratio, e * df, e * df_error)) for e in (1.0, epsilon))
     return row | {"F": ratio, "p": p, "epsilon": epsilon, "p_gg": p_gg}
 
 
@@ -177,14 +177,14 @@ def friedman(scores: Sequence, level: float = 0.95) -> dict:
     n, k = scores.shape
     if n == 0:
         return {"ranks": None, "statistic": None, "p": None, "critical_difference": None, "n": 0}
-    ranks = stats.rankdata(-_without_rounding(scores), axis=1)
+    ranks = scipy.stats.rankdata(-_without_rounding(scores), axis=1)
     tied = sum(float(t**3 - t) for row in ranks for t in np.unique(row, return_counts=True)[1])
     spread, correction = float(np.sum((ranks.mean(axis=0) - (k + 1) / 2) ** 2)), 1 - tied / (n * (k**3 - k))
     statistic = 12 * n / (k * (k + 1)) * spread / correction if correction > 0 else 0.0  # 0: every block is one tie
     return {
         "ranks": ranks.mean(axis=0).tolist(),
         "statistic": statistic,
-        "p": float(stats.chi2.sf(statistic, k - 1)),
+        "p": float(scipy.stats.chi2.sf(statistic, k - 1)),
         "critical_difference": nemenyi_quantile(k, level) * float(np.sqrt(k * (k + 1) / (6 * n))),
         "n": n,
     }
@@ -193,7 +193,7 @@ def friedman(scores: Sequence, level: float = 0.95) -> dict:
 @functools.cache
 def nemenyi_quantile(treatments: int, level: float = 0.95) -> float:
     """q of Nemenyi's test: the quantile of the studentised range, infinite degrees, over sqrt(2) (Demsar, table 5)."""
-    return float(stats.studentized_range.ppf(level, treatments, np.inf) / np.sqrt(2))
+    return float(scipy.stats.studentized_range.ppf(level, treatments, np.inf) / np.sqrt(2))
 
 
 def groups_not_different(ranks: Sequence[float], critical_difference: float) -> list[tuple[int, ...]]:
@@ -267,7 +267,7 @@ def _student(values: np.ndarray, level: float, test_share: float | None) -> tupl
     if n < 2:
         return (float(values[0]) if n else None), None, 0.0
     error = float(values.std(ddof=1) * np.sqrt(1 / n + (test_share or 0.0)))
-    return float(values.mean()), float(stats.t.ppf(0.5 + level / 2, n - 1)) * error, error
+    return float(values.mean()), float(scipy.stats.t.ppf(0.5 + level / 2, n - 1)) * error, error
 
 
 def _without_rounding(scores: np.ndarray) -> np.ndarray:
