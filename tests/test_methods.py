@@ -90,7 +90,7 @@ def run_method(name, folder, monkeypatch, **changes):
         seen.update(state=jax.device_get(trainer.variables_of(state)), opt_state=state.opt_state)
         return finish(config, run, folder, state, *rest)
 
-    monkeypatch.setattr(sharding, "make_parallel", lambda mode: one_device)
+    monkeypatch.setattr(sharding, "make_parallel", lambda mode, fsdp=0: one_device)
     monkeypatch.setattr(trainer, "build", keep_run)
     monkeypatch.setattr(trainer, "finish", keep_state)
     config = make_config(name, **changes)

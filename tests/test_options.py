@@ -110,7 +110,7 @@ def test_every_rule_is_of_an_option_and_every_number_and_structure_has_one():
     table = options.flatten(transfer.get_config())
     assert set(options.RULES) <= set(table)
     # Checked elsewhere: names by who looks them up, the groups by optim, the rest by options.check or compare.
-    elsewhere = {"optimizer_args", "groups", "schedule.args", "phases", "seeds", "baseline", "data.card"}
+    elsewhere = {"optimizer_args", "groups", "schedule.args", "phases", "seeds", "baseline", "replicas", "data.card"}
     elsewhere |= {"data.augment", "data.override_card"}
     unchecked = {key for key, value in table.items() if not isinstance(value, str)} - set(options.RULES)
     assert unchecked == elsewhere

@@ -40,7 +40,7 @@ def with_everything(**changes):
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     device = sharding.make_parallel("jit", jax.devices()[:1])  # less to compile
-    monkeypatch.setattr(sharding, "make_parallel", lambda mode: device)
+    monkeypatch.setattr(sharding, "make_parallel", lambda mode, fsdp=0: device)
 
 
 def train(config, folder, **kwargs):
@@ -76,7 +76,7 @@ def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken") / "w"
     with pytest.MonkeyPatch.context() as patch:
         device = sharding.make_parallel("jit", jax.devices()[:1])
-        patch.setattr(sharding, "make_parallel", lambda mode: device)
+        patch.setattr(sharding, "make_parallel", lambda mode, fsdp=0: device)
         return folder, *watch_phases(with_everything(), folder)
 
 
