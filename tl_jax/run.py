@@ -86,6 +86,7 @@ def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
             dropout=config.model.dropout,
             drop_path=config.model.drop_path,
             remat=config.model.remat,
+            attention=config.model.attention,
             axis_name=parallel.axis_name,
         ),
         tuple(config.method.add),
