@@ -30,6 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.drop_path = 0.0  # stochastic depth, rising linearly to this rate in the last block
     # Recompute in the backward pass, for memory: "" | block (all of a block) | dots (all but matmuls and convolutions).
     config.model.remat = ""
+    config.model.attention = "xla"  # xla | cudnn: its fused kernel, on a GPU in bfloat16; elsewhere as xla
 
     config.data = ConfigDict()
     config.data.source = "digits"  # digits | glyphs | folder:PATH | arrays:FILE.npz | tfds:NAME

@@ -231,6 +231,7 @@ RULES = {
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.prefix_dtype": _one_of("", "float32", "bfloat16"),
     "model.remat": _one_of("", "block", "dots"),
+    "model.attention": _one_of("xla", "cudnn"),
     "model.dropout": _number(0, 1),
     "model.drop_path": _number(0, 1),
     "data.shots": _integer(0),

@@ -118,6 +118,7 @@ def prepare(config: ConfigDict, stretches: Sequence[ConfigDict], parallel: shard
             dropout=config.model.dropout,
             drop_path=config.model.drop_path,
             remat=config.model.remat,
+            attention=config.model.attention,
             axis_name=parallel.axis_name,
         ),
         tuple(config.method.add),

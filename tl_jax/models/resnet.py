@@ -105,6 +105,7 @@ class ResNet(nn.Module):
       dropout: before the head.
       drop_path: stochastic depth at the last block, rising linearly from 0.
       remat: what the backward pass of a block recomputes: "", "block" or "dots", see layers.recomputed.
+      attention: there is none here; accepted so that every family is built alike.
       frozen_norms: paths of BatchNorm layers that keep their running statistics in training.
       axis_name: pmap axis over which BatchNorm averages.
       head_init: "zeros" or "lecun".
@@ -121,6 +122,7 @@ class ResNet(nn.Module):
     dropout: float = 0.0
     drop_path: float = 0.0
     remat: str = ""
+    attention: str = "xla"
     frozen_norms: tuple[str, ...] = ()
     axis_name: str | None = None
     head_init: str = "zeros"

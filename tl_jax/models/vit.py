@@ -13,7 +13,7 @@ import numpy as np
 
 from tl_jax.card import Card
 from tl_jax.models import layout
-from tl_jax.models.layers import DropPath, attend, classify, drop_path_rates, recomputed, run_parts
+from tl_jax.models.layers import DropPath, attend, classify, drop_path_rates, gelu, recomputed, run_parts
 from tl_jax.models.variant import Variant
 
 INIT = nn.initializers.truncated_normal(0.02)
@@ -50,6 +50,7 @@ class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv projection; the softmax is float32."""
 
     heads: int
+    attention: str
     dtype: Any
 
     @nn.compact
@@ -57,7 +58,7 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         qkv = nn.Dense(3 * width, kernel_init=INIT, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0)
-        x = attend(q, k, v).reshape(batch, tokens, width)
+        x = attend(q, k, v, self.attention).reshape(batch, tokens, width)
         return nn.Dense(width, kernel_init=INIT, dtype=self.dtype, name="proj")(x)
 
 
@@ -70,7 +71,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = nn.Dense(4 * x.shape[-1], kernel_init=INIT, dtype=self.dtype, name="fc1")(x)
-        y = nn.gelu(y, approximate=self.gelu_tanh)
+        y = nn.gelu(y, approximate=True) if self.gelu_tanh else gelu(y)
         return nn.Dense(x.shape[-1], kernel_init=INIT, dtype=self.dtype, name="fc2")(y)
 
 
@@ -81,12 +82,14 @@ class Block(nn.Module):
     drop_path: float
     norm_eps: float
     gelu_tanh: bool
+    attention: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
-        x = x + DropPath(self.drop_path)(Attention(self.heads, self.dtype, name="attn")(norm(name="norm1")(x)), train)
+        attn = Attention(self.heads, self.attention, self.dtype, name="attn")
+        x = x + DropPath(self.drop_path)(attn(norm(name="norm1")(x)), train)
         return x + DropPath(self.drop_path)(Mlp(self.gelu_tanh, self.dtype, name="mlp")(norm(name="norm2")(x)), train)
 
 
@@ -107,6 +110,7 @@ class ViT(nn.Module):
       dropout: before the head.
       drop_path: stochastic depth at the last block, rising linearly from 0.
       remat: what the backward pass of a block recomputes: "", "block" or "dots", see layers.recomputed.
+      attention: who computes it, "xla" or "cudnn", see layers.attend.
       frozen_norms, axis_name: there is no BatchNorm here; accepted so that every family is built alike.
       head_init: "zeros" or "lecun".
     """
@@ -123,6 +127,7 @@ class ViT(nn.Module):
     dropout: float = 0.0
     drop_path: float = 0.0
     remat: str = ""
+    attention: str = "xla"
     frozen_norms: tuple[str, ...] = ()
     axis_name: str | None = None
     head_init: str = "zeros"
@@ -145,7 +150,8 @@ class ViT(nn.Module):
         block_class = recomputed(Block, self.remat)
 
         def block(i, rate, x):
-            return block_class(self.heads, rate, self.norm_eps, self.gelu_tanh, self.dtype, name=f"block{i}")(x, train)
+            fields = (self.heads, rate, self.norm_eps, self.gelu_tanh, self.attention, self.dtype)
+            return block_class(*fields, name=f"block{i}")(x, train)
 
         def pre_logits(x):  # LayerNorm works token by token: the class token alone is enough
             return nn.LayerNorm(epsilon=self.norm_eps, dtype=jnp.float32, name="norm")(x[:, 0])
