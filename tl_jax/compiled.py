@@ -22,4 +22,4 @@ def keep_compiled_programs() -> None:
     if facts.st_uid == os.getuid() and not facts.st_mode & 0o022:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", 2**31)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
