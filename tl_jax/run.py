@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from tl_jax import audit, optim, options, pretrained, sharding, steps, trees
 from tl_jax.card import Card
+from tl_jax.compiled import keep_compiled_programs
 from tl_jax.data import pipeline, resample, sources
 from tl_jax.logging import say
 from tl_jax.methods import Method, closed_form, finetune, regularize
@@ -69,6 +70,7 @@ class Run(NamedTuple):
 
 def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
     """Loads and wires everything that a config names; raises ValueError for what does not fit together."""
+    keep_compiled_programs()
     options.check(config)
     stretches = [options.override(config, dict(phase)) for phase in config.phases] or [config]
     for stretch in stretches:
