@@ -57,7 +57,8 @@ class Checkpoints:
 
     def prepare(self, state: Any) -> None:
         """Compiles and allocates what `save` needs, so that the first save takes no longer than the others."""
-        self._copy = _copy_of(state, self._copy)
+        for _ in range(2):  # the first allocates, those after it copy into what is there
+            self._copy = _copy_of(state, self._copy)
         self._give_back()
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], keep: Collection[int] = ()) -> None:
@@ -169,9 +170,11 @@ def _copy_of(state: Any, old: dict[str, jax.Array]) -> dict[str, jax.Array]:
     Where the device has no room for it, the copy is in the host's memory, and waited for.
     """
     flat = {path: _one_replica(leaf) for path, leaf in trees.flatten(state).items()}
-    alike = [(x.shape, x.dtype) for x in old.values()] == [(x.shape, x.dtype) for x in flat.values()]
+    fits = jax.tree.map(jnp.shape, old) == jax.tree.map(jnp.shape, flat) and all(
+        isinstance(x, jax.Array) and x.dtype == flat[path].dtype for path, x in old.items()
+    )
     try:
-        copy, _ = _copy_into(old, flat) if alike and old else _copy_fresh(flat)
+        copy, _ = _copy_into(old, flat) if fits else _copy_fresh(flat)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -192,8 +195,12 @@ def _copies(flat: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array
     return jax.tree.map(jnp.copy, flat), work @ work
 
 
+def _copies_into(old: dict[str, jax.Array], flat: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
+    return _copies(flat)
+
+
 _copy_fresh = jax.jit(_copies)
-_copy_into = jax.jit(lambda old, flat: _copies(flat), donate_argnums=0, keep_unused=True)
+_copy_into = jax.jit(_copies_into, donate_argnums=0, keep_unused=True)
 
 
 @dataclasses.dataclass

@@ -113,7 +113,7 @@ def load_with_origins(
         flat |= _new_head(model, shapes[f"{HEAD}kernel"][0], seed)
     for key in resampled:
         origins[POS_EMBED] += f" (resampled from {tensors[key].shape[1]} to {shapes[POS_EMBED][1]} tokens)"
-    variables = trees.unflatten({leaf: jnp.array(flat[leaf]) for leaf in shapes})
+    variables = trees.unflatten(jax.device_put({leaf: flat[leaf] for leaf in shapes}))
     return Loaded(
         model,
         variables,
@@ -188,7 +188,7 @@ def _images(card: Card) -> jax.Array:
 
 
 def _shapes(model: Any, card: Card) -> dict[str, tuple[int, ...]]:
-    tree = jax.eval_shape(model.init, jax.random.key(0), _images(card))
+    tree = jax.eval_shape(lambda: model.init(jax.random.key(0), _images(card)))  # nothing is computed, the key neither
     return {leaf: value.shape for leaf, value in trees.flatten(tree).items()}
 
 

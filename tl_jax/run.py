@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from tl_jax import audit, optim, options, pretrained, sharding, steps, trees
 from tl_jax.card import Card
+from tl_jax.compiled import keep_compiled_programs
 from tl_jax.data import pipeline, resample, sources
 from tl_jax.logging import say
 from tl_jax.methods import Method, closed_form, finetune, regularize
@@ -106,6 +107,7 @@ def check(config: ConfigDict, parallel: sharding.Parallel) -> list[ConfigDict]:
 
 def prepare(config: ConfigDict, stretches: Sequence[ConfigDict], parallel: sharding.Parallel) -> Material:
     """Loads data and network."""
+    keep_compiled_programs()
     data = load_data(config)
     class_names = data["train"].class_names
     loaded = _load_network(config, class_names)

@@ -1,0 +1,230 @@
+"""The steady state: one compilation, no copies and no waiting between two lines of metrics, and flat memory."""
+
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import smoke
+from tl_jax import options, sharding, steps, trees
+from tl_jax import train as trainer
+from tl_jax.checkpoint import Checkpoints
+from tl_jax.compiled import keep_compiled_programs
+from tl_jax.preemption import Preempted
+from tl_jax.run import build
+
+
+def make_config(**changes):
+    return options.override(smoke.get_config(), {
+        "method.name": "last_k", "method.k": 1, "total": (8.0, "steps"), "eval_every": (2.0, "steps"), "resamples": 10,
+        "log_every": (1.0, "steps"), "ema": 0.9, "method.mixup": 0.2, **changes,
+    })  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    device = sharding.make_parallel("jit", jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_parallel", lambda mode: device)
+    return device
+
+
+@pytest.fixture
+def compiled():
+    """The names of the programs compiled since, in order."""
+    names = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            text = record.getMessage()
+            if text.startswith("Finished XLA compilation of"):
+                names.append(text.split("jit(")[-1].split(")")[0])
+
+    handler, logger = Handler(), logging.getLogger("jax")
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    with jax.log_compiles():
+        yield names
+    logger.removeHandler(handler)
+    logger.propagate = propagates
+
+
+def train(config, folder, **kwargs):
+    return trainer.train(config, folder, verbose=False, **kwargs)
+
+
+def test_a_run_compiles_one_train_step_and_one_eval_step_and_nothing_after_its_first_round(tmp_path, compiled):
+    seen = {}
+    train(make_config(), tmp_path / "w", stop_requested=lambda done: bool(seen.setdefault(done, len(compiled)) and 0))
+    assert compiled.count("train_step") == compiled.count("eval_step") == 1
+    assert seen[8] == seen[3], compiled[seen[3] : seen[8]]  # step 2 logged, evaluated and saved
+    compiled.clear()
+    with pytest.raises(Preempted):
+        train(make_config(seed=1), tmp_path / "x", stop_requested=lambda done: done == 3)
+    assert compiled.count("train_step") == 1
+    compiled.clear()
+    train(make_config(seed=1), tmp_path / "x", stop_requested=lambda done: bool(seen.update({done: len(compiled)})))
+    assert compiled.count("train_step") == compiled.count("eval_step") == 1
+    assert seen[8] == seen[5], compiled[seen[5] : seen[8]]
+
+
+def test_each_phase_compiles_one_train_step(tmp_path, compiled):
+    two = tuple({"total": (2.0, "steps")}.items())
+    phases = (two, (*two, ("lr", 0.02), ("method.k", 0), ("method.name", "linear_probe")))
+    train(make_config(phases=phases), tmp_path / "w")
+    assert compiled.count("train_step") == 2 and compiled.count("eval_step") == 1
+
+
+def test_between_the_first_and_the_last_step_nothing_moves_unasked(tmp_path):
+    """What jax would move from host to device, or back, without being told to, raises."""
+    before = jax.config.jax_transfer_guard
+
+    def guard(done):
+        jax.config.update("jax_transfer_guard", before if done == 8 else "disallow")
+
+    try:
+        train(make_config(), tmp_path / "w", stop_requested=guard)
+    finally:
+        jax.config.update("jax_transfer_guard", before)
+
+
+def test_a_step_takes_over_the_memory_of_the_state_before_it(one_device):
+    config = make_config()
+    run = build(config, one_device)
+    state = trainer.initial_state(config, run, 0, one_device)
+    batch = one_device.put_batch(next(run.batches.iterate(0, 1)))
+    step = jax.jit(_train_step(config, run), donate_argnums=0).lower(state, batch).compile()
+    training = [state.params, state.batch_stats, state.opt_state, state.ema]
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(training))
+    assert step.memory_analysis().alias_size_in_bytes >= nbytes > 0
+    train_fn, _ = trainer.compile_step(config, run, run.phases[0], one_device, state, batch)
+    after = train_fn(state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(training))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, run.variables)))
+
+
+def _train_step(config, run):
+    phase = run.phases[0]
+    return steps.make_train_step(
+        phase.model, phase.method, phase.tx, phase.labels, mean=run.card.mean, std=run.card.std, ema=config.ema
+    )
+
+
+def test_a_state_made_by_one_program_is_the_state_made_leaf_by_leaf(one_device):
+    config = make_config()
+    run = build(config, one_device)
+    phase = run.phases[0]
+    variables = jax.tree.map(jax.numpy.array, run.variables)
+    plain = steps.init_state(variables, phase.tx, phase.labels, config.seed, True, phase.model.frozen_norms)
+    made = trainer.initial_state(config, run, 0, one_device)
+    assert jax.tree.structure(made) == jax.tree.structure(plain)
+    assert trees.leaf_hashes(made) == trees.leaf_hashes(plain)
+
+
+class Late:
+    """Sums that are on their way for the first `polls` looks."""
+
+    def __init__(self, polls):
+        self.polls = polls
+
+    def is_ready(self):
+        self.polls -= 1
+        return self.polls < 0
+
+
+def test_the_loop_does_not_wait_for_a_line_whose_sums_are_on_their_way():
+    line = trainer.Line(3, {"loss": Late(2)}, None)
+    assert trainer.write_line(line, None, None, None, wait=False) is line
+    assert trainer.write_line(line, None, None, None, wait=False) is line
+    assert trainer.write_line(None, None, None, None) is None
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_metrics_are_whole_and_in_order_however_late_their_sums_come(tmp_path, monkeypatch, ready):
+    write = trainer.write_line
+
+    def write_line(line, *rest, wait=True):
+        return line if not (wait or ready) else write(line, *rest, wait=True)
+
+    monkeypatch.setattr(trainer, "write_line", write_line)
+    config = make_config(seed=2)
+    train(config, tmp_path / "w")
+    rows = [json.loads(row) for row in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], "val/loss" in row) for row in rows] == [
+        pair for step in range(1, 9) for pair in ([(step, False)] + [(step, True)] * (step % 2 == 0))
+    ]
+    with Checkpoints(tmp_path / "w" / "checkpoints") as checkpoints:
+        for step in checkpoints.steps():
+            assert checkpoints.meta(step)["rows"] == [row for row in rows if row["step"] <= step]
+
+
+@pytest.mark.parametrize("eval_every", [2.0, 8.0])
+def test_a_loss_that_is_not_finite_is_seen_however_late_and_named_by_its_step(tmp_path, eval_every):
+    changes = {"lr": 1e38, "clip": 0.0, "optimizer": "sgd", "optimizer_args": {}, "eval_every": (eval_every, "steps")}
+    with pytest.raises(FloatingPointError, match=r"at step [01] \(counted from 0\), seen after step [1-8]"):
+        train(make_config(**changes), tmp_path / "w")
+
+
+def test_programs_are_kept_for_whoever_calls_train_and_not_behind_a_link(tmp_path, monkeypatch):
+    monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path)
+    names = ("dir", "max_size")
+    before = {name: getattr(jax.config, f"jax_compilation_cache_{name}") for name in names}
+    folder = tmp_path / ".cache" / "tl_jax" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        build(make_config(), sharding.make_parallel("jit"))
+        assert jax.config.jax_compilation_cache_dir == str(folder) and folder.stat().st_mode & 0o777 == 0o700
+        jax.config.update("jax_compilation_cache_dir", None)
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+        keep_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        for name in names:
+            jax.config.update(f"jax_compilation_cache_{name}", before[name])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+LONG = """
+import gc, json, sys
+import jax
+from configs import smoke
+from tl_jax import options, train as trainer
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+seen = {}
+
+def look(done):
+    if done in (2000, 6000, 10_000):
+        gc.collect()
+        seen[done] = (resident(), len(jax.live_arrays()))
+
+config = options.override(smoke.get_config(), {
+    "total": (10_000.0, "steps"), "log_every": (50.0, "steps"), "eval_every": (500.0, "steps"), "select": "last",
+    "batch_size": 8, "model.image_size": 8, "data.test": "", "resamples": 10,
+})
+trainer.train(config, sys.argv[1], verbose=False, stop_requested=look)
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_ten_thousand_steps(tmp_path):
+    root = pathlib.Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": "", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", LONG, str(tmp_path / "w")], env=environment, capture_output=True, text=True, check=True
+    )
+    seen = json.loads(done.stdout.splitlines()[-1])
+    (early, arrays), (_, middle), (late, last) = (seen[key] for key in ("2000", "6000", "10000"))
+    assert arrays == middle == last
+    assert abs(late - early) < 5e6, f"{early:,} -> {late:,} bytes"
+    assert np.isfinite(late)
