@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from configs import transfer
-from tl_jax import models
+from tl_jax import models, options
+from tl_jax.sweep import sweep
 from tl_jax.train import train
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py"))
@@ -32,6 +33,11 @@ def test_every_config_trains_one_step_on_made_up_data(name, tmp_path):
         config.batch_size, config.eval_batch_size = 8, 16
         config.total, config.schedule.warmup = (1.0, "steps"), (0.0, "steps")
         config.seeds, config.baseline, config.resamples = (), (), 20
+    if config.replicas:
+        config = options.override(config, {"replicas": config.replicas[::17]})
+        table = sweep(config, tmp_path / "w", verbose=False)
+        assert table["best"] in [row["name"] for row in table["replicas"]]
+        return
     result = train(config, tmp_path / "w")
     assert result["metrics"]["count"] == 16 and result["split"] == "test"
 

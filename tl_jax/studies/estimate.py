@@ -16,7 +16,7 @@ from tl_jax import options, sharding, steps
 from tl_jax.logging import CONSOLE
 from tl_jax.methods import closed_form
 from tl_jax.run import build
-from tl_jax.studies import local, store
+from tl_jax.studies import local, store, together
 from tl_jax.studies.study import RunSpec, Study, title
 from tl_jax.workdir import read_json
 
@@ -58,6 +58,14 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
             f"{len(cells) - len(works)} cells were not built: {BUDGET:.0f} s were over; totals scale the others"
         )
     left = {cell: sum(words[run.key] != "done" for run in members) for cell, members in cells.items()}
+    if study.together != "none":
+        sets = together.group({run.key: options.identity(run.config) for run in runs}, study.together)
+        shared = [keys for keys in sets if len(keys) > 1]
+        if shared:
+            CONSOLE.print(
+                f"{sum(map(len, shared))} runs are trained together in {len(shared)} programs, which compute what is "
+                "frozen once: FLOPs and seconds of runs by themselves are more than they take"
+            )
     for line in totals(left, works, seconds, jobs or local.default_jobs()):
         CONSOLE.print(line)
 

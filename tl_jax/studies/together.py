@@ -53,9 +53,14 @@ def part(home: pathlib.Path, reason: str) -> None:
 
 def sets(workdir: pathlib.Path, keys: Collection[str], which: str) -> list[list[str]]:
     """The keys in sets that are one program each, of at most LARGEST; most are by themselves."""
+    return group({key: read_json(store.run_folder(workdir, key) / "config.json") for key in keys}, which)
+
+
+def group(flats: Mapping[str, Mapping[str, Any]], which: str) -> list[list[str]]:
+    """The keys of `{key: options}` in sets."""
     alike: dict[str, list[str]] = {}
-    for key in keys:
-        form = None if which == "none" else form_of(read_json(store.run_folder(workdir, key) / "config.json"), which)
+    for key, flat in flats.items():
+        form = None if which == "none" else form_of(flat, which)
         alike.setdefault(form or key, []).append(key)
     return [runs[i : i + LARGEST] for runs in alike.values() for i in range(0, len(runs), LARGEST)]
 
