@@ -95,14 +95,18 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
         start = int(state.step)
         first = run.phase_of(start)
         stream = run.batches.iterate(start, total, num_workers=config.data.workers)
+
+        def idle() -> bool:
+            return state.step.is_ready()
+
         with RunLog(folder, rows, start, total, verbose) as log, contextlib.closing(stream):
             for i in range(first, len(run.phases)):
                 phase = run.phases[i]
                 if i > first:
                     state, frozen = enter_phase(run, i, state, frozen, parallel)
                 train_fn, so_far = None, max(start, phase.start)
-                for done, batch in enumerate(itertools.islice(stream, phase.stop - so_far), so_far + 1):
-                    batch = parallel.put_batch(batch)
+                batches = map(parallel.put_batch, itertools.islice(stream, phase.stop - so_far))
+                for done, batch in enumerate(log.feed(batches, idle), so_far + 1):
                     if train_fn is None:
                         train_fn, cost = compile_step(config, run, phase, parallel, state, batch)
                         note_cost(folder, run, i, cost)
@@ -164,7 +168,7 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
     """Writes cost.json: what a step of phase i costs as compiled, beside what is known of the other phases.
 
     flops_per_step is the mean over the steps, memory_bytes the largest of the phases; seconds are those of training,
-    compilation included, evaluation not, over all starts of the run.
+    compilation included, evaluation not, over all starts of the run, data_wait_seconds those that devices waited for data.
     """
     if jax.process_index():
         return
@@ -177,11 +181,13 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
     known = all(phases)
     flops = [phase["flops_per_step"] * phase["steps"] for phase in phases if phase and phase["flops_per_step"]]
     memory = [phase["memory_bytes"] for phase in phases if phase and phase["memory_bytes"]]
+    times = workdir.read_rows(folder / "timing.jsonl")
     table = {
         "trainable_parameters": audit.totals([phase.audit for phase in run.phases])["trainable"],
         "flops_per_step": sum(flops) / run.total_steps if known and len(flops) == len(phases) else None,
         "memory_bytes": max(memory, default=None),
-        "seconds": round(sum(row["seconds"] for row in workdir.read_rows(folder / "timing.jsonl")), 3),
+        "seconds": round(sum(row["seconds"] for row in times), 3),
+        "data_wait_seconds": round(sum(row.get("data_wait_seconds", 0.0) for row in times), 3),
         "steps": run.total_steps,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "phases": phases,
