@@ -168,7 +168,7 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
     """Writes cost.json: what a step of phase i costs as compiled, beside what is known of the other phases.
 
     flops_per_step is the mean over the steps, memory_bytes the largest of the phases; seconds are those of training,
-    compilation included, evaluation not, over all starts of the run, data_wait_seconds those that devices waited for data.
+    compilation included, evaluation not, over all starts of the run; data_wait_seconds those of waiting for data.
     """
     if jax.process_index():
         return
