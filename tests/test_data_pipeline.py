@@ -11,10 +11,10 @@ import textwrap
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from tl_jax.card import Card
-from tl_jax.data import sources
+from tl_jax.data import ops, pipeline, sources, workers
 from tl_jax.data.augment import make_preprocess
 from tl_jax.data.ops import decode
 from tl_jax.data.pipeline import eval_batches, train_batches
@@ -29,14 +29,20 @@ def digits():
     return sources.load("digits", "train[:101]")
 
 
+def turned(i):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = {3: 6, 7: 5}.get(i, 1)
+    return exif
+
+
 @pytest.fixture
 def photos(tmp_path):
-    """Nine small JPEGs in three classes."""
+    """Nine small JPEGs in three classes, two of them to be turned by their EXIF orientation."""
     rng = np.random.default_rng(0)
     for i in range(9):
         path = tmp_path / "abc"[i % 3] / f"{i}.jpg"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), np.uint8)).save(path)
+        Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), np.uint8)).save(path, exif=turned(i))
     return sources.load(f"folder:{tmp_path}")
 
 
@@ -51,6 +57,20 @@ def same(first, second):
     assert first.keys() == second.keys()
     for key in first:
         np.testing.assert_array_equal(first[key], second[key])
+
+
+def plainly(batches, step):
+    """The images of a batch, each decoded whole into an array that is then cut, resized, mirrored and stacked."""
+    images = []
+    for c in range(step * batches.batch_size, (step + 1) * batches.batch_size):
+        rng = np.random.Generator(np.random.Philox(key=(batches.seed, c)))
+        n = len(batches.source)
+        index = np.random.default_rng([batches.seed, c // n]).permutation(n)[c % n]
+        image = np.asarray(
+            ImageOps.exif_transpose(Image.open(io.BytesIO(batches.source[index]["image"]))).convert("RGB")
+        )
+        images.append(batches.preprocess(image, rng))
+    return np.stack(images)
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone(digits):
@@ -135,6 +155,56 @@ def test_training_without_augmentation_sees_the_evaluation_pixels(digits):
     assert pairs[0] == pairs[1]
 
 
+@pytest.mark.parametrize("size", [16, 12])  # 16 is mirrored eight bytes at a time, 12 is not
+@pytest.mark.parametrize("augment", [
+    [],
+    [("random_resized_crop", {}), ("flip", {})],
+    [("random_resized_crop", {"interpolation": "bicubic"}), ("flip", {"probability": 1.0})],
+    [("flip", {}), ("random_resized_crop", {"scale": (0.3, 1.0)})],
+    [("resize", {}), ("random_crop", {}), ("flip", {})],
+    [("resize", {}), ("random_crop", {"padding": 2}), ("colour_jitter", {"hue": 0.1}), ("flip", {})],
+])  # fmt: skip
+def test_pixels_are_those_of_the_plain_path(photos, size, augment):
+    batches = train_batches(photos, card=CARD.replace(input_size=size), augment=augment, batch_size=8, seed=1)
+    for step in range(3):
+        np.testing.assert_array_equal(batches[step]["image"], plainly(batches, step))
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("size", [8, 12, 64])
+def test_a_row_of_a_batch_is_the_image_cut_from_a_larger_one(size, mirrored):
+    large = np.random.default_rng(0).integers(0, 256, (90, 80, 3), np.uint8)
+    image = large[3 : 3 + size, 7 : 7 + size][:, :: -1 if mirrored else 1]
+    rows = np.zeros((3, size, size, 3), np.uint8)
+    ops.put(rows[1], image)
+    np.testing.assert_array_equal(rows[1], image)
+    assert not rows[0].any() and not rows[2].any()
+    whole = np.ascontiguousarray(image)[:, ::-1]
+    before = whole.copy()
+    ops.put(rows[1], whole)
+    np.testing.assert_array_equal(rows[1], before)
+    np.testing.assert_array_equal(whole, before)
+
+
+def test_batches_in_shared_memory_stay_as_they_are_while_they_are_held(photos):
+    batches = train_batches(photos, card=CARD, augment=AUGMENT, batch_size=4, seed=0)
+    iterator = batches.iterate(0, 40, 1)
+    held = [batch["image"][1:] for batch in iterator]  # more than there are slots
+    for step, images in enumerate(held):
+        np.testing.assert_array_equal(images, batches[step]["image"][1:])
+
+
+def test_a_slot_is_free_when_the_last_view_of_it_is_gone():
+    slots = workers.Slots(2, (2, 3))
+    assert sorted((slots.take(), slots.take())) == [0, 1] and slots.take() is None
+    view = slots.view(1)
+    row = view.reshape(-1)[2:4]
+    del view
+    assert slots.take() is None
+    del row
+    assert slots.take() == 1
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_do_not_change_a_bit(photos, workers):
     batches = train_batches(photos, card=CARD, augment=AUGMENT, batch_size=4, seed=0)
@@ -151,7 +221,8 @@ def test_threads_do_not_change_a_bit(digits):
         same(batch, batches[step])
 
 
-def test_evaluation_with_workers_is_the_same(photos):
+def test_evaluation_with_workers_is_the_same(photos, monkeypatch):
+    monkeypatch.setattr(pipeline, "WORTH_WORKERS", 0)
     plain = list(eval_batches(photos, card=CARD, batch_size=4))
     for first, second in zip(plain, eval_batches(photos, card=CARD, batch_size=4, num_workers=2), strict=True):
         same(first, second)

@@ -30,7 +30,7 @@ def make_config(**changes):
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     device = sharding.make_parallel("jit", jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_parallel", lambda mode: device)
+    monkeypatch.setattr(sharding, "make_parallel", lambda mode, fsdp=0: device)
     return device
 
 

@@ -6,7 +6,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tl_jax.workdir import write_text
 
 CONSOLE = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
+SHOWN_WAIT = 0.02  # share of the time from which on the wait for data is shown
 
 
 def say(message: Any) -> None:
@@ -51,7 +52,7 @@ class RunLog:
                 write_text(self._paths["timing"], "")
         self._clock = self._began = time.perf_counter()
         self._start, self._timed, self._total = start, start, total_steps
-        self._share = 1 / replicas
+        self._share, self._waited = 1 / replicas, 0.0
         # Further columns of timing.jsonl, from the steps per second.
         self.rates: Callable[[float], Mapping[str, Any]] = lambda steps_per_second: {}
         self._verbose = verbose and self._writes
@@ -83,15 +84,33 @@ class RunLog:
         now = time.perf_counter()
         seconds, self._clock = (now - self._clock) * self._share, now
         rate = examples / seconds
+        waited, self._waited = self._waited * self._share, 0.0
         row = {"step": step, "seconds": round(seconds, 6), "images_per_second": round(rate, 1)}
+        row |= {"data_wait_seconds": round(waited, 6), "data_wait": round(waited / seconds, 4)}
         self._append("timing", {**row, **self.rates((step - self._timed) / seconds)})
         self._timed = step
         text = "  ".join(f"{name} {metrics[f'train/{name}']:.4g}" for name in ("loss", "accuracy"))
+        text += f"  waited {waited / seconds:.0%} for data" if waited > SHOWN_WAIT * seconds else ""
         if self._progress:
             self._progress.update(self._task, completed=step, text=text, rate=f"{rate:,.0f} images/s")
         elif self._verbose:
             left = (self._total - step) * (now - self._began) / (step - self._start)  # evaluations included
             say(f"step {step}/{self._total}  {text}  {rate:,.0f} images/s  {left:,.0f} s left")
+
+    def feed(self, batches: Iterable, idle: Callable[[], bool]) -> Iterator:
+        """The same batches; counts as wait for data the time that each took to come while the devices had no work.
+
+        idle: whether the last step is done. Steps are only asked for, not waited for, so a batch may be late for the
+        loop and still early for the devices. A step that ends during the wait counts as if it had ended before.
+        """
+        batches = iter(batches)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self._waited += (time.perf_counter() - began) * idle()
+            yield batch
 
     @contextlib.contextmanager
     def untimed(self):

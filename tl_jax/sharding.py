@@ -87,6 +87,7 @@ class Parallel(NamedTuple):
         """(state, batch) -> state on all devices. Under jit the old state's buffers are reused: do not touch it."""
         if self.mode == "jit":
 
+            @functools.wraps(train_step)
             def placed(state, batch):
                 state = train_step(state, batch)
                 return jax.lax.with_sharding_constraint(state, self.shardings(state))
@@ -134,9 +135,12 @@ class Parallel(NamedTuple):
     def evaluate(self, eval_step: Callable) -> Callable:
         """(variables, images) -> per-example outputs in the order of the images, whole on every process."""
         if self.mode == "jit":
-            return jax.jit(
-                lambda variables, images: eval_step(self.whole(variables), images), out_shardings=self._whole
-            )
+
+            @functools.wraps(eval_step)
+            def collected(variables, images):
+                return eval_step(self.whole(variables), images)
+
+            return jax.jit(collected, out_shardings=self._whole)
         mapped = jax.pmap(eval_step, AXIS, in_axes=(None, 0), devices=list(self.mesh.devices.flat))
 
         def evaluate(variables, images):

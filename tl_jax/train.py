@@ -99,6 +99,10 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
         first = run.phase_of(start)
         predict = make_predict(run, parallel)
         line = None  # of metrics, whose sums may still be on their way: the loop waits for nothing it can do without
+
+        def idle() -> bool:
+            return state.step.is_ready()
+
         with RunLog(folder, rows, start, total, verbose) as log, contextlib.ExitStack() as streams:
             for i in range(first, len(run.phases)):
                 phase = run.phases[i]
@@ -109,8 +113,7 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
                 batches = batches_of(config, run, phase, splits, state, parallel, stop_requested)
                 stream = batches["train"].iterate(so_far, phase.stop, num_workers=config.data.workers)
                 streams.callback(stream.close)
-                for done, batch in enumerate(stream, so_far + 1):
-                    batch = parallel.put_batch(batch)
+                for done, batch in enumerate(log.feed(map(parallel.put_batch, stream), idle), so_far + 1):
                     if train_fn is None:
                         train_fn, cost = compile_step(config, run, phase, parallel, state, batch)
                         note_cost(folder, run, i, cost)
@@ -250,9 +253,10 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
     """Writes cost.json: what a step of phase i costs as compiled, beside what is known of the other phases.
 
     flops_per_step is the mean over the steps, memory_bytes the largest of the phases; seconds are those of training,
-    compilation included, evaluation not, over all starts of the run; flops_per_second, mfu and roofline are medians of
-    the rows of timing.jsonl. Of a run that was trained together with others, seconds and flops_per_step are its share
-    and "replicas" says how many shared; memory_bytes is that of all together.
+    compilation included, evaluation not, over all starts of the run; data_wait_seconds those in which the devices had
+    no work for want of data; flops_per_second, mfu and roofline are medians of the rows of timing.jsonl. Of a run that
+    was trained together with others, seconds and flops_per_step are its share and "replicas" says how many shared;
+    memory_bytes is that of all together.
     """
     if jax.process_index():
         return
@@ -274,6 +278,7 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
         "memory_bytes": max(memory, default=None),
         **{name: statistics.median(values) if values else None for name, values in rates.items()},
         "seconds": round(sum(row["seconds"] for row in rows), 3),
+        "data_wait_seconds": round(sum(row.get("data_wait_seconds", 0.0) for row in rows), 3),
         "steps": run.total_steps,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "phases": phases,

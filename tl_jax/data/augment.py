@@ -8,13 +8,14 @@ from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from tl_jax.card import Card
 from tl_jax.data import ops
 
 
 class Preprocess(NamedTuple):
-    """`preprocess(image, rng)` makes uint8 [input_size, input_size, 3] of a uint8 RGB image [H, W, 3].
+    """`preprocess(image, rng)` makes uint8 [input_size, input_size, 3] of uint8 RGB [H, W, 3] or a Pillow image.
 
     The augmentations `ops`, (name, parameters) pairs, come first. The card's resize and centre crop follow, unless
     one of the `SIZING` ops has already cut the image to the input size. Normalisation is left to the device.
@@ -25,10 +26,11 @@ class Preprocess(NamedTuple):
     resize_size: int
     interpolation: str
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+    def __call__(self, image: np.ndarray | Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
         for name, parameters in self.ops:
+            image = image if name in ops.PILLOW else np.asarray(image)
             image = ops.OPS[name](image, rng, **parameters)
-        cut = any(name in SIZING for name, _ in self.ops) and image.shape[:2] == (self.input_size, self.input_size)
+        cut = any(name in SIZING for name, _ in self.ops) and ops.shape_of(image) == (self.input_size, self.input_size)
         if not cut:
             image = ops.resize(image, size=self.resize_size, interpolation=self.interpolation)
         return ops.centre_crop(image, self.input_size)

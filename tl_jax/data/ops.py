@@ -1,5 +1,6 @@
 """Decoding, the card's resize and crop, and the augmentations: pure functions on uint8 images [H, W, 3]."""
 
+import functools
 import io
 import math
 
@@ -36,7 +37,12 @@ def open_image(data: bytes | str) -> Image.Image:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Decodes an encoded image into uint8 RGB [H, W, 3].
+    """Decodes an encoded image into uint8 RGB [H, W, 3]; see `decode_image`."""
+    return np.asarray(decode_image(data))
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decodes an encoded image into one of Pillow's, in mode RGB.
 
     EXIF orientation is applied; of several frames the first is taken; 16-bit grey is scaled to 8 bits; transparent
     pixels are laid on white; CMYK, grey and palette images become RGB. Raises ValueError with the reason on
@@ -45,8 +51,8 @@ def decode(data: bytes) -> np.ndarray:
     image = open_image(data)
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
-        return np.asarray(_to_rgb(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
     except Exception as error:  # see open_image
         raise ValueError(f"damaged {image.format or 'image'} ({_reason(error)})") from None
 
@@ -67,32 +73,43 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def as_rgb(image: np.ndarray | bytes) -> np.ndarray:
-    """Brings encoded bytes, or uint8 [H, W], [H, W, 1] or [H, W, 3], to [H, W, 3]; raises ValueError on others."""
+def as_rgb(image: np.ndarray | bytes) -> np.ndarray | Image.Image:
+    """Encoded bytes as an image of Pillow's, uint8 [H, W], [H, W, 1] or [H, W, 3] as [H, W, 3]; ValueError on others.
+
+    Not everything becomes an array, since what is cut and resized first would be copied there and back.
+    """
     if isinstance(image, bytes):
-        return decode(image)
+        return decode_image(image)
     if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
         raise ValueError(f"an image must be uint8 [H, W], [H, W, 1] or [H, W, 3], found {image.dtype} {image.shape}")
     image = image[..., None] if image.ndim == 2 else image
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 
 
-def resize(image: np.ndarray, rng=None, *, size: int, interpolation: str) -> np.ndarray:
-    """Resizes the short side to `size` pixels, the long side to `floor(size * long / short)` as torchvision does."""
-    height, width = image.shape[:2]
+def shape_of(image: np.ndarray | Image.Image) -> tuple[int, int]:
+    """Height and width."""
+    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+
+
+def resized(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width after `resize`: the short side is `size`, the long one `floor(size * long / short)`."""
     short = min(height, width)
-    if short == size:
-        return image
-    return _scale(image, int(size * height / short), int(size * width / short), interpolation)
+    return int(size * height / short), int(size * width / short)
 
 
-def _scale(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
-    if image.shape[:2] == (height, width):
-        return image
-    return np.asarray(Image.fromarray(image).resize((width, height), RESAMPLE[interpolation]))
+def resize(image: np.ndarray | Image.Image, rng=None, *, size: int, interpolation: str) -> np.ndarray:
+    """Resizes the short side to `size` pixels, the long side to `floor(size * long / short)` as torchvision does."""
+    return _scale(image, *resized(*shape_of(image), size), interpolation)
+
+
+def _scale(image: np.ndarray | Image.Image, height: int, width: int, interpolation: str) -> np.ndarray:
+    if shape_of(image) == (height, width):
+        return np.asarray(image)
+    pil = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    return np.asarray(pil.resize((width, height), RESAMPLE[interpolation]))
 
 
 def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
@@ -113,14 +130,14 @@ def flip(image: np.ndarray, rng: np.random.Generator, *, probability: float = 0.
 
 
 def random_resized_crop(
-    image: np.ndarray, rng, *, size: int, interpolation: str, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)
+    image: np.ndarray | Image.Image, rng, *, size: int, interpolation: str, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)
 ) -> np.ndarray:
     """Cuts a box of random area and aspect ratio and resizes it to `size` x `size` (Szegedy et al. 2015, section 6).
 
     `scale` bounds the box's share of the area (uniform), `ratio` its width / height (log-uniform). After ten boxes that
     do not fit, the largest central box within `ratio` is taken.
     """
-    height, width = image.shape[:2]
+    height, width = shape_of(image)
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -132,7 +149,10 @@ def random_resized_crop(
         w = min(width, round(height * ratio[1]))
         h = min(height, round(width / ratio[0]))
         top, left = (height - h) // 2, (width - w) // 2
-    return _scale(np.ascontiguousarray(image[top : top + h, left : left + w]), size, size, interpolation)
+    # Cut, then resized: with a `box`, Pillow's resize would blend in pixels from outside of it.
+    if isinstance(image, np.ndarray):
+        return _scale(np.ascontiguousarray(image[top : top + h, left : left + w]), size, size, interpolation)
+    return _scale(image.crop((left, top, left + w, top + h)), size, size, interpolation)
 
 
 def random_crop(image: np.ndarray, rng, *, size: int, padding: int = 0) -> np.ndarray:
@@ -143,8 +163,10 @@ def random_crop(image: np.ndarray, rng, *, size: int, padding: int = 0) -> np.nd
             f"random_crop of {size} pixels from an image of {height} x {width} (padding included); "
             "put ('resize', {}) before it or raise padding"
         )
-    padded = np.zeros((height, width, 3), np.uint8)
-    padded[padding : height - padding, padding : width - padding] = image
+    padded = image
+    if padding:
+        padded = np.zeros((height, width, 3), np.uint8)
+        padded[padding : height - padding, padding : width - padding] = image
     top, left = (int(rng.integers(side - size + 1)) for side in (height, width))
     return padded[top : top + size, left : left + size]
 
@@ -254,3 +276,32 @@ OPS = {
     "rand_augment": rand_augment,
     "random_erasing": random_erasing,
 }
+PILLOW = {"resize", "random_resized_crop"}  # what takes an image of Pillow's as well; all give arrays
+
+
+def put(row: np.ndarray, image: np.ndarray) -> None:
+    """Writes an image [S, S, 3] into its row of a batch; a mirrored one as fast as that can be done in numpy.
+
+    Numpy copies three reversed bytes at a time, which is 20 times slower than a plain copy. Here the bytes of each line
+    are reversed eight at a time, and then the first and third channel of each pixel exchanged by exclusive or.
+    """
+    size = image.shape[1]
+    if image.strides[1:] != (-3, 1) or size % 8 or not row.flags.c_contiguous:
+        row[...] = image
+        return
+    forward = np.ascontiguousarray(image[:, ::-1]).reshape(-1, 3 * size)
+    row.reshape(-1, 3 * size).view("<u8")[...] = forward.view(">u8")[:, ::-1]  # another byte order: reversed inside
+    flat = row.reshape(-1)
+    first, third = flat[:-2], flat[2:]
+    differ = first ^ third
+    differ &= _first_channel(flat.size)
+    first ^= differ
+    third ^= differ
+
+
+@functools.lru_cache(maxsize=4)
+def _first_channel(count: int) -> np.ndarray:
+    """255 at the first of every three bytes, else 0; of `count` bytes without the last two."""
+    mask = np.zeros(count, np.uint8)
+    mask[::3] = 255
+    return mask[:-2]

@@ -5,22 +5,17 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import multiprocessing
 import os
-import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from tl_jax.card import Card
+from tl_jax.data import ops, workers
 from tl_jax.data.augment import Preprocess, make_preprocess
 from tl_jax.data.examples import Source
-from tl_jax.data.ops import as_rgb
 
 IN_MEMORY = 2**28  # bytes of input pixels that may be made once and kept, where they do not change from epoch to epoch
 Batch = dict[str, np.ndarray]
@@ -48,6 +43,15 @@ class TrainBatches:
     process_count: int
 
     def __getitem__(self, step: int) -> Batch:
+        return self.make(step)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of the images of one batch."""
+        return _image_shape(self)
+
+    def make(self, step: int, out: np.ndarray | None = None) -> Batch:
+        """`batches[step]`; out: uint8 of `image_shape`, where the images are written."""
         if step < 0:
             raise IndexError(f"step must be at least 0, found {step}")
         local = self.batch_size // self.process_count
@@ -57,10 +61,9 @@ class TrainBatches:
         if self.prepared is not None:
             images = self.prepared[counters // len(self.source) % len(self.prepared), indices]
         else:
-            images = np.stack([
-                _pixels(self.source, self.preprocess, i, np.random.Generator(np.random.Philox(key=(self.seed, c))))
-                for c, i in zip(counters.tolist(), indices, strict=True)
-            ])  # fmt: skip
+            images = np.empty(self.image_shape, np.uint8) if out is None else out
+            for row, (c, i) in enumerate(zip(counters.tolist(), indices.tolist(), strict=True)):
+                ops.put(images[row], _pixels(self.source, self.preprocess, i, _draws(self.seed, c)))
         return {"image": images, "label": self.source.labels[indices]}
 
     def order(self, counters: np.ndarray) -> np.ndarray:
@@ -117,15 +120,25 @@ class EvalBatches:
         return -(-len(self.source) // self.batch_size)
 
     def __getitem__(self, i: int) -> Batch:
+        return self.make(i)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of the images of one batch."""
+        return _image_shape(self)
+
+    def make(self, i: int, out: np.ndarray | None = None) -> Batch:
+        """`batches[i]`; out: uint8 of `image_shape`, where the images are written."""
         if not 0 <= i < len(self):
             raise IndexError(f"batch must be 0 .. {len(self) - 1}, found {i}")
         local = self.batch_size // self.process_count
         first = i * self.batch_size + self.process_index * local
         real = np.arange(first, min(first + local, len(self.source)), dtype=np.int32)  # empty where all is padding
-        size = self.preprocess.input_size
-        blank = np.zeros((1, size, size, 3), np.uint8) if self.prepared is None else self.prepared[:1]
+        blank = np.zeros(self.image_shape, np.uint8) if out is None else out
+        if self.prepared is not None:
+            blank = np.zeros((local, *self.prepared.shape[1:]), self.prepared.dtype)
         batch = {
-            "image": np.zeros((local, *blank.shape[1:]), blank.dtype),
+            "image": blank,
             "label": np.zeros(local, np.int32),
             "mask": np.arange(local) < len(real),
             "index": np.full(local, -1, np.int32),
@@ -134,12 +147,14 @@ class EvalBatches:
         if self.prepared is not None:
             batch["image"][: len(real)] = self.prepared[real]
         else:
-            for row, example in enumerate(real):
-                batch["image"][row] = _pixels(self.source, self.preprocess, example)
+            for row, example in enumerate(real.tolist()):
+                ops.put(batch["image"][row], _pixels(self.source, self.preprocess, example))
+            batch["image"][len(real) :] = 0
         return batch
 
     def __iter__(self) -> Iterator[Batch]:
-        return iterate(self, 0, len(self), self.num_workers)
+        worth = len(self.source) >= WORTH_WORKERS
+        return iterate(self, 0, len(self), self.num_workers if worth else 0)
 
 
 def eval_batches(
@@ -166,72 +181,77 @@ def iterate(batches: TrainBatches | EvalBatches, start: int, stop: int, num_work
     RuntimeError if a worker was killed. Worker processes import the main module anew: guard its start with
     `if __name__ == "__main__"`.
     """
-    executor, make = _executor(batches, num_workers)
+    in_processes = bool(num_workers) and batches.prepared is None  # prepared pixels are only indexed
     steps = iter(range(start, stop))
-    try:
-        ahead = 2 * num_workers or THREADS + 1
-        with _signals_held():
-            pending = collections.deque(executor.submit(make, step) for step in itertools.islice(steps, ahead))
+    here = list(itertools.islice(steps, int(in_processes)))  # made here, while the workers start
+    ahead = 2 * num_workers if in_processes else THREADS + 1
+    with _in_processes(batches, num_workers, ahead) if in_processes else _in_threads(batches) as submit:
+        with workers.signals_held():
+            pending = collections.deque(submit(step) for step in itertools.islice(steps, ahead))
+        for step in here:
+            yield batches[step]
         while pending:
-            batch = pending.popleft().result()
-            pending.extend(executor.submit(make, step) for step in itertools.islice(steps, 1))
+            batch = pending.popleft()()
+            pending.extend(submit(step) for step in itertools.islice(steps, 1))
             yield batch
-    except BrokenProcessPool:
-        raise RuntimeError(
-            "a data worker process died; it was killed, perhaps for memory, or the main module cannot be imported by "
-            "it (see above). Fewer num_workers take less memory; 0 uses threads"
-        ) from None
+
+
+# Pillow decodes outside the interpreter's lock, so a few threads help; more only contend for it.
+THREADS = min(4, os.cpu_count() or 1)
+SPARE = 3  # batches in shared memory beside those being made: with the consumer, on their way to the device
+WORTH_WORKERS = 1024  # examples below which threads have made all batches before a worker process has started
+
+
+@contextlib.contextmanager
+def _in_threads(batches: TrainBatches | EvalBatches) -> Iterator[Callable]:
+    """submit(step) -> due, a function that waits for the batch."""
+    executor = ThreadPoolExecutor(THREADS, thread_name_prefix="batches")
+    try:
+        yield lambda step: executor.submit(batches.make, step).result
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-HELD = {signal.SIGINT, signal.SIGTERM}
-GRACE = 10  # seconds a worker lives on after SIGTERM
-# Pillow decodes outside the interpreter's lock, so a few threads help; more only contend for it.
-THREADS = min(4, os.cpu_count() or 1)
-
-
-def _executor(batches: TrainBatches | EvalBatches, num_workers: int) -> tuple[Executor, Callable]:
-    if not num_workers or batches.prepared is not None:  # prepared pixels are only indexed: nothing to hand out
-        return ThreadPoolExecutor(THREADS, thread_name_prefix="batches"), batches.__getitem__
-    # A forked copy of a process in which XLA's threads run may hang; spawned workers start clean.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num_workers, context, _start_worker, (batches,)), _make_in_worker
-
-
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Processes started inside inherit the mask: a signal waits until the worker has its handlers."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _in_processes(batches: TrainBatches | EvalBatches, num_workers: int, ahead: int) -> Iterator[Callable]:
+    """As `_in_threads`; the images come in shared memory."""
+    slots = workers.Slots(ahead + SPARE, batches.image_shape)
+
+    def due(future: Future) -> Batch:
+        batch, slot = future.result()
+        return batch if slot is None else {**batch, "image": slots.view(slot)}
+
+    with workers.pool(num_workers, (batches, slots)) as pool:
+        yield lambda step: functools.partial(due, pool.submit(workers.apply, _make, step, slots.take()))
 
 
-def _start_worker(batches: TrainBatches | EvalBatches) -> None:
-    """Runs once in each worker process: keeps the batches and settles when the worker ends."""
-    global _worker_batches
-    _worker_batches = batches
-    # Ctrl-C and a scheduler's SIGTERM reach the whole group: the main process must be able to finish its step and save.
-    terminated = threading.Event()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
-    threading.Thread(target=_end_after, args=(terminated.wait, GRACE), daemon=True).start()
-    # A main process that is killed outright cannot stop its workers; they watch for its end.
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=_end_after, args=(functools.partial(wait, [parent]), 0), daemon=True).start()
+def _make(state: tuple, step: int, slot: int | None) -> tuple[Batch, int | None]:
+    batches, slots = state
+    batch = batches.make(step, None if slot is None else slots.array(slot))
+    if slot is not None:
+        del batch["image"]
+    return batch, slot
 
 
-def _end_after(wait_for: Callable[[], object], grace: float) -> None:
-    wait_for()
-    time.sleep(grace)
-    os._exit(1)
+def _image_shape(batches: TrainBatches | EvalBatches) -> tuple[int, ...]:
+    size = batches.preprocess.input_size
+    return batches.batch_size // batches.process_count, size, size, 3
 
 
-def _make_in_worker(step: int) -> Batch:
-    return _worker_batches[step]
+_local = threading.local()
+
+
+def _draws(seed: int, counter: int) -> np.random.Generator:
+    """The stream keyed by (seed, counter), which the next call in this thread ends.
+
+    One generator is set anew for each example; making one each time takes as long as cutting a packed image.
+    """
+    if not hasattr(_local, "rng"):
+        _local.rng = np.random.Generator(np.random.Philox(key=(0, 0)))
+        _local.start = _local.rng.bit_generator.state
+    _local.start["state"]["key"][:] = seed, counter
+    _local.rng.bit_generator.state = _local.start
+    return _local.rng
 
 
 @functools.lru_cache(maxsize=4)
@@ -242,7 +262,7 @@ def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 def _pixels(source: Source, preprocess: Preprocess, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
     """The input pixels of one example; an image that cannot be used is named in the error."""
     try:
-        image = as_rgb(source.images[index])
+        image = ops.as_rgb(source.images[index])
     except ValueError as error:
         raise ValueError(
             f"cannot read {source.ids[index]} of {source.name}: {error}; repair or remove it, or set on_error='skip'"

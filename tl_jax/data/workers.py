@@ -1,0 +1,115 @@
+"""Worker processes that start clean, end with the main process, and hand batches over in shared memory."""
+
+import contextlib
+import ctypes
+import functools
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import Any
+
+import numpy as np
+
+# A forked copy of a process in which XLA's threads run may hang; spawned workers start clean.
+CONTEXT = multiprocessing.get_context("spawn")
+HELD = {signal.SIGINT, signal.SIGTERM}
+GRACE = 10  # seconds a worker lives on after SIGTERM
+MEMORY = "/dev/shm"  # where shared memory lies on Linux; containers often give it little room
+
+
+@contextlib.contextmanager
+def pool(num_workers: int, state: Any) -> Iterator[ProcessPoolExecutor]:
+    """Processes that keep `state`: `submit(apply, function, ...)` calls `function(state, ...)` in one of them.
+
+    They end with the context, and when the main process dies. They start with the first submits, which must be made
+    under `signals_held`. Raises RuntimeError if one was killed.
+    """
+    executor = ProcessPoolExecutor(num_workers, CONTEXT, _start, (state,))
+    try:
+        yield executor
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a data worker process died; it was killed, perhaps for memory, or the main module cannot be imported by "
+            "it (see above). Fewer num_workers take less memory; 0 uses threads"
+        ) from None
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Processes started inside inherit the mask: a signal waits until the worker has its handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def apply(function: Callable, *arguments: Any) -> Any:
+    """Runs in a worker: the function of the state that the pool was made with."""
+    return function(_state, *arguments)
+
+
+class Slots:
+    """Arrays in memory that worker processes share with the main one: uint8 of one shape, `count` of them.
+
+    A slot is free again when the array that `view` gave for it has been collected, so nothing is copied and nothing
+    overwritten that is in use. The memory has no name: the system takes it back however the processes end.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, ...]):
+        self.shape = shape
+        self._size = math.prod(shape)
+        self._stride = -(-self._size // 4096) * 4096
+        if os.path.isdir(MEMORY):
+            count = min(count, shutil.disk_usage(MEMORY).free // 2 // self._stride)
+        self._memory = CONTEXT.RawArray(ctypes.c_uint8, count * self._stride)
+        self._free = list(range(count))
+
+    def take(self) -> int | None:
+        """The number of a free slot; None where all are in use, and the array must travel otherwise."""
+        return self._free.pop() if self._free else None
+
+    def array(self, slot: int) -> np.ndarray:
+        """The array of a slot."""
+        return np.frombuffer(self._memory, np.uint8, self._size, slot * self._stride).reshape(self.shape)
+
+    def view(self, slot: int) -> np.ndarray:
+        """The array of a slot, which becomes free when the last reference to it goes."""
+        array = self.array(slot)
+        weakref.finalize(array.base, self._free.append, slot).atexit = False  # every view of it has the same base
+        return array
+
+
+def _start(state: Any) -> None:
+    """Runs once in each worker process: keeps the state and settles when the worker ends."""
+    global _state
+    _state = state
+    # glibc gives memory back to the system, and faults every page in again, for each image: a third of the time. The
+    # largest block freed so far decides from what size on it does, so one that is never used stops it.
+    np.empty(2**24, np.uint8)
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group: the main process must be able to finish its step and save.
+    terminated = threading.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+    threading.Thread(target=_end_after, args=(terminated.wait, GRACE), daemon=True).start()
+    # A main process that is killed outright cannot stop its workers; they watch for its end.
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=_end_after, args=(functools.partial(wait, [parent]), 0), daemon=True).start()
+
+
+def _end_after(wait_for: Callable[[], object], grace: float) -> None:
+    wait_for()
+    time.sleep(grace)
+    os._exit(1)
