@@ -196,7 +196,10 @@ def test_leaves_that_lie_on_several_devices_are_saved_whole_and_come_back_to_the
 
 def test_a_state_of_other_leaves_is_named(folder):
     other = {"params": {"a": jnp.zeros((64, 2)), "b": jnp.arange(5)}, "step": jnp.zeros((), jnp.int32)}
-    with Checkpoints(folder) as checkpoints, pytest.raises(ValueError, match=r"params/a: 'int32\[64, 64\]' -> 'float32"):
+    with (
+        Checkpoints(folder) as checkpoints,
+        pytest.raises(ValueError, match=r"params/a: 'int32\[64, 64\]' -> 'float32"),
+    ):
         checkpoints.restore(3, other)
 
 
