@@ -35,8 +35,10 @@ def make_training():
     import optax
 
     from tl_jax import audit, models, optim, sharding, steps, trees
+    from tl_jax.compiled import keep_compiled_programs
     from tl_jax.methods import finetune
 
+    keep_compiled_programs()
     card = models.get(MODEL.value).card
     model = models.get(MODEL.value).module(num_classes=card.num_classes)
     size = (BATCH_SIZE.value, card.input_size, card.input_size, 3)

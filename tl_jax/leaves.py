@@ -62,20 +62,19 @@ def write(folder: pathlib.Path, leaves: Mapping[str, np.ndarray], meta: str) -> 
 def _write_to_disk(path: pathlib.Path, pieces: Sequence[np.ndarray]) -> None:
     """Writes bytes one after the other, past the system's cache where it can: half the processor time, and the cache
     keeps the images."""
-    file = _open(path)
+    file, chunk = _open(path), mmap.mmap(-1, CHUNK)  # which begins at a page
     try:
-        with mmap.mmap(-1, CHUNK) as chunk:  # begins at a page
-            filled = total = 0
-            for piece in pieces:
-                taken = 0
-                while taken < len(piece):
-                    part = piece[taken : taken + CHUNK - filled]
-                    chunk[filled : filled + len(part)] = part.data
-                    filled, taken, total = filled + len(part), taken + len(part), total + len(part)
-                    if filled == CHUNK:
-                        _write_whole(file, memoryview(chunk))
-                        filled = 0
-            _write_whole(file, memoryview(chunk)[: -(-filled // BLOCK) * BLOCK])
+        filled = total = 0
+        for piece in pieces:
+            taken = 0
+            while taken < len(piece):
+                part = piece[taken : taken + CHUNK - filled]
+                chunk[filled : filled + len(part)] = part.data
+                filled, taken, total = filled + len(part), taken + len(part), total + len(part)
+                if filled == CHUNK:
+                    _write_whole(file, memoryview(chunk))
+                    filled = 0
+        _write_whole(file, memoryview(chunk)[: -(-filled // BLOCK) * BLOCK])
         os.ftruncate(file, total)
         os.fsync(file)
     finally:
@@ -93,16 +92,15 @@ def _open(path: pathlib.Path) -> int:
 
 
 def _write_whole(file: int, data: memoryview) -> None:
-    with data:
-        written = 0
-        while written < len(data):  # a write may take a part only
-            try:
-                written += os.write(file, data[written:])
-            except OSError as error:
-                direct = getattr(os, "O_DIRECT", 0)
-                if error.errno != errno.EINVAL or not fcntl.fcntl(file, fcntl.F_GETFL) & direct:
-                    raise
-                fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~direct)
+    written, direct = 0, getattr(os, "O_DIRECT", 0)
+    while written < len(data):  # a write may take a part only
+        try:
+            written += os.write(file, data[written:])
+        except OSError as error:
+            flags = fcntl.fcntl(file, fcntl.F_GETFL)
+            if error.errno != errno.EINVAL or not flags & direct:
+                raise
+            fcntl.fcntl(file, fcntl.F_SETFL, flags & ~direct)
 
 
 def read_index(folder: pathlib.Path) -> Index:
