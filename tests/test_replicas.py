@@ -83,7 +83,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("head, sgd, clip", "shots")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_a_replica_is_the_run_by_itself(case, tmp_path):
     config = make_config(CASES[case])
     table = sweep.sweep(config, tmp_path / "w", verbose=False)
@@ -131,21 +136,19 @@ def test_replicas_that_were_stopped_and_killed_end_bit_equal_to_unbroken_ones(un
 
 
 def test_a_replica_that_diverges_stops_no_other(unbroken, tmp_path):
-    rates = (RATES[0], (("lr", 1e38),), *RATES[1:])
-    more = {"optimizer": "sgd", "clip": 0.0, "replicas": rates}
-    table = sweep.sweep(make_config(more), tmp_path / "w", verbose=False)
-    (tmp_path / "alone").mkdir()
-    sweep.sweep(make_config({**more, "replicas": RATES}), tmp_path / "alone", verbose=False)
+    config = make_config({"replicas": (RATES[0], (("lr", 1e38),), *RATES[1:])})
+    table = sweep.sweep(config, tmp_path / "w", verbose=False)
     bad = table["replicas"].pop(1)
     assert "not finite at step" in bad["error"] and bad["val"] is None
     folder = tmp_path / "w" / "replicas" / bad["name"]
     assert "FloatingPointError" in workdir.read_json(folder / "failed.json")["error"]
     assert not (folder / "result.json").exists()
-    for row, alone in zip(table["replicas"], sorted((tmp_path / "alone" / "replicas").iterdir()), strict=True):
-        rows = workdir.read_rows(tmp_path / "w" / "replicas" / row["name"] / "metrics.jsonl")
-        assert_close(rows, workdir.read_rows(alone / "metrics.jsonl"))
+    for row, other in zip(table["replicas"], unbroken[1]["replicas"], strict=True):
+        pair = (tmp_path / "w" / "replicas" / row["name"], unbroken[0] / "replicas" / other["name"])
+        assert_close(*(workdir.read_rows(path / "metrics.jsonl") for path in pair))
+        assert_close(*(workdir.read_json(path / "result.json") for path in pair))
     with pytest.raises(FloatingPointError, match="all replicas diverged"):
-        sweep.sweep(make_config({**more, "replicas": (rates[1],)}), tmp_path / "bad", verbose=False)
+        sweep.sweep(make_config({"replicas": ((("lr", 1e38),),)}), tmp_path / "bad", verbose=False)
 
 
 def test_val_chooses_the_best_and_test_never_does(unbroken):

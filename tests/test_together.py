@@ -1,7 +1,12 @@
 """Runs of a study that are trained together: which ones, and that they end as runs by themselves, killed or not."""
 
+import pathlib
+import subprocess
+import sys
+import time
+
 import pytest
-from test_replicas import assert_same_run, make_config
+from test_replicas import assert_same_run, make_config, remains
 
 from tl_jax import options
 from tl_jax.preemption import Preempted
@@ -9,6 +14,7 @@ from tl_jax.studies import results, store, together, worker
 from tl_jax.studies.study import Study
 from tl_jax.workdir import read_json, write_json
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 RATES = {
     "high": {"lr": 1e-2},
     "low": {"lr": 1e-3, "weight_decay": 0.1},
@@ -66,11 +72,32 @@ def test_a_study_does_its_sets_as_it_does_runs_one_by_one(tmp_path, capsys):
     assert set(store.states(tmp_path / "w").values()) == {"done"}
     assert "[3/3] rate=high, seed 0: accuracy" in capsys.readouterr().out
     plan(tmp_path / "alone", seeds=(0,), which="none")
-    worker.work(tmp_path / "alone")
-    for run in runs:
-        ours, alone = (store.run_folder(tmp_path / name, run.key) for name in ("w", "alone"))
-        assert_same_run(ours, alone)
+    worker.work(tmp_path / "alone", only=[runs[1].key])
+    assert_same_run(*(store.run_folder(tmp_path / name, runs[1].key) for name in ("w", "alone")))
     assert [run.state for run in results.runs(results.load(tmp_path / "w"))] == ["done"] * 3
+
+
+def wait_and_kill(workdir, pattern):
+    """Starts a worker and kills it as soon as a path is there."""
+    process = subprocess.Popen([sys.executable, "-m", "tl_jax.studies.worker", str(workdir)], cwd=ROOT)
+    while not list(workdir.glob(pattern)) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_set_whose_worker_is_killed_twice_ends_bit_equal_to_an_unbroken_one(tmp_path):
+    for name in ("w", "unbroken"):
+        plan(tmp_path / name, seeds=(0,), total=(60.0, "steps"), eval_every=(10.0, "steps"))
+    wait_and_kill(tmp_path / "w", "together/*/checkpoints/20")
+    assert set(store.states(tmp_path / "w").values()) == {"stale"}
+    wait_and_kill(tmp_path / "w", "runs/*/result.json")
+    assert "done" in store.states(tmp_path / "w").values()
+    for name in ("w", "unbroken"):
+        subprocess.run([sys.executable, "-m", "tl_jax.studies.worker", str(tmp_path / name)], cwd=ROOT, check=True)
+    assert set(store.states(tmp_path / "w").values()) == {"done"}
+    assert remains(tmp_path / "w" / "runs") == remains(tmp_path / "unbroken" / "runs")
 
 
 def stopper(steps):

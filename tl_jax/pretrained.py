@@ -156,7 +156,7 @@ def export(
     layout = layout or next(iter(variant.layouts))
     if layout not in variant.layouts:
         raise ValueError(f"{name} has no layout {layout!r}; it has {', '.join(variant.layouts)}")
-    shapes = _shapes(_make(variant, card, "zeros"), card)
+    shapes = _exported_shapes(name, card.num_classes, card.input_size)
     flat = {leaf: np.asarray(value) for leaf, value in trees.flatten(variables).items()}
     problems = {
         "missing leaves": sorted(set(shapes) - set(flat)),
@@ -190,6 +190,13 @@ def _images(card: Card) -> jax.Array:
 def _shapes(model: Any, card: Card) -> dict[str, tuple[int, ...]]:
     tree = jax.eval_shape(lambda: model.init(jax.random.key(0), _images(card)))  # nothing is computed, the key neither
     return {leaf: value.shape for leaf, value in trees.flatten(tree).items()}
+
+
+@functools.lru_cache(maxsize=4)  # a study writes many files of one network
+def _exported_shapes(name: str, classes: int, size: int) -> dict[str, tuple[int, ...]]:
+    variant = models.get(name)
+    card = variant.card.replace(num_classes=classes, class_names=(), input_size=size)
+    return _shapes(_make(variant, card, "zeros"), card)
 
 
 @functools.cache

@@ -78,13 +78,16 @@ def train_together(
             workdir.write_json(folder / "config.json", options.identity(group.configs[i]))
             workdir.write_json(folder / "audit.json", audit.join([phase.audit for phase in group.runs[i].phases]))
         checkpoints = stack.enter_context(Checkpoints(home / "checkpoints"))
-        state, rows, failed = _loop(group, open_folders, checkpoints, parallel, verbose, stop_requested)
+        predict = replicas.make_predict(group, parallel)
+        state, rows, failed = _loop(group, open_folders, checkpoints, parallel, predict, verbose, stop_requested)
         left = {i: folder for i, folder in open_folders.items() if i not in failed}
-        outcomes |= failed | (_finish(group, state, rows, left, checkpoints, parallel) if left else {})
+        outcomes |= failed | (_finish(group, state, rows, left, checkpoints, parallel, predict) if left else {})
     return [outcomes.get(i) if folder else None for i, folder in enumerate(folders)]
 
 
-def _loop(group: Group, folders: Mapping[int, pathlib.Path], checkpoints, parallel, verbose: bool, stop_requested):
+def _loop(
+    group: Group, folders: Mapping[int, pathlib.Path], checkpoints, parallel, predict, verbose: bool, stop_requested
+):
     """The loop of `train.train_built` for all replicas: the last state, all rows, and the errors of who diverged."""
     config, run, count = group.configs[0], group.runs[0], len(group.runs)
     total, (log_every, eval_every) = run.total_steps, train.intervals(config, run)
@@ -94,7 +97,7 @@ def _loop(group: Group, folders: Mapping[int, pathlib.Path], checkpoints, parall
     start, rows = int(state["step"]), meta.get("rows") or [[] for _ in group.runs]
     frozen = meta.get("frozen") or replicas.frozen_hashes(group, state, 0)
     failed = {int(i): FloatingPointError(text) for i, text in meta.get("failed", {}).items()}
-    predict, first = replicas.make_predict(group, parallel), run.phase_of(start)
+    first = run.phase_of(start)
     with contextlib.ExitStack() as stack:
         logs = {i: RunLog(folders.get(i), rows[i], start, total, False, count) for i in range(count)}
         stream = replicas.streams(group, start, stack)
@@ -195,7 +198,7 @@ def _evaluate(predict: Callable, state: Mapping[str, Any], logs: Mapping[int, Ru
 
 
 def _finish(
-    group: Group, state, rows, folders: Mapping[int, pathlib.Path], checkpoints, parallel
+    group: Group, state, rows, folders: Mapping[int, pathlib.Path], checkpoints, parallel, predict
 ) -> dict[int, Outcome]:
     """Chooses, scores and proves each replica, and writes what a run leaves."""
     config, run, total, places = group.configs[0], group.runs[0], group.runs[0].total_steps, group.places
@@ -208,7 +211,7 @@ def _finish(
             for i in (i for i in folders if chosen[i] == step):
                 flat[path][places[i]] = leaf.reshape(flat[path].shape)[places[i]]
     selected = {path: leaf.reshape(*group.grid.shape, *leaf.shape[1:]) for path, leaf in flat.items()}
-    predict, placed = replicas.make_predict(group, parallel), parallel.place(selected)
+    placed = parallel.place(selected)
     predictions = {name: predict(placed, name, folders) for name in train.scored(config, run)}
     shared, resting = jax.device_get((group.shared, group.streams["resting"]))
     outcomes, proofs = {}, {}
