@@ -6,7 +6,7 @@ python benchmarks/step.py --device gpu --dtype bfloat16 --batch_size 256 --steps
 The ways: the forward pass alone, the head, the last block, LoRA (ViTs), everything with frozen BatchNorm (ResNets), and
 everything. Clipping and the logged gradient norm are on, as in training; the images are made on the device. Times are
 medians over rounds in which the ways take turns, so that a noisy machine troubles them alike, with the lowest and the
-highest; --rounds 0 compiles only, and allocates nothing. MFU is against the matmul that this machine was measured to do.
+highest; --rounds 0 compiles only, and allocates nothing. MFU is against the matmul measured on this machine.
 """
 
 import itertools
