@@ -94,12 +94,15 @@ def check_divided(state, devices):
 
 def compare(make, others, rtol=1e-5, atol=1e-6, **choices):
     """FSDP against (devices, fsdp) in `others`: losses, parameters, moments, averages and logits."""
-    divided, _, divided_logits = run(make, jax.device_count(), FSDP, **choices)
+    divided, divided_cost, divided_logits = run(make, jax.device_count(), FSDP, **choices)
     for devices, fsdp in others:
-        other, _, logits = run(make, devices, fsdp, **choices)
+        other, cost, logits = run(make, devices, fsdp, **choices)
         assert_close(other.sums, divided.sums, rtol=1e-5)
         assert_close(other._replace(sums={}), divided._replace(sums={}), rtol, atol)
         np.testing.assert_allclose(divided_logits[0], logits[0], rtol=1e-4, atol=1e-5)
+        # The work of all devices together; Adam's is done once where it is divided, and by every device where it is not.
+        if devices == 1:
+            assert divided_cost["flops_per_step"] == pytest.approx(cost["flops_per_step"], rel=0.1)
     return divided
 
 
@@ -196,6 +199,15 @@ def test_a_run_with_divided_parameters_is_the_run_without_and_resumes_bit_for_bi
     train(divided, tmp_path / "broken", verbose=False)
     for name in ("metrics.jsonl", "result.json", "audit.json", "trained.safetensors"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "divided" / name).read_bytes(), name
+
+
+def test_the_cost_of_a_step_in_parts_is_that_of_all_its_parts():
+    parallel = sharding.make_parallel("jit", jax.devices()[:1])
+    (_, whole, state), (_, parts, _) = (setup(make_vit, parallel, accumulate=accumulate) for accumulate in (1, 4))
+    batch = parallel.put_batch(make_batch(16, 0))
+    (_, cost), (_, looped) = parallel.compile(whole, state, batch), parallel.compile(parts, state, batch, whole)
+    assert looped["flops_per_step"] == pytest.approx(cost["flops_per_step"], rel=0.1)
+    assert parallel.compile(parts, state, batch)[1]["flops_per_step"] < 0.5 * cost["flops_per_step"]
 
 
 @pytest.mark.slow
