@@ -30,9 +30,10 @@ class Preprocess(NamedTuple):
         for name, parameters in self.ops:
             image = image if name in ops.PILLOW else np.asarray(image)
             image = ops.OPS[name](image, rng, **parameters)
-        cut = any(name in SIZING for name, _ in self.ops) and ops.shape_of(image) == (self.input_size, self.input_size)
-        if not cut:
-            image = ops.resize(image, size=self.resize_size, interpolation=self.interpolation)
+        cut = ops.shape_of(image) == (self.input_size, self.input_size) and any(name in SIZING for name, _ in self.ops)
+        if cut:
+            return image
+        image = ops.resize(image, size=self.resize_size, interpolation=self.interpolation)
         return ops.centre_crop(image, self.input_size)
 
 

@@ -31,8 +31,11 @@ class FileImages(NamedTuple):
         return FileImages(self.root, tuple(self.paths[i] for i in indices))
 
     def head(self, index: int) -> bytes:
-        with open(os.path.join(self.root, self.paths[index]), "rb") as file:
-            return file.read(HEAD)
+        try:
+            with open(os.path.join(self.root, self.paths[index]), "rb") as file:
+                return file.read(HEAD)
+        except OSError:
+            return b""  # named where the image itself is read
 
     def check_header(self, index: int) -> None:
         ops.open_image(os.path.join(self.root, self.paths[index])).close()
@@ -170,7 +173,7 @@ def find_unreadable(source: Source, *, fully: bool) -> dict[int, str]:
         return {index: reason for index, reason in enumerate(reasons) if reason}
 
 
-def listed(offenders: Sequence[str]) -> str:
+def listed(offenders: Sequence[str], shown: int = SHOWN) -> str:
     """The first offenders one to a line, and how many more there are."""
-    more = [f"  ... and {len(offenders) - SHOWN} more"] if len(offenders) > SHOWN else []
-    return "\n".join([f"  {offender}" for offender in offenders[:SHOWN]] + more)
+    more = [f"  ... and {len(offenders) - shown} more"] if len(offenders) > shown else []
+    return "\n".join([f"  {offender}" for offender in offenders[:shown]] + more)

@@ -1,8 +1,8 @@
 """Decoding, the card's resize and crop, and the augmentations: pure functions on uint8 images [H, W, 3]."""
 
-import functools
 import io
 import math
+import threading
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -289,19 +289,25 @@ def put(row: np.ndarray, image: np.ndarray) -> None:
     if image.strides[1:] != (-3, 1) or size % 8 or not row.flags.c_contiguous:
         row[...] = image
         return
-    forward = np.ascontiguousarray(image[:, ::-1]).reshape(-1, 3 * size)
-    row.reshape(-1, 3 * size).view("<u8")[...] = forward.view(">u8")[:, ::-1]  # another byte order: reversed inside
+    forward, differ, mask = _buffers(image.shape)
+    forward[...] = image[:, ::-1]
+    words = forward.reshape(-1, 3 * size).view(">u8")
+    row.reshape(-1, 3 * size).view("<u8")[...] = words[:, ::-1]  # the other byte order: reversed inside as well
     flat = row.reshape(-1)
     first, third = flat[:-2], flat[2:]
-    differ = first ^ third
-    differ &= _first_channel(flat.size)
+    np.bitwise_xor(first, third, out=differ)
+    differ &= mask
     first ^= differ
     third ^= differ
 
 
-@functools.lru_cache(maxsize=4)
-def _first_channel(count: int) -> np.ndarray:
-    """255 at the first of every three bytes, else 0; of `count` bytes without the last two."""
-    mask = np.zeros(count, np.uint8)
-    mask[::3] = 255
-    return mask[:-2]
+_local = threading.local()
+
+
+def _buffers(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of this thread, for `put`: an image, its bytes without the last two, and of these 255 where a pixel begins."""
+    if getattr(_local, "shape", None) != shape:
+        mask = np.zeros(math.prod(shape), np.uint8)
+        mask[::3] = 255
+        _local.shape, _local.buffers = shape, (np.empty(shape, np.uint8), np.empty(mask.size - 2, np.uint8), mask[:-2])
+    return _local.buffers

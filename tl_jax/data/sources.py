@@ -13,6 +13,7 @@ from tl_jax.data.arrays import load_arrays, load_digits
 from tl_jax.data.examples import Source, find_unreadable, join, listed
 from tl_jax.data.folder import load_folder
 from tl_jax.data.glyphs import load_glyphs
+from tl_jax.data.packed import load_packed
 
 log = logging.getLogger(__name__)
 FORMS = {
@@ -20,6 +21,7 @@ FORMS = {
     "glyphs": "glyphs",
     "folder": "folder:PATH",
     "arrays": "arrays:FILE.npz",
+    "packed": "packed:FOLDER",
     "tfds": "tfds:NAME or tfds:NAME:VERSION",
 }
 
@@ -42,11 +44,7 @@ def load(
     image; `"skip"` decodes every image once, now, and drops the bad ones into `Source.skipped`. `data_dir` is where
     tfds keeps its data. Raises ValueError on unknown sources or splits, FileNotFoundError on missing data.
     """
-    kind, _, argument = source.partition(":")
-    if kind not in FORMS or bool(argument) != (":" in FORMS[kind]):
-        near = difflib.get_close_matches(kind, FORMS, n=1)
-        hint = f"; did you mean {FORMS[near[0]]!r}?" if near else "."
-        raise ValueError(f"unknown source {source!r}{hint} Sources: {', '.join(FORMS.values())}")
+    kind, argument = _parse(source)
     if on_error not in ("fail", "skip"):
         raise ValueError(f"on_error must be 'fail' or 'skip', found {on_error!r}")
     if min(shots, seed, split_seed) < 0:
@@ -58,6 +56,25 @@ def load(
     loaded = join(pieces) if len(pieces) > 1 else pieces[0]
     loaded = _draw_shots(loaded, shots, seed) if shots else loaded
     return dataclasses.replace(loaded, name=f"{source} {split}" + (f", {shots} shots" if shots else ""))
+
+
+def list_split(source: str, split: str, data_dir: str | None = None) -> Source:
+    """A whole split of a source as it lies there, without a look at the images; raises as `load` does."""
+    if not re.fullmatch(r"\w+", split):
+        raise ValueError(
+            f"expected the name of a whole split such as train, found {split!r}; slices are cut when loaded"
+        )
+    return _list_split(*_parse(source), split, data_dir)
+
+
+def _parse(source: str) -> tuple[str, str]:
+    """The kind of a source and its argument."""
+    kind, _, argument = source.partition(":")
+    if kind not in FORMS or bool(argument) != (":" in FORMS[kind]):
+        near = difflib.get_close_matches(kind, FORMS, n=1)
+        hint = f"; did you mean {FORMS[near[0]]!r}?" if near else "."
+        raise ValueError(f"unknown source {source!r}{hint} Sources: {', '.join(FORMS.values())}")
+    return kind, argument
 
 
 class Part(NamedTuple):
@@ -117,14 +134,9 @@ def _draw_shots(source: Source, shots: int, seed: int) -> Source:
 
 
 def _load_whole(kind: str, argument: str, split: str, on_error: str, data_dir: str | None) -> Source:
-    if kind == "tfds":
-        source = _load_tfds(argument, split, data_dir)
-    elif kind in ("folder", "arrays"):
-        source = {"folder": load_folder, "arrays": load_arrays}[kind](argument, split)
-    else:
-        return {"digits": load_digits, "glyphs": load_glyphs}[kind](split)
-    if len(source) == 0:
-        raise ValueError(f"{source.name} holds no examples")
+    source = _list_split(kind, argument, split, data_dir)
+    if kind in ("digits", "glyphs", "packed"):
+        return source  # nothing to decode; packed images have hashes
     if on_error == "fail" and kind == "tfds":
         return source  # its files carry checksums, and a second pass over large records is dear
     bad = find_unreadable(source, fully=on_error == "skip")
@@ -134,10 +146,23 @@ def _load_whole(kind: str, argument: str, split: str, on_error: str, data_dir: s
             f"{len(bad)} of {len(source)} files of {source.name} are not images that can be read:\n{listed(reasons)}\n"
             "Repair or remove them, or set on_error='skip' to leave them out."
         )
-    return _without(source, list(bad), reasons) if bad else source
+    return without(source, list(bad), reasons) if bad else source
 
 
-def _without(source: Source, bad: list[int], reasons: list[str]) -> Source:
+def _list_split(kind: str, argument: str, split: str, data_dir: str | None) -> Source:
+    if kind == "tfds":
+        source = _load_tfds(argument, split, data_dir)
+    elif kind in ("folder", "arrays", "packed"):
+        source = {"folder": load_folder, "arrays": load_arrays, "packed": load_packed}[kind](argument, split)
+    else:
+        source = {"digits": load_digits, "glyphs": load_glyphs}[kind](split)
+    if len(source) == 0:
+        raise ValueError(f"{source.name} holds no examples")
+    return source
+
+
+def without(source: Source, bad: list[int], reasons: list[str]) -> Source:
+    """The source without its unreadable images, and why; raises ValueError where a class loses its last image."""
     kept = source.select(np.setdiff1d(np.arange(len(source)), bad))
     gone = np.setdiff1d(source.labels, kept.labels)
     if len(gone):
