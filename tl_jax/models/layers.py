@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tl_jax.models import convolve
+
 # He initialisation over the fan-out, the choice of torchvision's and timm's ResNets.
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 HEAD_INIT = {"zeros": nn.initializers.zeros, "lecun": nn.initializers.lecun_normal()}
@@ -29,17 +31,7 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", HE_FAN_OUT, shape, jnp.float32).astype(self.dtype)
-        x = x.astype(self.dtype)
-        if self.size == 1:  # a matmul over channels: up to 2.6x faster than XLA's convolution on CPU
-            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.stride, self.stride),
-            [(self.size // 2, self.size // 2)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
+        return convolve.conv(x.astype(self.dtype), kernel, self.stride, self.groups)
 
 
 def batch_norm(module: nn.Module, name: str, train: bool, scale_init: Callable = nn.initializers.ones) -> nn.BatchNorm:
