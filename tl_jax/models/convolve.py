@@ -7,6 +7,7 @@ images at a time. Everything here is float32 and equal to the plain convolution 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> j
         return pointwise(x[:, ::stride, ::stride], kernel[0, 0])
     if (size, stride, groups) == (3, 1, 1) and min(channels, features) >= 64 and by_hand(x.dtype):
         return winograd(x, kernel)
+    if (size, stride, channels) == (7, 2, 3) and by_hand(x.dtype):
+        return stem(x, kernel)
     return plain(x, kernel, stride, groups)
 
 
@@ -76,6 +79,88 @@ def _outer(x: jax.Array, dy: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
+def stem(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """7x7 convolution of stride 2 over few channels, as one matrix product per pair of images."""
+    weights = kernel.reshape(-1, kernel.shape[-1])
+    return _by_chunks(lambda x: _patches(x, kernel.shape[0]) @ weights, _chunks(x, _bytes_of_patches(x, kernel)), x)
+
+
+def _stem_backward(saved, dy):
+    x, kernel = saved
+    gradient = _sum_of_chunks(
+        lambda x, dy: _outer(_patches(x, len(kernel)), dy), _chunks(x, _bytes_of_patches(x, kernel)), x, dy
+    )
+    turned = jax.linear_transpose(lambda x: plain(x, kernel, 2), x)  # of images: nothing reads it, and XLA drops it
+    return turned(dy)[0], gradient.reshape(kernel.shape)
+
+
+stem.defvjp(lambda x, kernel: (stem(x, kernel), (x, kernel)), _stem_backward)
+
+
+def _bytes_of_patches(x: jax.Array, kernel: jax.Array) -> int:
+    return x[0].size // 4 * kernel.shape[0] ** 2 * x.dtype.itemsize
+
+
+def _patches(x: jax.Array, size: int) -> jax.Array:
+    """What every output pixel of a stride-2 convolution sees: [B, H, W, C] -> [B, H/2, W/2, size * size * C]."""
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), *((size // 2,) * 2,) * 2, (0, 0)))
+    x = jnp.concatenate([x[:, :, j : j + width : 2] for j in range(size)], axis=-1)
+    x = jax.lax.optimization_barrier(x)  # or every number is fetched through two concatenations
+    return jnp.concatenate([x[:, i : i + height : 2] for i in range(size)], axis=-1)
+
+
+@jax.custom_vjp
+def max_pool(x: jax.Array) -> jax.Array:
+    """3x3 maximum with stride 2 and a border of -inf, whose gradient goes to the first of equal maxima."""
+    return _by_chunks(lambda x: _maximum(x)[0], _chunks(x, 4 * x[0].size), x)
+
+
+def _max_pool_backward(saved, dy):
+    winner, (height, width) = saved
+
+    def part(winner, dy):
+        parts = [[jnp.where(winner == 3 * i + j, dy, 0) for j in range(3)] for i in range(3)]
+        rows = [_interleave(*row, axis=2) for row in parts]
+        return _interleave(*rows, axis=1)[:, :height, :width]
+
+    return (_by_chunks(part, _chunks(winner, 32 * winner[0].size), winner, dy),)
+
+
+def _max_pool_forward(x):
+    y, winner = _by_chunks(_maximum, _chunks(x, 4 * x[0].size), x)
+    return y, (winner, x.shape[1:3])
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _maximum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The maxima and which of the nine each is, row by row."""
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    y, winner = x[:, :height:2, :width:2], jnp.zeros((), jnp.int8)
+    for k in range(1, 9):
+        other = x[:, k // 3 : k // 3 + height : 2, k % 3 : k % 3 + width : 2]
+        winner = jnp.where(other > y, jnp.int8(k), winner)
+        y = jnp.maximum(y, other)
+    return y, winner
+
+
+def _interleave(before: jax.Array, at: jax.Array, behind: jax.Array, axis: int) -> jax.Array:
+    """Adds up windows of three with stride 2 and one pixel of padding: from [n] thrice to [2 n]."""
+    next_before = jnp.concatenate(
+        [
+            jax.lax.slice_in_dim(before, 1, None, axis=axis),
+            jnp.zeros_like(jax.lax.slice_in_dim(before, 0, 1, axis=axis)),
+        ],
+        axis=axis,
+    )
+    both = jnp.stack([at, behind + next_before], axis=axis + 1)
+    return both.reshape(*at.shape[:axis], -1, *at.shape[axis + 1 :])
+
+
+@jax.custom_vjp
 def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """3x3 convolution of stride 1: [B, H, W, C], [3, 3, C, F] -> [B, H, W, F]."""
     return _winograd(x, _transform(KERNEL, kernel))
@@ -109,7 +194,7 @@ def _winograd(x: jax.Array, weights: jax.Array, transposed: bool = False) -> jax
         y = jnp.stack([jnp.stack([y[0][i], y[1][i]], axis=3) for i in range(2)], axis=2)
         return y.reshape(batch, height + height % 2, width + width % 2, features)[:, :height, :width]
 
-    return _by_chunks(part, features, x)
+    return _by_chunks(part, _chunks(x, _bytes_of_tiles(x, features)), x)
 
 
 def _winograd_kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -121,7 +206,7 @@ def _winograd_kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
         spread = [_back_transposed([spread[i][j] for i in range(2)]) for j in range(4)]
         return [_outer(tiles[j][i], spread[j][i]) for i in range(4) for j in range(4)]
 
-    sums = jnp.stack(_sum_of_chunks(part, x, dy))
+    sums = jnp.stack(_sum_of_chunks(part, _chunks(x, _bytes_of_tiles(x, dy.shape[-1])), x, dy))
     return _transform(KERNEL.T, sums.reshape(4, 4, *sums.shape[1:]))
 
 
@@ -146,37 +231,39 @@ def _back_transposed(y):  # A y
     return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
 
 
+def _bytes_of_tiles(x: jax.Array, features: int) -> int:
+    """Of one image's transformed tiles, in and out."""
+    _, height, width, channels = x.shape
+    return 16 * ((height + 1) // 2) * ((width + 1) // 2) * (channels + features) * x.dtype.itemsize
+
+
 def _transform(matrix: np.ndarray, x: jax.Array) -> jax.Array:
     """M x M^T over the first two axes, as one matrix product: two fused loops over a large kernel are far slower."""
     y = jnp.asarray(np.kron(matrix, matrix), x.dtype) @ x.reshape(matrix.shape[1] ** 2, -1)
     return y.reshape(len(matrix), len(matrix), *x.shape[2:])
 
 
-def _chunks(x: jax.Array, features: int) -> int:
-    """The smallest number of equal parts of the batch whose transformed tiles, in and out, stay within CHUNK_BYTES."""
-    batch, height, width, channels = x.shape
-    bytes_of_one = 16 * ((height + 1) // 2) * ((width + 1) // 2) * (channels + features) * x.dtype.itemsize
-    parts = (n for n in range(1, batch + 1) if batch % n == 0)
-    return next(n for n in parts if n == batch or batch // n * bytes_of_one <= CHUNK_BYTES)
+def _chunks(x: jax.Array, bytes_of_one: int) -> int:
+    """The smallest number of equal parts of the batch in each of which the temporary arrays stay within CHUNK_BYTES."""
+    parts = (n for n in range(1, len(x) + 1) if len(x) % n == 0)
+    return next(n for n in parts if n == len(x) or len(x) // n * bytes_of_one <= CHUNK_BYTES)
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
     return x.reshape(parts, -1, *x.shape[1:])
 
 
-def _by_chunks(function: Callable, features: int, x: jax.Array) -> jax.Array:
-    parts = _chunks(x, features)
+def _by_chunks(function: Callable, parts: int, *arrays: jax.Array) -> Any:
     if parts == 1:
-        return function(x)
-    y = jax.lax.map(function, _split(x, parts))
-    return y.reshape(-1, *y.shape[2:])
+        return function(*arrays)
+    y = jax.lax.map(lambda part: function(*part), tuple(_split(x, parts) for x in arrays))
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), y)
 
 
-def _sum_of_chunks(function: Callable, x: jax.Array, dy: jax.Array) -> list[jax.Array]:
-    parts = _chunks(x, dy.shape[-1])
+def _sum_of_chunks(function: Callable, parts: int, *arrays: jax.Array) -> Any:
     if parts == 1:
-        return function(x, dy)
-    x, dy = _split(x, parts), _split(dy, parts)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, x[0], dy[0]))
-    add = lambda sums, part: (jax.tree.map(jnp.add, sums, function(*part)), None)  # noqa: E731
-    return jax.lax.scan(add, zeros, (x, dy))[0]
+        return function(*arrays)
+    arrays = tuple(_split(x, parts) for x in arrays)
+    shapes = jax.eval_shape(function, *(x[0] for x in arrays))
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, function(*part)), None), zeros, arrays)[0]

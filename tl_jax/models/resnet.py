@@ -150,8 +150,8 @@ class ResNet(nn.Module):
 
         def stem(x):
             size, stride = (3, 1) if self.cifar else (7, 2)
-            x = nn.relu(ConvNorm(self.widths[0], size, stride, name="stem", **policy)(x, train))
-            return x if self.cifar else max_pool(x)
+            x = ConvNorm(self.widths[0], size, stride, name="stem", **policy)(x, train)
+            return nn.relu(x if self.cifar else max_pool(x))  # the maximum first: a quarter of the pixels is left
 
         parts = {"stem": stem}
         for i, depth in enumerate(self.depths):
