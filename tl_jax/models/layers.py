@@ -53,6 +53,23 @@ def batch_norm(module: nn.Module, name: str, train: bool, scale_init: Callable =
     )
 
 
+def conv_norm(module: nn.Module, conv: Conv, norm: nn.BatchNorm, x: jax.Array) -> jax.Array:
+    """norm(conv(x)), for two children of `module`, which has a field fold.
+
+    A norm that uses its running statistics is a scale and a shift per channel: the scale goes into the kernel, and no
+    pass over the activations is spent on it. `fold` must be off where something stands between the two or behind them
+    by intercepting their calls, which are not made then.
+    """
+    if not (module.fold and norm.use_running_average) or module.is_initializing():
+        return norm(conv(x))
+    params, stats = module.variables["params"], module.variables["batch_stats"][norm.name]
+    scale = params[norm.name]["scale"] * jax.lax.rsqrt(stats["var"] + norm.epsilon)
+    kernel = (params[conv.name]["kernel"] * jnp.expand_dims(scale, (0, 1, 2))).astype(conv.dtype)
+    shift = (params[norm.name]["bias"] - stats["mean"] * scale).astype(conv.dtype)
+    y = convolve.conv(x.astype(conv.dtype), kernel, conv.stride, conv.groups)
+    return y + jnp.expand_dims(shift, (0, 1, 2))
+
+
 class DropPath(nn.Module):
     """Stochastic depth: drops the whole residual branch of an example with probability `rate` (Huang et al. 2016)."""
 
