@@ -285,11 +285,14 @@ class Adapted:
         table = _by_layer(variables["params"], tuple(options))
         if "prompt" in options and start is not None:
             _check_tokens(self.model, variables["params"]["prompt"], images, start)
+        plain = not table and not self.stoch_norm
+        # What is folded into its neighbour is not called, and so cannot be intercepted.
+        model = self.model if plain or not hasattr(self.model, "fold") else self.model.clone(fold=False)
         call = functools.partial(
-            self.model.apply, _network(variables), images,
+            model.apply, _network(variables), images,
             train=train, start=start, stop=stop, mutable=mutable, rngs=rngs,
         )  # fmt: skip
-        if not table and not self.stoch_norm:
+        if plain:
             return call()
         alpha = options.get("lora", {}).get("alpha", 0.0)
         with nn.intercept_methods(functools.partial(_intercept, table, alpha, self.stoch_norm)):

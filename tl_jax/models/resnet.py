@@ -15,7 +15,9 @@ import jax.numpy as jnp
 
 from tl_jax.card import Card
 from tl_jax.models import layout
-from tl_jax.models.layers import Conv, DropPath, batch_norm, classify, drop_path_rates, max_pool, recomputed, run_parts
+from tl_jax.models.layers import (
+    Conv, DropPath, batch_norm, classify, conv_norm, drop_path_rates, max_pool, recomputed, run_parts,
+)  # fmt: skip
 from tl_jax.models.variant import Variant
 
 
@@ -28,11 +30,12 @@ class ConvNorm(nn.Module):
     dtype: Any
     frozen_norms: tuple[str, ...]
     axis_name: str | None
+    fold: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = Conv(self.features, self.size, self.stride, dtype=self.dtype, name="conv")(x)
-        return batch_norm(self, "norm", train)(x)
+        conv = Conv(self.features, self.size, self.stride, dtype=self.dtype, name="conv")
+        return conv_norm(self, conv, batch_norm(self, "norm", train), x)
 
 
 class Block(nn.Module):
@@ -48,6 +51,7 @@ class Block(nn.Module):
     dtype: Any
     frozen_norms: tuple[str, ...]
     axis_name: str | None
+    fold: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -58,9 +62,10 @@ class Block(nn.Module):
         y = x
         for i, (features, size, stride, groups) in enumerate(convs, start=1):
             last = i == len(convs)
-            y = Conv(features, size, stride, groups, self.dtype, name=f"conv{i}")(y)
+            conv = Conv(features, size, stride, groups, self.dtype, name=f"conv{i}")
             # The last scale starts at zero: every block starts as the identity (Goyal et al. 2017, section 5.1).
-            y = batch_norm(self, f"norm{i}", train, nn.initializers.zeros if last else nn.initializers.ones)(y)
+            norm = batch_norm(self, f"norm{i}", train, nn.initializers.zeros if last else nn.initializers.ones)
+            y = conv_norm(self, conv, norm, y)
             y = y if last else nn.relu(y)
         return nn.relu(self.shortcut_of(x, y.shape[-1], train) + DropPath(self.drop_path)(y, train))
 
@@ -71,8 +76,8 @@ class Block(nn.Module):
             before = (features - x.shape[-1]) // 2
             x = x[:, :: self.stride, :: self.stride]
             return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, features - x.shape[-1] - before)))
-        project = ConvNorm(features, 1, self.stride, self.dtype, self.frozen_norms, self.axis_name, name="shortcut")
-        return project(x, train)
+        policy = {"dtype": self.dtype, "frozen_norms": self.frozen_norms, "axis_name": self.axis_name}
+        return ConvNorm(features, 1, self.stride, **policy, fold=self.fold, name="shortcut")(x, train)
 
 
 class Stage(nn.Module):
@@ -109,6 +114,7 @@ class ResNet(nn.Module):
       frozen_norms: paths of BatchNorm layers that keep their running statistics in training.
       axis_name: pmap axis over which BatchNorm averages.
       head_init: "zeros" or "lecun".
+      fold: put a BatchNorm that uses its running statistics into the convolution before it; the numbers are the same.
     """
 
     num_classes: int
@@ -126,6 +132,7 @@ class ResNet(nn.Module):
     frozen_norms: tuple[str, ...] = ()
     axis_name: str | None = None
     head_init: str = "zeros"
+    fold: bool = True
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -147,7 +154,12 @@ class ResNet(nn.Module):
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
-        policy = {"dtype": self.dtype, "frozen_norms": self.frozen_norms, "axis_name": self.axis_name}
+        policy = {
+            "dtype": self.dtype,
+            "frozen_norms": self.frozen_norms,
+            "axis_name": self.axis_name,
+            "fold": self.fold,
+        }
         block_class = recomputed(Block, self.remat)
         block = functools.partial(
             block_class,
@@ -161,8 +173,8 @@ class ResNet(nn.Module):
 
         def stem(x):
             size, stride = (3, 1) if self.cifar else (7, 2)
-            x = nn.relu(ConvNorm(self.widths[0], size, stride, name="stem", **policy)(x, train))
-            return x if self.cifar else max_pool(x)
+            x = ConvNorm(self.widths[0], size, stride, name="stem", **policy)(x, train)
+            return nn.relu(x if self.cifar else max_pool(x))  # the maximum first: a quarter of the pixels is left
 
         parts = [stem]
         for i, depth in enumerate(self.depths):
