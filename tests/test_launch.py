@@ -8,11 +8,8 @@ import signal
 import subprocess
 import sys
 
-import jax
 import pytest
 from test_train import remains
-
-import launch as launcher
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMOKE = ["--config", "configs/smoke.py"]
@@ -83,23 +80,6 @@ def test_arms_and_seeds_are_compared_in_pairs(tmp_path):
     pairs = zip(report["accuracy"]["transfer"]["values"], report["accuracy"]["baseline"]["values"], strict=True)
     assert report["difference"]["values"] == pytest.approx([a - b for a, b in pairs])
     assert (tmp_path / "w" / "comparison.png").exists() and "transfer - baseline" in output
-
-
-@pytest.mark.parametrize(("mode", "kept"), [(0o700, True), (0o770, False), (0o707, False)])
-def test_compiled_programs_are_kept_in_a_private_folder_or_not_at_all(tmp_path, monkeypatch, mode, kept):
-    """Whoever can write to the folder can run code here."""
-    folder = tmp_path / ".cache" / "tl_jax" / "compiled"
-    folder.mkdir(parents=True)
-    folder.chmod(mode)
-    monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path)
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    try:
-        launcher.keep_compiled_programs()
-        assert jax.config.jax_compilation_cache_dir == (str(folder) if kept else None)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.mark.slow

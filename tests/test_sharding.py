@@ -100,7 +100,7 @@ def compare(make, others, rtol=1e-5, atol=1e-6, **choices):
         assert_close(other.sums, divided.sums, rtol=1e-5)
         assert_close(other._replace(sums={}), divided._replace(sums={}), rtol, atol)
         np.testing.assert_allclose(divided_logits[0], logits[0], rtol=1e-4, atol=1e-5)
-        # The work of all devices together; Adam's is done once where it is divided, and by every device where it is not.
+        # The work of all devices; Adam's is done once where it is divided, and by every device where it is not.
         if devices == 1:
             assert divided_cost["flops_per_step"] == pytest.approx(cost["flops_per_step"], rel=0.1)
     return divided

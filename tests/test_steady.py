@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from configs import smoke
 from tl_jax import options, sharding, steps, trees
@@ -170,24 +171,36 @@ def test_a_loss_that_is_not_finite_is_seen_however_late_and_named_by_its_step(tm
         train(make_config(**changes), tmp_path / "w")
 
 
-def test_programs_are_kept_for_whoever_calls_train_and_not_behind_a_link(tmp_path, monkeypatch):
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Where compiled programs are kept of a user whose home is empty."""
     monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path)
-    names = ("dir", "max_size")
-    before = {name: getattr(jax.config, f"jax_compilation_cache_{name}") for name in names}
-    folder = tmp_path / ".cache" / "tl_jax" / "compiled"
+    names = [f"jax_compilation_cache_{name}" for name in ("dir", "max_size")]
+    before = {name: getattr(jax.config, name) for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
-    try:
-        build(make_config(), sharding.make_parallel("jit"))
-        assert jax.config.jax_compilation_cache_dir == str(folder) and folder.stat().st_mode & 0o777 == 0o700
-        jax.config.update("jax_compilation_cache_dir", None)
-        folder.rename(tmp_path / "elsewhere")
-        folder.symlink_to(tmp_path / "elsewhere")
-        keep_compiled_programs()
-        assert jax.config.jax_compilation_cache_dir is None
-    finally:
-        for name in names:
-            jax.config.update(f"jax_compilation_cache_{name}", before[name])
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield tmp_path / ".cache" / "tl_jax" / "compiled"
+    for name in names:
+        jax.config.update(name, before[name])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()  # it holds on to the folder and to its size
+
+
+def test_programs_are_kept_for_whoever_calls_train_and_not_behind_a_link(programs):
+    build(make_config(), sharding.make_parallel("jit"))
+    assert jax.config.jax_compilation_cache_dir == str(programs) and programs.stat().st_mode & 0o777 == 0o700
+    jax.config.update("jax_compilation_cache_dir", None)
+    programs.rename(programs.parent / "elsewhere")
+    programs.symlink_to(programs.parent / "elsewhere")
+    keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.parametrize(("mode", "kept"), [(0o700, True), (0o770, False), (0o707, False)])
+def test_whoever_can_write_to_the_folder_of_programs_can_run_code_here(programs, mode, kept):
+    programs.mkdir(parents=True)
+    programs.chmod(mode)
+    keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir == (str(programs) if kept else None)
 
 
 LONG = """

@@ -37,7 +37,8 @@ def test_a_plan_holds_all_that_the_report_and_the_workers_need(tmp_path):
     rows = table.pop("runs")
     assert table == {
         "name": "depth", "question": "How deep?", "factors": FACTORS, "baseline": {"trained": "head"}, "seeds": [3, 1],
-        "metrics": ["accuracy"], "design": "holdout", "together": "heads", "speed": {"data.workers": 2},
+        "metrics": ["accuracy"], "design": "holdout", "together": "heads",
+        "speed": {"data.workers": 2, "cache_dir": "", "fsdp": 0},
     }  # fmt: skip
     assert [(row["key"], row["levels"], row["seed"], row["fold"]) for row in rows] == [
         (run.key, run.levels, run.seed, run.fold) for run in runs

@@ -16,7 +16,15 @@ import jax.numpy as jnp
 from tl_jax.card import Card
 from tl_jax.models import layout
 from tl_jax.models.layers import (
-    Conv, DropPath, batch_norm, classify, conv_norm, drop_path_rates, max_pool, recomputed, run_parts,
+    Conv,
+    DropPath,
+    batch_norm,
+    classify,
+    conv_norm,
+    drop_path_rates,
+    max_pool,
+    recomputed,
+    run_parts,
 )  # fmt: skip
 from tl_jax.models.variant import Variant
 
