@@ -31,7 +31,7 @@ from tl_jax import (
     workdir,
 )
 from tl_jax.checkpoint import Checkpoints
-from tl_jax.logging import RunLog, say
+from tl_jax.logging import RunLog, feed, say
 from tl_jax.methods import closed_form
 from tl_jax.models import adapt
 from tl_jax.optim import to_steps
@@ -113,7 +113,7 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
                 batches = batches_of(config, run, phase, splits, state, parallel, stop_requested)
                 stream = batches["train"].iterate(so_far, phase.stop, num_workers=config.data.workers)
                 streams.callback(stream.close)
-                for done, batch in enumerate(log.feed(map(parallel.put_batch, stream), idle), so_far + 1):
+                for done, batch in enumerate(feed([log], map(parallel.put_batch, stream), idle), so_far + 1):
                     if train_fn is None:
                         train_fn, cost = compile_step(config, run, phase, parallel, state, batch)
                         note_cost(folder, run, i, cost)
@@ -151,11 +151,16 @@ def batches_of(
     """The batches of the splits as a phase reads them: of images, or of the features of what is frozen in front."""
     sets = {"train": run.batches, **run.eval_batches}
     sets = {split: sets[split] for split in splits}
+    return hold(config, run, phase, sets, lambda: variables_of(state), parallel, stop_requested)
+
+
+def hold(config, run: Run, phase: Phase, sets: dict[str, Any], variables: Callable, parallel, stop_requested):
+    """The sets as they are, or of the features of what a phase freezes in front, made by variables()."""
     if phase.prefix is None or not phase.prefix.cached:
         return sets
     epochs = -(-run.total_steps * config.batch_size // len(run.data["train"]))
     return features.hold(
-        sets, phase.prefix, variables_of(state), run.card, parallel, views=min(config.views, epochs),
+        sets, phase.prefix, variables(), run.card, parallel, views=min(config.views, epochs),
         batch_size=next(iter(run.eval_batches.values())).batch_size, folder=config.cache_dir,
         stop_requested=stop_requested,
     )  # fmt: skip
