@@ -66,6 +66,9 @@ def train(
     for phase in run.phases if verbose else ():
         say(f"\nphase {phase.start} .. {phase.stop} of {run.total_steps} steps" if len(audits) > 1 else "")
         say(audit.to_table(phase.audit))
+        if phase.prefix:
+            once = "its outputs are kept" if phase.prefix.cached else "cache='features' would compute it once"
+            say(f"frozen in front, up to {phase.prefix.cut}: no gradient, no statistics; {once}\n")
 
     def work():
         if config.method.name in closed_form.NAMES:
