@@ -212,9 +212,10 @@ def resting_hashes(run: Run) -> dict[str, str]:
     origins = {f"{name}/{row['path']}": row["origin"] for name, rows in tables.items() for row in rows}
     frozen, variables = audit.frozen_hashes(run.variables, audits), trees.flatten(run.variables)
     given = {path for path, origin in origins.items() if origin not in ("new", "copy") and "(resampled" not in origin}
-    copied = {path for path in frozen if origins[path] == "copy"}  # of these those that no penalty has computed
-    values = set(trees.leaf_hashes({path: variables[path] for path in given}).values()) if copied else set()
-    return {path: sha256 for path, sha256 in frozen.items() if path in given or path in copied and sha256 in values}
+    if any(origins[path] == "copy" for path in frozen):  # where it is one, and not what a penalty has computed
+        values = set(trees.leaf_hashes({path: variables[path] for path in given}).values())
+        given |= {path for path, sha256 in frozen.items() if sha256 in values}
+    return {path: sha256 for path, sha256 in frozen.items() if path in given}
 
 
 def variables_of(state: steps.TrainState) -> dict[str, Any]:
