@@ -1,18 +1,23 @@
 """The steady state: one compilation, no copies and no waiting between two lines of metrics, and flat memory."""
 
+import errno
 import json
 import logging
 import os
 import pathlib
 import subprocess
 import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
+import filelock
 import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import smoke
+from tl_jax import compiled as compiled_programs
 from tl_jax import options, sharding, steps, trees
 from tl_jax import train as trainer
 from tl_jax.checkpoint import Checkpoints
@@ -199,6 +204,62 @@ def test_programs_are_kept_for_whoever_calls_train_and_not_behind_a_link(program
 def test_whoever_can_write_to_the_folder_of_programs_can_run_code_here(programs, mode, kept):
     programs.mkdir(parents=True)
     programs.chmod(mode)
+    keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir == (str(programs) if kept else None)
+
+
+def start_and_compile(programs, *numbers):
+    """Starts as another process would, and compiles a program for each number; {name: bytes} of what is kept then."""
+    jax.config.update("jax_compilation_cache_dir", None)
+    keep_compiled_programs()
+    jax.clear_caches()
+    for number in numbers:
+        jax.jit(lambda x, number=number: x * number)(np.float32(1))
+    return {path.name: path.read_bytes() for path in programs.glob("*-cache")}
+
+
+@pytest.mark.parametrize("size", [None, 100, 0], ids=["whole", "cut", "empty"])
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_program_that_a_process_died_writing_is_made_again_and_stops_no_other(programs, noted, size):
+    """Warnings are errors here: jax would warn of each program that it cannot read or keep."""
+    first = start_and_compile(programs, 1)
+    path = programs / next(name for name in first if "lambda" in name)
+    path.write_bytes(first[path.name][:size])
+    note = path.with_name(path.name.removesuffix("cache") + "atime")
+    if not noted:
+        note.unlink()
+    second = start_and_compile(programs, 2, 1)
+    assert second.keys() > first.keys() and note.exists()
+    assert len(second[path.name]) > 1000 and start_and_compile(programs, 1, 2) == second
+
+
+def test_programs_are_looked_at_once_and_what_was_noted_without_one_goes(programs, monkeypatch):
+    kept = start_and_compile(programs, 1)
+    (programs / "jit_gone-atime").write_bytes(b"now")
+    start_and_compile(programs)
+    assert not (programs / "jit_gone-atime").exists()
+    assert all((programs / name).stat().st_mode & 0o777 == 0o400 for name in kept)
+    monkeypatch.setattr(pathlib.Path, "read_bytes", None)
+    assert compiled_programs._mend(programs)
+
+
+def test_a_program_that_another_process_is_writing_stays(programs, monkeypatch):
+    start_and_compile(programs)
+    monkeypatch.setattr(compiled_programs, "SECONDS", 60)
+    with ThreadPoolExecutor(1) as pool, filelock.FileLock(programs / ".lockfile"):
+        (programs / "jit_f-cache").write_bytes(zlib.compress(b"program"))
+        mending = pool.submit(compiled_programs._mend, programs)
+        assert not mending.done()
+        (programs / "jit_f-atime").write_bytes(b"now")
+    assert mending.result() and (programs / "jit_f-cache").exists()
+
+
+@pytest.mark.parametrize(("error", "kept"), [(filelock.Timeout("busy"), True), (OSError(errno.ENOLCK, "none"), False)])
+def test_programs_are_not_kept_where_files_cannot_be_locked(programs, monkeypatch, error, kept):
+    def acquire(*_, **__):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
     keep_compiled_programs()
     assert jax.config.jax_compilation_cache_dir == (str(programs) if kept else None)
 
