@@ -64,12 +64,26 @@ def train(config, folder, **kwargs):
     return trainer.train(config, folder, verbose=False, **kwargs)
 
 
-def test_a_run_compiles_one_train_step_and_one_eval_step_and_nothing_after_its_first_round(tmp_path, compiled):
-    seen = {}
-    train(make_config(), tmp_path / "w", stop_requested=lambda done: bool(seen.setdefault(done, len(compiled)) and 0))
+WAYS = {
+    "everything trains": {"method.name": "full"},
+    "frozen in front": {},
+    "frozen in front in another type": {"model.prefix_dtype": "bfloat16"},
+    "frozen in front and cached": {"cache": "features"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_compiles_one_train_step_and_one_eval_step_and_nothing_after_its_first_round(tmp_path, compiled, way):
+    """With a moving average and evaluation."""
+    seen, config = {}, make_config(**WAYS[way], **({"cache_dir": str(tmp_path / "c")} if "cache" in way else {}))
+    train(config, tmp_path / "w", stop_requested=lambda done: bool(seen.setdefault(done, len(compiled)) and 0))
     assert compiled.count("train_step") == compiled.count("eval_step") == 1
+    assert compiled.count("prefix_step") == ("cached" in way)
     assert seen[8] == seen[3], compiled[seen[3] : seen[8]]  # step 2 logged, evaluated and saved
-    compiled.clear()
+
+
+def test_a_run_that_goes_on_compiles_each_step_once(tmp_path, compiled):
+    seen = {}
     with pytest.raises(Preempted):
         train(make_config(seed=1), tmp_path / "x", stop_requested=lambda done: done == 3)
     assert compiled.count("train_step") == 1
@@ -265,21 +279,32 @@ def test_programs_are_not_kept_where_files_cannot_be_locked(programs, monkeypatc
 
 
 LONG = """
-import gc, json, sys
+import ctypes, gc, json, sys
 import jax
 from configs import smoke
 from tl_jax import options, train as trainer
 
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
+class Mallinfo(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
-seen = {}
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Mallinfo
+
+def taken():
+    info = libc.mallinfo2()
+    with open("/proc/self/statm") as file:
+        resident = int(file.read().split()[1]) * 4096
+    return {"arrays": len(jax.live_arrays()), "bytes": info.uordblks + info.hblkhd, "objects": sys.getallocatedblocks(),
+            "resident": resident}
+
+seen, leaked = {}, []
 
 def look(done):
+    LEAK
     if done in (2000, 6000, 10_000):
         gc.collect()
-        seen[done] = (resident(), len(jax.live_arrays()))
+        seen[done] = taken()
 
 config = options.override(smoke.get_config(), {
     "total": (10_000.0, "steps"), "log_every": (50.0, "steps"), "eval_every": (500.0, "steps"), "select": "last",
@@ -288,17 +313,24 @@ config = options.override(smoke.get_config(), {
 trainer.train(config, sys.argv[1], verbose=False, stop_requested=look)
 print(json.dumps(seen))
 """
+# Between steps 2000 and 10,000. Objects: the lines of metrics stay, 22 objects for each 50 steps. Resident: threads leave
+# arenas of malloc behind, 4 MB each, of a number that the cores limit.
+FLAT = {"arrays": 0, "bytes": 400_000, "objects": 5000, "resident": 30_000_000}
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_ten_thousand_steps(tmp_path):
+@pytest.mark.parametrize(
+    ("leak", "found"),
+    [("pass", set()), ("leaked.append(bytearray(100))", {"bytes", "objects"}),
+     ("leaked.append(jax.device_put(0.0)) if done % 500 == 0 else None", {"arrays"})],
+    ids=["as it is", "a hundred bytes a step", "an array an evaluation"],
+)  # fmt: skip
+def test_memory_is_flat_over_ten_thousand_steps(tmp_path, leak, found):
     root = pathlib.Path(__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": "", "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", LONG, str(tmp_path / "w")], env=environment, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", LONG.replace("LEAK", leak), str(tmp_path / "w")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     seen = json.loads(done.stdout.splitlines()[-1])
-    (early, arrays), (_, middle), (late, last) = (seen[key] for key in ("2000", "6000", "10000"))
-    assert arrays == middle == last
-    assert abs(late - early) < 5e6, f"{early:,} -> {late:,} bytes"
-    assert np.isfinite(late)
+    grown = {name: seen["10000"][name] - seen["2000"][name] for name in FLAT}
+    assert {name for name in FLAT if grown[name] > FLAT[name]} == found, seen
+    assert seen["2000"]["arrays"] == seen["6000"]["arrays"] or found
