@@ -93,7 +93,7 @@ def finished(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any] | None:
 def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folder, verbose, stop_requested):
     """The loop: steps, lines of metrics, evaluations and checkpoints, phase by phase, and at the end the score."""
     total, (log_every, eval_every) = run.total_steps, intervals(config, run)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with Checkpoints(folder / "checkpoints", resting_hashes(run)) as checkpoints:
         state, meta = resume(
             checkpoints, run.identity, lambda step: initial_state(config, run, run.phase_of(step), parallel)
         )
@@ -131,6 +131,8 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
                     line = write_line(line, log, state, checkpoints, wait=evaluates or stopping)
                     if evaluates or stopping:
                         check_finite(state, checkpoints)
+                        if stopping:  # a checkpoint leaves out what rests: prove it while it is there
+                            audit.check_frozen(frozen, audit.frozen_hashes(variables_of(state), [phase.audit]))
                         with log.untimed():
                             if evaluates and "val" in run.data:
                                 log.evaluated(done, evaluate.scores(predict(phase, state, batches["val"])))
@@ -206,6 +208,22 @@ def enter_phase(
     state = steps.enter_phase(state, phase.tx, phase.labels, before.length, phase.model.frozen_norms)
     state = parallel.place(state)
     return state, audit.frozen_hashes(variables_of(state), [phase.audit])
+
+
+def resting_hashes(run: Run) -> dict[str, str]:
+    """`{collection/path: sha256}` of what no phase moves and the weight file gives to every start bit by bit.
+
+    Not what was drawn at random or computed on the device, which another kind of device may do with other roundings.
+    """
+    audits = [phase.audit for phase in run.phases]
+    tables = {"params": audits[0]["parameters"], "batch_stats": audits[0]["statistics"]}
+    origins = {f"{name}/{row['path']}": row["origin"] for name, rows in tables.items() for row in rows}
+    frozen, variables = audit.frozen_hashes(run.variables, audits), trees.flatten(run.variables)
+    given = {path for path, origin in origins.items() if origin not in ("new", "copy") and "(resampled" not in origin}
+    if any(origins[path] == "copy" for path in frozen):  # where it is one, and not what a penalty has computed
+        values = set(trees.leaf_hashes({path: variables[path] for path in given}).values())
+        given |= {path for path, sha256 in frozen.items() if sha256 in values}
+    return {path: sha256 for path, sha256 in frozen.items() if path in given}
 
 
 def variables_of(state: steps.TrainState) -> dict[str, Any]:
