@@ -249,11 +249,8 @@ def make_train_step(
 
 def compile_step(config: ConfigDict, run: Run, phase: Phase, parallel: sharding.Parallel, state, batch):
     """The compiled train step of a phase, and what it costs."""
-
-    def make(accumulate):
-        return make_train_step(config, run, phase, parallel, phase.tx, accumulate)
-
-    return parallel.compile(make(config.accumulate), state, batch, make(1) if config.accumulate > 1 else None)
+    step = make_train_step(config, run, phase, parallel, phase.tx, config.accumulate)
+    return parallel.compile(step, state, batch)
 
 
 def rates_of(config: ConfigDict, parallel: sharding.Parallel, cost: dict[str, Any]) -> Callable:
