@@ -1,0 +1,330 @@
+"""The same work in tl_jax and in timm/PyTorch: on one machine, in one process, taking turns.
+
+python benchmarks/vs_torch.py [--models resnet18,resnet50,vit_small_patch16_224] [--ways "forward,head,last block,full"]
+python benchmarks/vs_torch.py --device gpu --batch_size 128 --steps 20
+python benchmarks/vs_torch.py --end_to_end --models deit_tiny_patch16_224 --weights FILE --data folder:PATH
+
+Ours is the step that a run with these options takes: labels, clipping, logged gradient norm, frozen front. PyTorch has
+the same weights, images, AdamW (fused), clip and frozen parts: what is frozen needs no gradient, and only what trains is
+in train mode. It runs channels_last (ResNets) in float32 on a CPU, in bfloat16 and compiled on a GPU, where ours is in
+bfloat16 too. Both take uint8 images and normalise them. Before anything is timed, the losses of the first step must be
+equal.
+
+--end_to_end: a linear probe from the weight file to its accuracy on test, each in a process of its own, from its start
+to its end: `launch.py` with cached features, against a loop that decodes and resizes in two workers and runs the frozen
+backbone in every epoch. Ours has an empty features cache; its compiled programs are kept from the first round on, as
+they are for a user. --torch_epochs N times N epochs of the loop and scales them up.
+"""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import common
+from absl import app, flags
+
+MODELS = flags.DEFINE_list("models", ["resnet18", "resnet50", "vit_small_patch16_224"], "Names that timm has too.")
+WAYS = flags.DEFINE_list("ways", ["forward", "head", "last block", "full"], "What runs, or trains.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images of a step.")
+STEPS = flags.DEFINE_integer("steps", 1, "Steps of a measurement, of which the last is waited for; 20 suits a GPU.")
+END_TO_END = flags.DEFINE_bool("end_to_end", False, "Time a whole linear probe of the first of --models.")
+WEIGHTS = flags.DEFINE_string("weights", "", "Its weight file, in timm's names.")
+DATA = flags.DEFINE_string("data", "", "Its images, folder:PATH.")
+TRAIN = flags.DEFINE_string("train", "train", "The split to train on.")
+TEST = flags.DEFINE_string("test", "val", "The split to score.")
+EPOCHS = flags.DEFINE_integer("epochs", 30, "Epochs of the probe.")
+TORCH_EPOCHS = flags.DEFINE_integer("torch_epochs", 0, "Epochs that the loop is timed for; 0: all.")
+LOOP = flags.DEFINE_string("loop", "", "Used by the benchmark itself: run the PyTorch loop, write its result here.")
+
+METHODS = {"forward": {}, "head": {"method.name": "linear_probe"}, "full": {"method.name": "full"}}
+METHODS["last block"] = {"method.name": "last_k", "method.k": 1}
+LR, CLIP = 1e-3, 1.0
+
+
+def import_timm():
+    """(torch, timm); declares the operators without which some builds of torchvision cannot be imported."""
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        try:
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        except RuntimeError:  # it is there already
+            continue
+    import_timm.kept = library  # the operators live as long as this
+    import timm
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return torch, timm
+
+
+def make_images(folder: pathlib.Path) -> str:
+    """A data source of made-up images."""
+    import numpy as np
+
+    rng, arrays = np.random.default_rng(0), {}
+    for split in ("train", "val"):
+        arrays[f"{split}_image"] = rng.integers(0, 256, (BATCH_SIZE.value, 224, 224, 3)).astype(np.uint8)
+        arrays[f"{split}_label"] = np.arange(BATCH_SIZE.value, dtype=np.int32) % 10
+    np.savez(folder / "images.npz", **arrays)
+    return f"arrays:{folder / 'images.npz'}"
+
+
+def make_ours(name: str, way: str, source: str, weights: pathlib.Path):
+    """(call that runs --steps steps, loss of the first step, batch, trained parameters, cost); writes the weights."""
+    import jax
+
+    from configs import transfer
+    from tl_jax import options, pretrained, run, sharding, train
+
+    config = options.override(
+        transfer.get_config(f"model={name},data={source}"),
+        {"data.train": "train", "data.val": "val", "batch_size": BATCH_SIZE.value, "model.head_init": "lecun",
+         "model.dtype": "bfloat16" if common.DEVICE.value == "gpu" else "float32", "total": (1000, "steps"),
+         "schedule.name": "constant", "lr": LR, "clip": CLIP, **METHODS[way]},
+    )  # fmt: skip
+    parallel = sharding.make_parallel()
+    built = run.build(config, parallel)
+    pretrained.export(built.variables, name, weights, card=built.card, layout="timm")
+    host_batch = next(iter(built.batches.iterate(0, 1)))
+    batch, phase = parallel.put_batch(host_batch), built.phases[0]
+    kept = [train.initial_state(config, built, 0, parallel)]
+    if way == "forward":
+        variables = train.variables_of(kept.pop())
+        evaluate = parallel.evaluate(train.make_eval_step(built))
+        compiled = evaluate.lower(variables, batch["image"]).compile()
+
+        def call():
+            for _ in range(STEPS.value):
+                outputs = compiled(variables, batch["image"])
+            return jax.block_until_ready(outputs)
+
+        logits = jax.numpy.asarray(call()[0])
+        loss = -jax.nn.log_softmax(logits)[jax.numpy.arange(len(logits)), host_batch["label"]].mean()
+        return call, float(loss), host_batch, 0, parallel.cost(compiled), built.card
+    step, cost = train.compile_step(config, built, phase, parallel, kept[0], batch)
+    kept[0] = step(kept[0], batch)
+    loss = float(kept[0].sums["loss"]) / BATCH_SIZE.value
+
+    def call():
+        for _ in range(STEPS.value):
+            kept[0] = step(kept[0], batch)
+        return jax.block_until_ready(kept[0])
+
+    return call, loss, host_batch, phase.audit["totals"]["trainable"], cost, built.card
+
+
+def make_torch(name: str, way: str, weights: pathlib.Path, batch, card):
+    """(call that runs --steps steps, loss of the first step, number of trained parameters)."""
+    torch, timm = import_timm()
+    from safetensors.torch import load_file
+
+    gpu = common.DEVICE.value == "gpu"
+    place = torch.device("cuda" if gpu else "cpu")
+    layout = torch.channels_last if "resne" in name else torch.contiguous_format
+    model = timm.create_model(name, num_classes=card.num_classes)
+    model.load_state_dict(load_file(weights), strict=True)
+    model = model.to(place, memory_format=layout).eval().requires_grad_(False)
+    trained = {"forward": [], "full": [model], "head": [model.get_classifier()]}
+    trained["last block"] = [model.get_classifier(), *(
+        [model.layer4[-1]] if "resne" in name else [model.blocks[-1], model.norm]
+    )]  # fmt: skip
+    for module in trained[way]:
+        module.train().requires_grad_(True)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, LR, weight_decay=0.0, fused=True) if parameters else None
+    images = torch.from_numpy(batch["image"].copy()).to(place).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(batch["label"].copy()).long().to(place)
+    mean, std = (torch.tensor(x, device=place).view(1, 3, 1, 1) * 255 for x in (card.mean, card.std))
+    network = torch.compile(model) if gpu else model
+
+    def step():
+        x = ((images.float() - mean) / std).contiguous(memory_format=layout)
+        with torch.set_grad_enabled(bool(parameters)), torch.autocast("cuda", torch.bfloat16, enabled=gpu):
+            loss = torch.nn.functional.cross_entropy(network(x).float(), labels)
+        if parameters:
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+            optimizer.step()
+        return loss.detach()
+
+    def call():
+        for _ in range(STEPS.value):
+            step()
+        if gpu:
+            torch.cuda.synchronize()
+
+    return call, float(step()), sum(parameter.numel() for parameter in parameters)
+
+
+def measure(name: str, way: str, folder: pathlib.Path) -> dict:
+    """The row of a model and a way; raises AssertionError where the two do not do the same work."""
+    weights = folder / f"{name}.safetensors"
+    ours, loss, batch, count, cost, card = make_ours(name, way, make_images(folder), weights)
+    theirs, their_loss, their_count = make_torch(name, way, weights, batch, card)
+    tolerance = 1e-2 if common.DEVICE.value == "gpu" else 1e-4  # bfloat16 has three digits
+    if count != their_count or not math.isclose(loss, their_loss, rel_tol=tolerance):
+        raise AssertionError(f"{name}, {way}: losses {loss} and {their_loss}, trained {count} and {their_count}")
+    seconds = common.take_turns({"ours": ours, "PyTorch": theirs}, common.ROUNDS.value)
+    images = BATCH_SIZE.value * STEPS.value
+    return {
+        "case": f"{name}, {way}", "images/s": images / common.summary(seconds["ours"])["median"],
+        "PyTorch": images / common.summary(seconds["PyTorch"])["median"],
+        **common.ratios(seconds["PyTorch"], seconds["ours"]),
+        "loss": loss, "its loss": their_loss, "GFLOP": (cost["flops_per_step"] or math.nan) / 1e9, "seconds": seconds,
+    }  # fmt: skip
+
+
+def loop(result: pathlib.Path) -> None:
+    """The linear probe as a plain PyTorch program: accuracy on test, seconds of every epoch."""
+    torch, timm = import_timm()
+    from PIL import Image
+
+    from tl_jax import models
+
+    name, root, card = MODELS.value[0], pathlib.Path(DATA.value.partition(":")[2]), models.get(MODELS.value[0]).card
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) * 255 for x in (card.mean, card.std))
+
+    class Folder(torch.utils.data.Dataset):
+        def __init__(self, split):
+            self.classes = sorted(path.name for path in (root / TRAIN.value).iterdir())
+            self.files = [
+                (path, i) for i, c in enumerate(self.classes) for path in sorted((root / split / c).iterdir())
+            ]
+
+        def __len__(self):
+            return len(self.files)
+
+        def __getitem__(self, i):
+            path, label = self.files[i]
+            image, short = Image.open(path).convert("RGB"), int(card.input_size / card.crop)
+            scale = short / min(image.size)
+            width, height = (round(side * scale) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            left, top = (round((side - card.input_size) / 2) for side in (width, height))
+            image = image.crop((left, top, left + card.input_size, top + card.input_size))
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+            return pixels.view(card.input_size, card.input_size, 3).permute(2, 0, 1), label
+
+    def batches(split, shuffle):
+        return torch.utils.data.DataLoader(
+            Folder(split), BATCH_SIZE.value, shuffle, num_workers=2, persistent_workers=shuffle
+        )
+
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    model.load_state_dict(load_file(WEIGHTS.value))
+    model.reset_classifier(len(Folder(TRAIN.value).classes))
+    head = model.get_classifier()
+    torch.nn.init.zeros_(head.weight)
+    model.eval().requires_grad_(False)
+    head.requires_grad_(True)
+    optimizer = torch.optim.AdamW(head.parameters(), LR, weight_decay=0.0, fused=True)
+    train = batches(TRAIN.value, True)
+    total = EPOCHS.value * len(train)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / total)))
+
+    def features(images):
+        with torch.no_grad():
+            return model.forward_head(model.forward_features((images.float() - mean) / std), pre_logits=True)
+
+    epochs = []
+    for _ in range(TORCH_EPOCHS.value or EPOCHS.value):
+        began = time.perf_counter()
+        for images, labels in train:
+            optimizer.zero_grad(set_to_none=True)
+            torch.nn.functional.cross_entropy(head(features(images)), labels).backward()
+            torch.nn.utils.clip_grad_norm_(head.parameters(), CLIP)
+            optimizer.step()
+            schedule.step()
+        epochs.append(time.perf_counter() - began)
+    hits = sum(int((head(features(x)).argmax(1) == y).sum()) for x, y in batches(TEST.value, False))
+    result.write_text(json.dumps({"epochs": epochs, "hits": hits, "of": len(Folder(TEST.value))}))
+
+
+def probe(folder: pathlib.Path) -> list[dict]:
+    """The rows of a whole linear probe: ours, PyTorch's, and the ratio."""
+    cache, seconds, hits = pathlib.Path(tempfile.mkdtemp()), {"ours": [], "PyTorch": []}, {}
+    ours_config = f"configs/transfer.py:model={MODELS.value[0]},weights={WEIGHTS.value},data={DATA.value}"
+    given = {
+        "data.train": TRAIN.value, "data.val": "", "data.test": TEST.value, "cache": "features", "lr": LR, "clip": CLIP,
+        "total": f"({EPOCHS.value}, 'epochs')", "batch_size": BATCH_SIZE.value,
+    }  # fmt: skip
+    try:
+        for round_ in range(common.ROUNDS.value):
+            work = cache / str(round_)
+            more = {**given, "cache_dir": work / "features"}
+            command = ["launch.py", "--config", ours_config, *(f"--config.{k}={v}" for k, v in more.items())]
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *command, "--workdir", str(work / "run")], check=True, cwd=common.ROOT,
+                           env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache / "programs")})  # fmt: skip
+            seconds["ours"].append(time.perf_counter() - began)
+            scored = json.loads((work / "run" / "result.json").read_text())
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *sys.argv, f"--loop={cache / 'loop.json'}"], check=True)
+            spent, done = time.perf_counter() - began, json.loads((cache / "loop.json").read_text())
+            # The first epoch starts the workers; the others are what more epochs would cost.
+            later = done["epochs"][1:] or done["epochs"]
+            seconds["PyTorch"].append(spent + (EPOCHS.value - len(done["epochs"])) * sum(later) / len(later))
+            hits = {"ours": (scored, EPOCHS.value), "PyTorch": (done, len(done["epochs"]))}
+    finally:
+        shutil.rmtree(cache)
+    return summarise(seconds, hits)
+
+
+def summarise(seconds, hits) -> list[dict]:
+    of = hits["PyTorch"][0]["of"]
+    accuracy = hits["ours"][0]["metrics"]["accuracy"]
+    counted = {"ours": round(accuracy["value"] * of), "PyTorch": hits["PyTorch"][0]["hits"]}
+    rows = []
+    for way, times in seconds.items():
+        low, high = wilson(counted[way], of)
+        rows.append({
+            "case": way, **common.summary(times), "epochs timed": hits[way][1], "accuracy": counted[way] / of,
+            "from": low, "to": high, "seconds": times,
+        })  # fmt: skip
+    return [*rows, {"case": "times as fast", **common.ratios(seconds["PyTorch"], seconds["ours"])}]
+
+
+def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927)."""
+    centre, half = (hits + z * z / 2) / (n + z * z), z * math.sqrt(hits * (n - hits) / n + z * z / 4) / (n + z * z)
+    return centre - half, centre + half
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    if LOOP.value:
+        return loop(pathlib.Path(LOOP.value))
+    if common.DEVICE.value == "gpu":
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")  # the other half is PyTorch's
+    folder = common.start("vs_torch")
+    if END_TO_END.value:
+        rows = probe(folder)
+        title = f"{MODELS.value[0]}, linear probe of {EPOCHS.value} epochs, batch {BATCH_SIZE.value}: seconds"
+        if 0 < TORCH_EPOCHS.value < EPOCHS.value:
+            title += f"; {TORCH_EPOCHS.value} epochs of PyTorch timed, scaled up to {EPOCHS.value}"
+        columns = ("case", "median", "low", "high", "epochs timed", "accuracy", "from", "to")
+        return common.report(folder, rows, title, bars=("case", "median", "seconds"), columns=columns)
+    made = pathlib.Path(tempfile.mkdtemp())
+    try:
+        rows = [measure(name, way, made) for name in MODELS.value for way in WAYS.value]
+    finally:
+        shutil.rmtree(made)
+    title = f"batch {BATCH_SIZE.value}, {'bfloat16' if common.DEVICE.value == 'gpu' else 'float32'}: images/s"
+    title += ", and how many times as fast as PyTorch"
+    columns = ("case", "images/s", "PyTorch", "median", "low", "high", "loss", "its loss", "GFLOP")
+    common.report(folder, rows, title, bars=("case", "median", "times as fast as PyTorch"), columns=columns)
+
+
+if __name__ == "__main__":
+    app.run(main)
