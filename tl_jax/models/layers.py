@@ -133,8 +133,22 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = "xla") -> 
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and size % 8 == 0 and size <= 128
     if attention == "cudnn" and fits and jax.default_backend() == "gpu":
         return _attend_fused(q, k, v)
+    if jax.default_backend() == "cpu" and q.dtype == jnp.float32:
+        return _attend_on_cpu(q, k, v)
     scores = _scores(q, k) / math.sqrt(size)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+def _attend_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """With heads before tokens, so that every matmul reads rows, and divided by the sums once they are short rows.
+
+    Left to itself XLA runs the matmuls over strided rows: four times as long at 197 tokens.
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q / math.sqrt(q.shape[-1]), k, v))
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    sums = weights.sum(-1, keepdims=True)
+    return jnp.swapaxes(jnp.einsum("bhqk,bhkd->bhqd", weights, v) / sums, 1, 2)
 
 
 def _attend_fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
