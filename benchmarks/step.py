@@ -173,7 +173,8 @@ def measure(name: str, parallel: sharding.Parallel) -> list[dict]:
     rows = []
     for (way, attention), (step, cost, *_) in compiled.items():
         row = {"model": name, "way": way, "attention": attention, "batch_size": batch_size(), **cost}
-        row["temp_bytes"] = step.memory_analysis().temp_size_in_bytes
+        memory = step.memory_analysis()
+        row |= {"temp_bytes": memory.temp_size_in_bytes, "state_bytes": memory.argument_size_in_bytes}
         if times := seconds.get((way, attention)):
             slow, median, fast = max(times), statistics.median(times), min(times)
             row |= {"seconds": median, "images_per_second": [batch_size() / x for x in (slow, median, fast)]}
