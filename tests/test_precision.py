@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,18 @@ def test_the_fused_attention_lowers_for_a_gpu_with_its_gradient(tokens, monkeypa
     one = 2 * 2 * 3 * (tokens + tokens % 2) ** 2 * 64  # it computes the scores again for the gradient
     assert roofline.work(fused.jaxpr) == 7 * one
     assert roofline.work(plain.jaxpr) == 6 * one * tokens**2 / (tokens + tokens % 2) ** 2
+
+
+def test_why_there_is_no_fused_attention_is_said(monkeypatch):
+    assert layers.unfused(jnp.bfloat16, 64) == "there is no GPU"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert layers.unfused(jnp.bfloat16, 64) == ""
+    assert "half precision" in layers.unfused(jnp.float32, 64)
+    assert "132 values" in layers.unfused(jnp.bfloat16, 132) and "36 values" in layers.unfused(jnp.bfloat16, 36)
+    for capability, reason in {"7.0": "this is 7.0", "gfx90a": "this is gfx90a", "9.0": "", "10.0": ""}.items():
+        device = SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        assert layers.unfused(jnp.bfloat16, 64).rpartition(", ")[2] == reason
 
 
 def abstract_step(model, size, accumulate=1, batch_size=4):
