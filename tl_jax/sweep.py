@@ -93,8 +93,9 @@ def _loop(
     """The loop of `train.train_built` for all replicas: the last state, all rows, and the errors of who diverged."""
     config, run, count = group.configs[0], group.runs[0], len(group.runs)
     total, (log_every, eval_every) = run.total_steps, train.intervals(config, run)
+    identity = _identity(group)
     state, meta = train.resume(
-        checkpoints, _identity(group), lambda step: replicas.initial_state(group, run.phase_of(step), parallel)
+        checkpoints, identity, lambda step: replicas.initial_state(group, run.phase_of(step), parallel)
     )
     start, rows = int(state["step"]), meta.get("rows") or [[] for _ in group.runs]
     frozen = meta.get("frozen") or replicas.frozen_hashes(group, state, 0)
@@ -135,7 +136,7 @@ def _loop(
                             failed |= _evaluate(predict, i, state, sets["val"], _going(logs, failed), verbose)
                         best = {train.best_step(log.rows) for log in _going(logs, failed).values()}
                         meta = {
-                            **_identity(group), "rows": [log.rows for log in logs.values()], "frozen": frozen,
+                            **identity, "rows": [log.rows for log in logs.values()], "frozen": frozen,
                             "failed": {str(j): str(error) for j, error in failed.items()},
                         }  # fmt: skip
                         checkpoints.save(done, state, meta, keep=best if config.select == "best_val" else ())
