@@ -89,9 +89,11 @@ def main(argv: list[str]) -> None:
     if IMAGES.value:
         base = "configs/hymenoptera.py:data=" + IMAGES.value
         deit = ["--config", f"{base},weights={DEIT.value}"]
-        cases["DeiT-tiny, linear probe"] = deit
-        cases["DeiT-tiny, full"] = [deit[0], deit[1] + ",method=full"]
-        cases["ResNet-18, full"] = ["--config", f"{base},model=resnet18,weights={RESNET.value},method=full"]
+        cases["DeiT-tiny linear probe"] = deit
+        cases["DeiT-tiny full"] = [deit[0], deit[1] + ",method=full"]
+        cases["ResNet-18 full"] = ["--config", f"{base},model=resnet18,weights={RESNET.value},method=full"]
+    if unknown := set(ONLY.value) - cases.keys():
+        sys.exit(f"--only {sorted(unknown)}: expected some of {list(cases)}; all but the first need --images")
     rows = []
     for name in [case for case in cases if not ONLY.value or case in ONLY.value]:
         times: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
