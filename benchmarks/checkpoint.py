@@ -60,8 +60,10 @@ def make_training():
     state = parallel.place(jax.jit(lambda v: steps.init_state(v, tx, labels, 0, ema=False))(variables))
     method = finetune.make_method([(".*", "all")], num_classes=card.num_classes)
     train_step = steps.make_train_step(model, method, tx, labels, mean=card.mean, std=card.std)
-    batch = parallel.put_batch({"image": np.zeros(size, np.uint8), "label": np.zeros(size[0], np.int32)})
+    images = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    batch = parallel.put_batch({"image": images, "label": np.zeros(size[0], np.int32)})
     step, _ = parallel.compile(train_step, state, batch)
+    state = step(state, batch)  # a new optimizer is zeros, of which disks make less than of numbers
     frozen = {f"params/{path}": leaf for path, leaf in trees.split(variables["params"], labels)[1].items()}
     return step, jax.block_until_ready(state), batch, trees.leaf_hashes(frozen)
 
