@@ -1,7 +1,7 @@
 """What the input pipeline gives: JPEGs, packed images, the way to the device, and the wait for data in a real run.
 
 python benchmarks/input.py                                    (generated photos of 500 x 375)
-python benchmarks/input.py --data folder:PATH --train         (and fine-tunes all of --model on them)
+python benchmarks/input.py --data folder:PATH --what train    (fine-tunes all of --model on them)
 
 Every rate is that of a stream of training batches whose consumer takes them and does nothing else. Of JPEGs: decoded,
 random-resized crop to 224, mirrored at random; in turns with torch's DataLoader and timm's transform, where these are
@@ -38,10 +38,10 @@ WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of worker proce
 INTERPOLATION = flags.DEFINE_enum("interpolation", "bicubic", list(ops.RESAMPLE), "Of the random-resized crop.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images per batch.")
 SECONDS = flags.DEFINE_float("seconds", 1.5, "Seconds timed per round and way.")
-TRAIN = flags.DEFINE_bool("train", False, "Fine-tune --model on --data too, from its files and packed.")
-MODEL = flags.DEFINE_string("model", "deit_tiny_patch16_224", "What --train trains.")
+WHAT = flags.DEFINE_list("what", ["jpeg", "packed", "device"], "What to measure of jpeg, packed, device, train.")
+MODEL = flags.DEFINE_string("model", "deit_tiny_patch16_224", "What train fine-tunes.")
 WEIGHTS = flags.DEFINE_string("weights", "", "Its weight file; empty: random weights, at the same speed.")
-TRAIN_BATCH = flags.DEFINE_integer("train_batch_size", 32, "Examples per step of --train.")
+TRAIN_BATCH = flags.DEFINE_integer("train_batch_size", 32, "Examples per step of train.")
 
 CARD = Card("benchmark", 2)
 TARGETS = {"jpeg": 1_600, "packed": 50_000, "wait": 0.02}  # images/s, crops/s with 2 workers; share of the step
@@ -150,7 +150,13 @@ def measure(ways: dict) -> list[dict]:
         for key, call in ways.items():
             rates[key].append(call())
     return [
-        {"what": what, "workers": workers, **common.summary(rates[what, workers, target]), "target": target}
+        {
+            "way": what if workers is None else f"{what}, {workers} workers",
+            "what": what,
+            "workers": workers,
+            **common.summary(rates[what, workers, target]),
+            "target": target,
+        }
         for what, workers, target in ways
     ]
 
@@ -235,23 +241,22 @@ def train_row(out: pathlib.Path, source: str, workers: int) -> dict:
 
 def main(argv: list[str]) -> None:
     del argv
-    out = common.start("input")
+    out, bars = common.start("input"), ("way", "median", "per second")
     with tempfile.TemporaryDirectory(dir=out) as folder:
         data = DATA.value or make_photos(pathlib.Path(folder) / "photos")
-        source = sources.load(data)
+        source, packed = sources.load(data), f"packed:{folder}/packed"
         pack.pack(data, f"{folder}/packed", report=lambda text: None)
-        jpegs, packed = jpeg_rows(source), packed_rows(sources.load(f"packed:{folder}/packed"))
         size = f"{len(source)} images of {source.sizes.mean() / 1e3:.0f} kB, {INTERPOLATION.value}"
-        bars = "median", "per second"
-        for rows in (jpegs, packed):
-            for row in rows:
-                row["way"] = row["what"] + ("" if row["workers"] is None else f", {row['workers']} workers")
-        common.report(out / "jpeg", jpegs, f"JPEG to 224 px, images/s: {size}", ("way", *bars), COLUMNS)
-        common.report(out / "packed", packed, "packed, short side 256, to 224 px: crops/s", ("way", *bars), COLUMNS)
-        common.report(out / "device", device_rows(), "to the device, images/s", ("what", *bars))
-        if TRAIN.value:
-            ways = [(s, w) for s in (data, f"packed:{folder}/packed") for w in map(int, WORKERS.value)]
-            rows = [train_row(out, *way) for way in ways]
+        if "jpeg" in WHAT.value:
+            title = f"JPEG to 224 px, images/s: {size}"
+            common.report(out / "jpeg", jpeg_rows(source), title, bars, COLUMNS)
+        if "packed" in WHAT.value:
+            title = "packed, short side 256, to 224 px: crops/s"
+            common.report(out / "packed", packed_rows(sources.load(packed)), title, bars, COLUMNS)
+        if "device" in WHAT.value:
+            common.report(out / "device", device_rows(), "to the device, images/s", ("what", *bars[1:]))
+        if "train" in WHAT.value:
+            rows = [train_row(out, s, workers) for workers in map(int, WORKERS.value) for s in (data, packed)]
             common.report(out / "train", rows, f"{MODEL.value}, full fine-tuning, batch {TRAIN_BATCH.value}: data wait")
 
 
