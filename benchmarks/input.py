@@ -36,7 +36,8 @@ IMAGES = flags.DEFINE_integer("images", 256, "How many photos to generate, 500 x
 QUALITY = flags.DEFINE_integer("quality", 90, "JPEG quality of generated photos: 75 gives 67 kB each, 90 gives 108 kB.")
 WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of worker processes; 0: threads.")
 INTERPOLATION = flags.DEFINE_enum("interpolation", "bicubic", list(ops.RESAMPLE), "Of the random-resized crop.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images per batch.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "JPEGs per batch; large ones come too seldom to be timed well.")
+PACKED_BATCH = flags.DEFINE_integer("packed_batch_size", 256, "Packed images per batch, and images to the device.")
 SECONDS = flags.DEFINE_float("seconds", 1.5, "Seconds timed per round and way.")
 WHAT = flags.DEFINE_list("what", ["jpeg", "packed", "device"], "What to measure of jpeg, packed, device, train.")
 MODEL = flags.DEFINE_string("model", "deit_tiny_patch16_224", "What train fine-tunes.")
@@ -87,8 +88,8 @@ def rate_of(stream, warm_up: int) -> float:
     return count / seconds
 
 
-def ours(source: sources.Source, augment: list, workers: int) -> float:
-    batches = pipeline.train_batches(source, card=CARD, augment=augment, batch_size=BATCH_SIZE.value, seed=0)
+def ours(source: sources.Source, augment: list, batch_size: int, workers: int) -> float:
+    batches = pipeline.train_batches(source, card=CARD, augment=augment, batch_size=batch_size, seed=0)
     with contextlib.closing(batches.iterate(0, 10**9, workers)) as stream:
         return rate_of(stream, 3 + 2 * workers)
 
@@ -174,7 +175,7 @@ def jpeg_rows(source: sources.Source) -> list[dict]:
     augment = [("random_resized_crop", {"interpolation": INTERPOLATION.value}), ("flip", {})]
     for workers in map(int, WORKERS.value):
         target = TARGETS["jpeg"] if workers == 2 else None
-        ways["tl_jax", workers, target] = functools.partial(ours, source, augment, workers)
+        ways["tl_jax", workers, target] = functools.partial(ours, source, augment, BATCH_SIZE.value, workers)
         if import_torch():
             ways["torch and timm", workers, None] = functools.partial(torchs, source, workers)
     return measure(ways)
@@ -182,7 +183,7 @@ def jpeg_rows(source: sources.Source) -> list[dict]:
 
 def packed_rows(source: sources.Source) -> list[dict]:
     size, order = CARD.input_size, np.random.default_rng(0).permutation(len(source))
-    rows = np.empty((BATCH_SIZE.value, size, size, 3), np.uint8)
+    rows = np.empty((PACKED_BATCH.value, size, size, 3), np.uint8)
 
     def copy(i: int) -> None:
         rows[i % len(rows)] = source.images[order[i]][:size, :size]
@@ -196,7 +197,7 @@ def packed_rows(source: sources.Source) -> list[dict]:
             "random-resized crop and mirror": [("random_resized_crop", {}), ("flip", {})],
         }.items():
             goal = target if what == "crop and mirror" else None
-            ways[what, workers, goal] = functools.partial(ours, source, augment, workers)
+            ways[what, workers, goal] = functools.partial(ours, source, augment, PACKED_BATCH.value, workers)
     return sorted(measure(ways), key=lambda row: list(dict.fromkeys(way[0] for way in ways)).index(row["what"]))
 
 
@@ -204,14 +205,14 @@ def device_rows() -> list[dict]:
     """Images per second onto the device, until they are there: as uint8, and as float32 that the host normalised."""
     import jax
 
-    images = np.random.default_rng(0).integers(0, 256, (BATCH_SIZE.value, 224, 224, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (PACKED_BATCH.value, 224, 224, 3), np.uint8)
     ways = {"uint8": images, "float32": images.astype(np.float32)}
     seconds = common.take_turns(
         {name: functools.partial(lambda array: jax.device_put(array).block_until_ready(), array)
          for name, array in ways.items()}, 4 * common.ROUNDS.value
     )  # fmt: skip
     return [
-        {"what": name, **common.summary([BATCH_SIZE.value / s for s in times]),
+        {"what": name, **common.summary([PACKED_BATCH.value / s for s in times]),
          "GB/s": ways[name].nbytes / common.summary(times)["median"] / 1e9}
         for name, times in seconds.items()
     ]  # fmt: skip
