@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,14 @@ def start(name: str) -> pathlib.Path:
         os.environ["JAX_PLATFORMS"] = platforms
         if "jax" in sys.modules:
             sys.modules["jax"].config.update("jax_platforms", platforms)
+    if DEVICE.value in ("gpu", "tpu"):  # asked in another process, for whoever asks jax takes the device's memory
+        asked = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], capture_output=True, text=True)
+        if asked.returncode:
+            said = asked.stderr.strip().splitlines()[-1].removeprefix("AssertionError").strip()
+            sys.exit(
+                f"error: jax finds no {DEVICE.value} here{f' ({said})' if said else ''}; for one that is there install "
+                "jax[cuda12] or jax[tpu], else leave out --device"
+            )
     folder = pathlib.Path(OUT.value or f"workdirs/benchmarks/{name}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -19,7 +19,7 @@ import common
 from absl import app, flags
 
 STEP = pathlib.Path(__file__).with_name("step.py")
-MODELS = flags.DEFINE_list("models", ["vit_tiny_patch16_224", "vit_small_patch16_224", "resnet18"], "Networks.")
+MODELS = flags.DEFINE_list("models", ["vit_tiny_patch16_224", "resnet18", "vit_small_patch16_224"], "Networks.")
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["4", "8", "16", "32"], "Of the first of --models.")
 DEVICES = flags.DEFINE_list("devices", [], "How many; empty: 1, 2, 4 and 8, of which a GPU or TPU takes those it has.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Where the network and the devices vary.")
@@ -62,18 +62,18 @@ def draw(series: dict[str, list[dict]], path: pathlib.Path) -> None:
     """Memory above, images/s below, along each of the three axes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure = Figure(figsize=(13, 6), layout="constrained")
     panels = figure.subplots(2, 3)
     for panel, key in zip(panels, ("all MB", "images/s"), strict=True):
         for axes, (name, column) in zip(panel, (("data", "batch"), ("model", "model")), strict=False):
             _plot(axes, series[name], column, key, "bar" if name == "model" else "line", "#4477aa", None)
         for label, divided, colour in (("whole on each", False, "#4477aa"), ("divided (fsdp)", True, "#ee6677")):
-            rows = [row for row in series["devices"] if bool(row["fsdp"]) == divided]
+            rows = [row for row in series["devices"] if bool(row["fsdp"]) == divided or row["devices"] == 1]
             _plot(panel[2], rows, "devices", key, "line", colour, label)
         panel[0].set_ylabel({"all MB": "memory of a device [MB]", "images/s": "images/s"}[key])
     panels[0][0].set_title(f"data: {series['data'][0]['model']}")
     panels[0][1].set_title(f"network: batch {series['model'][0]['batch']}")
-    panels[0][2].set_title(f"devices: {series['devices'][0]['model']}, batch {series['devices'][0]['batch']}")
+    panels[0][2].set_title(f"devices: batch {series['devices'][0]['batch']}")
     panels[0][2].legend(frameon=False)
     if common.DEVICE.value in ("", "cpu"):
         panels[1][2].set_title("simulated, on the same cores", fontsize=9)
@@ -90,7 +90,7 @@ def _plot(axes, rows: list[dict], column: str, key: str, kind: str, colour: str,
     )
     axes.set_ylim(0)
     axes.set_xlabel({"batch": "batch size", "devices": "devices"}.get(column, ""))
-    axes.tick_params(axis="x", rotation=12 if kind == "bar" else 0)
+    axes.tick_params(axis="x", rotation=8 if kind == "bar" else 0)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -110,7 +110,9 @@ def main(argv: list[str]) -> None:
     series = {
         "data": rows_of("data", [(models[0], int(size), 1, 0) for size in BATCH_SIZES.value]),
         "model": rows_of("model", [(model, batch_size, 1, 0) for model in models]),
-        "devices": rows_of("devices", [(models[0], batch_size, n, f) for n in counts for f in (0, FSDP.value)]),
+        "devices": rows_of(
+            "devices", [(models[0], batch_size, n, f) for n in counts for f in (0, FSDP.value)[: min(n, 2)]]
+        ),
     }
     rows = [{"grows": name, **row} for name, group in series.items() for row in group]
     simulated = "; the devices are simulated on one CPU" if common.DEVICE.value in ("", "cpu") else ""

@@ -258,15 +258,7 @@ def draw(rows: list[dict], path) -> None:
 
 
 def check() -> None:
-    """Ends with one message where the device or a flag cannot be meant; says where cuDNN's attention is not used."""
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter, without a word, where jax was installed without CUDA
-        said = f" ({str(error).splitlines()[0]})" if str(error) else ""
-        sys.exit(
-            f"error: jax finds no {common.DEVICE.value} here{said}; for one that is there install jax[cuda12] or "
-            "jax[tpu], else leave out --device"
-        )
+    """Ends with one message where a flag cannot be meant; says where cuDNN's attention is not used."""
     known = {"models": models.MODELS, "ways": ["forward", *METHODS], "attention": ["xla", "cudnn"]}
     given = {"models": MODELS.value, "ways": WAYS.value, "attention": ATTENTION.value}
     wrong = [(flag, value) for flag, values in given.items() for value in values if value not in known[flag]]

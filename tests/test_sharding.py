@@ -201,6 +201,29 @@ def test_a_run_with_divided_parameters_is_the_run_without_and_resumes_bit_for_bi
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "divided" / name).read_bytes(), name
 
 
+LAST = {"method.name": "last_k", "method.k": 1, "total": (2.0, "steps"), "cache": "features"}
+PLACED = {
+    "pmap, cached features": ({"parallel": "pmap"}, LAST),
+    "fsdp, cached features, average": ({"fsdp": 256}, {**LAST, "ema": 0.9}),
+    "fsdp, remat, parts": ({"fsdp": 256, "model.remat": "block"}, {"method.name": "full", "accumulate": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [next(iter(PLACED)), *(pytest.param(x, marks=pytest.mark.slow) for x in [*PLACED][1:])]
+)
+def test_where_things_lie_changes_no_number_of_a_run(tmp_path, name):
+    placement, changes = PLACED[name]
+    results = {}
+    for folder, more in {"plain": {}, "placed": placement}.items():
+        folders = {"cache_dir": str(tmp_path / folder / "cache")} if "cache" in changes else {}
+        config = options.override(smoke.get_config(), {**changes, **folders, **more})
+        results[folder] = train(config, tmp_path / folder, verbose=False)
+    assert results["plain"]["metrics"]["confusion"] == results["placed"]["metrics"]["confusion"]
+    for row, other in zip(*(read(tmp_path / folder) for folder in results), strict=True):
+        assert other == pytest.approx(row, rel=1e-4)
+
+
 def test_the_cost_of_a_step_in_parts_is_that_of_all_its_parts():
     parallel = sharding.make_parallel("jit", jax.devices()[:1])
     (_, whole, state), (_, parts, _) = (setup(make_vit, parallel, accumulate=accumulate) for accumulate in (1, 4))
