@@ -6,6 +6,8 @@ The state is that of full fine-tuning with adamw: about 1 GB for ViT-B/16. In tu
 by plain Python, without a hash; `Checkpoints.save` until it returns, and until it is committed;
 `Checkpoints.restore`; and orbax's own StandardSave, of which the leaf hashes are taken before as one must to verify.
 All of them delete what they wrote. Then training steps without and with a save in flight, in turns too.
+
+With --train head the rest is frozen, and what it costs to save all of it is compared with leaving it out.
 """
 
 import os
@@ -24,6 +26,8 @@ import common
 
 MODEL = flags.DEFINE_string("model", "vit_base_patch16_224", "A name from tl_jax.models.MODELS.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Examples per step.")
+TRAIN = flags.DEFINE_enum("train", "all", ["all", "head"], "What trains; the rest is left out of checkpoints.")
+CLASSES = flags.DEFINE_integer("classes", 0, "Of the head; 0: the model's own.")
 STEPS = flags.DEFINE_integer("steps", 40, "Steps timed without a save, and with one in flight; 0: none.")
 DISK = flags.DEFINE_string("disk", "", "A folder on the disk to write to; empty: that of --out.")
 
@@ -40,21 +44,26 @@ def make_training():
 
     keep_compiled_programs()
     card = models.get(MODEL.value).card
+    card = card.replace(num_classes=CLASSES.value or card.num_classes)
     model = models.get(MODEL.value).module(num_classes=card.num_classes)
     size = (BATCH_SIZE.value, card.input_size, card.input_size, 3)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros(size))
-    labels = dict.fromkeys(trees.flatten(variables["params"]), "all")
+    labels = {
+        path: "all" if TRAIN.value == "all" or path.startswith("head/") else trees.FROZEN
+        for path in trees.flatten(variables["params"])
+    }
     frozen = audit.norm_policies(variables.get("batch_stats", {}), labels, ())
     model = model.clone(frozen_norms=tuple(path for path, policy in frozen.items() if policy == trees.FROZEN))
     groups = optim.make_groups(labels, optim.Group("adamw"), {})
     tx = optim.make_optimizer(labels, groups, optax.constant_schedule(1e-5), clip=1.0)
     parallel = sharding.make_parallel("jit", jax.devices()[:1])
-    state = parallel.replicate(jax.jit(lambda v: steps.init_state(v, tx, labels, 0, ema=False))(variables))
+    state = parallel.place(jax.jit(lambda v: steps.init_state(v, tx, labels, 0, ema=False))(variables))
     method = finetune.make_method([(".*", "all")], num_classes=card.num_classes)
     train_step = steps.make_train_step(model, method, tx, labels, mean=card.mean, std=card.std)
     batch = parallel.put_batch({"image": np.zeros(size, np.uint8), "label": np.zeros(size[0], np.int32)})
     step, _ = parallel.compile(train_step, state, batch)
-    return step, jax.block_until_ready(state), batch
+    frozen = {f"params/{path}": leaf for path, leaf in trees.split(variables["params"], labels)[1].items()}
+    return step, jax.block_until_ready(state), batch, trees.leaf_hashes(frozen)
 
 
 def plain(folder: pathlib.Path, arrays: list[np.ndarray]) -> None:
@@ -117,7 +126,36 @@ def time_saves(folder: pathlib.Path, state) -> list[dict]:
     return rows
 
 
-def time_steps(folder: pathlib.Path, step, state, batch) -> list[dict]:
+def time_parts(folder: pathlib.Path, state, resting) -> list[dict]:
+    """Rows of seconds of a checkpoint that holds all of a state, and of one that leaves out what rests."""
+    from tl_jax.checkpoint import Checkpoints
+
+    ways, parts = {"all of it": {}, "what trains": resting}, ("save returns", "committed", "restored")
+    seconds = {f"{way}: {part}": [] for way in ways for part in parts}
+    sizes = {}
+    for _ in range(common.ROUNDS.value):
+        for way, left_out in ways.items():
+            with Checkpoints(folder / "ours", left_out) as checkpoints:
+                checkpoints.prepare(state)
+                checkpoints.save(1, state, {})
+                checkpoints.wait()
+                times = [time.perf_counter()]
+                checkpoints.save(2, state, {})
+                times.append(time.perf_counter())
+                checkpoints.wait()
+                times.append(time.perf_counter())
+                checkpoints.restore(2, state)
+                took = [times[1] - times[0], times[2] - times[0], time.perf_counter() - times[2]]
+            for part, value in zip(parts, took, strict=True):
+                seconds[f"{way}: {part}"].append(value)
+            files = [path for path in (folder / "ours" / "2").rglob("*") if path.is_file()]
+            sizes[way] = sum(path.stat().st_size for path in files) / 1e6
+            shutil.rmtree(folder / "ours")
+    megabytes = {name: sizes[name.partition(":")[0]] for name in seconds}
+    return [{"what": name, **common.summary(seconds[name]), "MB": megabytes[name]} for name in seconds]
+
+
+def time_steps(folder: pathlib.Path, step, state, batch, resting) -> list[dict]:
     """Rows of seconds per step, without a save and with one in flight."""
     import jax
 
@@ -125,7 +163,7 @@ def time_steps(folder: pathlib.Path, step, state, batch) -> list[dict]:
 
     seconds: dict[str, list[float]] = {"step": [], "step, save in flight": []}
     behind, number = [], 0
-    with Checkpoints(folder / "ours") as checkpoints:
+    with Checkpoints(folder / "ours", resting) as checkpoints:
         checkpoints.prepare(state)
         while min(map(len, seconds.values())) < STEPS.value:
             for name, times in seconds.items():
@@ -155,12 +193,17 @@ def time_steps(folder: pathlib.Path, step, state, batch) -> list[dict]:
 def main(argv: list[str]) -> None:
     del argv
     out = common.start("checkpoint")
-    step, state, batch = make_training()
-    with tempfile.TemporaryDirectory(dir=DISK.value or out) as folder:
-        rows = time_saves(pathlib.Path(folder), state)
-        common.report(out, rows, f"{MODEL.value}, adamw: seconds per GB", ("what", "median", "seconds per GB"))
+    step, state, batch, resting = make_training()
+    with tempfile.TemporaryDirectory(dir=DISK.value or out) as name:
+        folder = pathlib.Path(name)
+        if resting:
+            title = f"{MODEL.value}, the head trains by adamw: seconds per checkpoint"
+            common.report(out, time_parts(folder, state, resting), title, ("what", "median", "seconds"))
+        else:
+            title = f"{MODEL.value}, adamw: seconds per GB"
+            common.report(out, time_saves(folder, state), title, ("what", "median", "seconds per GB"))
         if STEPS.value:
-            rows = time_steps(pathlib.Path(folder), step, state, batch)
+            rows = time_steps(folder, step, state, batch, resting)
             common.report(out / "steps", rows, f"{MODEL.value}, batch {BATCH_SIZE.value}: seconds per step")
 
 

@@ -68,7 +68,7 @@ def time_steps(counts: list[int]) -> list[dict]:
         state = replicas.initial_state(group, 0, parallel)
         batch = replicas.put_batches(group, [group.runs[0].batches[0]], parallel)
         streams = {**group.streams, "batch": batch}
-        numbers = parallel.replicate(replicas.numbers_of(group, 0))
+        numbers = parallel.place(replicas.numbers_of(group, 0))
         inputs = {"shared": group.shared, "streams": streams, "numbers": numbers}
         step, cost = parallel.compile(replicas.make_train_step(group, 0, parallel), state, inputs)
         programs[count] = [step, state, inputs, cost]

@@ -1,11 +1,12 @@
-"""How the cost of a full training step grows with the batch, with the network and with the number of devices.
+"""How the cost of a full training step grows with the data, with the network and with the number of devices.
 
 python benchmarks/scaling.py
-python benchmarks/scaling.py --device gpu --dtype bfloat16 --batch_sizes 64,128,256 --steps 20
+python benchmarks/scaling.py --device gpu --models resnet50,vit_base_patch16_224 --batch_sizes 64,128,256,512
 
-Each row is a run of benchmarks/step.py in a process of its own. On a CPU the devices are simulated and share its cores:
-there the memory of one device and the FLOPs are what to look at, and a time says nothing. With --rounds 0, the default,
-nothing is timed. Data enter through the batch alone: an epoch of N examples is N / batch steps.
+Each row is a run of benchmarks/step.py in a process of its own. Data enter through the batch: an epoch of N examples is
+N / batch steps, so its seconds grow as N, and are given for 10,000. The devices of a CPU are simulated and share its
+cores: what more of them save there is memory, and the work of each; seconds do not fall. Each number of devices has two
+rows, with parameters whole on each device and with parameters divided over them (config.fsdp).
 """
 
 import json
@@ -14,81 +15,107 @@ import pathlib
 import subprocess
 import sys
 
-import matplotlib.pyplot as plt
+import common
 from absl import app, flags
 
 STEP = pathlib.Path(__file__).with_name("step.py")
-MODELS = flags.DEFINE_list("models", ["resnet18", "vit_tiny_patch16_224", "vit_small_patch16_224"], "Small to large.")
-BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["8", "16", "32"], "Of the first model.")
-DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8"], "How many; simulated on a CPU.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Where the network and the devices vary.")
-FSDP = flags.DEFINE_integer("fsdp", 4096, "config.fsdp of the second row of each number of devices.")
-ROUNDS = flags.DEFINE_integer("rounds", 0, "As in step.py.")
-STEPS = flags.DEFINE_integer("steps", 1, "As in step.py.")
-DTYPE = flags.DEFINE_string("dtype", "float32", "As in step.py.")
-DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu", "tpu"], "Where to run.")
-OUT = flags.DEFINE_string("out", "workdirs/benchmarks/scaling", "The folder of the rows and the picture.")
+MODELS = flags.DEFINE_list("models", ["vit_tiny_patch16_224", "vit_small_patch16_224", "resnet18"], "Networks.")
+BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["4", "8", "16", "32"], "Of the first of --models.")
+DEVICES = flags.DEFINE_list("devices", [], "How many; empty: 1, 2, 4 and 8, of which a GPU or TPU takes those it has.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Where the network and the devices vary.")
+FSDP = flags.DEFINE_integer("fsdp", 4096, "config.fsdp of divided parameters.")
+STEPS = flags.DEFINE_integer("steps", 0, "As in step.py.")
+DTYPE = flags.DEFINE_string("dtype", "", "As in step.py.")
 
 
-def run_step(folder: pathlib.Path, model: str, batch_size: int, devices: int = 1, fsdp: int = 0) -> dict:
-    """The row of full training from one run of step.py."""
-    environment = dict(os.environ)
-    if DEVICE.value == "cpu":
+def run_step(folder: pathlib.Path, model: str, batch_size: int, devices: int = 1, fsdp: int = 0) -> dict | None:
+    """The row of full training from one run of step.py; None where there are not so many devices."""
+    device, environment = common.DEVICE.value, dict(os.environ)
+    if device in ("", "cpu"):
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(devices)))
     command = [
         sys.executable, str(STEP), f"--models={model}", "--ways=full", f"--batch_size={batch_size}", f"--fsdp={fsdp}",
-        f"--rounds={ROUNDS.value}", f"--steps={STEPS.value}", f"--dtype={DTYPE.value}", f"--device={DEVICE.value}",
-        f"--out={folder}",
+        f"--rounds={common.ROUNDS.value}", f"--steps={STEPS.value}", f"--dtype={DTYPE.value}",
+        f"--device={device or 'cpu'}", f"--out={folder / 'last'}",
     ]  # fmt: skip
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    (row,) = json.loads((folder / "step.json").read_text())["rows"]
-    return {**row, "batch_size": batch_size, "devices": devices, "fsdp": fsdp}
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command[1:])}\n{done.stderr}")
+    found = json.loads((folder / "last" / "rows.json").read_text())
+    (row,) = found["rows"]
+    if not found["machine"].startswith(f"{devices} x "):
+        return None
+    return {
+        "model": model, "batch": batch_size, "devices": devices, "fsdp": fsdp,
+        "GFLOP a device": row["flops_per_step"] / devices / 1e9,
+        "GB a device": row["bytes_per_step"] and row["bytes_per_step"] / devices / 1e9,
+        "state MB": row["state_bytes"] / 1e6, "temp MB": row["temp_bytes"] / 1e6,
+        "all MB": row["memory_bytes"] / 1e6, "images/s": row["images_per_second"][1],
+        "low": row["images_per_second"][0], "high": row["images_per_second"][2],
+        "s for 10,000": 1e4 / row["images_per_second"][1],
+    }  # fmt: skip
 
 
 def draw(series: dict[str, list[dict]], path: pathlib.Path) -> None:
-    """The memory of a device along each axis."""
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.5), layout="constrained")
-    first = series["batch"][0]["model"]
-    panels[0].plot([row["batch_size"] for row in series["batch"]], _megabytes(series["batch"]), "o-")
-    panels[0].set(title=first, xlabel="batch size", ylabel="memory of a device [MB]", ylim=0)
-    panels[1].bar([row["model"] for row in series["model"]], _megabytes(series["model"]))
-    panels[1].set(title=f"batch {BATCH_SIZE.value}")
-    panels[1].tick_params(axis="x", rotation=20)
-    for label, divided in (("whole on each", False), ("divided (fsdp)", True)):
-        rows = [row for row in series["devices"] if bool(row["fsdp"]) == divided]
-        panels[2].plot([row["devices"] for row in rows], _megabytes(rows), "o-", label=label)
-    panels[2].set(title=f"{MODELS.value[-1]}, batch {BATCH_SIZE.value}", xlabel="devices", ylim=0)
-    panels[2].legend()
-    figure.savefig(path, dpi=120)
+    """Memory above, images/s below, along each of the three axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    panels = figure.subplots(2, 3)
+    for panel, key in zip(panels, ("all MB", "images/s"), strict=True):
+        for axes, (name, column) in zip(panel, (("data", "batch"), ("model", "model")), strict=False):
+            _plot(axes, series[name], column, key, "bar" if name == "model" else "line", "#4477aa", None)
+        for label, divided, colour in (("whole on each", False, "#4477aa"), ("divided (fsdp)", True, "#ee6677")):
+            rows = [row for row in series["devices"] if bool(row["fsdp"]) == divided]
+            _plot(panel[2], rows, "devices", key, "line", colour, label)
+        panel[0].set_ylabel({"all MB": "memory of a device [MB]", "images/s": "images/s"}[key])
+    panels[0][0].set_title(f"data: {series['data'][0]['model']}")
+    panels[0][1].set_title(f"network: batch {series['model'][0]['batch']}")
+    panels[0][2].set_title(f"devices: {series['devices'][0]['model']}, batch {series['devices'][0]['batch']}")
+    panels[0][2].legend(frameon=False)
+    if common.DEVICE.value in ("", "cpu"):
+        panels[1][2].set_title("simulated, on the same cores", fontsize=9)
+    figure.savefig(path, dpi=150)
 
 
-def _megabytes(rows: list[dict]) -> list[float]:
-    return [row["memory_bytes"] / 1e6 for row in rows]
+def _plot(axes, rows: list[dict], column: str, key: str, kind: str, colour: str, label: str | None) -> None:
+    places, values = [str(row[column]) for row in rows], [row[key] for row in rows]
+    if key == "images/s":
+        ends = [[row[key] - row["low"] for row in rows], [row["high"] - row[key] for row in rows]]
+        axes.errorbar(places, values, yerr=ends, fmt="none", color="black", capsize=3, linewidth=1)
+    axes.bar(places, values, color=colour) if kind == "bar" else axes.plot(
+        places, values, "o-", color=colour, label=label
+    )
+    axes.set_ylim(0)
+    axes.set_xlabel({"batch": "batch size", "devices": "devices"}.get(column, ""))
+    axes.tick_params(axis="x", rotation=12 if kind == "bar" else 0)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def main(argv: list[str]) -> None:
     del argv
-    folder, models = pathlib.Path(OUT.value), MODELS.value
+    folder, models, known = common.start("scaling"), MODELS.value, {}
+
+    def rows_of(name: str, cases: list[tuple]) -> list[dict]:
+        for case in cases:
+            if case not in known:
+                known[case] = run_step(folder, *case)
+                print(f"{name}: {', '.join(map(str, case[:3]))} device(s){', fsdp' if case[3] else ''}", flush=True)
+        return [known[case] for case in cases if known[case]]
+
+    counts = [int(count) for count in DEVICES.value or (1, 2, 4, 8)]
+    batch_size = BATCH_SIZE.value
     series = {
-        "batch": [run_step(folder, models[0], int(size)) for size in BATCH_SIZES.value],
-        "model": [run_step(folder, model, BATCH_SIZE.value) for model in models],
-        "devices": [
-            run_step(folder, models[-1], BATCH_SIZE.value, int(count), fsdp)
-            for count in DEVICES.value
-            for fsdp in (0, FSDP.value)
-        ],
+        "data": rows_of("data", [(models[0], int(size), 1, 0) for size in BATCH_SIZES.value]),
+        "model": rows_of("model", [(model, batch_size, 1, 0) for model in models]),
+        "devices": rows_of("devices", [(models[0], batch_size, n, f) for n in counts for f in (0, FSDP.value)]),
     }
-    head = f"{'':<9}{'model':<24}{'batch':>6}{'devices':>8}{'fsdp':>6}{'GFLOP':>9}{'temp MB':>9}{'all MB':>8}"
-    print(head + f"{'images/s':>10}")
-    for name, rows in series.items():
-        for row in rows:
-            line = f"{name:<9}{row['model']:<24}{row['batch_size']:>6}{row['devices']:>8}{row['fsdp']:>6}"
-            line += f"{row['flops_per_step'] / 1e9:>9.1f}{row['temp_bytes'] / 1e6:>9.0f}"
-            line += f"{row['memory_bytes'] / 1e6:>8.0f}"
-            print(line + (f"{row['images_per_second'][1]:>10.1f}" if "images_per_second" in row else ""))
-    (folder / "scaling.json").write_text(json.dumps(series, indent=1))
+    rows = [{"grows": name, **row} for name, group in series.items() for row in group]
+    simulated = "; the devices are simulated on one CPU" if common.DEVICE.value in ("", "cpu") else ""
+    columns = [key for key in rows[0] if key not in ("low", "high")]
+    common.report(folder, rows, f"Full training, a step{simulated}; memory is that of one device", columns=columns)
     draw(series, folder / "scaling.png")
 
 

@@ -1,44 +1,41 @@
 """What a training step costs, by what of the network trains: time, FLOPs, memory, and which part of the device it uses.
 
-python benchmarks/step.py --models resnet50,vit_base_patch16_224 --batch_size 8
-python benchmarks/step.py --device gpu --dtype bfloat16 --batch_size 256 --steps 20
+python benchmarks/step.py
+python benchmarks/step.py --models vit_base_patch16_224 --batch_size 64 --compile_only
+python benchmarks/step.py --device gpu --attention xla,cudnn
 
 The ways: the forward pass alone, the head, the last block, LoRA (ViTs), everything with frozen BatchNorm (ResNets), and
-everything. Clipping and the logged gradient norm are on, as in training; the images are made on the device. Times are
-medians over rounds in which the ways take turns, so that a noisy machine troubles them alike, with the lowest and the
-highest; --rounds 0 compiles only, and allocates nothing. MFU is against the matmul measured on this machine.
+everything, each as `tl_jax.train` runs it: what is frozen in front keeps nothing, clipping and the logged gradient norm
+are on. The images are made on the device. Times are medians over rounds in which the ways take turns, so that a noisy
+machine troubles them alike, with the lowest and the highest. MFU is against the matmul measured on this machine.
 """
 
 import itertools
 import json
-import pathlib
 import statistics
 import sys
 import time
 
+import common
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import optax
-from absl import app, flags, logging
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from absl import app, flags
 
 from tl_jax import audit, models, optim, roofline, sharding, steps, trees
 from tl_jax.methods import finetune
-from tl_jax.models import adapt
+from tl_jax.models import adapt, layers
 
 MODELS = flags.DEFINE_list("models", ["resnet50", "vit_base_patch16_224"], "Names from tl_jax.models.MODELS.")
 WAYS = flags.DEFINE_list("ways", [], "Some of: forward, head, last block, lora, frozen norms, full; all if empty.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Examples per step, over all devices.")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds; 0: compile only.")
-STEPS = flags.DEFINE_integer("steps", 1, "Steps in a round, of which only the last is waited for; 20 suits a GPU.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Examples per step, over all devices; 0: 8 on a CPU, else 256.")
+STEPS = flags.DEFINE_integer("steps", 0, "Steps of a round, the last of which is waited for; 0: 1 on a CPU, else 20.")
+DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of activations; empty: bfloat16 but on a CPU.")
 REMAT = flags.DEFINE_enum("remat", "", ["", "dots", "block"], "config.model.remat.")
-ATTENTION = flags.DEFINE_enum("attention", "xla", ["xla", "cudnn"], "config.model.attention.")
+ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "config.accumulate.")
+ATTENTION = flags.DEFINE_list("attention", ["xla"], "config.model.attention; of several each is a way of a ViT.")
 FSDP = flags.DEFINE_integer("fsdp", 0, "config.fsdp.")
-DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu", "tpu"], "Where to run.")
-OUT = flags.DEFINE_string("out", "workdirs/benchmarks/step", "The folder of the table's rows and its picture.")
+COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Time nothing, and allocate nothing.")
 
 METHODS = {
     "head": "linear_probe",
@@ -55,22 +52,41 @@ BARS = {
 }  # fmt: skip
 
 
-def ways_of(name: str) -> list[str]:
-    """The ways that a model has, of those that were asked for."""
+def on_cpu() -> bool:
+    return jax.devices()[0].platform == "cpu"
+
+
+def dtype() -> str:
+    return DTYPE.value or ("float32" if on_cpu() else "bfloat16")
+
+
+def batch_size() -> int:
+    return BATCH_SIZE.value or (8 if on_cpu() else 256)
+
+
+def no_cudnn() -> str:
+    """Why cuDNN cannot compute the attention here; "" where it can."""
+    return layers.unfused(jnp.dtype(dtype()), 64)
+
+
+def ways_of(name: str) -> list[tuple[str, str]]:
+    """The ways that a model has, of those that were asked for, each with who computes the attention."""
     resnet, known = "resne" in name, ["forward", *METHODS]
     has = {"lora": not resnet, "frozen norms": resnet}
-    return [way for way in known if has.get(way, True) and way in (WAYS.value or known)]
+    ways = [way for way in known if has.get(way, True) and way in (WAYS.value or known)]
+    attentions = ["xla"] if resnet or no_cudnn() else ATTENTION.value
+    return [(way, attention) for way in ways for attention in attentions]
 
 
-def make_way(name: str, way: str, parallel: sharding.Parallel):
+def make_way(name: str, way: str, attention: str, parallel: sharding.Parallel):
     """The step of a way, and the shapes of what it is given: a state (or variables) and a batch."""
     card, key = models.get(name).card, jax.random.key(0)
     network = models.get(name).module(
-        num_classes=card.num_classes, dtype=jnp.dtype(DTYPE.value), remat=REMAT.value, attention=ATTENTION.value
+        num_classes=card.num_classes, dtype=jnp.dtype(dtype()), remat=REMAT.value, attention=attention
     )
     model = adapt.Adapted(network, (("lora", {"rank": 8}),) if way == "lora" else ())
-    images = jax.ShapeDtypeStruct((BATCH_SIZE.value, card.input_size, card.input_size, 3), jnp.uint8)
-    batch = {"image": images, "label": jax.ShapeDtypeStruct((BATCH_SIZE.value,), jnp.int32)}
+    images = jax.ShapeDtypeStruct((batch_size(), card.input_size, card.input_size, 3), jnp.uint8)
+    batch = {"image": images, "label": jax.ShapeDtypeStruct((batch_size(),), jnp.int32)}
     variables = jax.eval_shape(network.init, key, jnp.zeros((1, *images.shape[1:])))
     added = jax.eval_shape(lambda variables: adapt.init(network, variables, model.additions, key), variables)
     variables = {**variables, "params": {**variables["params"], **added}}
@@ -85,23 +101,27 @@ def make_way(name: str, way: str, parallel: sharding.Parallel):
     model = model.clone(frozen_norms=tuple(path for path, policy in policies.items() if policy == trees.FROZEN))
     groups = optim.make_groups(labels, optim.Group("adamw"), {})
     tx = optim.make_optimizer(labels, groups, optax.constant_schedule(1e-3), clip=1.0)
-    method = finetune.make_method(rules, num_classes=card.num_classes)
-    step = steps.make_train_step(model, method, tx, labels, mean=card.mean, std=card.std, whole=parallel.whole)
+    moving = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
+    length = finetune.frozen_in_front(paths, moving, 0.0)
+    step = steps.make_train_step(
+        model, finetune.make_method(rules, num_classes=card.num_classes), tx, labels, mean=card.mean, std=card.std,
+        accumulate=ACCUMULATE.value, whole=parallel.whole,
+        prefix=steps.Prefix(model.clone(remat=""), model.cuts[length - 1]) if length else None,
+    )  # fmt: skip
     return step, jax.eval_shape(lambda v: steps.init_state(v, tx, labels, 0, ema=False), variables), batch
 
 
-def compile_way(name: str, way: str, parallel: sharding.Parallel):
+def compile_way(name: str, way: str, attention: str, parallel: sharding.Parallel):
     """The compiled step, what it costs, and the shapes of its arguments with where they lie."""
-    step, given, batch = make_way(name, way, parallel)
+    step, given, batch = make_way(name, way, attention, parallel)
     cut = jax.tree.map(lambda _: jax.NamedSharding(parallel.mesh, jax.P(sharding.AXIS)), batch)
     given, batch = (
         jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, places)
         for tree, places in ((given, parallel.shardings(given)), (batch, cut))
     )
-    function = parallel.evaluate(step) if way == "forward" else parallel.train(step)
-    options = sharding.OPTIONS.get(jax.devices()[0].platform)
-    compiled = function.lower(given, batch).compile(compiler_options=options)
-    return compiled, parallel.cost(compiled), given, batch
+    traced = (parallel.evaluate(step) if way == "forward" else parallel.train(step)).trace(given, batch)
+    compiled = traced.lower().compile(compiler_options=sharding.OPTIONS.get(jax.devices()[0].platform))
+    return compiled, parallel.cost(compiled, traced.jaxpr), given, batch
 
 
 def make_values(shapes):
@@ -115,36 +135,52 @@ def make_values(shapes):
     return jax.jit(lambda: jax.tree.map(value, shapes), out_shardings=places)()
 
 
-def time_ways(compiled) -> dict[str, list[float]]:
-    """Seconds of a step of each way; the arrays of only one way exist at a time."""
-    seconds: dict[str, list[float]] = {way: [] for way in compiled}
-    for round_ in range(ROUNDS.value + 1 if ROUNDS.value else 0):  # the first round warms up
-        for way, (step, _, given, batch) in compiled.items():
-            given, batch = jax.block_until_ready((make_values(given), make_values(batch)))
-            began = time.perf_counter()
-            for _ in range(STEPS.value):
-                result = step(given, batch)
-                given = given if way == "forward" else result
-            jax.block_until_ready(result)
-            if round_:
-                seconds[way].append((time.perf_counter() - began) / STEPS.value)
-            del given, batch, result
-    return seconds
+def seconds_of(step, given, batch, count: int, forward: bool) -> float:
+    """Seconds of a step, of `count` in a row; its arrays exist only here."""
+    given, batch = jax.block_until_ready((make_values(given), make_values(batch)))
+    began = time.perf_counter()
+    for _ in range(count):
+        result = step(given, batch)
+        given = given if forward else result
+    jax.block_until_ready(result)
+    return (time.perf_counter() - began) / count
 
 
-def measure(name: str, parallel: sharding.Parallel, peak: roofline.Peak | None) -> list[dict]:
+def device_peak() -> int:
+    """The most bytes that arrays have taken on the first device so far; 0 where it does not say, as a CPU."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
+def time_ways(compiled: dict) -> tuple[dict, dict]:
+    """Seconds of a step of each way, round by round, and the peak of the device's memory where a way set a new one."""
+    count, peaks = STEPS.value or (1 if on_cpu() else 20), {}
+    for key in sorted(compiled, key=lambda key: compiled[key][1]["memory_bytes"] or 0):  # this round warms up
+        step, _, given, batch = compiled[key]
+        before = device_peak()
+        seconds_of(step, given, batch, count, key[0] == "forward")
+        peaks[key] = device_peak() if device_peak() > before else None
+    seconds: dict = {key: [] for key in compiled}
+    for _ in range(common.ROUNDS.value):
+        for key, (step, _, given, batch) in compiled.items():
+            seconds[key].append(seconds_of(step, given, batch, count, key[0] == "forward"))
+    return seconds, peaks
+
+
+def measure(name: str, parallel: sharding.Parallel) -> list[dict]:
     """The rows of one model."""
-    compiled = {way: compile_way(name, way, parallel) for way in ways_of(name)}
-    seconds, rows = time_ways(compiled), []
-    for way, (step, cost, *_) in compiled.items():
-        row = {"model": name, "way": way, **cost, "temp_bytes": step.memory_analysis().temp_size_in_bytes}
-        if seconds[way]:
-            median = statistics.median(seconds[way])
-            times = max(seconds[way]), median, min(seconds[way])
-            row |= {"images_per_second": [BATCH_SIZE.value / x for x in times]}
-            row |= roofline.rates(1 / median, cost, peak, DTYPE.value, parallel.mesh.size)
+    compiled = {key: compile_way(name, *key, parallel) for key in ways_of(name)}
+    seconds, peaks = ({}, {}) if COMPILE_ONLY.value else time_ways(compiled)
+    rows = []
+    for (way, attention), (step, cost, *_) in compiled.items():
+        row = {"model": name, "way": way, "attention": attention, "batch_size": batch_size(), **cost}
+        memory = step.memory_analysis()
+        row |= {"temp_bytes": memory.temp_size_in_bytes, "state_bytes": memory.argument_size_in_bytes}
+        if times := seconds.get((way, attention)):
+            slow, median, fast = max(times), statistics.median(times), min(times)
+            row |= {"seconds": median, "images_per_second": [batch_size() / x for x in (slow, median, fast)]}
+            row["device_peak_bytes"] = peaks[way, attention]
             if "H100" in jax.devices()[0].device_kind and (name, way) in BARS:
-                row |= {"bar": BARS[name, way], "of_bar": BATCH_SIZE.value / median / BARS[name, way]}
+                row |= {"bar": BARS[name, way], "of_bar": batch_size() / median / BARS[name, way]}
         rows.append(row)
     full = next((row for row in rows if row["way"] == "full"), None)
     for row in rows if full else ():
@@ -153,59 +189,120 @@ def measure(name: str, parallel: sharding.Parallel, peak: roofline.Peak | None) 
     return rows
 
 
+COLUMNS = {  # heading: (key, divisor, decimals)
+    "GFLOP": ("flops_per_step", 1e9, 1), "of full": ("flops_of_full", 1, 3), "temp MB": ("temp_bytes", 1e6, 0),
+    "of full ": ("temp_of_full", 1, 3), "all MB": ("memory_bytes", 1e6, 0), "peak MB": ("device_peak_bytes", 1e6, 0),
+    "images/s": ("images_per_second", 1, 1), "lowest-highest": ("images_per_second", 1, 1), "MFU": ("mfu", 1, 2),
+    "roofline": ("roofline", 1, 2), "bar": ("bar", 1, 0), "of bar": ("of_bar", 1, 2),
+}  # fmt: skip
+
+
+def labels_of(rows: list[dict]) -> list[str]:
+    """The way of each row, with its attention where there are several."""
+    several = len({row["attention"] for row in rows}) > 1
+    return [f"{row['way']} {row['attention']}" if several else row["way"] for row in rows]
+
+
 def to_table(rows: list[dict]) -> str:
-    lines = [
-        f"{'trained':<13}{'GFLOP':>9}{'of full':>9}{'temp MB':>9}{'of full':>9}{'all MB':>8}{'images/s':>10}"
-        f"{'lowest-highest':>18}{'MFU':>6}{'roofline':>10}{'bar':>8}{'of bar':>8}"
-    ]
-    for name, group in itertools.groupby(rows, lambda row: row["model"]):
-        lines.append(name)
-        for row in group:
-            line = f"{row['way']:<13}{row['flops_per_step'] / 1e9:>9.1f}{row.get('flops_of_full', 0):>9.3f}"
-            line += (
-                f"{row['temp_bytes'] / 1e6:>9.0f}{row.get('temp_of_full', 0):>9.3f}{row['memory_bytes'] / 1e6:>8.0f}"
-            )
-            if "images_per_second" in row:
-                low, median, high = row["images_per_second"]
-                line += f"{median:>10.1f}{f'{low:.1f}-{high:.1f}':>18}{row['mfu']:>6.2f}{row['roofline']:>10.2f}"
-            lines.append(line + (f"{row['bar']:>8}{row['of_bar']:>8.2f}" if "bar" in row else ""))
+    """The columns that some row has."""
+
+    def cell(row, heading):
+        key, divisor, decimals = COLUMNS[heading]
+        value = row.get(key)
+        if value is None:
+            return "-"
+        if key == "images_per_second":
+            low, value, high = value
+            if heading != "images/s":
+                return f"{low:.{decimals}f}-{high:.{decimals}f}"
+        return f"{value / divisor:.{decimals}f}"
+
+    heads = [heading for heading, (key, *_) in COLUMNS.items() if any(row.get(key) is not None for row in rows)]
+    body = [[label, *(cell(row, h) for h in heads)] for label, row in zip(labels_of(rows), rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(["trained", *heads], *body, strict=True)]
+
+    def line(cells):
+        return f"{cells[0]:<{widths[0]}}" + "".join(f"  {x:>{w}}" for x, w in zip(cells[1:], widths[1:], strict=True))
+
+    lines = [line(["trained", *(heading.strip() for heading in heads)])]
+    for name, group in itertools.groupby(zip(rows, body, strict=True), lambda pair: pair[0]["model"]):
+        lines += [name, *(line(cells) for _, cells in group)]
     return "\n".join(lines)
 
 
-def draw(rows: list[dict], path: pathlib.Path) -> None:
+def draw(rows: list[dict], path) -> None:
     """FLOPs, temporary memory and time of each way against full, model by model."""
+    from matplotlib.figure import Figure
+
     rows = [row for row in rows if "flops_of_full" in row]
-    names = list(dict.fromkeys(row["model"] for row in rows)) or [""]
-    figure, panels = plt.subplots(1, len(names), figsize=(1 + 4 * len(names), 3.5), squeeze=False, layout="constrained")
-    for panel, name in zip(panels[0], names, strict=True):
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    if not names:
+        return
+    figure = Figure(figsize=(1 + 4.5 * len(names), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for panel, name in zip(panels, names, strict=True):
         own = [row for row in rows if row["model"] == name]
+        full = next(row for row in own if row["way"] == "full")
         columns = {"FLOPs": [row["flops_of_full"] for row in own], "memory": [row["temp_of_full"] for row in own]}
-        if own and "images_per_second" in own[-1]:
-            columns["time"] = [own[-1]["images_per_second"][1] / row["images_per_second"][1] for row in own]
+        if "seconds" in full:
+            columns["time"] = [row["seconds"] / full["seconds"] for row in own]
         for i, (label, values) in enumerate(columns.items()):
-            panel.barh([j + 0.27 * (i - 1) for j in range(len(own))], values, 0.25, label=label)
-        panel.set(title=name, xlabel="of full fine-tuning", yticks=range(len(own)))
-        panel.set_yticklabels([row["way"] for row in own])
-        panel.legend()
-    figure.savefig(path, dpi=120)
+            bars = panel.barh([j + 0.27 * (i - 1) for j in range(len(own))], values, 0.25, label=label)
+            panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+        panel.set_yticks(range(len(own)), labels_of(own))
+        panel.invert_yaxis()
+        panel.set(title=name, xlabel="of full fine-tuning", xlim=(0, 1.15 * max(map(max, columns.values()))))
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def check() -> None:
+    """Ends with one message where the device or a flag cannot be meant; says where cuDNN's attention is not used."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, where jax was installed without CUDA
+        said = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        sys.exit(
+            f"error: jax finds no {common.DEVICE.value} here{said}; for one that is there install jax[cuda12] or "
+            "jax[tpu], else leave out --device"
+        )
+    known = {"models": models.MODELS, "ways": ["forward", *METHODS], "attention": ["xla", "cudnn"]}
+    given = {"models": MODELS.value, "ways": WAYS.value, "attention": ATTENTION.value}
+    wrong = [(flag, value) for flag, values in given.items() for value in values if value not in known[flag]]
+    if wrong:
+        sys.exit(f"error: unknown {', '.join(f'--{flag} {x!r}{trees.nearest(x, known[flag])}' for flag, x in wrong)}")
+    try:
+        sharding.check_batch_size(batch_size(), ACCUMULATE.value, jax.device_count())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if "cudnn" in ATTENTION.value and no_cudnn():
+        print(f"attention cudnn is left out: XLA would compute it in its place, as {no_cudnn()}", flush=True)
 
 
 def main(argv: list[str]) -> None:
     del argv
-    logging.set_verbosity(logging.WARNING)
-    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(DEVICE.value, DEVICE.value))
+    folder = common.start("step")
+    check()
     parallel = sharding.make_parallel(fsdp=FSDP.value)
-    peak = roofline.measure(DTYPE.value, size=2048 if DEVICE.value == "cpu" else 16384) if ROUNDS.value else None
-    rows = [row for name in MODELS.value for row in measure(name, parallel, peak)]
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    print(f"batch {BATCH_SIZE.value}, {DTYPE.value}, remat {REMAT.value!r}, {device}, jax {jax.__version__}")
+    rows = [row for name in MODELS.value for row in measure(name, parallel)]
+    peak = None if COMPILE_ONLY.value else roofline.measure(dtype(), size=2048 if on_cpu() else 16384)
+    for row in rows if peak else ():
+        row |= roofline.rates(1 / row["seconds"], row, peak, dtype(), jax.device_count())
+        row["roofline"] = None if on_cpu() else row["roofline"]  # the bytes are of its caches more than of its memory
+    facts = {"machine": common.machine(), "command": " ".join(["python", *sys.argv]), "dtype": dtype()}
+    facts |= {"batch_size": batch_size(), "remat": REMAT.value, "accumulate": ACCUMULATE.value, "fsdp": FSDP.value}
+    facts |= {"peak": peak and peak._asdict()}
+    lines = [
+        facts["machine"],
+        ", ".join(f"{key} {facts[key]!r}" for key in ("dtype", "batch_size", "remat", "accumulate")),
+    ]
     if peak:
-        print(f"measured: {peak.float32 / 1e9:,.0f} GFLOP/s in a {DTYPE.value} matmul, {peak.memory / 1e9:,.0f} GB/s")
-    print(to_table(rows))
-    folder = pathlib.Path(OUT.value)
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {"device": device, "batch_size": BATCH_SIZE.value, "dtype": DTYPE.value, "peak": peak and peak._asdict()}
-    (folder / "step.json").write_text(json.dumps({**facts, "rows": rows}, indent=1))
+        lines.append(f"a matmul reaches {peak.float32 / 1e9:,.0f} GFLOP/s here, a copy {peak.memory / 1e9:,.0f} GB/s")
+    text = "\n".join([*lines, "", to_table(rows), ""])
+    print(text, flush=True)
+    (folder / "table.txt").write_text(f"{text}\n{facts['command']}\n")
+    (folder / "rows.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     draw(rows, folder / "step.png")
 
 

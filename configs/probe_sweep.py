@@ -1,4 +1,4 @@
-"""A linear probe at 13 learning rates and 4 weight decays: 52 heads on one pass through the frozen network.
+"""A linear probe at 13 learning rates and 4 weight decays: 52 heads on features that are computed once.
 
 python launch.py --config configs/probe_sweep.py:model=NAME,weights=FILE,data=folder:PATH --workdir W
 
@@ -17,6 +17,7 @@ def get_config(arg: str = ""):
     config = transfer.get_config("model=resnet8_cifar,weights=builtin:glyphs,data=digits,method=linear_probe")
     with config.unlocked():
         config.data.train, config.data.val, config.data.test = "train[:80%]", "train[80%:]", "test"
+        config.cache = "features"
         config.replicas = tuple(
             (("lr", rate), ("weight_decay", decay)) for rate, decay in itertools.product(RATES, DECAYS)
         )

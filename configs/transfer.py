@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.attention = "xla"  # xla | cudnn: its fused kernel, on a GPU in bfloat16; elsewhere as xla
 
     config.data = ConfigDict()
-    config.data.source = "digits"  # digits | glyphs | folder:PATH | arrays:FILE.npz | tfds:NAME
+    config.data.source = "digits"  # digits | glyphs | folder:PATH | arrays:FILE.npz | packed:FOLDER | tfds:NAME
     config.data.train = "train[:80%]"
     config.data.val = "train[80%:]"
     config.data.test = ""  # read once, at the end; "" scores val instead, and says so

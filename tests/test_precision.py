@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optax
 import pytest
 from scipy.special import erf
 
-from tl_jax import models, optim, options, sharding, steps, trees
+from tl_jax import models, optim, options, roofline, sharding, steps, trees
 from tl_jax.methods import finetune
 from tl_jax.models import layers
 from tl_jax.models.vit import ViT
@@ -64,13 +65,28 @@ def test_the_fused_attention_lowers_for_a_gpu_with_its_gradient(tokens, monkeypa
     def loss(dtype, q, k, v):
         return jnp.sum(layers.attend(*(x.astype(dtype) for x in (q, k, v)), "cudnn").astype(jnp.float32))
 
-    def text(dtype):
+    def trace(dtype):
         shape = jax.ShapeDtypeStruct((2, tokens, 3, 64), jnp.float32)
-        grad = jax.jit(jax.grad(functools.partial(loss, dtype), argnums=(0, 1, 2)))
-        return grad.trace(shape, shape, shape).lower(lowering_platforms=("cuda",)).as_text()
+        return jax.jit(jax.grad(functools.partial(loss, dtype), argnums=(0, 1, 2))).trace(shape, shape, shape)
 
-    assert "__cudnn$fmhaSoftmaxBackward" in text(jnp.bfloat16)
-    assert "__cudnn" not in text(jnp.float32)
+    fused, plain = trace(jnp.bfloat16), trace(jnp.float32)
+    assert "__cudnn$fmhaSoftmaxBackward" in fused.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn" not in plain.lower(lowering_platforms=("cuda",)).as_text()
+    one = 2 * 2 * 3 * (tokens + tokens % 2) ** 2 * 64  # it computes the scores again for the gradient
+    assert roofline.work(fused.jaxpr) == 7 * one
+    assert roofline.work(plain.jaxpr) == 6 * one * tokens**2 / (tokens + tokens % 2) ** 2
+
+
+def test_why_there_is_no_fused_attention_is_said(monkeypatch):
+    assert layers.unfused(jnp.bfloat16, 64) == "there is no GPU"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert layers.unfused(jnp.bfloat16, 64) == ""
+    assert "half precision" in layers.unfused(jnp.float32, 64)
+    assert "132 values" in layers.unfused(jnp.bfloat16, 132) and "36 values" in layers.unfused(jnp.bfloat16, 36)
+    for capability, reason in {"7.0": "this is 7.0", "gfx90a": "this is gfx90a", "9.0": "", "10.0": ""}.items():
+        device = SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        assert layers.unfused(jnp.bfloat16, 64).rpartition(", ")[2] == reason
 
 
 def abstract_step(model, size, accumulate=1, batch_size=4):

@@ -75,22 +75,30 @@ CASES = {
     "head": {"select": "best_val"},
     "head, sgd, clip": {**SGD, "select": "last"},
     "seeds": {**EVERYTHING, "replicas": SEEDS, "select": "best_val"},
-    "shots": {"replicas": SHOTS, "model.head_init": "lecun", "eval_every": (2.0, "steps")},
-    "random networks": {"replicas": SEEDS, "model.weights": ""},
+    "shots, cached features": {
+        "replicas": SHOTS,
+        "cache": "features",
+        "model.head_init": "lecun",
+        "eval_every": (2.0, "steps"),
+    },
+    "random networks": {"replicas": SEEDS, "model.weights": "", "model.head_init": "lecun"},  # zeros: ties
     "lora, groups": {**LORA, **SGD, "replicas": GROUPS},
     "last block with batch statistics": {**LAST, "ema": 0.5, "data.also": (("rest", "digits", "test[90%:]"),)},
     "phases": {"phases": ((("total", (2.0, "steps")),), (("total", (2.0, "steps")), *LAST.items()))},
 }
 
 
-FAST = ("head, sgd, clip", "shots")
+CASES["phases, cached features"] = {**CASES["phases"], "cache": "features", "select": "best_val"}
+CASES["seeds, cached views"] = {**CASES["seeds"], "cache": "features", "views": 2, "method.mixup": 0.0}
+CASES["a cached front in bf16"] = {**CASES["shots, cached features"], "model.prefix_dtype": "bfloat16"}
+FAST = ("head, sgd, clip", "shots, cached features")
 
 
 @pytest.mark.parametrize(
     "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
 def test_a_replica_is_the_run_by_itself(case, tmp_path):
-    config = make_config(CASES[case])
+    config = make_config(CASES[case], cache_dir=str(tmp_path / "features") if "cached" in case else "")
     table = sweep.sweep(config, tmp_path / "w", verbose=False)
     for row, alone in zip(table["replicas"], options.replicas(config), strict=True):
         train.train(alone, tmp_path / "alone" / row["name"], verbose=False)
@@ -179,6 +187,7 @@ def test_wilson_intervals_are_those_of_scipy():
         ({"parallel": "pmap"}, "parallel = 'pmap' does not go with replicas"),
         ({"method.name": "knn", "select": "last"}, "method.name = 'knn' does not go"),
         ({"replicas": ((("data.shots", 2),), (("data.shots", 3),)), "total": (1.0, "epochs")}, "phase 0: steps"),
+        ({"replicas": SEEDS, "model.weights": "", "cache": "features"}, "7 of 35 leaves are not one for all"),
         ({"replicas": ((), (("groups", {"head": {"optimizer": "sgd"}}),))}, r"phase 0: groups.*replicas 0 -> 1"),
     ],
 )

@@ -204,10 +204,10 @@ def test_a_run_with_divided_parameters_is_the_run_without_and_resumes_bit_for_bi
 def test_the_cost_of_a_step_in_parts_is_that_of_all_its_parts():
     parallel = sharding.make_parallel("jit", jax.devices()[:1])
     (_, whole, state), (_, parts, _) = (setup(make_vit, parallel, accumulate=accumulate) for accumulate in (1, 4))
-    batch = parallel.put_batch(make_batch(16, 0))
-    (_, cost), (_, looped) = parallel.compile(whole, state, batch), parallel.compile(parts, state, batch, whole)
-    assert looped["flops_per_step"] == pytest.approx(cost["flops_per_step"], rel=0.1)
-    assert parallel.compile(parts, state, batch)[1]["flops_per_step"] < 0.5 * cost["flops_per_step"]
+    batch = parallel.put_batch(make_batch(128, 0))
+    (_, cost), (compiled, looped) = parallel.compile(whole, state, batch), parallel.compile(parts, state, batch)
+    assert looped["flops_per_step"] == pytest.approx(cost["flops_per_step"], rel=0.05)
+    assert compiled.cost_analysis()["flops"] < 0.5 * cost["flops_per_step"]
 
 
 @pytest.mark.slow

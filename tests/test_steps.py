@@ -157,6 +157,18 @@ def test_devices_and_mode_do_not_change_losses_or_parameters(options):
     assert_close(one.batch_stats, many.batch_stats, rtol=1e-4, atol=1e-5)
 
 
+def test_under_pmap_what_is_frozen_stays_bit_for_bit_on_a_number_of_devices_that_rounds_means():
+    options = {"method": "linear_probe", "mode": "pmap", "devices": jax.devices()[:3]}
+    before = setup(**options)[0]
+    draw = np.random.default_rng(0)  # (x + x + x) / 3 is x for some numbers only
+    statistics = jax.tree.map(lambda x: x + draw.uniform(0, 1, x.shape).astype(np.float32), before.batch_stats)
+    state, train, parallel, *_ = setup(**options)
+    state = parallel.place(state._replace(batch_stats=statistics))
+    after = train(state, parallel.put_batch(make_batch(size=12)))
+    assert trees.leaf_hashes(after.batch_stats) == trees.leaf_hashes(statistics)
+    assert trees.leaf_hashes(after.params) != trees.leaf_hashes(before.params)
+
+
 def test_the_first_step_with_a_nan_is_remembered():
     state, train, parallel, *_ = setup("full", optimizer=optim.Group("sgd"), clip=0.0)
     state = parallel.place(state)

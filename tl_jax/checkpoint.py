@@ -27,14 +27,21 @@ class Restored(NamedTuple):
     damaged: list[str]
 
 
+class OtherValues(ValueError):
+    """A checkpoint is intact, but what it leaves out has other values in this run than in that which saved it."""
+
+
 class Checkpoints:
     """The checkpoints of one run, `folder/<step>`; close it (or leave its `with`) before the program ends.
 
     A checkpoint holds the state and `meta`: plain JSON data about the run, to which the sha256 of every leaf is added.
     orbax keeps the steps: it has each written into a folder of another name, and renames that when it is complete.
+    resting: `{path: sha256}` of the leaves that are the same in every state of the run, and in whatever state is given
+    to `restore`. They are not saved: a restored state has them from there, if they have the hashes of then.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, resting: Mapping[str, str] | None = None):
+        self._resting = resting or {}
         self._keep: Collection[int] = ()
         self._folder = folder.absolute()
         self._copy: dict[str, jax.Array] = {}
@@ -58,7 +65,7 @@ class Checkpoints:
     def prepare(self, state: Any) -> None:
         """Compiles and allocates what `save` needs, so that the first save takes no longer than the others."""
         for _ in range(2):  # the first allocates, those after it copy into what is there
-            self._copy = _copy_of(state, self._copy)
+            self._copy = _copy_of(self._saved(state), self._copy)
         self._give_back()
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], keep: Collection[int] = ()) -> None:
@@ -68,22 +75,27 @@ class Checkpoints:
         committed yet. Raises OSError, before anything is written, where the disk has no room.
         """
         self.wait()
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        saved, flat = self._saved(state), trees.flatten(state)
+        needed = sum(leaf.nbytes for leaf in saved.values())
         free = shutil.disk_usage(self._folder).free
         if free < 1.05 * needed + 2**20:
             raise OSError(
                 f"no room for the checkpoint of step {step} in {self._folder}: it needs {needed:,} bytes, {free:,} are "
                 f"free. Make room and start the same command again; it resumes from step {max(self.steps(), default=0)}"
             )
-        self._copy, self._keep = _copy_of(state, self._copy), keep
+        self._copy, self._keep = _copy_of(saved, self._copy), keep
         text = json.dumps({**meta, "step": step})  # now: the caller's rows go on growing
-        items = ocp.args.Composite(state=_Save(self._copy, text))
+        elsewhere = {path: {**_form(flat[path]), "sha256": sha256} for path, sha256 in self._resting.items()}
+        items = ocp.args.Composite(state=_Save(self._copy, text, elsewhere))
         older = self.steps()
         if not self._manager.save(step, args=items):
             raise ValueError(
                 f"{self._folder} has checkpoints beyond step {step}, {older[-1:]}: they are not of this run"
             )
         self._give_back()
+
+    def _saved(self, state: Any) -> dict[str, jax.Array]:
+        return {path: leaf for path, leaf in trees.flatten(state).items() if path not in self._resting}
 
     def _give_back(self) -> None:
         if jax.default_backend() != "cpu":  # there alone fresh memory is slow
@@ -118,15 +130,24 @@ class Checkpoints:
         return index
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of a step, with the structure, shapes and placement of `like`.
+        """The state of a step, with the structure, shapes and placement of `like`, and what the checkpoint leaves out.
 
-        Raises ValueError unless every leaf has the hash that it was saved with.
+        Raises ValueError unless every leaf has the hash that it was saved with; where `like` is at fault, OtherValues.
         """
         name, index = f"checkpoint {self._folder / str(step)}", self._index(step)
-        expected = {path: f"{leaf.dtype.name}{list(leaf.shape)}" for path, leaf in trees.flatten(like).items()}
+        flat = trees.flatten(like)
+        expected = {path: "{dtype}{shape}".format(**_form(leaf)) for path, leaf in flat.items()}
         found = {path: f"{entry['dtype']}{entry['shape']}" for path, entry in index.leaves.items()}
         if changed := trees.difference(found, expected, limit=3):
             raise ValueError(f"{name} has other leaves than this run (saved -> expected):\n" + "\n".join(changed))
+        saved = {path: entry["sha256"] for path, entry in index.leaves.items() if entry["offset"] is None}
+        if changed := trees.difference(saved, trees.leaf_hashes({path: flat[path] for path in saved}), limit=3):
+            raise OtherValues(
+                f"{name} leaves out what never trains, which has other values in this run (sha256, saved -> now):\n"
+                + "\n".join(changed)
+                + "\nLikely another weight file, or another version of what reads it; resume with those of then, or "
+                "choose another workdir"
+            )
         try:
             arrays = leaves.read(self._folder / str(step) / "state", index)
         except (OSError, ValueError) as error:
@@ -137,19 +158,21 @@ class Checkpoints:
                 return jax.device_put(array, leaf.sharding, may_alias=False)  # a step may then reuse the memory
             return jax.make_array_from_callback(array.shape, leaf.sharding, lambda part: array[part])
 
-        return jax.tree.unflatten(
-            jax.tree.structure(like), [put(arrays[path], leaf) for path, leaf in trees.flatten(like).items()]
-        )
+        restored = [put(arrays[path], leaf) if path in arrays else leaf for path, leaf in flat.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), restored)
 
     def restore_latest(self, like: Callable[[int], Any]) -> Restored | None:
         """The newest intact checkpoint, or None where the run has none yet; like(step) has the structure of its state.
 
-        Raises ValueError where there are checkpoints and none is intact: starting over must be somebody's decision.
+        Raises ValueError where there are checkpoints and none is intact: starting over must be somebody's decision;
+        and OtherValues as `restore` does.
         """
         damaged = []
         for step in reversed(self.steps()):
             try:
                 state = self.restore(step, like(step))
+            except OtherValues:
+                raise
             except ValueError as error:
                 damaged.append(str(error))
                 continue
@@ -207,6 +230,7 @@ _copy_into = jax.jit(_copies_into, donate_argnums=0, keep_unused=True)
 class _Save(ocp.args.CheckpointArgs):
     leaves: Mapping[str, jax.Array]
     meta: str
+    elsewhere: Mapping[str, Mapping[str, Any]]
 
 
 class _Handler(ocp.AsyncCheckpointHandler):
@@ -218,7 +242,7 @@ class _Handler(ocp.AsyncCheckpointHandler):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
             # Views of what is in the host's memory already; they must be gone before the copy is written over.
             arrays = {path: np.asarray(_view(leaf)) for path, leaf in args.leaves.items()}
-            leaves.write(pathlib.Path(directory), arrays, args.meta)
+            leaves.write(pathlib.Path(directory), arrays, args.meta, args.elsewhere)
 
         if jax.process_index():
             return []
@@ -236,6 +260,10 @@ ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)(_Save)
 
 def _view(leaf: jax.Array | np.ndarray) -> Any:
     return leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
+
+
+def _form(leaf: jax.Array) -> dict[str, Any]:
+    return {"dtype": leaf.dtype.name, "shape": list(leaf.shape)}
 
 
 def _first_line(error: Exception) -> str:

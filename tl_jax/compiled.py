@@ -3,15 +3,18 @@
 import os
 import pathlib
 import stat
+import zlib
 
 FOLDER = pathlib.Path(".cache", "tl_jax", "compiled")  # under the user's home
+SECONDS = 5  # to wait for other processes
 BYTES = 2**31  # beyond which the programs that were used least lately are removed
 
 
 def keep_compiled_programs() -> None:
     """Lets a program that was compiled once start at once the next time; JAX_COMPILATION_CACHE_DIR takes precedence.
 
-    Whoever can write to the folder can run code here, so it is private, or not used.
+    Whoever can write to the folder can run code here, so it is private, or not used. Nor is it where files cannot be
+    locked, as in some homes on a network: jax would wait for the lock at every program.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
@@ -24,7 +27,7 @@ def keep_compiled_programs() -> None:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return  # no home to write to: compile every time
-    if not all(_is_private(path) for path in (folder.parent, folder)):
+    if not all(_is_private(path) for path in (folder.parent, folder)) or not _mend(folder):
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", BYTES)
@@ -37,3 +40,46 @@ def _is_private(folder: pathlib.Path) -> bool:
     """Whether it is a folder of this user, no link to one, that nobody else can write to."""
     facts = folder.lstat()
     return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
+
+
+def _mend(folder: pathlib.Path) -> bool:
+    """Removes programs that a process died writing, which jax would neither read nor replace; False: no lock to be had.
+
+    jax writes a program, and then beside it when it was last used, under a lock: one without such a note was not
+    finished, or is from a time without a limit. jax before 0.11 keeps nothing any more when it meets one. Another
+    process may have read an unfinished one and noted that: so each is looked at once, and then marked by taking away
+    the right to write. A program is never written again, and removing it does not need that right.
+    """
+    import filelock
+
+    try:
+        with filelock.FileLock(folder / ".lockfile", timeout=SECONDS):
+            with os.scandir(folder) as entries:
+                modes = {entry.name: entry.stat().st_mode for entry in entries}
+            for name in modes:
+                key, _, kind = name.rpartition("-")
+                if kind == "atime" and f"{key}-cache" not in modes:
+                    (folder / name).unlink()
+                elif kind == "cache" and not (f"{key}-atime" in modes and _is_whole(folder / name, modes[name])):
+                    (folder / name).unlink()
+                    (folder / f"{key}-atime").unlink(missing_ok=True)
+    except filelock.Timeout:
+        return True  # another process is at it
+    except OSError:
+        return False
+    return True
+
+
+def _is_whole(program: pathlib.Path, mode: int) -> bool:
+    """Whether a program ends where its compression says; one by zstandard, if that is installed, has to be there."""
+    if not mode & stat.S_IWUSR:
+        return True
+    data, stream = program.read_bytes(), zlib.decompressobj()
+    try:
+        stream.decompress(data)
+        whole = stream.eof
+    except zlib.error:
+        whole = data.startswith(b"\x28\xb5\x2f\xfd")
+    if whole:
+        program.chmod(stat.S_IRUSR)
+    return whole

@@ -14,7 +14,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -84,24 +84,37 @@ def hold(
         name: _describe(root, network, batches, step, variables, batch_size, views) for name, batches in sets.items()
     }
     held, predict = {}, parallel.evaluate(step)
-    if jax.process_index() == 0:
-        _make_room(root, {name: cached for name, cached in found.items() if not (cached.folder / "meta.json").exists()})
+    distinct: dict[pathlib.Path, tuple[str, Cached]] = {}  # seeds and splits may agree in all that counts
     for name, cached in found.items():
+        distinct.setdefault(cached.folder, (name, cached))
+    if jax.process_index() == 0:
+        _make_room(root, {name: c for folder, (name, c) in distinct.items() if not (folder / "meta.json").exists()})
+    for folder, (name, cached) in distinct.items():
         with _alone(cached, stop_requested):
             if not distributed.from_first(lambda cached=cached: _is_sound(cached)):
                 say(f"computing the features of {name} at {prefix.cut}: {_size(cached)}")
                 _compute(cached, lambda images: predict(variables, images), parallel, stop_requested)
-        values = _read(cached)
-        train = isinstance(sets[name], TrainBatches)
-        held[name] = dataclasses.replace(sets[name], prepared=values if train else values[0])
-    return held
+        held[folder] = _read(cached)
+    return {
+        name: dataclasses.replace(
+            batches,
+            prepared=held[found[name].folder] if isinstance(batches, TrainBatches) else held[found[name].folder][0],
+        )
+        for name, batches in sets.items()
+    }
+
+
+def leaves_of(prefix: steps.Prefix, paths: Iterable[str]) -> list[str]:
+    """Those of the paths, `collection/path`, on which the outputs of a prefix depend."""
+    paths = [path for path in paths if "/reference/" not in path]
+    last, places = prefix.model.cuts.index(prefix.cut), finetune.places(paths)
+    return [path for path in paths if places.get(path, last + 1) <= last]
 
 
 def _network_key(prefix: steps.Prefix, variables: Mapping[str, Any], card: Card) -> dict[str, Any]:
     """What the numbers depend on beside the images: the weights in front of the cut, and how they are used."""
-    flat = {path: leaf for path, leaf in trees.flatten(variables).items() if "/reference/" not in path}
-    last, places = prefix.model.cuts.index(prefix.cut), finetune.places(flat)
-    front = {path: leaf for path, leaf in flat.items() if places.get(path, last + 1) <= last}
+    flat = trees.flatten(variables)
+    front = {path: flat[path] for path in leaves_of(prefix, flat)}
     return {
         "format": FORMAT,
         "model": card.model,

@@ -1,7 +1,8 @@
 """Arrays in a folder: `leaves` has their bytes one after the other, `index` says what they are and hashes everything.
 
 The first line of `index` is the sha256 of what follows it: JSON with the caller's meta data and, for each path, dtype,
-shape, offset and the hash of `trees.leaf_hash`. So a flipped bit is found wherever it is.
+shape, offset and the hash of `trees.leaf_hash`. So a flipped bit is found wherever it is. An array that is to be had
+elsewhere has a line in the index, whose offset is null, and no bytes here.
 """
 
 import errno
@@ -26,7 +27,10 @@ THREADS = min(4, os.cpu_count() or 1)
 
 
 class Index(NamedTuple):
-    """What a folder says of itself: the caller's meta data, and per path {"dtype", "shape", "offset", "sha256"}."""
+    """What a folder says of itself: the caller's meta data, and per path {"dtype", "shape", "offset", "sha256"}.
+
+    The offset is None of an array that is to be had elsewhere.
+    """
 
     meta: dict[str, Any]
     leaves: dict[str, dict[str, Any]]
@@ -37,9 +41,15 @@ class Index(NamedTuple):
         return {path: entry["sha256"] for path, entry in self.leaves.items()}
 
 
-def write(folder: pathlib.Path, leaves: Mapping[str, np.ndarray], meta: str) -> None:
-    """Writes the files, and returns when they are on disk; leaves are hashed while others are written. meta: JSON."""
-    table, offset = {}, 0
+def write(
+    folder: pathlib.Path, leaves: Mapping[str, np.ndarray], meta: str, elsewhere: Mapping[str, Mapping] | None = None
+) -> None:
+    """Writes the files, and returns when they are on disk; leaves are hashed while others are written.
+
+    meta: JSON. elsewhere: `{path: {"dtype", "shape", "sha256"}}` of arrays that are named only.
+    """
+    table: dict[str, dict[str, Any]] = {path: {**entry, "offset": None} for path, entry in (elsewhere or {}).items()}
+    offset = 0
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = {path: pool.submit(trees.leaf_hash, leaf) for path, leaf in leaves.items()}
         try:
@@ -112,7 +122,7 @@ def read_index(folder: pathlib.Path) -> Index:
 
 
 def read(folder: pathlib.Path, index: Index) -> dict[str, np.ndarray]:
-    """The arrays by path; raises ValueError that names those which are not what was written."""
+    """The arrays by path, of those that are here; raises ValueError that names those which are not what was written."""
     with open(folder / "leaves", "rb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
 
         def read_leaf(entry: Mapping[str, Any]) -> tuple[np.ndarray, bool]:
@@ -122,7 +132,8 @@ def read(folder: pathlib.Path, index: Index) -> dict[str, np.ndarray]:
                 rest, offset = rest[count:], offset + count
             return leaf, trees.leaf_hash(leaf) == entry["sha256"]
 
-        found = dict(zip(index.leaves, pool.map(read_leaf, index.leaves.values()), strict=True))
+        here = {path: entry for path, entry in index.leaves.items() if entry["offset"] is not None}
+        found = dict(zip(here, pool.map(read_leaf, here.values()), strict=True))
     if changed := [path for path, (_, sound) in found.items() if not sound]:
         listing = "\n".join(f"  {path}" for path in changed[:3]) + (f"\n  ... {len(changed)}" if changed[3:] else "")
         raise ValueError(f"leaves differ from what was saved:\n{listing}")

@@ -6,7 +6,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -52,7 +52,7 @@ class RunLog:
                 write_text(self._paths["timing"], "")
         self._clock = self._began = time.perf_counter()
         self._start, self._timed, self._total = start, start, total_steps
-        self._share, self._waited = 1 / replicas, 0.0
+        self._share, self.waited = 1 / replicas, 0.0
         # Further columns of timing.jsonl, from the steps per second.
         self.rates: Callable[[float], Mapping[str, Any]] = lambda steps_per_second: {}
         self._verbose = verbose and self._writes
@@ -84,7 +84,7 @@ class RunLog:
         now = time.perf_counter()
         seconds, self._clock = (now - self._clock) * self._share, now
         rate = examples / seconds
-        waited, self._waited = self._waited * self._share, 0.0
+        waited, self.waited = self.waited * self._share, 0.0
         row = {"step": step, "seconds": round(seconds, 6), "images_per_second": round(rate, 1)}
         row |= {"data_wait_seconds": round(waited, 6), "data_wait": round(waited / seconds, 4)}
         self._append("timing", {**row, **self.rates((step - self._timed) / seconds)})
@@ -96,21 +96,6 @@ class RunLog:
         elif self._verbose:
             left = (self._total - step) * (now - self._began) / (step - self._start)  # evaluations included
             say(f"step {step}/{self._total}  {text}  {rate:,.0f} images/s  {left:,.0f} s left")
-
-    def feed(self, batches: Iterable, idle: Callable[[], bool]) -> Iterator:
-        """The same batches; counts as wait for data the time that each took to come while the devices had no work.
-
-        idle: whether the last step is done. Steps are only asked for, not waited for, so a batch may be late for the
-        loop and still early for the devices. A step that ends during the wait counts as if it had ended before.
-        """
-        batches = iter(batches)
-        while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            self._waited += (time.perf_counter() - began) * idle()
-            yield batch
 
     @contextlib.contextmanager
     def untimed(self):
@@ -131,3 +116,22 @@ class RunLog:
         if self._writes:
             with self._paths[name].open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def feed(logs: Collection[RunLog], batches: Iterable, idle: Callable[[], bool]) -> Iterator:
+    """The same batches; counts as wait for data the time that each took to come while the devices had no work.
+
+    logs: of the runs that are trained on them. idle: whether the last step is done. Steps are only asked for, not
+    waited for, so a batch may be late for the loop and still early for the devices. A step that ends during the wait
+    counts as if it had ended before.
+    """
+    batches = iter(batches)
+    while True:
+        began = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        waited = (time.perf_counter() - began) * idle()
+        for log in logs:
+            log.waited += waited
+        yield batch

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from tl_jax import audit, evaluate, options, sharding, steps, train, trees
+from tl_jax import audit, evaluate, features, options, sharding, steps, train, trees
 from tl_jax.metrics import make_predictions
 from tl_jax.run import Run, assemble, check, prepare
 
@@ -66,6 +66,7 @@ def build(configs: Sequence[ConfigDict], parallel: sharding.Parallel) -> Group:
     rest = [path for path in first[0] if path not in own]
     shared = {path: first[0][path] for path in rest if all(_same(first[0][path], flat[path]) for flat in first[1:])}
     resting = {path: jnp.stack([flat[path] for flat in first]) for path in rest if path not in shared}
+    _check_fronts(runs[0], resting)
     keys = jnp.stack([jax.random.PRNGKey(seed) for seed, _ in streams])
     if len(first) == 1:
         grid, keys = grid[0], keys[0]
@@ -99,6 +100,22 @@ def _check_together(configs: Sequence[ConfigDict], runs: Sequence[Run]) -> None:
             f"these replicas cannot be one program; they may differ in {', '.join(options.REPLICABLE)}, with the same "
             "number of steps (with other shots: durations in steps) and the same kind of groups:\n" + "\n".join(lines)
         )
+
+
+def _check_fronts(run: Run, resting: Collection[str]) -> None:
+    """Raises ValueError where features cannot be cached for all replicas alike; resting: what differs at the start."""
+    own = set(resting)
+    for i, phase in enumerate(run.phases):
+        if phase.prefix and phase.prefix.cached:
+            front = features.leaves_of(phase.prefix, trees.flatten(run.variables))
+            if found := sorted(own & set(front)):
+                raise ValueError(
+                    f"cache='features' keeps one set of features for all replicas, but in front of {phase.prefix.cut}, "
+                    f"which phase {i} freezes, {len(found)} of {len(front)} leaves are not one for all, such as "
+                    f"{found[0]}; set model.weights, freeze no part behind a phase that trains it, or leave "
+                    "out cache"
+                )
+        own |= _moving(run, i)
 
 
 def _form(config: ConfigDict, run: Run) -> dict[str, Any]:
@@ -230,12 +247,25 @@ def put_batches(group: Group, batches: Sequence[Mapping[str, np.ndarray]], paral
     return {name: jax.device_put(np.stack([batch[name] for batch in batches]), sharded) for name in batches[0]}
 
 
-def streams(group: Group, start: int, stack: contextlib.ExitStack):
-    """The batches of all streams, step by step."""
+def batches_of(
+    group: Group, i: int, splits: Sequence[str], parallel: sharding.Parallel, stop_requested: Callable[[int], bool]
+) -> dict[str, Any]:
+    """The batches of the splits as phase i reads them, as `train.batches_of`; of train a list, one for each stream."""
     rows = group.grid if group.grid.ndim == 2 else group.grid[None]
-    batches = [group.runs[row[0]].batches for row in rows]
-    workers, total = group.configs[0].data.workers, group.runs[0].total_steps
-    made = [each.iterate(start, total, num_workers=workers) for each in batches]
+    run, names = group.runs[0], [f"train, stream {i}" if i else "train" for i in range(len(rows))]
+    sets = {name: group.runs[row[0]].batches for name, row in zip(names, rows, strict=True)}
+    wanted = {split: run.eval_batches[split] for split in splits if split != "train"}
+    wanted |= sets if "train" in splits else {}
+    held = train.hold(
+        group.configs[0], run, run.phases[i], wanted, lambda: parallel.place(run.variables), parallel, stop_requested
+    )
+    return {split: [held[name] for name in names] if split == "train" else held[split] for split in splits}
+
+
+def streams(group: Group, batches: Sequence[Any], start: int, stop: int, stack: contextlib.ExitStack):
+    """The batches of all streams for steps start .. stop, step by step."""
+    workers = group.configs[0].data.workers
+    made = [each.iterate(start, stop, num_workers=workers) for each in batches]
     return zip(*(stack.enter_context(contextlib.closing(stream)) for stream in made), strict=True)
 
 
@@ -245,13 +275,15 @@ def moved(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_predict(group: Group, parallel: sharding.Parallel) -> Callable:
-    """predict(moved, split, wanted) -> {replica: its Predictions, or the FloatingPointError of one that diverged}.
+    """predict(i, moved, batches, wanted) -> {replica: its Predictions, or the FloatingPointError of one that diverged}.
 
-    Features that all have alike are one array.
+    i: the phase. batches: of a split. wanted: the replicas. Features that all have alike are one array.
     """
-    step = train.make_eval_step(group.runs[0])
+    run = group.runs[0]
 
-    def make(features_axis):
+    def make(prefix, features_axis):
+        step = train.make_eval_step(run, prefix)
+
         def evaluate_all(variables, images):
             shared, resting, own = variables
 
@@ -264,24 +296,25 @@ def make_predict(group: Group, parallel: sharding.Parallel) -> Callable:
 
         return parallel.evaluate(evaluate_all)
 
-    compiled: dict[str, Any] = {}
+    compiled: dict[Any, Any] = {}
 
-    def predict(moved, split, wanted):
-        batches, variables = group.runs[0].eval_batches[split], (group.shared, group.streams["resting"], moved)
-        if not compiled:
-            compiled["axis"] = 1 if _depend(make(None), variables, batches[0]["image"]) else 0
-            compiled["eval"] = make(0 if compiled["axis"] else None)
+    def predict(i, moved, batches, wanted):
+        prefix, variables = train.eval_prefix(run, run.phases[i]), (group.shared, group.streams["resting"], moved)
+        if prefix not in compiled:
+            axis = 1 if _depend(make(prefix, None), variables, batches[0]["image"]) else 0
+            compiled[prefix] = axis, make(prefix, 0 if axis else None)
+        axis, eval_fn = compiled[prefix]
         (logits, features), labels = evaluate.collect(
-            lambda images: compiled["eval"](variables, images), batches, parallel, (1, compiled["axis"])
+            lambda images: eval_fn(variables, images), batches, parallel, (1, axis)
         )
         ids, class_names, places = list(batches.source.ids), batches.source.class_names, group.places
         found: dict[int, Any] = {}
-        for i in wanted:
-            own = features[places[i]] if compiled["axis"] else features
+        for j in wanted:
+            own = features[places[j]] if axis else features
             try:
-                found[i] = make_predictions(logits[places[i]], labels, ids, class_names, own)
+                found[j] = make_predictions(logits[places[j]], labels, ids, class_names, own)
             except ValueError as error:  # it diverged since its last step: no reason for the others to stop
-                found[i] = FloatingPointError(str(error))
+                found[j] = FloatingPointError(str(error))
         return found
 
     return predict

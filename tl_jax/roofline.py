@@ -1,5 +1,7 @@
-"""How fast a device could be, and which part of that a step reaches: MFU and the fraction of the roofline."""
+"""How much work a step is, how fast a device could be, and which part of that is reached: MFU and the roofline."""
 
+import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -55,8 +57,8 @@ def rates(
     """flops_per_second, mfu and roofline of a step with a cost from `Parallel.compile`; {} where that has no FLOPs.
 
     mfu: FLOP/s over the peak of all devices. roofline: over min(peak, FLOPs per byte * bytes/s), what a step that reads
-    and writes so much could reach (Williams et al. 2009); both None where the device's limit is not known. The FLOPs
-    are those of the step as compiled, so recomputation counts as work, and kernels that XLA cannot look into do not.
+    and writes so much could reach (Williams et al. 2009); both None where the device's limit is not known. Computing
+    again what was thrown away counts as work.
     """
     if not cost.get("flops_per_step"):
         return {}
@@ -68,6 +70,68 @@ def rates(
             intensity = cost["flops_per_step"] / cost["bytes_per_step"]
             found["roofline"] = achieved / min(most, intensity * devices * limit.memory)
     return {"flops_per_second": achieved, **found}
+
+
+def work(jaxpr: Any, looped: bool = True) -> float:
+    """FLOPs of the matmuls, convolutions and cuDNN's attention in a program before it is compiled, loops included.
+
+    A multiplication and an addition are 2. looped=False counts the body of a loop once, as XLA's cost analysis does; so
+    does a loop of unknown length. Of several branches the dearest counts.
+    """
+    total = 0.0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        parameters, name = equation.params, equation.primitive.name
+        inner = [leaf for leaf in jax.tree.leaves(list(parameters.values()), is_leaf=_is_program) if _is_program(leaf)]
+        inner = [work(program, looped) for program in inner]
+        times = parameters["length"] if name == "scan" and looped else 1
+        total += times * (max(inner, default=0.0) if name == "cond" else sum(inner)) + _flops(equation, name)
+    return total
+
+
+def _is_program(value: Any) -> bool:
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+
+def _flops(equation: Any, name: str) -> float:
+    """Those of an equation that multiplies by itself, 0 for any other."""
+    parameters = equation.params
+    if name == "dot_general":
+        ((contracted, _), _), left = parameters["dimension_numbers"], equation.invars[0].aval.shape
+        return 2.0 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval
+        each = kernel.size / kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
+        # The zeros that a dilation puts between the rows of the input are multiplied by nobody.
+        return 2.0 * equation.outvars[0].aval.size * each / math.prod(parameters["lhs_dilation"])
+    if name.startswith("dot_product_attention_"):  # [B, T, H, D] and [B, S, H, D]: two products forward, five backward
+        q, k = (value.aval.shape for value in equation.invars[:2])
+        return 2.0 * (2 if "_fwd" in name else 5) * math.prod(q) * k[1]
+    return 0.0
+
+
+def called_bytes(text: str) -> float:
+    """What the library calls of a program compiled for a GPU read and write, of which XLA's cost analysis counts 0.
+
+    text: `as_text()` of the compiled program. Their scratch memory is left out.
+    """
+    sizes = {name: _bytes(kind, shape) for name, kind, shape in _ARRAY.findall(text)}
+    total = 0.0
+    for line in text.splitlines():
+        result, call, arguments = line.partition(" custom-call(")
+        if call and '_target="__cu' in arguments:
+            total += sum(_bytes(kind, shape) for kind, shape in _SHAPE.findall(result) if kind not in ("u8", "s8"))
+            total += sum(sizes.get(name, 0) for name in _NAME.findall(arguments.partition("), ")[0]))
+    return total
+
+
+_SHAPE = re.compile(r"([a-z]+\d+)[a-z0-9]*\[([\d,]*)\]")
+_NAME = re.compile(r"%([\w.\-]+)")
+_ARRAY = re.compile(f"{_NAME.pattern} = {_SHAPE.pattern}")
+
+
+def _bytes(kind: str, shape: str) -> float:
+    """Of an array as XLA writes it, such as bf16[8,3]."""
+    return int(re.sub(r"\D", "", kind)) / 8 * math.prod(int(size) for size in shape.split(",") if size)
 
 
 def measure(dtype: str = "float32", size: int = 4096, megabytes: int = 256, rounds: int = 5) -> Peak:

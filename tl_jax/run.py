@@ -16,6 +16,7 @@ from tl_jax.data import pipeline, resample, sources
 from tl_jax.logging import say
 from tl_jax.methods import Method, closed_form, finetune, regularize
 from tl_jax.models import adapt
+from tl_jax.models.layers import unfused
 
 
 class Phase(NamedTuple):
@@ -125,6 +126,9 @@ def prepare(config: ConfigDict, stretches: Sequence[ConfigDict], parallel: shard
         ),
         tuple(config.method.add),
     )
+    size = loaded.model.width // loaded.model.heads if hasattr(loaded.model, "heads") else 8
+    if config.model.attention == "cudnn" and (reason := unfused(jnp.dtype(config.model.dtype), size)):
+        say(f"model.attention=cudnn: XLA computes the attention in its place, as {reason}")
     loaded = _with_parameters_beside(config, stretches, loaded, model, data["train"], card)
     facts = {split: {"name": s.name, "examples": len(s), "fingerprint": s.fingerprint} for split, s in data.items()}
     return Material(data, batches, eval_batches, model, loaded, card, facts)

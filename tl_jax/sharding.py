@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tl_jax import roofline
+
 AXIS = "data"
 MODES = ("jit", "pmap")
 # XLA on CPU drops the barriers of jax.checkpoint before it orders the operations, and then computes again what it still
@@ -99,37 +101,33 @@ class Parallel(NamedTuple):
         mapped = jax.pmap(train_step, AXIS, in_axes=(None, 0), out_axes=None, devices=list(self.mesh.devices.flat))
         return lambda state, batch: mapped(state, self._per_device(batch))
 
-    def compile(
-        self, train_step: Callable, state: Any, batch: Any, unlooped: Callable | None = None
-    ) -> tuple[Callable, dict[str, Any]]:
-        """`train` compiled for a state and a batch, and what XLA says of a step; under pmap all of it is None.
-
-        flops_per_step, bytes_per_step: of all devices together; XLA counts those of one. Bytes are what its operations
-        read and write, so a value in a cache counts too. memory_bytes: arguments, results and temporaries of one
-        device. unlooped: for a step with a loop, whose body XLA counts once however often it runs: the same step
-        without; the cost is raised by the ratio of the two programs before they are optimised.
-        """
+    def compile(self, train_step: Callable, state: Any, batch: Any) -> tuple[Callable, dict[str, Any]]:
+        """`train` compiled for a state and a batch, and what a step `cost`s; under pmap all of that is None."""
         step = self.train(train_step)
         if self.mode == "pmap":
             return step, dict.fromkeys(("flops_per_step", "bytes_per_step", "memory_bytes"))
-        lowered = step.lower(state, batch)
-        compiled = lowered.compile(compiler_options=OPTIONS.get(self.mesh.devices.flat[0].platform))
-        cost = self.cost(compiled)
-        if unlooped is not None:
-            programs = lowered, self.train(unlooped).lower(state, batch)
-            once, all_ = (program.cost_analysis() or {} for program in programs)
-            for name, counted in {"flops_per_step": "flops", "bytes_per_step": "bytes accessed"}.items():
-                known = cost[name] and once.get(counted) and all_.get(counted)
-                cost[name] = cost[name] * all_[counted] / once[counted] if known else None
-        return compiled, cost
+        traced = step.trace(state, batch)
+        compiled = traced.lower().compile(compiler_options=OPTIONS.get(self.mesh.devices.flat[0].platform))
+        return compiled, self.cost(compiled, traced.jaxpr)
 
-    def cost(self, compiled: Any) -> dict[str, Any]:
-        """What XLA says of a compiled step, see `compile`; None where the backend does not say."""
+    def cost(self, compiled: Any, jaxpr: Any) -> dict[str, Any]:
+        """What XLA says of a compiled step, made from `jaxpr`; None where the backend does not say.
+
+        flops_per_step, bytes_per_step: of all devices together; XLA counts those of one, and the body of a loop once,
+        which the loops of jaxpr correct. Bytes are what its operations read and write, so a value in a cache counts
+        too. Of cuDNN and cuBLAS, whose calls count as nothing, the FLOPs on a GPU come from jaxpr, and the bytes from
+        their arguments. memory_bytes: arguments, results and temporaries of one device.
+        """
         counted, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+        work, once = roofline.work(jaxpr), roofline.work(jaxpr, looped=False)
+        flops, moved, times = counted.get("flops"), counted.get("bytes accessed"), work / once if once else 1.0
+        flops = flops and self.mesh.size * flops * times
+        if self.mesh.devices.flat[0].platform == "gpu":
+            flops, moved = work, moved and moved + roofline.called_bytes(compiled.as_text())
         sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
         return {
-            "flops_per_step": self.mesh.size * counted["flops"] if "flops" in counted else None,
-            "bytes_per_step": self.mesh.size * counted["bytes accessed"] if "bytes accessed" in counted else None,
+            "flops_per_step": flops,
+            "bytes_per_step": moved and self.mesh.size * moved * times,
             "memory_bytes": sum(getattr(memory, size) for size in sizes) - memory.alias_size_in_bytes
             if memory
             else None,

@@ -92,8 +92,12 @@ def eval_variables(state: TrainState) -> dict[str, Any]:
 def _moving(params: Any, batch_stats: Any, labels: Mapping[str, str], frozen_norms: Collection[str]) -> dict[str, Any]:
     """What training moves, `{collection/path: leaf}`: averaged parameters need averaged statistics beside them."""
     trainable, _ = trees.split(params, labels)
-    statistics = {p: leaf for p, leaf in trees.flatten(batch_stats).items() if p.rpartition("/")[0] not in frozen_norms}
+    statistics = _moving_statistics(batch_stats, frozen_norms)
     return {f"params/{p}": x for p, x in trainable.items()} | {f"batch_stats/{p}": x for p, x in statistics.items()}
+
+
+def _moving_statistics(batch_stats: Any, frozen_norms: Collection[str]) -> dict[str, jax.Array]:
+    return {path: x for path, x in trees.flatten(batch_stats).items() if path.rpartition("/")[0] not in frozen_norms}
 
 
 def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
@@ -173,7 +177,8 @@ def make_train_step(
         grads, batch_stats, sums = compute(trainable, state.params, state.batch_stats, batch, key)
         sums = {**sums, "examples": jnp.asarray(batch["label"].shape[0], jnp.float32)}
         if axis_name:
-            grads, batch_stats = jax.lax.pmean((grads, batch_stats), axis_name)
+            grads, statistics = jax.lax.pmean((grads, _moving_statistics(batch_stats, model.frozen_norms)), axis_name)
+            batch_stats = trees.merge(batch_stats, statistics)  # a mean of equal numbers may round: none of what rests
             sums = jax.lax.psum(sums, axis_name)
 
         updates, opt_state = tx.update(grads, state.opt_state, trainable)

@@ -1,7 +1,7 @@
 """config.replicas, or the runs of a study that differ as replicas do: trained together, each into its own folder."""
 
 import contextlib
-import itertools
+import functools
 import math
 import pathlib
 import re
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from tl_jax import audit, evaluate, options, replicas, sharding, steps, train, workdir
 from tl_jax.checkpoint import Checkpoints
-from tl_jax.logging import RunLog, say
+from tl_jax.logging import RunLog, feed, say
 from tl_jax.preemption import Preempted
 from tl_jax.replicas import Group
 
@@ -81,7 +81,9 @@ def train_together(
         predict = replicas.make_predict(group, parallel)
         state, rows, failed = _loop(group, open_folders, checkpoints, parallel, predict, verbose, stop_requested)
         left = {i: folder for i, folder in open_folders.items() if i not in failed}
-        outcomes |= failed | (_finish(group, state, rows, left, checkpoints, parallel, predict) if left else {})
+        if left:
+            failed |= _finish(group, state, rows, left, checkpoints, parallel, predict, stop_requested)
+        outcomes |= failed
     return [outcomes.get(i) if folder else None for i, folder in enumerate(folders)]
 
 
@@ -98,9 +100,12 @@ def _loop(
     frozen = meta.get("frozen") or replicas.frozen_hashes(group, state, 0)
     failed = {int(i): FloatingPointError(text) for i, text in meta.get("failed", {}).items()}
     first = run.phase_of(start)
+
+    def idle() -> bool:
+        return state["step"].is_ready()
+
     with contextlib.ExitStack() as stack:
         logs = {i: RunLog(folders.get(i), rows[i], start, total, False, count) for i in range(count)}
-        stream = replicas.streams(group, start, stack)
         for i in range(first, len(run.phases)):
             phase, step_fn, so_far = run.phases[i], None, max(start, run.phases[i].start)
             if i > first:
@@ -108,9 +113,12 @@ def _loop(
                 state = replicas.enter_phase(group, i, state, parallel)
                 frozen = replicas.frozen_hashes(group, state, i)
             numbers = parallel.place(replicas.numbers_of(group, i))
-            for done, batches in enumerate(itertools.islice(stream, phase.stop - so_far), so_far + 1):
-                streams = {**group.streams, "batch": replicas.put_batches(group, batches, parallel)}
-                inputs = {"shared": group.shared, "streams": streams, "numbers": numbers}
+            splits = [split for split in ("train", "val") if split in run.data]
+            sets = replicas.batches_of(group, i, splits, parallel, stop_requested)
+            stream = replicas.streams(group, sets["train"], so_far, phase.stop, stack)
+            put = functools.partial(replicas.put_batches, group, parallel=parallel)
+            for done, batch in enumerate(feed(logs.values(), map(put, stream), idle), so_far + 1):
+                inputs = {"shared": group.shared, "streams": {**group.streams, "batch": batch}, "numbers": numbers}
                 if step_fn is None:
                     step_fn, cost = parallel.compile(replicas.make_train_step(group, i, parallel), state, inputs)
                     for j, folder in folders.items():
@@ -124,7 +132,7 @@ def _loop(
                     failed |= _diverged(group, state, failed)
                     with _untimed(logs):
                         if evaluates and "val" in run.data:
-                            failed |= _evaluate(predict, state, _going(logs, failed), verbose)
+                            failed |= _evaluate(predict, i, state, sets["val"], _going(logs, failed), verbose)
                         best = {train.best_step(log.rows) for log in _going(logs, failed).values()}
                         meta = {
                             **_identity(group), "rows": [log.rows for log in logs.values()], "frozen": frozen,
@@ -184,21 +192,23 @@ def _log_training(group: Group, i: int, state: Mapping[str, Any], logs: Mapping[
     return {**state, "own": {**state["own"], "sums": zeros}}
 
 
-def _evaluate(predict: Callable, state: Mapping[str, Any], logs: Mapping[int, RunLog], verbose: bool):
+def _evaluate(
+    predict: Callable, i: int, state: Mapping[str, Any], val: Any, logs: Mapping[int, RunLog], verbose: bool
+) -> dict[int, FloatingPointError]:
     """Scores on val of every replica that goes on; the errors of those that cannot be scored."""
-    found, step = predict(replicas.moved(state), "val", logs), int(state["step"])
-    failed = {i: each for i, each in found.items() if isinstance(each, FloatingPointError)}
-    scores = {i: evaluate.scores(predictions) for i, predictions in found.items() if i not in failed}
-    for i, values in scores.items():
-        logs[i].evaluated(step, values)
+    found, step = predict(i, replicas.moved(state), val, logs), int(state["step"])
+    failed = {j: each for j, each in found.items() if isinstance(each, FloatingPointError)}
+    scores = {j: evaluate.scores(predictions) for j, predictions in found.items() if j not in failed}
+    for j, values in scores.items():
+        logs[j].evaluated(step, values)
     if verbose and scores:
-        best = max(scores, key=lambda i: scores[i]["accuracy"])
+        best = max(scores, key=lambda j: scores[j]["accuracy"])
         say(f"step {step}  {len(scores)} replicas, best val accuracy {scores[best]['accuracy']:.4g} (replica {best})")
     return failed
 
 
 def _finish(
-    group: Group, state, rows, folders: Mapping[int, pathlib.Path], checkpoints, parallel, predict
+    group: Group, state, rows, folders: Mapping[int, pathlib.Path], checkpoints, parallel, predict, stop_requested
 ) -> dict[int, Outcome]:
     """Chooses, scores and proves each replica, and writes what a run leaves."""
     config, run, total, places = group.configs[0], group.runs[0], group.runs[0].total_steps, group.places
@@ -212,7 +222,11 @@ def _finish(
                 flat[path][places[i]] = leaf.reshape(flat[path].shape)[places[i]]
     selected = {path: leaf.reshape(*group.grid.shape, *leaf.shape[1:]) for path, leaf in flat.items()}
     placed = parallel.place(selected)
-    predictions = {name: predict(placed, name, folders) for name in train.scored(config, run)}
+    predictions: dict[str, dict[int, Any]] = {name: {} for name in train.scored(config, run)}
+    for phase in sorted({run.phase_of(step) for step in chosen.values()}):
+        wanted = [i for i, step in chosen.items() if run.phase_of(step) == phase]
+        for name, batches in replicas.batches_of(group, phase, list(predictions), parallel, stop_requested).items():
+            predictions[name] |= predict(phase, placed, batches, wanted)
     shared, resting = jax.device_get((group.shared, group.streams["resting"]))
     outcomes, proofs = {}, {}
     for i, folder in folders.items():

@@ -31,7 +31,7 @@ from tl_jax import (
     workdir,
 )
 from tl_jax.checkpoint import Checkpoints
-from tl_jax.logging import RunLog, say
+from tl_jax.logging import RunLog, feed, say
 from tl_jax.methods import closed_form
 from tl_jax.models import adapt
 from tl_jax.optim import to_steps
@@ -66,6 +66,9 @@ def train(
     for phase in run.phases if verbose else ():
         say(f"\nphase {phase.start} .. {phase.stop} of {run.total_steps} steps" if len(audits) > 1 else "")
         say(audit.to_table(phase.audit))
+        if phase.prefix:
+            once = "its outputs are kept" if phase.prefix.cached else "cache='features' would compute it once"
+            say(f"frozen in front, up to {phase.prefix.cut}: no gradient, no statistics; {once}\n")
 
     def work():
         if config.method.name in closed_form.NAMES:
@@ -90,7 +93,7 @@ def finished(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any] | None:
 def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folder, verbose, stop_requested):
     """The loop: steps, lines of metrics, evaluations and checkpoints, phase by phase, and at the end the score."""
     total, (log_every, eval_every) = run.total_steps, intervals(config, run)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with Checkpoints(folder / "checkpoints", resting_hashes(run)) as checkpoints:
         state, meta = resume(
             checkpoints, run.identity, lambda step: initial_state(config, run, run.phase_of(step), parallel)
         )
@@ -113,7 +116,7 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
                 batches = batches_of(config, run, phase, splits, state, parallel, stop_requested)
                 stream = batches["train"].iterate(so_far, phase.stop, num_workers=config.data.workers)
                 streams.callback(stream.close)
-                for done, batch in enumerate(log.feed(map(parallel.put_batch, stream), idle), so_far + 1):
+                for done, batch in enumerate(feed([log], map(parallel.put_batch, stream), idle), so_far + 1):
                     if train_fn is None:
                         train_fn, cost = compile_step(config, run, phase, parallel, state, batch)
                         note_cost(folder, run, i, cost)
@@ -128,6 +131,8 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
                     line = write_line(line, log, state, checkpoints, wait=evaluates or stopping)
                     if evaluates or stopping:
                         check_finite(state, checkpoints)
+                        if stopping:  # a checkpoint leaves out what rests: prove it while it is there
+                            audit.check_frozen(frozen, audit.frozen_hashes(variables_of(state), [phase.audit]))
                         with log.untimed():
                             if evaluates and "val" in run.data:
                                 log.evaluated(done, evaluate.scores(predict(phase, state, batches["val"])))
@@ -151,11 +156,16 @@ def batches_of(
     """The batches of the splits as a phase reads them: of images, or of the features of what is frozen in front."""
     sets = {"train": run.batches, **run.eval_batches}
     sets = {split: sets[split] for split in splits}
+    return hold(config, run, phase, sets, lambda: variables_of(state), parallel, stop_requested)
+
+
+def hold(config, run: Run, phase: Phase, sets: dict[str, Any], variables: Callable, parallel, stop_requested):
+    """The sets as they are, or of the features of what a phase freezes in front, made by variables()."""
     if phase.prefix is None or not phase.prefix.cached:
         return sets
     epochs = -(-run.total_steps * config.batch_size // len(run.data["train"]))
     return features.hold(
-        sets, phase.prefix, variables_of(state), run.card, parallel, views=min(config.views, epochs),
+        sets, phase.prefix, variables(), run.card, parallel, views=min(config.views, epochs),
         batch_size=next(iter(run.eval_batches.values())).batch_size, folder=config.cache_dir,
         stop_requested=stop_requested,
     )  # fmt: skip
@@ -200,6 +210,22 @@ def enter_phase(
     return state, audit.frozen_hashes(variables_of(state), [phase.audit])
 
 
+def resting_hashes(run: Run) -> dict[str, str]:
+    """`{collection/path: sha256}` of what no phase moves and the weight file gives to every start bit by bit.
+
+    Not what was drawn at random or computed on the device, which another kind of device may do with other roundings.
+    """
+    audits = [phase.audit for phase in run.phases]
+    tables = {"params": audits[0]["parameters"], "batch_stats": audits[0]["statistics"]}
+    origins = {f"{name}/{row['path']}": row["origin"] for name, rows in tables.items() for row in rows}
+    frozen, variables = audit.frozen_hashes(run.variables, audits), trees.flatten(run.variables)
+    given = {path for path, origin in origins.items() if origin not in ("new", "copy") and "(resampled" not in origin}
+    if any(origins[path] == "copy" for path in frozen):  # where it is one, and not what a penalty has computed
+        values = set(trees.leaf_hashes({path: variables[path] for path in given}).values())
+        given |= {path for path, sha256 in frozen.items() if sha256 in values}
+    return {path: sha256 for path, sha256 in frozen.items() if path in given}
+
+
 def variables_of(state: steps.TrainState) -> dict[str, Any]:
     """The variables as training moves them, without the moving average."""
     return {"params": state.params, "batch_stats": state.batch_stats}
@@ -223,11 +249,8 @@ def make_train_step(
 
 def compile_step(config: ConfigDict, run: Run, phase: Phase, parallel: sharding.Parallel, state, batch):
     """The compiled train step of a phase, and what it costs."""
-
-    def make(accumulate):
-        return make_train_step(config, run, phase, parallel, phase.tx, accumulate)
-
-    return parallel.compile(make(config.accumulate), state, batch, make(1) if config.accumulate > 1 else None)
+    step = make_train_step(config, run, phase, parallel, phase.tx, config.accumulate)
+    return parallel.compile(step, state, batch)
 
 
 def rates_of(config: ConfigDict, parallel: sharding.Parallel, cost: dict[str, Any]) -> Callable:

@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("source", help="such as folder:PATH, see docs/data.md")
     command.add_argument("folder", help="where to pack; splits lie side by side in it")
     command.add_argument("--split", default="train", help="one or several names, with commas: train,val")
-    command.add_argument("--size", type=int, default=256, help="pixels of the short side")
+    command.add_argument("--size", type=int, default=256, help="pixels of the short side; smaller images stay")
     command.add_argument("--interpolation", choices=list(ops.RESAMPLE), default="bicubic")
     command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode; 0: threads")
     command.add_argument("--on_error", choices=["fail", "skip"], default="fail", help="damaged images")
@@ -27,11 +27,10 @@ def main(argv: list[str] | None = None) -> int:
             for split, count in packed.verify(args.folder).items():
                 print(f"{split}: {count:,} images are as they were packed")
             return 0
-        for split in args.split.split(","):
-            pack.pack(
-                args.source, args.folder, split, size=args.size, interpolation=args.interpolation,
-                num_workers=args.workers, on_error=args.on_error, data_dir=args.data_dir,
-            )  # fmt: skip
+        pack.pack(
+            args.source, args.folder, args.split.split(","), size=args.size, interpolation=args.interpolation,
+            num_workers=args.workers, on_error=args.on_error, data_dir=args.data_dir,
+        )  # fmt: skip
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

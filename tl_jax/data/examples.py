@@ -85,7 +85,8 @@ class Source:
 
     `images` is indexed the same way and may be one uint8 array [N, H, W, 3]; `labels` is int32 [N] and counts into
     `class_names`; `ids` name the examples across runs (path below the root, or split/index); `sizes` is int64 [N], the
-    bytes of each image; `skipped` says which examples were dropped as unreadable, and why. Sources pickle.
+    bytes of each image; `skipped` says which examples were dropped as unreadable, and why. `made_smaller`
+    holds the short side and interpolation to which images were resized before they came here. Sources pickle.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Source:
     ids: tuple[str, ...]
     sizes: np.ndarray
     skipped: tuple[str, ...] = ()
+    made_smaller: tuple[tuple[int, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -150,6 +152,7 @@ def join(sources: Sequence[Source]) -> Source:
         ids=ids,
         sizes=np.concatenate([source.sizes for source in sources]),
         skipped=tuple(text for source in sources for text in source.skipped),
+        made_smaller=tuple(dict.fromkeys(pair for source in sources for pair in source.made_smaller)),
     )
 
 

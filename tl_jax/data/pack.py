@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,24 +21,29 @@ from tl_jax.data.packed import FORMAT
 from tl_jax.data.sources import list_split, without
 
 CHUNK = 32  # images per piece of work and line of the journal
+THREADS = os.cpu_count() or 1
 FLUSH = 10  # seconds between two times that pixels are forced to disk and entered in the journal
 
 
 class Plan(NamedTuple):
-    """What is packed where: image i takes `lengths[i]` bytes of the file `pixels` from `offsets[i]` on."""
+    """What is packed where: image i takes `lengths[i]` bytes of `folder`/pixels.bin from `offsets[i]` on.
+
+    smaller: bool [N], whether an image is made smaller.
+    """
 
     source: Source
     size: int
     interpolation: str
-    pixels: str
+    folder: Path
     offsets: np.ndarray
     lengths: np.ndarray
+    smaller: np.ndarray
 
 
 def pack(
     source: str,
     folder: str,
-    split: str = "train",
+    splits: Sequence[str] = ("train",),
     *,
     size: int = 256,
     interpolation: str = "bicubic",
@@ -46,45 +51,48 @@ def pack(
     on_error: str = "fail",
     data_dir: str | None = None,
     report: Callable[[str], None] = print,
-) -> Path:
-    """Packs one split and returns its folder; one that is packed already is left as it is.
+) -> None:
+    """Packs whole splits into `folder`; one that is packed already is left as it is.
 
-    Each image is resized to a short side of `size`, as a card's resize would. A call that was broken off, by whatever,
-    goes on where it was and ends with the same bytes. Raises ValueError that lists all images that cannot be decoded
-    (on_error "skip" leaves them out), where the folder holds something else or is being packed, and OSError where the
-    disk has no room.
+    An image whose short side is longer than `size` is resized to it, as a card's resize would; others keep their
+    pixels. A call that was broken off, by whatever, goes on where it was and ends with the same bytes. Raises
+    ValueError that lists all images that cannot be decoded (on_error "skip" leaves them out), where the folder holds
+    something else or is being packed, and OSError where the disk has no room.
     """
     if interpolation not in ops.RESAMPLE or size < 1:
         raise ValueError(f"size={size}, interpolation={interpolation!r}; expected a positive size and one of "
                          f"{', '.join(ops.RESAMPLE)}")  # fmt: skip
     if on_error not in ("fail", "skip"):
         raise ValueError(f"on_error must be 'fail' or 'skip', found {on_error!r}")
-    whole = list_split(source, split, data_dir)
+    wholes = {split: list_split(source, split, data_dir) for split in dict.fromkeys(splits)}
+    if any(whole.made_smaller for whole in wholes.values()):
+        raise ValueError(f"{source} is packed, its images were resized once; pack the source that it was packed from")
     root = Path(folder).expanduser()
-    done, partial = root / split, root / f".{split}.partial"
-    wanted = {"format": FORMAT, "source": source, "split": split, "size": size, "interpolation": interpolation}
-    wanted |= {"source_sha256": whole.fingerprint}
-    if done.exists():
-        _check_same(done / "meta.json", wanted)
-        report(f"{done} is packed already")
-        return done
-    partial.mkdir(parents=True, exist_ok=True)
-    with _lock(partial / "lock"):
-        _check_same(partial / "plan.json", wanted, write=True)
-        plan = _plan(whole, size, interpolation, partial / "pixels.bin")
-        _make_room(plan, root, report)
-        results = _decode_all(plan, partial / "journal", num_workers, report)
-        meta = _finish(plan, results, wanted, on_error, partial)
-        for name in ("journal", "plan.json", "lock"):
-            (partial / name).unlink()
-        _sync(partial)
-        os.rename(partial, done)  # readers see the whole split or none
-    report(f"{done}: {meta['examples']:,} images, {meta['bytes'] / 1e9:.2f} GB" + _left_out(meta["skipped"]))
-    return done
-
-
-def _left_out(skipped: list[str]) -> str:
-    return f"; {len(skipped)} left out:\n{listed(skipped)}" if skipped else ""
+    root.mkdir(parents=True, exist_ok=True)
+    with _lock(root / ".lock"):
+        plans, wanted = {}, {}
+        for split, whole in wholes.items():
+            wanted[split] = {"format": FORMAT, "source": source, "split": split, "size": size,
+                             "interpolation": interpolation, "source_sha256": whole.fingerprint}  # fmt: skip
+            partial = root / f".{split}.partial"
+            if (root / split).exists():
+                _check_same(root / split / "meta.json", wanted[split])
+                report(f"{root / split} is packed already")
+                continue
+            partial.mkdir(exist_ok=True)
+            _check_same(partial / "plan.json", wanted[split], write=True)
+            plans[split] = _plan(whole, size, interpolation, partial, report)
+        _make_room(plans.values(), root, report)
+        results = {split: _decode_all(plan, num_workers, report) for split, plan in plans.items()}
+        if on_error == "fail":
+            _check_decoded(plans, results)
+        for split, plan in plans.items():
+            meta = _finish(plan, results[split], wanted[split])
+            os.rename(plan.folder, root / split)  # readers see the whole split or none
+            _sync(root)
+            text = f"{root / split}: {meta['examples']:,} images, {meta['bytes'] / 1e9:.2f} GB, "
+            text += f"{meta['made_smaller']:,} made smaller"
+            report(f"{text}; {len(meta['skipped'])} left out:\n{listed(meta['skipped'])}" if meta["skipped"] else text)
 
 
 def _check_same(path: Path, wanted: dict[str, Any], *, write: bool = False) -> None:
@@ -103,7 +111,7 @@ def _check_same(path: Path, wanted: dict[str, Any], *, write: bool = False) -> N
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+    with path.open("w") as file:  # stays: removing it would let two in that opened it before and after
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -111,19 +119,22 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _plan(source: Source, size: int, interpolation: str, pixels: Path) -> Plan:
+def _plan(source: Source, size: int, interpolation: str, folder: Path, report: Callable[[str], None]) -> Plan:
     """Reads the header of every image: the bytes it will take, and where."""
 
-    def length(index: int) -> int:
+    def shape(index: int) -> tuple[int, int]:
         try:
-            height, width = ops.resized(*_shape(source.images, index), size)
+            return _shape(source.images, index)
         except (ValueError, OSError):
-            return 0  # decoding it will say why
-        return height * width * 3
+            return 0, 0  # decoding it will say why
 
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        lengths = np.fromiter(pool.map(length, range(len(source))), np.int64, len(source))
-    return Plan(source, size, interpolation, str(pixels), np.cumsum(lengths) - lengths, lengths)
+    report(f"{source.name}: reading the headers of {len(source):,} images")
+    with ThreadPoolExecutor(min(16, 4 * THREADS)) as pool:
+        shapes = list(pool.map(shape, range(len(source))))
+    targets = [ops.resized(*shape, min(size, *shape)) if all(shape) else shape for shape in shapes]
+    lengths = 3 * np.array(targets, np.int64).prod(axis=1)
+    smaller = np.array([min(shape) > size for shape in shapes])
+    return Plan(source, size, interpolation, folder, np.cumsum(lengths) - lengths, lengths, smaller)
 
 
 def _shape(images: Any, index: int) -> tuple[int, int]:
@@ -138,36 +149,38 @@ def _shape(images: Any, index: int) -> tuple[int, int]:
     return shape
 
 
-def _make_room(plan: Plan, root: Path, report: Callable[[str], None]) -> None:
-    """Says what the split will take; raises OSError where that is more than is free."""
-    needed, path = int(plan.lengths.sum()), Path(plan.pixels)
-    index = 1024 * len(plan.lengths)  # index, ids and journal, generously
-    there = path.stat().st_blocks * 512 if path.exists() else 0
-    free = shutil.disk_usage(root).free
-    report(f"{plan.source.name}: {len(plan.lengths):,} images, {needed:,} bytes; {there:,} are there, {free:,} free")
-    if needed + index - there > free:
-        raise OSError(f"{root} has {free:,} bytes free, and {needed + index - there:,} more are needed; free some, "
-                      "choose a smaller size, or another disk")  # fmt: skip
-    with path.open("ab"):
-        os.truncate(path, needed)
+def _make_room(plans: Iterable[Plan], root: Path, report: Callable[[str], None]) -> None:
+    """Says what the splits will take; raises OSError where that is more than is free."""
+    free, needed, there = shutil.disk_usage(root).free, 0, 0
+    for plan in plans:
+        path, size = plan.folder / "pixels.bin", int(plan.lengths.sum())
+        needed += size + 1024 * len(plan.lengths)  # index, ids and journal, generously
+        there += path.stat().st_blocks * 512 if path.exists() else 0
+        report(f"{plan.source.name}: {len(plan.lengths):,} images take {size:,} bytes; {free:,} are free")
+    if needed - there > free:
+        raise OSError(f"{root} has {free:,} bytes free, and {needed - there:,} more are needed; free some, choose a "
+                      "smaller --size, or another disk")  # fmt: skip
 
 
-def _decode_all(plan: Plan, journal: Path, num_workers: int, report: Callable[[str], None]) -> list[list]:
+def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> list[list]:
     """[height, width, sha256] of every image, or [reason] of one that cannot be used."""
-    pieces = _read_journal(journal)
-    count = len(plan.lengths)
+    journal, pixels = plan.folder / "journal", plan.folder / "pixels.bin"
+    pieces, count = _read_journal(journal), len(plan.lengths)
     todo = [start for start in range(0, count, CHUNK) if start not in pieces]
-    ahead = 4 * (num_workers or os.cpu_count() or 1)
-    began = time.perf_counter()
-    with _pool(plan, num_workers) as submit, journal.open("a") as file, open(plan.pixels, "rb+") as pixels:
+    if pieces:
+        report(f"{len(pieces) * CHUNK:,} of {count:,} images were packed before")
+    with pixels.open("ab"):
+        os.truncate(pixels, int(plan.lengths.sum()))
+    began = flushed = time.perf_counter()
+    with _pool(plan, num_workers) as submit, journal.open("a") as file, pixels.open("rb+") as data:
         fresh: dict[int, list] = {}
-        flushed = began
-        for number, (start, rows) in enumerate(_as_completed(submit, todo, ahead), 1):
+        for number, (start, rows) in enumerate(_as_completed(submit, todo, 4 * (num_workers or THREADS)), 1):
             fresh[start] = rows
             if time.perf_counter() - flushed < FLUSH and number < len(todo):
                 continue
-            os.fsync(pixels.fileno())  # pixels first: what the journal names is there, even after a power cut
-            file.writelines(json.dumps([start, rows]) + "\n" for start, rows in fresh.items())
+            os.fsync(data.fileno())  # pixels first: what the journal names is there, even after a power cut
+            good = {start: rows for start, rows in fresh.items() if all(map(_is_good, rows))}  # others are tried again
+            file.writelines(json.dumps([start, rows]) + "\n" for start, rows in good.items())
             file.flush()
             os.fsync(file.fileno())
             pieces |= fresh
@@ -175,6 +188,10 @@ def _decode_all(plan: Plan, journal: Path, num_workers: int, report: Callable[[s
             rate = number * CHUNK / (flushed - began)
             report(f"{min(len(pieces) * CHUNK, count):,} of {count:,} images, {rate:,.0f} images/s")
     return [row for start in range(0, count, CHUNK) for row in pieces[start]]
+
+
+def _is_good(row: list) -> bool:
+    return len(row) == 3
 
 
 def _read_journal(journal: Path) -> dict[int, list]:
@@ -206,7 +223,7 @@ def _pool(plan: Plan, num_workers: int) -> Iterator[Callable[[int], Future]]:
         with workers.pool(num_workers, plan) as pool:
             yield lambda start: pool.submit(workers.apply, _pack_piece, start)
         return
-    threads = ThreadPoolExecutor(os.cpu_count())
+    threads = ThreadPoolExecutor(THREADS)
     try:
         yield lambda start: threads.submit(_pack_piece, plan, start)
     finally:
@@ -215,58 +232,74 @@ def _pool(plan: Plan, num_workers: int) -> Iterator[Callable[[int], Future]]:
 
 def _pack_piece(plan: Plan, start: int) -> list[list]:
     """Decodes, resizes and writes the images start ... start + CHUNK - 1."""
-    with open(plan.pixels, "rb+", buffering=0) as file:
+    with (plan.folder / "pixels.bin").open("rb+", buffering=0) as file:
         return [_pack_one(plan, i, file.fileno()) for i in range(start, min(start + CHUNK, len(plan.lengths)))]
 
 
 def _pack_one(plan: Plan, index: int, file: int) -> list:
     try:
         image = ops.as_rgb(plan.source.images[index])
-        image = np.ascontiguousarray(ops.resize(image, size=plan.size, interpolation=plan.interpolation))
+        size = min(plan.size, *ops.shape_of(image))
+        image = np.ascontiguousarray(ops.resize(image, size=size, interpolation=plan.interpolation))
     except (ValueError, OSError) as error:
         return [str(error)]
     if image.nbytes != plan.lengths[index]:
         return [f"its header promises {plan.lengths[index]} bytes at this size, its pixels are {image.nbytes}"]
     data, at = memoryview(image).cast("B"), int(plan.offsets[index])
     while data:
-        written = os.pwrite(file, data, at)
+        try:
+            written = os.pwrite(file, data, at)
+        except OSError as error:
+            text = f"cannot write to {plan.folder}: {error.strerror}; the same command goes on from here"
+            raise OSError(text) from None
         data, at = data[written:], at + written
     return [*image.shape[:2], hashlib.sha256(image).hexdigest()]
 
 
-def _finish(plan: Plan, results: list[list], wanted: dict[str, Any], on_error: str, folder: Path) -> dict[str, Any]:
-    """Writes the index and the meta data; raises ValueError that lists what cannot be decoded, unless it is skipped."""
-    bad = [i for i, row in enumerate(results) if len(row) == 1]
-    reasons = [f"{plan.source.ids[i]}: {results[i][0]}" for i in bad]
-    if bad and on_error == "fail":
+def _check_decoded(plans: dict[str, Plan], results: dict[str, list[list]]) -> None:
+    """Raises ValueError that lists the images of all splits that cannot be decoded."""
+    bad = [reason for split, plan in plans.items() for reason in _reasons(plan, results[split]).values()]
+    if bad:
         raise ValueError(
-            f"{len(bad)} of {len(results)} images of {plan.source.name} cannot be decoded:\n"
-            f"{listed(reasons, len(bad))}\n"
-            "The others are packed. Leave these out with --on_error skip, which goes on from here; or repair or remove "
-            f"them, remove {folder}, and start again."
+            f"{len(bad)} of {sum(map(len, results.values()))} images cannot be decoded:\n{listed(bad, len(bad))}\n"
+            "The others are packed. Leave these out with --on_error skip, which goes on from here; or repair them, "
+            f"remove {' and '.join(str(plan.folder) for plan in plans.values())}, and start again."
         )
-    source = without(plan.source, bad, reasons) if bad else plan.source
-    good = np.setdiff1d(np.arange(len(results)), bad)
+
+
+def _reasons(plan: Plan, results: list[list]) -> dict[int, str]:
+    return {i: f"{plan.source.ids[i]}: {row[0]}" for i, row in enumerate(results) if not _is_good(row)}
+
+
+def _finish(plan: Plan, results: list[list], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Writes the index and the meta data, and removes what only packing needs."""
+    bad = _reasons(plan, results)
+    source = without(plan.source, list(bad), list(bad.values())) if bad else plan.source
+    good = [i for i in range(len(results)) if i not in bad]
     arrays = {
         "offsets": plan.offsets[good],
         "shapes": np.array([results[i][:2] for i in good], np.int32),
         "labels": source.labels.astype(np.int32),
         "sha256": np.array([list(bytes.fromhex(results[i][2])) for i in good], np.uint8),
     }
-    with (folder / "index.npz").open("wb") as file:
+    with (plan.folder / "index.npz").open("wb") as file:
         np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
     meta = {
         **wanted,
         "examples": len(source),
+        "made_smaller": int(plan.smaller[good].sum()),
         "bytes": int(plan.lengths.sum()),
-        "index_sha256": hashlib.sha256((folder / "index.npz").read_bytes()).hexdigest(),
+        "index_sha256": hashlib.sha256((plan.folder / "index.npz").read_bytes()).hexdigest(),
         "class_names": list(source.class_names),
         "skipped": list(source.skipped),
         "ids": list(source.ids),
     }
-    _write(folder / "meta.json", json.dumps(meta))
+    _write(plan.folder / "meta.json", json.dumps(meta))
+    for name in ("journal", "plan.json"):
+        (plan.folder / name).unlink()
+    _sync(plan.folder)
     return meta
 
 

@@ -80,6 +80,7 @@ def load_packed(path: str, split: str) -> Source:
         ids=tuple(store.meta["ids"]),
         sizes=store.shapes.astype(np.int64).prod(axis=1) * 3,
         skipped=tuple(store.meta["skipped"]),
+        made_smaller=((store.meta["size"], store.meta["interpolation"]),) if store.meta["made_smaller"] else (),
     )
 
 

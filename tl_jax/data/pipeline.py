@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from tl_jax.data import ops, workers
 from tl_jax.data.augment import Preprocess, make_preprocess
 from tl_jax.data.examples import Source
 
+log = logging.getLogger(__name__)
 IN_MEMORY = 2**28  # bytes of input pixels that may be made once and kept, where they do not change from epoch to epoch
 Batch = dict[str, np.ndarray]
 
@@ -94,6 +96,7 @@ def train_batches(
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, found {seed}")
     preprocess = make_preprocess(card, augment)
+    _check_large_enough(source, preprocess)
     prepared = _prepare(source, preprocess)
     prepared = None if prepared is None else prepared[None]
     return TrainBatches(source, preprocess, prepared, batch_size, seed, process_index, process_count)
@@ -169,6 +172,15 @@ def eval_batches(
     """Builds evaluation batches with the card's preprocessing; raises ValueError if the processes cannot share one."""
     _check_sizes(batch_size, process_index, process_count)
     preprocess = make_preprocess(card)
+    _check_large_enough(source, preprocess)
+    own = preprocess.resize_size, preprocess.interpolation
+    for packed in source.made_smaller:
+        if packed != own:
+            log.warning(
+                "%s: images were resized to %d %s when packed, and are now to %d %s: their pixels differ a little from "
+                "those of the files; packed with --size %d --interpolation %s they are equal",
+                source.name, *packed, *own, *own,
+            )  # fmt: skip
     prepared = _prepare(source, preprocess)
     return EvalBatches(source, preprocess, prepared, batch_size, process_index, process_count, num_workers)
 
@@ -281,6 +293,16 @@ def _prepare(source: Source, preprocess: Preprocess) -> np.ndarray | None:
     if source.images.shape[1:3] == (preprocess.resize_size,) * 2 == (preprocess.input_size,) * 2:
         return source.images
     return np.stack([_pixels(source, preprocess, i) for i in range(len(source))])
+
+
+def _check_large_enough(source: Source, preprocess: Preprocess) -> None:
+    """Raises ValueError for images that were made smaller than the network is to see them."""
+    if small := [size for size, _ in source.made_smaller if size < preprocess.resize_size]:
+        raise ValueError(
+            f"{source.name} was packed with --size {min(small)}, but the card (input {preprocess.input_size}) resizes "
+            f"images to a short side of {preprocess.resize_size}: pack it again, with --size {preprocess.resize_size} "
+            "or more, or take the images themselves"
+        )
 
 
 def _check_sizes(batch_size: int, process_index: int, process_count: int) -> None:

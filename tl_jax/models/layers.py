@@ -130,12 +130,11 @@ def _is_product(primitive, *_, **parameters) -> bool:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = "xla") -> jax.Array:
     """softmax(q k^T / sqrt(D)) v of each head, [B, N, H, D]; the softmax is float32, the matmuls have q's type.
 
-    attention: "xla", or "cudnn" for its fused kernel where there is one: on a GPU, in half precision, with heads of up
-    to 128 in steps of 8. Elsewhere XLA computes the same, so that what was trained on a GPU can be used without one.
+    attention: "xla", or "cudnn" for its fused kernel where there is one, see `unfused`; elsewhere XLA computes the
+    same, so that what was trained on a GPU can be used without one.
     """
     size = q.shape[-1]
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and size % 8 == 0 and size <= 128
-    if attention == "cudnn" and fits and jax.default_backend() == "gpu":
+    if attention == "cudnn" and not unfused(q.dtype, size):
         return _attend_fused(q, k, v)
     if jax.default_backend() == "cpu" and q.dtype == jnp.float32:
         return _attend_on_cpu(q, k, v)
@@ -153,6 +152,18 @@ def _attend_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     sums = weights.sum(-1, keepdims=True)
     return jnp.swapaxes(jnp.einsum("bhqk,bhkd->bhqd", weights, v) / sums, 1, 2)
+
+
+def unfused(dtype: Any, size: int) -> str:
+    """Why cuDNN's fused attention of heads with `size` values cannot be had here; "" where it can."""
+    if jax.default_backend() != "gpu":
+        return "there is no GPU"
+    capability = str(getattr(jax.devices()[0], "compute_capability", "8.0"))
+    if not capability[0].isdigit() or float(capability) < 8:
+        return f"it needs an NVIDIA GPU of compute capability 8.0 or more, this is {capability}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in half precision alone, not in {jnp.dtype(dtype).name}"
+    return "" if size % 8 == 0 and size <= 128 else f"a head has {size} values: more than 128, or no multiple of 8"
 
 
 def _attend_fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

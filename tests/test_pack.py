@@ -1,0 +1,177 @@
+"""Packed sources: the same images, labels and batches as the files; what is broken off, damaged or too small."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from tl_jax.card import Card
+from tl_jax.data import __main__ as command
+from tl_jax.data import pack, packed, pipeline, sources
+
+CARD = Card("m", 2, input_size=16, crop=0.8, interpolation="bicubic")  # short side to 20
+AUGMENT = [("random_resized_crop", {}), ("flip", {})]
+QUIET = {"report": lambda text: None}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Train 8 + 5 and val 2 + 2 images, one turned by EXIF, one grey PNG, one smaller than the rest."""
+    rng = np.random.default_rng(0)
+    for split, counts in {"train": (8, 5), "val": (2, 2)}.items():
+        for name, count in zip(("ant", "bee"), counts, strict=True):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for i in range(count):
+                height, width = (12, 15) if (split, i) == ("train", 4) else (40 + i, 61)
+                image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+                image = image.convert("L") if i == 1 else image
+                exif = Image.Exif()
+                exif[ExifTags.Base.Orientation] = 6 if i == 0 else 1
+                path = tmp_path / "photos" / split / name / f"{i}.{'png' if i == 1 else 'jpg'}"
+                image.save(path, exif=exif)
+    return f"folder:{tmp_path}/photos"
+
+
+def damage(photos, name):
+    path = Path(photos.removeprefix("folder:")) / name
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def same_batches(first, second):
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_a_packed_split_holds_what_the_folder_holds(photos, tmp_path):
+    pack.pack(photos, str(tmp_path / "p"), ("train", "val"), size=20, **QUIET)
+    for split in ("train", "val[:50%]"):
+        of_files, of_pack = (sources.load(s, split, shots=1) for s in (photos, f"packed:{tmp_path}/p"))
+        assert of_files.ids == of_pack.ids and of_files.class_names == of_pack.class_names
+        np.testing.assert_array_equal(of_files.labels, of_pack.labels)
+        assert of_pack.made_smaller == ((20, "bicubic"),) and not of_files.made_smaller
+        assert of_pack.fingerprint != of_files.fingerprint
+    assert packed.verify(str(tmp_path / "p")) == {"train": 13, "val": 4}
+
+
+def test_evaluation_sees_equal_pixels_where_the_pack_is_resized_as_the_card_does(photos, tmp_path, caplog):
+    pack.pack(photos, str(tmp_path / "p"), size=20, num_workers=1, **QUIET)
+    of_files, of_pack = (sources.load(s) for s in (photos, f"packed:{tmp_path}/p"))
+    same_batches(*(list(pipeline.eval_batches(s, card=CARD, batch_size=5)) for s in (of_files, of_pack)))
+    assert not caplog.records
+    pipeline.eval_batches(of_pack, card=CARD.replace(interpolation="bilinear"), batch_size=5)
+    assert "packed with --size 20 --interpolation bilinear they are equal" in caplog.text
+
+
+def test_training_sees_equal_pixels_where_no_image_was_made_smaller(photos, tmp_path):
+    pack.pack(photos, str(tmp_path / "p"), size=100, **QUIET)
+    streams = [
+        pipeline.train_batches(sources.load(s), card=CARD, augment=AUGMENT, batch_size=8, seed=1)
+        for s in (photos, f"packed:{tmp_path}/p")
+    ]
+    same_batches(*([stream[step] for step in range(4)] for stream in streams))
+    same_batches(streams[0].iterate(0, 4), streams[1].iterate(0, 4, num_workers=1))
+    same_batches(*(pipeline.eval_batches(stream.source, card=CARD, batch_size=5) for stream in streams))
+
+
+def test_a_card_that_needs_larger_images_is_refused(photos, tmp_path):
+    pack.pack(photos, str(tmp_path / "p"), ("train", "val"), size=20, **QUIET)
+    source, large = sources.load(f"packed:{tmp_path}/p", "train+val"), CARD.replace(input_size=24)
+    augmented = {"augment": AUGMENT, "seed": 0}
+    for make in (lambda: pipeline.eval_batches(source, card=large, batch_size=4),
+                 lambda: pipeline.train_batches(source, card=large, batch_size=4, **augmented)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"packed with --size 20, but the card .*a short side of 30: .*--size 30"):
+            make()
+
+
+KILLED = """
+import sys, time
+from tl_jax.data import pack
+pack.FLUSH, pack.CHUNK = 0, 2
+def report(text):
+    print(text, flush=True)
+    time.sleep(0.2 * ("images/s" in text))
+pack.pack(sys.argv[1], sys.argv[2], ("train",), size=20, report=report)
+"""
+
+
+def test_a_packing_that_was_killed_goes_on_and_ends_with_the_same_bytes(photos, tmp_path, monkeypatch):
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, photos, str(tmp_path / "p")], stdout=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[1],
+    ) as process:  # fmt: skip
+        while "6 of 13 images" not in process.stdout.readline():
+            pass
+        with pytest.raises(ValueError, match="another process is packing into"):
+            pack.pack(photos, str(tmp_path / "p"), size=20, **QUIET)
+        process.kill()
+    with pytest.raises(FileNotFoundError, match="train was begun, start its command again"):
+        sources.load(f"packed:{tmp_path}/p")
+    with (tmp_path / "p/.train.partial/journal").open("a") as journal:
+        journal.write('[10, [["4')  # a line cut short, as by a power cut
+    monkeypatch.setattr(pack, "CHUNK", 2)
+    said = []
+    pack.pack(photos, str(tmp_path / "p"), size=20, report=said.append)
+    assert "6 of 13 images were packed before" in said
+    pack.pack(photos, str(tmp_path / "whole"), size=20, **QUIET)
+    assert files(tmp_path / "p") == files(tmp_path / "whole")
+
+
+def test_damage_is_named(photos, tmp_path):
+    pack.pack(photos, str(tmp_path / "p"), ("train", "val"), size=20, **QUIET)
+    for split, name in (("train", "ant/3.jpg"), ("val", "bee/0.jpg")):
+        store = packed.open_split(tmp_path / "p" / split)
+        at = int(store.offsets[store.meta["ids"].index(f"{split}/{name}")])
+        with (tmp_path / "p" / split / "pixels.bin").open("rb+") as file:
+            file.seek(at + 5)
+            byte = file.read(1)[0]
+            file.seek(at + 5)
+            file.write(bytes([byte ^ 1]))
+    with pytest.raises(ValueError, match=r"2 problems.*\n.*train/ant/3\.jpg differ.*\n.*val/bee/0\.jpg differ"):
+        packed.verify(str(tmp_path / "p"))
+    meta = tmp_path / "p/train/meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"bytes": 7, "examples": 9}))
+    packed._opened.cache_clear()
+    with pytest.raises(ValueError, match=r"damaged:\n  pixels.bin: \d+ bytes, expected 7\n  expected 9 examples"):
+        sources.load(f"packed:{tmp_path}/p")
+
+
+def test_all_images_that_cannot_be_decoded_are_listed_and_can_be_left_out(photos, tmp_path):
+    arguments = photos, str(tmp_path / "p"), ("train", "val")
+    for name in ("train/ant/2.jpg", "train/bee/3.jpg", "val/ant/0.jpg"):
+        damage(photos, name)
+    with pytest.raises(ValueError, match=r"(?s)3 of 17 images .*train/ant/2.*train/bee/3.*val/ant/0.*--on_error skip"):
+        pack.pack(*arguments, size=20, **QUIET)
+    pack.pack(*arguments, size=20, on_error="skip", **QUIET)
+    of_files, of_pack = (sources.load(s, on_error="skip") for s in (photos, f"packed:{tmp_path}/p"))
+    assert of_files.ids == of_pack.ids and of_files.skipped == of_pack.skipped and len(of_pack) == 11
+    assert packed.verify(str(tmp_path / "p")) == {"train": 11, "val": 3}
+
+
+def test_what_cannot_be_packed_is_said_before_anything_is_written(photos, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        code = command.main(["pack", photos, str(tmp_path / "p"), "--size", "20", "--workers", "0", *arguments])
+        return code, capsys.readouterr().err
+
+    assert run("--split", "train,test")[0] == 2 and not (tmp_path / "p").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 9_000))
+    code, error = run()
+    assert code == 2 and "9,000 bytes free" in error and "are needed" in error
+    assert not (tmp_path / "p/.train.partial/pixels.bin").exists()
+    monkeypatch.undo()
+    assert run()[0] == 0 and run() == (0, "")
+    code, error = run("--interpolation", "bilinear")
+    assert code == 2 and "holds another packing" in error and "'bicubic' -> 'bilinear'" in error
+    with pytest.raises(ValueError, match="pack the source that it was packed from"):
+        pack.pack(f"packed:{tmp_path}/p", str(tmp_path / "q"), **QUIET)
+    assert command.main(["verify", str(tmp_path / "p")]) == 0
