@@ -5,10 +5,10 @@ python benchmarks/vs_torch.py --device gpu --batch_size 128 --steps 20
 python benchmarks/vs_torch.py --end_to_end --models deit_tiny_patch16_224 --weights FILE --data folder:PATH
 
 Ours is the step that a run with these options takes: labels, clipping, logged gradient norm, frozen front. PyTorch has
-the same weights, images, AdamW (fused), clip and frozen parts: what is frozen needs no gradient, and only what trains is
-in train mode. It runs channels_last (ResNets) in float32 on a CPU, in bfloat16 and compiled on a GPU, where ours is in
-bfloat16 too. Both take uint8 images and normalise them. Before anything is timed, the losses of the first step must be
-equal.
+the same weights, images, AdamW (fused), clip and frozen parts: what is frozen needs no gradient, and only what trains
+is in train mode. It runs channels_last (ResNets) in float32 on a CPU, in bfloat16 and compiled on a GPU, where ours is
+in bfloat16 too. Both take uint8 images and normalise them. Before anything is timed, the losses of the first step must
+be equal.
 
 --end_to_end: a linear probe from the weight file to its accuracy on test, each in a process of its own, from its start
 to its end: `launch.py` with cached features, against a loop that decodes and resizes in two workers and runs the frozen
