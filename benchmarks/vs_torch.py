@@ -98,7 +98,8 @@ def make_ours(name: str, way: str, source: str, weights: pathlib.Path):
     if way == "forward":
         variables = train.variables_of(kept.pop())
         evaluate = parallel.evaluate(train.make_eval_step(built))
-        compiled = evaluate.lower(variables, batch["image"]).compile()
+        traced = evaluate.trace(variables, batch["image"])
+        compiled = traced.lower().compile()
 
         def call():
             for _ in range(STEPS.value):
@@ -107,7 +108,7 @@ def make_ours(name: str, way: str, source: str, weights: pathlib.Path):
 
         logits = jax.numpy.asarray(call()[0])
         loss = -jax.nn.log_softmax(logits)[jax.numpy.arange(len(logits)), host_batch["label"]].mean()
-        return call, float(loss), host_batch, 0, parallel.cost(compiled), built.card
+        return call, float(loss), host_batch, 0, parallel.cost(compiled, traced.jaxpr), built.card
     step, cost = train.compile_step(config, built, phase, parallel, kept[0], batch)
     kept[0] = step(kept[0], batch)
     loss = float(kept[0].sums["loss"]) / BATCH_SIZE.value
