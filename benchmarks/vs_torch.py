@@ -5,10 +5,10 @@ python benchmarks/vs_torch.py --device gpu --batch_size 128 --steps 20
 python benchmarks/vs_torch.py --end_to_end --models deit_tiny_patch16_224 --weights FILE --data folder:PATH
 
 Ours is the step that a run with these options takes: labels, clipping, logged gradient norm, frozen front. PyTorch has
-the same weights, images, AdamW (fused), clip and frozen parts: what is frozen needs no gradient, and only what trains is
-in train mode. It runs channels_last (ResNets) in float32 on a CPU, in bfloat16 and compiled on a GPU, where ours is in
-bfloat16 too. Both take uint8 images and normalise them. Before anything is timed, the losses of the first step must be
-equal.
+the same weights, images, AdamW (fused), clip and frozen parts: what is frozen needs no gradient, and only what trains
+is in train mode. It runs channels_last (ResNets) in float32 on a CPU, in bfloat16 and compiled on a GPU, where ours is
+in bfloat16 too. Both take uint8 images and normalise them. Before anything is timed, the losses of the first step must
+be equal.
 
 --end_to_end: a linear probe from the weight file to its accuracy on test, each in a process of its own, from its start
 to its end: `launch.py` with cached features, against a loop that decodes and resizes in two workers and runs the frozen
@@ -98,7 +98,8 @@ def make_ours(name: str, way: str, source: str, weights: pathlib.Path):
     if way == "forward":
         variables = train.variables_of(kept.pop())
         evaluate = parallel.evaluate(train.make_eval_step(built))
-        compiled = evaluate.lower(variables, batch["image"]).compile()
+        traced = evaluate.trace(variables, batch["image"])
+        compiled = traced.lower().compile()
 
         def call():
             for _ in range(STEPS.value):
@@ -107,7 +108,7 @@ def make_ours(name: str, way: str, source: str, weights: pathlib.Path):
 
         logits = jax.numpy.asarray(call()[0])
         loss = -jax.nn.log_softmax(logits)[jax.numpy.arange(len(logits)), host_batch["label"]].mean()
-        return call, float(loss), host_batch, 0, parallel.cost(compiled), built.card
+        return call, float(loss), host_batch, 0, parallel.cost(compiled, traced.jaxpr), built.card
     step, cost = train.compile_step(config, built, phase, parallel, kept[0], batch)
     kept[0] = step(kept[0], batch)
     loss = float(kept[0].sums["loss"]) / BATCH_SIZE.value

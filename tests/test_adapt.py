@@ -202,7 +202,7 @@ def test_running_from_any_cut_gives_the_same_logits():
     _, _, adapted, both = plain_and_adapted(VIT, EVERYWHERE, SSF, ADAPTER, DEEP)
     logits, out = adapted.apply(both, images())
     for cut in list(out)[:-1]:
-        np.testing.assert_array_equal(adapted.apply(both, out[cut], start=cut)[0], logits)
+        close(adapted.apply(both, out[cut], start=cut)[0], logits, 1e-6)
 
 
 def test_tokens_of_the_network_without_prompts_are_refused():

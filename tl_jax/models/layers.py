@@ -72,16 +72,20 @@ def conv_norm(module: nn.Module, conv: Conv, norm: nn.BatchNorm, x: jax.Array) -
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops the whole residual branch of an example with probability `rate` (Huang et al. 2016)."""
+    """Stochastic depth: drops the whole residual branch of an example with probability `rate` (Huang et al. 2016).
+
+    x: a branch [B, ...], or a tuple of branches that share their fate.
+    """
 
     rate: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: Any, train: bool) -> Any:
         if not train or self.rate == 0.0:
             return x
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, (x.shape[0],) + (1,) * (x.ndim - 1))
-        return jnp.where(keep, x / (1.0 - self.rate), 0.0).astype(x.dtype)
+        shape = jax.tree.leaves(x)[0].shape
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, shape[:1] + (1,) * (len(shape) - 1))
+        return jax.tree.map(lambda x: jnp.where(keep, x / (1.0 - self.rate), 0.0).astype(x.dtype), x)
 
 
 def drop_path_rates(drop_path: float, blocks: int) -> list[float]:

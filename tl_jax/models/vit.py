@@ -47,19 +47,22 @@ class Stem(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused qkv projection; the softmax is float32."""
+    """Multi-head self-attention with one fused qkv projection; the softmax is float32.
+
+    `first`: only what the first token gets to see, [B, 1, D].
+    """
 
     heads: int
     attention: str
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, first: bool = False) -> jax.Array:
         batch, tokens, width = x.shape
         qkv = nn.Dense(3 * width, kernel_init=INIT, dtype=self.dtype, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0)
-        x = attend(q, k, v, self.attention).reshape(batch, tokens, width)
-        return nn.Dense(width, kernel_init=INIT, dtype=self.dtype, name="proj")(x)
+        q, k, v = (y.reshape(batch, tokens, self.heads, -1) for y in jnp.split(qkv, 3, axis=-1))
+        x = attend(q[:, :1], k, v) if first else attend(q, k, v, self.attention)
+        return nn.Dense(width, kernel_init=INIT, dtype=self.dtype, name="proj")(x.reshape(batch, -1, width))
 
 
 class Mlp(nn.Module):
@@ -76,7 +79,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block: [B, N, D] -> [B, N, D].
+
+    With `last`, -> ([B, N, D], [B, 1, D]): the class token is computed a second time, by itself, since where nothing
+    reads the other tokens XLA drops the first. Both drop the same branches.
+    """
 
     heads: int
     drop_path: float
@@ -84,13 +91,19 @@ class Block(nn.Module):
     gelu_tanh: bool
     attention: str
     dtype: Any
+    last: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array | tuple[jax.Array, jax.Array]:
+        norm1, norm2 = (nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=f"norm{i}") for i in (1, 2))
         attn = Attention(self.heads, self.attention, self.dtype, name="attn")
-        x = x + DropPath(self.drop_path)(attn(norm(name="norm1")(x)), train)
-        return x + DropPath(self.drop_path)(Mlp(self.gelu_tanh, self.dtype, name="mlp")(norm(name="norm2")(x)), train)
+        mlp = Mlp(self.gelu_tanh, self.dtype, name="mlp")
+        y = norm1(x)
+        tokens, branches = ((x, x[:, :1]), (attn(y), attn(y, first=True))) if self.last else ((x,), (attn(y),))
+        tokens = jax.tree.map(jnp.add, tokens, DropPath(self.drop_path)(branches, train))
+        branches = tuple(mlp(norm2(x)) for x in tokens)
+        tokens = jax.tree.map(jnp.add, tokens, DropPath(self.drop_path)(branches, train))
+        return tokens if self.last else tokens[0]
 
 
 class ViT(nn.Module):
@@ -147,13 +160,18 @@ class ViT(nn.Module):
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
-        block_class = recomputed(Block, self.remat)
+        block_class, class_token = recomputed(Block, self.remat), []
 
         def block(i, rate, x):
-            fields = (self.heads, rate, self.norm_eps, self.gelu_tanh, self.attention, self.dtype)
-            return block_class(*fields, name=f"block{i}")(x, train)
+            fields = (self.heads, rate, self.norm_eps, self.gelu_tanh, self.attention, self.dtype, i == self.depth - 1)
+            x = block_class(*fields, name=f"block{i}")(x, train)
+            if i == self.depth - 1:
+                x, alone = x
+                class_token.append(alone)
+            return x
 
         def pre_logits(x):  # LayerNorm works token by token: the class token alone is enough
+            x = class_token[0] if class_token else x
             return nn.LayerNorm(epsilon=self.norm_eps, dtype=jnp.float32, name="norm")(x[:, 0])
 
         rates = drop_path_rates(self.drop_path, self.depth)
