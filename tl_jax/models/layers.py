@@ -35,7 +35,25 @@ class Conv(nn.Module):
         return convolve.conv(x.astype(self.dtype), kernel, self.stride, self.groups)
 
 
-def batch_norm(module: nn.Module, name: str, train: bool, scale_init: Callable = nn.initializers.ones) -> nn.BatchNorm:
+class BatchNorm(nn.BatchNorm):
+    """flax's, and what follows a norm in a residual network: `y = norm(x) + shortcut`, then relu if asked for."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, shortcut: jax.Array | None = None, relu: bool = False) -> jax.Array:
+        plain = self.use_running_average or self.is_initializing() or self.axis_name is not None
+        if plain or not convolve.by_hand(x.dtype) or self.dtype != jnp.float32:
+            y = super().__call__(x)
+            y = y if shortcut is None else shortcut + y
+            return nn.relu(y) if relu else y
+        scale, bias = self.get_variable("params", "scale"), self.get_variable("params", "bias")
+        y, *moments = convolve.norm(x, scale, bias, shortcut, relu, self.epsilon)
+        for name, new in zip(("mean", "var"), moments, strict=True):
+            running = self.get_variable("batch_stats", name)
+            self.put_variable("batch_stats", name, self.momentum * running + (1 - self.momentum) * new)
+        return y
+
+
+def batch_norm(module: nn.Module, name: str, train: bool, scale_init: Callable = nn.initializers.ones) -> BatchNorm:
     """Makes the BatchNorm `name` inside `module` (which has fields dtype, frozen_norms and axis_name).
 
     Statistics are float32. A layer whose path is in `frozen_norms` uses its running statistics and leaves them alone
@@ -43,7 +61,7 @@ def batch_norm(module: nn.Module, name: str, train: bool, scale_init: Callable =
     collects the unbiased one (a factor n/(n-1), n = B*H*W), so only training differs, never inference.
     """
     frozen = "/".join((*module.path, name)) in module.frozen_norms
-    return nn.BatchNorm(
+    return BatchNorm(
         use_running_average=frozen or not train,
         momentum=0.9,
         epsilon=1e-5,
@@ -54,21 +72,27 @@ def batch_norm(module: nn.Module, name: str, train: bool, scale_init: Callable =
     )
 
 
-def conv_norm(module: nn.Module, conv: Conv, norm: nn.BatchNorm, x: jax.Array) -> jax.Array:
-    """norm(conv(x)), for two children of `module`, which has a field fold.
+def conv_norm(
+    module: nn.Module, conv: Conv, norm: BatchNorm, x: jax.Array, shortcut: jax.Array | None = None, relu: bool = False
+) -> jax.Array:
+    """norm(conv(x)) + shortcut, then relu if asked for, for two children of `module`, which has a field fold.
 
     A norm that uses its running statistics is a scale and a shift per channel: the scale goes into the kernel, and no
     pass over the activations is spent on it. `fold` must be off where something stands between the two or behind them
-    by intercepting their calls, which are not made then.
+    by intercepting their calls: these are not made then, or do the sum and the relu as well.
     """
-    if not (module.fold and norm.use_running_average) or module.is_initializing():
-        return norm(conv(x))
-    params, stats = module.variables["params"], module.variables["batch_stats"][norm.name]
-    scale = params[norm.name]["scale"] * jax.lax.rsqrt(stats["var"] + norm.epsilon)
-    kernel = (params[conv.name]["kernel"] * jnp.expand_dims(scale, (0, 1, 2))).astype(conv.dtype)
-    shift = (params[norm.name]["bias"] - stats["mean"] * scale).astype(conv.dtype)
-    y = convolve.conv(x.astype(conv.dtype), kernel, conv.stride, conv.groups)
-    return y + jnp.expand_dims(shift, (0, 1, 2))
+    if not module.fold:
+        y = norm(conv(x))
+    elif not norm.use_running_average or module.is_initializing():
+        return norm(conv(x), shortcut, relu)
+    else:
+        params, stats = module.variables["params"], module.variables["batch_stats"][norm.name]
+        scale = params[norm.name]["scale"] * jax.lax.rsqrt(stats["var"] + norm.epsilon)
+        kernel = (params[conv.name]["kernel"] * jnp.expand_dims(scale, (0, 1, 2))).astype(conv.dtype)
+        shift = (params[norm.name]["bias"] - stats["mean"] * scale).astype(conv.dtype)
+        y = convolve.conv(x.astype(conv.dtype), kernel, conv.stride, conv.groups) + jnp.expand_dims(shift, (0, 1, 2))
+    y = y if shortcut is None else shortcut + y
+    return nn.relu(y) if relu else y
 
 
 class DropPath(nn.Module):

@@ -67,15 +67,17 @@ class Block(nn.Module):
         convs = [(inner, 1, 1, 1), (inner, 3, self.stride, self.groups), (4 * self.width, 1, 1, 1)]
         if not self.bottleneck:
             convs = [(self.width, 3, self.stride, 1), (self.width, 3, 1, 1)]
+        shortcut = self.shortcut_of(x, convs[-1][0], train)
+        dropped = train and self.drop_path > 0  # then something stands between the last norm and the sum
         y = x
         for i, (features, size, stride, groups) in enumerate(convs, start=1):
             last = i == len(convs)
             conv = Conv(features, size, stride, groups, self.dtype, name=f"conv{i}")
             # The last scale starts at zero: every block starts as the identity (Goyal et al. 2017, section 5.1).
             norm = batch_norm(self, f"norm{i}", train, nn.initializers.zeros if last else nn.initializers.ones)
-            y = conv_norm(self, conv, norm, y)
-            y = y if last else nn.relu(y)
-        return nn.relu(self.shortcut_of(x, y.shape[-1], train) + DropPath(self.drop_path)(y, train))
+            beside = {"shortcut": shortcut} if last and not dropped else {}
+            y = conv_norm(self, conv, norm, y, **beside, relu=not (last and dropped))
+        return nn.relu(shortcut + DropPath(self.drop_path)(y, train)) if dropped else y
 
     def shortcut_of(self, x: jax.Array, features: int, train: bool) -> jax.Array:
         if self.stride == 1 and x.shape[-1] == features:
