@@ -132,7 +132,7 @@ def _norm_forward(x, scale, bias, shortcut, relu, epsilon):
     mean, square = _mean(x), _mean(x * x)
     var = jnp.maximum(square - mean * mean, 0)
     inverse = jax.lax.rsqrt(var + epsilon)
-    y = x * _channels(scale * inverse) + _channels(bias - mean * scale * inverse)
+    y = (x - _channels(mean)) * _channels(scale * inverse) + _channels(bias)
     y = y if shortcut is None else y + shortcut
     y = jnp.maximum(y, 0) if relu else y
     return (y, mean, var), (x, y if relu else None, mean, inverse, scale, shortcut is None)
@@ -141,10 +141,9 @@ def _norm_forward(x, scale, bias, shortcut, relu, epsilon):
 def _norm_backward(relu, epsilon, saved, gradients):
     x, y, mean, inverse, scale, alone = saved
     dy = jnp.where(y > 0, gradients[0], 0) if relu else gradients[0]
-    by_bias, by_product = _mean(dy), _mean(dy * x)
-    by_scale = (by_product - mean * by_bias) * inverse  # both still per pixel
-    slope = -scale * inverse * inverse * by_scale
-    dx = dy * _channels(scale * inverse) + x * _channels(slope) - _channels(scale * inverse * by_bias + slope * mean)
+    normed = (x - _channels(mean)) * _channels(inverse)
+    by_bias, by_scale = _mean(dy), _mean(dy * normed)  # per pixel
+    dx = (dy - _channels(by_bias) - normed * _channels(by_scale)) * _channels(scale * inverse)
     pixels = x.size // x.shape[-1]
     return dx, by_scale * pixels, by_bias * pixels, None if alone else dy
 

@@ -36,15 +36,10 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm):
-    """flax's, and what follows a norm in a residual network: `y = norm(x) + shortcut`, then relu if asked for."""
+    """flax's, and the same by `convolve.norm` with what follows it in a residual network."""
 
-    @nn.compact
-    def __call__(self, x: jax.Array, shortcut: jax.Array | None = None, relu: bool = False) -> jax.Array:
-        plain = self.use_running_average or self.is_initializing() or self.axis_name is not None
-        if plain or not convolve.by_hand(x.dtype) or self.dtype != jnp.float32:
-            y = super().__call__(x)
-            y = y if shortcut is None else shortcut + y
-            return nn.relu(y) if relu else y
+    def joined(self, x: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Array:
+        """This norm of x by the batch's statistics, plus shortcut, then relu if asked for, as one operation."""
         scale, bias = self.get_variable("params", "scale"), self.get_variable("params", "bias")
         y, *moments = convolve.norm(x, scale, bias, shortcut, relu, self.epsilon)
         for name, new in zip(("mean", "var"), moments, strict=True):
@@ -79,12 +74,15 @@ def conv_norm(
 
     A norm that uses its running statistics is a scale and a shift per channel: the scale goes into the kernel, and no
     pass over the activations is spent on it. `fold` must be off where something stands between the two or behind them
-    by intercepting their calls: these are not made then, or do the sum and the relu as well.
+    by intercepting their calls, which are not made then.
     """
-    if not module.fold:
+    by_batch = not norm.use_running_average
+    if not module.fold or module.is_initializing():
         y = norm(conv(x))
-    elif not norm.use_running_average or module.is_initializing():
-        return norm(conv(x), shortcut, relu)
+    elif by_batch and norm.axis_name is None and convolve.by_hand(norm.dtype):
+        return norm.joined(conv(x), shortcut, relu)
+    elif by_batch:
+        y = norm(conv(x))
     else:
         params, stats = module.variables["params"], module.variables["batch_stats"][norm.name]
         scale = params[norm.name]["scale"] * jax.lax.rsqrt(stats["var"] + norm.epsilon)
