@@ -224,19 +224,18 @@ def _winograd_forward(x, kernel):
 
 
 def _winograd_backward(saved, dy):
-    """The gradient of the input is the convolution with the kernel turned around, whose transform is a permutation."""
     x, kernel = saved
-    turned = _transform(KERNEL, kernel)[:, jnp.array([3, 1, 2, 0])][jnp.array([3, 1, 2, 0])]
-    return _winograd(dy, turned, transposed=True), _winograd_kernel_gradient(x, dy)
+    return _winograd(dy, _transform(KERNEL, kernel), turned=True), _winograd_kernel_gradient(x, dy)
 
 
 winograd.defvjp(_winograd_forward, _winograd_backward)
 
 
-def _winograd(x: jax.Array, weights: jax.Array, transposed: bool = False) -> jax.Array:
-    """Transformed weights [4, 4, C, F], or [4, 4, F, C] if `transposed`."""
-    features = weights.shape[2 if transposed else 3]
-    weights = [[weights[i, j].T if transposed else weights[i, j] for j in range(4)] for i in range(4)]
+def _winograd(x: jax.Array, weights: jax.Array, turned: bool = False) -> jax.Array:
+    """Transformed weights [4, 4, C, F]; `turned`: of the kernel turned around, from F to C, a permutation of these."""
+    features = weights.shape[2 if turned else 3]
+    order = (3, 1, 2, 0) if turned else (0, 1, 2, 3)
+    weights = [[weights[i, j].T if turned else weights[i, j] for j in order] for i in order]
 
     def part(x):
         batch, height, width, _ = x.shape
