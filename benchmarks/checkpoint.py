@@ -63,7 +63,7 @@ def make_training():
     images = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     batch = parallel.put_batch({"image": images, "label": np.zeros(size[0], np.int32)})
     step, _ = parallel.compile(train_step, state, batch)
-    state = step(state, batch)  # a new optimizer is zeros, of which disks make less than of numbers
+    state = step(state, batch)  # a new optimizer is zeros, which are no fair load for a disk
     frozen = {f"params/{path}": leaf for path, leaf in trees.split(variables["params"], labels)[1].items()}
     return step, jax.block_until_ready(state), batch, trees.leaf_hashes(frozen)
 
