@@ -98,7 +98,7 @@ def _loop(
         checkpoints, identity, lambda step: replicas.initial_state(group, run.phase_of(step), parallel)
     )
     start, rows = int(state["step"]), meta.get("rows") or [[] for _ in group.runs]
-    frozen = meta.get("frozen") or replicas.frozen_hashes(group, state, 0)
+    frozen = meta["frozen"] if meta else replicas.frozen_hashes(group, state, 0)
     failed = {int(i): FloatingPointError(text) for i, text in meta.get("failed", {}).items()}
     first = run.phase_of(start)
 

@@ -98,7 +98,7 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
             checkpoints, run.identity, lambda step: initial_state(config, run, run.phase_of(step), parallel)
         )
         start, rows = int(state.step), meta.get("rows", [])
-        frozen = meta.get("frozen") or audit.frozen_hashes(run.variables, [run.phases[0].audit])
+        frozen = meta["frozen"] if meta else audit.frozen_hashes(run.variables, [run.phases[0].audit])
         first = run.phase_of(start)
         predict = make_predict(run, parallel)
         line = None  # of metrics, whose sums may still be on their way: the loop waits for nothing it can do without
