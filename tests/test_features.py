@@ -57,7 +57,9 @@ def refuse(*_):
     raise AssertionError("features were computed")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [way if way in ("head", "last block") else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+)
 def test_cached_training_has_the_numbers_of_live_training(tmp_path, monkeypatch, way):
     views = 40  # more than the epochs: what is seen is what a live run sees
     train(make_config(WAYS[way]), tmp_path / "live", verbose=False)

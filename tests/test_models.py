@@ -132,7 +132,10 @@ def test_running_from_any_cut_gives_the_same_logits(make):
         assert list(before) + list(rest) == list(out)
 
 
-@pytest.mark.parametrize("remat", ["", "block", "dots"])
+REMAT = [pytest.param(remat, marks=pytest.mark.slow) for remat in ("block", "dots")]
+
+
+@pytest.mark.parametrize("remat", ["", *REMAT])
 def test_the_class_token_by_itself_is_the_first_of_all_tokens_with_the_same_gradients(remat):
     model = VIT(num_classes=5, drop_path=0.5, remat=remat)
     variables, rngs = random_variables(model), {"dropout": jax.random.key(3)}
@@ -149,7 +152,7 @@ def test_the_class_token_by_itself_is_the_first_of_all_tokens_with_the_same_grad
     jax.tree.map(close, gradient, full_gradient)
 
 
-@pytest.mark.parametrize("remat", ["", "block"])
+@pytest.mark.parametrize("remat", ["", *REMAT[:1]])
 def test_of_the_last_block_only_the_class_token_is_computed_where_nothing_else_is_read(remat):
     make = functools.partial(VIT, num_classes=5, depth=1, remat=remat)
     variables = random_variables(make())
@@ -196,6 +199,7 @@ def test_vit_refuses_images_of_another_size():
         VIT(num_classes=3, image_size=25).init(jax.random.key(0), images(25))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [RESNET, VIT], ids=["resnet", "vit"])
 def test_remat_keeps_paths_logits_and_gradients(make):
     plain = make(num_classes=5, drop_path=0.5, dropout=0.5)

@@ -97,7 +97,7 @@ def test_every_vit_layout_goes_out_and_comes_back_bit_equal(kind, small_vit, tmp
     [
         ("resnet18", "timm"),
         ("resnet18.hf", "hf"),
-        ("resnet50", "hf"),
+        pytest.param("resnet50", "hf", marks=pytest.mark.slow),
         ("resnet50", "native"),
         ("resnet8_cifar", "cifar"),
         ("resnet8_cifar", "native"),

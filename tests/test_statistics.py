@@ -396,6 +396,7 @@ def test_paired_rejects_a_true_null_at_its_level():
     assert low <= rejected([statistics.paired(a, b)["p"] for a, b in scores]) <= high
 
 
+@pytest.mark.slow
 def test_holm_keeps_the_family_wise_error_of_eight_true_nulls():
     """Against one shared baseline (dependent tests) at most, and over separate ones about, five per cent of studies."""
     rng, low_high = np.random.default_rng(2), band(0.05)
