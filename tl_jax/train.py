@@ -166,7 +166,7 @@ def hold(config, run: Run, phase: Phase, sets: dict[str, Any], variables: Callab
     epochs = -(-run.total_steps * config.batch_size // len(run.data["train"]))
     return features.hold(
         sets, phase.prefix, variables(), run.card, parallel, views=min(config.views, epochs),
-        batch_size=next(iter(run.eval_batches.values())).batch_size, folder=config.cache_dir,
+        batch_size=config.batch_size, folder=config.cache_dir,
         stop_requested=stop_requested,
     )  # fmt: skip
 
