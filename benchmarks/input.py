@@ -219,12 +219,12 @@ def device_rows() -> list[dict]:
 
 
 def train_row(out: pathlib.Path, source: str, workers: int) -> dict:
-    """Fine-tunes everything for three epochs; the share of the time in which the device waited for data."""
+    """Fine-tunes everything for twelve steps; the share of the time in which the device waited for data."""
     with tempfile.TemporaryDirectory(dir=out) as workdir:
         options = {"model": MODEL.value, "weights": WEIGHTS.value, "data": source, "method": "full",
                    "data.train": "train[:90%]", "data.val": "train[90%:]", "data.workers": workers, "lr": 1e-5,
                    "data.augment": (("random_resized_crop", {}), ("flip", {})), "batch_size": TRAIN_BATCH.value,
-                   "total": (3.0, "epochs"), "eval_every": (3.0, "epochs"), "log_every": (2.0, "steps")}  # fmt: skip
+                   "total": (12.0, "steps"), "eval_every": (12.0, "steps"), "log_every": (2.0, "steps")}  # fmt: skip
         config = "configs/transfer.py:" + ",".join(f"{key}={value}" for key, value in options.items())
         command = [sys.executable, "launch.py", "--config", config, "--workdir", workdir]
         subprocess.run(command, cwd=common.ROOT, check=True, stdout=subprocess.DEVNULL)
