@@ -196,7 +196,8 @@ class ResNet(nn.Module):
                 name=f"stage{i + 1}",
             )
             parts += [functools.partial(stage, j, train=train) for j in range(depth)]
-        parts.append(lambda x: jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
+        # XLA (jaxlib 0.11.2, CPU) returns NaN where it fuses a convolution in bfloat16 into this mean.
+        parts.append(lambda x: jnp.mean(jax.lax.optimization_barrier(x), axis=(1, 2), dtype=jnp.float32))
         return run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
 
 
