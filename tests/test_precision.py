@@ -162,7 +162,7 @@ def test_each_remat_takes_less_memory_and_more_work(optimised):
         cost(make(remat=remat), batch_size=32) for remat in ("", "dots", "block")
     )
     assert work < dots_work < 1.1 * work < block_work < 1.35 * work
-    assert block_memory < 0.75 * dots_memory < 0.5 * memory
+    assert block_memory < 0.8 * dots_memory < 0.54 * memory
 
 
 @pytest.mark.slow

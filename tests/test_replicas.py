@@ -90,7 +90,6 @@ CASES = {
 
 CASES["phases, cached features"] = {**CASES["phases"], "cache": "features", "select": "best_val"}
 CASES["seeds, cached views"] = {**CASES["seeds"], "cache": "features", "views": 2, "method.mixup": 0.0}
-CASES["a cached front in bf16"] = {**CASES["shots, cached features"], "model.prefix_dtype": "bfloat16"}
 FAST = ("head, sgd, clip", "shots, cached features")
 
 
