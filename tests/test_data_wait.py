@@ -19,7 +19,7 @@ def test_only_time_in_which_the_devices_have_no_work_counts_as_wait(tmp_path, mo
         for step, _ in enumerate(log.feed(batches(), lambda: next(idle)), 1):
             now[0] += 0.5  # of the step
             if step % 2 == 0:
-                log.progress(step, {}, examples=8)
+                log.progress(step, {"train/loss": 1.0, "train/accuracy": 0.5}, examples=8)
     assert step == 4
     rows = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
     assert [row["data_wait_seconds"] for row in rows] == [1.0, 4.0]
