@@ -22,7 +22,7 @@ import numpy as np
 from tl_jax.data.examples import Source, listed
 from tl_jax.data.folder import natural_key
 
-FORMAT = "tl_jax packed 1"
+FORMAT = "tl_jax packed 2"
 
 
 class Store(NamedTuple):
