@@ -18,6 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from tl_jax.compiled import keep_compiled_programs
+from tl_jax.memory import keep_memory
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: a python file with get_config, and its argument.", lock_config=True
@@ -154,4 +155,5 @@ def bad_input(message: object) -> int:
 
 
 if __name__ == "__main__":
+    keep_memory()
     app.run(main, flags_parser=parse_flags)

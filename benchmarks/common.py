@@ -26,13 +26,19 @@ from absl import flags, logging
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tl_jax import memory  # noqa: E402 (the line above makes it findable)
+
 DEVICE = flags.DEFINE_enum("device", "", ["", "cpu", "gpu", "tpu"], "Where to run; empty: what jax takes.")
 OUT = flags.DEFINE_string("out", "", "The folder for table, chart and rows; default: workdirs/benchmarks/NAME.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds; one more, untimed, warms up.", lower_bound=1)
 
 
 def start(name: str) -> pathlib.Path:
-    """Chooses the device, for this process and those it starts, before jax's first use; returns the folder to write."""
+    """Chooses the device, for this process and those it starts, before jax's first use; returns the folder to write.
+
+    Memory is kept as under launch.py.
+    """
+    memory.keep_memory()
     logging.set_verbosity(logging.WARNING)
     if DEVICE.value:
         platforms = {"gpu": "cuda", "tpu": "tpu,cpu", "cpu": "cpu"}[DEVICE.value]
@@ -50,6 +56,11 @@ def start(name: str) -> pathlib.Path:
     folder = pathlib.Path(OUT.value or f"workdirs/benchmarks/{name}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def plain_environment() -> dict[str, str]:
+    """The environment of a program that is to start as anyone starts it."""
+    return {name: value for name, value in os.environ.items() if name not in {"LD_PRELOAD", *memory.SETTINGS}}
 
 
 def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:

@@ -32,6 +32,7 @@ def measured() -> None:
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
     import launch
 
+    launch.keep_memory()
     times = [float(os.environ[CHILD])]
     real = launch.run_config
 
@@ -73,7 +74,8 @@ def first_step(options: list[str], home: pathlib.Path) -> dict[str, float]:
     """Seconds of each part, and in all, of one process whose home is `home`."""
     with tempfile.TemporaryDirectory() as folder:
         # A user's fonts are listed once per home, which is no business of this benchmark.
-        environment = {**os.environ, "HOME": str(home), "MPLCONFIGDIR": folder, CHILD: str(time.monotonic())}
+        environment = {**common.plain_environment(), "HOME": str(home), "MPLCONFIGDIR": folder}
+        environment[CHILD] = str(time.monotonic())
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         command = [sys.executable, __file__, *options, "--workdir", f"{folder}/w"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The same work in tl_jax and in timm/PyTorch: on one machine, in one process, taking turns.
+"""The same work in tl_jax and in timm/PyTorch: on one machine, taking turns, each in a process of its own.
 
 python benchmarks/vs_torch.py [--models resnet18,resnet50,vit_small_patch16_224] [--ways "forward,head,last block,full"]
 python benchmarks/vs_torch.py --device gpu --batch_size 128 --steps 20
@@ -8,7 +8,8 @@ Ours is the step that a run with these options takes: labels, clipping, logged g
 the same weights, images, AdamW (fused), clip and frozen parts: what is frozen needs no gradient, and only what trains
 is in train mode. It runs channels_last (ResNets) in float32 on a CPU, in bfloat16 and compiled on a GPU, where ours is
 in bfloat16 too. Both take uint8 images and normalise them. Before anything is timed, the losses of the first step must
-be equal.
+be equal. Ours keeps its memory as under launch.py (tl_jax/memory.py), PyTorch is as it comes; --torch_memory gives it
+the same malloc.
 
 --end_to_end: a linear probe from the weight file to its accuracy on test, each in a process of its own, from its start
 to its end: `launch.py` with cached features, against a loop that decodes and resizes in two workers and runs the frozen
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import common
 from absl import app, flags
@@ -40,11 +42,15 @@ TRAIN = flags.DEFINE_string("train", "train", "The split to train on.")
 TEST = flags.DEFINE_string("test", "val", "The split to score.")
 EPOCHS = flags.DEFINE_integer("epochs", 30, "Epochs of the probe.")
 TORCH_EPOCHS = flags.DEFINE_integer("torch_epochs", 0, "Epochs that the loop is timed for; 0: all.")
+TORCH_MEMORY = flags.DEFINE_bool("torch_memory", False, "Start PyTorch with our malloc too.")
+SIDE = flags.DEFINE_enum("side", "", ["", "ours", "PyTorch"], "Used by the benchmark itself: be one of the two.")
+MADE = flags.DEFINE_string("made", "", "Used by the benchmark itself: where weights, images and facts are handed over.")
 LOOP = flags.DEFINE_string("loop", "", "Used by the benchmark itself: run the PyTorch loop, write its result here.")
 
 METHODS = {"forward": {}, "head": {"method.name": "linear_probe"}, "full": {"method.name": "full"}}
 METHODS["last block"] = {"method.name": "last_k", "method.k": 1}
 LR, CLIP = 1e-3, 1.0
+WEIGHTS_FILE, BATCH_FILE, FACTS_FILE = "weights.safetensors", "batch.npz", "facts.json"
 
 
 def import_timm():
@@ -76,23 +82,27 @@ def make_images(folder: pathlib.Path) -> str:
     return f"arrays:{folder / 'images.npz'}"
 
 
-def make_ours(name: str, way: str, source: str, weights: pathlib.Path):
-    """(call that runs --steps steps, loss of the first step, batch, trained parameters, cost); writes the weights."""
+def make_ours(name: str, way: str, folder: pathlib.Path) -> tuple[Callable[[], object], dict]:
+    """A call that runs --steps steps, and the facts PyTorch's side needs or is held against; writes the weights."""
     import jax
+    import numpy as np
 
     from configs import transfer
     from tl_jax import options, pretrained, run, sharding, train
 
     config = options.override(
-        transfer.get_config(f"model={name},data={source}"),
+        transfer.get_config(f"model={name},data={make_images(folder)}"),
         {"data.train": "train", "data.val": "val", "batch_size": BATCH_SIZE.value, "model.head_init": "lecun",
          "model.dtype": "bfloat16" if common.DEVICE.value == "gpu" else "float32", "total": (1000, "steps"),
          "schedule.name": "constant", "lr": LR, "clip": CLIP, **METHODS[way]},
     )  # fmt: skip
     parallel = sharding.make_parallel()
     built = run.build(config, parallel)
-    pretrained.export(built.variables, name, weights, card=built.card, layout="timm")
+    card = built.card
+    facts = {"num_classes": card.num_classes, "mean": list(card.mean), "std": list(card.std)}
+    pretrained.export(built.variables, name, folder / WEIGHTS_FILE, card=card, layout="timm")
     host_batch = next(iter(built.batches.iterate(0, 1)))
+    np.savez(folder / BATCH_FILE, image=host_batch["image"], label=host_batch["label"])
     batch, phase = parallel.put_batch(host_batch), built.phases[0]
     kept = [train.initial_state(config, built, 0, parallel)]
     if way == "forward":
@@ -107,8 +117,9 @@ def make_ours(name: str, way: str, source: str, weights: pathlib.Path):
             return jax.block_until_ready(outputs)
 
         logits = jax.numpy.asarray(call()[0])
-        loss = -jax.nn.log_softmax(logits)[jax.numpy.arange(len(logits)), host_batch["label"]].mean()
-        return call, float(loss), host_batch, 0, parallel.cost(compiled, traced.jaxpr), built.card
+        loss = float(-jax.nn.log_softmax(logits)[jax.numpy.arange(len(logits)), host_batch["label"]].mean())
+        flops = parallel.cost(compiled, traced.jaxpr)["flops_per_step"]
+        return call, {**facts, "loss": loss, "trained": 0, "flops": flops}
     step, cost = train.compile_step(config, built, phase, parallel, kept[0], batch)
     kept[0] = step(kept[0], batch)
     loss = float(kept[0].sums["loss"]) / BATCH_SIZE.value
@@ -118,19 +129,23 @@ def make_ours(name: str, way: str, source: str, weights: pathlib.Path):
             kept[0] = step(kept[0], batch)
         return jax.block_until_ready(kept[0])
 
-    return call, loss, host_batch, phase.audit["totals"]["trainable"], cost, built.card
+    trained = phase.audit["totals"]["trainable"]
+    return call, {**facts, "loss": loss, "trained": trained, "flops": cost["flops_per_step"]}
 
 
-def make_torch(name: str, way: str, weights: pathlib.Path, batch, card):
-    """(call that runs --steps steps, loss of the first step, number of trained parameters)."""
+def make_torch(name: str, way: str, folder: pathlib.Path) -> tuple[Callable[[], object], dict]:
+    """The same of PyTorch's, from what `make_ours` left in `folder`."""
+    import numpy as np
+
     torch, timm = import_timm()
     from safetensors.torch import load_file
 
     gpu = common.DEVICE.value == "gpu"
     place = torch.device("cuda" if gpu else "cpu")
     layout = torch.channels_last if "resne" in name else torch.contiguous_format
-    model = timm.create_model(name, num_classes=card.num_classes)
-    model.load_state_dict(load_file(weights), strict=True)
+    facts, batch = json.loads((folder / FACTS_FILE).read_text()), np.load(folder / BATCH_FILE)
+    model = timm.create_model(name, num_classes=facts["num_classes"])
+    model.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=True)
     model = model.to(place, memory_format=layout).eval().requires_grad_(False)
     trained = {"forward": [], "full": [model], "head": [model.get_classifier()]}
     trained["last block"] = [model.get_classifier(), *(
@@ -140,9 +155,9 @@ def make_torch(name: str, way: str, weights: pathlib.Path, batch, card):
         module.train().requires_grad_(True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, LR, weight_decay=0.0, fused=True) if parameters else None
-    images = torch.from_numpy(batch["image"].copy()).to(place).permute(0, 3, 1, 2)
-    labels = torch.from_numpy(batch["label"].copy()).long().to(place)
-    mean, std = (torch.tensor(x, device=place).view(1, 3, 1, 1) * 255 for x in (card.mean, card.std))
+    images = torch.from_numpy(batch["image"]).to(place).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(batch["label"]).long().to(place)
+    mean, std = (torch.tensor(facts[x], device=place).view(1, 3, 1, 1) * 255 for x in ("mean", "std"))
     network = torch.compile(model) if gpu else model
 
     def step():
@@ -162,24 +177,71 @@ def make_torch(name: str, way: str, weights: pathlib.Path, batch, card):
         if gpu:
             torch.cuda.synchronize()
 
-    return call, float(step()), sum(parameter.numel() for parameter in parameters)
+    return call, {"loss": float(step()), "trained": sum(parameter.numel() for parameter in parameters)}
 
 
-def measure(name: str, way: str, folder: pathlib.Path) -> dict:
+def serve(folder: pathlib.Path) -> None:
+    """One side: says its facts, then runs its call whenever it gets a line, and says when it is done."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    call, facts = {"ours": make_ours, "PyTorch": make_torch}[SIDE.value](MODELS.value[0], WAYS.value[0], folder)
+    print(json.dumps(facts), file=answers, flush=True)
+    for _ in sys.stdin:
+        call()
+        print("done", file=answers, flush=True)
+
+
+class Side:
+    """One of the two, in a process that sleeps while the other works: no thread of one waits on the other's cores."""
+
+    def __init__(self, side: str, name: str, way: str, folder: pathlib.Path):
+        own = [f"--side={side}", f"--models={name}", f"--ways={way}", f"--made={folder}"]
+        environment = dict(os.environ) if side == "ours" or TORCH_MEMORY.value else common.plain_environment()
+        command = [sys.executable, *sys.argv, *own]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=environment, **pipes)
+        self.facts = json.loads(self.answer())
+
+    def answer(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self.process.args)} ended with {self.process.wait()}")
+        return line
+
+    def __call__(self) -> None:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(name: str, way: str) -> dict:
     """The row of a model and a way; raises AssertionError where the two do not do the same work."""
-    weights = folder / f"{name}.safetensors"
-    ours, loss, batch, count, cost, card = make_ours(name, way, make_images(folder), weights)
-    theirs, their_loss, their_count = make_torch(name, way, weights, batch, card)
-    tolerance = 1e-2 if common.DEVICE.value == "gpu" else 1e-4  # bfloat16 has three digits
-    if count != their_count or not math.isclose(loss, their_loss, rel_tol=tolerance):
-        raise AssertionError(f"{name}, {way}: losses {loss} and {their_loss}, trained {count} and {their_count}")
-    seconds = common.take_turns({"ours": ours, "PyTorch": theirs}, common.ROUNDS.value)
+    sides = []
+    with tempfile.TemporaryDirectory() as made:
+        try:
+            ours = Side("ours", name, way, pathlib.Path(made))
+            sides.append(ours)
+            pathlib.Path(made, FACTS_FILE).write_text(json.dumps(ours.facts))
+            theirs = Side("PyTorch", name, way, pathlib.Path(made))
+            sides.append(theirs)
+            tolerance = 1e-2 if common.DEVICE.value == "gpu" else 1e-4  # bfloat16 has three digits
+            losses, trained = ([side.facts[fact] for side in sides] for fact in ("loss", "trained"))
+            if trained[0] != trained[1] or not math.isclose(*losses, rel_tol=tolerance):
+                raise AssertionError(f"{name}, {way}: losses {losses}, trained {trained}")
+            seconds = common.take_turns({"ours": ours, "PyTorch": theirs}, common.ROUNDS.value)
+        finally:
+            for side in sides:
+                side.close()
     images = BATCH_SIZE.value * STEPS.value
     return {
         "case": f"{name}, {way}", "images/s": images / common.summary(seconds["ours"])["median"],
         "PyTorch": images / common.summary(seconds["PyTorch"])["median"],
         **common.ratios(seconds["PyTorch"], seconds["ours"]),
-        "loss": loss, "its loss": their_loss, "GFLOP": (cost["flops_per_step"] or math.nan) / 1e9, "seconds": seconds,
+        "loss": losses[0], "its loss": losses[1], "GFLOP": (ours.facts["flops"] or math.nan) / 1e9, "seconds": seconds,
     }  # fmt: skip
 
 
@@ -267,11 +329,14 @@ def probe(folder: pathlib.Path) -> list[dict]:
             command = ["launch.py", "--config", ours_config, *(f"--config.{k}={v}" for k, v in more.items())]
             began = time.perf_counter()
             subprocess.run([sys.executable, *command, "--workdir", str(work / "run")], check=True, cwd=common.ROOT,
-                           env={**os.environ, "HOME": str(cache)})  # fmt: skip
+                           env={**common.plain_environment(), "HOME": str(cache)})  # fmt: skip
             seconds["ours"].append(time.perf_counter() - began)
             scored = json.loads((work / "run" / "result.json").read_text())
             began = time.perf_counter()
-            subprocess.run([sys.executable, *sys.argv, f"--loop={cache / 'loop.json'}"], check=True)
+            subprocess.run(
+                [sys.executable, *sys.argv, f"--loop={cache / 'loop.json'}"], check=True,
+                env=dict(os.environ) if TORCH_MEMORY.value else common.plain_environment(),
+            )  # fmt: skip
             spent, done = time.perf_counter() - began, json.loads((cache / "loop.json").read_text())
             # The first epoch starts the workers; the others are what more epochs would cost.
             later = done["epochs"][1:] or done["epochs"]
@@ -306,6 +371,8 @@ def main(argv: list[str]) -> None:
     del argv
     if LOOP.value:
         return loop(pathlib.Path(LOOP.value))
+    if SIDE.value:
+        return serve(pathlib.Path(MADE.value))
     if common.DEVICE.value == "gpu":
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")  # the other half is PyTorch's
     folder = common.start("vs_torch")
@@ -316,11 +383,7 @@ def main(argv: list[str]) -> None:
             title += f"; {TORCH_EPOCHS.value} epochs of PyTorch timed, scaled up to {EPOCHS.value}"
         columns = ("case", "median", "low", "high", "epochs timed", "accuracy", "from", "to")
         return common.report(folder, rows, title, bars=("case", "median", "seconds"), columns=columns)
-    made = pathlib.Path(tempfile.mkdtemp())
-    try:
-        rows = [measure(name, way, made) for name in MODELS.value for way in WAYS.value]
-    finally:
-        shutil.rmtree(made)
+    rows = [measure(name, way) for name in MODELS.value for way in WAYS.value]
     title = f"batch {BATCH_SIZE.value}, {'bfloat16' if common.DEVICE.value == 'gpu' else 'float32'}: images/s"
     title += ", and how many times as fast as PyTorch"
     columns = ("case", "images/s", "PyTorch", "median", "low", "high", "loss", "its loss", "GFLOP")

@@ -20,6 +20,7 @@ FLOORS = [
         "preemption.py",
         "options.py",
         "compiled.py",
+        "memory.py",
         "rollcall.py",
         "roofline.py",
     },

@@ -20,6 +20,7 @@ import jax
 
 from tl_jax import distributed, preemption
 from tl_jax.compiled import keep_compiled_programs
+from tl_jax.memory import keep_memory
 from tl_jax.studies import store, together
 from tl_jax.studies.study import title
 from tl_jax.workdir import read_json
@@ -229,4 +230,5 @@ def output_into(path: pathlib.Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(main())

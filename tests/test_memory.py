@@ -1,0 +1,44 @@
+"""Another malloc: the program starts over once, with its own arguments, where one is installed."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PROGRAM = """
+import os, pathlib, sys
+from tl_jax import memory
+print("begun", flush=True)
+memory.FOLDERS = (sys.argv[1] + "/",)
+memory.keep_memory()
+print(os.environ["LD_PRELOAD"], sys.argv[2:], os.getpid(), sep="|")
+"""
+
+
+@pytest.mark.parametrize(
+    ("installed", "given", "begun", "left"),
+    [
+        (["libtcmalloc_minimal.so.4"], "", 2, "{folder}/libtcmalloc_minimal.so.4"),
+        (["libtcmalloc.so.4"], "", 2, "{folder}/libtcmalloc.so.4"),
+        (["libtcmalloc.so.4", "libtcmalloc_minimal.so.4"], "", 2, "{folder}/libtcmalloc_minimal.so.4"),
+        (["libtcmalloc_minimal.so.4"], "libm.so.6", 1, "libm.so.6"),
+        (["libtcmalloc_minimal_debug.so.4"], "", 1, ""),
+        ([], "", 1, ""),
+    ],
+)
+def test_a_program_starts_over_once_with_its_arguments_and_its_number(tmp_path, installed, given, begun, left):
+    mapped = [line.split()[-1] for line in pathlib.Path("/proc/self/maps").read_text().splitlines()]
+    library = next(path for path in mapped if "libm.so" in path or "libm-" in path)  # any that can be loaded
+    for name in installed:
+        (tmp_path / name).symlink_to(library)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), "--x", "a b"], text=True, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LD_PRELOAD": given},
+    )  # fmt: skip
+    output, _ = process.communicate()
+    *starts, end = output.splitlines()
+    assert process.returncode == 0 and starts == ["begun"] * begun
+    assert end == f"{left.format(folder=tmp_path)}|['--x', 'a b']|{process.pid}"
