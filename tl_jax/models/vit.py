@@ -13,7 +13,7 @@ import numpy as np
 
 from tl_jax.card import Card
 from tl_jax.models import layout
-from tl_jax.models.layers import DropPath, attend, classify, drop_path_rates, gelu, recomputed, run_parts
+from tl_jax.models.layers import Dense, DropPath, attend, classify, drop_path_rates, gelu, recomputed, run_parts
 from tl_jax.models.variant import Variant
 
 INIT = nn.initializers.truncated_normal(0.02)
@@ -59,10 +59,10 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, first: bool = False) -> jax.Array:
         batch, tokens, width = x.shape
-        qkv = nn.Dense(3 * width, kernel_init=INIT, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * width, kernel_init=INIT, dtype=self.dtype, name="qkv")(x)
         q, k, v = (y.reshape(batch, tokens, self.heads, -1) for y in jnp.split(qkv, 3, axis=-1))
         x = attend(q[:, :1], k, v) if first else attend(q, k, v, self.attention)
-        return nn.Dense(width, kernel_init=INIT, dtype=self.dtype, name="proj")(x.reshape(batch, -1, width))
+        return Dense(width, kernel_init=INIT, dtype=self.dtype, name="proj")(x.reshape(batch, -1, width))
 
 
 class Mlp(nn.Module):
@@ -73,9 +73,9 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.Dense(4 * x.shape[-1], kernel_init=INIT, dtype=self.dtype, name="fc1")(x)
+        y = Dense(4 * x.shape[-1], kernel_init=INIT, dtype=self.dtype, name="fc1")(x)
         y = nn.gelu(y, approximate=True) if self.gelu_tanh else gelu(y)
-        return nn.Dense(x.shape[-1], kernel_init=INIT, dtype=self.dtype, name="fc2")(y)
+        return Dense(x.shape[-1], kernel_init=INIT, dtype=self.dtype, name="fc2")(y)
 
 
 class Block(nn.Module):
