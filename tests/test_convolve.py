@@ -1,5 +1,6 @@
 """The forms for CPU give the numbers of the plain ones, and a folded network those of an unfolded one."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,6 +166,16 @@ def test_a_step_by_hand_is_the_plain_step(monkeypatch):
     expected = step_of(model, images)(variables["params"], variables["batch_stats"])
     monkeypatch.setattr(convolve, "by_hand", lambda dtype: dtype == jnp.float32)
     same(step_of(model, images)(variables["params"], variables["batch_stats"]), expected)
+
+
+def test_a_dense_layer_is_that_of_flax(by_hand):
+    x, dy = draw(0, 3, 5, 24), draw(1, 3, 5, 8)
+    found = []
+    for module in (layers.Dense(8), nn.Dense(8)):
+        variables = {"params": {"kernel": draw(2, 24, 8), "bias": draw(3, 8)}}
+        y, back = jax.vjp(module.apply, variables, x)
+        found.append((y, back(dy)))
+    same(*found)
 
 
 def test_folded_norms_give_the_numbers_of_unfolded_ones_in_training():
