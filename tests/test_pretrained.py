@@ -70,7 +70,7 @@ def test_image_size_rebuilds_the_model_for_another_grid_and_says_so(small_vit, s
     loaded = pretrained.load_with_origins(small_vit, small_files[small_vit], image_size=80)
     assert loaded.card.input_size == loaded.model.image_size == 80
     assert loaded.origins[pretrained.POS_EMBED] == "pos_embed (resampled from 10 to 26 tokens)"
-    assert loaded.model.apply(loaded.variables, images(80))[0].shape == (2, CLASSES)
+    assert jax.jit(loaded.model.apply)(loaded.variables, images(80))[0].shape == (2, CLASSES)
     tensors, _ = formats.read(small_files[small_vit])
     resampled = trees.flatten(loaded.variables)[pretrained.POS_EMBED]
     np.testing.assert_array_equal(resampled[:, 0], tensors["pos_embed"][:, 0])

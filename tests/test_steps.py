@@ -24,7 +24,7 @@ def make_batch(size=8, side=16, classes=4, seed=0):
 
 @functools.cache
 def initial_variables(name, classes, image_size):
-    size = {"image_size": image_size} if name.startswith("vit") else {}
+    size = {"image_size": image_size, "depth": 2} if name.startswith("vit") else {}
     model = models.get(name).module(num_classes=classes, head_init="lecun", **size)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)))
     if "batch_stats" in variables:  # running statistics that differ from every batch, so that using them shows
@@ -112,7 +112,7 @@ def test_a_step_equals_optax_written_by_hand():
         (logits, _), updates = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), updates["batch_stats"]
 
-    (value, batch_stats), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    (value, batch_stats), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     expected = jax.tree.map(lambda p, g: p - 0.05 * g, variables["params"], grads)
     state = train(state, batch)
     assert_close(state.params, expected, rtol=1e-4)
