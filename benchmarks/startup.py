@@ -95,6 +95,7 @@ def main(argv: list[str]) -> None:
         cases["DeiT-tiny linear probe"] = deit
         cases["DeiT-tiny full"] = [deit[0], deit[1] + ",method=full"]
         cases["ResNet-18 full"] = ["--config", f"{base},model=resnet18,weights={RESNET.value},method=full"]
+        cases["ResNet-50 full"] = ["--config", f"{base},model=resnet50,weights=,method=full"]
     if unknown := set(ONLY.value) - cases.keys():
         sys.exit(f"--only {sorted(unknown)}: expected some of {list(cases)}; all but the first need --images")
     rows = []
