@@ -59,7 +59,9 @@ def close(actual, expected, tolerance=1e-5):
     assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("make", [VIT, GROUPED], ids=["vit", "resnet"])
+@pytest.mark.parametrize(
+    "make", [pytest.param(VIT, id="vit", marks=pytest.mark.slow), pytest.param(GROUPED, id="resnet")]
+)
 def test_merged_weights_compute_what_the_adapted_network_computes(make):
     additions = (SSF, EVERYWHERE)  # strided, grouped and 1x1 convolutions, the patch embedding, dense layers, norms
     model, variables, adapted, both = plain_and_adapted(make, *additions)
@@ -218,6 +220,7 @@ SOME = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @SOME
 def test_every_added_parameter_trains_with_and_without_remat(make, additions):
     both = plain_and_adapted(make, *additions)[3]

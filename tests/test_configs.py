@@ -26,7 +26,7 @@ def test_every_config_trains_one_step_on_made_up_data(name, tmp_path):
     with config.unlocked():
         # The networks of the data sets are large: a small one of the same family stands in.
         if not config.model.weights:
-            config.model.name = "deit_tiny_patch16_224" if config.model.name.startswith("deit") else "resnet14_cifar"
+            config.model.name = "deit_tiny_patch16_224" if config.model.name.startswith("deit") else "resnet8_cifar"
             config.model.image_size = 32
         config.data.train, config.data.val, config.data.test = "train", "val", "test"
         config.data.shots, config.data.workers = min(config.data.shots, 2), 0

@@ -480,7 +480,10 @@ def small_vit():
     return module(num_classes=CLASSES, width=12, depth=1, heads=2, image_size=32, dropout=0.5, head_init="lecun")
 
 
-@pytest.mark.parametrize(("make_module", "cut", "channels"), [(RESNET, "stage3", 64), (small_vit, "block0", 12)])
+@pytest.mark.parametrize(
+    ("make_module", "cut", "channels"),
+    [(RESNET, "stage3", 64), pytest.param(small_vit, "block0", 12, marks=pytest.mark.slow)],
+)
 def test_all_penalties_compose_on_a_real_network(make_module, cut, channels):
     start, forward = start_of(make_module(), 32)
     pairs = [("l2_sp", {}), ("delta", {}), ("bss", {}), ("co_tuning", {}), ("r_drop", {}), ("l1", {})]

@@ -90,7 +90,7 @@ CASES = {
 
 CASES["phases, cached features"] = {**CASES["phases"], "cache": "features", "select": "best_val"}
 CASES["seeds, cached views"] = {**CASES["seeds"], "cache": "features", "views": 2, "method.mixup": 0.0}
-FAST = ("head, sgd, clip", "shots, cached features")
+FAST = ("shots, cached features",)
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,7 @@ def test_where_things_lie_changes_no_number_of_a_run(tmp_path, name):
         assert other == pytest.approx(row, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_step_in_parts_is_that_of_all_its_parts():
     parallel = sharding.make_parallel("jit", jax.devices()[:1])
     (_, whole, state), (_, parts, _) = (setup(make_vit, parallel, accumulate=accumulate) for accumulate in (1, 4))

@@ -147,7 +147,9 @@ def test_the_moving_average_follows_its_recurrence_over_all_that_moves_and_nothi
         np.testing.assert_array_equal(evaluated[path], flat[0][path])
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "pmap"}, {"mode": "pmap", "accumulate": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "pmap"}, pytest.param({"mode": "pmap", "accumulate": 2}, marks=pytest.mark.slow)]
+)
 def test_devices_and_mode_do_not_change_losses_or_parameters(options):
     base = {"accumulate": options["accumulate"]} if "accumulate" in options else {}
     one, _ = run(4, devices=jax.devices()[:1], **base)
@@ -179,7 +181,9 @@ def test_the_first_step_with_a_nan_is_remembered():
     assert int(state.bad_step) == 2
 
 
-@pytest.mark.parametrize("mixing", [{"mixup": 0.3}, {"cutmix": 1.0}, {"mixup": 0.3, "cutmix": 1.0}])
+@pytest.mark.parametrize(
+    "mixing", [{"mixup": 0.3}, {"cutmix": 1.0}, pytest.param({"mixup": 0.3, "cutmix": 1.0}, marks=pytest.mark.slow)]
+)
 def test_mixing_changes_the_loss_and_is_a_function_of_seed_and_step(mixing):
     plain, _ = run(2, method="linear_probe")
     mixed, _ = run(2, method="linear_probe", **mixing)
