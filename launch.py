@@ -17,8 +17,8 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from tl_jax.compiled import keep_compiled_programs
-from tl_jax.memory import keep_memory
+from tl_jax.runtime.compile_cache import keep_compiled_programs
+from tl_jax.runtime.malloc import keep_memory
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: a python file with get_config, and its argument.", lock_config=True
@@ -45,10 +45,10 @@ def main(argv: list[str]) -> None:
         sys.exit(
             bad_input(f"{argv[1:]} are no flags; write --config configs/NAME.py, and options as --config.NAME=VALUE")
         )
-    from tl_jax import preemption
+    from tl_jax.runtime import preemption
 
     stop_requested = preemption.watch()  # before the imports that take seconds
-    from tl_jax import distributed
+    from tl_jax.runtime import distributed
 
     logging.set_verbosity(logging.WARNING)
     keep_compiled_programs()
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
 
 def run_study(stop_requested: Callable[..., bool]) -> int:
     """Plans and launches a study, or shows what it would be; returns the exit code."""
-    from tl_jax.studies import launchers
+    from tl_jax.studies.cluster import launchers
 
     return launchers.start(
         STUDY.value, WORKDIR.value, launcher=LAUNCHER.value, settings=SLURM.value or CLOUD.value, submit=SUBMIT.value,
@@ -81,17 +81,18 @@ def run_config(stop_requested: Callable[..., bool]) -> int:
     workdir = pathlib.Path(WORKDIR.value or f"workdirs/{pathlib.Path(path).stem}")
     settings = SLURM.value or CLOUD.value
     if LAUNCHER.value != "local" or settings or SUBMIT.value:
-        from tl_jax.studies import launchers, submit
+        from tl_jax.studies.cluster import launchers, submit
 
         command = ["launch.py", *submit.own_arguments(sys.argv[1:])]
         return launchers.hand_over(command, workdir, LAUNCHER.value, settings, SUBMIT.value)
-    from tl_jax import distributed, metrics
-    from tl_jax.logging import say
+    from tl_jax.runtime import distributed
+    from tl_jax.runtime.log import say
     from tl_jax.studies import compare
+    from tl_jax.tasks import metrics
 
     distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     if CONFIG.value.replicas:
-        from tl_jax import sweep
+        from tl_jax.training import sweep
 
         say(sweep.to_table(sweep.sweep(CONFIG.value, workdir, stop_requested=distributed.agreed(stop_requested))))
         say(f"each replica is a run with a folder of its own: {(workdir / 'replicas').resolve()}")

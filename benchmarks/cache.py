@@ -31,7 +31,9 @@ def prepare(way: dict, cache_dir: str):
     import jax
 
     from configs import transfer
-    from tl_jax import options, run, sharding, train
+    from tl_jax import config as options
+    from tl_jax.runtime import sharding
+    from tl_jax.training import build, loop
 
     config = options.override(
         transfer.get_config(f"model={MODEL.value},weights={WEIGHTS.value},data={DATA.value}"),
@@ -39,13 +41,13 @@ def prepare(way: dict, cache_dir: str):
         | ({"cache": "features", "cache_dir": cache_dir} if cache_dir else {}),
     )
     parallel = sharding.make_parallel()
-    built = run.build(config, parallel)
-    phase, kept = built.phases[0], [train.initial_state(config, built, 0, parallel)]
+    built = build.build(config, parallel)
+    phase, kept = built.phases[0], [loop.initial_state(config, built, 0, parallel)]
     began = time.perf_counter()
-    sets = train.batches_of(config, built, phase, ["train"], kept[0], parallel, lambda step: False)
+    sets = loop.batches_of(config, built, phase, ["train"], kept[0], parallel, lambda step: False)
     filled, batches = time.perf_counter() - began, sets["train"]
     steps = -(-len(built.data["train"]) // config.batch_size)
-    step, _ = train.compile_step(config, built, phase, parallel, kept[0], parallel.put_batch(batches[0]))
+    step, _ = loop.compile_step(config, built, phase, parallel, kept[0], parallel.put_batch(batches[0]))
 
     def epoch():
         for batch in batches.iterate(0, steps):

@@ -38,9 +38,12 @@ def make_training():
     import jax.numpy as jnp
     import optax
 
-    from tl_jax import audit, models, optim, sharding, steps, trees
-    from tl_jax.compiled import keep_compiled_programs
-    from tl_jax.methods import finetune
+    from tl_jax import models
+    from tl_jax.core import trees
+    from tl_jax.methods import rules
+    from tl_jax.runtime import sharding
+    from tl_jax.runtime.compile_cache import keep_compiled_programs
+    from tl_jax.training import audit, optim, steps
 
     keep_compiled_programs()
     card = models.get(MODEL.value).card
@@ -58,7 +61,7 @@ def make_training():
     tx = optim.make_optimizer(labels, groups, optax.constant_schedule(1e-5), clip=1.0)
     parallel = sharding.make_parallel("jit", jax.devices()[:1])
     state = parallel.place(jax.jit(lambda v: steps.init_state(v, tx, labels, 0, ema=False))(variables))
-    method = finetune.make_method([(".*", "all")], num_classes=card.num_classes)
+    method = rules.make_method([(".*", "all")], num_classes=card.num_classes)
     train_step = steps.make_train_step(model, method, tx, labels, mean=card.mean, std=card.std)
     images = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     batch = parallel.put_batch({"image": images, "label": np.zeros(size[0], np.int32)})
@@ -81,8 +84,8 @@ def time_saves(folder: pathlib.Path, state) -> list[dict]:
     import jax
     import orbax.checkpoint as ocp
 
-    from tl_jax import trees
-    from tl_jax.checkpoint import Checkpoints
+    from tl_jax.core import trees
+    from tl_jax.runtime.checkpoint import Checkpoints
 
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.tree.map(jax.numpy.copy, state))]
     gigabytes = sum(array.nbytes for array in arrays) / 1e9
@@ -130,7 +133,7 @@ def time_saves(folder: pathlib.Path, state) -> list[dict]:
 
 def time_parts(folder: pathlib.Path, state, resting) -> list[dict]:
     """Rows of seconds of a checkpoint that holds all of a state, and of one that leaves out what rests."""
-    from tl_jax.checkpoint import Checkpoints
+    from tl_jax.runtime.checkpoint import Checkpoints
 
     ways, parts = {"all of it": {}, "what trains": resting}, ("save returns", "committed", "restored")
     seconds = {f"{way}: {part}": [] for way in ways for part in parts}
@@ -161,7 +164,7 @@ def time_steps(folder: pathlib.Path, step, state, batch, resting) -> list[dict]:
     """Rows of seconds per step, without a save and with one in flight."""
     import jax
 
-    from tl_jax.checkpoint import Checkpoints
+    from tl_jax.runtime.checkpoint import Checkpoints
 
     seconds: dict[str, list[float]] = {"step": [], "step, save in flight": []}
     behind, number = [], 0

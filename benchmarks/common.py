@@ -26,7 +26,7 @@ from absl import flags, logging
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tl_jax import memory  # noqa: E402 (the line above makes it findable)
+from tl_jax.runtime import malloc  # noqa: E402 (the line above makes it findable)
 
 DEVICE = flags.DEFINE_enum("device", "", ["", "cpu", "gpu", "tpu"], "Where to run; empty: what jax takes.")
 OUT = flags.DEFINE_string("out", "", "The folder for table, chart and rows; default: workdirs/benchmarks/NAME.")
@@ -38,7 +38,7 @@ def start(name: str) -> pathlib.Path:
 
     Memory is kept as under launch.py.
     """
-    memory.keep_memory()
+    malloc.keep_memory()
     logging.set_verbosity(logging.WARNING)
     if DEVICE.value:
         platforms = {"gpu": "cuda", "tpu": "tpu,cpu", "cpu": "cpu"}[DEVICE.value]
@@ -60,7 +60,7 @@ def start(name: str) -> pathlib.Path:
 
 def plain_environment() -> dict[str, str]:
     """The environment of a program that is to start as anyone starts it."""
-    return {name: value for name, value in os.environ.items() if name not in {"LD_PRELOAD", *memory.SETTINGS}}
+    return {name: value for name, value in os.environ.items() if name not in {"LD_PRELOAD", *malloc.SETTINGS}}
 
 
 def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:

@@ -28,8 +28,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import common
 
-from tl_jax.card import Card
-from tl_jax.data import ops, pack, pipeline, sources
+from tl_jax.core.card import Card
+from tl_jax.data import pipeline, sources
+from tl_jax.data.image import ops
+from tl_jax.data.readers import pack
 
 DATA = flags.DEFINE_string("data", "", "folder:PATH with a split named train; empty: photos are generated.")
 IMAGES = flags.DEFINE_integer("images", 256, "How many photos to generate, 500 x 375.")

@@ -12,6 +12,8 @@ import time
 import common
 from absl import app, flags
 
+from tl_jax.core import files
+
 MODEL = flags.DEFINE_string("model", "deit_tiny_patch16_224", "The network; with random weights it costs the same.")
 WEIGHTS = flags.DEFINE_string("weights", "", "A weight file of it.")
 DATA = flags.DEFINE_string("data", "", "Images for whole runs, such as folder:PATH; empty: steps alone.")
@@ -28,7 +30,7 @@ CHECK = flags.DEFINE_bool("check", False, "Compare 52 heads with 52 runs.")
 
 def make_config(heads: int, **changes):
     from configs import probe_sweep
-    from tl_jax import options
+    from tl_jax import config as options
 
     config = probe_sweep.get_config()
     return options.override(config, {
@@ -41,7 +43,9 @@ def make_step(heads: int, images: str):
     """A call that runs one train step, and the FLOPs of it."""
     import jax
 
-    from tl_jax import options, replicas, sharding
+    from tl_jax import config as options
+    from tl_jax.runtime import sharding
+    from tl_jax.training import replicas
 
     parallel = sharding.make_parallel(devices=jax.devices()[:1])
     config = make_config(heads, **{
@@ -77,7 +81,7 @@ def time_steps(folder: pathlib.Path) -> None:
 
 
 def time_runs(folder: pathlib.Path) -> None:
-    from tl_jax import sweep
+    from tl_jax.training import sweep
 
     def run(heads):
         config = make_config(heads, **{
@@ -106,7 +110,9 @@ def check(folder: pathlib.Path) -> None:
     """The largest |difference| / (1 + |value|) between 52 heads and 52 runs, in all that their files hold."""
     import numpy as np
 
-    from tl_jax import formats, options, sweep, train, workdir
+    from tl_jax import config as options
+    from tl_jax.training import loop, sweep
+    from tl_jax.weights import formats
 
     largest: dict[str, float] = {}
 
@@ -126,11 +132,11 @@ def check(folder: pathlib.Path) -> None:
         names = [row["name"] for row in sweep.sweep(config, home / "w", verbose=False)["replicas"]]
         together, began = time.perf_counter() - began, time.perf_counter()
         for name, alone in zip(names, options.replicas(config), strict=True):
-            train.train(alone, home / "alone" / name, verbose=False)
+            loop.train(alone, home / "alone" / name, verbose=False)
         one_by_one = time.perf_counter() - began
         for name in names:
             pair = [home / "w" / "replicas" / name, home / "alone" / name]
-            tables = [workdir.read_rows(path / "metrics.jsonl") for path in pair]
+            tables = [files.read_rows(path / "metrics.jsonl") for path in pair]
             if [list(row) for row in tables[0]] != [list(row) for row in tables[1]]:
                 raise AssertionError(f"{name}: other columns in metrics.jsonl")
             note("metrics.jsonl", *([value for row in table for value in row.values()] for table in tables))
@@ -138,7 +144,7 @@ def check(folder: pathlib.Path) -> None:
             parts = [formats.read(path / "trained.safetensors")[0] for path in pair]
             for key in parts[1]:
                 note("trained parameters", parts[0][key], parts[1][key])
-            results = [workdir.read_json(path / "result.json")["metrics"] for path in pair]
+            results = [files.read_json(path / "result.json")["metrics"] for path in pair]
             note("accuracy", *(each["accuracy"]["value"] for each in results))
     row = {
         "heads": "52",

@@ -39,11 +39,12 @@ def measured() -> None:
     def run_config(stop_requested):
         import jax
 
-        from tl_jax import sharding, train
+        from tl_jax.runtime import sharding
         from tl_jax.studies import compare  # noqa: F401 (as launch.py does)
+        from tl_jax.training import loop
 
         times.append(time.monotonic())
-        build = train.build
+        build = loop.build
 
         def timed_build(*args):
             run = build(*args)
@@ -63,7 +64,7 @@ def measured() -> None:
             print(json.dumps([after - before for before, after in itertools.pairwise(times)]), flush=True)
             os._exit(0)
 
-        train.build, sharding.Parallel.compile = timed_build, timed_compile
+        loop.build, sharding.Parallel.compile = timed_build, timed_compile
         return real(stop_requested)
 
     launch.run_config = run_config

@@ -5,7 +5,7 @@ python benchmarks/step.py --models vit_base_patch16_224 --batch_size 64 --compil
 python benchmarks/step.py --device gpu --attention xla,cudnn
 
 The ways: the forward pass alone, the head, the last block, LoRA (ViTs), everything with frozen BatchNorm (ResNets), and
-everything, each as `tl_jax.train` runs it: what is frozen in front keeps nothing, clipping and the logged gradient norm
+everything, each as the trainer runs it: what is frozen in front keeps nothing, clipping and the logged gradient norm
 are on. The images are made on the device. Times are medians over rounds in which the ways take turns, so that a noisy
 machine troubles them alike, with the lowest and the highest. MFU is against the matmul measured on this machine.
 """
@@ -22,9 +22,12 @@ import jax.numpy as jnp
 import optax
 from absl import app, flags
 
-from tl_jax import audit, models, optim, roofline, sharding, steps, trees
-from tl_jax.methods import finetune
-from tl_jax.models import adapt, layers
+from tl_jax import models
+from tl_jax.core import messages, trees
+from tl_jax.methods import rules as finetune
+from tl_jax.models import layers, peft
+from tl_jax.runtime import roofline, sharding
+from tl_jax.training import audit, optim, steps
 
 MODELS = flags.DEFINE_list("models", ["resnet50", "vit_base_patch16_224"], "Names from tl_jax.models.MODELS.")
 WAYS = flags.DEFINE_list("ways", [], "Some of: forward, head, last block, lora, frozen norms, full; all if empty.")
@@ -84,11 +87,11 @@ def make_way(name: str, way: str, attention: str, parallel: sharding.Parallel):
     network = models.get(name).module(
         num_classes=card.num_classes, dtype=jnp.dtype(dtype()), remat=REMAT.value, attention=attention
     )
-    model = adapt.Adapted(network, (("lora", {"rank": 8}),) if way == "lora" else ())
+    model = peft.Adapted(network, (("lora", {"rank": 8}),) if way == "lora" else ())
     images = jax.ShapeDtypeStruct((batch_size(), card.input_size, card.input_size, 3), jnp.uint8)
     batch = {"image": images, "label": jax.ShapeDtypeStruct((batch_size(),), jnp.int32)}
     variables = jax.eval_shape(network.init, key, jnp.zeros((1, *images.shape[1:])))
-    added = jax.eval_shape(lambda variables: adapt.init(network, variables, model.additions, key), variables)
+    added = jax.eval_shape(lambda variables: peft.init(network, variables, model.additions, key), variables)
     variables = {**variables, "params": {**variables["params"], **added}}
     if way == "forward":
         evaluate = steps.make_eval_step(model, mean=card.mean, std=card.std)
@@ -263,7 +266,9 @@ def check() -> None:
     given = {"models": MODELS.value, "ways": WAYS.value, "attention": ATTENTION.value}
     wrong = [(flag, value) for flag, values in given.items() for value in values if value not in known[flag]]
     if wrong:
-        sys.exit(f"error: unknown {', '.join(f'--{flag} {x!r}{trees.nearest(x, known[flag])}' for flag, x in wrong)}")
+        sys.exit(
+            f"error: unknown {', '.join(f'--{flag} {x!r}{messages.nearest(x, known[flag])}' for flag, x in wrong)}"
+        )
     try:
         sharding.check_batch_size(batch_size(), ACCUMULATE.value, jax.device_count())
     except ValueError as error:

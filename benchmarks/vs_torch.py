@@ -8,7 +8,7 @@ Ours is the step that a run with these options takes: labels, clipping, logged g
 the same weights, images, AdamW (fused), clip and frozen parts: what is frozen needs no gradient, and only what trains
 is in train mode. It runs channels_last (ResNets) in float32 on a CPU, in bfloat16 and compiled on a GPU, where ours is
 in bfloat16 too. Both take uint8 images and normalise them. Before anything is timed, the losses of the first step must
-be equal. Ours keeps its memory as under launch.py (tl_jax/memory.py), PyTorch is as it comes; --torch_memory gives it
+be equal. Ours keeps its memory as under launch.py (runtime/malloc.py), PyTorch is as it comes; --torch_memory gives it
 the same malloc.
 
 --end_to_end: a linear probe from the weight file to its accuracy on test, each in a process of its own, from its start
@@ -88,7 +88,11 @@ def make_ours(name: str, way: str, folder: pathlib.Path) -> tuple[Callable[[], o
     import numpy as np
 
     from configs import transfer
-    from tl_jax import options, pretrained, run, sharding, train
+    from tl_jax import config as options
+    from tl_jax.runtime import sharding
+    from tl_jax.training import build
+    from tl_jax.training import loop as train
+    from tl_jax.weights import load
 
     config = options.override(
         transfer.get_config(f"model={name},data={make_images(folder)}"),
@@ -97,10 +101,10 @@ def make_ours(name: str, way: str, folder: pathlib.Path) -> tuple[Callable[[], o
          "schedule.name": "constant", "lr": LR, "clip": CLIP, **METHODS[way]},
     )  # fmt: skip
     parallel = sharding.make_parallel()
-    built = run.build(config, parallel)
+    built = build.build(config, parallel)
     card = built.card
     facts = {"num_classes": card.num_classes, "mean": list(card.mean), "std": list(card.std)}
-    pretrained.export(built.variables, name, folder / WEIGHTS_FILE, card=card, layout="timm")
+    load.export(built.variables, name, folder / WEIGHTS_FILE, card=card, layout="timm")
     host_batch = next(iter(built.batches.iterate(0, 1)))
     np.savez(folder / BATCH_FILE, image=host_batch["image"], label=host_batch["label"])
     batch, phase = parallel.put_batch(host_batch), built.phases[0]

@@ -85,6 +85,6 @@ def get_config(arg: str = ""):
     table = methods(*config.total)
     if name not in table:
         raise ValueError(f"there is no method {name!r}; known: {', '.join(table)}")
-    from tl_jax import options
+    from tl_jax import config as options
 
     return options.override(config, table[name])

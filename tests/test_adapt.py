@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tl_jax import trees
-from tl_jax.models import adapt
-from tl_jax.models.adapt import Adapted
+from tl_jax.core import trees
+from tl_jax.models import peft
+from tl_jax.models.peft import Adapted
 from tl_jax.models.resnet import ResNet
 from tl_jax.models.vit import ViT
 
@@ -47,7 +47,7 @@ def plain_and_adapted(make, *additions, random=True, **fields):
     """(model, its variables, the adapted model, its variables), the added parameters redrawn or as they start."""
     model = make(num_classes=5, **fields)
     variables = variables_of(make)
-    make_added = functools.partial(adapt.init, model, variables, additions)
+    make_added = functools.partial(peft.init, model, variables, additions)
     added = redrawn(jax.eval_shape(make_added, KEY), seed=1) if random else jax.jit(make_added)(KEY)
     return model, variables, Adapted(model, additions), {**variables, "params": {**variables["params"], **added}}
 
@@ -65,7 +65,7 @@ def close(actual, expected, tolerance=1e-5):
 def test_merged_weights_compute_what_the_adapted_network_computes(make):
     additions = (SSF, EVERYWHERE)  # strided, grouped and 1x1 convolutions, the patch embedding, dense layers, norms
     model, variables, adapted, both = plain_and_adapted(make, *additions)
-    merged = adapt.merge(both, additions)
+    merged = peft.merge(both, additions)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, variables)
     plain = jax.jit(model.apply)
     logits, out = jax.jit(adapted.apply)(both, images())
@@ -96,7 +96,7 @@ def test_no_addition_is_the_model_itself():
     assert trace.eqns and str(trace.jaxpr.eqns) == str(
         jax.make_jaxpr(lambda v, x: model.apply(v, x)[0])(both, images()).jaxpr.eqns
     )
-    assert set(adapt.merge(both, ())["params"]) == set(variables["params"])
+    assert set(peft.merge(both, ())["params"]) == set(variables["params"])
 
 
 def test_lora_of_a_dense_layer_is_the_papers_formula():
@@ -112,7 +112,7 @@ def test_every_group_of_a_convolution_has_its_own_low_rank_update():
     _, variables, _, both = plain_and_adapted(GROUPED, EVERYWHERE)
     path = "backbone/stage2/block0/conv2"
     merged, old = (
-        trees.flatten(tree["params"])[f"{path}/kernel"] for tree in (adapt.merge(both, [EVERYWHERE]), variables)
+        trees.flatten(tree["params"])[f"{path}/kernel"] for tree in (peft.merge(both, [EVERYWHERE]), variables)
     )
     a, b = (np.float64(trees.flatten(both["params"])[f"lora/{path}/{leaf}"]) for leaf in "ab")
     assert a.shape == (3, 3, 16, 2 * 2) and b.shape == (2, 32)
@@ -309,7 +309,7 @@ def test_a_draw_depends_on_the_key_and_its_own_path_alone():
     model, variables, *_ = plain_and_adapted(VIT)
 
     def draw(key, *additions):
-        return trees.flatten(adapt.init(model, variables, additions, key))
+        return trees.flatten(peft.init(model, variables, additions, key))
 
     some = draw(KEY, ("lora", {"targets": ".*/qkv/kernel"}))
     more = draw(KEY, DEEP, ("lora", {"targets": "backbone/block.*/kernel"}))
@@ -404,7 +404,7 @@ def test_additions_that_do_not_fit_the_network_are_refused_together():
         ("ssf", {"targets": "backbone/stem/norm/scale"}),
     ]
     with pytest.raises(ValueError) as error:
-        adapt.init(model, variables, additions, KEY)
+        peft.init(model, variables, additions, KEY)
     for text in (
         "lora rank = 9, but backbone/stage1/block0/conv2/kernel has 72 inputs and 8 outputs per group",
         "adapter needs a ViT, and this is a ResNet",
@@ -416,7 +416,7 @@ def test_additions_that_do_not_fit_the_network_are_refused_together():
     with pytest.raises(
         ValueError, match=r"lora targets = 'attn' match the whole path of none of the .* kernel parameters"
     ):
-        adapt.init(model, variables, [("lora", {"targets": "attn"})], KEY)
+        peft.init(model, variables, [("lora", {"targets": "attn"})], KEY)
 
 
 def test_parameters_and_additions_of_different_kinds_are_refused():
@@ -431,7 +431,7 @@ def test_what_no_plain_network_can_hold_is_not_merged():
     additions = (ADAPTER, SHALLOW, EVERYWHERE)
     both = plain_and_adapted(VIT, *additions)[3]
     with pytest.raises(ValueError, match="adapter and prompt cannot be merged"):
-        adapt.merge(both, additions)
+        peft.merge(both, additions)
     strange = {"params": {**variables_of(CIFAR)["params"], "lora": both["params"]["lora"]}}
     with pytest.raises(ValueError, match=r"has no layers \['backbone/block0/attn/proj'.* of another network"):
-        adapt.merge(strange, (EVERYWHERE,))
+        peft.merge(strange, (EVERYWHERE,))

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tl_jax import audit, trees
+from tl_jax.core import trees
+from tl_jax.training import audit
 
 BLOCK = "backbone/stage2/block0"
 PARAMS = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tl_jax.card import Card
+from tl_jax.core.card import Card
 
 CARD = Card("resnet50", 10, class_names=("a", "b"), source="x.pth", licence="BSD-3-Clause", sha256="0" * 64)
 

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from tl_jax import checkpoint, leaves, options, sharding, trees
-from tl_jax import train as trainer
-from tl_jax.checkpoint import Checkpoints
-from tl_jax.preemption import Preempted
-from tl_jax.run import build
-from tl_jax.train import resting_hashes, train
+from tl_jax import config as options
+from tl_jax.core import trees
+from tl_jax.runtime import checkpoint, leaves, sharding
+from tl_jax.runtime.checkpoint import Checkpoints
+from tl_jax.runtime.preemption import Preempted
+from tl_jax.training import loop as trainer
+from tl_jax.training.build import build
+from tl_jax.training.loop import resting_hashes, train
 
 
 def state(value: float):
@@ -345,7 +347,7 @@ def test_a_run_on_another_backbone_than_its_checkpoints_is_one_error(tmp_path, m
 KILLED = """
 import pathlib, sys
 import jax, jax.numpy as jnp
-from tl_jax.checkpoint import Checkpoints
+from tl_jax.runtime.checkpoint import Checkpoints
 
 step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
 state = {f"p{i}": jnp.zeros((1000, 1000)) for i in range(10)}

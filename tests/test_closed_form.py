@@ -13,7 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
-from tl_jax.methods import closed_form
+from tl_jax.methods import probes
 
 
 def blobs(count, classes=4, features=6, seed=0, spread=1.5):
@@ -33,7 +33,7 @@ TRAIN, VAL, TEST = blobs(60), blobs(40, seed=1), blobs(50, seed=2)
 def test_neighbours_vote_as_in_scikit_learn(metric, k):
     change = normalize if metric == "cosine" else np.asarray
     reference = KNeighborsClassifier(k).fit(change(TRAIN[0].astype(np.float64)), TRAIN[1])
-    fitted = closed_form.fit("knn", TRAIN, None, 4, (k,), metric=metric)
+    fitted = probes.fit("knn", TRAIN, None, 4, (k,), metric=metric)
     logits = fitted.predict(TEST[0])
     shares = reference.predict_proba(change(TEST[0].astype(np.float64)))
     np.testing.assert_array_equal(logits.argmax(1), reference.predict(change(TEST[0].astype(np.float64))))
@@ -46,7 +46,7 @@ def test_logistic_regression_is_that_of_scikit_learn(classes):
     (features, labels), (unseen, _) = blobs(60, classes), blobs(50, classes, seed=2)
     reference = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=1000))
     reference.fit(features.astype(np.float64), labels)
-    fitted = closed_form.fit("logistic", (features, labels), None, classes, (0.3,))
+    fitted = probes.fit("logistic", (features, labels), None, classes, (0.3,))
     expected = reference.predict_log_proba(unseen.astype(np.float64))
     np.testing.assert_allclose(scipy.special.log_softmax(fitted.predict(unseen), axis=1), expected, atol=1e-4)
 
@@ -55,7 +55,7 @@ def test_ridge_solves_the_normal_equations_for_every_alpha():
     rng = np.random.default_rng(0)
     for count, width in ((30, 5), (8, 20)):  # more examples than features, and fewer
         inputs, targets = rng.normal(2, 3, (count, width)), rng.normal(size=(count, 3))
-        solutions = closed_form.ridge(inputs, targets, (0.1, 10.0))
+        solutions = probes.ridge(inputs, targets, (0.1, 10.0))
         for alpha, (kernel, bias, left_out) in solutions.items():
             centred = inputs - inputs.mean(0)
             expected = np.linalg.solve(centred.T @ centred + alpha * np.eye(width), centred.T @ targets)
@@ -78,7 +78,7 @@ def test_ridge_logits_are_the_scores_at_the_temperature_that_suits_unseen_exampl
         return -scipy.special.log_softmax(scale * left_out, axis=1)[np.arange(len(labels)), labels].mean()
 
     scale = scipy.optimize.minimize_scalar(nll, bracket=(1, 5)).x
-    fitted = closed_form.fit("ridge", TRAIN, None, 4, (7.0,))
+    fitted = probes.fit("ridge", TRAIN, None, 4, (7.0,))
     scores = model.predict(standardised.transform(TEST[0].astype(np.float64)))
     np.testing.assert_allclose(fitted.predict(TEST[0]), scale * scores, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(fitted.predict(TEST[0]).argmax(1), scores.argmax(1))
@@ -86,19 +86,19 @@ def test_ridge_logits_are_the_scores_at_the_temperature_that_suits_unseen_exampl
 
 @pytest.mark.parametrize("name", ["logistic", "ridge"])
 def test_the_head_takes_raw_features(name):
-    fitted = closed_form.fit(name, TRAIN, VAL, 4)
+    fitted = probes.fit(name, TRAIN, VAL, 4)
     logits = TEST[0].astype(np.float64) @ fitted.head["kernel"] + fitted.head["bias"]
     np.testing.assert_allclose(logits, fitted.predict(TEST[0]), atol=1e-5)
     assert fitted.head["kernel"].dtype == fitted.head["bias"].dtype == np.float32
 
 
-@pytest.mark.parametrize("name", closed_form.NAMES)
+@pytest.mark.parametrize("name", probes.NAMES)
 def test_val_alone_chooses_and_every_candidate_is_listed(name):
-    fitted = closed_form.fit(name, TRAIN, VAL, 4)
+    fitted = probes.fit(name, TRAIN, VAL, 4)
     rows = []
-    for value in closed_form.GRIDS[name]:
+    for value in probes.GRIDS[name]:
         if name != "knn" or value <= len(TRAIN[1]):
-            logits = closed_form.fit(name, TRAIN, None, 4, (value,)).predict(VAL[0])
+            logits = probes.fit(name, TRAIN, None, 4, (value,)).predict(VAL[0])
             log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
             rows.append((value, (logits.argmax(1) == VAL[1]).mean(), -log_p[np.arange(40), VAL[1]].mean()))
     assert [row["value"] for row in fitted.tried] == [value for value, *_ in rows]
@@ -116,33 +116,31 @@ def test_among_equals_the_lower_nll_wins_and_then_the_stronger_regularisation(na
         return [{"value": v, "val/accuracy": a, "val/nll": n} for v, a, n in numbers]
 
     weaker = 1
-    assert closed_form._choose(name, rows((weaker, 0.9, 0.5), (stronger, 0.9, 0.5))) == stronger
-    assert closed_form._choose(name, rows((weaker, 0.9, 0.4), (stronger, 0.9, 0.5))) == weaker
-    assert closed_form._choose(name, rows((weaker, 0.8, 0.1), (stronger, 0.9, 0.5))) == stronger
+    assert probes._choose(name, rows((weaker, 0.9, 0.5), (stronger, 0.9, 0.5))) == stronger
+    assert probes._choose(name, rows((weaker, 0.9, 0.4), (stronger, 0.9, 0.5))) == weaker
+    assert probes._choose(name, rows((weaker, 0.8, 0.1), (stronger, 0.9, 0.5))) == stronger
 
 
-@pytest.mark.parametrize("name", closed_form.NAMES)
+@pytest.mark.parametrize("name", probes.NAMES)
 def test_a_class_without_train_examples_is_never_predicted_and_costs_a_finite_nll(name):
-    fitted = closed_form.fit(name, TRAIN, None, 6, (1,))
+    fitted = probes.fit(name, TRAIN, None, 6, (1,))
     logits = fitted.predict(TEST[0])
     assert np.isfinite(logits).all() and logits.shape == (50, 6) and logits.argmax(1).max() <= 3
-    np.testing.assert_array_equal(
-        logits.argmax(1), closed_form.fit(name, TRAIN, None, 4, (1,)).predict(TEST[0]).argmax(1)
-    )
+    np.testing.assert_array_equal(logits.argmax(1), probes.fit(name, TRAIN, None, 4, (1,)).predict(TEST[0]).argmax(1))
 
 
 def test_a_search_that_does_not_converge_is_said_and_not_warned_of(monkeypatch):
-    monkeypatch.setattr(closed_form, "MAX_ITERATIONS", 2)
+    monkeypatch.setattr(probes, "MAX_ITERATIONS", 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fitted = closed_form.fit("logistic", TRAIN, None, 4, (1e3,))
+        fitted = probes.fit("logistic", TRAIN, None, 4, (1e3,))
     assert fitted.tried == [{"value": 1e3, "val/accuracy": None, "val/nll": None, "converged": False}]
 
 
 @pytest.mark.parametrize(("k", "accuracy"), [(1, 0.98831), (3, 0.98887), (5, 0.98776)])
 def test_leave_one_out_neighbours_of_the_digits(k, accuracy):
     features, labels = load_digits(return_X_y=True)
-    (logits,) = closed_form.cross_predict(
+    (logits,) = probes.cross_predict(
         "knn", features / 16, labels, LeaveOneOut().split(features), 10, k, metric="euclidean"
     )
     assert round((logits.argmax(1) == labels).mean(), 5) == accuracy
@@ -154,23 +152,23 @@ def test_one_search_leaves_out_as_many_fits_do(metric):
     features = np.concatenate([features, features[:5], features[:5], features[:5]])  # among its equals, which is it?
     labels = np.concatenate([labels, labels[:5], labels[:5], labels[:5]])
     splits = list(LeaveOneOut().split(features))
-    (once,) = closed_form.cross_predict("knn", features, labels, splits, 4, 2, metric=metric)
+    (once,) = probes.cross_predict("knn", features, labels, splits, 4, 2, metric=metric)
     for train, held in splits:
-        model = closed_form.fit("knn", (features[train], labels[train]), None, 4, (2,), metric=metric)
+        model = probes.fit("knn", (features[train], labels[train]), None, 4, (2,), metric=metric)
         np.testing.assert_array_equal(once[held], model.predict(features[held]))
     with pytest.raises(ValueError, match=r"found \[75\] neighbours, but train has 74"):
-        closed_form.cross_predict("knn", features, labels, splits, 4, 75)
+        probes.cross_predict("knn", features, labels, splits, 4, 75)
 
 
 @pytest.mark.parametrize("name", ["knn", "logistic", "ridge"])
 def test_every_example_is_predicted_by_the_model_that_did_not_see_it_once_a_repeat(name):
     features, labels = TRAIN
     design = list(RepeatedStratifiedKFold(n_splits=3, n_repeats=2, random_state=0).split(features, labels))
-    repeats = closed_form.cross_predict(name, features, labels, iter(design), 4, 1.0)
+    repeats = probes.cross_predict(name, features, labels, iter(design), 4, 1.0)
     assert len(repeats) == 2
     for repeat, logits in enumerate(repeats):
         for train, held in design[3 * repeat : 3 * repeat + 3]:
-            model = closed_form.fit(name, (features[train], labels[train]), None, 4, (1.0,))
+            model = probes.fit(name, (features[train], labels[train]), None, 4, (1.0,))
             np.testing.assert_array_equal(logits[held], model.predict(features[held]))
 
 
@@ -179,7 +177,7 @@ def test_designs_that_leak_repeat_or_forget_examples_are_refused():
     first, second = np.arange(30), np.arange(30, 60)
 
     def cross(*splits):
-        return closed_form.cross_predict("knn", features, labels, splits, 4, 1)
+        return probes.cross_predict("knn", features, labels, splits, 4, 1)
 
     with pytest.raises(ValueError, match=r"split 0 holds out .*\[30"):
         cross((np.arange(60), second))
@@ -208,6 +206,6 @@ def test_designs_that_leak_repeat_or_forget_examples_are_refused():
 )  # fmt: skip
 def test_bad_arguments_are_one_clear_error(arguments, message):
     with pytest.raises(ValueError, match=message):
-        closed_form.fit(*arguments)
+        probes.fit(*arguments)
     with pytest.raises(ValueError, match="did you mean 'cosine'"):
-        closed_form.fit("knn", TRAIN, VAL, 4, (1,), metric="cosin")
+        probes.fit("knn", TRAIN, VAL, 4, (1,), metric="cosin")

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from test_slurm import HOSTILE, make_study, recorder, words_of  # noqa: F401
 
-from tl_jax.studies import cloud
+from tl_jax.studies.cluster import cloud
 
 TPU = "name=pod,zone=here-a,directory=/data/my checkout"
 GKE = "name=digits,image=img:1,processes=2,claim=work,mount=/data"

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from configs import quickstart, smoke
-from tl_jax.preemption import Preempted
+from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies import compare
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from configs import transfer
-from tl_jax import models, options
-from tl_jax.sweep import sweep
-from tl_jax.train import train
+from tl_jax import config as options
+from tl_jax import models
+from tl_jax.training.loop import train
+from tl_jax.training.sweep import sweep
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py"))
 

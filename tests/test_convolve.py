@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tl_jax.models import convolve, layers, resnet
+from tl_jax.models import layers, resnet
+from tl_jax.models.kernels import convolve
 
 
 @pytest.fixture

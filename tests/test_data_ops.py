@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from tl_jax.card import Card
-from tl_jax.data import ops
-from tl_jax.data import rand_augment as ra
-from tl_jax.data.augment import make_preprocess, parameters_of
+from tl_jax.core.card import Card
+from tl_jax.data.image import ops
+from tl_jax.data.image import rand_augment as ra
+from tl_jax.data.image.augment import make_preprocess, parameters_of
 
 
 def photo(height=60, width=83, seed=0):

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from tl_jax.card import Card
-from tl_jax.data import ops, pipeline, sources, workers
-from tl_jax.data.augment import make_preprocess
-from tl_jax.data.ops import decode
+from tl_jax.core.card import Card
+from tl_jax.data import pipeline, sources, workers
+from tl_jax.data.image import ops
+from tl_jax.data.image.augment import make_preprocess
+from tl_jax.data.image.ops import decode
 from tl_jax.data.pipeline import eval_batches, train_batches
 
 CARD = Card("m", 10, input_size=12, crop=0.75, interpolation="bilinear")
@@ -263,7 +264,7 @@ def test_a_killed_worker_is_one_clear_error(photos):
 SCRIPT = """
     import os, signal, sys
     from absl import app
-    from tl_jax.card import Card
+    from tl_jax.core.card import Card
     from tl_jax.data import pipeline, sources
 
     def main(_):

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tl_jax.data import glyphs, ops, sources
-from tl_jax.data.folder import natural_key
+from tl_jax.data import sources
+from tl_jax.data.image import ops
+from tl_jax.data.readers import glyphs
+from tl_jax.data.readers.folder import natural_key
 
 
 def write_image(path, colour=0, file_format="PNG"):

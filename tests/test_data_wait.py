@@ -2,7 +2,7 @@
 
 import json
 
-from tl_jax import logging
+from tl_jax.runtime import log as logging
 
 
 def test_only_time_in_which_the_devices_have_no_work_counts_as_wait(tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ import threading
 import pytest
 from test_train import remains
 
-from tl_jax import distributed, rollcall
-from tl_jax.distributed import Place, find_place
+from tl_jax.runtime import distributed, rollcall
+from tl_jax.runtime.distributed import Place, find_place
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEP = {  # as srun sets it, seen in a real step

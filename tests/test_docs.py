@@ -6,7 +6,7 @@ import re
 import pytest
 
 from configs import transfer
-from tl_jax import models, options
+from tl_jax import config, models
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*/README.md"))]
@@ -23,7 +23,7 @@ def test_links_and_named_files_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_options_and_models_named_in_the_documents_exist(page):
-    text, known = page.read_text(), options.flatten(transfer.get_config())
+    text, known = page.read_text(), config.flatten(transfer.get_config())
     for option in re.findall(r"\bconfig\.((?:model|data|method|schedule)\.\w+)", text):
         assert option in known, option
     for name in re.findall(r"`((?:resnet|deit_|vit_|wide_|resnext)\w*)`", text):

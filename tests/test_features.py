@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from tl_jax import features, formats, options, run, sharding, steps
-from tl_jax.methods import finetune
-from tl_jax.models import MODELS, adapt
-from tl_jax.preemption import Preempted
-from tl_jax.train import train
+from tl_jax import config as options
+from tl_jax.methods import rules
+from tl_jax.models import MODELS, peft
+from tl_jax.runtime import sharding
+from tl_jax.runtime.preemption import Preempted
+from tl_jax.training import build, feature_cache, steps
+from tl_jax.training.loop import train
+from tl_jax.weights import formats
 
 AUGMENT = (("rotation", {"degrees": 20.0}),)
 LAST = {"method.name": "last_k", "method.k": 1}
@@ -86,7 +89,7 @@ def store(tmp_path_factory):
 
 
 def test_the_same_features_are_never_computed_twice(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "_compute", refuse)
+    monkeypatch.setattr(feature_cache, "_compute", refuse)
     train(cached(PROBE, store[0], lr=1e-4), tmp_path / "w", verbose=False)
 
 
@@ -104,7 +107,7 @@ def test_the_same_features_are_never_computed_twice(store, tmp_path, monkeypatch
     ids=str,
 )
 def test_whatever_the_features_depend_on_makes_others(store, tmp_path, monkeypatch, change):
-    monkeypatch.setattr(features, "_compute", refuse)
+    monkeypatch.setattr(feature_cache, "_compute", refuse)
     with pytest.raises(AssertionError, match="features were computed"):
         train(cached({**PROBE, **change}, store[0]), tmp_path / "w", verbose=False)
 
@@ -146,8 +149,10 @@ def test_a_computation_that_was_stopped_goes_on_where_it_was(store, tmp_path, mo
         train(config, tmp_path / "w", verbose=False, stop_requested=stop)
     assert not list((tmp_path / "cache").glob("*/meta.json"))
     batches = []
-    whole = features.TrainBatches.make
-    monkeypatch.setattr(features.TrainBatches, "make", lambda self, i, *out: batches.append(i) or whole(self, i, *out))
+    whole = feature_cache.TrainBatches.make
+    monkeypatch.setattr(
+        feature_cache.TrainBatches, "make", lambda self, i, *out: batches.append(i) or whole(self, i, *out)
+    )
     train(config, tmp_path / "w", verbose=False)
     assert batches[0] == 2  # of train, the third batch of 16; the first two were there
     reference = numbers(tmp_path / "w")[0]
@@ -160,7 +165,7 @@ def test_views_repeat_after_the_last_one(tmp_path):
     metas = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*/meta.json")]
     assert sorted(meta["shape"] for meta in metas) == [[1, 103, 64], [1, 154, 64], [2, 40, 64]]
     values = np.arange(2 * 40, dtype=np.float32).reshape(2, 40, 1)
-    batches = run.build(make_config(PROBE), sharding.make_parallel()).batches
+    batches = build.build(make_config(PROBE), sharding.make_parallel()).batches
     batches = dataclasses.replace(batches, prepared=values)
     seen = np.concatenate([batches[step]["image"] for step in range(10)])[:, 0]
     for epoch in range(4):
@@ -169,8 +174,8 @@ def test_views_repeat_after_the_last_one(tmp_path):
 
 
 def test_no_room_is_said_before_anything_is_computed(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "_compute", refuse)
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 5_000))
+    monkeypatch.setattr(feature_cache, "_compute", refuse)
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 5_000))
     with pytest.raises(OSError, match=r"they need 36,608 bytes, 5,000 are free.*cache_dir") as caught:
         train(cached(PROBE, tmp_path / "cache"), tmp_path / "w", verbose=False)
     assert "train: 40 examples x 64, float32, 10,240 bytes" in str(caught.value)
@@ -199,7 +204,7 @@ def test_closed_forms_read_the_same_features(store, tmp_path, monkeypatch, name)
     form = {"method.name": name, "method.k": 0, "select": "last", "data.augment": ()}
     live = train(make_config(form), tmp_path / "live", verbose=False)
     held = train(cached(form, tmp_path / "cache"), tmp_path / "held", verbose=False)
-    monkeypatch.setattr(features, "_compute", refuse)
+    monkeypatch.setattr(feature_cache, "_compute", refuse)
     again = train(cached(form, tmp_path / "cache", seed=0), tmp_path / "again", verbose=False)
     assert live["metrics"] == held["metrics"] == again["metrics"]
     for way in ("held", "again"):
@@ -224,13 +229,13 @@ PATHS = [f"backbone/{part}/x/kernel" for part in ("stem", "stage1/block0", "stag
     ],
 )
 def test_the_frozen_front_ends_where_something_moves_or_is_drawn(moving, drop_path, frozen):
-    assert finetune.frozen_in_front(PATHS, moving, drop_path) == frozen
+    assert rules.frozen_in_front(PATHS, moving, drop_path) == frozen
 
 
 @pytest.mark.parametrize("name", ["resnet8_cifar", pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow)])
 def test_a_bfloat16_front_computes_in_bfloat16_and_the_rest_does_not(name):
     make = MODELS[name].module
-    model = adapt.Adapted(make(num_classes=3, **({"image_size": 32, "depth": 2} if "vit" in name else {})))
+    model = peft.Adapted(make(num_classes=3, **({"image_size": 32, "depth": 2} if "vit" in name else {})))
     image = jnp.zeros((2, 32, 32, 3), jnp.uint8)
     variables = model.model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     cut = model.cuts[-3]

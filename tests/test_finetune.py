@@ -4,9 +4,11 @@ import re
 
 import pytest
 
-from tl_jax import models, pretrained, trees
-from tl_jax.methods import finetune
-from tl_jax.models import layout
+from tl_jax import models
+from tl_jax.core import trees
+from tl_jax.methods import rules
+from tl_jax.models import conversion
+from tl_jax.weights import load
 
 RESNET = [f"backbone/stage{i}/block{j}/conv1/kernel" for i in (1, 2) for j in (0, 1)] + [
     "backbone/stem/conv/kernel",
@@ -20,7 +22,7 @@ VIT = [f"backbone/block{i}/mlp/fc1/kernel" for i in range(12)] + [
 
 
 def trained(paths, *args):
-    matches = trees.match_rules(paths, finetune.make_rules(args[0], paths, *args[1:]))
+    matches = trees.match_rules(paths, rules.make_rules(args[0], paths, *args[1:]))
     return [path for path in paths if matches[path].value != "frozen"]
 
 
@@ -48,12 +50,12 @@ def test_last_k_counts_blocks_as_numbers_and_takes_the_final_norm():
 )
 def test_settings_that_contradict_each_other_are_refused(args, message):
     with pytest.raises(ValueError, match=message):
-        finetune.make_rules(args[0], RESNET, *args[1:])
+        rules.make_rules(args[0], RESNET, *args[1:])
 
 
 def paths_of(name):
     """The parameter paths of a network as it stands in the model table."""
-    return [p.removeprefix("params/") for p in pretrained._default_shapes(name) if p.startswith("params/")]
+    return [p.removeprefix("params/") for p in load._default_shapes(name) if p.startswith("params/")]
 
 
 NETWORKS = ("resnet18", "vit_tiny_patch16_224")
@@ -82,7 +84,7 @@ def test_first_k_trains_the_stem_and_the_first_blocks():
 
 def test_first_k_and_last_k_of_all_blocks_share_the_blocks_between_them():
     for name in NETWORKS:
-        count = len(finetune.block_names(paths_of(name)))
+        count = len(rules.block_names(paths_of(name)))
         first, last = (set(trained_of(name, kind, k)) for kind, k in (("first_k", 1), ("last_k", count - 1)))
         assert first & last == set(HEAD) and first | last == set(paths_of(name))
 
@@ -114,7 +116,7 @@ def test_norm_only_trains_the_parameters_of_every_norm_layer_and_nothing_else():
 
 def test_what_stands_beside_the_network_has_its_own_group():
     paths = [*RESNET, "reference/params/backbone/stem/conv/kernel", "source_head/kernel", "lora/backbone/stem/conv/a"]
-    matches = trees.match_rules(paths, finetune.beside(paths) + finetune.make_rules("full", paths))
+    matches = trees.match_rules(paths, rules.beside(paths) + rules.make_rules("full", paths))
     assert [matches[path].value for path in paths[-3:]] == ["frozen", "head", "lora"]
     assert {matches[path].value for path in RESNET} == {"backbone", "head"}
 
@@ -129,8 +131,8 @@ def test_layer_decay_has_the_multipliers_of_timm(name):
     groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.75)
     theirs = {id(weight): group["lr_scale"] for group in groups for weight in group["params"]}
     theirs = {key: theirs[id(weight)] for key, weight in model.named_parameters()}
-    ours, table = finetune.layer_multipliers(paths_of(name), 0.75), models.get(name).layouts["timm"]
-    read = {path: layout.sources_of(table, f"params/{path}")[0] for path in ours}
+    ours, table = rules.layer_multipliers(paths_of(name), 0.75), models.get(name).layouts["timm"]
+    read = {path: conversion.sources_of(table, f"params/{path}")[0] for path in ours}
     assert sorted(key for keys in read.values() for key in keys) == sorted(theirs)
     assert len(set(theirs.values())) == {"resnet18": 10, "vit_tiny_patch16_224": 14}[name]
     for path, keys in read.items():
@@ -139,6 +141,6 @@ def test_layer_decay_has_the_multipliers_of_timm(name):
 
 def test_added_parameters_have_the_multiplier_of_their_block():
     paths = [*VIT, "lora/backbone/block3/attn/qkv/a", "prompt/backbone/stem/tokens", "source_head/kernel"]
-    ours = finetune.layer_multipliers(paths, 0.5)
+    ours = rules.layer_multipliers(paths, 0.5)
     assert ours["lora/backbone/block3/attn/qkv/a"] == ours["backbone/block3/mlp/fc1/kernel"] == 0.5**9
     assert ours["prompt/backbone/stem/tokens"] == 0.5**13 and ours["source_head/kernel"] == ours["head/kernel"] == 1

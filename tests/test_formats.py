@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tl_jax import formats
+from tl_jax.core import files
+from tl_jax.weights import formats
 
 
 class Canary:
@@ -62,7 +63,7 @@ def test_same_tensors_and_metadata_write_the_same_bytes(tmp_path):
 def test_interrupted_write_leaves_the_old_file_and_no_litter(tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), formats.atomic_write(path) as file:
+    with pytest.raises(KeyboardInterrupt), files.atomic_write(path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from tl_jax import formats, hub
+from tl_jax.weights import formats, hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

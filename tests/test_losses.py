@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tl_jax import losses
+from tl_jax.tasks import losses
 
 
 def test_cross_entropy_equals_pytorch_with_label_smoothing():

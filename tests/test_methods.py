@@ -10,10 +10,15 @@ import pytest
 from test_pretrained import TINY_VIT, add_variants
 
 from configs import methods, smoke
-from tl_jax import formats, metrics, optim, options, part, pretrained, sharding, steps, trees
-from tl_jax import train as trainer
+from tl_jax import config as options
+from tl_jax.core import trees
 from tl_jax.data import pipeline, sources
 from tl_jax.models import vit
+from tl_jax.runtime import sharding
+from tl_jax.tasks import metrics
+from tl_jax.training import loop as trainer
+from tl_jax.training import optim, steps
+from tl_jax.weights import delta, formats, load
 
 STEPS = 4
 EVERY = "backbone/.*"
@@ -146,12 +151,12 @@ def check_files(trained, moved):
     for path, tensor in tensors.items():
         np.testing.assert_array_equal(tensor, state[path], err_msg=path)
     scored = metrics.load_predictions(trained.folder / "predictions.npz").logits
-    loaded = part.load(trained.folder / "trained.safetensors")
+    loaded = delta.load(trained.folder / "trained.safetensors")
     np.testing.assert_allclose(logits_of(*loaded), scored, atol=1e-5)
     exported, added = trained.folder / "model.safetensors", {name for name, _ in trained.config.method.add}
     assert exported.exists() == (not added & {"adapter", "prompt"})
     if exported.exists():
-        model, variables, card = pretrained.load(trained.config.model.name, exported)
+        model, variables, card = load.load(trained.config.model.name, exported)
         np.testing.assert_allclose(logits_of(model, variables, card), scored, atol=1e-5)
         if not added:
             for path, leaf in flat(variables).items():
@@ -218,7 +223,7 @@ def test_a_closed_form_changes_the_head_alone(name, tmp_path, monkeypatch):
         path: hash for path, hash in trees.leaf_hashes(loaded).items() if not path.startswith("params/head/")
     }
     if name != "knn":
-        model, variables, card = pretrained.load("resnet8_cifar", tmp_path / "w" / "model.safetensors")
+        model, variables, card = load.load("resnet8_cifar", tmp_path / "w" / "model.safetensors")
         differ = {path for path, leaf in flat(variables).items() if not np.array_equal(leaf, loaded[path])}
         assert differ == {"params/head/kernel", "params/head/bias"}
         scored = metrics.load_predictions(tmp_path / "w" / "predictions.npz").logits

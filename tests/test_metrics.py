@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 
-from tl_jax import formats, metrics
+from tl_jax.core import files
+from tl_jax.tasks import metrics
 
 
 def draw(count=300, classes=4, seed=0, absent=(), ties=False):
@@ -262,7 +263,7 @@ def test_everything_wrong_with_predictions_comes_in_one_message():
 def test_file_that_holds_no_predictions_is_one_error_that_names_it(tmp_path, contents):
     path = tmp_path / "p.npz"
     if contents == "npz":
-        with formats.atomic_write(path) as file:
+        with files.atomic_write(path) as file:
             np.savez(file, logits=np.zeros((2, 2)))
     else:
         path.write_bytes(contents)

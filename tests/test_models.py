@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tl_jax import models, trees
+from tl_jax import models
+from tl_jax.core import trees
 from tl_jax.models.layers import DropPath, drop_path_rates, max_pool
 from tl_jax.models.resnet import ResNet
 from tl_jax.models.vit import ViT

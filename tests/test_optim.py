@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from tl_jax import optim
-from tl_jax.optim import Group
+from tl_jax.training import optim
+from tl_jax.training.optim import Group
 
 IN_STEPS = {"batch_size": 32, "train_size": 100}
 

@@ -8,8 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import methods, transfer
-from tl_jax import options
-from tl_jax.methods import closed_form
+from tl_jax import config as options
+from tl_jax.methods import probes
 
 CONFIGS = sorted(path.stem for path in pathlib.Path("configs").glob("*.py"))
 
@@ -172,7 +172,7 @@ def test_a_phase_changes_only_what_can_change_and_says_what_that_is():
 
 
 def test_the_names_of_the_closed_forms_are_those_of_the_closed_forms():
-    assert options.CLOSED_FORMS == closed_form.NAMES
+    assert options.CLOSED_FORMS == probes.NAMES
 
 
 @pytest.mark.parametrize("name", options.CLOSED_FORMS)

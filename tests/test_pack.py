@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from tl_jax.card import Card
+from tl_jax.core.card import Card
 from tl_jax.data import __main__ as command
-from tl_jax.data import pack, packed, pipeline, sources
+from tl_jax.data import pipeline, sources
+from tl_jax.data.readers import pack, packed
 
 CARD = Card("m", 2, input_size=16, crop=0.8, interpolation="bicubic")  # short side to 20
 AUGMENT = [("random_resized_crop", {}), ("flip", {})]

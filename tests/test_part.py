@@ -10,8 +10,14 @@ import pytest
 from test_pretrained import TINY_VIT, add_variants, random_variables
 
 from configs import smoke
-from tl_jax import audit, formats, models, options, part, pretrained, run, sharding, trees
-from tl_jax.models import adapt, vit
+from tl_jax import config as options
+from tl_jax import models
+from tl_jax.core import messages, trees
+from tl_jax.models import peft, vit
+from tl_jax.runtime import sharding
+from tl_jax.training import audit
+from tl_jax.training import build as run
+from tl_jax.weights import delta, formats, load
 
 SLOW = pytest.mark.slow
 GLYPHS = "tl_jax/assets/glyphs.safetensors"
@@ -38,7 +44,7 @@ def save_part(tmp_path, **changes):
     }
     variables = trees.merge(built.variables, moved)
     path, config_seed = tmp_path / "trained.safetensors", config.seed
-    part.save(
+    delta.save(
         path, variables, audit.prove([report], frozen, audit.frozen_hashes(variables, [report])), built.card,
         model=config.model.name, weights=built.base, seed=config_seed, additions=built.model.additions,
     )  # fmt: skip
@@ -52,13 +58,13 @@ def logits_of(model, variables, size):
 
 def network_of(saved):
     """The variables without what only penalties look at."""
-    params = {k: v for k, v in saved.variables["params"].items() if k not in adapt.TRAINING_ONLY}
+    params = {k: v for k, v in saved.variables["params"].items() if k not in peft.TRAINING_ONLY}
     return {**saved.variables, "params": params}
 
 
 def check_same(loaded, saved):
     expected, found = (trees.leaf_hashes(jax.device_get(v)) for v in (network_of(saved), loaded.variables))
-    assert trees.difference(expected, found) == []
+    assert messages.difference(expected, found) == []
     size = loaded.card.input_size
     np.testing.assert_array_equal(
         logits_of(loaded.model, loaded.variables, size), logits_of(saved.run.model, saved.variables, size)
@@ -71,18 +77,18 @@ def tiny_vit(monkeypatch, tmp_path):
     """The options of a small transformer with a weight file of its own."""
     name = add_variants(monkeypatch, vit.vit_variants("small_vit", TINY_VIT, 3, 48))
     path = tmp_path / "vit.safetensors"
-    pretrained.export(random_variables(name), name, path, card=models.get(name).card)
+    load.export(random_variables(name), name, path, card=models.get(name).card)
     return {"model.name": name, "model.weights": str(path), "method.name": "linear_probe", "method.k": 0}
 
 
 def test_part_and_base_are_the_trained_network_wherever_the_base_lies(tmp_path):
     shutil.copy(GLYPHS, tmp_path / "then.safetensors")
     saved = save_part(tmp_path, **{"model.weights": str(tmp_path / "then.safetensors")})
-    check_same(part.load(saved.path), saved)
+    check_same(delta.load(saved.path), saved)
     (tmp_path / "then.safetensors").rename(tmp_path / "now.safetensors")
-    check_same(part.load(saved.path, weights=tmp_path / "now.safetensors"), saved)
+    check_same(delta.load(saved.path, weights=tmp_path / "now.safetensors"), saved)
     with pytest.raises(FileNotFoundError, match=r"then\.safetensors"):
-        part.load(saved.path)
+        delta.load(saved.path)
 
 
 def test_another_base_is_refused_with_both_hashes(tmp_path):
@@ -92,10 +98,10 @@ def test_another_base_is_refused_with_both_hashes(tmp_path):
     other = tmp_path / "other.safetensors"
     formats.write_safetensors(other, tensors, metadata)
     with pytest.raises(ValueError, match="Give the file that it was trained on") as error:
-        part.load(saved.path, weights=other)
+        delta.load(saved.path, weights=other)
     assert formats.sha256(GLYPHS) in str(error.value) and formats.sha256(other) in str(error.value)
     with pytest.raises(ValueError, match="has none: random weights"):
-        part.load(saved.path, weights="")
+        delta.load(saved.path, weights="")
 
 
 def test_the_file_is_as_large_as_what_was_trained(tmp_path):
@@ -122,8 +128,8 @@ def test_the_file_is_as_large_as_what_was_trained(tmp_path):
 )
 def test_added_parameters_come_back_around_the_network(tmp_path, tiny_vit, add):
     saved = save_part(tmp_path, **tiny_vit, **{"method.add": add})
-    loaded = part.load(saved.path)
-    assert isinstance(loaded.model, adapt.Adapted)
+    loaded = delta.load(saved.path)
+    assert isinstance(loaded.model, peft.Adapted)
     assert [(name, dict(args)) for name, args in loaded.model.additions] == [(name, args) for name, args in add]
     check_same(loaded, saved)
     kinds = {path.split("/")[1] for path in formats.read(saved.path)[0]}
@@ -134,7 +140,7 @@ def test_added_parameters_come_back_around_the_network(tmp_path, tiny_vit, add):
 def test_what_only_penalties_look_at_stays_behind(tmp_path):
     saved = save_part(tmp_path, **{"method.regularize": (("l2_sp", {}), ("co_tuning", {}))})
     assert {"reference", "source_head"} & set(saved.variables["params"])
-    check_same(part.load(saved.path), saved)
+    check_same(delta.load(saved.path), saved)
     assert not any(path.startswith(("params/reference", "params/source_head")) for path in formats.read(saved.path)[0])
 
 
@@ -151,28 +157,28 @@ HEAD_RESTS = {"method.name": "rules", "method.k": 0, "method.rules": (("backbone
 )
 def test_what_no_file_gives_back_comes_back_all_the_same(tmp_path, changes):
     saved = save_part(tmp_path, **changes)
-    check_same(part.load(saved.path), saved)
+    check_same(delta.load(saved.path), saved)
 
 
 def test_a_kept_head_that_rests_comes_back(tmp_path):
     first = save_part(tmp_path)
     whole = tmp_path / "model.safetensors"
-    pretrained.export(first.variables, "resnet8_cifar", whole, card=first.run.card)
+    load.export(first.variables, "resnet8_cifar", whole, card=first.run.card)
     second = save_part(tmp_path, **{"model.weights": str(whole), "model.keep_head": True, **HEAD_RESTS})
     np.testing.assert_array_equal(second.variables["params"]["head"]["bias"], first.variables["params"]["head"]["bias"])
-    check_same(part.load(second.path), second)
+    check_same(delta.load(second.path), second)
 
 
 def test_a_foreign_or_damaged_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"glyphs.safetensors is no trained part .*trained\.safetensors"):
-        part.load(GLYPHS)
+        delta.load(GLYPHS)
     saved = save_part(tmp_path)
     content = saved.path.read_bytes()
     saved.path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="damaged or cut short"):
-        part.load(saved.path)
+        delta.load(saved.path)
     with pytest.raises(FileNotFoundError):
-        part.load(tmp_path / "nowhere.safetensors")
+        delta.load(tmp_path / "nowhere.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -195,13 +201,13 @@ def test_a_part_that_does_not_fill_the_network_is_refused(tmp_path, change, mess
     change(tensors)
     formats.write_safetensors(saved.path, tensors, metadata)
     with pytest.raises(ValueError, match=message):
-        part.load(saved.path)
+        delta.load(saved.path)
 
 
 def test_the_card_and_the_base_stand_in_the_file(tmp_path):
     saved = save_part(tmp_path)
-    about = json.loads(formats.read(saved.path)[1][part.KEY])
+    about = json.loads(formats.read(saved.path)[1][delta.KEY])
     assert (about["model"], about["weights"]) == (
         "resnet8_cifar", {"file": "builtin:glyphs", "sha256": formats.sha256(GLYPHS)},
     )  # fmt: skip
-    assert part.load(saved.path).card.class_names == tuple("0123456789")
+    assert delta.load(saved.path).card.class_names == tuple("0123456789")

@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 
 from configs import methods, smoke
-from tl_jax import formats, optim, options, run, sharding, steps, trees
-from tl_jax import train as trainer
-from tl_jax.checkpoint import Checkpoints
+from tl_jax import config as options
+from tl_jax.core import messages, trees
 from tl_jax.data import pipeline
-from tl_jax.preemption import Preempted
+from tl_jax.runtime import sharding
+from tl_jax.runtime.checkpoint import Checkpoints
+from tl_jax.runtime.preemption import Preempted
+from tl_jax.training import build as run
+from tl_jax.training import loop as trainer
+from tl_jax.training import optim, steps
+from tl_jax.weights import formats
 
 LAST = {"method.name": "last_k", "method.k": 1, "groups": {"backbone": {"lr_mult": 0.1}}}
 FULL = {"method.name": "full", "groups": {"backbone": {"lr_mult": 0.1}}}
@@ -202,7 +207,7 @@ def test_a_boundary_at_which_nothing_changes_changes_nothing(tmp_path, optimizer
         assert one[name] == two[name], name
     assert rows_of(tmp_path / "one", 2) == rows_of(tmp_path / "two", 2)
     states = ({path: h for path, h in r["state"].items() if path.startswith(("params", "ema"))} for r in (one, two))
-    assert trees.difference(*states) == []
+    assert messages.difference(*states) == []
 
 
 def test_averages_go_on_where_a_leaf_goes_on_moving_and_begin_at_its_value_where_it_begins():

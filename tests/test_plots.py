@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tl_jax import metrics, plots
+from tl_jax.tasks import metrics
+from tl_jax.training import plots
 
 
 def draw(classes=5, count=200, features=8, name="class {}"):

@@ -11,10 +11,13 @@ import optax
 import pytest
 from scipy.special import erf
 
-from tl_jax import models, optim, options, roofline, sharding, steps, trees
-from tl_jax.methods import finetune
+from tl_jax import config, models
+from tl_jax.core import trees
+from tl_jax.methods import rules as finetune
 from tl_jax.models import layers
 from tl_jax.models.vit import ViT
+from tl_jax.runtime import roofline, sharding
+from tl_jax.training import optim, steps
 
 CLASSES = 7
 VIT = functools.partial(ViT, num_classes=CLASSES, patch_size=8, width=32, depth=2, heads=2, image_size=16)
@@ -198,5 +201,5 @@ def test_every_remat_gives_the_same_gradient(make):
             np.testing.assert_allclose(leaf, trees.flatten(plain)[path], rtol=1e-5, atol=1e-6 + 1e-6 * scale[path])
     with pytest.raises(ValueError, match="remat='blocks': expected one of '', block, dots"):
         layers.recomputed(ViT, "blocks")
-    good, _ = options.RULES["model.remat"]
+    good, _ = config.RULES["model.remat"]
     assert all(map(good, ("", "block", "dots"))) and not good(True)

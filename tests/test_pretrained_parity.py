@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from test_pretrained import CLASSES, TINY_VIT, add_variants, close, images
 
-from tl_jax import models, pretrained
-from tl_jax.card import Card
+from tl_jax import models
+from tl_jax.core.card import Card
 from tl_jax.models import resnet, vit
 from tl_jax.models.variant import Variant
+from tl_jax.weights import load
 
 BIG = pytest.mark.slow
 
@@ -34,7 +35,7 @@ def check_parity(model, modules, name, path, size, expected_layout):
 
     x = images(size)
     expected, features = record(model, modules, x)
-    loaded = pretrained.load_with_origins(name, path)
+    loaded = load.load_with_origins(name, path)
     assert loaded.layout == expected_layout and "new" not in loaded.origins.values()
     logits, out = jax.jit(loaded.model.apply)(loaded.variables, x)
     close(logits, expected)
@@ -317,7 +318,7 @@ def jax_release_forward(flat, x, depth):
 def test_jax_release_gives_the_logits_and_blocks_of_its_equations(prefix, small_vit, tmp_path):
     flat = jax_release(np.random.default_rng(0), 24, 2, 3, 16, 10, CLASSES)
     np.savez(tmp_path / "w.npz", **{prefix + key: value for key, value in flat.items()})
-    loaded = pretrained.load_with_origins(small_vit, tmp_path / "w.npz")
+    loaded = load.load_with_origins(small_vit, tmp_path / "w.npz")
     assert (loaded.layout, loaded.card.model, loaded.card.mean) == ("jax", "small_vit.jax", (0.5, 0.5, 0.5))
     logits, out = jax.jit(loaded.model.apply)(loaded.variables, images(48))
     expected, blocks = jax_release_forward(flat, images(48), 2)
@@ -331,7 +332,7 @@ def test_jax_release_is_read_as_timm_reads_it(small_vit, reference, tmp_path):
     np.savez(tmp_path / "w.npz", **jax_release(np.random.default_rng(0), 24, 2, 3, 16, 10, CLASSES))
     model.load_pretrained(str(tmp_path / "w.npz"))
     reference.save(model, tmp_path / "w.pth")
-    ours, theirs = (pretrained.load(small_vit, tmp_path / name).variables for name in ("w.npz", "w.pth"))
+    ours, theirs = (load.load(small_vit, tmp_path / name).variables for name in ("w.npz", "w.pth"))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
@@ -350,9 +351,9 @@ def test_timm_loads_an_export_strictly_with_the_same_logits(name, reference, tmp
     timm = pytest.importorskip("timm")
     load_file = pytest.importorskip("safetensors.torch").load_file
     source = reference.randomize(timm.create_model(name, num_classes=CLASSES), seed=1)
-    model, variables, card = pretrained.load(name, reference.save(source, tmp_path / "w.pth"))
+    model, variables, card = load.load(name, reference.save(source, tmp_path / "w.pth"))
     variables = jax.tree.map(lambda leaf: leaf * 1.01, variables)  # as if fine-tuned
-    pretrained.export(variables, name, tmp_path / "out.safetensors", card=card)
+    load.export(variables, name, tmp_path / "out.safetensors", card=card)
     theirs = timm.create_model(name, num_classes=CLASSES)
     theirs.load_state_dict(load_file(tmp_path / "out.safetensors"), strict=True)
     x = images(64 if name.startswith("res") else 224)
@@ -361,7 +362,7 @@ def test_timm_loads_an_export_strictly_with_the_same_logits(name, reference, tmp
 
 def test_genuine_deit_tiny_reproduces_its_golden_inputs(shared):
     folder = shared / "weights" / "deit_tiny_patch16_224"
-    model, variables, card = pretrained.load("deit_tiny_patch16_224", folder / "deit_tiny_patch16_224.safetensors")
+    model, variables, card = load.load("deit_tiny_patch16_224", folder / "deit_tiny_patch16_224.safetensors")
     x = np.concatenate([np.load(folder / "golden_inputs" / f"{i}.npy") for i in range(3)]).transpose(0, 2, 3, 1)
     logits = np.asarray(jax.jit(model.apply)(variables, x)[0])
     assert logits.argmax(-1).tolist() == [285, 207, 949]
@@ -373,7 +374,7 @@ def test_genuine_deit_tiny_reproduces_its_golden_inputs(shared):
 def test_genuine_deit_tiny_classifies_the_photos_as_in_torch(shared):
     image = pytest.importorskip("PIL.Image")
     folder = shared / "weights" / "deit_tiny_patch16_224"
-    model, variables, card = pretrained.load("deit_tiny_patch16_224", folder / "deit_tiny_patch16_224.safetensors")
+    model, variables, card = load.load("deit_tiny_patch16_224", folder / "deit_tiny_patch16_224.safetensors")
     files = sorted((shared / "data" / "imagenet_sample_250").rglob("*.JPEG"))
     labels = np.array([int(re.match(r"\d+", path.name)[0]) for path in files])
 
@@ -399,9 +400,9 @@ def test_genuine_deit_tiny_classifies_the_photos_as_in_torch(shared):
 def test_genuine_cifar_resnet_from_its_original_pickle_scores_81_percent(shared):
     image = pytest.importorskip("PIL.Image")
     folder = shared / "weights" / "cifar10_resnet"
-    model, variables, card = pretrained.load("resnet20_cifar", folder / "resnet20-12fca82f.th")
+    model, variables, card = load.load("resnet20_cifar", folder / "resnet20-12fca82f.th")
     assert card.sha256.startswith("12fca82f")
-    twin = pretrained.load("resnet20_cifar", folder / "resnet20-12fca82f.safetensors").variables
+    twin = load.load("resnet20_cifar", folder / "resnet20-12fca82f.safetensors").variables
     jax.tree.map(np.testing.assert_array_equal, variables, twin)
     data = np.load(shared / "data" / "cifar10_jpeg" / "test.npz")
     blob, offsets, labels = data["bytes"].tobytes(), data["offsets"], data["labels"]

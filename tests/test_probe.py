@@ -12,8 +12,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
 from configs import quickstart
-from tl_jax import evaluate, metrics, options, pretrained, probe, run, sharding, steps
+from tl_jax import config as options
 from tl_jax.data import pipeline, sources
+from tl_jax.runtime import sharding
+from tl_jax.tasks import metrics
+from tl_jax.training import build, evaluate, probe, steps
+from tl_jax.weights import load
 
 
 def make_config(name, grid=(), **changes):
@@ -23,7 +27,7 @@ def make_config(name, grid=(), **changes):
             "method.name": name, "method.grid": grid, "method.k": 0, "groups": {}, "data.shots": 0, "resamples": 20,
             "data.train": "train[:20%]", "data.val": "train[90%:]", "data.test": "test[:20%]", **changes,
         })  # fmt: skip
-    return config, run.build(config, sharding.make_parallel())
+    return config, build.build(config, sharding.make_parallel())
 
 
 def run_probe(name, folder, grid=(), **changes):
@@ -34,7 +38,7 @@ def run_probe(name, folder, grid=(), **changes):
 
 def features(split, variables=None):
     """Labels, features and logits of the embedded network (or of other variables) without the code under test."""
-    model, loaded, card = pretrained.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
+    model, loaded, card = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
     source = sources.load("digits", split)
     step = jax.jit(steps.make_eval_step(model, mean=card.mean, std=card.std))
     batches = pipeline.eval_batches(source, card=card, batch_size=len(source))
@@ -76,7 +80,7 @@ def test_a_linear_form_is_a_network_with_that_head_and_nothing_else_moved(tmp_pa
     rest_labels, rest, _ = features("test[80%:]")
     assert result["also"]["rest"]["accuracy"]["value"] == pytest.approx(model.score(rest, rest_labels))
     assert (result["chosen"], result["trainable_parameters"], result["step"]) == (0.1, 650, 0)
-    exported = pretrained.load("resnet8_cifar", tmp_path / "w" / "model.safetensors")
+    exported = load.load("resnet8_cifar", tmp_path / "w" / "model.safetensors")
     saved = metrics.load_predictions(tmp_path / "w" / "predictions.npz")
     np.testing.assert_allclose(features("test[:20%]", exported.variables)[2], saved.logits, atol=1e-4)
     rest_saved = metrics.load_predictions(tmp_path / "w" / "predictions-rest.npz")

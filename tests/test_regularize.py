@@ -9,9 +9,12 @@ import scipy.special
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
-from tl_jax import models, steps, trees
-from tl_jax.methods import before, regularize
-from tl_jax.methods.regularize import Pass, Start
+from tl_jax import models
+from tl_jax.core import trees
+from tl_jax.methods import penalties as regularize
+from tl_jax.methods import precompute
+from tl_jax.methods.penalties import Pass, Start
+from tl_jax.training import steps
 
 WIDTHS = (5, 4)  # of the two blocks of the small network
 CLASSES = 3
@@ -218,7 +221,7 @@ def test_delta_takes_the_last_cut_by_number_and_refuses_one_that_is_not_there():
     assert one("delta").init(make_start())["reference"]["delta"].keys() == {"block2"}
     many = {f"block{i}": jnp.zeros((1, 2, 3)) for i in (10, 11, 2)} | {"stem": 0.0, "pre_logits": 0.0}
     start = make_start()._replace(apply=lambda params, batch_stats, x: (0.0, many))
-    assert before._choose_cuts(start, make_data()[0][:1], ()) == ["block11"]
+    assert precompute._choose_cuts(start, make_data()[0][:1], ()) == ["block11"]
     with pytest.raises(ValueError, match=r"no \['blok2'\] \(did you mean 'block2'\?\); .*\['block1', 'block2'\]"):
         one("delta", cuts=("blok2",)).init(make_start())
     with pytest.raises(ValueError, match=r"no \['logits'\]"):
@@ -251,11 +254,11 @@ def test_the_reference_of_delta_has_added_parameters_at_their_start():
 def test_a_sample_of_a_sorted_stream_is_uniform():
     labels = np.arange(1000)
     batches = [(labels[i : i + 64, None], labels[i : i + 64]) for i in range(0, 1000, 64)]
-    images, kept = before._sample(batches, 200)
+    images, kept = precompute._sample(batches, 200)
     assert len(set(kept.tolist())) == 200 and (images[:, 0] == kept).all()
     counts = np.histogram(kept, bins=10, range=(0, 1000))[0]
     assert scipy.stats.chisquare(counts).pvalue > 0.01
-    assert sorted(before._sample(batches, 5000)[1]) == list(labels)
+    assert sorted(precompute._sample(batches, 5000)[1]) == list(labels)
 
 
 def source_task(size=90, sources=6, seed=3):

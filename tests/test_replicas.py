@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from tl_jax import formats, options, replicas, sharding, sweep, train, workdir
-from tl_jax.preemption import Preempted
+from tl_jax import config as options
+from tl_jax.core import files
+from tl_jax.runtime import sharding
+from tl_jax.runtime.preemption import Preempted
+from tl_jax.training import loop, replicas, sweep
+from tl_jax.weights import formats
 
 RATES = ((("lr", 1e-2),), (("lr", 3e-3), ("weight_decay", 0.1)), (("lr", 1e-3), ("weight_decay", 0.0)))
 
@@ -42,9 +46,9 @@ def assert_same_run(ours, single):
     own = {"learning_curves.png", "confusion_matrix.png", "reliability.png", "feature_map.png", "checkpoints"}
     assert {path.name for path in ours.iterdir()} == {path.name for path in single.iterdir()} - own
     for name in ("config.json", "audit.json", "result.json"):
-        assert_close(*(workdir.read_json(folder / name) for folder in (ours, single)))
-    assert_close(*(workdir.read_rows(folder / "metrics.jsonl") for folder in (ours, single)))
-    costs = [workdir.read_json(folder / "cost.json") for folder in (ours, single)]
+        assert_close(*(files.read_json(folder / name) for folder in (ours, single)))
+    assert_close(*(files.read_rows(folder / "metrics.jsonl") for folder in (ours, single)))
+    costs = [files.read_json(folder / "cost.json") for folder in (ours, single)]
     assert costs[0].keys() == {*costs[1], "replicas"}
     with np.load(ours / "predictions.npz") as one, np.load(single / "predictions.npz") as other:
         assert one.files == other.files
@@ -100,7 +104,7 @@ def test_a_replica_is_the_run_by_itself(case, tmp_path):
     config = make_config(CASES[case], cache_dir=str(tmp_path / "features") if "cached" in case else "")
     table = sweep.sweep(config, tmp_path / "w", verbose=False)
     for row, alone in zip(table["replicas"], options.replicas(config), strict=True):
-        train.train(alone, tmp_path / "alone" / row["name"], verbose=False)
+        loop.train(alone, tmp_path / "alone" / row["name"], verbose=False)
         assert_same_run(tmp_path / "w" / "replicas" / row["name"], tmp_path / "alone" / row["name"])
     assert table == json.loads((tmp_path / "w" / "replicas.json").read_text())
 
@@ -124,7 +128,7 @@ def unbroken(tmp_path_factory):
 def test_replicas_that_were_stopped_and_killed_end_bit_equal_to_unbroken_ones(unbroken, tmp_path, monkeypatch):
     with pytest.raises(Preempted, match="after step 1 of 4"):
         sweep.sweep(make_config(), tmp_path / "w", stop_requested=lambda step: True)
-    left, real = [2], train.leave
+    left, real = [2], loop.leave
 
     def leave(*args, **kwargs):
         if not left[0]:
@@ -132,7 +136,7 @@ def test_replicas_that_were_stopped_and_killed_end_bit_equal_to_unbroken_ones(un
         left[0] -= 1
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train, "leave", leave)
+    monkeypatch.setattr(loop, "leave", leave)
     with pytest.raises(Crash):
         sweep.sweep(make_config(), tmp_path / "w")
     left[0] = 1  # two of three are whole: one is left to write
@@ -148,12 +152,12 @@ def test_a_replica_that_diverges_stops_no_other(unbroken, tmp_path):
     bad = table["replicas"].pop(1)
     assert "not finite at step" in bad["error"] and bad["val"] is None
     folder = tmp_path / "w" / "replicas" / bad["name"]
-    assert "FloatingPointError" in workdir.read_json(folder / "failed.json")["error"]
+    assert "FloatingPointError" in files.read_json(folder / "failed.json")["error"]
     assert not (folder / "result.json").exists()
     for row, other in zip(table["replicas"], unbroken[1]["replicas"], strict=True):
         pair = (tmp_path / "w" / "replicas" / row["name"], unbroken[0] / "replicas" / other["name"])
-        assert_close(*(workdir.read_rows(path / "metrics.jsonl") for path in pair))
-        assert_close(*(workdir.read_json(path / "result.json") for path in pair))
+        assert_close(*(files.read_rows(path / "metrics.jsonl") for path in pair))
+        assert_close(*(files.read_json(path / "result.json") for path in pair))
     with pytest.raises(FloatingPointError, match="all replicas diverged"):
         sweep.sweep(make_config({"replicas": ((("lr", 1e38),),)}), tmp_path / "bad", verbose=False)
 
@@ -198,7 +202,7 @@ def test_replicas_that_cannot_be_one_program_are_refused_at_once(tmp_path, chang
 
 def test_train_takes_one_run_and_says_where_replicas_are_trained(tmp_path):
     with pytest.raises(ValueError, match=r"sweep\.sweep"):
-        train.train(make_config(), tmp_path / "w")
+        loop.train(make_config(), tmp_path / "w")
 
 
 def test_what_is_frozen_is_computed_once_for_all_replicas():

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tl_jax import metrics
-from tl_jax.studies import analysis, charts, figures, report, tables
-from tl_jax.studies import results as read
-from tl_jax.workdir import write_json
+from tl_jax.core.files import write_json
+from tl_jax.studies.report.report import analysis, charts, figures, report, tables
+from tl_jax.studies.report.report import results as read
+from tl_jax.tasks import metrics
 
 METHODS = {
     "full": {"method.name": "full"},

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tl_jax import roofline, sharding
-from tl_jax.roofline import Peak
+from tl_jax.runtime import roofline, sharding
+from tl_jax.runtime.roofline import Peak
 
 
 def test_rates_are_those_computed_by_hand():

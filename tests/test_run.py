@@ -5,9 +5,13 @@ import pytest
 from sklearn.model_selection import StratifiedKFold
 
 from configs import quickstart
-from tl_jax import options, pretrained, run, sharding, trees
+from tl_jax import config as options
+from tl_jax.core import trees
 from tl_jax.data import sources
-from tl_jax.train import train
+from tl_jax.runtime import sharding
+from tl_jax.training import build as run
+from tl_jax.training.loop import train
+from tl_jax.weights import load
 
 
 def make_config(**changes):
@@ -21,8 +25,8 @@ def build(**changes):
 
 def test_parts_that_are_reinitialised_are_random_and_the_rest_is_the_files():
     built = build(**{"model.reinit": ("stage3",), "data.train": "train[:20%]"})
-    _, file, _ = pretrained.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
-    _, other, *_ = pretrained.load_with_origins("resnet8_cifar", "", 10, image_size=16, seed=0)
+    _, file, _ = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
+    _, other, *_ = load.load_with_origins("resnet8_cifar", "", 10, image_size=16, seed=0)
     loaded, random = trees.flatten(file), trees.flatten(other)
     origins = {row["path"]: row["origin"] for row in built.phases[0].audit["parameters"]}
     for path, leaf in trees.flatten(built.variables).items():

@@ -14,12 +14,16 @@ import optax
 import pytest
 
 from configs import smoke
-from tl_jax import models, optim, options, sharding, steps, trees
-from tl_jax.checkpoint import Checkpoints
-from tl_jax.methods import finetune
+from tl_jax import config as options
+from tl_jax import models
+from tl_jax.core import trees
+from tl_jax.methods import rules as finetune
 from tl_jax.models.vit import ViT
-from tl_jax.preemption import Preempted
-from tl_jax.train import train
+from tl_jax.runtime import sharding
+from tl_jax.runtime.checkpoint import Checkpoints
+from tl_jax.runtime.preemption import Preempted
+from tl_jax.training import optim, steps
+from tl_jax.training.loop import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FSDP = 128

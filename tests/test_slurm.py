@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tl_jax.studies import slurm, submit
+from tl_jax.studies.cluster import slurm, submit
 
 HOSTILE = ["a b", "it's", '"quoted"', "$(touch /tmp/never)", "`id`", "line\nbreak", "%j", "*", "\\", "--flag=x y", ""]
 STEP = ["--kill-on-bad-exit=0", "--wait=12"]  # of srun

@@ -17,13 +17,16 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import smoke
-from tl_jax import compiled as compiled_programs
-from tl_jax import options, sharding, steps, trees
-from tl_jax import train as trainer
-from tl_jax.checkpoint import Checkpoints
-from tl_jax.compiled import keep_compiled_programs
-from tl_jax.preemption import Preempted
-from tl_jax.run import build
+from tl_jax import config as options
+from tl_jax.core import trees
+from tl_jax.runtime import compile_cache as compiled_programs
+from tl_jax.runtime import sharding
+from tl_jax.runtime.checkpoint import Checkpoints
+from tl_jax.runtime.compile_cache import keep_compiled_programs
+from tl_jax.runtime.preemption import Preempted
+from tl_jax.training import loop as trainer
+from tl_jax.training import steps
+from tl_jax.training.build import build
 
 
 def make_config(**changes):

@@ -8,8 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from tl_jax import audit, models, optim, sharding, steps, trees
-from tl_jax.methods import finetune
+from tl_jax import models
+from tl_jax.core import trees
+from tl_jax.methods import rules as finetune
+from tl_jax.runtime import sharding
+from tl_jax.training import audit, optim, steps
 
 IMAGE = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 

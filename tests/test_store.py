@@ -8,10 +8,10 @@ import threading
 import pytest
 from test_study import FACTORS, make_study
 
-from tl_jax import options
+from tl_jax import config
+from tl_jax.core.files import read_json, write_json
 from tl_jax.studies import store
 from tl_jax.studies.study import grid
-from tl_jax.workdir import read_json, write_json
 
 RESULT = {"metrics": {"accuracy": {"value": 0.5}}, "also": {"rotated": {"accuracy": {"value": None}}}}
 
@@ -44,7 +44,7 @@ def test_a_plan_holds_all_that_the_report_and_the_workers_need(tmp_path):
         (run.key, run.levels, run.seed, run.fold) for run in runs
     ]
     for run in runs:
-        assert read_json(store.run_folder(tmp_path, run.key) / "config.json") == options.identity(run.config)
+        assert read_json(store.run_folder(tmp_path, run.key) / "config.json") == config.identity(run.config)
     assert store.states(tmp_path) == {run.key: "todo" for run in runs}
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from tl_jax import options, pretrained
+from tl_jax import config as options
 from tl_jax.data import resample
-from tl_jax.run import load_data
 from tl_jax.studies.study import Study, grid, load
+from tl_jax.training.build import load_data
+from tl_jax.weights import load as pretrained
 
 FACTORS = {
     "trained": {"head": {}, "last": {"method.name": "last_k", "method.k": 1, "groups": {"backbone": {"lr_mult": 0.1}}}},

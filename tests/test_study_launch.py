@@ -14,9 +14,10 @@ import pytest
 from test_store import RESULT, finish, plan
 from test_train import remains
 
-from tl_jax.preemption import Preempted
-from tl_jax.studies import launchers, local, store, worker
-from tl_jax.workdir import read_json, write_json
+from tl_jax.core.files import read_json, write_json
+from tl_jax.runtime.preemption import Preempted
+from tl_jax.studies import local, store, worker
+from tl_jax.studies.cluster import launchers
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STUDY = '''"""How many shots?"""

@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from tl_jax import formats
+from tl_jax.weights import formats
 
 
 class Persistent(tuple):

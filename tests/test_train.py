@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from tl_jax import formats, workdir
-from tl_jax import train as trainer
-from tl_jax.checkpoint import Checkpoints
 from tl_jax.data import pipeline
-from tl_jax.preemption import Preempted
-from tl_jax.train import train
+from tl_jax.runtime import workdir
+from tl_jax.runtime.checkpoint import Checkpoints
+from tl_jax.runtime.preemption import Preempted
+from tl_jax.training import loop as trainer
+from tl_jax.training.loop import train
+from tl_jax.weights import formats
 
 FILES = {
     ".lock",

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tl_jax import trees
+from tl_jax.core import messages, trees
 
 TREE = {
     "backbone": {"stage1": {"block0": {"conv1": {"kernel": jnp.ones((2, 3))}}}},
@@ -64,5 +64,5 @@ def test_hashes_see_a_single_bit_a_shape_and_a_dtype():
 
 
 def test_difference_names_what_changed_appeared_and_vanished():
-    lines = trees.difference({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "d": 4})
+    lines = messages.difference({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "d": 4})
     assert lines == ["  b: 2 -> 5", "  c: 3 -> '(absent)'", "  d: '(absent)' -> 4"]

@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from tl_jax import evaluate, metrics, options, pretrained, steps, trees, weight_space, workdir
+from tl_jax import config as options
+from tl_jax.core import files, trees
 from tl_jax.data import pipeline, sources
-from tl_jax.methods import closed_form
+from tl_jax.methods import probes
+from tl_jax.studies import soups
+from tl_jax.tasks import metrics
+from tl_jax.training import evaluate, steps
+from tl_jax.weights import load
 
 SPLITS = {"val": "train[90%:]", "test": "test[:10%]", "rest": "test[90%:]"}
-MODEL, LOADED, CARD = pretrained.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
+MODEL, LOADED, CARD = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
 STEP = jax.jit(steps.make_eval_step(MODEL, mean=CARD.mean, std=CARD.std))
 
 
@@ -27,7 +32,7 @@ def forward(variables, split):
 @pytest.fixture(scope="module")
 def head():
     train = forward(LOADED, "train[:20%]")
-    return closed_form.fit("ridge", (train.features, train.labels), None, 10, (100.0,)).head
+    return probes.fit("ridge", (train.features, train.labels), None, 10, (100.0,)).head
 
 
 def with_head(head, factor=1.0, noise=0.0, seed=0):
@@ -47,11 +52,11 @@ def finish(folder, variables, scored="test", **changes):
             "data.also": (("rest", "digits", SPLITS["rest"]),), **changes,
         })  # fmt: skip
     folder.mkdir()
-    workdir.write_json(folder / "config.json", options.identity(config))
+    files.write_json(folder / "config.json", options.identity(config))
     names = sources.load("digits", "test").class_names
-    pretrained.export(variables, "resnet8_cifar", folder / "model.safetensors", card=CARD.replace(class_names=names))
+    load.export(variables, "resnet8_cifar", folder / "model.safetensors", card=CARD.replace(class_names=names))
     metrics.save_predictions(folder / "predictions.npz", **forward(variables, SPLITS[scored])._asdict())
-    workdir.write_json(folder / "result.json", {})
+    files.write_json(folder / "result.json", {})
     return folder
 
 
@@ -71,11 +76,11 @@ def small(*values):
 def test_interpolation_goes_along_the_straight_line_in_every_collection():
     a, b = small(1.0, 2.0), small(5.0, -2.0)
     for alpha, expected in ((0, (1.0, 2.0)), (0.25, (2.0, 1.0)), (1, (5.0, -2.0))):
-        between = weight_space.interpolate(a, b, alpha)
+        between = soups.interpolate(a, b, alpha)
         np.testing.assert_array_equal(between["params"]["w"], np.float32(expected))
         np.testing.assert_array_equal(between["batch_stats"]["mean"], np.float32(expected[0]))
         assert between["params"]["w"].dtype == np.float32
-    mean = weight_space.average(iter([a, b, small(0.0, 3.0)]))
+    mean = soups.average(iter([a, b, small(0.0, 3.0)]))
     np.testing.assert_allclose(mean["params"]["w"], [2.0, 1.0], rtol=1e-6)
     np.testing.assert_allclose(mean["batch_stats"]["mean"], 2.0, rtol=1e-6)
 
@@ -88,16 +93,16 @@ def test_the_greedy_soup_leaves_out_what_hurts_and_keeps_what_does_not():
         return {"accuracy": -abs(tried[-1] - 3), "loss": 0.0}
 
     alone = [{"accuracy": a, "loss": v} for a, v in ((-2.0, 0.0), (-1.0, 0.2), (-1.0, 0.1), (-3.0, 0.0))]
-    kept, soup = weight_space.greedy(alone, lambda i: ingredients[i], score)
+    kept, soup = soups.greedy(alone, lambda i: ingredients[i], score)
     assert tried == pytest.approx([3.5, -2 / 3, 10 / 3])  # 5 and 2, both with -9, both with 3
     assert kept == [2, 1, 3] and float(soup["params"]["w"][0]) == pytest.approx(10 / 3)
-    kept, _ = weight_space.greedy(alone[1:2] * 3, lambda i: ingredients[3], lambda _: {"accuracy": -1.0, "loss": 9.0})
+    kept, _ = soups.greedy(alone[1:2] * 3, lambda i: ingredients[3], lambda _: {"accuracy": -1.0, "loss": 9.0})
     assert kept == [0, 1, 2]  # what changes nothing is kept
 
 
 def test_the_curve_between_two_runs_is_what_the_interpolated_networks_score(ends, tmp_path):
     (a, first), (b, second) = ends
-    report = weight_space.wise_ft(weight_space.load(a), weight_space.load(b), tmp_path / "out", 5)
+    report = soups.wise_ft(soups.load(a), soups.load(b), tmp_path / "out", 5)
     assert report["alphas"] == [0, 0.25, 0.5, 0.75, 1] and list(report["curves"]) == list(SPLITS)
     for i, alpha in enumerate(report["alphas"]):
         flat = {p: (1 - alpha) * x + alpha * trees.flatten(second)[p] for p, x in trees.flatten(first).items()}
@@ -114,20 +119,20 @@ def test_the_curve_between_two_runs_is_what_the_interpolated_networks_score(ends
     files = {"curve.json", "curve.png", "model.safetensors", "predictions.npz", "predictions-rest.npz"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert json.loads((tmp_path / "out" / "curve.json").read_text()) == json.loads(json.dumps(report))
-    written = pretrained.load("resnet8_cifar", tmp_path / "out" / "model.safetensors").variables
+    written = load.load("resnet8_cifar", tmp_path / "out" / "model.safetensors").variables
     saved = metrics.load_predictions(tmp_path / "out" / "predictions.npz")
     np.testing.assert_allclose(forward(written, SPLITS["test"]).logits, saved.logits, atol=1e-4)
 
 
 def test_the_start_of_a_run_is_its_weight_file_under_its_own_head(ends, tmp_path, capsys):
     (_, _), (b, second) = ends
-    begun = weight_space.load_start(weight_space.load(b))
+    begun = soups.load_start(soups.load(b))
     flat, loaded, ended = map(trees.flatten, (begun.variables, LOADED, second))
     for path, leaf in flat.items():
         np.testing.assert_array_equal(leaf, (ended if path.startswith("params/head") else loaded)[path])
-    assert weight_space.main(["wise_ft", "start", str(b), "--out", str(tmp_path / "out"), "--alphas", "2"]) == 0
+    assert soups.main(["wise_ft", "start", str(b), "--out", str(tmp_path / "out"), "--alphas", "2"]) == 0
     assert "test accuracy" in capsys.readouterr().out
-    report = workdir.read_json(tmp_path / "out" / "curve.json")
+    report = files.read_json(tmp_path / "out" / "curve.json")
     assert report["a"]["run"] == "start" and report["alphas"] == [0, 1]
     by_hand = evaluate.scores(forward(begun.variables, SPLITS["test"]))["loss"]
     assert report["curves"]["test"]["loss"][0] == pytest.approx(by_hand, abs=1e-4)
@@ -144,8 +149,8 @@ def test_a_soup_is_chosen_on_val_and_read_on_test_when_nothing_is_left_to_choose
         return real(eval_fn, variables, batches, parallel)
 
     monkeypatch.setattr(evaluate, "predict", predict)
-    assert weight_space.main(["soup", str(bad), str(a), str(b), "--out", str(tmp_path / "out")]) == 0
-    report = workdir.read_json(tmp_path / "out" / "soup.json")
+    assert soups.main(["soup", str(bad), str(a), str(b), "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "soup.json").read_text())
     assert [(row["run"] == str(bad), row["kept"]) for row in report["ingredients"]] == [
         (False, True), (False, True), (True, False),
     ]  # fmt: skip
@@ -156,7 +161,7 @@ def test_a_soup_is_chosen_on_val_and_read_on_test_when_nothing_is_left_to_choose
     assert len(for_test) == 3 and min(for_test) > max(for_val)
     kept = [{str(a): first, str(b): second}[row["run"]] for row in report["ingredients"] if row["kept"]]
     mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *kept)
-    written = pretrained.load("resnet8_cifar", tmp_path / "out" / "model.safetensors").variables
+    written = load.load("resnet8_cifar", tmp_path / "out" / "model.safetensors").variables
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), written, mean)
     files = {"soup.json", "soup.png", "model.safetensors", "predictions.npz", "predictions-rest.npz"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
@@ -166,28 +171,28 @@ def test_a_soup_is_chosen_on_val_and_read_on_test_when_nothing_is_left_to_choose
 def test_without_val_alpha_is_the_middle_and_a_soup_is_refused(head, tmp_path):
     a, b = (finish(tmp_path / name, with_head(head, k), **{"data.val": "", "data.also": ()}) for name, k in
             (("a", 1.0), ("b", 2.0)))  # fmt: skip
-    report = weight_space.wise_ft(weight_space.load(a), weight_space.load(b), tmp_path / "out", 2)
+    report = soups.wise_ft(soups.load(a), soups.load(b), tmp_path / "out", 2)
     assert report["chosen"] == 0.5 and list(report["curves"]) == ["test"]
     with pytest.raises(ValueError, match="chosen on val, and these runs have none"):
-        weight_space.soup([a, b], tmp_path / "soup")
+        soups.soup([a, b], tmp_path / "soup")
 
 
 def test_runs_that_cannot_be_averaged_are_refused_with_all_that_differs(ends, head, tmp_path, capsys):
     (a, variables), (b, _) = ends
     other = finish(tmp_path / "other", variables, **{"data.split_seed": 3, "data.train": "train[:30%]"})
     for command in (["wise_ft", str(a), str(other)], ["soup", str(b), str(a), str(other)]):
-        assert weight_space.main([*command, "--out", str(tmp_path / "out")]) == 2
+        assert soups.main([*command, "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert "data.split_seed: 0 -> 3" in error and "data.train: 'train[:20%]' -> 'train[:30%]'" in error
     (other / "predictions.npz").unlink(), (other / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks predictions.npz, model.safetensors; expected the folder of"):
-        weight_space.load(other)
+        soups.load(other)
     begun_at_random = finish(tmp_path / "random", variables, **{"model.weights": ""})
     with pytest.raises(ValueError, match="began with random weights"):
-        weight_space.load_start(weight_space.load(begun_at_random))
+        soups.load_start(soups.load(begun_at_random))
     stale = finish(tmp_path / "stale", with_head(head, -1.0))
     (stale / "predictions.npz").write_bytes((a / "predictions.npz").read_bytes())
     with pytest.raises(ValueError, match=r"predicts \d+ of \d+ examples otherwise than its predictions.npz"):
-        weight_space.wise_ft(weight_space.load(a), weight_space.load(stale), tmp_path / "out", 2)
+        soups.wise_ft(soups.load(a), soups.load(stale), tmp_path / "out", 2)
     with pytest.raises(ValueError, match="at least two runs, found 1"):
-        weight_space.soup([a], tmp_path / "out")
+        soups.soup([a], tmp_path / "out")

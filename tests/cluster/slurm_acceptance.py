@@ -12,7 +12,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tl_jax.studies import slurm  # noqa: E402
+from tl_jax.studies.cluster import slurm  # noqa: E402
 
 RUN = ["launch.py", "--config", "configs/smoke.py", "--config.method.name=full", "--config.total=(20,'steps')"]
 RUN += ["--config.eval_every=(10,'steps')"]
@@ -105,7 +105,7 @@ def study_as_a_job_array(place):
     logs = "\n".join(path.read_text() for path in workdir.glob("slurm/*.log"))
     assert len(results) == 4, logs
     assert len(list(workdir.glob("slurm/*.log"))) == 4
-    run(sys.executable, "-m", "tl_jax.studies.report", workdir)
+    run(sys.executable, "-m", "tl_jax.studies.report.report", workdir)
     return "4 runs, 4 array tasks, one report"
 
 

@@ -4,7 +4,8 @@ import argparse
 import os
 import sys
 
-from tl_jax.data import ops, pack, packed
+from tl_jax.data.image import ops
+from tl_jax.data.readers import pack, packed
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tl_jax.data import ops
+from tl_jax.data.image import ops
 
 HEAD = 2**14  # bytes of each encoded image that a fingerprint reads
 SHOWN = 10  # offenders named in one message; the rest are counted

@@ -13,10 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from tl_jax.card import Card
-from tl_jax.data import ops, workers
-from tl_jax.data.augment import Preprocess, make_preprocess
+from tl_jax.core.card import Card
+from tl_jax.data import workers
 from tl_jax.data.examples import Source
+from tl_jax.data.image import ops
+from tl_jax.data.image.augment import Preprocess, make_preprocess
 
 log = logging.getLogger(__name__)
 IN_MEMORY = 2**28  # bytes of input pixels that may be made once and kept, where they do not change from epoch to epoch

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tl_jax.data.arrays import load_arrays, load_digits
 from tl_jax.data.examples import Source, find_unreadable, join, listed
-from tl_jax.data.folder import load_folder
-from tl_jax.data.glyphs import load_glyphs
-from tl_jax.data.packed import load_packed
+from tl_jax.data.readers.arrays import load_arrays, load_digits
+from tl_jax.data.readers.folder import load_folder
+from tl_jax.data.readers.glyphs import load_glyphs
+from tl_jax.data.readers.packed import load_packed
 
 log = logging.getLogger(__name__)
 FORMS = {

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tl_jax.trees import Rules
+from tl_jax.core.trees import Rules
 
 
 class Method(NamedTuple):

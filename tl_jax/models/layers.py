@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tl_jax.models import convolve
+from tl_jax.models.kernels import convolve
 
 # He initialisation over the fan-out, the choice of torchvision's and timm's ResNets.
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

@@ -13,9 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tl_jax.card import Card
-from tl_jax.models import layout
-from tl_jax.models.layers import (
+from tl_jax.core.card import Card
+from tl_jax.models import conversion
+from tl_jax.models.layers import (  # fmt: skip
     Conv,
     DropPath,
     batch_norm,
@@ -25,7 +25,7 @@ from tl_jax.models.layers import (
     max_pool,
     recomputed,
     run_parts,
-)  # fmt: skip
+)
 from tl_jax.models.variant import Variant
 
 
@@ -203,28 +203,28 @@ class ResNet(nn.Module):
 
 # torchvision and timm use the same names.
 _BLOCK = r"backbone/stage(\d)/block(\d+)"
-TIMM = layout.Layout(
+TIMM = conversion.Layout(
     rules=(
-        *layout.conv("backbone/stem/conv", "conv1"),
-        *layout.norm("backbone/stem/norm", "bn1"),
-        *layout.conv(rf"{_BLOCK}/conv(\d)", r"layer\1.\2.conv\3"),
-        *layout.norm(rf"{_BLOCK}/norm(\d)", r"layer\1.\2.bn\3"),
-        *layout.conv(rf"{_BLOCK}/shortcut/conv", r"layer\1.\2.downsample.0"),
-        *layout.norm(rf"{_BLOCK}/shortcut/norm", r"layer\1.\2.downsample.1"),
-        *layout.dense("head", "fc"),
+        *conversion.conv("backbone/stem/conv", "conv1"),
+        *conversion.norm("backbone/stem/norm", "bn1"),
+        *conversion.conv(rf"{_BLOCK}/conv(\d)", r"layer\1.\2.conv\3"),
+        *conversion.norm(rf"{_BLOCK}/norm(\d)", r"layer\1.\2.bn\3"),
+        *conversion.conv(rf"{_BLOCK}/shortcut/conv", r"layer\1.\2.downsample.0"),
+        *conversion.norm(rf"{_BLOCK}/shortcut/norm", r"layer\1.\2.downsample.1"),
+        *conversion.dense("head", "fc"),
     ),
     head=r"fc\..+",
     ignore=r".*\.num_batches_tracked",
 )
 # The names of akamaster's pytorch_resnet_cifar10; option A leaves no shortcut to convert.
-CIFAR = TIMM._replace(rules=(*TIMM.rules[:-2], *layout.dense("head", "linear")), head=r"linear\..+")
+CIFAR = TIMM._replace(rules=(*TIMM.rules[:-2], *conversion.dense("head", "linear")), head=r"linear\..+")
 
 
-def _hf_layout() -> layout.Layout:
+def _hf_layout() -> conversion.Layout:
     """ResNetForImageClassification counts stages and convolutions from 0; a bare ResNetModel has no prefix."""
     rules = [
-        *layout.conv("backbone/stem/conv", "resnet.embedder.embedder.convolution"),
-        *layout.norm("backbone/stem/norm", "resnet.embedder.embedder.normalization"),
+        *conversion.conv("backbone/stem/conv", "resnet.embedder.embedder.convolution"),
+        *conversion.norm("backbone/stem/norm", "resnet.embedder.embedder.normalization"),
     ]
     for stage in range(4):
         block = rf"backbone/stage{stage + 1}/block(\d+)"
@@ -232,18 +232,18 @@ def _hf_layout() -> layout.Layout:
         pairs = [("shortcut/conv", "shortcut/norm", "shortcut")]
         pairs += [(f"conv{i + 1}", f"norm{i + 1}", f"layer.{i}") for i in range(3)]
         for conv, norm, source in pairs:
-            rules += layout.conv(f"{block}/{conv}", f"{layers}.{source}.convolution")
-            rules += layout.norm(f"{block}/{norm}", f"{layers}.{source}.normalization")
-    return layout.Layout(
-        (*rules, *layout.dense("head", "classifier.1")),
+            rules += conversion.conv(f"{block}/{conv}", f"{layers}.{source}.convolution")
+            rules += conversion.norm(f"{block}/{norm}", f"{layers}.{source}.normalization")
+    return conversion.Layout(
+        (*rules, *conversion.dense("head", "classifier.1")),
         head=r"classifier\..+",
         ignore=r".*\.num_batches_tracked",
         aliases=((r"^(embedder|encoder)\.", r"resnet.\1."),),
     )
 
 
-LAYOUTS = {"timm": TIMM, "hf": _hf_layout(), "native": layout.NATIVE}
-CIFAR_LAYOUTS = {"cifar": CIFAR, "native": layout.NATIVE}
+LAYOUTS = {"timm": TIMM, "hf": _hf_layout(), "native": conversion.NATIVE}
+CIFAR_LAYOUTS = {"cifar": CIFAR, "native": conversion.NATIVE}
 
 _BOTTLENECK = functools.partial(ResNet, bottleneck=True)
 _MODULES = {

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from tl_jax.card import Card
-from tl_jax.models.layout import Layout
+from tl_jax.core.card import Card
+from tl_jax.models.conversion import Layout
 
 
 class Variant(NamedTuple):

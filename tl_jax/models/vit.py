@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tl_jax.card import Card
-from tl_jax.models import layout
+from tl_jax.core.card import Card
+from tl_jax.models import conversion
 from tl_jax.models.layers import Dense, DropPath, attend, classify, drop_path_rates, gelu, recomputed, run_parts
 from tl_jax.models.variant import Variant
 
@@ -200,20 +200,20 @@ _BLOCK = r"backbone/block(\d+)"
 def _torch_rules(tokens: tuple[str, str], patches: str, block: str, parts: dict[str, str], norm: str, head: str):
     """The rows all torch formats have; `block` is the key prefix of a block, `parts` the rest of the key per layer."""
     rules = [
-        layout.Rule(f"params/backbone/stem/{leaf}", (key,), layout.SAME)
+        conversion.Rule(f"params/backbone/stem/{leaf}", (key,), conversion.SAME)
         for leaf, key in zip(("cls_token", "pos_embed"), tokens, strict=True)
     ]
     rules += [
-        layout.Rule("params/backbone/stem/patch_embed/kernel", (f"{patches}.weight",), layout.CONV),
-        layout.Rule("params/backbone/stem/patch_embed/bias", (f"{patches}.bias",), layout.SAME),
+        conversion.Rule("params/backbone/stem/patch_embed/kernel", (f"{patches}.weight",), conversion.CONV),
+        conversion.Rule("params/backbone/stem/patch_embed/bias", (f"{patches}.bias",), conversion.SAME),
     ]
     for ours, theirs in parts.items():
-        rows = layout.norm if ours.startswith("norm") else layout.dense
+        rows = conversion.norm if ours.startswith("norm") else conversion.dense
         rules += rows(f"{_BLOCK}/{ours}", f"{block}.{theirs}")
-    return (*rules, *layout.norm("backbone/norm", norm), *layout.dense("head", head))
+    return (*rules, *conversion.norm("backbone/norm", norm), *conversion.dense("head", head))
 
 
-TIMM = layout.Layout(
+TIMM = conversion.Layout(
     _torch_rules(
         ("cls_token", "pos_embed"),
         "patch_embed.proj",
@@ -234,10 +234,14 @@ TIMM = layout.Layout(
 
 # in_proj_weight and in_proj_bias have no dot, so they have rows of their own. Early files say linear_1 and linear_2.
 _TV_BLOCK = r"encoder.layers.encoder_layer_\1"
-TORCHVISION = layout.Layout(
+TORCHVISION = conversion.Layout(
     (
-        layout.Rule(f"params/{_BLOCK}/attn/qkv/kernel", (f"{_TV_BLOCK}.self_attention.in_proj_weight",), layout.DENSE),
-        layout.Rule(f"params/{_BLOCK}/attn/qkv/bias", (f"{_TV_BLOCK}.self_attention.in_proj_bias",), layout.SAME),
+        conversion.Rule(
+            f"params/{_BLOCK}/attn/qkv/kernel", (f"{_TV_BLOCK}.self_attention.in_proj_weight",), conversion.DENSE
+        ),
+        conversion.Rule(
+            f"params/{_BLOCK}/attn/qkv/bias", (f"{_TV_BLOCK}.self_attention.in_proj_bias",), conversion.SAME
+        ),
         *_torch_rules(
             ("class_token", "encoder.pos_embedding"),
             "conv_proj",
@@ -261,10 +265,12 @@ TORCHVISION = layout.Layout(
 # save_pretrained still writes the names of this table; the aliases serve a state dict saved directly.
 _HF_BLOCK = r"vit.encoder.layer.\1"
 _HF_QKV = [f"{_HF_BLOCK}.attention.attention.{name}" for name in ("query", "key", "value")]
-HF = layout.Layout(
+HF = conversion.Layout(
     (
-        layout.Rule(f"params/{_BLOCK}/attn/qkv/kernel", tuple(f"{key}.weight" for key in _HF_QKV), layout.QKV_DENSE),
-        layout.Rule(f"params/{_BLOCK}/attn/qkv/bias", tuple(f"{key}.bias" for key in _HF_QKV), layout.QKV_BIAS),
+        conversion.Rule(
+            f"params/{_BLOCK}/attn/qkv/kernel", tuple(f"{key}.weight" for key in _HF_QKV), conversion.QKV_DENSE
+        ),
+        conversion.Rule(f"params/{_BLOCK}/attn/qkv/bias", tuple(f"{key}.bias" for key in _HF_QKV), conversion.QKV_BIAS),
         *_torch_rules(
             ("vit.embeddings.cls_token", "vit.embeddings.position_embeddings"),
             "vit.embeddings.patch_embeddings.projection",
@@ -295,18 +301,18 @@ HF = layout.Layout(
 )
 
 
-def jax_layout(heads: int) -> layout.Layout:
+def jax_layout(heads: int) -> conversion.Layout:
     """The .npz files of the original JAX release: [in, out] kernels, attention kernels [D, heads, D / heads]."""
-    qkv_kernel = layout.Transform(
+    qkv_kernel = conversion.Transform(
         lambda *w: np.concatenate([x.reshape(len(x), -1) for x in w], axis=1),
         lambda w: tuple(x.reshape(len(x), heads, -1) for x in np.split(w, 3, axis=1)),
     )
-    qkv_bias = layout.Transform(
+    qkv_bias = conversion.Transform(
         lambda *b: np.concatenate([x.reshape(-1) for x in b]),
         lambda b: tuple(x.reshape(heads, -1) for x in np.split(b, 3)),
     )
-    proj = layout.Transform(lambda w: w.reshape(-1, w.shape[-1]), lambda w: (w.reshape(heads, -1, w.shape[-1]),))
-    block, same = r"Transformer/encoderblock_\1", layout.SAME
+    proj = conversion.Transform(lambda w: w.reshape(-1, w.shape[-1]), lambda w: (w.reshape(heads, -1, w.shape[-1]),))
+    block, same = r"Transformer/encoderblock_\1", conversion.SAME
     attention = f"{block}/MultiHeadDotProductAttention_1"
     qkv = [f"{attention}/{name}" for name in ("query", "key", "value")]
     layers = (
@@ -315,18 +321,18 @@ def jax_layout(heads: int) -> layout.Layout:
         ("mlp/fc1", f"{block}/MlpBlock_3/Dense_0"),
         ("mlp/fc2", f"{block}/MlpBlock_3/Dense_1"),
     )
-    return layout.Layout(
+    return conversion.Layout(
         (
-            layout.Rule("params/backbone/stem/cls_token", ("cls",), same),
-            layout.Rule("params/backbone/stem/pos_embed", ("Transformer/posembed_input/pos_embedding",), same),
-            layout.Rule(r"params/backbone/stem/patch_embed/(\w+)", (r"embedding/\1",), same),
-            layout.Rule(f"params/{_BLOCK}/attn/qkv/kernel", tuple(f"{key}/kernel" for key in qkv), qkv_kernel),
-            layout.Rule(f"params/{_BLOCK}/attn/qkv/bias", tuple(f"{key}/bias" for key in qkv), qkv_bias),
-            layout.Rule(f"params/{_BLOCK}/attn/proj/kernel", (f"{attention}/out/kernel",), proj),
-            layout.Rule(f"params/{_BLOCK}/attn/proj/bias", (f"{attention}/out/bias",), same),
-            *(layout.Rule(rf"params/{_BLOCK}/{ours}/(\w+)", (rf"{theirs}/\2",), same) for ours, theirs in layers),
-            layout.Rule(r"params/backbone/norm/(\w+)", (r"Transformer/encoder_norm/\1",), same),
-            layout.Rule(r"params/head/(\w+)", (r"head/\1",), same),
+            conversion.Rule("params/backbone/stem/cls_token", ("cls",), same),
+            conversion.Rule("params/backbone/stem/pos_embed", ("Transformer/posembed_input/pos_embedding",), same),
+            conversion.Rule(r"params/backbone/stem/patch_embed/(\w+)", (r"embedding/\1",), same),
+            conversion.Rule(f"params/{_BLOCK}/attn/qkv/kernel", tuple(f"{key}/kernel" for key in qkv), qkv_kernel),
+            conversion.Rule(f"params/{_BLOCK}/attn/qkv/bias", tuple(f"{key}/bias" for key in qkv), qkv_bias),
+            conversion.Rule(f"params/{_BLOCK}/attn/proj/kernel", (f"{attention}/out/kernel",), proj),
+            conversion.Rule(f"params/{_BLOCK}/attn/proj/bias", (f"{attention}/out/bias",), same),
+            *(conversion.Rule(rf"params/{_BLOCK}/{ours}/(\w+)", (rf"{theirs}/\2",), same) for ours, theirs in layers),
+            conversion.Rule(r"params/backbone/norm/(\w+)", (r"Transformer/encoder_norm/\1",), same),
+            conversion.Rule(r"params/head/(\w+)", (r"head/\1",), same),
         ),
         # The ImageNet-21k files have a dense layer before the head, which goes with it.
         head=r"(head|pre_logits)/.+",
@@ -345,7 +351,13 @@ def vit_variants(name: str, module: Callable[..., ViT], heads: int, image_size: 
     torchvision = Card(
         name, 1000, image_size, interpolation="bilinear" if low else "bicubic", crop=0.875 if low else 1.0
     )
-    layouts = {"timm": TIMM, "torchvision": TORCHVISION, "hf": HF, "jax": jax_layout(heads), "native": layout.NATIVE}
+    layouts = {
+        "timm": TIMM,
+        "torchvision": TORCHVISION,
+        "hf": HF,
+        "jax": jax_layout(heads),
+        "native": conversion.NATIVE,
+    }
     flavours = {
         "hf": (f"{name}.hf", functools.partial(module, norm_eps=1e-12), whole),
         "jax": (f"{name}.jax", functools.partial(module, gelu_tanh=True), whole),
@@ -353,14 +365,14 @@ def vit_variants(name: str, module: Callable[..., ViT], heads: int, image_size: 
     }
     variants = {name: Variant(module, timm, layouts, {key: flavour for key, (flavour, _, _) in flavours.items()})}
     for key, (flavour, its_module, card) in flavours.items():
-        its_layouts = {"timm": TIMM, key: layouts[key], "native": layout.NATIVE}
+        its_layouts = {"timm": TIMM, key: layouts[key], "native": conversion.NATIVE}
         variants[flavour] = Variant(its_module, card.replace(model=flavour), its_layouts, {})
     return variants
 
 
 def deit_variants(name: str, module: Callable[..., ViT], image_size: int) -> dict[str, Variant]:
     """A DeiT: a ViT with ImageNet's own mean and deviation; its .hf flavour has epsilon 1e-12 and a wider resize."""
-    low, layouts = image_size <= 224, {"timm": TIMM, "hf": HF, "native": layout.NATIVE}
+    low, layouts = image_size <= 224, {"timm": TIMM, "hf": HF, "native": conversion.NATIVE}
     card = Card(name, 1000, image_size, crop=0.9 if low else 1.0)
     hf_card = card.replace(model=f"{name}.hf", crop=0.875 if low else 1.0)
     return {

@@ -9,12 +9,13 @@ from ml_collections import ConfigDict
 from rich import box
 from rich.table import Table
 
-from tl_jax import metrics, options
-from tl_jax.logging import say
-from tl_jax.preemption import Preempted
-from tl_jax.studies.statistics import mean_interval
-from tl_jax.train import train
-from tl_jax.workdir import write_json
+from tl_jax import config as options
+from tl_jax.core.files import write_json
+from tl_jax.runtime.log import say
+from tl_jax.runtime.preemption import Preempted
+from tl_jax.studies.report.report.statistics import mean_interval
+from tl_jax.tasks import metrics
+from tl_jax.training.loop import train
 
 
 def arms(config: ConfigDict) -> dict[str, dict[int, ConfigDict]]:
@@ -97,7 +98,7 @@ def compare(
         }
     if jax.process_index() == 0:
         write_json(workdir / "comparison.json", report)
-        from tl_jax import plots  # here, as matplotlib takes its time
+        from tl_jax.training import plots  # here, as matplotlib takes its time
 
         plots.comparison(
             table, workdir / "comparison.png", f"accuracy on {report['data']}, {len(report['seeds'])} seeds"

@@ -12,13 +12,15 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from tl_jax import options, sharding, steps
-from tl_jax.logging import CONSOLE
-from tl_jax.methods import closed_form
-from tl_jax.run import build
+from tl_jax import config as options
+from tl_jax.core.files import read_json
+from tl_jax.methods import probes
+from tl_jax.runtime import sharding
+from tl_jax.runtime.log import CONSOLE
 from tl_jax.studies import local, store, together
 from tl_jax.studies.study import RunSpec, Study, title
-from tl_jax.workdir import read_json
+from tl_jax.training import steps
+from tl_jax.training.build import build
 
 BUDGET = 120.0  # seconds for building and tracing cells; the rest is checked value by value only
 SIDE = 1024  # of the matrices whose product measures the machine
@@ -88,7 +90,7 @@ def trace_cells(cells: Mapping[str, RunSpec]) -> dict[str, Work]:
 def trace(config) -> Work:
     """Builds a run and traces its steps, without compiling."""
     run = build(config, sharding.make_parallel("jit"))
-    if config.method.name in closed_form.NAMES:
+    if config.method.name in probes.NAMES:
         return Work(0, len(run.data["train"]), None)
     flops: float | None = 0.0
     for phase in run.phases:

@@ -13,11 +13,11 @@ from rich import box
 from rich.table import Table
 
 import tl_jax
-from tl_jax import preemption
-from tl_jax.logging import CONSOLE
+from tl_jax.core.files import read_json
+from tl_jax.runtime import preemption
+from tl_jax.runtime.log import CONSOLE
 from tl_jax.studies import store, together
 from tl_jax.studies.study import title
-from tl_jax.workdir import read_json
 
 POLL = 0.1  # seconds between two looks at the workers
 EMPTY_HANDED = 3  # deaths without a run in hand after which a worker is not started again: it cannot start at all
@@ -133,7 +133,7 @@ def tell_failures(workdir: pathlib.Path) -> None:
 
 def tell_answer(workdir: pathlib.Path) -> None:
     """Writes the report, and prints the mean of every cell, what the comparisons say, and where all of it lies."""
-    from tl_jax.studies import report
+    from tl_jax.studies.report.report import report
 
     summary = report.write(workdir)
     metric, numbers = next(iter(summary["metrics"].items()))

@@ -18,9 +18,10 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
-from tl_jax import options, trees
+from tl_jax import config
+from tl_jax.core import messages
+from tl_jax.core.files import read_json, write_json
 from tl_jax.studies.study import RunSpec, Study, grid, title
-from tl_jax.workdir import read_json, write_json
 
 ATTEMPTS = 3  # of a run whose process dies: more would be the same again
 LINES = 20  # of a run's log that its failure keeps
@@ -41,13 +42,13 @@ def plan(workdir: pathlib.Path, name: str, question: str, study: Study) -> list[
         for run in runs:
             path = run_folder(workdir, run.key) / "config.json"
             if not path.exists():
-                write_json(path, options.identity(run.config))
+                write_json(path, config.identity(run.config))
         write_json(workdir / "study.json", _table(name, question, study, runs))
     return runs
 
 
 def _table(name: str, question: str, study: Study, runs: list[RunSpec]) -> dict[str, Any]:
-    flat = options.flatten(study.base)
+    flat = config.flatten(study.base)
     return {
         "name": name,
         "question": question,
@@ -60,7 +61,7 @@ def _table(name: str, question: str, study: Study, runs: list[RunSpec]) -> dict[
         "metrics": list(study.metrics),
         "design": study.design,
         "together": study.together,
-        "speed": {option: flat[option] for option in options.SPEED_ONLY},  # config.json leaves these out
+        "speed": {option: flat[option] for option in config.SPEED_ONLY},  # config.json leaves these out
         "runs": [{"key": run.key, "levels": run.levels, "seed": run.seed, "fold": run.fold} for run in runs],
     }
 
@@ -88,7 +89,7 @@ def check_workdir(workdir: pathlib.Path, name: str, runs: list[RunSpec]) -> None
             lines.append(f"  {title(row['levels'], row['seed'], row['fold'])}: not in this grid")
         else:
             there = read_json(run_folder(workdir, row["key"]) / "config.json")
-            lines += trees.difference(there, options.identity(run.config))
+            lines += messages.difference(there, config.identity(run.config))
     lines = list(dict.fromkeys(lines))
     more = [f"  ... and {len(lines) - LINES} more"] if len(lines) > LINES else []
     raise ValueError(

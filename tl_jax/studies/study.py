@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from tl_jax import metrics, options, trees
+from tl_jax import config as options
+from tl_jax.core import messages
 from tl_jax.data import resample
+from tl_jax.tasks import metrics
 
 SHARED = ("seed", "seeds", "baseline", "replicas", "data.resample")  # the study's own: no level may set them
 TOGETHER = ("heads", "all", "none")
@@ -65,7 +67,7 @@ def load(text: str) -> tuple[str, str, Study]:
     if not file.is_file():
         folders = {path.parent, pathlib.Path("experiments")}
         known = sorted(str(study.parent) for folder in folders for study in folder.glob("*/study.py"))
-        raise ValueError(f"there is no study {file}{trees.nearest(place, known)}; studies there: {known or 'none'}")
+        raise ValueError(f"there is no study {file}{messages.nearest(place, known)}; studies there: {known or 'none'}")
     spec = importlib.util.spec_from_file_location(f"study_of_{file.parent.name}", file)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -126,9 +128,9 @@ def _problems_of_study(study: Study) -> list[str]:
         problems.append(f"seeds={tuple(study.seeds)}: expected at least one, and none twice")
     for factor, level in study.baseline.items():
         if factor not in study.factors:
-            problems.append(f"baseline names the factor {factor!r}{trees.nearest(factor, list(study.factors))}")
+            problems.append(f"baseline names the factor {factor!r}{messages.nearest(factor, list(study.factors))}")
         elif level not in study.factors[factor]:
-            near = trees.nearest(str(level), list(map(str, study.factors[factor])))
+            near = messages.nearest(str(level), list(map(str, study.factors[factor])))
             problems.append(f"baseline names the level {level!r} of {factor}{near}")
     if arms := [name for name in ("seeds", "baseline", "replicas") if study.base.get(name)]:
         problems.append(f"the base config sets {' and '.join(arms)}: here they are the study's")
@@ -138,7 +140,7 @@ def _problems_of_study(study: Study) -> list[str]:
     for metric in study.metrics:
         name = metric.rpartition("/")[2]
         if name not in known:
-            problems.append(f"metric {metric!r} is unknown{trees.nearest(name, known)}; known: {', '.join(known)}")
+            problems.append(f"metric {metric!r} is unknown{messages.nearest(name, known)}; known: {', '.join(known)}")
     if not study.metrics or len(set(study.metrics)) < len(study.metrics):
         problems.append(f"metrics={tuple(study.metrics)}: expected at least one, and none twice")
     return problems

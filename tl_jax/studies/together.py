@@ -1,4 +1,4 @@
-"""Runs of a study that are one program: they differ in their rates alone and share what is frozen, see tl_jax/sweep.py.
+"""Runs of a study that are one program: they differ in their rates alone and share what is frozen.
 
 Which ones is the study's field `together`:
   heads  runs that train nothing but a head, and differ in lr, weight_decay and groups;
@@ -15,9 +15,10 @@ import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tl_jax import options, trees
+from tl_jax import config
+from tl_jax.core import messages
+from tl_jax.core.files import read_json, write_json
 from tl_jax.studies import store
-from tl_jax.workdir import read_json, write_json
 
 LARGEST = 64  # runs in one program
 RATES = ("lr", "weight_decay", "groups")
@@ -40,7 +41,7 @@ def members(workdir: pathlib.Path, key: str, only: Collection[str] = ()) -> tupl
     found = next(runs for runs in sets(workdir, choice, plan.get("together", "none")) if key in runs)
     if len(found) == 1:
         return found, None
-    home = workdir / "together" / trees.fingerprint(dict.fromkeys(found))[:12]
+    home = workdir / "together" / messages.fingerprint(dict.fromkeys(found))[:12]
     home.mkdir(parents=True, exist_ok=True)
     write_json(home / "runs.json", {"runs": found, "alone": ""})
     return found, home
@@ -68,12 +69,12 @@ def group(flats: Mapping[str, Mapping[str, Any]], which: str) -> list[list[str]]
 def form_of(flat: Mapping[str, Any], which: str) -> str | None:
     """What two runs must have alike to be one program, as a text; None for a run that has to be by itself.
 
-    flat: the options of a run. What only shows when data and network are there is found in tl_jax/replicas.py.
+    flat: the options of a run. What only shows when data and network are there is found in tl_jax/training/replicas.py.
     """
     heads = flat["method.name"] == "linear_probe" and not flat["method.add"] and not flat["phases"]
-    if flat["method.name"] in options.CLOSED_FORMS or flat["parallel"] != "jit" or (which == "heads" and not heads):
+    if flat["method.name"] in config.CLOSED_FORMS or flat["parallel"] != "jit" or (which == "heads" and not heads):
         return None
-    free = set(RATES if which == "heads" else options.REPLICABLE)
+    free = set(RATES if which == "heads" else config.REPLICABLE)
     spans = [flat[name] for name in DURATIONS]
     spans += [value for phase in flat["phases"] for name, value in phase if name in DURATIONS]
     if any(amount and unit == "epochs" for amount, unit in spans):

@@ -18,12 +18,12 @@ from typing import Any
 
 import jax
 
-from tl_jax import distributed, preemption
-from tl_jax.compiled import keep_compiled_programs
-from tl_jax.memory import keep_memory
+from tl_jax.core.files import read_json
+from tl_jax.runtime import distributed, preemption
+from tl_jax.runtime.compile_cache import keep_compiled_programs
+from tl_jax.runtime.malloc import keep_memory
 from tl_jax.studies import store, together
 from tl_jax.studies.study import title
-from tl_jax.workdir import read_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,7 +177,7 @@ def take_together(
 
 
 def train_runs(workdir: pathlib.Path, folders, wanted, home: pathlib.Path, stop_requested: Callable[..., bool]):
-    from tl_jax import sweep
+    from tl_jax.training import sweep
 
     try:
         configs = [read_config(workdir, folder) for folder in folders]
@@ -188,13 +188,13 @@ def train_runs(workdir: pathlib.Path, folders, wanted, home: pathlib.Path, stop_
 
 
 def read_config(workdir: pathlib.Path, folder: pathlib.Path):
-    from tl_jax import options  # the imports that take seconds wait until there is something to do
+    from tl_jax import config  # the imports that take seconds wait until there is something to do
 
-    return options.from_flat({**store.read_plan(workdir)["speed"], **read_json(folder / "config.json")})
+    return config.from_flat({**store.read_plan(workdir)["speed"], **read_json(folder / "config.json")})
 
 
 def train_run(workdir: pathlib.Path, folder: pathlib.Path, stop_requested: Callable[..., bool]) -> dict[str, Any]:
-    from tl_jax.train import train
+    from tl_jax.training.loop import train
 
     try:
         return train(read_config(workdir, folder), folder, verbose=False, stop_requested=stop_requested)

@@ -1,0 +1,51 @@
+"""Files that are replaced as a whole, JSON and rows of JSON; a reader sees the old file or the new one."""
+
+import contextlib
+import json
+import os
+import pathlib
+from typing import Any
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Opens a binary file that appears under its name only when it is complete and on disk; else nothing changes."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the whole new one, never a part."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """As `write_json`, for any text."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote; raises ValueError that names the file where it is something else."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); move the file away, or take another workdir") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged (no table in it); move the file away, or take another workdir")
+    return value
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file; none where there is no file, and a last line that was cut short is left out."""
+    lines = path.read_text().split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines[:-1]]

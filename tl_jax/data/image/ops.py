@@ -1,0 +1,313 @@
+"""Decoding, the card's resize and crop, and the augmentations: pure functions on uint8 images [H, W, 3]."""
+
+import io
+import math
+import threading
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from tl_jax.data.image import rand_augment as ra
+
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "MPO")
+MAX_PIXELS = 2**26  # 64 megapixels are 192 MiB as RGB; a larger image is refused before it is decoded
+RESAMPLE = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+
+
+def open_image(data: bytes | str) -> Image.Image:
+    """Reads the header of encoded bytes, or of the file at a path; raises ValueError with the reason if it is no image.
+
+    The format is told from the content, never from the file name; only `FORMATS` up to `MAX_PIXELS` are read.
+    """
+    try:
+        image = Image.open(data if isinstance(data, str) else io.BytesIO(data), formats=FORMATS)
+    except Exception as error:  # on damaged headers Pillow raises almost any type
+        raise ValueError(f"not a readable image ({_reason(error)}; formats read: {', '.join(FORMATS)})") from None
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"image of {image.width} x {image.height} pixels; at most {MAX_PIXELS} are read")
+    return image
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Decodes an encoded image into uint8 RGB [H, W, 3]; see `decode_image`."""
+    return np.asarray(decode_image(data))
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decodes an encoded image into one of Pillow's, in mode RGB.
+
+    EXIF orientation is applied; of several frames the first is taken; 16-bit grey is scaled to 8 bits; transparent
+    pixels are laid on white; CMYK, grey and palette images become RGB. Raises ValueError with the reason on
+    damaged data.
+    """
+    image = open_image(data)
+    try:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+    except Exception as error:  # see open_image
+        raise ValueError(f"damaged {image.format or 'image'} ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    """The error's first sentence without the repr of a memory stream, which names an address and no file."""
+    text = str(error).split(" <_io.")[0].strip()
+    return text or type(error).__name__
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips 16-bit grey at 255 instead of scaling it.
+        grey = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixel mode {image.mode} has no defined white; save it with 8 or 16 bits per channel")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def as_rgb(image: np.ndarray | bytes) -> np.ndarray | Image.Image:
+    """Encoded bytes as an image of Pillow's, uint8 [H, W], [H, W, 1] or [H, W, 3] as [H, W, 3]; ValueError on others.
+
+    Not everything becomes an array, since what is cut and resized first would be copied there and back.
+    """
+    if isinstance(image, bytes):
+        return decode_image(image)
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
+        raise ValueError(f"an image must be uint8 [H, W], [H, W, 1] or [H, W, 3], found {image.dtype} {image.shape}")
+    image = image[..., None] if image.ndim == 2 else image
+    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+
+
+def shape_of(image: np.ndarray | Image.Image) -> tuple[int, int]:
+    """Height and width."""
+    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+
+
+def resized(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width after `resize`: the short side is `size`, the long one `floor(size * long / short)`."""
+    short = min(height, width)
+    return int(size * height / short), int(size * width / short)
+
+
+def resize(image: np.ndarray | Image.Image, rng=None, *, size: int, interpolation: str) -> np.ndarray:
+    """Resizes the short side to `size` pixels, the long side to `floor(size * long / short)` as torchvision does."""
+    return _scale(image, *resized(*shape_of(image), size), interpolation)
+
+
+def _scale(image: np.ndarray | Image.Image, height: int, width: int, interpolation: str) -> np.ndarray:
+    if shape_of(image) == (height, width):
+        return np.asarray(image)
+    pil = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    return np.asarray(pil.resize((width, height), RESAMPLE[interpolation]))
+
+
+def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """Cuts the central `size` square; the margins are halved with Python's round, as in torchvision.
+
+    A side shorter than `size` (a card with crop > 1) is padded with black to it first.
+    """
+    missing = [max(size - side, 0) for side in image.shape[:2]]
+    if any(missing):
+        image = np.pad(image, [(m // 2, m - m // 2) for m in missing] + [(0, 0)])
+    top, left = (round((side - size) / 2) for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+def flip(image: np.ndarray, rng: np.random.Generator, *, probability: float = 0.5) -> np.ndarray:
+    """Mirrors left and right with the given probability."""
+    return image[:, ::-1] if rng.random() < probability else image
+
+
+def random_resized_crop(
+    image: np.ndarray | Image.Image, rng, *, size: int, interpolation: str, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)
+) -> np.ndarray:
+    """Cuts a box of random area and aspect ratio and resizes it to `size` x `size` (Szegedy et al. 2015, section 6).
+
+    `scale` bounds the box's share of the area (uniform), `ratio` its width / height (log-uniform). After ten boxes that
+    do not fit, the largest central box within `ratio` is taken.
+    """
+    height, width = shape_of(image)
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            break
+    else:
+        w = min(width, round(height * ratio[1]))
+        h = min(height, round(width / ratio[0]))
+        top, left = (height - h) // 2, (width - w) // 2
+    # Cut, then resized: with a `box`, Pillow's resize would blend in pixels from outside of it.
+    if isinstance(image, np.ndarray):
+        return _scale(np.ascontiguousarray(image[top : top + h, left : left + w]), size, size, interpolation)
+    return _scale(image.crop((left, top, left + w, top + h)), size, size, interpolation)
+
+
+def random_crop(image: np.ndarray, rng, *, size: int, padding: int = 0) -> np.ndarray:
+    """Adds `padding` black pixels on every side, then cuts a `size` square at a random place (He et al. 2016, 4.2)."""
+    height, width = (side + 2 * padding for side in image.shape[:2])
+    if min(height, width) < size:
+        raise ValueError(
+            f"random_crop of {size} pixels from an image of {height} x {width} (padding included); "
+            "put ('resize', {}) before it or raise padding"
+        )
+    padded = image
+    if padding:
+        padded = np.zeros((height, width, 3), np.uint8)
+        padded[padding : height - padding, padding : width - padding] = image
+    top, left = (int(rng.integers(side - size + 1)) for side in (height, width))
+    return padded[top : top + size, left : left + size]
+
+
+def rotation(image: np.ndarray, rng, *, degrees: float = 15.0, fill: int = 0) -> np.ndarray:
+    """Rotates about the centre by a uniform angle within +-degrees; bilinear, size kept, corners filled with `fill`."""
+    angle = rng.uniform(-degrees, degrees)
+    return np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=(fill,) * 3))
+
+
+def zoom(image: np.ndarray, rng, *, factor=(0.8, 1.2), fill: int = 0) -> np.ndarray:
+    """Enlarges (factor > 1) or shrinks about the centre by a uniform factor; bilinear, size kept, borders `fill`."""
+    height, width = image.shape[:2]
+    s = 1 / rng.uniform(*factor)
+    matrix = (s, 0, (1 - s) * width / 2, 0, s, (1 - s) * height / 2)  # Pillow maps output to input, pixel centres at .5
+    pil = Image.fromarray(image)
+    fillcolor = (fill,) * 3
+    return np.asarray(
+        pil.transform(pil.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=fillcolor)
+    )
+
+
+def translation(image: np.ndarray, rng, *, fraction: float = 0.1, fill: int = 0) -> np.ndarray:
+    """Shifts by whole pixels, uniform within +-fraction of the width and of the height; uncovered pixels are `fill`."""
+    height, width = image.shape[:2]
+    dx, dy = (round(rng.uniform(-fraction, fraction) * side) for side in (width, height))
+    shifted = np.full_like(image, fill)
+    shifted[max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)] = image[
+        max(-dy, 0) : height + min(-dy, 0), max(-dx, 0) : width + min(-dx, 0)
+    ]
+    return shifted
+
+
+def colour_jitter(
+    image: np.ndarray, rng, *, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0
+) -> np.ndarray:
+    """Changes brightness, contrast, saturation and hue, in random order (Krizhevsky et al. 2012; torchvision's form).
+
+    The first three multiply by a factor uniform in [max(0, 1 - x), 1 + x]; hue (at most 0.5) shifts the colour circle
+    by a uniform share of it within +-hue. An amount of 0 leaves its property alone.
+    """
+    pil = Image.fromarray(image)
+    amounts = (brightness, contrast, saturation)
+    factors = [rng.uniform(max(0.0, 1 - amount), 1 + amount) for amount in amounts]
+    shift = rng.uniform(-hue, hue)
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for k in rng.permutation(4):
+        if k < 3 and amounts[k]:
+            pil = enhancers[k](pil).enhance(factors[k])
+        elif k == 3 and hue:
+            pil = shift_hue(pil, shift)
+    return np.asarray(pil)
+
+
+def shift_hue(image: Image.Image, share: float) -> Image.Image:
+    """Turns the hue of an RGB image by `share` of the colour circle, in steps of 1/256."""
+    h, s, v = image.convert("HSV").split()
+    turned = (np.asarray(h).astype(np.int32) + int(share * 255)) % 256
+    return Image.merge("HSV", (Image.fromarray(turned.astype(np.uint8)), s, v)).convert("RGB")
+
+
+def rand_augment(image: np.ndarray, rng, *, layers: int = 2, magnitude: int = 9) -> np.ndarray:
+    """Applies `layers` operations drawn uniformly from a list of 14, all at one magnitude 0 .. 30 (Cubuk et al. 2020).
+
+    The list and the strength of each step are torchvision's; shifts, shears, rotations and colour go either way.
+    """
+    pil = Image.fromarray(image)
+    for _ in range(layers):
+        name = ra.NAMES[rng.integers(len(ra.NAMES))]
+        sign = 1 if rng.random() < 0.5 else -1
+        pil = ra.apply(pil, name, ra.strength(name, magnitude, pil.size) * (sign if name in ra.SIGNED else 1))
+    return np.asarray(pil)
+
+
+def random_erasing(
+    image: np.ndarray, rng, *, probability: float = 0.25, scale=(0.02, 0.33), ratio=(0.3, 3.3)
+) -> np.ndarray:
+    """Overwrites a random box with uniform noise, with the given probability (Zhong et al. 2020, algorithm 1, RE-R).
+
+    `scale` bounds the box's share of the area (uniform), `ratio` its height / width (log-uniform); an image in which
+    ten boxes did not fit is left as it is.
+    """
+    if rng.random() >= probability:
+        return image
+    height, width = image.shape[:2]
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < h < height and 0 < w < width:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            image = image.copy()
+            image[top : top + h, left : left + w] = rng.integers(0, 256, (h, w, 3), np.uint8)
+            break
+    return image
+
+
+OPS = {
+    "flip": flip,
+    "resize": resize,
+    "random_resized_crop": random_resized_crop,
+    "random_crop": random_crop,
+    "rotation": rotation,
+    "zoom": zoom,
+    "translation": translation,
+    "colour_jitter": colour_jitter,
+    "rand_augment": rand_augment,
+    "random_erasing": random_erasing,
+}
+PILLOW = {"resize", "random_resized_crop"}  # what takes an image of Pillow's as well; all give arrays
+
+
+def put(row: np.ndarray, image: np.ndarray) -> None:
+    """Writes an image [S, S, 3] into its row of a batch; a mirrored one as fast as that can be done in numpy.
+
+    Numpy copies three reversed bytes at a time, which is 20 times slower than a plain copy. Here the bytes of each line
+    are reversed eight at a time, and then the first and third channel of each pixel exchanged by exclusive or.
+    """
+    size = image.shape[1]
+    if image.strides[1:] != (-3, 1) or size % 8 or not row.flags.c_contiguous:
+        row[...] = image
+        return
+    forward, differ, mask = _buffers(image.shape)
+    forward[...] = image[:, ::-1]
+    words = forward.reshape(-1, 3 * size).view(">u8")
+    row.reshape(-1, 3 * size).view("<u8")[...] = words[:, ::-1]  # the other byte order: reversed inside as well
+    flat = row.reshape(-1)
+    first, third = flat[:-2], flat[2:]
+    np.bitwise_xor(first, third, out=differ)
+    differ &= mask
+    first ^= differ
+    third ^= differ
+
+
+_local = threading.local()
+
+
+def _buffers(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of this thread, for `put`: an image, its bytes without the last two, and of these 255 where a pixel begins."""
+    if getattr(_local, "shape", None) != shape:
+        mask = np.zeros(math.prod(shape), np.uint8)
+        mask[::3] = 255
+        _local.shape, _local.buffers = shape, (np.empty(shape, np.uint8), np.empty(mask.size - 2, np.uint8), mask[:-2])
+    return _local.buffers

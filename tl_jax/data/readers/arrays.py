@@ -1,0 +1,113 @@
+"""Images in arrays: scikit-learn's digits, and .npz files of pixels or of encoded images."""
+
+import gzip
+import zipfile
+import zlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from tl_jax.data.examples import EncodedImages, Source
+from tl_jax.data.readers.folder import natural_key
+
+# The digits' labels repeat about every 130 rows, most likely one writer's form; at row 1029 one such period ends.
+DIGITS_TRAIN = 1029
+
+
+def array_source(name: str, split: str, images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> Source:
+    """A source over uint8 images [N, H, W, 3] in memory."""
+    ids = tuple(f"{split}/{i}" for i in range(len(images)))
+    sizes = np.full(len(images), images[0].nbytes if len(images) else 0, np.int64)
+    return Source(f"{name} {split}", images, labels.astype(np.int32), class_names, ids, sizes)
+
+
+def load_digits(split: str) -> Source:
+    """scikit-learn's 8 x 8 handwritten digits as uint8 RGB: train is rows 0 .. 1028, test rows 1029 .. 1796.
+
+    Counts 0 .. 16 of ink become 0 .. 255 (times 255 / 16, rounded). Neighbouring rows stay on one side of the cut.
+    """
+    parts = {"train": slice(0, DIGITS_TRAIN), "test": slice(DIGITS_TRAIN, None)}
+    if split not in parts:
+        raise ValueError(f"digits has no split {split!r}; it has train, test. Take a part of one: 'train[80%:]'")
+    # Its file, past the package, whose import takes a second.
+    package = Path(find_spec("sklearn").submodule_search_locations[0])
+    with gzip.open(package / "datasets" / "data" / "digits.csv.gz", "rt") as file:
+        rows = np.loadtxt(file, delimiter=",", dtype=np.int64)[parts[split]]
+    grey = np.rint(rows[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    images = np.repeat(grey[..., None], 3, axis=3)
+    return array_source("digits", split, images, rows[:, 64], tuple(str(i) for i in range(10)))
+
+
+def load_arrays(path: str, split: str) -> Source:
+    """Reads one split of an .npz file, or the file `{split}.npz` of a folder.
+
+    Keys: `image` (uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]), or `bytes` (uint8) with `offsets` (int [N + 1]) for
+    encoded images; `label` or `labels` (int [N], from 0); optionally `classes` (names). With a prefix (`train_image`,
+    `train_label`, ...) one file holds several splits; without, it is the train split. Raises FileNotFoundError, or
+    ValueError that lists what is wrong with the arrays.
+    """
+    root = Path(path).expanduser()
+    file = root / f"{split}.npz" if root.is_dir() else root
+    if not file.is_file():
+        near = sorted((other.name for other in file.parent.glob("*.npz")), key=natural_key)
+        raise FileNotFoundError(f"no array file {file}; .npz files there: {', '.join(near) or 'none'}")
+    arrays = _read(file)
+    prefix = _prefix(file, list(arrays), split, single="train" if file == root else split)
+    keys = ("image", "bytes", "offsets", "label", "labels")
+    found = {key: arrays[prefix + key] for key in keys if prefix + key in arrays}
+    return _checked(file, f"arrays:{path}", split, found, arrays.get("classes"))
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"cannot read {file}: {error}; expected an .npz of plain arrays (no objects)") from None
+
+
+def _prefix(file: Path, keys: list[str], split: str, *, single: str) -> str:
+    """The key prefix of a split: `train_` where the file holds several splits, else none."""
+    if f"{split}_image" in keys or f"{split}_bytes" in keys:
+        return f"{split}_"
+    splits = [key.rpartition("_")[0] for key in keys if key.endswith(("_image", "_bytes"))]
+    if not splits and split != single:
+        splits = [single]
+    if splits:
+        raise ValueError(f"{file} has no split {split!r}; it has {', '.join(splits)}. Take a part: 'train[80%:]'")
+    return ""
+
+
+def _checked(file: Path, name: str, split: str, found: dict, classes: np.ndarray | None) -> Source:
+    labels = found.get("label", found.get("labels"))
+    if labels is None or not ("image" in found or {"bytes", "offsets"} <= set(found)):
+        raise ValueError(f"{file} has {sorted(found)} for {split}; expected image, or bytes and offsets, and label")
+    count = len(found["image"]) if "image" in found else len(found["offsets"]) - 1
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{file}: expected integer labels [{count}]; found {labels.dtype} {labels.shape}")
+    highest = int(labels.max(initial=0))
+    class_names = tuple(map(str, range(highest + 1)) if classes is None else classes.astype(str).tolist())
+    if labels.min(initial=0) < 0 or highest >= len(class_names):
+        raise ValueError(
+            f"{file}: labels run from {labels.min()} to {highest}, outside 0 .. {len(class_names) - 1} "
+            f"({len(class_names)} classes); labels count from 0"
+        )
+    if "image" in found:
+        return array_source(name, split, _rgb_stack(file, found["image"]), labels, class_names)
+    offsets, data = found["offsets"].astype(np.int64), found["bytes"]
+    if data.dtype != np.uint8 or offsets[0] < 0 or offsets[-1] > data.size or (np.diff(offsets) <= 0).any():
+        raise ValueError(f"{file}: offsets must rise within the {data.size} bytes (uint8); found {offsets[0]} .. "
+                         f"{offsets[-1]}, bytes of type {data.dtype}")  # fmt: skip
+    ids = tuple(f"{split}/{i}" for i in range(count))
+    images = EncodedImages(data, offsets[:-1], offsets[1:])
+    return Source(f"{name} {split}", images, labels.astype(np.int32), class_names, ids, np.diff(offsets))
+
+
+def _rgb_stack(file: Path, images: np.ndarray) -> np.ndarray:
+    """Images [N, H, W], [N, H, W, 1] or [N, H, W, 3] as [N, H, W, 3]."""
+    stack = images[..., None] if images.ndim == 3 else images
+    if stack.dtype != np.uint8 or stack.ndim != 4 or stack.shape[-1] not in (1, 3):
+        raise ValueError(f"{file}: image must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]; found "
+                         f"{images.dtype} {images.shape}. Scale floats to 0 .. 255 first.")  # fmt: skip
+    return np.repeat(stack, 3, axis=3) if stack.shape[-1] == 1 else stack

@@ -1,0 +1,147 @@
+"""Packed sources: decoded images of one short side in a memory-mapped file, read without decoding anything.
+
+FOLDER/SPLIT/pixels.bin   uint8 [height, width, 3] of each image, end to end
+FOLDER/SPLIT/index.npz    offsets int64 [N], shapes int32 [N, 2], labels int32 [N], sha256 uint8 [N, 32] of the pixels
+FOLDER/SPLIT/meta.json    what was packed how, class names, ids, what was left out, the sha256 of the index
+"""
+
+import functools
+import hashlib
+import io
+import json
+import mmap
+import os
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tl_jax.data.examples import Source, listed
+from tl_jax.data.readers.folder import natural_key
+
+FORMAT = "tl_jax packed 2"
+
+
+class Store(NamedTuple):
+    """A split of a packed source, opened: `pixels` is its memory-mapped file, read only."""
+
+    pixels: np.ndarray
+    offsets: np.ndarray
+    shapes: np.ndarray
+    labels: np.ndarray
+    sha256: np.ndarray
+    meta: dict[str, Any]
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 [H, W, 3], not copied."""
+        height, width = self.shapes[index].tolist()
+        start = int(self.offsets[index])
+        return self.pixels[start : start + height * width * 3].reshape(height, width, 3)
+
+
+class PackedImages(NamedTuple):
+    """Images of a packed split: `images[i]` is image `indices[i]` of the split at `path`; pickles as these two."""
+
+    path: str
+    indices: np.ndarray
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return _opened(self.path).image(self.indices[index])
+
+    def select(self, indices: np.ndarray) -> "PackedImages":
+        return self._replace(indices=self.indices[indices])
+
+    def head(self, index: int) -> bytes:
+        return _opened(self.path).sha256[self.indices[index]].tobytes()  # stands for all pixels
+
+
+def load_packed(path: str, split: str) -> Source:
+    """One split of a packed folder, with the labels, ids, class names and left-out examples of what was packed.
+
+    Raises FileNotFoundError on a missing folder or split, ValueError where the files do not fit each other.
+    """
+    root = Path(path).expanduser()
+    found = sorted((meta.parent.name for meta in root.glob("*/meta.json")), key=natural_key)
+    if split not in found:
+        begun = f"; {split} was begun, start its command again" if (root / f".{split}.partial").is_dir() else ""
+        raise FileNotFoundError(
+            f"no packed split {split!r} in {root}; there: {', '.join(found) or 'none'}{begun}. "
+            f"Pack one: python -m tl_jax.data pack SOURCE {path} --split {split}"
+        )
+    store = _opened(str((root / split).resolve()))
+    return Source(
+        name=f"packed:{path} {split}",
+        images=PackedImages(str((root / split).resolve()), np.arange(len(store.labels))),
+        labels=store.labels.copy(),
+        class_names=tuple(store.meta["class_names"]),
+        ids=tuple(store.meta["ids"]),
+        sizes=store.shapes.astype(np.int64).prod(axis=1) * 3,
+        skipped=tuple(store.meta["skipped"]),
+        made_smaller=((store.meta["size"], store.meta["interpolation"]),) if store.meta["made_smaller"] else (),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _opened(path: str) -> Store:
+    return open_split(Path(path))
+
+
+def open_split(folder: Path) -> Store:
+    """Opens a packed split; raises ValueError where a file is missing, damaged or of another size than it should be."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        index = (folder / "index.npz").read_bytes()
+        with np.load(io.BytesIO(index), allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in ("offsets", "shapes", "labels", "sha256")}
+        size = (folder / "pixels.bin").stat().st_size
+        problems = list(_problems(meta, hashlib.sha256(index).hexdigest(), arrays, size))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        problems = [f"{type(error).__name__}: {error}"]
+    if problems:
+        raise ValueError(
+            f"the packed images in {folder} are damaged:\n{listed(problems)}\n"
+            "Copy the folder again, or remove it and pack the source anew."
+        )
+    with (folder / "pixels.bin").open("rb") as file:
+        pixels = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    return Store(pixels, **arrays, meta=meta)
+
+
+def _problems(meta: dict, index_sha256: str, arrays: dict[str, np.ndarray], size: int) -> Iterator[str]:
+    """What does not fit; the pixels themselves are not read."""
+    if meta.get("format") != FORMAT:
+        yield f"meta.json: format {meta.get('format')!r}, expected {FORMAT!r}"
+        return
+    if index_sha256 != meta["index_sha256"]:
+        yield f"index.npz: sha256 {index_sha256}, expected {meta['index_sha256']}"
+    if size != meta["bytes"]:
+        yield f"pixels.bin: {size} bytes, expected {meta['bytes']}"
+    lengths = {**{key: len(value) for key, value in arrays.items()}, "ids": len(meta["ids"])}
+    if set(lengths.values()) != {meta["examples"]}:
+        yield f"expected {meta['examples']} examples, found {lengths}"
+
+
+def verify(folder: str) -> dict[str, int]:
+    """Hashes every packed image; the number of sound ones per split. Raises ValueError that lists all that differ."""
+    root = Path(folder).expanduser()
+    splits = sorted((meta.parent for meta in root.glob("*/meta.json")), key=lambda path: natural_key(path.name))
+    if not splits:
+        raise FileNotFoundError(f"nothing packed in {root}; expected {root}/SPLIT/meta.json")
+    counts, problems = {}, []
+    for split in splits:
+        try:
+            store = open_split(split)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = pool.map(lambda i, s=store: hashlib.sha256(s.image(i)).digest(), range(len(store.labels)))
+            differ = [i for i, digest in enumerate(found) if digest != store.sha256[i].tobytes()]
+        problems += [f"{split.name}: the pixels of {store.meta['ids'][i]} differ from those packed" for i in differ]
+        counts[split.name] = len(store.labels)
+    if problems:
+        raise ValueError(f"{len(problems)} problems in {root}:\n{listed(problems)}\nPack the source anew.")
+    return counts

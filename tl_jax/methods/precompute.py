@@ -1,0 +1,175 @@
+"""What some penalties compute before step 0 on the training data: channel attention, relationships between classes."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tl_jax.core import messages
+from tl_jax.tasks import losses
+
+CHUNK = 32  # examples at once in the work before step 0
+INVERSE_STRENGTHS = (1.0, 10.0, 100.0, 1e3, 1e4)  # sklearn's C; probabilities are small features, so they are large
+
+
+class Start(NamedTuple):
+    """What is known before step 0.
+
+    params, batch_stats: as loaded, with added parameters (LoRA, prompts) at their start. source_head: {"kernel" [D, S],
+    "bias" [S]}, the weight file's own classifier, or None. apply: (params, batch_stats, x, start=None) -> (logits, out)
+    in eval mode, x images [B, H, W, C] in 0..255, or the output of the cut `start`. batches: () -> iterator of (images
+    [B, H, W, C] uint8, labels [B]), every training example once, preprocessed as for evaluation.
+    """
+
+    params: Any
+    batch_stats: Any
+    source_head: Any | None
+    apply: Callable
+    batches: Callable
+    num_classes: int
+
+
+def linear(features: jax.Array, head: Mapping[str, jax.Array]) -> jax.Array:
+    return features.astype(jnp.float32) @ head["kernel"] + head["bias"][None]
+
+
+def attention(without: np.ndarray, temperature: float, standardize: bool) -> jax.Array:
+    """DELTA's weights of the channels, [C], from the mean loss without each, [C].
+
+    The softmax of these losses is that of their increases over the loss with all channels.
+    """
+    increase = without - without.mean()
+    if standardize and (spread := without.std()) > 0:
+        increase = increase / spread
+    return jax.nn.softmax(jnp.asarray(increase / temperature, jnp.float32))
+
+
+def losses_without(start: Start, cuts: Sequence[str], examples: int) -> dict[str, np.ndarray]:
+    """The mean loss of a logistic regression on pre_logits with each channel of each cut at zero: {cut: [C]}."""
+    images, labels = _sample(start.batches(), examples)
+    names = _choose_cuts(start, images[:1], cuts)
+    forward = jax.jit(lambda params, batch_stats, x: start.apply(params, batch_stats, x)[1])
+    variables = (start.params, start.batch_stats)
+    features = np.concatenate([forward(*variables, x)["pre_logits"] for (x,) in _chunks(images)])
+    head, classes = _fit_classifier(features, labels)
+    losses_without = {cut: _make_losses_without(start.apply, cut) for cut in names}
+    totals = dict.fromkeys(names, 0.0)
+    for x, y in _chunks(images, np.searchsorted(classes, labels)):
+        out = forward(*variables, x)
+        for cut in names:
+            totals[cut] = totals[cut] + np.asarray(losses_without[cut](*variables, out[cut], y, head), np.float64)
+    return {cut: total / len(labels) for cut, total in totals.items()}
+
+
+def _make_losses_without(apply: Callable, cut: str) -> Callable:
+    """losses_without(params, batch_stats, x, labels, head) -> [C], sums over the examples; x is the cut's output."""
+
+    def losses_without(params, batch_stats, x, labels, head):
+        targets = jax.nn.one_hot(labels, head["bias"].size)
+
+        def loss_without(channel):
+            keep = (jnp.arange(x.shape[-1]) != channel).astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+            _, out = apply(params, batch_stats, x * keep, start=cut)
+            return losses.cross_entropy(linear(out["pre_logits"], head), targets).sum()
+
+        return jax.lax.map(loss_without, jnp.arange(x.shape[-1]))
+
+    return jax.jit(losses_without)
+
+
+def _choose_cuts(start: Start, image: np.ndarray, cuts: Sequence[str]) -> list[str]:
+    _, out = jax.eval_shape(start.apply, start.params, start.batch_stats, image.astype(np.float32))
+    # By number (stem: none), not by place: a dictionary that went through jit is sorted, block10 before block2.
+    known = sorted(out.keys() - {"pre_logits", "logits"}, key=lambda name: int(re.sub(r"\D", "", name) or -1))
+    if unknown := [cut for cut in cuts if cut not in known]:
+        raise ValueError(
+            f"delta with cuts={list(cuts)}: the network has no {unknown}{messages.nearest(unknown[0], known)}; "
+            f"its cuts before pre_logits: {known}"
+        )
+    return list(dict.fromkeys(cuts)) or known[-1:]
+
+
+def _sample(batches: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Up to `size` examples of a stream, drawn uniformly (a reservoir): the first ones may all be of one class."""
+    rng, kept = np.random.default_rng(0), []
+    pairs = (pair for images, labels in batches for pair in zip(images, labels, strict=True))
+    for seen, (image, label) in enumerate(pairs):
+        slot = seen if seen < size else int(rng.integers(seen + 1))
+        if slot < size:
+            kept[slot : slot + 1] = [(np.array(image), int(label))]
+    images, labels = zip(*kept, strict=True)
+    return np.stack(images), np.asarray(labels)
+
+
+def _chunks(images: np.ndarray, *rest: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    for first in range(0, len(images), CHUNK):
+        part = slice(first, first + CHUNK)
+        yield images[part].astype(np.float32), *(array[part] for array in rest)
+
+
+def _fit_classifier(features: np.ndarray, labels: np.ndarray) -> tuple[dict[str, jax.Array], np.ndarray]:
+    """A logistic regression (C = 1) as a linear head {"kernel" [D, T], "bias" [T]}, and the T classes seen."""
+    from sklearn.linear_model import LogisticRegression  # here, as it takes half a second
+
+    model = LogisticRegression(max_iter=10_000).fit(np.asarray(features, np.float64), labels)
+    kernel, bias = model.coef_.T, model.intercept_
+    if bias.size == 1:  # two classes: sklearn keeps the difference of their logits
+        kernel, bias = np.concatenate([0 * kernel, kernel], axis=1), np.concatenate([0 * bias, bias])
+    return {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}, model.classes_
+
+
+def source_probabilities(start: Start, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """The loaded network's probabilities over its source classes on every training example, [N, S], and the labels."""
+    if start.source_head is None:
+        raise ValueError(
+            "co_tuning needs the classifier that the weights were trained with, and these have none (a random start, "
+            "or a file without its head): load weights with a head, or take co_tuning out of method.regularize"
+        )
+
+    @jax.jit
+    def probabilities(params, batch_stats, images, head):
+        features = start.apply(params, batch_stats, images)[1]["pre_logits"]
+        if features.shape[1] != head["kernel"].shape[0]:
+            raise ValueError(
+                f"the source head takes {head['kernel'].shape[0]} features, but the network has {features.shape[1]}: "
+                "a layer between them was dropped, so that co_tuning cannot use this head"
+            )
+        return jax.nn.softmax(linear(features, head) / temperature)
+
+    rows, labels = [], []
+    for images, some in start.batches():
+        batch = np.asarray(images, np.float32)
+        rows.append(np.asarray(probabilities(start.params, start.batch_stats, batch, start.source_head)))
+        labels.append(np.asarray(some))
+    return np.concatenate(rows), np.concatenate(labels)
+
+
+def direct(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """p(y_s | y_t) as the average over the examples of each of the T classes seen, [T, S]."""
+    return np.stack([probabilities[labels == label].mean(axis=0, dtype=np.float64) for label in np.unique(labels)])
+
+
+def reverse(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """p(y_s | y_t) by Bayes' rule from a fitted p(y_t | y_s) and the average p(y_s), [T, S] for the T classes seen."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+    probabilities = probabilities.astype(np.float64)
+    model = LogisticRegression(C=100.0, fit_intercept=False, max_iter=10_000)
+    folds = min(3, np.unique(labels, return_counts=True)[1].min())
+    if folds > 1:  # a class with a single example leaves nothing to choose by
+        cv = StratifiedKFold(folds, shuffle=True, random_state=0)
+        model = GridSearchCV(model, {"C": INVERSE_STRENGTHS}, scoring="neg_log_loss", cv=cv)
+    model.fit(probabilities, labels)
+    joint = (model.predict_proba(np.eye(probabilities.shape[1])) * probabilities.mean(axis=0)[:, None]).T
+    return joint / joint.sum(axis=1, keepdims=True)
+
+
+def subset(probabilities: np.ndarray, labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most about `size` examples, drawn at random, and one of every class, so that none loses its row."""
+    chosen = np.random.default_rng(0).permutation(len(labels))[:size]
+    chosen = np.union1d(chosen, np.unique(labels, return_index=True)[1])
+    return probabilities[chosen], labels[chosen]

@@ -1,0 +1,317 @@
+"""Classifiers on fixed features without gradient steps: nearest neighbours, logistic regression, ridge regression."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy  # loads its parts when they are used; scikit-learn does not, and is imported where it is
+
+from tl_jax.core import messages
+
+GRIDS = {
+    "knn": (1, 3, 5, 10, 20, 50, 100, 200),  # neighbours; of these defaults, those that the train set has
+    "logistic": tuple(10.0**e for e in range(-4, 4)),  # C, the inverse strength of the penalty on the summed loss
+    "ridge": tuple(10.0**e for e in range(-2, 6)),  # alpha, the strength of the penalty on the summed squares
+}
+NAMES = tuple(GRIDS)
+METRICS = ("cosine", "euclidean")
+MAX_SCALE = 100.0  # of ridge scores: where every example is predicted well, the best scale would be infinite
+MAX_ITERATIONS = 10_000  # of L-BFGS
+
+Examples = tuple[np.ndarray, np.ndarray]
+Head = dict[str, np.ndarray]
+
+
+class Fitted(NamedTuple):
+    """A fitted classifier.
+
+    predict: features [N, D] -> logits [N, K] float32. chosen: the number of neighbours, C or alpha. tried: one row
+    {"value", "val/accuracy", "val/nll", "converged"} for each candidate, None where there is no val. head: {"kernel"
+    [D, K], "bias" [K]} float32 for raw features, the standardisation folded in; None where the classifier is not
+    linear.
+    """
+
+    predict: Callable[[np.ndarray], np.ndarray]
+    chosen: float
+    tried: list[dict[str, Any]]
+    head: Head | None
+
+
+class Candidates(NamedTuple):
+    """One classifier for each value of the grid: predict(features, values) -> {value: logits [N, K] float64}."""
+
+    predict: Callable[[np.ndarray, Sequence[float]], dict[float, np.ndarray]]
+    heads: Mapping[float, Head]
+    converged: Mapping[float, bool]
+
+
+def fit(
+    name: str,
+    train: Examples,
+    val: Examples | None,
+    num_classes: int,
+    grid: Sequence[float] = (),
+    *,
+    metric: str = "cosine",
+) -> Fitted:
+    """Fits one of NAMES on train = (features [N, D], labels [N]) and chooses the value of `grid` on val alone.
+
+    The highest val accuracy wins, among equals the lowest val nll, then the stronger regularisation (more neighbours,
+    smaller C, larger alpha). An empty grid means GRIDS[name]. metric is that of knn, one of METRICS. Raises one
+    ValueError for unusable arguments, also for a choice to make without val.
+    """
+    _check(name, grid, metric, train, val, num_classes)
+    values = sorted(set(grid)) or [v for v in GRIDS[name] if name != "knn" or v <= len(train[1])]
+    values = [int(v) if name == "knn" else float(v) for v in values]
+    features, labels = np.asarray(train[0], np.float64), np.asarray(train[1])
+    candidates = FIT[name](features, labels, num_classes, values, metric)
+    tried = [{"value": v, "val/accuracy": None, "val/nll": None, "converged": candidates.converged[v]} for v in values]
+    if val is not None:
+        logits = candidates.predict(np.asarray(val[0], np.float64), values)
+        for row in tried:
+            row |= score(logits[row["value"]], np.asarray(val[1]))
+    chosen = _choose(name, tried) if val is not None else values[0]
+
+    def predict(features: np.ndarray) -> np.ndarray:
+        return candidates.predict(np.asarray(features, np.float64), [chosen])[chosen].astype(np.float32)
+
+    return Fitted(predict, chosen, tried, candidates.heads.get(chosen))
+
+
+def cross_predict(
+    name: str,
+    features: np.ndarray,
+    labels: np.ndarray,
+    splits: Iterable[tuple[np.ndarray, np.ndarray]],
+    num_classes: int,
+    value: float,
+    *,
+    metric: str = "cosine",
+) -> list[np.ndarray]:
+    """Predicts every example by the model that has not seen it: logits [N, K] float32, one array per repeat.
+
+    splits: (train indices, held-out indices) pairs, as scikit-learn's splitters give them. Those of a repeated design
+    follow each other: a repeat ends when all N examples have been held out. `value` is given, not chosen. Raises
+    ValueError where a split trains on what it holds out, or a repeat does not hold out each example exactly once.
+    """
+    splits, count, finished = list(splits), len(labels), []
+    left_out = None
+    if name == "knn" and all(len(held) == 1 and len(train) == count - 1 for train, held in splits):
+        left_out = _left_out_neighbours(features, labels, num_classes, value, metric)
+    logits, left = np.empty((count, num_classes), np.float32), np.ones(count, bool)
+    for number, (train, held) in enumerate(splits):
+        if (wrong := held[np.isin(held, train) | ~left[held]]).size:
+            raise ValueError(
+                f"split {number} holds out examples that it trains on, or that the repeat has held out before: "
+                f"{wrong[:5].tolist()}; expected each example held out exactly once in a repeat"
+            )
+        if left_out is None:
+            model = fit(name, (features[train], labels[train]), None, num_classes, (value,), metric=metric)
+            logits[held] = model.predict(features[held])
+        else:
+            logits[held] = left_out[held]
+        left[held] = False
+        if not left.any():
+            finished.append(logits)
+            logits, left = np.empty_like(logits), np.ones(count, bool)
+    if not left.all() or not finished:
+        raise ValueError(
+            f"{left.sum()} of {count} examples are never held out, such as {np.flatnonzero(left)[:5].tolist()}; "
+            "expected each exactly once in a repeat, as in leave-one-out or k-fold"
+        )
+    return finished
+
+
+def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """{"val/accuracy", "val/nll"} of logits [N, K]; nll in nats, the mean over the examples."""
+    log_probabilities = scipy.special.log_softmax(logits, axis=1)
+    return {
+        "val/accuracy": float((logits.argmax(axis=1) == labels).mean()),
+        "val/nll": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
+    }
+
+
+def _choose(name: str, tried: list[dict[str, Any]]) -> float:
+    stronger = -1 if name == "logistic" else 1
+    return max(tried, key=lambda row: (row["val/accuracy"], -row["val/nll"], stronger * row["value"]))["value"]
+
+
+def _fit_knn(features, labels, num_classes, values, metric) -> Candidates:
+    """The labels of the k nearest train examples, each one vote.
+
+    The order of cosine similarity is that of the euclidean distance between normalised features.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    index = NearestNeighbors().fit(_points(features, metric))
+
+    def predict(features, values):
+        found = labels[index.kneighbors(_points(features, metric), max(values), return_distance=False)]
+        return {k: _votes(found[:, :k], num_classes) for k in values}
+
+    return Candidates(predict, {}, dict.fromkeys(values, True))
+
+
+def _left_out_neighbours(features, labels, num_classes, k, metric) -> np.ndarray:
+    """Logits [N, K] of each example by its k nearest others, from one search instead of N."""
+    from sklearn.neighbors import NearestNeighbors
+
+    _check("knn", (k,), metric, (features, labels), None, num_classes, left_out=1)
+    points = _points(np.asarray(features, np.float64), metric)
+    found = NearestNeighbors().fit(points).kneighbors(points, int(k) + 1, return_distance=False)
+    itself = found == np.arange(len(found))[:, None]
+    itself[~itself.any(axis=1), -1] = True  # not among its own nearest, where more than k + 1 examples are the same
+    return _votes(labels[found[~itself].reshape(len(found), -1)], num_classes).astype(np.float32)
+
+
+def _votes(found: np.ndarray, num_classes: int) -> np.ndarray:
+    """Labels [N, k] of neighbours -> logits [N, K], log((votes + 1 / K) / (k + 1)).
+
+    One vote more, spread over all classes, keeps the logits finite.
+    """
+    count, k = found.shape
+    cells = found + num_classes * np.arange(count)[:, None]
+    votes = np.bincount(cells.ravel(), minlength=count * num_classes).reshape(count, num_classes)
+    return np.log((votes + 1 / num_classes) / (k + 1))
+
+
+def _points(features: np.ndarray, metric: str) -> np.ndarray:
+    if metric == "euclidean":
+        return features
+    length = np.linalg.norm(features, axis=1, keepdims=True)
+    return features / np.where(length > 0, length, 1)
+
+
+def _fit_logistic(features, labels, num_classes, values, metric) -> Candidates:
+    """Multinomial logistic regression on standardised features, by L-BFGS; the bias is not penalised."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(features)
+    standardised, heads, converged = scaler.transform(features), {}, {}
+    present = np.unique(labels)
+    if len(present) < 2:
+        raise ValueError(f"cannot fit logistic: train holds the one class {present.tolist()}; expected two or more")
+    for value in values:
+        model = LogisticRegression(C=value, max_iter=MAX_ITERATIONS)
+        with warnings.catch_warnings():  # said in `tried`, for each value
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(standardised, labels)
+        kernel, bias = model.coef_.T, model.intercept_
+        if len(present) == 2:  # scikit-learn has one column, the log-odds of the second class
+            kernel, bias = np.concatenate([-kernel, kernel], axis=1) / 2, np.concatenate([-bias, bias]) / 2
+        heads[value] = _fold(scaler, *_all_classes(kernel, bias, present, num_classes, len(labels)))
+        converged[value] = bool(model.n_iter_.max() < MAX_ITERATIONS)
+    return Candidates(_linear(heads), heads, converged)
+
+
+def _all_classes(kernel, bias, present, num_classes, count):
+    """Adds the classes without a train example: log(count + 1) below the mean logit, so that none is ever predicted."""
+    whole = np.repeat(kernel.mean(axis=1, keepdims=True), num_classes, axis=1)
+    offset = np.full(num_classes, bias.mean() - math.log(count + 1))
+    whole[:, present], offset[present] = kernel, bias
+    return whole, offset
+
+
+def _fit_ridge(features, labels, num_classes, values, metric) -> Candidates:
+    """Ridge regression of the one-hot labels on standardised features, times the scale that makes the scores logits.
+
+    The scale is the inverse temperature (Guo et al. 2017, section 4.2) of the scores that each train example gets from
+    the model fitted without it; so it needs no val. It changes no prediction.
+    """
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(features)
+    standardised, heads = scaler.transform(features), {}
+    for alpha, (kernel, bias, left_out) in ridge(standardised, np.eye(num_classes)[labels], values).items():
+        scale = _scale(left_out, labels)
+        heads[alpha] = _fold(scaler, scale * kernel, scale * bias)
+    return Candidates(_linear(heads), heads, dict.fromkeys(values, True))
+
+
+def ridge(
+    inputs: np.ndarray, targets: np.ndarray, alphas: Sequence[float]
+) -> dict[float, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Minimises |targets - inputs kernel - bias|^2 + alpha |kernel|^2 for all alphas with one SVD; float64.
+
+    inputs [N, D], targets [N, K] -> {alpha: (kernel [D, K], bias [K], left_out [N, K])}; left_out[i] is the prediction
+    for example i by the model fitted without it, y_i - (y_i - f_i) / (1 - h_ii) with the hat matrix h (Hastie et al.
+    2009, The Elements of Statistical Learning, section 7.10.1).
+    """
+    centre, mean = inputs.mean(axis=0), targets.mean(axis=0)
+    left, singular, right = np.linalg.svd(inputs - centre, full_matrices=False)
+    projected, solutions = left.T @ (targets - mean), {}
+    for alpha in alphas:
+        kernel = right.T @ ((singular / (singular**2 + alpha))[:, None] * projected)
+        bias = mean - centre @ kernel
+        leverage = 1 / len(inputs) + left**2 @ (singular**2 / (singular**2 + alpha))
+        rest = np.maximum(1 - leverage, 1e-9)  # 0 where the fit goes through an example, as a tiny alpha does
+        residual = targets - inputs @ kernel - bias
+        solutions[alpha] = kernel, bias, targets - residual / rest[:, None]
+    return solutions
+
+
+def _scale(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The factor on scores [N, K] that minimises their nll as logits, from 1 / MAX_SCALE to MAX_SCALE."""
+    bound = math.log(MAX_SCALE)
+
+    def nll(log_scale):
+        return score(math.exp(log_scale) * scores, labels)["val/nll"]
+
+    return math.exp(scipy.optimize.minimize_scalar(nll, bounds=(-bound, bound), method="bounded").x)
+
+
+def _fold(scaler: Any, kernel: np.ndarray, bias: np.ndarray) -> Head:
+    """The head for raw features of one for standardised features."""
+    folded = kernel / scaler.scale_[:, None]
+    return {"kernel": folded.astype(np.float32), "bias": (bias - scaler.mean_ @ folded).astype(np.float32)}
+
+
+def _linear(heads: Mapping[float, Head]) -> Callable:
+    def predict(features, values):
+        return {v: features @ heads[v]["kernel"].astype(np.float64) + heads[v]["bias"] for v in values}
+
+    return predict
+
+
+FIT = {"knn": _fit_knn, "logistic": _fit_logistic, "ridge": _fit_ridge}
+
+
+def _check(name, grid, metric, train: Examples, val: Examples | None, num_classes: int, left_out: int = 0) -> None:
+    """Raises one ValueError that lists everything wrong with the arguments of `fit`."""
+    if name not in NAMES:
+        raise ValueError(f"unknown closed form {name!r}{messages.nearest(name, NAMES)}; known: {', '.join(NAMES)}")
+    problems, count = [], len(train[1]) - left_out
+    if metric not in METRICS:
+        problems.append(f"unknown metric {metric!r}{messages.nearest(metric, METRICS)}; known: {', '.join(METRICS)}")
+    if len(set(grid)) != 1 and val is None:
+        found = f"the {len(set(grid))} values {list(grid)}" if grid else "an empty grid, which means the default one"
+        problems.append(f"found {found} and no val to choose by; give a val split, or one value")
+    whole = name == "knn"
+    if bad := [v for v in grid if not (math.isfinite(v) and v > 0) or (whole and v != int(v))]:
+        problems.append(f"found {bad} in the grid, expected {'whole numbers from 1' if whole else 'numbers above 0'}")
+    if whole and (bad := [v for v in grid if v > count]):
+        problems.append(f"found {bad} neighbours, but train has {count} examples; take fewer")
+    problems += _example_problems("train", *train, num_classes)
+    problems += _example_problems("val", *val, num_classes) if val is not None else []
+    if not problems and val is not None and np.shape(train[0])[1] != np.shape(val[0])[1]:
+        problems.append(f"train has {np.shape(train[0])[1]} features, val {np.shape(val[0])[1]}; expected the same")
+    if problems:
+        raise ValueError(f"cannot fit {name}: " + "; ".join(problems))
+
+
+def _example_problems(split: str, features: np.ndarray, labels: np.ndarray, num_classes: int) -> list[str]:
+    features, labels = np.asarray(features), np.asarray(labels)
+    if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
+        return [f"{split} has features {features.shape} and labels {labels.shape}, expected [N >= 1, D] and [N]"]
+    problems = []
+    if not np.isfinite(features).all():
+        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        problems.append(f"{len(bad)} rows of the {split} features are not finite, first {bad[:5].tolist()}")
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= num_classes:
+        problems.append(f"{split} labels are {labels.dtype} in {labels.min()}..{labels.max()}, expected integers in "
+                        f"0..{num_classes - 1}")  # fmt: skip
+    return problems

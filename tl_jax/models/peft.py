@@ -1,0 +1,407 @@
+"""Parameters added to a network whose files know nothing of it: LoRA, adapters, prompts, SSF; stochastic normalisation.
+
+`init` makes the parameters, `Adapted` computes with them in place of the model, `merge` folds what can be folded. All
+happens in one interceptor around the calls of flax modules: a module finds what is added to it by its path. The
+parameters lie beside the network's, `lora/backbone/block0/attn/qkv/a`, so that rules decide about them as about any
+other. At their start they leave the network's function as it was loaded; prompts alone change it.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tl_jax.core import messages, trees
+from tl_jax.models import layers, vit
+
+Additions = Sequence[tuple[str, Mapping[str, Any]]]
+DEFAULTS = {
+    "lora": {"rank": 8, "alpha": 16.0, "targets": ""},
+    "adapter": {"bottleneck": 16, "where": "both"},
+    "prompt": {"tokens": 10, "deep": False},
+    "ssf": {"targets": "backbone/.*/bias"},
+}
+TRAINING_ONLY = ("reference", "source_head")  # what losses keep beside the network; no module reads it
+BRANCHES = {"both": ("attn", "mlp"), "mlp": ("mlp",)}
+ATTENTION = r"backbone/.*/attn/(qkv|proj)/kernel"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
+
+
+RULES = {
+    "rank": (_is_count, "an integer of at least 1"),
+    "alpha": (_is_positive, "a number above 0"),
+    "targets": (_is_regex, "a regular expression"),
+    "bottleneck": (_is_count, "an integer of at least 1"),
+    "where": (lambda value: value in tuple(BRANCHES), f"one of {', '.join(BRANCHES)}"),
+    "tokens": (_is_count, "an integer of at least 1"),
+    "deep": (lambda value: isinstance(value, bool), "True or False"),
+}
+
+
+def check(additions: Additions) -> dict[str, dict[str, Any]]:
+    """`{name: {parameter: value}}` with the defaults filled in; raises one ValueError for all that cannot be meant."""
+    options, problems = {}, []
+    for name, given in additions:
+        if name not in DEFAULTS:
+            problems.append(f"there is no addition {name!r}{messages.nearest(name, DEFAULTS)}; known: {list(DEFAULTS)}")
+            continue
+        if name in options:
+            problems.append(f"{name} is added twice; give it once, with targets that match both")
+        options[name] = {**DEFAULTS[name], **given}
+        for parameter, value in given.items():
+            if parameter not in DEFAULTS[name]:
+                hint = messages.nearest(parameter, DEFAULTS[name])
+                problems.append(f"{name} has no parameter {parameter!r}{hint}; it has {list(DEFAULTS[name])}")
+            elif not RULES[parameter][0](value):
+                problems.append(f"{name} {parameter} = {value!r}: expected {RULES[parameter][1]}")
+    _raise(problems)
+    return options
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        raise ValueError("the added parameters cannot be made:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def init(model: nn.Module, variables: Mapping[str, Any], additions: Additions, key: jax.Array) -> dict[str, Any]:
+    """The added parameters of a network at their start, nested float32, one top-level key per addition.
+
+    A leaf is drawn from the key and its own path alone. Raises one ValueError for unknown names and parameters, targets
+    that match nothing, ranks that are not low, and networks that an addition does not fit.
+    """
+    params = trees.flatten(_network(variables)["params"])
+    added, problems = {}, []
+    for name, args in check(additions).items():
+        leaves, wrong = MAKERS[name](model, params, **args)
+        problems += wrong
+        for path, (shape, draw) in leaves.items():
+            path = f"{name}/{path}"
+            added[path] = draw(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, jnp.float32)
+    _raise(problems)
+    return trees.unflatten(added)
+
+
+def _uniform(bound: float) -> Callable:
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _lora(model, params, rank: int, alpha: float, targets: str):
+    """LoRA, y = W x + (alpha / rank) B A x (Hu et al. 2022, arXiv:2106.09685, equation 3).
+
+    It acts on activations, so no gradient of the size of W is ever computed. A is the layer itself (size, stride,
+    groups) with `rank` outputs, B a matrix [rank, outputs]; in a grouped convolution every group has its own pair. A
+    starts uniform within 1 / sqrt(fan in), as in the authors' code, B at zero. targets: a regex over kernel paths; the
+    default takes the attention kernels (qkv is one kernel) where there are any, all 3x3 convolutions otherwise.
+    """
+    kernels = {path: leaf.shape for path, leaf in params.items() if path.endswith("/kernel")}
+    chosen = [path for path in kernels if re.fullmatch(targets or ATTENTION, path)]
+    chosen = chosen or [path for path, shape in kernels.items() if not targets and shape[:-2] == (3, 3)]
+    groups = _groups(model)
+    leaves, problems = {}, [] if chosen else [_no_match("lora", targets, kernels)]
+    for path in chosen:
+        owner, shape = path.removesuffix("/kernel"), kernels[path]
+        fan_in, fan_out = math.prod(shape[:-1]), shape[-1] // groups[owner]
+        if rank > min(fan_in, fan_out):
+            per_group = " per group" if groups[owner] > 1 else ""
+            problems.append(f"lora rank = {rank}, but {path} has {fan_in} inputs and {fan_out} outputs{per_group}")
+        leaves[f"{owner}/a"] = (*shape[:-1], groups[owner] * rank), _uniform(fan_in**-0.5)
+        leaves[f"{owner}/b"] = (rank, shape[-1]), nn.initializers.zeros
+    return leaves, problems
+
+
+def _adapter(model, params, bottleneck: int, where: str):
+    """Adapters, y + up(gelu(down(y))) on a branch before its residual sum (Houlsby et al. 2019, section 2.1).
+
+    arXiv:1902.00751. where: after attention and MLP of every block (both), or after the MLP alone (mlp). The GELU is
+    exact; down starts as a normal of deviation 0.01 cut at two deviations, up at zero.
+    """
+    if not isinstance(model, vit.ViT):
+        return {}, [_no_vit("adapter", model)]
+    leaves = {}
+    for path in (f"backbone/block{i}/{branch}" for i in range(model.depth) for branch in BRANCHES[where]):
+        leaves[f"{path}/down/kernel"] = (model.width, bottleneck), nn.initializers.truncated_normal(0.01)
+        leaves[f"{path}/down/bias"] = (bottleneck,), nn.initializers.zeros
+        leaves[f"{path}/up/kernel"] = (bottleneck, model.width), nn.initializers.zeros
+        leaves[f"{path}/up/bias"] = (model.width,), nn.initializers.zeros
+    return leaves, []
+
+
+def _prompt(model, params, tokens: int, deep: bool):
+    """Visual prompt tuning, learned tokens behind the class token (Jia et al. 2022, arXiv:2203.12119, section 3.2).
+
+    Shallow prompts enter behind the stem, after the position embedding, and stay in the sequence; with `deep`, every
+    later block reads fresh ones in their place. Uniform within sqrt(6 / (3 patch^2 + width)), as in the paper.
+    """
+    if not isinstance(model, vit.ViT):
+        return {}, [_no_vit("prompt", model)]
+    draw = _uniform(math.sqrt(6 / (3 * model.patch_size**2 + model.width)))
+    places = ["stem", *(f"block{i}" for i in range(1, model.depth) if deep)]
+    return {f"backbone/{place}/tokens": ((1, tokens, model.width), draw) for place in places}, []
+
+
+def _ssf(model, params, targets: str):
+    """Scaling and shifting of features, y * scale + shift (Lian et al. 2022, arXiv:2210.08823, section 3.2).
+
+    After every layer whose bias matches `targets`: dense layers, norms, the patch embedding. The paper draws scale and
+    shift around one and zero with deviation 0.02; here they start there exactly: step 0 is the network as loaded.
+    """
+    biases = {path: leaf.shape for path, leaf in params.items() if path.endswith("/bias")}
+    leaves = {}
+    for path in (path for path in biases if re.fullmatch(targets, path)):
+        leaves[f"{path.removesuffix('/bias')}/scale"] = biases[path], nn.initializers.ones
+        leaves[f"{path.removesuffix('/bias')}/shift"] = biases[path], nn.initializers.zeros
+    return leaves, [] if leaves else [_no_match("ssf", targets, biases)]
+
+
+# (model, flat params, parameters) -> ({path: (shape, initializer)}, problems)
+MAKERS = {"lora": _lora, "adapter": _adapter, "prompt": _prompt, "ssf": _ssf}
+
+
+def _no_match(name: str, targets: str, paths: Mapping[str, Any]) -> str:
+    kind = next(iter(paths)).rpartition("/")[2] if paths else "such"
+    hint = messages.nearest(targets, paths) or f"; there are {list(paths)[:3]} ..."
+    return f"{name} targets = {targets!r} match the whole path of none of the {len(paths)} {kind} parameters{hint}"
+
+
+def _no_vit(name: str, model: nn.Module) -> str:
+    return f"{name} needs a ViT, and this is a {type(model).__name__}; lora and ssf serve every network"
+
+
+def _groups(model: nn.Module) -> dict[str, int]:
+    """The number of groups of each dense and convolution layer, by path."""
+    groups = {}
+
+    def record(next_fun, args, kwargs, context):
+        module = context.module
+        if isinstance(module, nn.Dense | nn.Conv | layers.Conv):
+            count = getattr(module, "feature_group_count", getattr(module, "groups", 1))
+            groups["/".join(module.path)] = count
+        return next_fun(*args, **kwargs)
+
+    size = getattr(model, "image_size", 64)
+    with nn.intercept_methods(record):
+        jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+    return groups
+
+
+def _network(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of the network alone."""
+    others = (*DEFAULTS, *TRAINING_ONLY)
+    return {**variables, "params": {name: tree for name, tree in variables["params"].items() if name not in others}}
+
+
+def _by_layer(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`{module path: {addition: its parameters}}`; raises ValueError where `params` hold others than `names`."""
+    held = [name for name in DEFAULTS if name in params]
+    if set(held) != set(names):
+        raise ValueError(
+            f"the parameters hold the additions {held}, the model is built with {list(names)}: "
+            "give the same additions to init and to the model"
+        )
+    table: dict[str, dict[str, Any]] = {}
+    for name in held:
+        for path, leaf in trees.flatten(params[name]).items():
+            owner, own = re.fullmatch(r"(.*?)/((?:down/|up/)?[^/]+)", path).groups()
+            table.setdefault(owner, {}).setdefault(name, {})[own] = leaf
+    return table
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapted:
+    """A model with additions, used in its place: `logits, out = apply(variables, images, train, start, stop)`.
+
+    variables["params"] holds the network's parameters and those of `init`, and may hold what only losses read. Without
+    additions and stochastic normalisation it computes what the model computes. Prompts are part of out["stem"] and of
+    every block's output, [B, 1 + P + N, D] with the class token first; with `start` the input must hold them too.
+
+    Attributes:
+      model: the network, a flax module of this package.
+      additions: pairs (name, {parameter: value}), the same as given to `init`.
+      stoch_norm: in training, the probability that a channel of a BatchNorm layer that is not frozen is normalised by
+        the running statistics, as they were before this batch, instead of the batch's; drawn for each channel from
+        rngs["dropout"]. The statistics are updated as usual (Kou et al. 2020, StochNorm, section 3.2; the authors' p is
+        the probability of the batch's statistics, 1 - stoch_norm).
+    """
+
+    model: Any
+    additions: Additions = ()
+    stoch_norm: float = 0.0
+
+    def __post_init__(self):
+        check(self.additions)
+        if not (isinstance(self.stoch_norm, Real) and 0 <= self.stoch_norm <= 1):
+            raise ValueError(f"stoch_norm = {self.stoch_norm!r}: expected a probability, 0 (off) to 1")
+
+    @property
+    def frozen_norms(self) -> tuple[str, ...]:
+        return self.model.frozen_norms
+
+    @property
+    def dtype(self) -> Any:
+        return self.model.dtype
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        return self.model.cuts
+
+    def clone(self, **fields: Any) -> "Adapted":
+        """The same additions around `model.clone(**fields)`."""
+        return dataclasses.replace(self, model=self.model.clone(**fields))
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        images: jax.Array,
+        train: bool = False,
+        start: str | None = None,
+        stop: str | None = None,
+        mutable: Any = False,
+        rngs: Mapping[str, jax.Array] | None = None,
+    ):
+        """As `model.apply`; raises ValueError where parameters and additions, or prompts and `start`, do not fit."""
+        options = check(self.additions)
+        table = _by_layer(variables["params"], tuple(options))
+        if "prompt" in options and start is not None:
+            _check_tokens(self.model, variables["params"]["prompt"], images, start)
+        plain = not table and not self.stoch_norm
+        # What is folded into its neighbour is not called, and so cannot be intercepted.
+        model = self.model if plain or not hasattr(self.model, "fold") else self.model.clone(fold=False)
+        call = functools.partial(
+            model.apply, _network(variables), images,
+            train=train, start=start, stop=stop, mutable=mutable, rngs=rngs,
+        )  # fmt: skip
+        if plain:
+            return call()
+        alpha = options.get("lora", {}).get("alpha", 0.0)
+        with nn.intercept_methods(functools.partial(_intercept, table, alpha, self.stoch_norm)):
+            return call()
+
+
+def _check_tokens(model: vit.ViT, prompt: Mapping[str, Any], x: jax.Array, start: str) -> None:
+    """Raises ValueError where a sequence taken from the network without prompts starts one with prompts."""
+    patches, prompts = (model.image_size // model.patch_size) ** 2, prompt["backbone"]["stem"]["tokens"].shape[1]
+    if x.ndim == 3 and x.shape[1] != 1 + prompts + patches:
+        raise ValueError(
+            f"start={start!r} with {x.shape[1]} tokens, expected {1 + prompts + patches}: the class token, {prompts} "
+            f"prompts, {patches} patches; take the input from this adapted model, out[{start!r}]"
+        )
+
+
+def _intercept(table, alpha, stoch_norm, next_fun, args, kwargs, context):
+    """One call of a module: stochastic normalisation, then LoRA, SSF, adapter and prompt, in this order."""
+    module = context.module
+    own = table.get("/".join(module.path), {}) if context.method_name == "__call__" else {}
+    drawn = stoch_norm and isinstance(module, nn.BatchNorm) and not module.use_running_average
+    if not own and not drawn:
+        return next_fun(*args, **kwargs)
+    x, *rest = args
+    if "prompt" in own and isinstance(module, vit.Block):
+        x = _with_prompts(x, own["prompt"]["tokens"], behind=own["prompt"]["tokens"].shape[1])
+    running = _by_running_statistics(module, x) if drawn else None  # before the call, which updates them
+    y = next_fun(x, *rest, **kwargs)
+    if drawn:
+        by_running = jax.random.bernoulli(module.make_rng("dropout"), stoch_norm, y.shape[-1:])
+        y = jnp.where(_as_channels(by_running, y), running, y)
+    if "lora" in own:
+        y = y + _low_rank(module, x, own["lora"]["a"], own["lora"]["b"], alpha)
+    if "ssf" in own:
+        scale, shift = (_as_channels(own["ssf"][leaf].astype(y.dtype), y) for leaf in ("scale", "shift"))
+        y = y * scale + shift
+    if "adapter" in own:
+        y = y + _dense(nn.gelu(_dense(y, own["adapter"], "down"), approximate=False), own["adapter"], "up")
+    if "prompt" in own and isinstance(module, vit.Stem):
+        y = _with_prompts(y, own["prompt"]["tokens"], behind=0)
+    return y
+
+
+def _as_channels(vector: jax.Array, y: jax.Array) -> jax.Array:
+    return vector.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def _with_prompts(x: jax.Array, tokens: jax.Array, behind: int) -> jax.Array:
+    """Puts `tokens` [1, P, D] behind the class token of x [B, N, D], in place of the `behind` tokens that follow it."""
+    tokens = jnp.broadcast_to(tokens.astype(x.dtype), (x.shape[0], *tokens.shape[1:]))
+    return jnp.concatenate([x[:, :1], tokens, x[:, 1 + behind :]], axis=1)
+
+
+def _dense(x: jax.Array, leaves: Mapping[str, jax.Array], name: str) -> jax.Array:
+    variables = {"params": {"kernel": leaves[f"{name}/kernel"], "bias": leaves[f"{name}/bias"]}}
+    return nn.Dense(leaves[f"{name}/bias"].shape[0], dtype=x.dtype, parent=None).apply(variables, x)
+
+
+def _by_running_statistics(module: nn.BatchNorm, x: jax.Array) -> jax.Array:
+    return module.clone(use_running_average=True, parent=None, name=None).apply(module.variables, x)
+
+
+def _low_rank(module: nn.Module, x: jax.Array, a: jax.Array, b: jax.Array, alpha: float) -> jax.Array:
+    """(alpha / rank) B A x, where A is `module` itself with other outputs, so that size, stride and dtype agree."""
+    fields = {"features": a.shape[-1], "parent": None, "name": None}
+    if hasattr(module, "use_bias"):
+        fields["use_bias"] = False
+    low = module.clone(**fields).apply({"params": {"kernel": a}}, x)
+    return alpha / b.shape[0] * _up(low, b.astype(low.dtype))
+
+
+def _up(low: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
+    """[..., groups * rank] by b [rank, F], each group by its own columns, to [..., F]."""
+    rank = b.shape[0]
+    groups = low.shape[-1] // rank
+    low, b = low.reshape(*low.shape[:-1], groups, rank), b.reshape(rank, groups, -1)
+    y = jnp.einsum("...gr,rgf->...gf", low, b, precision=precision)
+    return y.reshape(*y.shape[:-2], -1)
+
+
+def can_merge(additions: Additions) -> bool:
+    """Whether a plain network can hold what is added."""
+    return not {"adapter", "prompt"} & set(check(additions))
+
+
+def merge(variables: Mapping[str, Any], additions: Additions) -> dict[str, Any]:
+    """The variables of the plain network that computes the same: lora and ssf folded into its weights, in float32.
+
+    LoRA: W + (alpha / rank) B A. SSF: the kernel or norm scale times scale, bias * scale + shift. What only losses read
+    is left out. Raises ValueError for adapter and prompt, which no plain network can hold, and for parameters of
+    another network.
+    """
+    options = check(additions)
+    if kept := [name for name in options if name in ("adapter", "prompt")]:
+        raise ValueError(
+            f"{' and '.join(kept)} cannot be merged: no plain network holds them; only lora and ssf fold in"
+        )
+    table, network = _by_layer(variables["params"], tuple(options)), _network(variables)
+    params = trees.flatten(network["params"])
+    if strange := [path for path in table if not {f"{path}/kernel", f"{path}/scale"} & params.keys()]:
+        raise ValueError(f"the network has no layers {strange} to merge into; these additions are of another network")
+    for path, own in table.items():
+        weight = f"{path}/kernel" if f"{path}/kernel" in params else f"{path}/scale"
+        if "lora" in own:
+            a, b = own["lora"]["a"], own["lora"]["b"]
+            delta = _up(jnp.asarray(a), jnp.asarray(b), jax.lax.Precision.HIGHEST)
+            params[weight] = params[weight] + options["lora"]["alpha"] / b.shape[0] * delta
+        if "ssf" in own:
+            scale, shift = jnp.asarray(own["ssf"]["scale"]), own["ssf"]["shift"]
+            params[weight] = params[weight] * _as_channels(scale, params[weight])
+            params[f"{path}/bias"] = params[f"{path}/bias"] * scale + shift
+    return {**network, "params": trees.unflatten(params)}

@@ -1,0 +1,230 @@
+"""Several processes, one run: how they find each other, and what they do together.
+
+A run in one process notices none of this: `initialize` finds nothing, and the other functions are the identity.
+"""
+
+import atexit
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tl_jax.runtime import rollcall
+
+# jax's own heartbeats are the second line behind the roll call, and so must be slower: they are sent every half of this
+# time, and a process may count as lost after the other half.
+HEARTBEAT = 60
+# What a collective says when another process has gone: that one, not this, is to be named.
+ECHO = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION)\b")
+PORTS = (61440, 4096)  # the first port and their number, above those that systems give away: for SLURM and Open MPI
+
+_line: rollcall.RollCall | None = None
+
+
+class Place(NamedTuple):
+    """A process among others: where process 0 waits, how many they are, which one this is, and its devices.
+
+    devices: the accelerators of this process, by number on its host; None for all that it sees.
+    """
+
+    coordinator: str
+    count: int
+    index: int
+    devices: list[int] | None = None
+
+
+def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins the other processes of this run, where there are any; must come before jax's devices are used.
+
+    By the three arguments, or by itself in a SLURM step or under Open MPI with several tasks, and on the hosts of a
+    TPU pod. Raises ValueError for arguments that are incomplete, and where the processes do not come together.
+    """
+    global _line
+    place = find_place(coordinator, num_processes, process_id, os.environ)
+    # jax would catch SIGTERM for its preemption service, in place of preemption.watch().
+    jax.config.update("jax_enable_preemption_service", False)
+    if place is not None and place.count > 1:
+        _line = _meet(place)
+    elif place is None and on_tpu_hosts(os.environ):
+        _line = _meet_on_tpu()
+    if _line is not None:
+        sys.excepthook = lambda kind, error, traceback: _fail(error, 1, traceback=True)
+        atexit.register(_line.leave)
+
+
+def agreed(stop_requested: Callable[..., bool]) -> Callable[..., bool]:
+    """A `stop_requested` that becomes true on all processes after the same step; see `RollCall.stop_requested`.
+
+    It counts how often it is called, not the steps it is told: those start anew with the next run.
+    """
+    line = _line
+    return stop_requested if line is None else lambda step=0: line.stop_requested(stop_requested())
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What `make()` returns on process 0, plain JSON data, on every process; only process 0 calls it.
+
+    For what is read from files: on a network file system the other hosts may see an older state.
+    """
+    if _line is None:
+        return make()
+    return _line.from_first(make() if _line.index == 0 else None)
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which prints and writes for all."""
+    return _line is None or _line.index == 0
+
+
+def wait_for_cause(error: BaseException) -> None:
+    """Waits where an error may only say that another process has gone: that one is named, which ends this process too.
+
+    Returns where that is not so, or where there is one process only.
+    """
+    if _line is not None and ECHO.match(str(error)):
+        time.sleep(rollcall.SILENCE + 2 * rollcall.BEAT)
+
+
+def fail(error: BaseException, code: int) -> None:
+    """Ends all processes because of this one's error, and names it; returns where there is one process only."""
+    if _line is not None:
+        _fail(error, code, traceback=False)
+
+
+def _fail(error: BaseException, code: int, traceback: bool) -> None:
+    wait_for_cause(error)
+    if traceback:
+        sys.__excepthook__(type(error), error, error.__traceback__)
+    text = str(error) if code == 2 and not ECHO.match(str(error)) else f"{type(error).__name__}: {error}"
+    _line.fail(text, 1 if ECHO.match(str(error)) else code)
+
+
+def find_place(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, environ: Mapping[str, str]
+) -> Place | None:
+    """The place of this process by the three arguments or by its environment; None for a process by itself.
+
+    Raises ValueError for arguments that are incomplete or contradict each other.
+    """
+    given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+    if missing := [name for name, value in given.items() if value is None]:
+        if len(missing) < len(given):
+            raise ValueError(f"{', '.join(given)} belong together; missing: {', '.join(missing)}")
+        return _slurm_place(environ) or _open_mpi_place(environ)
+    if num_processes < 1 or not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"--process-id {process_id} of --num-processes {num_processes}: expected 0 <= process-id < num-processes"
+        )
+    rollcall.split(coordinator)
+    return Place(coordinator, num_processes, process_id)
+
+
+def _slurm_place(environ: Mapping[str, str]) -> Place | None:
+    """By the variables of a step: those of the allocation are also there where nothing was started with srun."""
+    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) < 2 or "SLURM_PROCID" not in environ:
+        return None
+    job, step = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_STEP_ID", 0))
+    first = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", environ["SLURM_STEP_NODELIST"]).split(",")[0]
+    tasks = _tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])[int(environ["SLURM_NODEID"])]
+    return Place(
+        f"{first}:{_port(job + 97 * step)}",
+        int(environ["SLURM_STEP_NUM_TASKS"]),
+        int(environ["SLURM_PROCID"]),
+        own_devices(int(environ["SLURM_LOCALID"]), tasks, environ),
+    )
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """SLURM's "2(x3),1" as [2, 2, 2, 1]."""
+    counts = []
+    for part in text.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    return counts
+
+
+def _open_mpi_place(environ: Mapping[str, str]) -> Place | None:
+    count = int(environ.get("OMPI_COMM_WORLD_SIZE", 1))
+    if count < 2:
+        return None
+    index, local = int(environ["OMPI_COMM_WORLD_RANK"]), int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])
+    # Such as 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911: the job, and where mpirun runs.
+    uri = re.match(r"(\d+)\.\d+;tcp6?://\[?([^],:]+(?::[^],]+)*)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
+    local_only = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(count)
+    if not (uri or local_only):
+        raise ValueError(
+            "this Open MPI does not say where process 0 is; start every process with --coordinator HOST:PORT "
+            '--num-processes "$OMPI_COMM_WORLD_SIZE" --process-id "$OMPI_COMM_WORLD_RANK"'
+        )
+    job = int(uri[1]) // 4096 if uri else os.getppid()
+    host = "127.0.0.1" if local_only else uri[2]
+    devices = own_devices(local, int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)), environ)
+    return Place(f"{host}:{_port(job)}", count, index, devices)
+
+
+def _port(number: int) -> int:
+    return PORTS[0] + number % PORTS[1]
+
+
+def own_devices(local: int, tasks: int, environ: Mapping[str, str]) -> list[int] | None:
+    """The accelerators of the `local`-th of `tasks` processes on a host: equal shares of those that are visible.
+
+    None, all that it sees, where it is alone there or was given fewer than there are processes.
+    """
+    visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    share = len(visible) // tasks
+    return None if tasks == 1 or not share else list(range(local * share, (local + 1) * share))
+
+
+def on_tpu_hosts(environ: Mapping[str, str], devices: str = "/dev") -> bool:
+    """Whether this is a host of a TPU pod: TPU devices, the library that drives them, and not known to be alone."""
+    if find_spec("libtpu") is None or environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+        return False
+    if "TPU_WORKER_HOSTNAMES" in environ:
+        return "," in environ["TPU_WORKER_HOSTNAMES"] or int(environ.get("MEGASCALE_NUM_SLICES", 1)) > 1
+    return any(Path(devices).glob("accel[0-9]*")) or any(Path(devices, "vfio").glob("[0-9]*"))
+
+
+def _meet(place: Place) -> rollcall.RollCall:
+    """The roll call at the coordinator's address, then jax at a port that process 0 finds free."""
+    host, _ = rollcall.split(place.coordinator)
+
+    def choose() -> str:
+        with socket.create_server(("", 0)) as free:
+            port = free.getsockname()[1]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    if place.index:
+        connections, names, address = rollcall.join(place.coordinator, place.index, place.count)
+    else:
+        connections, names, address = rollcall.gather(place.coordinator, place.count, choose)
+    jax.distributed.initialize(
+        address, place.count, place.index, local_device_ids=place.devices, cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=HEARTBEAT,
+    )  # fmt: skip
+    return rollcall.RollCall(place.index, names, connections)
+
+
+def _meet_on_tpu() -> rollcall.RollCall | None:
+    """jax finds the hosts of a pod by itself; process 0 then tells the others where its roll call is."""
+    from jax.experimental import multihost_utils
+
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+    count, index = jax.process_count(), jax.process_index()
+    if count == 1:
+        return None
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    octets = [int(part) for part in socket.gethostbyname(socket.gethostname()).split(".")]
+    *octets, port = (int(x) for x in multihost_utils.broadcast_one_to_all(np.array([*octets, port], np.int32)))
+    address = f"{'.'.join(map(str, octets))}:{port}"
+    meet = rollcall.join(address, index, count) if index else rollcall.gather(address, count, lambda: "")
+    return rollcall.RollCall(index, meet[1], meet[0])

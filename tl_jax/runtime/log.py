@@ -1,0 +1,137 @@
+"""What a run says: metrics.jsonl (bit-equal after a resume), timing.jsonl, and the console of process 0."""
+
+import contextlib
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tl_jax.core.files import write_text
+
+CONSOLE = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
+SHOWN_WAIT = 0.02  # share of the time from which on the wait for data is shown
+
+
+def say(message: Any) -> None:
+    """Prints on process 0 and nowhere else."""
+    if jax.process_index() == 0:
+        CONSOLE.print(message)
+
+
+class RunLog:
+    """Rows of one run and its progress bar.
+
+    metrics.jsonl holds what the seed determines, timing.jsonl what the machine does. A run that goes on from a
+    checkpoint hands in that checkpoint's `rows`, and metrics.jsonl starts as these: whatever became of the file, a
+    resumed run leaves the same one as an unbroken run. Of runs that are trained together each is charged its share of
+    the seconds, one of `replicas`. Without a workdir the rows are kept and not written.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path | None,
+        rows: list[dict[str, Any]],
+        start: int,
+        total_steps: int,
+        verbose: bool = True,
+        replicas: int = 1,
+    ):
+        self._writes = jax.process_index() == 0 and workdir is not None
+        self._paths = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timing")} if workdir else {}
+        self.rows = list(rows)
+        if self._writes:
+            write_text(self._paths["metrics"], "".join(json.dumps(row) + "\n" for row in rows))
+            if not start:
+                write_text(self._paths["timing"], "")
+        self._clock = self._began = time.perf_counter()
+        self._start, self._timed, self._total = start, start, total_steps
+        self._share, self.waited = 1 / replicas, 0.0
+        # Further columns of timing.jsonl, from the steps per second.
+        self.rates: Callable[[float], Mapping[str, Any]] = lambda steps_per_second: {}
+        self._verbose = verbose and self._writes
+        self._progress = self._make_progress(start) if CONSOLE.is_terminal and self._verbose else None
+
+    def __enter__(self) -> "RunLog":
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds one row of metrics.jsonl; a number that is not finite is written as null, which every reader knows."""
+        row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in metrics.items()}}
+        self.rows.append(row)
+        self._append("metrics", row)
+
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
+        """Writes and shows what an evaluation on val gave."""
+        self.write(step, {f"val/{name}": value for name, value in scores.items()})
+        if self._verbose:
+            say(f"step {step}/{self._total}  " + "  ".join(f"val {name} {value:.4g}" for name, value in scores.items()))
+
+    def progress(self, step: int, metrics: Mapping[str, float], examples: float) -> None:
+        """Shows the bar (or, without a terminal, a line) and times the steps since the last call."""
+        now = time.perf_counter()
+        seconds, self._clock = (now - self._clock) * self._share, now
+        rate = examples / seconds
+        waited, self.waited = self.waited * self._share, 0.0
+        row = {"step": step, "seconds": round(seconds, 6), "images_per_second": round(rate, 1)}
+        row |= {"data_wait_seconds": round(waited, 6), "data_wait": round(waited / seconds, 4)}
+        self._append("timing", {**row, **self.rates((step - self._timed) / seconds)})
+        self._timed = step
+        text = "  ".join(f"{name} {metrics[f'train/{name}']:.4g}" for name in ("loss", "accuracy"))
+        text += f"  waited {waited / seconds:.0%} for data" if waited > SHOWN_WAIT * seconds else ""
+        if self._progress:
+            self._progress.update(self._task, completed=step, text=text, rate=f"{rate:,.0f} images/s")
+        elif self._verbose:
+            left = (self._total - step) * (now - self._began) / (step - self._start)  # evaluations included
+            say(f"step {step}/{self._total}  {text}  {rate:,.0f} images/s  {left:,.0f} s left")
+
+    @contextlib.contextmanager
+    def untimed(self):
+        """Leaves what happens inside out of the rate: evaluation and checkpoints are not training."""
+        began = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - began
+
+    def _make_progress(self, start: int) -> Progress:
+        progress = Progress(
+            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=CONSOLE, transient=True,
+        )  # fmt: skip
+        self._task = progress.add_task("train", total=self._total, completed=start, text="compiling", rate="")
+        return progress
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        if self._writes:
+            with self._paths[name].open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def feed(logs: Collection[RunLog], batches: Iterable, idle: Callable[[], bool]) -> Iterator:
+    """The same batches; counts as wait for data the time that each took to come while the devices had no work.
+
+    logs: of the runs that are trained on them. idle: whether the last step is done. Steps are only asked for, not
+    waited for, so a batch may be late for the loop and still early for the devices. A step that ends during the wait
+    counts as if it had ended before.
+    """
+    batches = iter(batches)
+    while True:
+        began = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        waited = (time.perf_counter() - began) * idle()
+        for log in logs:
+            log.waited += waited
+        yield batch

@@ -1,0 +1,34 @@
+"""The folder of a run: whole files or none, one process at a time, one config for ever."""
+
+import contextlib
+import fcntl
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from tl_jax.core import files, messages
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path):
+    """Holds the workdir for this process; raises ValueError where another one holds it. A killed process lets go."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is running in {workdir}; wait for it, or choose another --workdir"
+            ) from None
+        yield
+
+
+def check_options(workdir: pathlib.Path, options: Mapping[str, Any]) -> None:
+    """Raises ValueError where the workdir has a result or checkpoints of a run with other options."""
+    path = workdir / "config.json"
+    if not path.exists() or not ((workdir / "result.json").exists() or any(workdir.glob("checkpoints/[0-9]*"))):
+        return  # nothing to protect: a run that ended before its first checkpoint may be started with other options
+    if changed := messages.difference(files.read_json(path), options):
+        raise ValueError(
+            f"{workdir} holds a run with other options; choose another --workdir (there -> now):\n" + "\n".join(changed)
+        )

@@ -1,0 +1,236 @@
+"""What the numbers of a study say: means, paired differences, effects, ranks and costs, as plain data and sentences."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tl_jax.studies.report.report import results as read
+from tl_jax.studies.report.report import statistics
+from tl_jax.studies.report.report.results import Cell, Results
+
+ALPHA = 0.05
+FEW = 5  # with fewer pairs a t-test sees large differences only
+MANY = 3  # levels without a visible difference that still have a sentence each
+FLIPPED = {1: ("wins", "losses"), -1: ("losses", "wins")}
+
+
+def means(results: Results, metric: str) -> dict[Cell, dict]:
+    """{"mean", "low", "high", "n", "planned"} of every cell."""
+    return {
+        cell: read.interval(results, read.scores_of(results, cell, metric).values()) | {"planned": len(units)}
+        for cell, units in results.grid.items()
+    }
+
+
+def differences(results: Results, metric: str) -> list[dict[str, Any]]:
+    """Every level of a factor with a baseline against that baseline, all other factors equal, paired by seed and fold.
+
+    Rows hold factor, level, against, cell, base, those of `statistics.paired`, better and worse (pairs), and
+    `adjusted`: Holm's p-value over all rows of the metric.
+    """
+    rows = []
+    for factor, against in results.baseline.items():
+        for level in results.factors[factor]:
+            for base in read.cells_where(results, {factor: against}):
+                cell = read.with_level(results, base, factor, level)
+                if level != against and cell in results.grid:
+                    rows.append({"factor": factor, "level": level, "against": against, "cell": cell, "base": base})
+    share = read.test_share(results)
+    for row in rows:
+        a, b = (read.scores_of(results, row[name], metric) for name in ("cell", "base"))
+        units = [unit for unit in results.grid[row["cell"]] if unit in a and unit in b]
+        row |= statistics.paired([a[unit] for unit in units], [b[unit] for unit in units], test_share=share)
+        row["better"], row["worse"] = (row[name] for name in FLIPPED[read.sign_of(metric)])
+    for row, adjusted in zip(rows, statistics.holm([row["p"] for row in rows]), strict=True):
+        row["adjusted"] = adjusted
+    return rows
+
+
+def reading(results: Results, metric: str, rows: list[dict[str, Any]]) -> list[str]:
+    """The comparisons of one metric in plain words, a sentence for each level that is compared."""
+    if not any(read.scores_of(results, cell, metric) for cell in results.grid):
+        known = sorted({name for run in read.runs(results) for name in run.scores})
+        has = f" (the finished ones have {', '.join(known)})" if known else ""
+        return [f"No run has a value of {metric}{has}, so nothing can be said."]
+    if not results.baseline:
+        return ["The study names no baseline level, so its cells are shown side by side and not compared."]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["factor"], row["level"]), []).append(row)
+    if len(results.factors) > 1:
+        return [_read_several(results, metric, group) for group in groups.values()]
+    unseen = [row for row in rows if row["adjusted"] is not None and row["adjusted"] >= ALPHA]
+    told = [row for row in rows if row not in unseen] if len(unseen) > MANY else rows
+    sentences = [_read_one(results, metric, row) for row in told]
+    return sentences if told is rows else [*sentences, _read_unseen(results, metric, unseen)]
+
+
+def _read_one(results: Results, metric: str, row: dict[str, Any]) -> str:
+    a, b, n = row["level"], row["against"], row["n"]
+    units = read.unit_noun(results, n)
+    if n == 0:
+        return f"{a} cannot be compared with {b}: there is no {read.unit_noun(results, 1)} that both have finished."
+    if n == 1:
+        return (
+            f"{a} minus {b} is {row['mean']:+.4f} in {metric} with the only {units} that both have: no test from one."
+        )
+    span = f"{row['mean']:+.4f} on average, 95 % interval {row['low']:+.4f} to {row['high']:+.4f}"
+    if row["adjusted"] is None:
+        return f"{a} minus {b} is {row['mean']:+.4f} in {metric}; no test: {row['why']}."
+    span += f", adjusted {p_equals(row['adjusted'])}"
+    few = f"; with {n} {units} only large differences can be seen" if n < FEW else ""
+    if row["adjusted"] >= ALPHA:
+        return f"No difference in {metric} can be seen between {a} and {b} ({span}){few}."
+    side, share = _direction(metric, row["mean"]), max(row["wins"], row["losses"])
+    rests = f"; this rests on {n} {units} alone" if n < FEW else ""
+    return f"{a} has a {side} {metric} than {b} ({span}; {side} with {share} of {n} {units}){rests}."
+
+
+def _read_unseen(results: Results, metric: str, rows: list[dict[str, Any]]) -> str:
+    """The levels of which nothing can be said, in one sentence."""
+    levels = _listed([f"{row['level']} {row['mean']:+.4f}" for row in rows], limit=len(rows))
+    n = min(row["n"] for row in rows)
+    few = f"; with {n} {read.unit_noun(results, n)} only large differences can be seen" if n < FEW else ""
+    smallest = p_equals(min(row["adjusted"] for row in rows))
+    return (
+        f"No difference in {metric} can be seen between {rows[0]['against']} and {len(rows)} levels ({levels}; the "
+        f"smallest adjusted {smallest}){few}."
+    )
+
+
+def _read_several(results: Results, metric: str, rows: list[dict[str, Any]]) -> str:
+    """One level over all settings of the other factors: where it differs, and where nothing can be said."""
+    factor, level, against = (rows[0][name] for name in ("factor", "level", "against"))
+    kinds: dict[str, list[str]] = {}
+    for row in rows:
+        setting = read.name_of(results, row["cell"], without=[factor])
+        if row["adjusted"] is None:
+            kind = "no test is possible"
+        elif row["adjusted"] >= ALPHA:
+            kind = "no difference can be seen"
+        else:
+            kind = f"{metric} is {_direction(metric, row['mean'])}"
+        kinds.setdefault(kind, []).append(setting if row["mean"] is None else f"{setting}: {row['mean']:+.4f}")
+    parts = [f"{kind} in {len(names)} ({_listed(names)})" for kind, names in kinds.items()]
+    tested = [row["n"] for row in rows if row["adjusted"] is not None]
+    few = ""
+    if tested and min(tested) < FEW:
+        count, most = min(tested), max(tested)
+        span = f"{count}" if count == most else f"{count} to {most}"
+        few = f"; with {span} {read.unit_noun(results, most)} only large differences can be seen"
+    settings = "setting" if len(rows) == 1 else "settings"
+    return f"{factor}={level} against {factor}={against}, in {len(rows)} {settings}: {'; '.join(parts)}{few}."
+
+
+def _listed(names: list[str], limit: int = 8) -> str:
+    more = f"; and {len(names) - limit} more" if len(names) > limit else ""
+    return "; ".join(names[:limit]) + more
+
+
+def _direction(metric: str, mean: float) -> str:
+    better = "better" if mean * read.sign_of(metric) > 0 else "worse"
+    side = "higher" if mean > 0 else "lower"
+    return side if read.sign_of(metric) > 0 else f"{side} ({better})"
+
+
+def p_equals(p: float) -> str:
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
+
+
+def effects(results: Results, metric: str) -> tuple[list[dict[str, Any]] | str, int]:
+    """Main effects and interactions (or why there are none), over the units that every cell has; and how many."""
+    shape = [len(levels) for levels in results.factors.values()]
+    cells = read.combinations(results, list(results.factors))
+    scores = [read.scores_of(results, cell, metric) for cell in cells]
+    units = [unit for unit in next(iter(results.grid.values()), {}) if all(unit in column for column in scores)]
+    if not units:
+        lacking = [read.name_of(results, cell) for cell, column in zip(cells, scores, strict=True) if not column]
+        named = f"; without any value: {_listed(lacking)}" if lacking else ""
+        return f"no {read.unit_noun(results, 1)} is complete in all {len(cells)} cells{named}", 0
+    table = np.array([[column[unit] for unit in units] for column in scores]).reshape(*shape, len(units))
+    rows = statistics.anova(table, list(results.factors), test_share=read.test_share(results))
+    return rows, len(units)
+
+
+def ranks(results: Results, factor: str, metric: str) -> dict[str, Any] | str:
+    """Mean ranks of a factor's levels over blocks (a setting of the others, and a unit), or why there are none."""
+    levels = list(results.factors[factor])
+    if len(levels) < 3:
+        return f"{factor} has {len(levels)} levels; ranks are compared from 3 on"
+    blocks = []
+    for first in read.cells_where(results, {factor: levels[0]}):
+        row = [read.scores_of(results, read.with_level(results, first, factor, level), metric) for level in levels]
+        shared = [unit for unit in results.grid[first] if all(unit in column for column in row)]
+        blocks += [[column[unit] for column in row] for unit in shared]
+    if len(blocks) < 5:
+        return f"{factor}: {len(blocks)} complete blocks; ranks are compared from 5 on"
+    return {"levels": levels, **statistics.friedman(read.sign_of(metric) * np.array(blocks))}
+
+
+def costs(results: Results) -> list[dict[str, Any]]:
+    """The mean cost of each cell over its finished runs, and its ratio to the cell of the baseline levels."""
+    mean = {cell: {name: _mean(units, name) for name in read.COSTS} for cell, units in results.grid.items()}
+    rows = []
+    for cell, own in mean.items():
+        base = cell
+        for factor, level in results.baseline.items():
+            base = read.with_level(results, base, factor, level)
+        of_base = mean.get(base, {}) if results.baseline else {}
+        ratios = {f"{name}_ratio": _ratio(own[name], of_base.get(name)) for name in read.COSTS}
+        rows.append({"cell": cell, **own, **ratios})
+    return rows
+
+
+def _mean(units: Mapping[Any, read.Run], name: str) -> float | None:
+    found = [run.cost[name] for run in units.values() if run.cost.get(name) is not None]
+    return float(np.mean(found)) if found else None
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return None if value is None or not base else value / base
+
+
+def mean_curve(results: Results, cell: Cell) -> dict | None:
+    """val/accuracy of a cell, mean and interval over the steps that all its runs have reached; None without curves."""
+    curves = [read.read_curve(run) for run in results.grid.get(cell, {}).values()]
+    curves = [curve for curve in curves if len(curve)]
+    if not curves:
+        return None
+    first, last = max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves)
+    steps = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
+    steps = steps[(steps >= first) & (steps <= last)]
+    values = np.array([np.interp(steps, *curve.T) for curve in curves])
+    rows = [read.interval(results, column) for column in values.T]
+    return {"x": steps, **{name: [row[name] for row in rows] for name in ("mean", "low", "high")}} if rows else None
+
+
+def pooled(results: Results, outputs: Mapping[str, read.Outputs], factor: str, level: str) -> dict | None:
+    """Reliability bins of all the finished runs of one level together."""
+    cells = read.cells_where(results, {factor: level})
+    found = [run.key for cell in cells for run in results.grid[cell].values() if run.key in outputs]
+    if not found:
+        return None
+    count, correct, confidence = (sum(outputs[key][i] for key in found) for i in range(3))
+    total = np.where(count, count, 1)
+    return {"count": count, "accuracy": correct / total, "confidence": confidence / total}
+
+
+def class_changes(
+    results: Results, outputs: Mapping[str, read.Outputs], factor: str, level: str, against: str
+) -> np.ndarray:
+    """Recall of a level minus that of the baseline [units, classes], averaged over the settings that a unit has."""
+    found: dict[read.Unit, list[np.ndarray]] = {}
+    for base in read.cells_where(results, {factor: against}):
+        other = results.grid.get(read.with_level(results, base, factor, level), {})
+        for unit, run in results.grid[base].items():
+            if unit in other and run.key in outputs and other[unit].key in outputs:
+                change = outputs[other[unit].key].recall - outputs[run.key].recall
+                found.setdefault(unit, []).append(change)
+    return np.array([column_means(np.array(changes)) for changes in found.values()])
+
+
+def column_means(table: np.ndarray) -> np.ndarray:
+    """Means [columns] of what is not NaN; NaN where nothing is."""
+    known = ~np.isnan(table)
+    return np.where(known.any(axis=0), np.where(known, table, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1), np.nan)

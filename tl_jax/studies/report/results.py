@@ -1,0 +1,225 @@
+"""What a study has left on disk, read back: its grid, and the state, numbers and cost of every run."""
+
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tl_jax.core.files import read_json
+from tl_jax.studies import store
+from tl_jax.studies.report.report import statistics
+from tl_jax.tasks import metrics
+
+FIELDS = ("name", "question", "factors", "baseline", "seeds", "metrics", "design", "runs")
+LESS_IS_BETTER = ("nll", "ece")
+COSTS = ("trainable_parameters", "flops_per_step", "memory_bytes", "seconds")
+Cell = tuple[str, ...]  # one level of every factor
+Unit = tuple[int, str]  # seed and fold: the same unit means the same data, so this is what runs are paired by
+
+
+class Run(NamedTuple):
+    """One run: scores are the scalar metrics of its result, cost the numbers of cost.json; both empty unless done."""
+
+    key: str
+    cell: Cell
+    unit: Unit
+    state: str  # done | failed, or missing: todo | running | stale
+    error: str
+    scores: Mapping[str, float | None]
+    cost: Mapping[str, float | None]
+    device: str
+    folder: pathlib.Path
+
+
+class Results(NamedTuple):
+    """A study as it stands: `grid` holds {cell: {unit: run}} in the order of the plan."""
+
+    name: str
+    question: str
+    factors: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    baseline: Mapping[str, str]
+    seeds: Sequence[int]
+    metrics: Sequence[str]
+    design: str
+    grid: Mapping[Cell, Mapping[Unit, Run]]
+
+
+def load(workdir: pathlib.Path) -> Results:
+    """Reads W/study.json and W/runs/*; ValueError names the file that is not as planned."""
+    plan = store.read_plan(workdir)
+    if missing := [field for field in FIELDS if field not in plan]:
+        raise ValueError(f"{workdir / 'study.json'} lacks {', '.join(missing)}; a study's plan has {', '.join(FIELDS)}")
+    grid: dict[Cell, dict[Unit, Run]] = {}
+    for row in plan["runs"]:
+        cell = tuple(row["levels"][factor] for factor in plan["factors"])
+        unit = (row["seed"], row["fold"])
+        grid.setdefault(cell, {})[unit] = _load_run(workdir, row["key"], cell, unit)
+    return Results(*(plan[field] for field in FIELDS[:-1]), grid)
+
+
+def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
+    folder = store.run_folder(workdir, key)
+    empty = Run(key, cell, unit, store.state(folder), "", {}, {}, "", folder)
+    try:
+        if empty.state == "failed":
+            return empty._replace(error=last_line(read_json(folder / "failed.json").get("error", ""), workdir))
+        if empty.state != "done":
+            return empty
+        result = read_json(folder / "result.json")
+        cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
+    except ValueError as error:  # a run whose numbers cannot be read is shown as that, beside those that can
+        return empty._replace(state="failed", error=last_line(str(error), workdir))
+    scores = _scalars(result.get("metrics", {}))
+    for name, further in result.get("also", {}).items():
+        scores |= {f"{name}/{metric}": value for metric, value in _scalars(further).items()}
+    costs = {name: _finite(cost.get(name)) for name in COSTS}
+    if costs["trainable_parameters"] is None:
+        costs["trainable_parameters"] = _finite(result.get("trainable_parameters"))
+    return empty._replace(scores=scores, cost=costs, device=str(cost.get("device") or ""))
+
+
+def last_line(error: str, workdir: pathlib.Path) -> str:
+    """The last line of an error that says something, without the place where the study happens to lie."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines else "no message"
+    for place in (str(workdir.resolve()), str(workdir)):
+        text = text.replace(f"{place}/", "") if len(place) > 1 else text
+    return text
+
+
+def _scalars(summary: Mapping[str, Any]) -> dict[str, float | None]:
+    return {name: _finite(entry["value"]) for name, entry in summary.items() if isinstance(entry, dict)}
+
+
+def _finite(value: Any) -> float | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if number else None
+
+
+def runs(results: Results) -> Iterator[Run]:
+    """Every planned run, in the order of the plan."""
+    return (run for units in results.grid.values() for run in units.values())
+
+
+def count_states(results: Results) -> dict[str, int]:
+    """How many runs are done, failed and missing; what is running or waiting has no result yet, so it is missing."""
+    counts = dict.fromkeys(("done", "failed", "missing"), 0)
+    for run in runs(results):
+        counts[run.state if run.state in counts else "missing"] += 1
+    return counts
+
+
+def word_of(run: Run) -> str:
+    """The state of a run for a reader: everything that is neither done nor failed is missing."""
+    return {"todo": "missing", "running": "missing (running)", "stale": "missing (its process died)"}.get(
+        run.state, run.state
+    )
+
+
+def scores_of(results: Results, cell: Cell, metric: str) -> dict[Unit, float]:
+    """The metric of each finished run of a cell; none for a run that is not done or where it is undefined."""
+    found = {unit: run.scores.get(metric) for unit, run in results.grid.get(cell, {}).items()}
+    return {unit: value for unit, value in found.items() if value is not None}
+
+
+def name_of(results: Results, cell: Cell, without: Sequence[str] = ()) -> str:
+    """A cell in words: its level in a study of one factor, "blocks=1, shots=5" in others."""
+    pairs = [(factor, level) for factor, level in zip(results.factors, cell, strict=True) if factor not in without]
+    if len(results.factors) == 1:
+        return "".join(level for _, level in pairs)
+    return ", ".join(f"{factor}={level}" for factor, level in pairs)
+
+
+def level_of(results: Results, cell: Cell, factor: str) -> str:
+    return cell[list(results.factors).index(factor)]
+
+
+def with_level(results: Results, cell: Cell, factor: str, level: str) -> Cell:
+    """The cell that differs in one factor alone."""
+    index = list(results.factors).index(factor)
+    return (*cell[:index], level, *cell[index + 1 :])
+
+
+def combinations(results: Results, factors: Sequence[str]) -> list[Cell]:
+    """Every combination of the levels of some factors, in the order of the plan."""
+    return list(itertools.product(*(results.factors[factor] for factor in factors)))
+
+
+def cells_where(results: Results, fixed: Mapping[str, str]) -> list[Cell]:
+    """The planned cells that have these levels."""
+    names = list(results.factors)
+    return [cell for cell in results.grid if all(cell[names.index(f)] == level for f, level in fixed.items())]
+
+
+def test_share(results: Results) -> float | None:
+    """n_test / n_train of a resampling design, which the corrected interval needs; None for independent values.
+
+    kfold:K tests on one fold and trains on K - 1. A bootstrap draws 1 - 1/e of the examples for training, counting each
+    once, and tests on the others. The one run of loo has a score over all examples, so its values are those of seeds.
+    """
+    name, _, argument = results.design.partition(":")
+    if name == "kfold":
+        return 1 / (int(argument.split("x")[0]) - 1)
+    if name == "bootstrap":
+        return math.exp(-1) / (1 - math.exp(-1))
+    return None
+
+
+def unit_noun(results: Results, count: int = 2) -> str:
+    """What a value of a cell comes from: a seed, or a fold of a resampling design."""
+    noun = "seed" if test_share(results) is None else "fold"
+    return noun if count == 1 else f"{noun}s"
+
+
+def sign_of(metric: str) -> int:
+    """1 where more is better, -1 where less is."""
+    return -1 if metric.rpartition("/")[2] in LESS_IS_BETTER else 1
+
+
+def interval(results: Results, values: Sequence[float]) -> dict:
+    """Mean and 95 % interval of one value per unit, corrected where the units share training examples."""
+    return statistics.mean_interval(list(values), test_share=test_share(results))
+
+
+class Outputs(NamedTuple):
+    """What the figures need of one run's predictions; arrays [bins] and [classes], NaN recall where no example is."""
+
+    count: np.ndarray
+    correct: np.ndarray
+    confidence: np.ndarray
+    recall: np.ndarray
+    class_names: tuple[str, ...]
+
+
+def read_outputs(results: Results) -> tuple[dict[str, Outputs], list[str]]:
+    """{key: Outputs} of the finished runs, one file in memory at a time; and what could not be read, as sentences."""
+    found, problems = {}, []
+    for run in runs(results):
+        path = run.folder / "predictions.npz"
+        if run.state != "done" or not path.exists():
+            continue
+        try:
+            predictions = metrics.load_predictions(path)
+        except ValueError as error:
+            problems.append(last_line(str(error), run.folder.parents[1]))
+            continue
+        count, accuracy, confidence = metrics.reliability(predictions)
+        confusion = metrics.confusion(predictions)
+        support = confusion.sum(axis=1)
+        recall = np.where(support > 0, confusion.diagonal() / np.maximum(support, 1), np.nan)
+        sums = (np.nan_to_num(count * mean) for mean in (accuracy, confidence))
+        found[run.key] = Outputs(count, *sums, recall, predictions.class_names)
+    return found, problems
+
+
+def read_curve(run: Run, name: str = "val/accuracy") -> np.ndarray:
+    """Steps and values [points, 2] of a column of metrics.jsonl; empty where there are none."""
+    path = run.folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if run.state == "done" and path.exists() else []
+    rows = [json.loads(line) for line in lines if line.strip()]
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return np.array(sorted(points), np.float64).reshape(-1, 2)

@@ -1,0 +1,354 @@
+"""Between and among finished runs: weight interpolation (WiSE-FT) and model soups, chosen on val.
+
+python -m tl_jax.studies.soups wise_ft RUN_A RUN_B --out FOLDER    RUN_A may be `start`: the weights RUN_B began with
+python -m tl_jax.studies.soups soup RUN RUN ... --out FOLDER
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from tl_jax import config as options
+from tl_jax.core import files, messages
+from tl_jax.core.card import Card
+from tl_jax.data import pipeline
+from tl_jax.runtime import sharding
+from tl_jax.tasks import metrics
+from tl_jax.training import build, evaluate, plots, steps
+from tl_jax.weights import load as pretrained
+
+START = "start"
+NEEDED = ("config.json", "result.json", "predictions.npz", "model.safetensors")
+OWN = ("data.augment", "data.shots", "data.workers", "data.on_error")  # options of data in which runs may differ
+SHARED = ("model.name", "model.image_size", "model.dtype")  # options of the network in which they may not
+CHANGED = 0.01  # the share of predicted classes that may change when a run is scored anew, on another device
+UNTUNED = 0.5  # alpha where there is no val to choose it by, as Wortsman et al. 2022a recommend
+
+Variables = dict[str, Any]
+
+
+class Weights(NamedTuple):
+    """What model.safetensors of a run's folder holds, with the options of the run.
+
+    name: the folder, or START. saved: the predictions that the run left; None for START.
+    """
+
+    name: str
+    method: str
+    config: ConfigDict
+    model: Any
+    variables: Variables
+    card: Card
+    saved: metrics.Predictions | None
+
+
+class Scorer(NamedTuple):
+    """The evaluation that several weights share.
+
+    predict: (variables, split) -> predictions. splits: val, test and the names of data.also, as far as there are any.
+    """
+
+    predict: Callable[[Variables, str], metrics.Predictions]
+    splits: tuple[str, ...]
+
+    @property
+    def scored(self) -> str:
+        """The split that the result is about: "test", or "val" where there is no test."""
+        return "test" if "test" in self.splits else "val"
+
+    @property
+    def further(self) -> list[str]:
+        """The names of data.also."""
+        return [split for split in self.splits if split not in ("val", "test")]
+
+
+def interpolate(a: Variables, b: Variables, alpha: float) -> Variables:
+    """(1 - alpha) a + alpha b (Wortsman et al. 2022a, Robust fine-tuning of zero-shot models, equation 1).
+
+    Leaf by leaf and for all collections: the running statistics of batch_stats go the same way as the parameters, and
+    are not measured anew. Computed in float64, given in the type of a's leaf.
+    """
+
+    def between(x, y):
+        mixed = (1 - alpha) * np.asarray(x, np.float64) + alpha * np.asarray(y, np.float64)
+        return mixed.astype(np.asarray(x).dtype)
+
+    return jax.tree.map(between, a, b)
+
+
+def average(ingredients: Iterable[Variables]) -> Variables:
+    """The mean of several variables, leaf by leaf, batch_stats too: the uniform soup (Wortsman et al. 2022b)."""
+    soup: Variables = {}
+    for count, variables in enumerate(ingredients, 1):
+        soup = interpolate(soup, variables, 1 / count) if soup else variables
+    return soup
+
+
+def greedy(
+    alone: Sequence[dict[str, float]], load: Callable[[int], Variables], score: Callable[[Variables], dict[str, float]]
+) -> tuple[list[int], Variables]:
+    """The greedy soup (Wortsman et al. 2022b, Model soups, recipe 1): what went in, in order, and its variables.
+
+    alone: {"accuracy", "loss"} of each ingredient on val. They are tried from the highest accuracy down, among equals
+    from the lowest loss, then as given; one is kept where `score(average with it)["accuracy"]`, on val, is not below
+    that of the soup without it. load(i): the variables of ingredient i.
+    """
+    first, *rest = sorted(range(len(alone)), key=lambda i: (-alone[i]["accuracy"], alone[i]["loss"], i))
+    kept, soup, best = [first], load(first), alone[first]["accuracy"]
+    for i in rest:
+        candidate = interpolate(soup, load(i), 1 / (len(kept) + 1))
+        accuracy = score(candidate)["accuracy"]
+        if accuracy >= best:
+            kept, soup, best = [*kept, i], candidate, accuracy
+    return kept, soup
+
+
+def load(folder: str | pathlib.Path) -> Weights:
+    """Reads the weights, the options and the predictions of a finished run; ValueError where something is missing."""
+    folder = pathlib.Path(folder)
+    if missing := [name for name in NEEDED if not (folder / name).exists()]:
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing)}; expected the folder of a finished run whose result is one plain "
+            "network (nearest neighbours, adapters and prompts leave none)"
+        )
+    config = options.from_flat(files.read_json(folder / "config.json"))
+    loaded = pretrained.load_with_origins(config.model.name, folder / "model.safetensors")
+    saved = metrics.load_predictions(folder / "predictions.npz")
+    model = loaded.model.clone(dtype=jnp.dtype(config.model.dtype))
+    return Weights(str(folder), config.method.name, config, model, loaded.variables, loaded.card, saved)
+
+
+def load_start(end: Weights) -> Weights:
+    """The weights that a run began with, with the head that it ended with: what the run did to the backbone, undone."""
+    config = end.config
+    if not config.model.weights:
+        raise ValueError(f"{end.name} began with random weights, to which no interpolation leads; give a run instead")
+    begun = pretrained.load_with_origins(
+        config.model.name, config.model.weights, end.card.num_classes, image_size=end.card.input_size
+    )
+    params = {**begun.variables["params"], "head": end.variables["params"]["head"]}
+    return end._replace(name=START, method="", variables={**begun.variables, "params": params}, saved=None)
+
+
+def check_same(runs: Sequence[Weights]) -> None:
+    """Raises one ValueError that lists in what the runs differ: model, classes, preprocessing or data."""
+    first, problems = _facts(runs[0]), []
+    for other in runs[1:]:
+        if lines := messages.difference(first, _facts(other)):
+            problems.append("\n".join([f"{runs[0].name} -> {other.name}:", *lines]))
+    if problems:
+        raise ValueError(
+            "weights can be averaged between runs of the same model, classes and data alone; these differ\n"
+            + "\n".join(problems)
+        )
+
+
+def make_scorer(weights: Weights) -> Scorer:
+    """The evaluation of the run's config on val, test and data.also."""
+    config, card = weights.config, weights.card
+    parallel = sharding.make_parallel(config.parallel, fsdp=config.fsdp)
+    data = {name: source for name, source in build.load_data(config).items() if name != "train"}
+    if any(source.class_names != card.class_names for source in data.values()):
+        raise ValueError(f"the data of {weights.name} have other classes by now than when it ran: {card.class_names}")
+    size = parallel.round_up(min(config.eval_batch_size, max(map(len, data.values()))))
+    batches = {
+        split: pipeline.eval_batches(source, card=card, batch_size=size, num_workers=config.data.workers)
+        for split, source in data.items()
+    }
+    eval_fn = parallel.evaluate(steps.make_eval_step(weights.model, mean=card.mean, std=card.std))
+
+    def predict(variables: Variables, split: str) -> metrics.Predictions:
+        return evaluate.predict(eval_fn, parallel.place(variables), batches[split], parallel)
+
+    return Scorer(predict, tuple(data))
+
+
+def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11) -> dict[str, Any]:
+    """Scores `alphas` networks from a (alpha 0) to b (alpha 1) on every split, and writes the curve and the chosen one.
+
+    Alpha is chosen on val by accuracy, then loss, then nearness to b; where there is no val it is UNTUNED. The curve on
+    test and data.also is to be looked at, not chosen from. Returns what it writes to curve.json.
+    """
+    if alphas < 2:
+        raise ValueError(f"alphas={alphas}: expected at least the two ends")
+    check_same([a, b])
+    scorer, values = make_scorer(b), np.linspace(0, 1, alphas).tolist()
+    curves: dict[str, dict[str, list]] = {split: {"accuracy": [], "loss": []} for split in scorer.splits}
+    for alpha in values:
+        variables = interpolate(a.variables, b.variables, alpha)
+        for split in scorer.splits:
+            predictions = scorer.predict(variables, split)
+            if split == scorer.scored and alpha in (0, 1):
+                _check_saved(b if alpha else a, predictions)
+            for name, value in evaluate.scores(predictions).items():
+                curves[split][name].append(value)
+    chosen = _best(values, curves["val"]) if "val" in curves else UNTUNED
+    report = {
+        "a": {"run": a.name, "method": a.method},
+        "b": {"run": b.name, "method": b.method},
+        "alphas": values,
+        "curves": curves,
+        "chosen": chosen,
+        "chosen_on_scored_split": scorer.scored == "val",
+    }
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_curve(report, folder / "curve.png")
+    report |= _write(scorer, interpolate(a.variables, b.variables, chosen), b, folder)
+    files.write_json(folder / "curve.json", report)  # last: where it lies, the rest does
+    return report
+
+
+def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> dict[str, Any]:
+    """The greedy soup of finished runs, beside the uniform one and the best single run; writes soup.json and the rest.
+
+    Ingredients are tried and kept by val alone; then the three are scored on test, once. Returns what it writes to
+    soup.json. One run at a time is held beside the soup.
+    """
+    runs = [load(path)._replace(variables=None) for path in folders]
+    if len(runs) < 2:
+        raise ValueError(f"a soup needs at least two runs, found {len(runs)}")
+    check_same(runs)
+    scorer = make_scorer(runs[0])
+    if "val" not in scorer.splits:
+        raise ValueError("a soup is chosen on val, and these runs have none; run them anew with a data.val")
+
+    def load_variables(i: int) -> Variables:
+        return load(runs[i].name).variables
+
+    def score(variables: Variables) -> dict[str, float]:
+        return evaluate.scores(scorer.predict(variables, "val"))
+
+    alone = [score(load_variables(i)) for i in range(len(runs))]
+    kept, chosen = greedy(alone, load_variables, score)
+    uniform, best = average(map(load_variables, range(len(runs)))), load_variables(kept[0])
+    others = {"uniform": uniform, "best": best}
+    order = [*kept, *(i for i in range(len(runs)) if i not in kept)]
+    report = {
+        "ingredients": [{"run": runs[i].name, "val": alone[i], "kept": i in kept} for i in order],
+        "val": {"greedy": score(chosen), "uniform": score(uniform), "best": alone[kept[0]]},
+        "chosen_on_scored_split": scorer.scored == "val",
+    }
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    report |= _write(scorer, chosen, runs[0], folder)
+    predictions = {name: scorer.predict(variables, scorer.scored) for name, variables in others.items()}
+    _check_saved(runs[kept[0]], predictions["best"])
+    resamples = runs[0].config.resamples
+    report |= {name: metrics.summarize(other, resamples=resamples) for name, other in predictions.items()}
+    named = {"best run": report["best"], "uniform soup": report["uniform"], "greedy soup": report["metrics"]}
+    rows = {name: summary["accuracy"] for name, summary in named.items()}
+    plots.comparison(rows, folder / "soup.png", f"{scorer.scored} accuracy")
+    files.write_json(folder / "soup.json", report)
+    return report
+
+
+def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
+    """Accuracy of every split against alpha; beside it that of data.also against that of the run's data."""
+    alphas, curves = report["alphas"], report["curves"]
+    scored = "test" if "test" in curves else "val"
+    further = [split for split in curves if split not in ("val", "test")]
+    columns, names = 1 + bool(further), [_named(report[end]) for end in "ab"]
+    with plots.figure_at(path, (4.4 * columns, 3.4), columns=columns) as (_, axes):
+        colours = {split: plots.PALETTE[i % len(plots.PALETTE)] for i, split in enumerate(curves)}
+        for split, colour in colours.items():
+            axes[0].plot(alphas, curves[split]["accuracy"], "o-", color=colour, markersize=3, label=split)
+        axes[0].axvline(report["chosen"], color=plots.GREY, linestyle=":", linewidth=1)
+        axes[0].set(xlabel="alpha", ylabel="accuracy", title=f"chosen: alpha {report['chosen']:g}")
+        axes[0].set_xticks([0, 0.5, 1], [f"0\n{names[0]}", "0.5", f"1\n{names[1]}"])
+        axes[0].grid(True)
+        axes[0].legend(loc="best")
+        for split in further:
+            x, y = curves[scored]["accuracy"], curves[split]["accuracy"]
+            axes[1].plot(x, y, "o-", color=colours[split], markersize=3, linewidth=1.2, label=split)
+            for end, marker, name in ((0, "s", names[0]), (-1, "D", names[1])):
+                axes[1].plot(x[end], y[end], marker, color=colours[split], markersize=6)
+                axes[1].annotate(name, (x[end], y[end]), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        if further:
+            axes[1].set(xlabel=f"accuracy, {scored}", ylabel="accuracy, further sets", title="one point per alpha")
+            axes[1].grid(True)
+            axes[1].legend(loc="best")
+
+
+def _named(end: dict[str, str]) -> str:
+    return plots.short(" ".join(filter(None, (end["method"], pathlib.Path(end["run"]).name))))
+
+
+def _facts(weights: Weights) -> dict[str, Any]:
+    """What two runs must share, as a flat table."""
+    flat, card = options.flatten(weights.config), dataclasses.asdict(weights.card)
+    data = {key: value for key, value in flat.items() if key.startswith("data.") and key not in OWN}
+    about_files = ("source", "licence", "sha256")
+    pixels = {f"card {key}": value for key, value in card.items() if key not in about_files}
+    return {key: flat[key] for key in SHARED} | data | pixels
+
+
+def _best(alphas: Sequence[float], curve: dict[str, list]) -> float:
+    return max(zip(curve["accuracy"], [-loss for loss in curve["loss"]], alphas, strict=True))[-1]
+
+
+def _check_saved(weights: Weights, predictions: metrics.Predictions) -> None:
+    """Raises ValueError where a run's file predicts otherwise than the run did: it is not the whole of the network."""
+    saved = weights.saved
+    if saved is None:
+        return
+    same = saved.ids.shape == predictions.ids.shape and (saved.ids == predictions.ids).all()
+    changed = int((saved.logits.argmax(1) != predictions.logits.argmax(1)).sum()) if same else len(saved.ids)
+    if changed > max(1, CHANGED * len(saved.ids)):
+        raise ValueError(
+            f"model.safetensors of {weights.name} predicts {changed} of {len(saved.ids)} examples otherwise than its "
+            "predictions.npz says: the file or the data have changed since the run, or the file is not all of its "
+            "network"
+        )
+
+
+def _write(scorer: Scorer, variables: Variables, weights: Weights, folder: pathlib.Path) -> dict[str, Any]:
+    """Scores the chosen network at last, and writes it with its predictions; returns the numbers."""
+    summaries = {}
+    for split in (scorer.scored, *scorer.further):
+        predictions = scorer.predict(variables, split)
+        suffix = "" if split == scorer.scored else f"-{split}"
+        metrics.save_predictions(folder / f"predictions{suffix}.npz", **predictions._asdict())
+        summaries[split] = metrics.summarize(predictions, resamples=weights.config.resamples)
+    pretrained.export(variables, weights.config.model.name, folder / "model.safetensors", card=weights.card)
+    return {"split": scorer.scored, "metrics": summaries.pop(scorer.scored), "also": summaries}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code, 2 for bad input."""
+    parser = argparse.ArgumentParser("python -m tl_jax.studies.soups", description="Average the weights of runs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    curve = commands.add_parser("wise_ft", help="interpolate between two runs")
+    curve.add_argument("a", help=f"a run's folder, or {START!r} for the weights that the other began with")
+    curve.add_argument("b", help="a run's folder")
+    curve.add_argument("--alphas", type=int, default=11, help="number of points on the curve, both ends included")
+    pot = commands.add_parser("soup", help="average runs greedily")
+    pot.add_argument("runs", nargs="+", help="folders of runs")
+    for command in (curve, pot):
+        command.add_argument("--out", required=True, help="the folder to write to")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "wise_ft":
+            b = load(args.b)
+            report = wise_ft(load_start(b) if args.a == START else load(args.a), b, args.out, args.alphas)
+            print(f"alpha {report['chosen']:g}", end=", ")
+        else:
+            report = soup(args.runs, args.out)
+            print(", ".join(f"{'+' if row['kept'] else '-'} {row['run']}" for row in report["ingredients"]), end=", ")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{report['split']} accuracy {report['metrics']['accuracy']['value']:.4f}; wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

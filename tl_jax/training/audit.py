@@ -1,0 +1,220 @@
+"""The transfer audit: one row per parameter and statistic, written at step 0, proved at the end."""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from tl_jax.core import messages, trees
+from tl_jax.core.card import Card
+from tl_jax.core.trees import FROZEN, Match
+from tl_jax.training import optim
+
+NORM_STATISTICS = re.compile(r"(.*)/(?:mean|var)")
+
+
+def norm_policies(batch_stats: Any, labels: Mapping[str, str], rules: trees.Rules) -> dict[str, str]:
+    """The policy, "frozen" or "update", of every layer with running statistics, by its path.
+
+    rules: ordered (path regex, policy). Without rules a layer's statistics are frozen exactly when all parameters of
+    the block that it stands in are: a frozen block computes what it computed when it was loaded.
+    """
+    layers = sorted({match[1] for match in map(NORM_STATISTICS.fullmatch, trees.flatten(batch_stats)) if match})
+    if not rules:
+        trained = [path for path, label in labels.items() if label != FROZEN]
+        blocks = {layer: re.sub(r"(/shortcut)?/norm\d*$", "", layer) for layer in layers}
+        return {
+            layer: "update" if any(path.startswith(f"{block}/") for path in trained) else FROZEN
+            for layer, block in blocks.items()
+        }
+    if wrong := sorted({policy for _, policy in rules} - {FROZEN, "update"}):
+        raise ValueError(f"unknown norm policies {wrong}; known: frozen, update")
+    if not layers:
+        raise ValueError(f"norm rules {list(rules)}, but the network has no running statistics; remove the rules")
+    return {path: match.value for path, match in trees.match_rules(layers, rules, "norm layer").items()}
+
+
+def make_audit(
+    variables: Mapping[str, Any],
+    origins: Mapping[str, str],
+    matches: Mapping[str, Match],
+    groups: Mapping[str, optim.Group],
+    policies: Mapping[str, str],
+    opt_state: Any,
+    card: Card,
+    data: Mapping[str, Any],
+    multipliers: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The whole audit as plain JSON data.
+
+    origins: `{collection/path: key in the weight file, "new", or "copy" of what was loaded}`. matches: the rule of each
+    parameter path. policies: from `norm_policies`. data: facts of the data to show. multipliers: of layer-wise decay.
+    Frozen copies, which only a penalty looks at, do not count as parameters of the network.
+    """
+    moments = _moment_counts(opt_state, matches)
+    parameters = []
+    for path, leaf in trees.flatten(variables["params"]).items():
+        group = matches[path].value
+        settings = groups.get(group)
+        parameters.append(
+            {
+                "path": path,
+                "shape": list(np.shape(leaf)),
+                "origin": origins[f"params/{path}"],
+                "rule": matches[path].pattern,
+                "group": group,
+                "trainable": group != FROZEN,
+                "lr_mult": settings.lr_mult * (multipliers or {}).get(path, 1.0) if settings else 0.0,
+                "weight_decay": settings.weight_decay if settings and optim.decays(settings, path) else 0.0,
+                "optimizer_values": moments[path],
+            }
+        )
+    statistics = [
+        {
+            "path": path,
+            "shape": list(np.shape(leaf)),
+            "origin": origins[f"batch_stats/{path}"],
+            "policy": policies[path.rpartition("/")[0]],
+        }
+        for path, leaf in trees.flatten(variables.get("batch_stats", {})).items()
+    ]
+    counted = [row for row in parameters if row["trainable"] or row["origin"] != "copy"]
+    sizes = {row["path"]: int(np.prod(row["shape"])) for row in counted}
+    trainable = [row["path"] for row in parameters if row["trainable"]]
+    return {
+        "parameters": parameters,
+        "statistics": statistics,
+        "groups": {name: group._asdict() for name, group in groups.items()},
+        "totals": {
+            "parameters": sum(sizes.values()),
+            "trainable": sum(sizes[path] for path in trainable),
+            "frozen": sum(sizes.values()) - sum(sizes[path] for path in trainable),
+            "new": sum(sizes[row["path"]] for row in parameters if row["origin"] == "new"),
+            "optimizer_values": sum(moments.values()),
+        },
+        "card": json.loads(card.to_json()),
+        "data": dict(data),
+    }
+
+
+def labels_table(audit: Mapping[str, Any]) -> dict[str, str]:
+    """What must be equal for a checkpoint to fit: `{path: shape and group}` and `{path: shape and policy}`."""
+    rows = {row["path"]: f"{row['shape']} {row['group']}" for row in audit["parameters"]}
+    return rows | {row["path"]: f"{row['shape']} statistics {row['policy']}" for row in audit["statistics"]}
+
+
+def frozen_hashes(variables: Mapping[str, Any], audits: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """`{collection/path: sha256}` of what must not move in any of the phases: frozen parameters, frozen statistics."""
+
+    def frozen(audit):
+        rows = {f"params/{row['path']}" for row in audit["parameters"] if not row["trainable"]}
+        return rows | {f"batch_stats/{row['path']}" for row in audit["statistics"] if row["policy"] == FROZEN}
+
+    flat = trees.flatten(variables)
+    return trees.leaf_hashes({path: flat[path] for path in sorted(set.intersection(*map(frozen, audits)))})
+
+
+def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> None:
+    """Raises RuntimeError that names the frozen leaves whose sha256 has changed."""
+    if moved := messages.difference(before, after):
+        raise RuntimeError(
+            "frozen leaves changed during training, so this result must not be used:\n" + "\n".join(moved)
+        )
+
+
+def totals(audits: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The totals of a run: trainable is what trains in any phase, frozen what trains in none."""
+    sizes = {r["path"]: int(np.prod(r["shape"])) for a in audits for r in a["parameters"] if r["trainable"]}
+    trainable, whole = sum(sizes.values()), audits[0]["totals"]
+    return {**whole, "trainable": trainable, "frozen": whole["parameters"] - trainable}
+
+
+def join(audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The audit of a run, as audit.json holds it: its totals, and the audit of each phase."""
+    return {"totals": totals(audits), "phases": list(audits)}
+
+
+def prove(audits: Sequence[Mapping[str, Any]], before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
+    """The audit of a run with its proof: each leaf that no phase trains has the sha256 that it was loaded with.
+
+    Raises RuntimeError otherwise.
+    """
+    check_frozen(before, after)
+    proof = {
+        "frozen_leaves": len(before),
+        "bit_equal": True,
+        "sha256": messages.fingerprint(after),
+        "hashes": dict(after),
+    }
+    return {**join(audits), "proof": proof}
+
+
+def to_table(audit: Mapping[str, Any]) -> Table:
+    """The audit for the console: parameters folded by block, for a screen instead of a scroll."""
+    totals, card = audit["totals"], audit["card"]
+    share = 100 * totals["trainable"] / totals["parameters"]
+    table = Table(
+        title=f"transfer audit: {audit['card']['model']}",
+        caption=(
+            f"{totals['trainable']:,} of {totals['parameters']:,} parameters train ({share:.2f} %), "
+            f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values\n"
+            f"input {card['input_size']} px, {card['interpolation']}, crop {card['crop']:g}, "
+            f"mean {card['mean']}, std {card['std']}\n"
+            + ", ".join(f"{split} {facts['examples']:,} examples" for split, facts in audit["data"].items())
+        ),
+        box=box.SIMPLE_HEAD,
+    )
+    for name, justify in [("part", "left"), ("params", "right"), ("origin", "left"), ("group", "left"),
+                          ("lr x", "right"), ("decay", "right"), ("statistics", "left")]:  # fmt: skip
+        table.add_column(name, justify=justify, no_wrap=True)
+    policies = {}
+    for row in audit["statistics"]:
+        policies.setdefault(_part(row["path"]), set()).add(row["policy"])
+    parts: dict[str, list] = {}
+    for row in sorted(audit["parameters"], key=lambda row: _order(row["path"])):
+        parts.setdefault(_part(row["path"]), []).append(row)
+    # Neighbours that differ in nothing but their size share a line.
+    for cells, run in itertools.groupby(parts, key=lambda part: _cells(parts[part], policies.get(part, {"-"}))):
+        names = list(run)
+        values = sum(int(np.prod(row["shape"])) for name in names for row in parts[name])
+        name = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1].removeprefix('backbone/')}"
+        trains = any(row["trainable"] for row in parts[names[0]])
+        table.add_row(name, f"{values:,}", *cells, style=None if trains else "dim")
+    return table
+
+
+def _cells(rows: list[dict], policies: set[str]) -> tuple[str, ...]:
+    return (
+        "+".join(sorted({row["origin"] if row["origin"] in ("new", "copy") else "file" for row in rows})),
+        "+".join(sorted({row["group"] for row in rows})),
+        "/".join(f"{value:g}" for value in sorted({row["lr_mult"] for row in rows})),
+        "/".join(f"{value:g}" for value in sorted({row["weight_decay"] for row in rows})),
+        "+".join(sorted(policies)),
+    )
+
+
+def _part(path: str) -> str:
+    folders = path.split("/")[:-1]
+    return "/".join(folders[: 3 if len(folders) > 2 and folders[1].startswith("stage") else 2])
+
+
+def _order(path: str) -> list:
+    """Stem, blocks by number, what is behind them, head: the way of the data."""
+    rank = {"stem": 0, "norm": 2}.get(path.split("/")[1], 1) if path.startswith("backbone/") else 3
+    return [rank, [int(number) for number in re.findall(r"\d+", _part(path))], path]
+
+
+def _moment_counts(opt_state: Any, paths: Mapping[str, Any]) -> dict[str, int]:
+    """The number of optimizer values (momentum, variance, ...) that each parameter path has."""
+    counts = dict.fromkeys(paths, 0)
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
+        for key in keys:
+            if isinstance(key, jax.tree_util.DictKey) and key.key in counts:
+                counts[key.key] += int(np.prod(np.shape(leaf)))
+    return counts

@@ -1,0 +1,272 @@
+"""Features of what is frozen, computed once: memory-mapped arrays on disk, read by the same train step for all epochs.
+
+Each set has a folder of its own, named by a hash of all that its numbers depend on: the frozen weights, the model, the
+card, the examples, the cut and the augmentation. Runs that agree in these share it.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tl_jax.core import files, messages, trees
+from tl_jax.core.card import PIXELS, Card
+from tl_jax.data.pipeline import IN_MEMORY, EvalBatches, TrainBatches
+from tl_jax.methods import rules
+from tl_jax.runtime import distributed
+from tl_jax.runtime.log import say
+from tl_jax.runtime.preemption import Preempted
+from tl_jax.runtime.sharding import Parallel
+from tl_jax.training import steps
+
+FORMAT = 1  # raised when the same key would mean other numbers
+FOLDER = pathlib.Path.home() / ".cache" / "tl_jax" / "features"
+SAVE_EVERY = 30.0  # seconds of computing that a kill may cost
+Batches = TrainBatches | EvalBatches
+
+
+class Cached(NamedTuple):
+    """A set of features on disk. shape: [views, examples, ...] of dtype; `source` makes the images in this order."""
+
+    folder: pathlib.Path
+    key: dict[str, Any]
+    source: TrainBatches
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def file(self) -> pathlib.Path:
+        return self.folder / "features.bin"
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def open(self, mode: str) -> np.ndarray:
+        return np.memmap(self.file, self.dtype, mode, shape=self.shape)
+
+
+def hold(
+    sets: Mapping[str, Batches],
+    prefix: steps.Prefix,
+    variables: Mapping[str, Any],
+    card: Card,
+    parallel: Parallel,
+    *,
+    batch_size: int,
+    views: int = 1,
+    folder: str = "",
+    stop_requested: Callable[[int], bool] = lambda step: False,
+) -> dict[str, Batches]:
+    """The same batches with the outputs of `prefix` in place of images, read from disk or computed now and kept there.
+
+    sets: by name, for messages. variables: of the network, placed on the devices. batch_size: of the computation.
+    views: of training batches with augmentation, the number of epochs that are kept: epoch e sees what it would see
+    without a cache in epoch e % views. folder: where the sets are kept; "" is FOLDER.
+
+    A set is checked against the sha256 that it was written with, and computed anew where it is damaged. Raises OSError,
+    before anything is computed, where the disk has no room for what is missing; Preempted, with what was computed kept,
+    soon after `stop_requested(0)` has become true.
+    """
+    root = pathlib.Path(folder).expanduser() if folder else FOLDER
+    step = steps.make_prefix_step(prefix, mean=card.mean, std=card.std)
+    network = _network_key(prefix, variables, card)
+    found = {
+        name: _describe(root, network, batches, step, variables, batch_size, views) for name, batches in sets.items()
+    }
+    held, predict = {}, parallel.evaluate(step)
+    distinct: dict[pathlib.Path, tuple[str, Cached]] = {}  # seeds and splits may agree in all that counts
+    for name, cached in found.items():
+        distinct.setdefault(cached.folder, (name, cached))
+    if jax.process_index() == 0:
+        _make_room(root, {name: c for folder, (name, c) in distinct.items() if not (folder / "meta.json").exists()})
+    for folder, (name, cached) in distinct.items():
+        with _alone(cached, stop_requested):
+            if not distributed.from_first(lambda cached=cached: _is_sound(cached)):
+                say(f"computing the features of {name} at {prefix.cut}: {_size(cached)}")
+                _compute(cached, lambda images: predict(variables, images), parallel, stop_requested)
+        held[folder] = _read(cached)
+    return {
+        name: dataclasses.replace(
+            batches,
+            prepared=held[found[name].folder] if isinstance(batches, TrainBatches) else held[found[name].folder][0],
+        )
+        for name, batches in sets.items()
+    }
+
+
+def leaves_of(prefix: steps.Prefix, paths: Iterable[str]) -> list[str]:
+    """Those of the paths, `collection/path`, on which the outputs of a prefix depend."""
+    paths = [path for path in paths if "/reference/" not in path]
+    last, places = prefix.model.cuts.index(prefix.cut), rules.places(paths)
+    return [path for path in paths if places.get(path, last + 1) <= last]
+
+
+def _network_key(prefix: steps.Prefix, variables: Mapping[str, Any], card: Card) -> dict[str, Any]:
+    """What the numbers depend on beside the images: the weights in front of the cut, and how they are used."""
+    flat = trees.flatten(variables)
+    front = {path: flat[path] for path in leaves_of(prefix, flat)}
+    return {
+        "format": FORMAT,
+        "model": card.model,
+        "added": [list(pair) for pair in prefix.model.additions],
+        "cut": prefix.cut,
+        "weights": messages.fingerprint(trees.leaf_hashes(front)),
+        "computed_in": np.dtype(prefix.model.dtype).name,
+        "card": {field: getattr(card, field) for field in PIXELS},
+    }
+
+
+def _describe(root, network, batches: Batches, step, variables, batch_size: int, views: int) -> Cached:
+    augmented = isinstance(batches, TrainBatches) and bool(batches.preprocess.ops)
+    source = TrainBatches(
+        batches.source, batches.preprocess, batches.prepared, batch_size,
+        batches.seed if augmented else 0, batches.process_index, batches.process_count,
+    )  # fmt: skip
+    if not isinstance(batches, TrainBatches) and batches.prepared is not None:
+        source = dataclasses.replace(source, prepared=batches.prepared[None])
+    size = batches.preprocess.input_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+    row = jax.eval_shape(step, variables, image)
+    views = views if augmented else 1
+    key = {
+        **network,
+        "data": batches.source.fingerprint,
+        "augment": list(batches.preprocess.ops),
+        "seed": source.seed,
+        "views": views,
+    }
+    key = json.loads(json.dumps(key))
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    return Cached(root / name, key, source, (views, len(batches.source), *row.shape[1:]), np.dtype(row.dtype))
+
+
+def _make_room(root: pathlib.Path, missing: Mapping[str, Cached]) -> None:
+    """Says what will be written, and refuses it where the disk has no room for all of it."""
+    if not missing:
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    listing = "\n".join(f"  {name}: {_size(cached)}" for name, cached in missing.items())
+    there = sum(cached.file.stat().st_blocks * 512 for cached in missing.values() if cached.file.exists())
+    needed, free = sum(cached.nbytes for cached in missing.values()) - there, shutil.disk_usage(root).free
+    if needed + 2**20 > free:
+        raise OSError(
+            f"no room for the features in {root}: they need {needed:,} bytes, {free:,} are free. Make room, set "
+            f"cache_dir to another disk, lower views, or run without cache:\n{listing}"
+        )
+    say(f"features of what is frozen go to {root}, {needed:,} bytes of {free:,} that are free:\n{listing}")
+
+
+def _size(cached: Cached) -> str:
+    views = f"{cached.shape[0]} views of " if cached.shape[0] > 1 else ""
+    each = " x ".join(map(str, cached.shape[2:]))
+    return f"{views}{cached.shape[1]:,} examples x {each}, {cached.dtype.name}, {cached.nbytes:,} bytes"
+
+
+@contextlib.contextmanager
+def _alone(cached: Cached, stop_requested: Callable[[int], bool]):
+    """Holds the set for this process; where another one holds it, that is computing it, and is waited for."""
+    if jax.process_index():
+        yield
+        return
+    cached.folder.mkdir(parents=True, exist_ok=True)
+    with (cached.folder / ".lock").open("w") as file:
+        told = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not told:
+                    say(f"waiting for another process, which computes the same features in {cached.folder}")
+                told = True
+            if jax.process_count() == 1 and stop_requested(0):
+                raise Preempted("stopped while another process computes the features")
+            time.sleep(0.1)
+        yield
+
+
+def _is_sound(cached: Cached) -> bool:
+    """Whether the set is there, whole, and holds the bytes that were written."""
+    path = cached.folder / "meta.json"
+    if not path.exists():
+        return False
+    try:
+        meta = files.read_json(path)
+        with cached.file.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        found, meta = str(error), {}
+    if (meta.get("key"), meta.get("sha256")) == (cached.key, found):
+        return True
+    say(f"the features in {cached.folder} are damaged; they are computed anew")
+    path.unlink(missing_ok=True)
+    (cached.folder / "progress.json").unlink(missing_ok=True)
+    return False
+
+
+def _compute(cached: Cached, predict: Callable, parallel: Parallel, stop_requested: Callable[[int], bool]) -> None:
+    """Runs all images through the prefix, from where an earlier process was stopped; process 0 writes."""
+    source, (views, n) = cached.source, cached.shape[:2]
+    total, size = views * n, cached.source.batch_size
+    progress, first = cached.folder / "progress.json", jax.process_index() == 0
+
+    def begin() -> int:
+        with cached.file.open("ab") as file:  # mapped pages without room on the disk would kill the process
+            os.posix_fallocate(file.fileno(), 0, cached.nbytes)
+            file.truncate(cached.nbytes)
+        known = files.read_json(progress) if progress.exists() else {}
+        return known["done"] if known.get("batch_size") == size else 0
+
+    start = distributed.from_first(begin)
+    stop, saved = -(-total // size), time.monotonic()
+    values = cached.open("r+") if first else None
+
+    def save(done: int) -> None:
+        if first:
+            values.flush()
+            files.write_json(progress, {"done": done, "batch_size": size})
+
+    with contextlib.closing(source.iterate(start, stop)) as stream:
+        for done, batch in enumerate(stream, start + 1):
+            outputs = jax.device_get(predict(parallel.put_batch(batch["image"])))
+            if first:
+                counters = np.arange((done - 1) * size, min(done * size, total))
+                values[counters // n, source.order(counters)] = outputs[: len(counters)]
+            stopping = stop_requested(0)
+            if stopping or time.monotonic() - saved > SAVE_EVERY:
+                save(done)
+                saved = time.monotonic()
+            if stopping:
+                raise Preempted(f"stopped after the features of {min(done * size, total):,} of {total:,} images")
+    if first:
+        values.flush()
+        with cached.file.open("rb") as file:
+            os.fsync(file.fileno())
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        meta = {"key": cached.key, "shape": cached.shape, "dtype": cached.dtype.name, "sha256": sha256}
+        files.write_json(cached.folder / "meta.json", meta)
+        progress.unlink(missing_ok=True)
+
+
+def _read(cached: Cached) -> np.ndarray:
+    """The features [views, N, ...]; small ones are in memory."""
+    distributed.from_first(lambda: None)  # none reads before all is written
+    if not cached.file.exists():
+        raise ValueError(
+            f"process {jax.process_index()} does not see {cached.folder}, which process 0 has written; set cache_dir "
+            "to a folder that all hosts share"
+        )
+    values = cached.open("r")
+    return np.array(values) if cached.nbytes <= IN_MEMORY else values

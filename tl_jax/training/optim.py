@@ -1,0 +1,372 @@
+"""Durations, schedules, and parameter groups -> one optax transformation over the trainable parameters."""
+
+import inspect
+import math
+import re
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tl_jax.core import messages
+from tl_jax.core.trees import FROZEN
+
+Duration = tuple[float, str]
+
+
+def to_steps(duration: Duration, *, batch_size: int, train_size: int) -> int:
+    """A duration such as (5, "epochs"), (300, "steps") or (20_000, "examples") in whole steps, rounded up.
+
+    An epoch is `train_size` examples, whether or not `batch_size` divides it.
+    """
+    amount, unit = duration
+    examples_each = {"steps": batch_size, "examples": 1, "epochs": train_size}
+    if unit not in examples_each or not 0 <= amount < math.inf:
+        raise ValueError(f"duration {duration!r}: expected (amount >= 0, one of {', '.join(examples_each)})")
+    return math.ceil(amount * examples_each[unit] / batch_size - 1e-9)
+
+
+def constant(peak: float, steps: int):
+    """The peak rate throughout."""
+    del steps
+    return lambda k: peak * jnp.ones_like(k)
+
+
+def cosine(peak: float, steps: int, *, final: float = 0.0):
+    """Half a cosine from the peak to `final * peak` (Loshchilov & Hutter 2017, eq. 5, one period)."""
+    return lambda k: peak * (final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(k / steps, 1.0))))
+
+
+def linear(peak: float, steps: int, *, final: float = 0.0):
+    """A straight line from the peak to `final * peak`."""
+    return lambda k: peak * (1 - (1 - final) * jnp.minimum(k / steps, 1.0))
+
+
+def step(peak: float, steps: int, *, milestones: Sequence[float] = (1 / 3, 2 / 3), factor: float = 0.1):
+    """The peak times `factor` for every milestone passed; milestones are fractions of the time after warm-up."""
+    return lambda k: (
+        peak * factor ** sum((k >= round(milestone * steps)).astype(jnp.float32) for milestone in milestones)
+    )
+
+
+def inverse_sqrt(peak: float, steps: int, *, timescale: float = 1.0):
+    """peak / sqrt(1 + (k - 1) / timescale) in the k-th step after warm-up, k = 1, 2, ...; 1/sqrt(k) at timescale 1."""
+    del steps
+    return lambda k: peak / jnp.sqrt(1 + k / timescale)
+
+
+SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear, "step": step, "inverse_sqrt": inverse_sqrt}
+
+
+def make_schedule(
+    name: str, peak: float, *, total_steps: int, warmup_steps: int = 0, args: Mapping[str, Any] | None = None
+):
+    """The learning rate as a function of the step: a linear warm-up from 0, then the named shape over the rest.
+
+    Step s of the warm-up has the rate `peak * (s + 1) / (warmup_steps + 1)`, so that no step is wasted at rate 0.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}{messages.nearest(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}")
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(f"warm-up of {warmup_steps} steps does not fit into {total_steps} steps in total")
+    args = dict(args or {})
+    _check_args(f"schedule {name!r}", SCHEDULES[name], args)
+    flat = [x for value in args.values() for x in (value if isinstance(value, list | tuple) else [value])]
+    if not all(isinstance(x, Real) and x >= 0 for x in flat) or not all(0 < x < 1 for x in args.get("milestones", ())):
+        raise ValueError(
+            f"schedule {name!r} with {args}: expected numbers >= 0, and milestones as fractions between 0 and 1"
+        )
+    shape = SCHEDULES[name](peak, total_steps - warmup_steps, **args)
+
+    def schedule(count):
+        count = jnp.asarray(count, jnp.float32)
+        after = jnp.maximum(count - warmup_steps, 0.0)
+        return jnp.where(count < warmup_steps, peak * (count + 1) / (warmup_steps + 1), shape(after))
+
+    return schedule
+
+
+class Group(NamedTuple):
+    """How the parameters of one group train.
+
+    optimizer: a name from optax (adamw, sgd, lamb, ...); args: its further keyword arguments, as pairs.
+    lr_mult: the factor on the schedule.
+    weight_decay: applied to the paths that `decay` matches in full; decoupled where the optimizer has its own (adamw,
+    lamb, lion), else an L2 term added to the gradient (sgd, adam).
+    """
+
+    optimizer: str = "adamw"
+    args: tuple[tuple[str, Any], ...] = ()
+    lr_mult: float = 1.0
+    weight_decay: float = 0.0
+    decay: str = ".*/kernel"
+
+
+def make_groups(
+    labels: Mapping[str, str], default: Group, overrides: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Group]:
+    """The settings of every trainable group that `labels` uses: `default` with the group's overrides.
+
+    Raises one ValueError for overrides of groups that no parameter is in, unknown fields, values that cannot be meant,
+    optimizers that optax cannot run, and decay patterns that decay nothing.
+    """
+    used = sorted(set(labels.values()) - {FROZEN})
+    problems = [] if used else ["every parameter is frozen: nothing to train; give at least one path another group"]
+    for name, fields in overrides.items():
+        problems += _override_problems(name, fields, used)
+    if problems:
+        raise ValueError("the optimizer groups do not fit:\n  " + "\n  ".join(problems))
+    groups = {}
+    for name in used:
+        group = default._replace(**overrides.get(name, {}))
+        groups[name] = group = group._replace(args=tuple(sorted(dict(group.args).items())))
+        problems += [f"group {name!r}: {problem}" for problem in _group_problems(group)]
+    if not problems:
+        problems = _dead_decays(labels, groups)
+    if problems:
+        raise ValueError("the optimizer groups do not fit:\n  " + "\n  ".join(problems))
+    return groups
+
+
+def _override_problems(name: str, fields: Any, used: Sequence[str]) -> list[str]:
+    if name == FROZEN:
+        return ["'frozen' takes no settings: its parameters are never trained"]
+    if name not in used:
+        return [
+            f"settings for group {name!r}, which no parameter is in{messages.nearest(name, used)}; "
+            f"groups in use: {list(used)}"
+        ]
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("args", {}), Mapping):
+        return [f"settings of group {name!r} are {fields!r}; expected {{field: value}}, and args as {{name: value}}"]
+    return [
+        f"group {name!r} has no field {field!r}{messages.nearest(field, Group._fields)}; "
+        f"it has {', '.join(Group._fields)}"
+        for field in fields
+        if field not in Group._fields
+    ]
+
+
+def _group_problems(group: Group) -> list[str]:
+    """What is wrong with one group by itself; the last check lets optax make and trace the optimizer."""
+    numbers = {"lr_mult": group.lr_mult, "weight_decay": group.weight_decay}
+    if wrong := [
+        f"{key}={x!r} is no number >= 0" for key, x in numbers.items() if not isinstance(x, Real) or not x >= 0
+    ]:
+        return wrong
+    try:
+        re.compile(group.decay)
+        _check_args(f"optimizer {group.optimizer!r}", _factory(group.optimizer), dict(group.args))
+    except re.error as error:
+        return [f"decay={group.decay!r} is not a regular expression: {error}"]
+    except ValueError as error:
+        return [str(error)]
+    try:
+        tx = _group_transform(group, lambda count: 0.1 * jnp.ones_like(count))
+        example = {"x/kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+        jax.eval_shape(lambda params: tx.update(params, tx.init(params), params), example)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return [f"optax cannot run {group.optimizer!r} with {dict(group.args)}: {reason}"]
+    return []
+
+
+def _dead_decays(labels: Mapping[str, str], groups: Mapping[str, Group]) -> list[str]:
+    """A pattern of decayed paths that decays nothing is as wrong as a rule that matches nothing."""
+    patterns: dict[str, list[str]] = {}
+    for path, label in labels.items():
+        if label != FROZEN and groups[label].weight_decay:
+            patterns.setdefault(groups[label].decay, []).append(path)
+    return [
+        f"weight_decay is on, but decay={pattern!r} matches none of the paths in full, such as {paths[0]!r}"
+        for pattern, paths in patterns.items()
+        if not any(re.fullmatch(pattern, path) for path in paths)
+    ]
+
+
+def make_optimizer(
+    labels: Mapping[str, str],
+    groups: Mapping[str, Group],
+    schedule,
+    clip: float = 0.0,
+    *,
+    multipliers: Mapping[str, float] | None = None,
+    ages: Mapping[str, int] | None = None,
+    blocks: Mapping[str, str] | None = None,
+    values: Mapping[str, Mapping[str, Any]] | None = None,
+) -> optax.GradientTransformation:
+    """One transformation of the flat trainable parameters: a clip of the global norm (0: off), then each group's own.
+
+    Frozen parameters never enter: they are not differentiated, so that neither the clip nor a logged norm sees them,
+    the backward pass that only they need is not compiled, and no optimizer array exists for them.
+
+    multipliers: a further factor on the learning rate of each path. ages: the steps for which a path has been trained
+    when this optimizer takes over (see `ages_after`); paths of one age share their counts. blocks: `{path: block}` of
+    the paths whose learning rates Auto-RGN sets, see `scale_by_relative_gradient_norm`. values: `{group: {"lr_mult",
+    "weight_decay"}}` in place of the groups' own numbers; they may be traced, what decays at all the groups say.
+    """
+    trainable = {path: label for path, label in labels.items() if label != FROZEN}
+    ages = ages or dict.fromkeys(trainable, 0)
+    cohorts = {path: f"{label}+{ages[path]}" for path, label in trainable.items()}
+    transforms = {
+        cohorts[path]: _group_transform(groups[label], _shifted(schedule, ages[path]), **(values or {}).get(label, {}))
+        for path, label in trainable.items()
+    }
+    tx = optax.multi_transform(transforms, cohorts)
+    if multipliers:
+        tx = optax.chain(tx, _scale_by_path(multipliers))
+    if blocks:
+        tx = scale_by_relative_gradient_norm(tx, blocks)
+    return optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
+
+
+def _shifted(schedule, age: int):
+    return lambda count: schedule(count - age)
+
+
+def _scale_by_path(multipliers: Mapping[str, float]) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: {path: multipliers[path] * update for path, update in updates.items()})
+
+
+class RelativeGradientNorm(NamedTuple):
+    """The state of `scale_by_relative_gradient_norm`: a running mean of the ratio of each block."""
+
+    ratios: dict[str, jax.Array]
+    inner: Any
+
+
+def scale_by_relative_gradient_norm(
+    inner: optax.GradientTransformation, blocks: Mapping[str, str], decay: float = 0.9
+) -> optax.GradientTransformation:
+    """Auto-RGN (Lee et al. 2023, "Surgical fine-tuning", section 4): the gradient decides how much each block moves.
+
+    The updates of block b are scaled by r_b / max r, where r_b = |g_b| / |w_b| is the norm of the block's gradient over
+    that of its parameters. The paper takes r anew once an epoch; here it is a debiased running mean over steps. Paths
+    that are not in `blocks` (a new head has no norm to speak of) keep their updates.
+    """
+    names = sorted(set(blocks.values()))
+
+    def norms(tree):
+        return {name: optax.tree.norm({p: x for p, x in tree.items() if blocks.get(p) == name}) for name in names}
+
+    def init(params):
+        return RelativeGradientNorm({name: jnp.zeros(()) for name in names}, inner.init(params))
+
+    def update(grads, state, params):
+        of_grads, of_params = norms(grads), norms(params)
+        ratios = {
+            name: decay * state.ratios[name] + (1 - decay) * of_grads[name] / jnp.maximum(of_params[name], 1e-12)
+            for name in names
+        }
+        largest = jnp.maximum(jnp.max(jnp.stack(list(ratios.values()))), 1e-30)  # the debiasing cancels
+        updates, inner_state = inner.update(grads, state.inner, params)
+        updates = {p: u * (ratios[blocks[p]] / largest) if p in blocks else u for p, u in updates.items()}
+        return updates, RelativeGradientNorm(ratios, inner_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def ages_after(
+    before: tuple[Mapping[str, str], Mapping[str, Group], Mapping[str, int], int] | None,
+    labels: Mapping[str, str],
+    groups: Mapping[str, Group],
+) -> dict[str, int]:
+    """The age of each trainable path where a phase begins: how many steps its optimizer values have been kept for.
+
+    before: labels, groups, ages and length of the phase that ends, None before the first. A path that stays trainable
+    under the same kind of optimizer keeps its values and grows older; any other starts at 0 with fresh ones.
+    """
+    trainable = {path: label for path, label in labels.items() if label != FROZEN}
+    if before is None:
+        return dict.fromkeys(trainable, 0)
+    old_labels, old_groups, old_ages, length = before
+
+    def kind(group: Group):
+        return group.optimizer, tuple(sorted(dict(group.args).items())), group.weight_decay > 0
+
+    return {
+        path: old_ages[path] + length
+        if path in old_ages and kind(old_groups[old_labels[path]]) == kind(groups[label])
+        else 0
+        for path, label in trainable.items()
+    }
+
+
+def migrate(fresh: Any, old: Any, length: int) -> Any:
+    """The optimizer state of a new phase: `fresh`, with the values of `old` for the paths that have an age.
+
+    length: the steps of the phase that ends. Raises RuntimeError if a value that must be
+    carried over is not there.
+    """
+    kept = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(old)[0]:
+        if place := _place(keys):
+            cohort_age, suffix = place
+            kept[cohort_age + length, suffix] = leaf
+
+    def carry(keys, leaf):
+        place = _place(keys)
+        if place is None or place[0] == 0:
+            return leaf
+        if place not in kept or kept[place].shape != leaf.shape:
+            raise RuntimeError(f"the optimizer state {jax.tree_util.keystr(keys)} was not found in the phase before")
+        return kept[place]
+
+    return jax.tree_util.tree_map_with_path(carry, fresh)
+
+
+def _place(keys: tuple) -> tuple[int, str] | None:
+    """(age, place inside its group's state) of an optimizer value; None for what belongs to no group."""
+    for i, key in enumerate(keys):
+        if isinstance(key, jax.tree_util.GetAttrKey) and key.name == "inner_states":
+            return int(keys[i + 1].key.rpartition("+")[2]), jax.tree_util.keystr(keys[i + 2 :])
+    return None
+
+
+def decays(group: Group, path: str) -> bool:
+    """Whether weight decay acts on this path of the group."""
+    return group.weight_decay > 0 and re.fullmatch(group.decay, path) is not None
+
+
+def _group_transform(group: Group, schedule, lr_mult=None, weight_decay=None) -> optax.GradientTransformation:
+    lr_mult = group.lr_mult if lr_mult is None else lr_mult
+    weight_decay = group.weight_decay if weight_decay is None else weight_decay
+    factory, args = _factory(group.optimizer), dict(group.args)
+    parameters = inspect.signature(factory).parameters
+
+    def mask(params):
+        return {path: jax.tree.map(lambda _, path=path: decays(group, path), leaf) for path, leaf in params.items()}
+
+    def rate(count):
+        return lr_mult * schedule(count)
+
+    mask_name = next((name for name in ("mask", "weight_decay_mask") if name in parameters), None)
+    if "weight_decay" in parameters and mask_name:
+        return factory(rate, weight_decay=weight_decay, **{mask_name: mask}, **args)
+    if not group.weight_decay:
+        return factory(rate, **args)
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask=mask), factory(rate, **args))
+
+
+def _factory(name: str):
+    factory = getattr(optax, name, None)
+    if not callable(factory) or "learning_rate" not in inspect.signature(factory).parameters:
+        known = [
+            n
+            for n in vars(optax)
+            if n in ("adam", "adamw", "sgd", "lamb", "lars", "lion", "nadamw", "rmsprop", "adafactor")
+        ]
+        raise ValueError(
+            f"optax has no optimizer {name!r}{messages.nearest(name, known)}; common ones: {', '.join(sorted(known))}"
+        )
+    return factory
+
+
+def _check_args(what: str, function, args: Mapping[str, Any]) -> None:
+    reserved = {"learning_rate", "weight_decay", "weight_decay_rate", "mask", "weight_decay_mask", "peak", "steps"}
+    allowed = [name for name in inspect.signature(function).parameters if name not in reserved]
+    if unknown := [name for name in args if name not in allowed]:
+        hints = ", ".join(f"{name!r}{messages.nearest(name, allowed)}" for name in unknown)
+        raise ValueError(f"{what} has no argument {hints}; its arguments: {', '.join(allowed) or 'none'}")

@@ -1,0 +1,93 @@
+"""The trained part of a network alone, with the hash of the weights that it belongs on: small to keep and to send."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tl_jax.core import messages, trees
+from tl_jax.core.card import Card
+from tl_jax.models import peft
+from tl_jax.weights import formats
+from tl_jax.weights import load as pretrained
+
+KEY = "tl_jax.weights.delta"
+
+
+def save(
+    path: str | pathlib.Path,
+    variables: Mapping[str, Any],
+    report: Mapping[str, Any],
+    card: Card,
+    *,
+    model: str,
+    weights: Mapping[str, str],
+    seed: int,
+    additions: Sequence[tuple[str, Mapping[str, Any]]] = (),
+) -> None:
+    """Writes all that training moved, parameters and statistics, as safetensors under this package's paths.
+
+    With it go the head and what began from random numbers beside a file's, whether they moved or not. report: the
+    proved audit, which says what rested. weights: {"file", "sha256"} of what was loaded; seed: of a network that no
+    file filled. What only penalties look at is left out.
+    """
+    beside = tuple(f"params/{name}/" for name in peft.TRAINING_ONLY)
+    own = _new(report) if weights["file"] else set()
+    hashes = report["proof"]["hashes"].items()
+    rested = {p: h for p, h in hashes if p not in own and not p.startswith((pretrained.HEAD, *beside))}
+    kept = {p: np.asarray(x) for p, x in trees.flatten(variables).items() if p not in rested}
+    about = {
+        "model": model,
+        "weights": dict(weights),
+        "seed": seed,
+        "additions": [[name, dict(args)] for name, args in additions],
+        "rested": messages.fingerprint(rested),
+    }
+    tensors = {path: leaf for path, leaf in kept.items() if not path.startswith(beside)}
+    formats.write_safetensors(path, tensors, {pretrained.CARD_KEY: card.to_json(), KEY: json.dumps(about)})
+
+
+def _new(report: Mapping[str, Any]) -> set[str]:
+    """The leaves that were drawn, `collection/path`."""
+    kinds = {"params": "parameters", "batch_stats": "statistics"}
+    rows = {kind: report["phases"][0][table] for kind, table in kinds.items()}
+    return {f"{kind}/{row['path']}" for kind in rows for row in rows[kind] if row["origin"] == "new"}
+
+
+def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) -> pretrained.Pretrained:
+    """The adapted network: the weights that the part was trained on, with the part in its place.
+
+    weights: where these lie now; None takes the place that the part names. The model is an `adapt.Adapted`; without
+    added parameters it computes what the plain network does. Raises ValueError where the file is no part, where the
+    weights are not those it was trained on, and where the two do not fill the network.
+    """
+    tensors, metadata = formats.read(path)
+    if KEY not in metadata:
+        raise ValueError(
+            f"{path} is no trained part (a run writes one as trained.safetensors); load it with pretrained"
+        )
+    about, card = json.loads(metadata[KEY]), Card.from_json(metadata[pretrained.CARD_KEY])
+    file = about["weights"]["file"] if weights is None else weights
+    base = pretrained.load_with_origins(
+        about["model"], file, card.num_classes, image_size=card.input_size, seed=about["seed"]
+    )
+    if base.sha256 != about["weights"]["sha256"]:
+        raise ValueError(
+            f"{path} was trained on {about['weights']['file']} with sha256 {about['weights']['sha256']}; {file} has "
+            f"{base.sha256 or 'none: random weights'}. Give the file that it was trained on"
+        )
+    additions = tuple((name, args) for name, args in about["additions"])
+    flat = trees.flatten(base.variables)
+    rested = {p: h for p, h in trees.leaf_hashes(base.variables).items() if p not in tensors}
+    added, shapes = tuple(f"params/{name}/" for name, _ in additions), {p: x.shape for p, x in flat.items()}
+    surplus = [f"{p} {x.shape}" for p, x in tensors.items() if not p.startswith(added) and x.shape != shapes.get(p)]
+    if surplus or messages.fingerprint(rested) != about["rested"]:
+        raise ValueError(
+            f"{path} does not fit {about['model']} from {file}: "
+            + (f"it holds {surplus[:5]}, which the network lacks" if surplus else "the parts that rested differ")
+        )
+    variables = trees.unflatten({**flat, **{p: jnp.asarray(x) for p, x in tensors.items()}})
+    return pretrained.Pretrained(peft.Adapted(base.model, additions), variables, card)

@@ -1,0 +1,164 @@
+"""Weight files without their frameworks: .safetensors, .npz and torch.save <-> flat dicts of numpy arrays."""
+
+import hashlib
+import io
+import json
+import math
+import pathlib
+import zipfile
+import zlib
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from tl_jax.core import files
+from tl_jax.weights import torch_files
+
+SUFFIXES = {
+    ".safetensors": ("safetensors",),
+    ".npz": ("npz",),
+    **dict.fromkeys((".pth", ".pt", ".th", ".bin"), ("torch zip", "torch legacy")),
+}
+_SAFETENSORS_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+_DAMAGE = (safetensors.SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, MemoryError, OSError)
+
+
+def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads a weight file into `(tensors, metadata)`, trusting nothing in it.
+
+    The contents decide the format; a known suffix that contradicts them is an error. Tensors are native, contiguous and
+    writable; bfloat16 (which numpy lacks) becomes float32, exactly; every other type is kept. A torch state dict may be
+    bare or lie under `state_dict` or `model`; a `module.` prefix shared by all names is dropped. Metadata exists in
+    safetensors only. Raises FileNotFoundError, IsADirectoryError, or ValueError for a damaged, foreign or unsafe file.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        found = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
+        raise IsADirectoryError(f"{path} is a folder, expected a weight file; weight files in it: {found or 'none'}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file at {path}")
+    try:
+        kind = _sniff(path)
+        tensors, metadata = _READERS[kind](path)
+        if not tensors:
+            raise ValueError("holds no tensors")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except PermissionError:
+        raise
+    except _DAMAGE as error:  # OSError: a seek to where a damaged archive points
+        raise ValueError(f"{path}: damaged or cut short ({error}); download or copy the file again") from None
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return tensors, metadata
+
+
+def write_safetensors(path, tensors: dict, metadata: dict[str, str]) -> None:
+    """Writes arrays (any strides, numpy or jax) and string metadata; equal content gives equal bytes."""
+    arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+    if wrong := [key for key, value in metadata.items() if not isinstance(value, str)]:
+        raise ValueError(f"safetensors metadata holds strings only; encode these first, e.g. with json.dumps: {wrong}")
+    data = safetensors.numpy.save(arrays, metadata)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    if metadata:  # the library writes metadata in random order; sorted, the same weights have the same sha256
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with files.atomic_write(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(memoryview(data)[end:])
+
+
+def sha256(path) -> str:
+    """The file's SHA-256 as 64 lower-case hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sniff(path) -> str:
+    """The format by first bytes, checked against the suffix."""
+    with open(path, "rb") as file:
+        head = file.read(256)
+    if not head:
+        raise ValueError("the file is empty (0 bytes); download or copy it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError("a git-LFS pointer, not the weights; fetch the real file with `git lfs pull`")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError("a web page, not weights; the download was answered by a login or error page")
+    name_end = 30 + int.from_bytes(head[26:28], "little")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+        kind = "safetensors"
+    elif head.startswith(b"PK\x03\x04"):  # the name of the first member stands in its local header
+        kind = "npz" if head[30:name_end].endswith(b".npy") else "torch zip"
+    elif head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        kind = "torch legacy"
+    else:
+        kind = f"no known format (first bytes {head[:8]!r})"
+    expected = SUFFIXES.get(path.suffix.lower(), tuple(_READERS))
+    if kind not in expected:
+        fix = "rename it to match" if kind in _READERS else "it is damaged, cut short, or made by another framework"
+        raise ValueError(f"contents are {kind}, expected {' or '.join(expected)}; {fix}")
+    return kind
+
+
+def _read_safetensors(path):
+    with safetensors.safe_open(path, framework="numpy") as file:
+        dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if wrong := {name: dtype for name, dtype in dtypes.items() if dtype not in _SAFETENSORS_DTYPES}:
+            raise ValueError(f"element types without a numpy counterpart: {wrong}; convert them to float32 first")
+        return {name: _native(file.get_tensor(name)) for name in dtypes}, file.metadata() or {}
+
+
+def _read_npz(path):
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        # DEFLATE reaches 1000:1; real weights stay under 10:1. The declared sizes are what zipfile will ever produce.
+        if (declared := sum(member.file_size for member in members)) > 64 * 2**20 + 100 * path.stat().st_size:
+            raise ValueError(f"unpacks to {declared:,} bytes from {path.stat().st_size:,}: refused as a zip bomb")
+        if foreign := [member.filename for member in members if not member.filename.endswith(".npy")]:
+            raise ValueError(f"holds members that are no arrays: {foreign}")
+        return {m.filename.removesuffix(".npy"): _read_npy(m.filename, archive.read(m)) for m in members}, {}
+
+
+def _read_npy(name, data):
+    """One .npy member; the header's shape must account for every byte before anything is built from it."""
+    try:
+        file = io.BytesIO(data)
+        version = np.lib.format.read_magic(file)
+        read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
+        shape, fortran, dtype = read_header(file)
+    except (ValueError, KeyError, TypeError, SyntaxError) as error:
+        raise ValueError(f"array {name!r} has a damaged header ({error})") from None
+    if dtype == np.dtype("V2"):  # how numpy stores bfloat16
+        dtype = np.dtype(ml_dtypes.bfloat16)
+    elif dtype.kind not in "fiub":
+        raise ValueError(f"array {name!r} has element type {dtype}, expected numbers; objects and text are not read")
+    if math.prod(shape) * dtype.itemsize != len(data) - file.tell() or min(shape, default=0) < 0:
+        raise ValueError(f"array {name!r} declares {shape} {dtype} but holds {len(data) - file.tell():,} bytes")
+    array = np.frombuffer(data, dtype, offset=file.tell())
+    return _native(array.reshape(shape, order="F" if fortran else "C"))
+
+
+def _native(array):
+    """A contiguous, writable copy in the machine's byte order; bfloat16 widens to float32, which holds it exactly."""
+    dtype = np.float32 if array.dtype == ml_dtypes.bfloat16 else array.dtype.newbyteorder("=")
+    return array.astype(dtype, order="C", copy=True)
+
+
+def _read_torch_zip(path):
+    return {name: _native(tensor) for name, tensor in torch_files.read_zip(path).items()}, {}
+
+
+def _read_torch_legacy(path):
+    return {name: _native(tensor) for name, tensor in torch_files.read_legacy(path).items()}, {}
+
+
+_READERS = {
+    "safetensors": _read_safetensors,
+    "npz": _read_npz,
+    "torch zip": _read_torch_zip,
+    "torch legacy": _read_torch_legacy,
+}

@@ -1,0 +1,110 @@
+"""Where weights come from: `builtin:NAME`, `hf://owner/name[/file]@revision`, or a path; each with an optional hash."""
+
+import difflib
+import hashlib
+import os
+import pathlib
+import re
+
+from tl_jax.weights import formats
+
+ASSETS = pathlib.Path(__file__).parents[1] / "assets"
+_HF = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(/(?P<file>[^@]+))?(@(?P<revision>.+))?")
+
+
+def resolve(spec: str | os.PathLike) -> pathlib.Path:
+    """Turns a weight spec into a local file whose bytes are the expected ones.
+
+    `builtin:NAME` ships with the package. `hf://owner/name[/file]@revision` comes from the Hugging Face hub or cache
+    (file defaults to model.safetensors; the revision is required, best a commit), and its hash is compared with the
+    hub's on every call; HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE are honoured. Anything else is a path. A suffix
+    `#sha256=HEX` pins the bytes of any of the three. Raises FileNotFoundError, ConnectionError, or ValueError for a
+    malformed spec or wrong bytes.
+    """
+    spec, _, pin = os.fspath(spec).partition("#sha256=")
+    if pin and not re.fullmatch("[0-9a-f]{64}", pin):
+        raise ValueError(f"{spec}: the pin after '#sha256=' must be 64 lower-case hex digits, found {pin!r}")
+    if spec.startswith("builtin:"):
+        path = _builtin(spec.removeprefix("builtin:"))
+    elif spec.startswith("hf://"):
+        path = _from_hub(spec, pinned=bool(pin))
+    else:
+        path = _local(pathlib.Path(spec))
+    if pin and (found := formats.sha256(path)) != pin:
+        raise ValueError(f"{spec}: sha256 is {found}, expected {pin}; the file changed or the pin is of another one")
+    return path
+
+
+def _builtin(name):
+    path = ASSETS / f"{name}.safetensors"
+    if not path.is_file():
+        available = sorted(file.stem for file in ASSETS.glob("*.safetensors"))
+        raise FileNotFoundError(f"no builtin weights {name!r}; available: {available}")
+    return path
+
+
+def _local(path):
+    if path.exists():
+        return path
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no weights at {path}: the folder {path.parent} does not exist")
+    near = difflib.get_close_matches(path.name, os.listdir(path.parent), cutoff=0.5)
+    raise FileNotFoundError(f"no weights at {path}; similar names in that folder: {near or 'none'}")
+
+
+def _from_hub(spec, pinned):
+    import huggingface_hub  # here, as only this needs it, and it takes its time
+    from huggingface_hub import errors
+
+    match = _HF.fullmatch(spec)
+    if not match or not match["revision"]:
+        raise ValueError(
+            f"{spec}: expected hf://owner/name[/file]@revision; the revision (a commit, tag or branch such as @main) "
+            "is required, and a commit hash from the repository's history page makes the run reproducible"
+        )
+    repo, file, revision = match["repo"], match["file"] or "model.safetensors", match["revision"]
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    try:  # the library reads its environment at import; reading it here makes a later setting count too
+        path = huggingface_hub.hf_hub_download(
+            repo,
+            file,
+            revision=revision,
+            endpoint=os.environ.get("HF_ENDPOINT"),
+            cache_dir=os.environ.get("HF_HUB_CACHE"),
+            local_files_only=offline,
+        )
+    except errors.LocalEntryNotFoundError:
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached (see HF_ENDPOINT)"
+        raise FileNotFoundError(f"{spec}: not in the local cache, and {why}") from None
+    except errors.RepositoryNotFoundError:
+        raise FileNotFoundError(f"{spec}: no repository {repo!r}, or a private or gated one: set HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{spec}: {repo!r} has no revision {revision!r}") from None
+    except errors.EntryNotFoundError:
+        raise FileNotFoundError(f"{spec}: {repo!r} has no file {file!r} at revision {revision!r}") from None
+    except errors.HFValidationError as error:
+        raise ValueError(f"{spec}: {error}") from None
+    except errors.HfHubHTTPError as error:
+        raise ConnectionError(f"{spec}: the hub answered {error}") from None
+    _verify(spec, pathlib.Path(path), pinned)
+    return pathlib.Path(path)
+
+
+def _verify(spec, path, pinned):
+    """Compares the bytes with the hub's hash, which is the name of the cached blob; removes what does not match."""
+    blob = path.parent / os.readlink(path) if path.is_symlink() else path
+    if re.fullmatch("[0-9a-f]{64}", blob.name):  # large file: sha256 of the contents
+        found = formats.sha256(path)
+    elif re.fullmatch("[0-9a-f]{40}", blob.name):  # small file: git's hash of the blob
+        found = hashlib.sha1(b"blob %d\0" % path.stat().st_size + path.read_bytes()).hexdigest()
+    elif pinned:
+        return
+    else:
+        raise ValueError(f"{spec}: the hub gave no hash to check; pin the file: append #sha256={formats.sha256(path)}")
+    if found != blob.name:
+        path.unlink()
+        blob.unlink()
+        raise ValueError(
+            f"{spec}: the bytes have hash {found}, but the hub says {blob.name}; the copy was removed from the cache, "
+            "so the next call downloads it again"
+        )

@@ -1,0 +1,334 @@
+"""Foreign weight files to variables and back: strict both ways, with the card that says how to feed them."""
+
+import argparse
+import functools
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tl_jax import models
+from tl_jax.core import trees
+from tl_jax.core.card import Card
+from tl_jax.models import conversion as tables
+from tl_jax.models import vit
+from tl_jax.models.layers import HEAD_INIT
+from tl_jax.weights import formats, hub
+
+CARD_KEY = "tl_jax.core.card"
+HEAD = "params/head/"
+POS_EMBED = "params/backbone/stem/pos_embed"
+
+
+class Pretrained(NamedTuple):
+    """A model, its variables (float32) and the card of its weights."""
+
+    model: Any
+    variables: dict[str, Any]
+    card: Card
+
+
+class Loaded(NamedTuple):
+    """A `Pretrained` and where it comes from.
+
+    Attributes:
+      origins: {"params/backbone/...": source keys, or "new"} for every leaf of the variables.
+      layout: the conversion table that fitted; "" for a random initialisation.
+      dropped: keys of the file's classifier which a new head (or none) replaced.
+      sha256: of the file that was read, whatever its card says; "" for a random initialisation.
+    """
+
+    model: Any
+    variables: dict[str, Any]
+    card: Card
+    origins: dict[str, str]
+    layout: str
+    dropped: tuple[str, ...]
+    sha256: str
+
+
+def load(
+    name: str,
+    path: str | pathlib.Path,
+    num_classes: int | None = None,
+    *,
+    image_size: int | None = None,
+    head_init: str = "zeros",
+    seed: int = 0,
+) -> Pretrained:
+    """Loads a weight file of any known layout into the named model.
+
+    `path` is a file, "builtin:NAME" or "hf://owner/name[/file]@revision". `num_classes` None keeps the file's head, an
+    integer makes a new one from `seed` (`head_init` "zeros" or "lecun"), 0 makes none. `image_size` rebuilds a model
+    with position embeddings for another input, resampling them. A file whose publisher computes or preprocesses
+    differently gives the model's flavour (`card.model` names it). Raises one ValueError that lists every unused key,
+    unfilled leaf, wrong shape and non-finite value.
+    """
+    loaded = load_with_origins(name, path, num_classes, image_size=image_size, head_init=head_init, seed=seed)
+    return Pretrained(loaded.model, loaded.variables, loaded.card)
+
+
+def load_with_origins(
+    name: str,
+    path: str | pathlib.Path | None = "",
+    num_classes: int | None = None,
+    *,
+    image_size: int | None = None,
+    head_init: str = "zeros",
+    seed: int = 0,
+) -> Loaded:
+    """As `load`, and says where every leaf comes from; no `path` means a random initialisation from `seed`."""
+    variant = models.get(name)
+    if head_init not in HEAD_INIT:
+        raise ValueError(f"head_init={head_init!r} is unknown; known: {', '.join(HEAD_INIT)}")
+    if not path:
+        classes = variant.card.num_classes if num_classes is None else num_classes
+        card = variant.card.replace(num_classes=classes, input_size=image_size or variant.card.input_size)
+        model = _make(variant, card, head_init)
+        variables = jax.jit(lambda key: model.init(key, _images(card)))(jax.random.key(seed))
+        return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
+
+    file = hub.resolve(path)
+    tensors, metadata = formats.read(file)
+    layout = _detect(name, path, tensors)
+    variant, card = _card(name, path, file, layout, metadata)
+    table = variant.layouts[layout]
+    dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
+    kept = {key: value for key, value in tensors.items() if key not in dropped}
+    if num_classes is None:
+        card = card.replace(num_classes=_head_size(table, tensors, card))
+    else:
+        card = card.replace(num_classes=num_classes, class_names=())
+    card = card.replace(input_size=image_size or card.input_size)
+    model = _make(variant, card, head_init)
+    shapes = _shapes(model, card)
+    resampled = _resample(table, shapes, kept) if image_size else {}
+    wanted = {leaf: shape for leaf, shape in shapes.items() if num_classes is None or not leaf.startswith(HEAD)}
+    flat, origins, problems = tables.fill(table, wanted, {**kept, **resampled})
+    if problems:
+        raise ValueError(_message(name, path, layout, tensors, problems))
+    if num_classes:
+        flat |= _new_head(model, shapes[f"{HEAD}kernel"][0], seed)
+    for key in resampled:
+        origins[POS_EMBED] += f" (resampled from {tensors[key].shape[1]} to {shapes[POS_EMBED][1]} tokens)"
+    variables = trees.unflatten(jax.device_put({leaf: flat[leaf] for leaf in shapes}))
+    return Loaded(
+        model,
+        variables,
+        card,
+        {leaf: origins.get(leaf, "new") for leaf in shapes},
+        layout,
+        tuple(dropped),
+        formats.sha256(file),
+    )
+
+
+def source_head(name: str, path: str | pathlib.Path) -> dict[str, jax.Array] | None:
+    """The classifier {"kernel" [D, K], "bias" [K]} that a weight file was trained with; None where it has none."""
+    if not path:
+        return None
+    table, tensors = _table_of(name, path)
+    if not any(tables.is_head(table, key) for key in tensors):
+        return None
+    return load(name, path).variables["params"]["head"]
+
+
+def _table_of(name: str, path: str | pathlib.Path) -> tuple[tables.Layout, Mapping[str, np.ndarray]]:
+    file = hub.resolve(path)
+    tensors, metadata = formats.read(file)
+    layout = _detect(name, path, tensors)
+    return _card(name, path, file, layout, metadata)[0].layouts[layout], tensors
+
+
+def export(
+    variables: Mapping[str, Any], name: str, path: str | pathlib.Path, *, card: Card, layout: str | None = None
+) -> None:
+    """Writes variables as safetensors with the names of `layout` (timm's by default) and the card in the metadata.
+
+    timm and torchvision load the file with their strict `load_state_dict`. Raises one ValueError for a card of another
+    model, and for missing, surplus, misshapen or non-finite leaves.
+    """
+    variant = models.get(name)
+    if card.model not in (name, *variant.flavours.values()):
+        raise ValueError(f"the card belongs to {card.model!r}, not to {name!r}: pass the one the weights came with")
+    layout = layout or next(iter(variant.layouts))
+    if layout not in variant.layouts:
+        raise ValueError(f"{name} has no layout {layout!r}; it has {', '.join(variant.layouts)}")
+    shapes = _exported_shapes(name, card.num_classes, card.input_size)
+    flat = {leaf: np.asarray(value) for leaf, value in trees.flatten(variables).items()}
+    problems = {
+        "missing leaves": sorted(set(shapes) - set(flat)),
+        "surplus leaves": sorted(set(flat) - set(shapes)),
+        "wrong shapes": [
+            f"{leaf} is {value.shape}, expected {shapes[leaf]}"
+            for leaf, value in flat.items()
+            if leaf in shapes and value.shape != shapes[leaf]
+        ],
+        "non-finite values": [leaf for leaf, value in flat.items() if not np.isfinite(value.astype(np.float32)).all()],
+    }
+    if any(problems.values()):
+        raise ValueError(f"cannot export these variables as {name}: {tables.listing(problems)}")
+    tensors = {}
+    for leaf, value in flat.items():
+        keys, transform = tables.sources_of(variant.layouts[layout], leaf)
+        tensors |= zip(keys, transform.export(value.astype(np.float32)), strict=True)
+    formats.write_safetensors(path, tensors, {CARD_KEY: card.to_json()})
+
+
+def _make(variant: models.Variant, card: Card, head_init: str) -> Any:
+    model = variant.module(num_classes=card.num_classes, head_init=head_init)
+    # Only a model with position embeddings is built for one input size.
+    return model.clone(image_size=card.input_size) if hasattr(model, "image_size") else model
+
+
+def _images(card: Card) -> jax.Array:
+    return jnp.zeros((1, card.input_size, card.input_size, 3))
+
+
+def _shapes(model: Any, card: Card) -> dict[str, tuple[int, ...]]:
+    tree = jax.eval_shape(lambda: model.init(jax.random.key(0), _images(card)))  # nothing is computed, the key neither
+    return {leaf: value.shape for leaf, value in trees.flatten(tree).items()}
+
+
+@functools.lru_cache(maxsize=4)  # a study writes many files of one network
+def _exported_shapes(name: str, classes: int, size: int) -> dict[str, tuple[int, ...]]:
+    variant = models.get(name)
+    card = variant.card.replace(num_classes=classes, class_names=(), input_size=size)
+    return _shapes(_make(variant, card, "zeros"), card)
+
+
+@functools.cache
+def _default_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    variant = models.get(name)
+    return _shapes(_make(variant, variant.card, "zeros"), variant.card)
+
+
+def _detect(name: str, path: Any, tensors: Mapping[str, np.ndarray]) -> str:
+    """The layout whose table reads most of the file's keys; ties go to the first."""
+    leaves, layouts = list(_default_shapes(name)), models.get(name).layouts
+    counts = {key: tables.coverage(table, leaves, tensors) for key, table in layouts.items()}
+    best = max(counts, key=counts.get)
+    if counts[best] == 0:
+        raise ValueError(
+            f"{path} has no key that {name} knows (layouts tried: {', '.join(layouts)}); "
+            f"its keys begin {', '.join(sorted(tensors)[:5])}{_looks_like(tensors)}"
+        )
+    return best
+
+
+def _card(name: str, path: Any, file: pathlib.Path, layout: str, metadata: Mapping[str, str]):
+    """The variant that a file stands for, and its card: the file's own, or the variant's with source and hash."""
+    variant = models.get(name)
+    if CARD_KEY in metadata:
+        card = Card.from_json(metadata[CARD_KEY])
+        if card.model not in (name, *variant.flavours.values()):
+            raise ValueError(f"{path} holds weights of {card.model!r} according to its card, asked for was {name!r}")
+        return models.get(card.model), card
+    variant = models.get(variant.flavours.get(layout, name))
+    return variant, variant.card.replace(source=str(path), sha256=formats.sha256(file))
+
+
+def _head_size(table: tables.Layout, tensors: Mapping[str, np.ndarray], card: Card) -> int:
+    """Number of classes in the file's head; the card's where there is none, so that the head is reported unfilled."""
+    (bias,), _ = tables.sources_of(table, f"{HEAD}bias")
+    sizes = [value.size for key, value in tensors.items() if tables.canonical(table, key) == bias]
+    return sizes[0] if sizes else card.num_classes
+
+
+def _resample(table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray]):
+    """The file's position embedding on the model's grid, under the file's key; {} where it needs no resampling."""
+    if POS_EMBED not in shapes:
+        return {}
+    (source,), _ = tables.sources_of(table, POS_EMBED)
+    return {
+        key: vit.resample_pos_embed(value, shapes[POS_EMBED][1])
+        for key, value in tensors.items()
+        if tables.canonical(table, key) == source and vit.is_other_grid(value.shape, shapes[POS_EMBED])
+    }
+
+
+def _new_head(model: Any, features: int, seed: int) -> dict[str, jax.Array]:
+    """Initialises the head alone, with the numbers that a random initialisation from the same seed gives it."""
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, features)), start="pre_logits"))
+    return trees.flatten(init(jax.random.key(seed)))
+
+
+def _message(name: str, path: Any, layout: str, tensors: Mapping[str, np.ndarray], problems: Mapping[str, Any]) -> str:
+    unfilled, wrong = problems.get("unfilled leaves", []), problems.get("wrong shapes", [])
+    if unfilled and len(problems) == 1 and all(text.startswith(HEAD) for text in unfilled):
+        hint = "; the file has no head: give num_classes for a new one, or 0 for none"
+    elif len(problems) == len(wrong) == 1 and "pos" in wrong[0]:
+        hint = f"; give image_size to resample the position embedding{_looks_like(tensors)}"
+    else:
+        hint = _looks_like(tensors)
+    return f"{path} does not fit {name} (best layout: {layout}): {tables.listing(problems)}{hint}"
+
+
+def _looks_like(tensors: Mapping[str, np.ndarray]) -> str:
+    names = [f"{name} (layout {layout})" for name, layout in candidates(tensors)]
+    return f"; the file looks like {' or '.join(names)}" if names else ""
+
+
+def candidates(tensors: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
+    """The (model, layout) pairs whose backbone the tensors fill, judged by names and shapes; flavours left out."""
+    found, related = [], {}
+    for name, variant in models.MODELS.items():
+        for layout, table in variant.layouts.items() if "." not in name else ():
+            family = (variant.module.func, table)  # one member tells whether the family's table knows any key
+            if family not in related:
+                related[family] = tables.coverage(table, list(_default_shapes(name)), tensors) > 0
+            if related[family]:
+                backbone = {leaf: shape for leaf, shape in _default_shapes(name).items() if not leaf.startswith(HEAD)}
+                found += [(name, layout)] if tables.shapes_match(table, backbone, tensors) else []
+    return found
+
+
+def inspect(path: str | pathlib.Path) -> str:
+    """A table of a weight file's keys, the models and layouts it fits, and its card."""
+    tensors, metadata = formats.read(hub.resolve(path))
+    width = max(map(len, tensors))
+    lines = [f"{key:<{width}}  {value.dtype!s:<8}  {list(value.shape)}" for key, value in tensors.items()]
+    lines += [f"{len(tensors)} tensors, {sum(value.size for value in tensors.values()):,} numbers"]
+    if CARD_KEY in metadata:
+        return "\n".join([*lines, f"card {metadata[CARD_KEY]}"])
+    for name, layout in candidates(tensors):
+        card = models.get(name).card
+        lines += [
+            f"fits {name} (layout {layout}), which takes {card.input_size} px with mean {card.mean}, std {card.std}"
+        ]
+    return "\n".join([*lines, "no card" if lines[-1].startswith("fits") else "fits no known model; no card"])
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code, 2 for bad input."""
+    parser = argparse.ArgumentParser("python -m tl_jax.weights.load", description="Convert or inspect weight files.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    convert = commands.add_parser("convert", help="write a weight file as safetensors with a card")
+    convert.add_argument("name", help="the model, such as resnet50")
+    convert.add_argument("source", help="a file, builtin:NAME or hf://owner/name[/file]@revision")
+    convert.add_argument("out", help="the .safetensors file to write")
+    convert.add_argument("--layout", help="names of the tensors written (default: timm's)")
+    convert.add_argument("--num-classes", type=int, choices=[0], help="0 leaves the classifier out")
+    convert.add_argument("--image-size", type=int, help="resample the position embeddings for this input size")
+    commands.add_parser("inspect", help="list a file's tensors and the models it fits").add_argument("source")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "inspect":
+            print(inspect(args.source))
+        else:
+            _, variables, card = load(args.name, args.source, args.num_classes, image_size=args.image_size)
+            export(variables, card.model, args.out, card=card, layout=args.layout)
+            print(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {card.input_size} px")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
