@@ -6,15 +6,24 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-PIXELS = ("input_size", "mean", "std", "interpolation", "crop", "colour")  # the fields that decide what weights see
+INPUTS = ("image", "table")
+# The fields that decide what the network sees.
+PIXELS = ("input", "input_size", "mean", "std", "interpolation", "crop", "columns")
+# Left out of the JSON at their defaults, so that a new field changes no card that exists.
+LATER = ("input", "columns", "task", "target_mean", "target_std", "threshold", "head")
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
     """What travels with a set of weights, from the conversion to the last checkpoint.
 
-    Pixels enter the network as `(x / 255 - mean) / std`. Evaluation resizes the short side to
+    Input "image": pixels enter the network as `(x / 255 - mean) / std`. Evaluation resizes the short side to
     `floor(input_size / crop)` pixels with `interpolation`, then cuts the centre `input_size` square.
+    Input "table": the values of `columns` enter as `(x - mean) / std`, one mean and deviation a column.
+
+    task: what the outputs mean, a name of `tl_jax.tasks`; num_classes: how many outputs there are. class_names: of the
+    classes, labels or targets. target_mean, target_std: of a regression, whose outputs are standardised by them.
+    threshold: of the probability of a binary task. head: the layers before the last dense one, pairs (name, arguments).
     """
 
     model: str
@@ -24,27 +33,35 @@ class Card:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"
     crop: float = 0.875
-    colour: str = "RGB"
     class_names: tuple[str, ...] = ()
     source: str = ""
     licence: str = ""
     sha256: str = ""
+    input: str = "image"
+    columns: tuple[str, ...] = ()
+    task: str = "classification"
+    target_mean: tuple[float, ...] = ()
+    target_std: tuple[float, ...] = ()
+    threshold: float | None = None
+    head: tuple = ()
 
     def __post_init__(self):
         numbers = [x for x in (*self.mean, *self.std, self.crop) if not isinstance(x, Real)]
         size = isinstance(self.input_size, int) and self.input_size > 0
-        if numbers or not size or not len(self.mean) == len(self.std) == 3 or min(*self.std, self.crop) <= 0:
+        channels = 3 if self.input == "image" else len(self.columns)
+        wrong = numbers or not size or not len(self.mean) == len(self.std) == channels
+        if self.input not in INPUTS or wrong or min(*self.std, self.crop) <= 0:
             raise ValueError(
-                f"a weight card cannot have input_size={self.input_size!r}, mean={self.mean}, std={self.std}, "
-                f"crop={self.crop!r}: expected a whole number of pixels, three means, three deviations > 0, a crop > 0"
-            )
-        if self.colour != "RGB":
-            raise ValueError(
-                f"a weight card with colour={self.colour!r}: images are RGB; swap the input channels instead"
+                f"invalid weight card: input={self.input!r}, input_size={self.input_size!r}, mean={self.mean}, "
+                f"std={self.std}, crop={self.crop!r}; expected an input of {', '.join(INPUTS)}, a whole number of "
+                f"pixels, {channels} means, {channels} deviations > 0, a crop > 0"
             )
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        table = dataclasses.asdict(self)
+        kept = {key: x for key, x in table.items() if key not in LATER or x != defaults[key]}
+        return json.dumps(kept, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Card":
@@ -55,7 +72,7 @@ class Card:
             raise ValueError(f"weight card has unknown fields {unknown}; known: {sorted(known)}")
         if missing := sorted({"model", "num_classes"} - set(fields)):
             raise ValueError(f"weight card lacks {missing}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        return cls(**{key: _as_tuples(value) for key, value in fields.items()})
 
     def replace(self, **fields: Any) -> "Card":
         """A copy with some fields changed."""
@@ -78,3 +95,7 @@ class Card:
                 "trained on. Remove the options, or set data.override_card=True if it is meant:\n" + "\n".join(clashes)
             )
         return self.replace(**fields)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

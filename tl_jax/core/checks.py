@@ -1,0 +1,146 @@
+"""What a value must be, said once beside the parameter: `alpha: Annotated[float, checks.number(0)] = 0.01`.
+
+Options, terms, added parameters, augmentations, schedules and head layers are checked by these, in the same words.
+"""
+
+import functools
+import inspect
+import math
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+from tl_jax.core.messages import nearest
+
+UNITS = ("epochs", "steps", "examples")
+
+
+class Check(NamedTuple):
+    """fits(value) is whether the value is valid; expected says what a valid one is, such as "a number of at least 0"."""
+
+    fits: Callable[[Any], bool]
+    expected: str
+
+
+def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False) -> Check:
+    """A finite number from low to high; above, below: without that bound itself."""
+
+    def fits(value: Any) -> bool:
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            return False
+        return (low < value if above else low <= value) and (value < high if below else value <= high)
+
+    bounds = [f"{'above' if above else 'of at least'} {low:g}"] if low > -math.inf else []
+    bounds += [f"{'below' if below else 'at most'} {high:g}"] if high < math.inf else []
+    return Check(fits, " ".join(["a number", " and ".join(bounds)]).strip())
+
+
+def integer(low: int, high: float = math.inf) -> Check:
+    """A whole number from low to high."""
+    real = number(low, high)
+    expected = real.expected.replace("a number", "an integer")
+    return Check(lambda value: isinstance(value, int) and real.fits(value), expected)
+
+
+def one_of(*names: Any) -> Check:
+    """One of the given values."""
+    return Check(lambda value: value in names, f"one of {', '.join(str(name) or repr(name) for name in names)}")
+
+
+def sequence(of: Check, expected: str, length: int | None = None) -> Check:
+    """A list or tuple of values that each fit."""
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, list | tuple) and length in (None, len(value)) and all(map(of.fits, value))
+
+    return Check(fits, expected)
+
+
+def either(one: Check, other: Check) -> Check:
+    """What fits one check or the other."""
+    return Check(lambda value: one.fits(value) or other.fits(value), f"{one.expected}, or {other.expected}")
+
+
+def duration(*, zero: bool = False) -> Check:
+    """(amount, unit) with a unit of UNITS."""
+    amount = number(0, above=not zero)
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, list | tuple) and len(value) == 2 and amount.fits(value[0]) and value[1] in UNITS
+
+    return Check(fits, f"(amount {'>= 0' if zero else '> 0'}, one of {', '.join(UNITS)})")
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
+
+
+def _are_pairs(value: Any, kind: type | tuple = object) -> bool:
+    pairs = isinstance(value, list | tuple) and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
+    return pairs and all(isinstance(name, str) and isinstance(inner, kind) for name, inner in value)
+
+
+TEXT = Check(lambda value: isinstance(value, str), "a string")
+FLAG = Check(lambda value: isinstance(value, bool), "True or False")
+REGEX = Check(_is_regex, "a regular expression")
+TEXTS = sequence(TEXT, "a sequence of strings, such as ('stage4',)")
+RULES = Check(lambda value: _are_pairs(value, str), "pairs of strings, ((regex, name), ...)")
+NAMED = Check(lambda value: _are_pairs(value, Mapping), "pairs (name, {parameter: value})")
+CHANGES = Check(_are_pairs, "pairs (dotted option, value)")
+TABLE = Check(lambda value: isinstance(value, Mapping) and all(isinstance(k, str) for k in value), "{name: value}")
+ANY = Check(lambda value: True, "any value")
+
+
+@functools.cache
+def parameters(function: Callable) -> dict[str, Check]:
+    """The parameters of a function that are checked: those annotated with a Check."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    found = {name: getattr(hints.get(name), "__metadata__", ()) for name in inspect.signature(function).parameters}
+    return {name: extras[0] for name, extras in found.items() if extras and isinstance(extras[0], Check)}
+
+
+def table_problems(what: str, given: Any, known: Mapping[str, Check]) -> list[str]:
+    """What is wrong with arguments {parameter: value}; one sentence for each."""
+    if not isinstance(given, Mapping):
+        return [f"{what}: {given!r} is not a table {{parameter: value}}"]
+    problems = []
+    for name, value in given.items():
+        if name not in known:
+            has = ", ".join(known) or "none"
+            problems.append(f"{what} has no parameter {name!r}{nearest(str(name), known)}; it has: {has}")
+        elif not known[name].fits(value):
+            problems.append(f"{what}: {name} = {value!r}, expected {known[name].expected}")
+    return problems
+
+
+def call_problems(kind: str, name: Any, given: Any, registry: Mapping[str, Callable]) -> list[str]:
+    """What is wrong with one entry (name, {parameter: value}) for a registry of functions with annotated parameters."""
+    if name not in registry:
+        return [f"there is no {kind} {name!r}{nearest(str(name), registry)}; known: {', '.join(registry)}"]
+    return table_problems(name, given, parameters(registry[name]))
+
+
+def pairs_problems(kind: str, pairs: Sequence, registry: Mapping[str, Callable]) -> list[str]:
+    """The same for pairs, in which each name may occur once."""
+    problems, names = [], []
+    for pair in pairs:
+        if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str):
+            problems += call_problems(kind, *pair, registry)
+            names.append(pair[0])
+        else:
+            problems.append(f"{pair!r} is not a pair (name, {{parameter: value}})")
+    twice = dict.fromkeys(name for name in names if names.count(name) > 1)
+    return problems + [f"{kind} {name!r} is given {names.count(name)} times" for name in twice]
+
+
+def refuse(what: str, problems: Iterable[str], shown: int = 20) -> None:
+    """Raises one ValueError that lists the problems, if there are any."""
+    found = list(dict.fromkeys(problems))
+    if found:
+        more = [f"... and {len(found) - shown} more"] if len(found) > shown else []
+        raise ValueError("\n  ".join([f"{what}:", *found[:shown], *more]))
