@@ -50,7 +50,7 @@ class Card:
         size = isinstance(self.input_size, int) and self.input_size > 0
         channels = 3 if self.input == "image" else len(self.columns)
         wrong = numbers or not size or not len(self.mean) == len(self.std) == channels
-        if self.input not in INPUTS or wrong or min(*self.std, self.crop) <= 0:
+        if self.input not in INPUTS or wrong or min((*self.std, self.crop)) <= 0:
             raise ValueError(
                 f"invalid weight card: input={self.input!r}, input_size={self.input_size!r}, mean={self.mean}, "
                 f"std={self.std}, crop={self.crop!r}; expected an input of {', '.join(INPUTS)}, a whole number of "

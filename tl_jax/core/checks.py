@@ -18,7 +18,7 @@ UNITS = ("epochs", "steps", "examples")
 
 
 class Check(NamedTuple):
-    """fits(value) is whether the value is valid; expected says what a valid one is, such as "a number of at least 0"."""
+    """fits(value): whether a value is valid; expected: what a valid one is, such as "a number of at least 0"."""
 
     fits: Callable[[Any], bool]
     expected: str
