@@ -1,16 +1,10 @@
-"""Plain fine-tuning: which parts of the network train is a list of rules, the loss is cross-entropy plus penalties."""
+"""Which parts of the network train, as a list of rules; the order of its parts."""
 
 import re
-from collections.abc import Iterable, Sequence
-
-import jax
-import jax.numpy as jnp
+from collections.abc import Iterable, Mapping, Sequence
 
 from tl_jax.core import messages
 from tl_jax.core.trees import FROZEN, Rules
-from tl_jax.methods import Method
-from tl_jax.methods.penalties import Pass, Regularizer
-from tl_jax.tasks import losses
 
 NAMES = ("linear_probe", "full", "last_k", "first_k", "blocks", "bitfit", "norm_only", "rules")
 
@@ -28,7 +22,7 @@ def make_rules(
       blocks        the parts named in `blocks`, such as stem, stage2, stage2/block0, block3, norm;
       bitfit        biases alone (Ben Zaken et al. 2022);
       norm_only     scales and biases of the normalisation layers alone (Frankle et al. 2021).
-    rules takes `rules` as given. Parameters beside the network's are a group of their own, see `beside`.
+    rules takes `rules` as given. What is neither backbone nor head has rules of its own, see `auxiliary`.
     """
     if name not in NAMES:
         raise ValueError(f"unknown method {name!r}{messages.nearest(name, NAMES)}; known: {', '.join(NAMES)}")
@@ -61,11 +55,10 @@ def make_rules(
     return [head, (f"backbone/({'|'.join(chosen)})/.*", "backbone"), rest]
 
 
-def beside(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """Rules for what stands beside the network: a frozen reference, the weight file's head, added parameters."""
-    known = {"reference": FROZEN, "source_head": "head"}
+def auxiliary(paths: Sequence[str], groups: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Rules for all but backbone and head: further networks by `groups`, added parameters by their own name."""
     kinds = dict.fromkeys(path.split("/")[0] for path in paths)
-    return [(f"{kind}/.*", known.get(kind, kind)) for kind in kinds if kind not in ("backbone", "head")]
+    return [(f"{kind}/.*", groups.get(kind, kind)) for kind in kinds if kind not in ("backbone", "head")]
 
 
 def block_names(paths: Sequence[str]) -> list[str]:
@@ -80,7 +73,7 @@ def parts(paths: Iterable[str]) -> dict[str, str]:
     return {path: match[1] for path, match in found.items() if match}
 
 
-def frozen_in_front(paths: Sequence[str], moving: Sequence[str], drop_path: float = 0.0) -> int:
+def frozen_prefix_length(paths: Sequence[str], moving: Sequence[str], drop_path: float = 0.0) -> int:
     """How many parts of the backbone, counted from the images, compute the same in every step.
 
     The parts are the stem, the blocks in order, and what is behind them. moving: the paths of trained parameters and
@@ -108,50 +101,3 @@ def layer_multipliers(paths: Sequence[str], decay: float) -> dict[str, float]:
     layers = {"stem": 0, **{block: i + 1 for i, block in enumerate(blocks)}, "norm": len(blocks)}
     part = parts(paths)
     return {path: decay ** (len(blocks) + 1 - layers.get(part.get(path), len(blocks) + 1)) for path in paths}
-
-
-def make_method(
-    rules: Rules,
-    *,
-    num_classes: int,
-    label_smoothing: float = 0.0,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    regularizers: Sequence[Regularizer] = (),
-) -> Method:
-    """Cross-entropy plus the penalties of `regularizers`.
-
-    mixup and cutmix are Beta parameters (0: off); with both on, each step draws one.
-    """
-
-    def mix(key, images, targets):
-        choice_key, mix_key = jax.random.split(key)
-        if mixup and cutmix:
-            both = [lambda *args: losses.mixup(*args, mixup), lambda *args: losses.cutmix(*args, cutmix)]
-            return jax.lax.switch(jax.random.bernoulli(choice_key).astype(jnp.int32), both, mix_key, images, targets)
-        if mixup:
-            return losses.mixup(mix_key, images, targets, mixup)
-        return losses.cutmix(mix_key, images, targets, cutmix) if cutmix else (images, targets)
-
-    def loss(params, batch_stats, batch, forward, key):
-        mix_key, forward_key = jax.random.split(key)
-        images = batch["image"].astype(jnp.float32)
-        images, targets = mix(mix_key, images, losses.smooth_labels(batch["label"], num_classes, label_smoothing))
-        logits, out, new_batch_stats = forward(params, batch_stats, images, forward_key)
-        per_example = losses.cross_entropy(logits, targets)
-        penalty = jnp.zeros(())
-        for i, regularizer in enumerate(regularizers):
-            seen = Pass(
-                params, batch_stats, images, targets, batch["label"], logits, out, forward,
-                jax.random.fold_in(forward_key, i),
-            )  # fmt: skip
-            penalty = penalty + regularizer.penalty(seen)
-        correct = jnp.argmax(logits, axis=-1) == batch["label"]
-        sums = {
-            "loss": per_example.sum(),
-            "penalty": penalty * len(per_example),
-            "accuracy": correct.sum(dtype=jnp.float32),
-        }
-        return per_example.mean() + penalty, (new_batch_stats, sums)
-
-    return Method(rules, loss)
