@@ -14,19 +14,19 @@ from tl_jax.training.steps import FEATURES
 
 
 def predict(
-    eval_fn: Callable, variables: Mapping[str, Any], batches: EvalBatches, spec: Spec, parallel: Parallel
+    eval_fn: Callable, variables: Any, batches: EvalBatches, field: str, spec: Spec, parallel: Parallel
 ) -> Predictions:
     """The task's outputs, labels and features of every example of the source, in its order, on every process.
 
-    eval_fn: from `Parallel.evaluate`. The last batch is padded and its padding dropped by a mask; raises RuntimeError
+    eval_fn: from `Parallel.evaluate`; field: of a batch, what it reads. The last batch is padded and its padding dropped by a mask; raises RuntimeError
     unless each example was seen exactly once, FloatingPointError for outputs that are not finite.
     """
-    outputs, labels = collect(lambda x: eval_fn(variables, x), batches, parallel)
+    outputs, labels = collect(lambda x: eval_fn(variables, x), batches, field, parallel)
     return make_predictions(outputs, labels, list(batches.source.ids), spec, outputs.pop(FEATURES))
 
 
 def collect(
-    eval_fn: Callable, batches: EvalBatches, parallel: Parallel, axes: Mapping[str, int] | None = None
+    eval_fn: Callable, batches: EvalBatches, field: str, parallel: Parallel, axes: Mapping[str, int] | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The outputs {name: array} of eval_fn(inputs) for every example once, in the order of the source, and the labels.
 
@@ -36,7 +36,7 @@ def collect(
     source, axes, columns = batches.source, axes or {}, []
     for batch in batches:
         batch = parallel.put_batch(batch)
-        outputs = eval_fn(batch[batches.field])
+        outputs = eval_fn(batch[field])
         facts = parallel.gather({name: batch[name] for name in (INDEX, LABEL, MASK)})
         columns.append(jax.device_get((facts, outputs)))
     facts = {name: np.concatenate([facts[name] for facts, _ in columns]) for name in columns[0][0]}

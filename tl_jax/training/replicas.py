@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tl_jax import config as options
 from tl_jax.core import messages, trees
-from tl_jax.methods.term import MAIN
+from tl_jax.methods.term import MAIN, MODEL
 from tl_jax.runtime import sharding
 from tl_jax.tasks import make_predictions
 from tl_jax.training import audit, evaluate, feature_cache, single, steps
@@ -344,14 +344,14 @@ class Replicas:
         """{replica: its Predictions, or the FloatingPointError of one that diverged}; equal features are one array."""
         group, run, prefix = self.group, self.runs[0], single.eval_prefix(self.runs[0], i)
         evaluated = {**state["own"]["variables"], **state["own"]["ema"]}
-        variables = (group.shared, group.feeds["frozen"], evaluated)
+        variables, field = (group.shared, group.feeds["frozen"], evaluated), run.material.readers[MODEL].field
         if prefix not in self._evals:
-            depends = _depend(self._make_eval(prefix, None), variables, batches[0][batches.field])
+            depends = _depend(self._make_eval(prefix, None), variables, batches[0][field])
             self._evals[prefix] = depends, self._make_eval(prefix, 0 if depends else None)
         depends, eval_fn = self._evals[prefix]
-        names = [name for name in jax.eval_shape(eval_fn, variables, batches[0][batches.field]) if name != steps.FEATURES]
+        names = [name for name in jax.eval_shape(eval_fn, variables, batches[0][field]) if name != steps.FEATURES]
         axes = {**dict.fromkeys(names, 1), steps.FEATURES: int(depends)}
-        outputs, labels = evaluate.collect(lambda x: eval_fn(variables, x), batches, self._parallel, axes)
+        outputs, labels = evaluate.collect(lambda x: eval_fn(variables, x), batches, field, self._parallel, axes)
         features, found = outputs.pop(steps.FEATURES), {}
         for j in wanted:
             place = group.places[j]

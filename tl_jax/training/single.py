@@ -1,6 +1,7 @@
 """One run as a program of the training loop; replicas.py is the other."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -11,10 +12,10 @@ import numpy as np
 
 from tl_jax.core import trees
 from tl_jax.core.fields import LABEL, MASK
+from tl_jax.data import pipeline
 from tl_jax.methods.term import MAIN, MODEL, Start
 from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.tasks import Predictions
 from tl_jax.training import audit, evaluate, feature_cache, steps
 from tl_jax.training.build import Phase, Run
 
@@ -56,6 +57,7 @@ class Single:
 
     def __init__(self, run: Run, parallel: sharding.Parallel):
         self.runs, self._run, self._parallel = (run,), run, parallel
+        self._field = run.material.readers[MODEL].field
         self._eval = functools.cache(self._make_eval)
         self._lr = functools.cache(lambda i: jax.jit(run.phases[i].schedule))
 
@@ -125,7 +127,7 @@ class Single:
         """{0: Predictions, or the FloatingPointError of a run that diverged}; one program serves all phases it can."""
         eval_fn, spec = self._eval(eval_prefix(self._run, i)), self._run.task.spec
         try:
-            return {0: evaluate.predict(eval_fn, steps.eval_variables(state), batches, spec, self._parallel)}
+            return {0: evaluate.predict(eval_fn, steps.eval_variables(state), batches, self._field, spec, self._parallel)}
         except FloatingPointError as error:
             return {0: error}
 
@@ -179,7 +181,7 @@ def cached(
     training = {name for name in sets if name in material.streams}
     columns = []
     if phase.plan.prefix and phase.plan.prefix.cached:
-        columns.append((feature_cache.prefix_column(phase.plan.prefix, phase.plan.readers[MODEL], variables()), sets))
+        columns.append((_prefix_column(run, phase, variables()), sets))
     for name, reader in phase.plan.readers.items():
         if reader.column and training:
             own = {key: batches for key, batches in sets.items() if key in training}
@@ -192,8 +194,14 @@ def cached(
             folder=loop.cache_dir, stop_requested=stop,
         )  # fmt: skip
         for name, values in made.items():
-            found[name] = found[name].with_prepared(column.field, values)
+            found[name] = dataclasses.replace(found[name], prepared={**found[name].prepared, column.field: values})
     return found
+
+
+def _prefix_column(run: Run, phase: Phase, variables: Any) -> feature_cache.Column:
+    return feature_cache.prefix_column(
+        phase.plan.prefix, phase.plan.readers[MODEL], variables, run.material.networks
+    )
 
 
 def refreshed(
@@ -202,13 +210,15 @@ def refreshed(
     """The memory of all terms, that of the named ones computed anew from the data."""
     material, phase, new = run.material, run.phases[i], dict(memory)
 
+    field, size = phase.plan.readers[MODEL].field, run.settings.loop.eval_batch_size
+    views = {field: pipeline.View(material.card)}
+
     def batches(stream: str) -> Iterator[tuple[Any, Any]]:
-        field = phase.plan.readers[MODEL].field
-        for batch in material.streams[stream].for_evaluation(run.settings.loop.eval_batch_size):
+        for batch in pipeline.eval_batches(material.data[stream], views, min(size, len(material.data[stream]))):
             if stop(0):
                 raise Preempted("stopped while the memory of the terms is computed")
             real = batch[MASK]
-            yield batch[field][real], batch[LABEL][real] if LABEL in batch else None
+            yield batch[field][real], batch[LABEL][real]
 
     variables, memory = jax.device_get((variables, new))
     for name in names:
@@ -222,8 +232,3 @@ def due(phase: Phase, step: int) -> list[str]:
     terms = {name: term for name, (_, term) in phase.plan.method.terms.items() if term.refresh}
     since = step - phase.start
     return [name for name, term in terms.items() if not since or (term.refresh_every and since % term.refresh_every == 0)]
-
-
-def is_prediction(value: Any) -> bool:
-    """Whether `Program.predict` gave predictions, and not an error."""
-    return isinstance(value, Predictions)
