@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,12 +50,13 @@ def make_audit(
     card: Card,
     data: Mapping[str, Any],
     multipliers: Mapping[str, float] | None = None,
+    auxiliary: Collection[str] = (),
 ) -> dict[str, Any]:
     """The whole audit as plain JSON data.
 
     origins: `{collection/path: key in the weight file, "new", or "copy" of what was loaded}`. matches: the rule of each
     parameter path. policies: from `norm_policies`. data: facts of the data to show. multipliers: of layer-wise decay.
-    Frozen copies, which only a penalty looks at, do not count as parameters of the network.
+    auxiliary: the names of further networks, whose frozen parameters do not count in the totals.
     """
     moments = _moment_counts(opt_state, matches)
     parameters = []
@@ -84,7 +85,7 @@ def make_audit(
         }
         for path, leaf in trees.flatten(variables.get("batch_stats", {})).items()
     ]
-    counted = [row for row in parameters if row["trainable"] or row["origin"] != "copy"]
+    counted = [row for row in parameters if row["trainable"] or row["path"].split("/")[0] not in auxiliary]
     sizes = {row["path"]: int(np.prod(row["shape"])) for row in counted}
     trainable = [row["path"] for row in parameters if row["trainable"]]
     return {

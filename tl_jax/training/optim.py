@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -193,37 +193,56 @@ def make_optimizer(
     clip: float = 0.0,
     *,
     multipliers: Mapping[str, float] | None = None,
-    ages: Mapping[str, int] | None = None,
+    offsets: Mapping[str, int] | None = None,
     blocks: Mapping[str, str] | None = None,
     values: Mapping[str, Mapping[str, Any]] | None = None,
+    apart: Collection[str] = (),
 ) -> optax.GradientTransformation:
-    """One transformation of the flat trainable parameters: a clip of the global norm (0: off), then each group's own.
+    """One transformation of the flat trainable parameters: a clip of the norm (0: off), then each group's own.
 
     Frozen parameters never enter: they are not differentiated, so that neither the clip nor a logged norm sees them,
     the backward pass that only they need is not compiled, and no optimizer array exists for them.
 
-    multipliers: a further factor on the learning rate of each path. ages: the steps for which a path has been trained
-    when this optimizer takes over (see `ages_after`); paths of one age share their counts. blocks: `{path: block}` of
-    the paths whose learning rates Auto-RGN sets, see `scale_by_relative_gradient_norm`. values: `{group: {"lr_mult",
-    "weight_decay"}}` in place of the groups' own numbers; they may be traced, what decays at all the groups say.
+    multipliers: a further factor on the learning rate of each path. offsets: the steps for which a path has been
+    trained when this optimizer takes over (see `offsets_after`); paths of one offset share their counts. blocks:
+    `{path: block}` of the paths whose learning rates Auto-RGN sets, see `scale_by_relative_gradient_norm`. values:
+    `{group: {"lr_mult", "weight_decay"}}` in place of the groups' own numbers; they may be traced, what decays at all
+    the groups say. apart: networks, by their first folder, that are clipped by their own norm: a discriminator's
+    gradient must not scale the backbone's.
     """
     trainable = {path: label for path, label in labels.items() if label != FROZEN}
-    ages = ages or dict.fromkeys(trainable, 0)
-    cohorts = {path: f"{label}+{ages[path]}" for path, label in trainable.items()}
+    offsets = offsets or dict.fromkeys(trainable, 0)
+    kinds = {path: f"{label}+{offsets[path]}" for path, label in trainable.items()}
     transforms = {
-        cohorts[path]: _group_transform(groups[label], _shifted(schedule, ages[path]), **(values or {}).get(label, {}))
+        kinds[path]: _group_transform(groups[label], _shifted(schedule, offsets[path]), **(values or {}).get(label, {}))
         for path, label in trainable.items()
     }
-    tx = optax.multi_transform(transforms, cohorts)
+    tx = optax.multi_transform(transforms, kinds)
     if multipliers:
         tx = optax.chain(tx, _scale_by_path(multipliers))
     if blocks:
         tx = scale_by_relative_gradient_norm(tx, blocks)
-    return optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
+    return optax.chain(_clip(clip, trainable, apart), tx) if clip else tx
 
 
-def _shifted(schedule, age: int):
-    return lambda count: schedule(count - age)
+def _clip(norm: float, paths: Iterable[str], apart: Collection[str]) -> optax.GradientTransformation:
+    """A clip of the norm of all gradients, of each network that is `apart` by itself."""
+    owner = {path: path.split("/")[0] if path.split("/")[0] in apart else "" for path in paths}
+    names = sorted(set(owner.values()))
+    if len(names) == 1:
+        return optax.clip_by_global_norm(norm)
+    clip = optax.clip_by_global_norm(norm)
+
+    def update(updates, state, params=None):
+        parts = [{path: x for path, x in updates.items() if owner[path] == name} for name in names]
+        clipped = [clip.update(part, optax.EmptyState())[0] for part in parts]
+        return {path: x for part in clipped for path, x in part.items()}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _shifted(schedule, offset: int):
+    return lambda count: schedule(count - offset)
 
 
 def _scale_by_path(multipliers: Mapping[str, float]) -> optax.GradientTransformation:
@@ -268,43 +287,43 @@ def scale_by_relative_gradient_norm(
     return optax.GradientTransformation(init, update)
 
 
-def ages_after(
+def offsets_after(
     before: tuple[Mapping[str, str], Mapping[str, Group], Mapping[str, int], int] | None,
     labels: Mapping[str, str],
     groups: Mapping[str, Group],
 ) -> dict[str, int]:
-    """The age of each trainable path where a phase begins: how many steps its optimizer values have been kept for.
+    """The step offset of each trainable path where a phase begins: for how many steps it has its optimizer values.
 
-    before: labels, groups, ages and length of the phase that ends, None before the first. A path that stays trainable
-    under the same kind of optimizer keeps its values and grows older; any other starts at 0 with fresh ones.
+    before: labels, groups, offsets and length of the phase that ends, None before the first. A path that stays
+    trainable under the same kind of optimizer keeps its values and adds the length; any other starts at 0 with fresh
+    ones.
     """
     trainable = {path: label for path, label in labels.items() if label != FROZEN}
     if before is None:
         return dict.fromkeys(trainable, 0)
-    old_labels, old_groups, old_ages, length = before
+    old_labels, old_groups, old_offsets, length = before
 
     def kind(group: Group):
         return group.optimizer, tuple(sorted(dict(group.args).items())), group.weight_decay > 0
 
     return {
-        path: old_ages[path] + length
-        if path in old_ages and kind(old_groups[old_labels[path]]) == kind(groups[label])
+        path: old_offsets[path] + length
+        if path in old_offsets and kind(old_groups[old_labels[path]]) == kind(groups[label])
         else 0
         for path, label in trainable.items()
     }
 
 
 def migrate(fresh: Any, old: Any, length: int) -> Any:
-    """The optimizer state of a new phase: `fresh`, with the values of `old` for the paths that have an age.
+    """The optimizer state of a new phase: `fresh`, with the values of `old` for the paths that have an offset.
 
-    length: the steps of the phase that ends. Raises RuntimeError if a value that must be
-    carried over is not there.
+    length: the steps of the phase that ends. Raises RuntimeError if a value that must be carried over is not there.
     """
     kept = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(old)[0]:
         if place := _place(keys):
-            cohort_age, suffix = place
-            kept[cohort_age + length, suffix] = leaf
+            offset, suffix = place
+            kept[offset + length, suffix] = leaf
 
     def carry(keys, leaf):
         place = _place(keys)
@@ -318,7 +337,7 @@ def migrate(fresh: Any, old: Any, length: int) -> Any:
 
 
 def _place(keys: tuple) -> tuple[int, str] | None:
-    """(age, place inside its group's state) of an optimizer value; None for what belongs to no group."""
+    """(offset, place inside its group's state) of an optimizer value; None for what belongs to no group."""
     for i, key in enumerate(keys):
         if isinstance(key, jax.tree_util.GetAttrKey) and key.name == "inner_states":
             return int(keys[i + 1].key.rpartition("+")[2]), jax.tree_util.keystr(keys[i + 2 :])
