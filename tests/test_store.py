@@ -38,13 +38,12 @@ def test_a_plan_holds_all_that_the_report_and_the_workers_need(tmp_path):
     assert table == {
         "name": "depth", "question": "How deep?", "factors": FACTORS, "baseline": {"trained": "head"}, "seeds": [3, 1],
         "metrics": ["accuracy"], "design": "holdout", "together": "heads",
-        "speed": {"data.workers": 2, "cache_dir": "", "fsdp": 0},
     }  # fmt: skip
     assert [(row["key"], row["levels"], row["seed"], row["fold"]) for row in rows] == [
         (run.key, run.levels, run.seed, run.fold) for run in runs
     ]
     for run in runs:
-        assert read_json(store.run_folder(tmp_path, run.key) / "config.json") == config.identity(run.config)
+        assert read_json(store.run_folder(tmp_path, run.key) / "config.json") == config.flatten(run.config)
     assert store.states(tmp_path) == {run.key: "todo" for run in runs}
 
 

@@ -126,7 +126,7 @@ def source_probabilities(start: Start, temperature: float) -> tuple[np.ndarray, 
     if start.source_head is None:
         raise ValueError(
             "co_tuning needs the classifier that the weights were trained with, and these have none (a random start, "
-            "or a file without its head): load weights with a head, or take co_tuning out of method.regularize"
+            "or a file without its head): load weights with a head, or take co_tuning out of terms"
         )
 
     @jax.jit

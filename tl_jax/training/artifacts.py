@@ -33,8 +33,8 @@ def leave(
 ) -> dict[str, Any]:
     """Scores and writes; returns the result with its metrics.
 
-    predictions: of result["split"], and of the sets of data.also by name. report: the proved audit. Figures are drawn
-    where `verbose`. Process 0 writes; result.json comes last: where it lies, the run is whole.
+    predictions: of result["split"], and of the sets of data.extra_eval by name. report: the proved audit. Figures are
+    drawn where `verbose`. Process 0 writes; result.json comes last: where it lies, the run is whole.
     """
     scores = {name: metrics.summarize(p, resamples=config.resamples) for name, p in predictions.items()}
     own = predictions[result["split"]]

@@ -57,10 +57,10 @@ class Phase(NamedTuple):
 class Run(NamedTuple):
     """Everything that one run is made of.
 
-    data: the sources of train, of val or test or both, and of data.also. batches: of train, by step. eval_batches: of
-    the others. model: as it is evaluated. variables: as loaded, with what the method adds. phases: in order, most runs
-    have one. base: the weight file and its sha256. identity: what must be the same for a checkpoint to be of this run,
-    as flat tables of plain JSON data.
+    data: the sources of train, of val or test or both, and of data.extra_eval. batches: of train, by step.
+    eval_batches: of the others. model: as it is evaluated. variables: as loaded, with what the method adds. phases: in
+    order, most runs have one. base: the weight file and its sha256. identity: what must be the same for a checkpoint to
+    be of this run, as flat tables of plain JSON data.
     """
 
     data: dict[str, sources.Source]
@@ -227,7 +227,11 @@ def _with_parameters_beside(
 
 
 def _penalties(config: ConfigDict) -> list[tuple[str, Mapping[str, Any]]]:
-    return [(name, dict(args)) for name, args in config.method.regularize if name != "stoch_norm"]
+    """Of config.terms; until terms have weights, only a weight of 1 can be had."""
+    terms = config.terms.to_dict()
+    if weighted := {name: term["weight"] for name, term in terms.items() if term.get("weight", 1.0) != 1.0}:
+        raise ValueError(f"terms have the weights {weighted}, expected 1.0: set the strength of the penalty itself")
+    return [(name, {key: value for key, value in term.items() if key != "weight"}) for name, term in terms.items()]
 
 
 def _make_phase(
@@ -280,7 +284,13 @@ def _make_phase(
     )
     report["weights"] = {"file": config.model.weights, "sha256": loaded.sha256}
     start = before.stop if before else 0
-    model = dataclasses.replace(model, stoch_norm=_stoch_norm(method.regularize, frozen_norms, policies))
+    if method.stoch_norm and len(frozen_norms) == len(policies):
+        raise ValueError(
+            f"method.stoch_norm={method.stoch_norm} chooses between batch and running statistics, but no BatchNorm "
+            f"layer is in train mode ({len(policies)} in the network, all frozen); train their blocks, or set "
+            "method.norm"
+        )
+    model = dataclasses.replace(model, stoch_norm=method.stoch_norm)
     model = model.clone(frozen_norms=frozen_norms)
     phase = Phase(
         start, start + length, model, loss, labels, schedule, tx, report,
@@ -317,7 +327,7 @@ def _check_prefixes(config: ConfigDict, stretches: Sequence[ConfigDict], phases:
         mixing = {name: stretch.method[name] for name in ("mixup", "cutmix") if stretch.method[name]}
         if config.cache and front and mixing:
             problems.append(f"phase {i} mixes images, {mixing}: cached features are of single images; leave it out")
-        if config.cache and front and any(name == "delta" for name, _ in stretch.method.regularize):
+        if config.cache and front and "delta" in stretch.terms:
             problems.append(
                 f"phase {i} has the penalty delta, which runs a second network on the images; leave out cache"
             )
@@ -325,21 +335,8 @@ def _check_prefixes(config: ConfigDict, stretches: Sequence[ConfigDict], phases:
         raise ValueError("the frozen front of the network does not go with:\n  " + "\n  ".join(problems))
 
 
-def _stoch_norm(pairs: Sequence, frozen_norms: Sequence[str], policies: Mapping[str, str]) -> float:
-    """The probability of ("stoch_norm", {"p": 0.5}); 0 where it is not asked for."""
-    args = {key: value for name, given in pairs if name == "stoch_norm" for key, value in {"p": 0.5, **given}.items()}
-    if unknown := sorted(set(args) - {"p"}):
-        raise ValueError(f"stoch_norm has no parameter {unknown}; it has p, the probability of the running statistics")
-    if args and len(frozen_norms) == len(policies):
-        raise ValueError(
-            "stoch_norm draws between batch and running statistics, but no BatchNorm layer is in train mode "
-            f"({len(policies)} in the network, all frozen); train their blocks, or set method.norm"
-        )
-    return args.get("p", 0.0)
-
-
 def load_data(config: ConfigDict) -> dict[str, sources.Source]:
-    """The sources that the config names: train, val, test and data.also; raises ValueError where they do not fit."""
+    """The sources of train, val, test and data.extra_eval; raises ValueError where they do not fit together."""
     splits = {name: config.data[name] for name in ("train", "val", "test") if config.data[name]}
     resampled = bool(config.data.resample)
     if resampled and (config.data.test or config.data.shots):
@@ -362,13 +359,13 @@ def load_data(config: ConfigDict) -> dict[str, sources.Source]:
     }
     if resampled:
         data |= _resample(data["train"], config.data.resample, config.data.split_seed)
-    if taken := sorted({name for name, *_ in config.data.also} & {"train", "val", "test"}):
-        raise ValueError(f"data.also names {taken}; choose other names, these are the run's own splits")
-    data |= {name: sources.load(source, split, **load) for name, source, split in config.data.also}
+    if taken := sorted({name for name, *_ in config.data.extra_eval} & {"train", "val", "test"}):
+        raise ValueError(f"data.extra_eval names {taken}; choose other names, these are the run's own splits")
+    data |= {name: sources.load(source, split, **load) for name, source, split in config.data.extra_eval}
     classes = dict(enumerate(data["train"].class_names))
     if len(classes) < 2:
         raise ValueError(f"{data['train'].name} has the one class {classes[0]!r}; expected at least two to tell apart")
-    own = {"val", "test"} | {name for name, source, _ in config.data.also if source == config.data.source}
+    own = {"val", "test"} | {name for name, source, _ in config.data.extra_eval if source == config.data.source}
     for name, source in data.items():
         if changed := messages.difference(classes, dict(enumerate(source.class_names))):
             raise ValueError(f"the classes of train and {name} differ (train -> {name}):\n" + "\n".join(changed))

@@ -68,7 +68,7 @@ def train(
     if jax.process_index():
         return work()
     with workdir.lock(folder):
-        files.write_json(folder / "config.json", options.identity(config))
+        files.write_json(folder / "config.json", options.flatten(config))
         files.write_json(folder / "audit.json", audit.join(audits))
         return work()
 
@@ -316,8 +316,8 @@ def finish(
 
 
 def scored(config: ConfigDict, run: Run) -> list[str]:
-    """The splits that are scored at the end: the run's own first, then those of data.also."""
-    return ["test" if "test" in run.data else "val", *(name for name, *_ in config.data.also)]
+    """The splits that are scored at the end: the run's own first, then those of data.extra_eval."""
+    return ["test" if "test" in run.data else "val", *(name for name, *_ in config.data.extra_eval)]
 
 
 def leave(

@@ -46,7 +46,7 @@ def sweep(
     configs = options.replicas(config)
     folders = [folder / "replicas" / name_of(i, dict(changes)) for i, changes in enumerate(config.replicas)]
     with workdir.lock(folder):
-        files.write_json(folder / "config.json", options.identity(config))
+        files.write_json(folder / "config.json", options.flatten(config))
         outcomes = train_together(configs, folders, folder, verbose=verbose, stop_requested=stop_requested)
         rows = [_row(*each) for each in zip(config.replicas, folders, outcomes, strict=True)]
         if all(row["error"] for row in rows):
@@ -78,7 +78,7 @@ def train_together(
         open_folders = {i: folders[i] for i in done if i not in outcomes}
         for i, folder in open_folders.items():
             stack.enter_context(workdir.lock(folder))
-            files.write_json(folder / "config.json", options.identity(group.configs[i]))
+            files.write_json(folder / "config.json", options.flatten(group.configs[i]))
             files.write_json(folder / "audit.json", audit.join([phase.audit for phase in group.runs[i].phases]))
         checkpoints = stack.enter_context(Checkpoints(home / "checkpoints"))
         predict = replicas.make_predict(group, parallel)
