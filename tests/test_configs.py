@@ -53,7 +53,7 @@ def test_the_models_that_configs_name_exist():
 def test_unknown_arguments_come_together_with_their_nearest_neighbours():
     with pytest.raises(ValueError) as error:
         transfer.get_config("metod=full,data.shotts=3,model")
-    for part in ("did you mean 'method'", "did you mean 'data.shots'", "'model' is no key=value"):
+    for part in ("did you mean 'method'", "did you mean 'data.shots'", "'model' is not key=value"):
         assert part in str(error.value)
 
 
@@ -68,6 +68,7 @@ def test_arguments_take_the_type_of_the_default():
     assert (config.lr, config.batch_size, config.total, config.data.shots) == (0.5, 64, (3, "epochs"), 5)
 
 
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_flags_set_options_of_every_kind(monkeypatch):
     given = {
         "data.shots": "10", "lr": "0.5", "total": "(3, 'steps')", "data.source": "('folder:a', 'folder:b')",

@@ -77,6 +77,34 @@ def test_a_plan_that_would_lose_finished_runs_is_refused(tmp_path, name, changes
     assert (tmp_path / "study.json").read_bytes() == before
 
 
+def test_a_run_whose_config_json_lacks_an_option_goes_on(tmp_path):
+    """As where the study is older than the option: the plan finds its runs again, done or not."""
+    runs = plan(tmp_path)
+    finish(tmp_path, runs[0])
+    path, other = (store.run_folder(tmp_path, run.key) / "config.json" for run in runs[:2])
+    now, full = config.identity(runs[0].config), read_json(path)
+    for option in full.keys() - now.keys():
+        for file in (path, other):
+            write_json(file, {key: value for key, value in read_json(file).items() if key != option})
+        assert [run.key for run in plan(tmp_path)] == [run.key for run in runs]
+        assert option not in read_json(path) and option in read_json(other)
+        assert config.fingerprint(config.from_flat(read_json(path)))[:12] == runs[0].key
+        write_json(path, full)
+    # Where the grid no longer has a finished run, the differences named are real ones.
+    write_json(path, now)
+    with pytest.raises(ValueError, match="lr: ") as error:
+        plan(tmp_path, base={"lr": 0.5})
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_the_speed_of_runs_that_are_not_done_may_change(tmp_path):
+    runs = plan(tmp_path)
+    finish(tmp_path, runs[0])
+    assert plan(tmp_path, base={"data.workers": 2})[0].key == runs[0].key
+    files = [store.run_folder(tmp_path, run.key) / "config.json" for run in runs]
+    assert [read_json(file)["data.workers"] for file in files] == [0] + [2] * (len(runs) - 1)
+
+
 def test_a_study_of_which_nothing_is_done_may_change(tmp_path):
     plan(tmp_path)
     changed = plan(tmp_path, base={"lr": 0.5})

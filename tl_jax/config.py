@@ -143,7 +143,7 @@ def parse(config: ConfigDict, arg: str) -> ConfigDict:
         name = SHORT.get(key, key)
         node = _owner(config, name)
         if not equals or node is None:
-            hint = messages.nearest(key, [*SHORT, *flatten(config)])
+            hint = "" if node else messages.nearest(key, [*SHORT, *flatten(config)])
             problems.append(f"{item!r} is not key=value with a known key{hint}")
             continue
         value = node[name.rpartition(".")[2]]
