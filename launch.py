@@ -3,7 +3,7 @@
 python launch.py --config configs/NAME.py[:ARGUMENT] [--config.option=value ...] [--workdir W]
 python launch.py --study experiments/NAME[:ARGUMENT] [--workdir W] [--launcher local] [--jobs N] [--dry-run] [--retry]
 
-configs/transfer.py lists all options. Exit codes: 0 done; 2 the config, the data or the workdir does not fit (one
+tl_jax/core/options.py lists all options. Exit codes: 0 done; 2 the config, the data or the workdir does not fit (one
 message says how); 75 stopped by SIGTERM or Ctrl-C with everything saved, start the same command again; 1 anything else,
 such as a run of a study that failed.
 """

@@ -187,7 +187,7 @@ def test_no_room_is_said_before_anything_is_computed(tmp_path, monkeypatch):
         ({"method.name": "full", "method.k": 0, "cache": "features"}, r"'cache': 'features'.*the stem trains"),
         ({"method.name": "full", "method.k": 0, "model.prefix_dtype": "bfloat16"}, r"the stem trains"),
         ({"cache": "features", "method.mixup": 0.2}, r"phase 0 mixes images, {'mixup': 0.2}"),
-        ({"cache": "features", "method.regularize": (("delta", {}),)}, r"phase 0 has the penalty delta"),
+        ({"cache": "features", "terms": {"delta": {}}}, r"phase 0 has the penalty delta"),
         ({"cache": "features", "views": 3, "data.augment": ()}, r"views=3, but data.augment is empty"),
         ({"views": 3}, r"views = 3.* belong to cache = 'features'"),
         ({"cache": "feature"}, r"cache = 'feature': expected one of '', features"),

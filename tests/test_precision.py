@@ -11,8 +11,9 @@ import optax
 import pytest
 from scipy.special import erf
 
-from tl_jax import config, models
+from tl_jax import models
 from tl_jax.core import trees
+from tl_jax.core.options import OPTIONS
 from tl_jax.methods import rules as finetune
 from tl_jax.models import layers
 from tl_jax.models.vit import ViT
@@ -201,5 +202,5 @@ def test_every_remat_gives_the_same_gradient(make):
             np.testing.assert_allclose(leaf, trees.flatten(plain)[path], rtol=1e-5, atol=1e-6 + 1e-6 * scale[path])
     with pytest.raises(ValueError, match="remat='blocks': expected one of '', block, dots"):
         layers.recomputed(ViT, "blocks")
-    good, _ = config.RULES["model.remat"]
+    good = OPTIONS["model.remat"].check.fits
     assert all(map(good, ("", "block", "dots"))) and not good(True)

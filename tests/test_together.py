@@ -48,7 +48,7 @@ def test_what_trains_a_head_alone_and_differs_in_rates_is_one_set(tmp_path):
 
 
 def test_shots_are_one_set_only_where_no_duration_counts_epochs(tmp_path):
-    flats = [config.identity(config.override(make_config(replicas=()), {"data.shots": shots})) for shots in (2, 3)]
+    flats = [config.flatten(config.override(make_config(replicas=()), {"data.shots": shots})) for shots in (2, 3)]
     assert len({together.form_of(flat, "all") for flat in flats}) == 1
     assert len({together.form_of({**flat, "eval_every": [1.0, "epochs"]}, "all") for flat in flats}) == 2
 

@@ -49,7 +49,7 @@ def finish(folder, variables, scored="test", **changes):
     with config.unlocked():
         config.update_from_flattened_dict({
             "data.train": "train[:20%]", "data.val": SPLITS["val"], "data.test": SPLITS["test"], "resamples": 20,
-            "data.also": (("rest", "digits", SPLITS["rest"]),), **changes,
+            "data.extra_eval": (("rest", "digits", SPLITS["rest"]),), **changes,
         })  # fmt: skip
     folder.mkdir()
     files.write_json(folder / "config.json", options.identity(config))
@@ -169,7 +169,7 @@ def test_a_soup_is_chosen_on_val_and_read_on_test_when_nothing_is_left_to_choose
 
 
 def test_without_val_alpha_is_the_middle_and_a_soup_is_refused(head, tmp_path):
-    a, b = (finish(tmp_path / name, with_head(head, k), **{"data.val": "", "data.also": ()}) for name, k in
+    a, b = (finish(tmp_path / name, with_head(head, k), **{"data.val": "", "data.extra_eval": ()}) for name, k in
             (("a", 1.0), ("b", 2.0)))  # fmt: skip
     report = soups.wise_ft(soups.load(a), soups.load(b), tmp_path / "out", 2)
     assert report["chosen"] == 0.5 and list(report["curves"]) == ["test"]

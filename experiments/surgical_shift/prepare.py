@@ -49,7 +49,7 @@ def train_source(folder: pathlib.Path) -> dict:
         config.model.image_size = 16
         config.data.source = arrays["source"]
         config.data.train, config.data.val, config.data.test = "train", "", "test"
-        config.data.also = tuple((f"{name} shift", arrays[name], "test") for name in ("input", "label"))
+        config.data.extra_eval = tuple((f"{name} shift", arrays[name], "test") for name in ("input", "label"))
         config.data.augment = (("translation", {"fraction": 0.1}), ("rotation", {"degrees": 10.0}))
         config.batch_size = 48
         config.total = (400.0, "steps")

@@ -62,7 +62,7 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
         )
     left = {cell: sum(words[run.key] != "done" for run in members) for cell, members in cells.items()}
     if study.together != "none":
-        sets = together.group({run.key: options.identity(run.config) for run in runs}, study.together)
+        sets = together.group({run.key: options.flatten(run.config) for run in runs}, study.together)
         shared = [keys for keys in sets if len(keys) > 1]
         if shared:
             CONSOLE.print(
@@ -80,7 +80,7 @@ def trace_cells(cells: Mapping[str, RunSpec]) -> dict[str, Work]:
         if time.monotonic() - began > BUDGET:
             break
         try:
-            works[cell] = trace(options.from_flat(options.identity(run.config)))
+            works[cell] = trace(run.config)
         except (ValueError, OSError) as error:
             problems.append(f"{cell}: {error}")
     if problems:

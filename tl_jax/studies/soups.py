@@ -53,7 +53,7 @@ class Weights(NamedTuple):
 class Scorer(NamedTuple):
     """The evaluation that several weights share.
 
-    predict: (variables, split) -> predictions. splits: val, test and the names of data.also, as far as there are any.
+    predict: (variables, split) -> predictions. splits: those of val, test and data.extra_eval that there are.
     """
 
     predict: Callable[[Variables, str], metrics.Predictions]
@@ -66,7 +66,7 @@ class Scorer(NamedTuple):
 
     @property
     def further(self) -> list[str]:
-        """The names of data.also."""
+        """The names of data.extra_eval."""
         return [split for split in self.splits if split not in ("val", "test")]
 
 
@@ -152,7 +152,7 @@ def check_same(runs: Sequence[Weights]) -> None:
 
 
 def make_scorer(weights: Weights) -> Scorer:
-    """The evaluation of the run's config on val, test and data.also."""
+    """The evaluation of the run's config on val, test and data.extra_eval."""
     config, card = weights.config, weights.card
     parallel = sharding.make_parallel(config.parallel, fsdp=config.fsdp)
     data = {name: source for name, source in build.load_data(config).items() if name != "train"}
@@ -175,7 +175,7 @@ def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11
     """Scores `alphas` networks from a (alpha 0) to b (alpha 1) on every split, and writes the curve and the chosen one.
 
     Alpha is chosen on val by accuracy, then loss, then nearness to b; where there is no val it is UNTUNED. The curve on
-    test and data.also is to be looked at, not chosen from. Returns what it writes to curve.json.
+    test and data.extra_eval is to be looked at, not chosen from. Returns what it writes to curve.json.
     """
     if alphas < 2:
         raise ValueError(f"alphas={alphas}: expected at least the two ends")
@@ -252,7 +252,7 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
 
 
 def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
-    """Accuracy of every split against alpha; beside it that of data.also against that of the run's data."""
+    """Accuracy of every split against alpha; beside it that of data.extra_eval against that of the run's data."""
     alphas, curves = report["alphas"], report["curves"]
     scored = "test" if "test" in curves else "val"
     further = [split for split in curves if split not in ("val", "test")]

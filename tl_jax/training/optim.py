@@ -4,14 +4,13 @@ import inspect
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from numbers import Real
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from tl_jax.core import messages
+from tl_jax.core import checks, messages
 from tl_jax.core.trees import FROZEN
 
 Duration = tuple[float, str]
@@ -35,24 +34,33 @@ def constant(peak: float, steps: int):
     return lambda k: peak * jnp.ones_like(k)
 
 
-def cosine(peak: float, steps: int, *, final: float = 0.0):
+def cosine(peak: float, steps: int, *, final: Annotated[float, checks.number(0)] = 0.0):
     """Half a cosine from the peak to `final * peak` (Loshchilov & Hutter 2017, eq. 5, one period)."""
     return lambda k: peak * (final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(k / steps, 1.0))))
 
 
-def linear(peak: float, steps: int, *, final: float = 0.0):
+def linear(peak: float, steps: int, *, final: Annotated[float, checks.number(0)] = 0.0):
     """A straight line from the peak to `final * peak`."""
     return lambda k: peak * (1 - (1 - final) * jnp.minimum(k / steps, 1.0))
 
 
-def step(peak: float, steps: int, *, milestones: Sequence[float] = (1 / 3, 2 / 3), factor: float = 0.1):
+MILESTONES = checks.sequence(checks.number(0, 1, above=True, below=True), "fractions between 0 and 1")
+
+
+def step(
+    peak: float,
+    steps: int,
+    *,
+    milestones: Annotated[Sequence[float], MILESTONES] = (1 / 3, 2 / 3),
+    factor: Annotated[float, checks.number(0)] = 0.1,
+):
     """The peak times `factor` for every milestone passed; milestones are fractions of the time after warm-up."""
     return lambda k: (
         peak * factor ** sum((k >= round(milestone * steps)).astype(jnp.float32) for milestone in milestones)
     )
 
 
-def inverse_sqrt(peak: float, steps: int, *, timescale: float = 1.0):
+def inverse_sqrt(peak: float, steps: int, *, timescale: Annotated[float, checks.number(0, above=True)] = 1.0):
     """peak / sqrt(1 + (k - 1) / timescale) in the k-th step after warm-up, k = 1, 2, ...; 1/sqrt(k) at timescale 1."""
     del steps
     return lambda k: peak / jnp.sqrt(1 + k / timescale)
@@ -68,17 +76,10 @@ def make_schedule(
 
     Step s of the warm-up has the rate `peak * (s + 1) / (warmup_steps + 1)`, so that no step is wasted at rate 0.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}{messages.nearest(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}")
+    args = dict(args or {})
+    checks.refuse("the schedule does not fit", checks.call_problems("schedule", name, args, SCHEDULES))
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(f"warm-up of {warmup_steps} steps does not fit into {total_steps} steps in total")
-    args = dict(args or {})
-    _check_args(f"schedule {name!r}", SCHEDULES[name], args)
-    flat = [x for value in args.values() for x in (value if isinstance(value, list | tuple) else [value])]
-    if not all(isinstance(x, Real) and x >= 0 for x in flat) or not all(0 < x < 1 for x in args.get("milestones", ())):
-        raise ValueError(
-            f"schedule {name!r} with {args}: expected numbers >= 0, and milestones as fractions between 0 and 1"
-        )
     shape = SCHEDULES[name](peak, total_steps - warmup_steps, **args)
 
     def schedule(count):
@@ -98,11 +99,11 @@ class Group(NamedTuple):
     lamb, lion), else an L2 term added to the gradient (sgd, adam).
     """
 
-    optimizer: str = "adamw"
-    args: tuple[tuple[str, Any], ...] = ()
-    lr_mult: float = 1.0
-    weight_decay: float = 0.0
-    decay: str = ".*/kernel"
+    optimizer: Annotated[str, checks.TEXT] = "adamw"
+    args: Annotated[tuple[tuple[str, Any], ...], checks.TABLE] = ()
+    lr_mult: Annotated[float, checks.number(0)] = 1.0
+    weight_decay: Annotated[float, checks.number(0)] = 0.0
+    decay: Annotated[str, checks.REGEX] = ".*/kernel"
 
 
 def make_groups(
@@ -110,15 +111,14 @@ def make_groups(
 ) -> dict[str, Group]:
     """The settings of every trainable group that `labels` uses: `default` with the group's overrides.
 
-    Raises one ValueError for overrides of groups that no parameter is in, unknown fields, values that cannot be meant,
+    Raises one ValueError for overrides of groups that no parameter is in, unknown fields, invalid values,
     optimizers that optax cannot run, and decay patterns that decay nothing.
     """
     used = sorted(set(labels.values()) - {FROZEN})
     problems = [] if used else ["every parameter is frozen: nothing to train; give at least one path another group"]
     for name, fields in overrides.items():
         problems += _override_problems(name, fields, used)
-    if problems:
-        raise ValueError("the optimizer groups do not fit:\n  " + "\n  ".join(problems))
+    checks.refuse("the optimizer groups do not fit", problems)
     groups = {}
     for name in used:
         group = default._replace(**overrides.get(name, {}))
@@ -126,8 +126,7 @@ def make_groups(
         problems += [f"group {name!r}: {problem}" for problem in _group_problems(group)]
     if not problems:
         problems = _dead_decays(labels, groups)
-    if problems:
-        raise ValueError("the optimizer groups do not fit:\n  " + "\n  ".join(problems))
+    checks.refuse("the optimizer groups do not fit", problems)
     return groups
 
 
@@ -139,28 +138,16 @@ def _override_problems(name: str, fields: Any, used: Sequence[str]) -> list[str]
             f"settings for group {name!r}, which no parameter is in{messages.nearest(name, used)}; "
             f"groups in use: {list(used)}"
         ]
-    if not isinstance(fields, Mapping) or not isinstance(fields.get("args", {}), Mapping):
-        return [f"settings of group {name!r} are {fields!r}; expected {{field: value}}, and args as {{name: value}}"]
-    return [
-        f"group {name!r} has no field {field!r}{messages.nearest(field, Group._fields)}; "
-        f"it has {', '.join(Group._fields)}"
-        for field in fields
-        if field not in Group._fields
-    ]
+    return checks.table_problems(f"group {name!r}", fields, checks.parameters(Group))
 
 
 def _group_problems(group: Group) -> list[str]:
     """What is wrong with one group by itself; the last check lets optax make and trace the optimizer."""
-    numbers = {"lr_mult": group.lr_mult, "weight_decay": group.weight_decay}
-    if wrong := [
-        f"{key}={x!r} is no number >= 0" for key, x in numbers.items() if not isinstance(x, Real) or not x >= 0
-    ]:
+    fields = {**group._asdict(), "args": dict(group.args)}
+    if wrong := checks.table_problems("its settings", fields, checks.parameters(Group)):
         return wrong
     try:
-        re.compile(group.decay)
         _check_args(f"optimizer {group.optimizer!r}", _factory(group.optimizer), dict(group.args))
-    except re.error as error:
-        return [f"decay={group.decay!r} is not a regular expression: {error}"]
     except ValueError as error:
         return [str(error)]
     try:
@@ -384,7 +371,7 @@ def _factory(name: str):
 
 
 def _check_args(what: str, function, args: Mapping[str, Any]) -> None:
-    reserved = {"learning_rate", "weight_decay", "weight_decay_rate", "mask", "weight_decay_mask", "peak", "steps"}
+    reserved = {"learning_rate", "weight_decay", "weight_decay_rate", "mask", "weight_decay_mask"}
     allowed = [name for name in inspect.signature(function).parameters if name not in reserved]
     if unknown := [name for name in args if name not in allowed]:
         hints = ", ".join(f"{name!r}{messages.nearest(name, allowed)}" for name in unknown)

@@ -93,7 +93,7 @@ def _leave_one_out(config: ConfigDict, run: Run, parallel: sharding.Parallel) ->
     if len(grid) != 1 or further:
         raise ValueError(
             f"data.resample='loo' with method.grid={grid} and the further sets {further}: it scores data.train itself, "
-            "with one given value; set one value in method.grid, and leave data.val and data.also empty"
+            "with one given value; set one value in method.grid, and leave data.val and data.extra_eval empty"
         )
     pool = _predict(config, run, parallel, run.eval_batches)["test"]
     splits = resample.splits(pool.labels, "loo", config.data.split_seed)
