@@ -211,7 +211,7 @@ def _with_parameters_beside(
 
     def batches():
         size = min(config.eval_batch_size, len(train))
-        for batch in pipeline.eval_batches(train, card=card, batch_size=size):
+        for batch in pipeline.eval_batches(train, {"image": pipeline.View(card)}, size):
             yield batch["image"][batch["mask"]], batch["label"][batch["mask"]]
 
     needs_head = any(name == "co_tuning" for name, _ in pairs.values())
@@ -401,15 +401,14 @@ def make_batches(
 ) -> tuple[pipeline.TrainBatches, dict[str, pipeline.EvalBatches]]:
     """Batches of train by step, and of the other sources in order."""
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = pipeline.train_batches(
-        data["train"], card=card, augment=config.data.augment, batch_size=config.batch_size, seed=config.seed, **hosts
-    )
+    views = {"image": pipeline.View(card, config.data.augment)}
+    batches = pipeline.train_batches(data["train"], views, config.batch_size, config.seed, **hosts)
     # One size for all, so that one program serves them; it pads val, which is scored often, the least.
     count = len(data.get("val", data.get("test")))
     size = parallel.round_up(-(-count // -(-count // config.eval_batch_size)))
     scored = {split: source for split, source in data.items() if split != "train"}
     workers = config.data.workers
     return batches, {
-        split: pipeline.eval_batches(source, card=card, batch_size=size, num_workers=workers, **hosts)
+        split: pipeline.eval_batches(source, views, size, num_workers=workers, **hosts)
         for split, source in scored.items()
     }

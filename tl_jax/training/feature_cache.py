@@ -22,7 +22,8 @@ import numpy as np
 
 from tl_jax.core import files, messages, trees
 from tl_jax.core.card import PIXELS, Card
-from tl_jax.data.pipeline import IN_MEMORY, EvalBatches, TrainBatches
+from tl_jax.data.pipeline import EvalBatches, TrainBatches
+from tl_jax.data.views import IN_MEMORY
 from tl_jax.methods import rules
 from tl_jax.runtime import distributed
 from tl_jax.runtime.log import say
@@ -98,10 +99,7 @@ def hold(
                 _compute(cached, lambda images: predict(variables, images), parallel, stop_requested)
         held[folder] = _read(cached)
     return {
-        name: dataclasses.replace(
-            batches,
-            prepared=held[found[name].folder] if isinstance(batches, TrainBatches) else held[found[name].folder][0],
-        )
+        name: dataclasses.replace(batches, prepared={**batches.prepared, "image": held[found[name].folder]})
         for name, batches in sets.items()
     }
 
@@ -129,24 +127,32 @@ def _network_key(prefix: steps.Prefix, variables: Mapping[str, Any], card: Card)
 
 
 def _describe(root, network, batches: Batches, step, variables, batch_size: int, views: int) -> Cached:
-    augmented = isinstance(batches, TrainBatches) and bool(batches.preprocess.ops)
-    source = TrainBatches(
-        batches.source, batches.preprocess, batches.prepared, batch_size,
-        batches.seed if augmented else 0, batches.process_index, batches.process_count,
-    )  # fmt: skip
-    if not isinstance(batches, TrainBatches) and batches.prepared is not None:
-        source = dataclasses.replace(source, prepared=batches.prepared[None])
-    size = batches.preprocess.input_size
+    preprocess = batches.renders["image"].preprocess
+    augmented = isinstance(batches, TrainBatches) and bool(preprocess.ops)
+    if augmented:  # the rows of a batch are equal parts of all domains
+        parts = batches.facts.domains * batches.process_count
+        source = dataclasses.replace(batches, batch_size=max(batch_size - batch_size % parts, parts), labelled=False)
+    else:
+        plain = dataclasses.replace(batches.source, domains=None)  # in one order, whatever that of training is
+        source = TrainBatches(
+            plain, batches.renders, batches.prepared, batch_size, 0, "shuffled", False,
+            batches.process_index, batches.process_count,
+        )  # fmt: skip
+    size = preprocess.input_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
     row = jax.eval_shape(step, variables, image)
     views = views if augmented else 1
     key = {
         **network,
         "data": batches.source.fingerprint,
-        "augment": list(batches.preprocess.ops),
+        "augment": list(preprocess.ops),
         "seed": source.seed,
         "views": views,
     }
+    if augmented and source.order != "shuffled":
+        key["order"] = source.order
+    if augmented and batches.renders["image"].draws:
+        key["draws"] = batches.renders["image"].draws
     key = json.loads(json.dumps(key))
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return Cached(root / name, key, source, (views, len(batches.source), *row.shape[1:]), np.dtype(row.dtype))
@@ -219,7 +225,7 @@ def _is_sound(cached: Cached) -> bool:
 def _compute(cached: Cached, predict: Callable, parallel: Parallel, stop_requested: Callable[[int], bool]) -> None:
     """Runs all images through the prefix, from where an earlier process was stopped; process 0 writes."""
     source, (views, n) = cached.source, cached.shape[:2]
-    total, size = views * n, cached.source.batch_size
+    size = cached.source.batch_size
     progress, first = cached.folder / "progress.json", jax.process_index() == 0
 
     def begin() -> int:
@@ -230,7 +236,7 @@ def _compute(cached: Cached, predict: Callable, parallel: Parallel, stop_request
         return known["done"] if known.get("batch_size") == size else 0
 
     start = distributed.from_first(begin)
-    stop, saved = -(-total // size), time.monotonic()
+    stop, saved = source.steps_of(views), time.monotonic()
     values = cached.open("r+") if first else None
 
     def save(done: int) -> None:
@@ -242,14 +248,17 @@ def _compute(cached: Cached, predict: Callable, parallel: Parallel, stop_request
         for done, batch in enumerate(stream, start + 1):
             outputs = jax.device_get(predict(parallel.put_batch(batch["image"])))
             if first:
-                counters = np.arange((done - 1) * size, min(done * size, total))
-                values[counters // n, source.order(counters)] = outputs[: len(counters)]
+                rows = source.rows(done - 1)
+                kept = rows.epoch < views
+                values[rows.epoch[kept], rows.index[kept]] = outputs[kept]
             stopping = stop_requested(0)
             if stopping or time.monotonic() - saved > SAVE_EVERY:
                 save(done)
                 saved = time.monotonic()
             if stopping:
-                raise Preempted(f"stopped after the features of {min(done * size, total):,} of {total:,} images")
+                raise Preempted(
+                    f"stopped after the features of {min(done * size, views * n):,} of {views * n:,} images"
+                )
     if first:
         values.flush()
         with cached.file.open("rb") as file:

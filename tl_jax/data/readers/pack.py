@@ -125,7 +125,7 @@ def _plan(source: Source, size: int, interpolation: str, folder: Path, report: C
 
     def shape(index: int) -> tuple[int, int]:
         try:
-            return _shape(source.images, index)
+            return _shape(source.inputs, index)
         except (ValueError, OSError):
             return 0, 0  # decoding it will say why
 
@@ -239,7 +239,7 @@ def _pack_piece(plan: Plan, start: int) -> list[list]:
 
 def _pack_one(plan: Plan, index: int, file: int) -> list:
     try:
-        image = ops.as_rgb(plan.source.images[index])
+        image = ops.as_rgb(plan.source.inputs[index])
         size = min(plan.size, *ops.shape_of(image))
         image = np.ascontiguousarray(ops.resize(image, size=size, interpolation=plan.interpolation))
     except (ValueError, OSError) as error:
