@@ -1,4 +1,4 @@
-"""Packing: every image of a split decoded and resized once, into the files that data/packed.py reads."""
+"""Packing: every image of a split decoded and resized once, into the files that readers/packed.py reads."""
 
 import contextlib
 import fcntl
@@ -65,6 +65,8 @@ def pack(
                          f"{', '.join(ops.RESAMPLE)}")  # fmt: skip
     if on_error not in ("fail", "skip"):
         raise ValueError(f"on_error must be 'fail' or 'skip', found {on_error!r}")
+    if source.startswith("table:"):
+        raise ValueError(f"{source} holds rows of a table; only images are packed")
     wholes = {split: list_split(source, split, data_dir) for split in dict.fromkeys(splits)}
     if any(whole.made_smaller for whole in wholes.values()):
         raise ValueError(f"{source} is packed, its images were resized once; pack the source that it was packed from")

@@ -180,7 +180,8 @@ def _label_names(table: Table, labels: Sequence[str], others: list[str], default
     names = list(labels) or default
     problems = [f"{name!r}{nearest(name, others)}" for name in names if name not in others]
     if problems or not names or len(set(names)) < len(names):
-        found = f"no label column {', '.join(problems)}" if problems else f"the label columns {names}"
+        found = f"the label columns {', '.join(names)}" if names and not problems else "no label column"
+        found += f" {', '.join(problems)}" if problems else ""
         raise ValueError(
             f"{table.where} has {found}; expected one or several different ones of {', '.join(others) or 'none'}. Name "
             "them with data.labels"
