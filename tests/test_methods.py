@@ -117,7 +117,7 @@ def moved_leaves(trained):
 def logits_of(model, variables, card):
     """The logits of the run's test images, without the code that scored them."""
     source = sources.load("digits", "test[:8%]")
-    batches = pipeline.eval_batches(source, card=card, batch_size=len(source))
+    batches = pipeline.eval_batches(source, {"image": pipeline.View(card)}, len(source))
     step = jax.jit(steps.make_eval_step(model, mean=card.mean, std=card.std))
     return np.asarray(step(variables, batches[0]["image"])[0])
 

@@ -41,7 +41,7 @@ def features(split, variables=None):
     model, loaded, card = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
     source = sources.load("digits", split)
     step = jax.jit(steps.make_eval_step(model, mean=card.mean, std=card.std))
-    batches = pipeline.eval_batches(source, card=card, batch_size=len(source))
+    batches = pipeline.eval_batches(source, {"image": pipeline.View(card)}, len(source))
     logits, out = step(variables or loaded, batches[0]["image"])
     return source.labels, np.asarray(out, np.float64), np.asarray(logits)
 

@@ -24,7 +24,7 @@ STEP = jax.jit(steps.make_eval_step(MODEL, mean=CARD.mean, std=CARD.std))
 def forward(variables, split):
     """Predictions of the embedded network without the code under test."""
     source = sources.load("digits", split)
-    batch = pipeline.eval_batches(source, card=CARD, batch_size=len(source))[0]
+    batch = pipeline.eval_batches(source, {"image": pipeline.View(CARD)}, len(source))[0]
     logits, features = STEP(jax.device_get(variables), batch["image"])
     return metrics.make_predictions(logits, source.labels, source.ids, source.class_names, features)
 

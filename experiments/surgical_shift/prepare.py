@@ -36,9 +36,9 @@ def write(folder: pathlib.Path) -> None:
             test_label=labels, classes=np.array(source.class_names),
         )  # fmt: skip
 
-    save("source", (source.images, source.labels), test.images, test.labels)
-    save("input", (invert(target.images, 0), target.labels), invert(test.images, 1), test.labels)
-    save("label", (target.images, 9 - target.labels), test.images, 9 - test.labels)
+    save("source", (source.inputs, source.labels), test.inputs, test.labels)
+    save("input", (invert(target.inputs, 0), target.labels), invert(test.inputs, 1), test.labels)
+    save("label", (target.inputs, 9 - target.labels), test.inputs, 9 - test.labels)
 
 
 def train_source(folder: pathlib.Path) -> dict:

@@ -160,7 +160,7 @@ def make_scorer(weights: Weights) -> Scorer:
         raise ValueError(f"the data of {weights.name} have other classes by now than when it ran: {card.class_names}")
     size = parallel.round_up(min(config.eval_batch_size, max(map(len, data.values()))))
     batches = {
-        split: pipeline.eval_batches(source, card=card, batch_size=size, num_workers=config.data.workers)
+        split: pipeline.eval_batches(source, {"image": pipeline.View(card)}, size, num_workers=config.data.workers)
         for split, source in data.items()
     }
     eval_fn = parallel.evaluate(steps.make_eval_step(weights.model, mean=card.mean, std=card.std))

@@ -72,7 +72,7 @@ def _hold_out(config: ConfigDict, run: Run, parallel: sharding.Parallel) -> Scor
     different, index = _different(run.data["train"])
     size = next(iter(run.eval_batches.values())).batch_size  # so that one program serves all
     batches = pipeline.eval_batches(
-        different, card=run.card, batch_size=size, num_workers=config.data.workers,
+        different, {"image": pipeline.View(run.card)}, size, num_workers=config.data.workers,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     seen = _predict(config, run, parallel, {**run.eval_batches, "train": batches})

@@ -67,7 +67,7 @@ class NetworkSettings(NamedTuple):
     name: str
     weights: str = ""
     image_size: int = 0
-    cache: bool = False
+    cache: str = ""
 
 
 class MethodSettings(NamedTuple):
