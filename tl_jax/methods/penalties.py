@@ -16,12 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tl_jax.core import messages, trees
-from tl_jax.core.trees import FROZEN, Rules
 from tl_jax.methods import precompute
 from tl_jax.methods.precompute import Start
 from tl_jax.tasks import losses
-
-REFERENCE_RULE = (r"reference/.*", FROZEN)
 
 
 class Pass(NamedTuple):
@@ -44,11 +41,10 @@ class Pass(NamedTuple):
 
 
 class Regularizer(NamedTuple):
-    """One penalty: a scalar for the mean loss, its extra parameters (nested, {} for none) and the rules for them."""
+    """One penalty: a scalar for the mean loss, and its extra parameters (nested, {} for none)."""
 
     penalty: Callable[[Pass], jax.Array]
     init: Callable[[Start], dict]
-    rules: Rules
 
 
 def l2_sp(alpha: float = 0.01, beta: float = 0.01) -> Regularizer:
@@ -68,7 +64,7 @@ def l2_sp(alpha: float = 0.01, beta: float = 0.01) -> Regularizer:
     def init(start: Start) -> dict:
         return {"reference": {"params": {"backbone": _copy(start.params["backbone"])}}}
 
-    return Regularizer(penalty, init, (REFERENCE_RULE,))
+    return Regularizer(penalty, init)
 
 
 def delta(
@@ -122,7 +118,7 @@ def delta(
             reference["batch_stats"] = _copy(start.batch_stats)
         return {"reference": reference}
 
-    return Regularizer(penalty, init, (REFERENCE_RULE,))
+    return Regularizer(penalty, init)
 
 
 def bss(eta: float = 0.001, k: int = 1) -> Regularizer:
@@ -143,7 +139,7 @@ def bss(eta: float = 0.001, k: int = 1) -> Regularizer:
         right = jnp.linalg.svd(jax.lax.stop_gradient(features), full_matrices=False)[2][-k:]
         return eta * jnp.sum(jnp.matmul(features, right.T, precision=jax.lax.Precision.HIGHEST) ** 2)
 
-    return Regularizer(penalty, lambda start: {}, ())
+    return Regularizer(penalty, lambda start: {})
 
 
 def co_tuning(
@@ -181,7 +177,7 @@ def co_tuning(
             "reference": {"co_tuning": {"relationship": jnp.asarray(relationship, jnp.float32)}},
         }
 
-    return Regularizer(penalty, init, ((r"source_head/.*", "head"), REFERENCE_RULE))
+    return Regularizer(penalty, init)
 
 
 def r_drop(alpha: float = 0.3) -> Regularizer:
@@ -198,7 +194,7 @@ def r_drop(alpha: float = 0.3) -> Regularizer:
         p, q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (run.logits, logits))
         return alpha / 2 * jnp.sum((jnp.exp(p) - jnp.exp(q)) * (p - q), axis=-1).mean()
 
-    return Regularizer(penalty, lambda start: {}, ())
+    return Regularizer(penalty, lambda start: {})
 
 
 def l1(alpha: float = 1e-4, paths: str = "head/.*") -> Regularizer:
@@ -220,7 +216,7 @@ def l1(alpha: float = 1e-4, paths: str = "head/.*") -> Regularizer:
             raise ValueError(f"l1 with paths={paths!r} matches no parameter{messages.nearest(paths, known)}")
         return {}
 
-    return Regularizer(penalty, init, ())
+    return Regularizer(penalty, init)
 
 
 PENALTIES: dict[str, Callable[..., Regularizer]] = {

@@ -1,6 +1,5 @@
 """What some penalties compute before step 0 on the training data: channel attention, relationships between classes."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,8 @@ class Start(NamedTuple):
 
     params, batch_stats: as loaded, with added parameters (LoRA, prompts) at their start. source_head: {"kernel" [D, S],
     "bias" [S]}, the weight file's own classifier, or None. apply: (params, batch_stats, x, start=None) -> (logits, out)
-    in eval mode, x images [B, H, W, C] in 0..255, or the output of the cut `start`. batches: () -> iterator of (images
+    in eval mode, x images [B, H, W, C] in 0..255, or the output of the cut `start`. cuts: of the network, in order, the
+    last one pre_logits. batches: () -> iterator of (images
     [B, H, W, C] uint8, labels [B]), every training example once, preprocessed as for evaluation.
     """
 
@@ -28,6 +28,7 @@ class Start(NamedTuple):
     batch_stats: Any
     source_head: Any | None
     apply: Callable
+    cuts: tuple[str, ...]
     batches: Callable
     num_classes: int
 
@@ -50,7 +51,7 @@ def attention(without: np.ndarray, temperature: float, standardize: bool) -> jax
 def losses_without(start: Start, cuts: Sequence[str], examples: int) -> dict[str, np.ndarray]:
     """The mean loss of a logistic regression on pre_logits with each channel of each cut at zero: {cut: [C]}."""
     images, labels = _sample(start.batches(), examples)
-    names = _choose_cuts(start, images[:1], cuts)
+    names = _choose_cuts(start.cuts, cuts)
     forward = jax.jit(lambda params, batch_stats, x: start.apply(params, batch_stats, x)[1])
     variables = (start.params, start.batch_stats)
     features = np.concatenate([forward(*variables, x)["pre_logits"] for (x,) in _chunks(images)])
@@ -80,10 +81,9 @@ def _make_losses_without(apply: Callable, cut: str) -> Callable:
     return jax.jit(losses_without)
 
 
-def _choose_cuts(start: Start, image: np.ndarray, cuts: Sequence[str]) -> list[str]:
-    _, out = jax.eval_shape(start.apply, start.params, start.batch_stats, image.astype(np.float32))
-    # By number (stem: none), not by place: a dictionary that went through jit is sorted, block10 before block2.
-    known = sorted(out.keys() - {"pre_logits", "logits"}, key=lambda name: int(re.sub(r"\D", "", name) or -1))
+def _choose_cuts(known: Sequence[str], cuts: Sequence[str]) -> list[str]:
+    """The given cuts of a network, each once; the last one before pre_logits where none is given."""
+    known = [cut for cut in known if cut != "pre_logits"]
     if unknown := [cut for cut in cuts if cut not in known]:
         raise ValueError(
             f"delta with cuts={list(cuts)}: the network has no {unknown}{messages.nearest(unknown[0], known)}; "

@@ -116,7 +116,7 @@ def prepare(config: ConfigDict, stretches: Sequence[ConfigDict], parallel: shard
     keep_compiled_programs()
     data = load_data(config)
     class_names = data["train"].class_names
-    loaded = _load_network(config, class_names)
+    loaded = load_network(config, class_names)
     card = loaded.card.override(config.data.card.to_dict(), allowed=config.data.override_card)
     card = card.replace(class_names=class_names, source=f"{card.source or 'random weights'} -> {data['train'].name}")
     batches, eval_batches = make_batches(config, data, card, parallel)
@@ -164,8 +164,8 @@ def assemble(config: ConfigDict, stretches: Sequence[ConfigDict], material: Mate
     )  # fmt: skip
 
 
-def _load_network(config: ConfigDict, class_names: Sequence[str]) -> pretrained.Loaded:
-    """The network with a new head, or with the file's own, and random numbers in the parts of model.reinit."""
+def load_network(config: ConfigDict, class_names: Sequence[str]) -> pretrained.Loaded:
+    """The network as a run begins: a new head or the file's own, random numbers in the parts of model.reinit."""
     keep, arguments = config.model.keep_head, {
         "image_size": config.model.image_size or None, "head_init": config.model.head_init, "seed": config.seed
     }  # fmt: skip
@@ -217,7 +217,7 @@ def _with_parameters_beside(
     needs_head = any(name == "co_tuning" for name, _ in pairs.values())
     source_head = pretrained.source_head(config.model.name, config.model.weights) if needs_head else None
     at_start = trees.merge(params, beside)
-    start = penalties.Start(at_start, batch_stats, source_head, apply, batches, len(train.class_names))
+    start = penalties.Start(at_start, batch_stats, source_head, apply, model.cuts, batches, len(train.class_names))
     for regularizer in (made for pair in pairs.values() for made in penalties.make([pair])):
         beside |= trees.flatten(regularizer.init(start))
     copied = ("reference/", "source_head/")
@@ -244,13 +244,13 @@ def _make_phase(
     paths = list(trees.flatten(params))
     method = config.method
     name = "linear_probe" if method.name in probes.NAMES else method.name
-    rules = finetune.make_rules(name, paths, method.k, method.blocks, method.rules)
+    rules = finetune.make_rules(name, paths, model.cuts, method.k, method.blocks, method.rules)
     matches = trees.match_rules(paths, finetune.beside(paths) + rules)
     labels = {path: match.value for path, match in matches.items()}
     policies = audit.norm_policies(loaded.variables.get("batch_stats", {}), labels, method.norm)
     frozen_norms = tuple(path for path, policy in policies.items() if policy == trees.FROZEN)
     loss = finetune.make_method(
-        rules, num_classes=len(card.class_names), regularizers=penalties.make(_penalties(config)),
+        num_classes=len(card.class_names), regularizers=penalties.make(_penalties(config)),
         **{name: method[name] for name in ("label_smoothing", "mixup", "cutmix")},
     )  # fmt: skip
 
@@ -261,7 +261,7 @@ def _make_phase(
     )
     groups = optim.make_groups(labels, default, config.groups.to_dict())
     ages = optim.ages_after(ages_before, labels, groups)
-    multipliers = finetune.layer_multipliers(paths, config.layer_decay) if config.layer_decay < 1 else {}
+    multipliers = finetune.layer_multipliers(paths, model.cuts, config.layer_decay) if config.layer_decay < 1 else {}
     blocks = finetune.parts(path for path, label in labels.items() if label != trees.FROZEN) if method.auto_rgn else {}
     shape = {"total_steps": length, "warmup_steps": warmup_steps, "args": config.schedule.args.to_dict()}
 
@@ -295,7 +295,7 @@ def _make_prefix(
 ) -> steps.Prefix | None:
     """The longest front of the network in which nothing moves and nothing is drawn at random."""
     moving = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
-    length = finetune.frozen_in_front(list(labels), moving, config.model.drop_path)
+    length = finetune.frozen_cuts(moving, model.cuts, config.model.drop_path)
     if not length:
         return None
     dtype = config.model.prefix_dtype or config.model.dtype

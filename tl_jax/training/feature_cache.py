@@ -109,7 +109,8 @@ def hold(
 def leaves_of(prefix: steps.Prefix, paths: Iterable[str]) -> list[str]:
     """Those of the paths, `collection/path`, on which the outputs of a prefix depend."""
     paths = [path for path in paths if "/reference/" not in path]
-    last, places = prefix.model.cuts.index(prefix.cut), rules.places(paths)
+    cuts = prefix.model.cuts
+    last, places = cuts.index(prefix.cut), rules.places(paths, cuts)
     return [path for path in paths if places.get(path, last + 1) <= last]
 
 

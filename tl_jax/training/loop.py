@@ -55,14 +55,14 @@ def train(
     audits = [phase.audit for phase in run.phases]
     for phase in run.phases if verbose else ():
         say(f"\nphase {phase.start} .. {phase.stop} of {run.total_steps} steps" if len(audits) > 1 else "")
-        say(audit.to_table(phase.audit))
+        say(audit.to_table(phase.audit, phase.model.cuts))
         if phase.prefix:
             once = "its outputs are kept" if phase.prefix.cached else "cache='features' would compute it once"
             say(f"frozen in front, up to {phase.prefix.cut}: no gradient, no statistics; {once}\n")
 
     def work():
         if config.method.name in probes.NAMES:
-            return probe.probe(config, run, parallel, folder, verbose)
+            return probe.probe(config, run, parallel, folder, verbose, stop_requested)
         return train_built(config, run, parallel, folder, verbose, stop_requested)
 
     if jax.process_index():
