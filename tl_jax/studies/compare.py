@@ -13,7 +13,7 @@ from tl_jax import config as options
 from tl_jax.core.files import write_json
 from tl_jax.runtime.log import say
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.studies.report.report.statistics import mean_interval
+from tl_jax.studies.report.statistics import mean_interval
 from tl_jax.tasks import metrics
 from tl_jax.training.loop import train
 
