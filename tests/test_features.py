@@ -213,11 +213,11 @@ def test_closed_forms_read_the_same_features(store, tmp_path, monkeypatch, name)
             np.testing.assert_allclose(ours["features"], theirs["features"], rtol=1e-5, atol=1e-6)
 
 
-PATHS = [f"backbone/{part}/x/kernel" for part in ("stem", "stage1/block0", "stage1/block1", "stage2/block0", "norm")]
+CUTS = ("stem", "stage1/block0", "stage1", "stage2", "pre_logits")  # stage1 ends with block1, stage2 with block0
 
 
 @pytest.mark.parametrize(
-    "moving, drop_path, frozen",
+    "trained, drop_path, frozen",
     [
         ([], 0.0, 5),
         (["head/kernel"], 0.0, 5),
@@ -229,8 +229,8 @@ PATHS = [f"backbone/{part}/x/kernel" for part in ("stem", "stage1/block0", "stag
         (["backbone/stem/x/kernel"], 0.1, 0),
     ],
 )
-def test_the_frozen_front_ends_where_something_moves_or_is_drawn(moving, drop_path, frozen):
-    assert rules.frozen_in_front(PATHS, moving, drop_path) == frozen
+def test_the_frozen_prefix_ends_where_something_trains_or_is_random(trained, drop_path, frozen):
+    assert rules.frozen_cuts(trained, CUTS, drop_path) == frozen
 
 
 @pytest.mark.parametrize("name", ["resnet8_cifar", pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow)])

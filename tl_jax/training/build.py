@@ -281,13 +281,14 @@ def _make_phase(
     paths = list(trees.flatten(params))
     own = [path for path in paths if path.split("/")[0] not in networks]
     name = "linear_probe" if method.name in probes.NAMES else method.name
-    own_rules = rules.make_rules(name, own, method.k, method.blocks, method.rules)
+    cuts = material.model.cuts
+    own_rules = rules.make_rules(name, own, cuts, method.k, method.blocks, method.rules)
     groups_of = {name: network.group for name, network in networks.items()}
     matches = trees.match_rules(paths, rules.auxiliary(paths, groups_of) + own_rules)
     labels = {path: match.value for path, match in matches.items()}
     policies = _norm_policies(variables["batch_stats"], labels, networks, method.norm)
     groups, offsets, lengths = _make_groups(settings.loop, phase, labels, material.facts, before)
-    multipliers = rules.layer_multipliers(own, phase.layer_decay) if phase.layer_decay < 1 else {}
+    multipliers = rules.layer_multipliers(own, cuts, phase.layer_decay) if phase.layer_decay < 1 else {}
     trained = (path for path in own if labels[path] != trees.FROZEN)
     blocks = rules.parts(trained) if method.auto_rgn else {}
     apart = tuple(name for name, network in networks.items() if network.group == name)
@@ -372,11 +373,9 @@ def _make_prefix(
     settings: Settings, model: peft.Adapted, labels: Mapping[str, str], policies: Mapping[str, str], networks
 ) -> steps.Prefix | None:
     """The longest prefix of the network in which nothing is trained and nothing is random."""
-    own = [path for path in labels if path.split("/")[0] not in networks]
-    trained = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
-    length = rules.frozen_prefix_length(own, [p for p in trained if p.split("/")[0] not in networks],
-                                        settings.model.drop_path)  # fmt: skip
-    length = min(length, len(model.cuts))
+    changing = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
+    own = [path for path in changing if path.split("/")[0] not in networks]
+    length = rules.frozen_cuts(own, model.cuts, settings.model.drop_path)
     if not length:
         return None
     dtype = settings.model.prefix_dtype or settings.model.dtype

@@ -147,7 +147,7 @@ def fill(
 def leaves_of(prefix: steps.Prefix, paths: Iterable[str], networks: Collection[str]) -> list[str]:
     """Those of the paths, `collection/path`, on which the outputs of a prefix depend; networks: the further ones."""
     paths = [path for path in paths if path.split("/")[1] not in networks]
-    last, places = prefix.model.cuts.index(prefix.cut), rules.places(paths)
+    last, places = prefix.model.cuts.index(prefix.cut), rules.places(paths, prefix.model.cuts)
     return [path for path in paths if places.get(path, last + 1) <= last]
 
 

@@ -102,7 +102,7 @@ def _show(run: Run) -> None:
     """The audit of each phase, and what is cached, on the console."""
     for phase in run.phases:
         log(f"\nphase {phase.start} .. {phase.stop} of {run.total_steps} steps" if len(run.phases) > 1 else "")
-        log(audit.to_table(phase.audit))
+        log(audit.to_table(phase.audit, run.material.model.cuts))
         if prefix := phase.plan.prefix:
             once = "its outputs are cached" if prefix.cached else "cache='features' would compute it once"
             log(f"frozen prefix, up to {prefix.cut}: no gradient, no statistics; {once}\n")
