@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from tl_jax.core import messages
 from tl_jax.core.trees import FROZEN, Rules
-from tl_jax.methods import Method
+from tl_jax.methods import Method, mixing
 from tl_jax.methods.penalties import Pass, Regularizer
 from tl_jax.tasks import losses
 
@@ -127,11 +127,11 @@ def make_method(
     def mix(key, images, targets):
         choice_key, mix_key = jax.random.split(key)
         if mixup and cutmix:
-            both = [lambda *args: losses.mixup(*args, mixup), lambda *args: losses.cutmix(*args, cutmix)]
+            both = [lambda *args: mixing.mixup(*args, mixup), lambda *args: mixing.cutmix(*args, cutmix)]
             return jax.lax.switch(jax.random.bernoulli(choice_key).astype(jnp.int32), both, mix_key, images, targets)
         if mixup:
-            return losses.mixup(mix_key, images, targets, mixup)
-        return losses.cutmix(mix_key, images, targets, cutmix) if cutmix else (images, targets)
+            return mixing.mixup(mix_key, images, targets, mixup)
+        return mixing.cutmix(mix_key, images, targets, cutmix) if cutmix else (images, targets)
 
     def loss(params, batch_stats, batch, forward, key):
         mix_key, forward_key = jax.random.split(key)
