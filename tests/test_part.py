@@ -57,8 +57,9 @@ def logits_of(model, variables, size):
 
 
 def network_of(saved):
-    """The variables without what only penalties look at."""
-    params = {k: v for k, v in saved.variables["params"].items() if k not in peft.TRAINING_ONLY}
+    """The variables of the model with its added parameters."""
+    own = (*peft.MODEL, *(name for name, _ in saved.run.model.additions))
+    params = {k: v for k, v in saved.variables["params"].items() if k in own}
     return {**saved.variables, "params": params}
 
 
@@ -170,7 +171,7 @@ def test_a_kept_head_that_rests_comes_back(tmp_path):
 
 
 def test_a_foreign_or_damaged_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"glyphs.safetensors is no trained part .*trained\.safetensors"):
+    with pytest.raises(ValueError, match=r"glyphs.safetensors is no delta checkpoint .*trained\.safetensors"):
         delta.load(GLYPHS)
     saved = save_part(tmp_path)
     content = saved.path.read_bytes()
@@ -184,7 +185,7 @@ def test_a_foreign_or_damaged_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop("params/head/kernel"), "the parts that rested differ"),
+        (lambda tensors: tensors.pop("params/head/kernel"), "the frozen parameters differ"),
         (
             lambda tensors: tensors.update({"params/backbone/stage9/x": np.zeros(2, np.float32)}),
             r"stage9/x \(2,\)'.*lacks",

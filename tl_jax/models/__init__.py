@@ -1,11 +1,12 @@
 """The table of models: `MODELS[name]` or `get(name)` gives the module, its card and its conversion tables."""
 
 import difflib
+from typing import Any
 
-from tl_jax.models import resnet, vit
+from tl_jax.models import mlp, resnet, vit
 from tl_jax.models.variant import Variant
 
-MODELS: dict[str, Variant] = {**resnet.VARIANTS, **vit.VARIANTS}
+MODELS: dict[str, Variant] = {**resnet.VARIANTS, **vit.VARIANTS, **mlp.VARIANTS}
 
 
 def get(name: str) -> Variant:
@@ -16,4 +17,11 @@ def get(name: str) -> Variant:
     return MODELS[name]
 
 
-__all__ = ["MODELS", "Variant", "get"]
+def deterministic_cuts(model: Any) -> tuple[str, ...]:
+    """The cuts of a module whose output draws no random numbers in training; a frozen prefix may end at these."""
+    if isinstance(model, mlp.MLP):
+        return model.cuts[:1] if model.dropout else model.cuts
+    return model.cuts[:2] if model.drop_path and len(model.cuts) > 3 else model.cuts  # the first block's rate is 0
+
+
+__all__ = ["MODELS", "Variant", "deterministic_cuts", "get"]

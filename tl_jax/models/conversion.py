@@ -80,7 +80,14 @@ def norm(target: str, source: str) -> list[Rule]:
 
 
 # Our own paths as keys: what a checkpoint export with slashes holds.
-NATIVE = Layout((Rule(r"(.+)", (r"\1",), SAME),), head=r"params/head/.+")
+NATIVE_HEAD = r"(?:params|batch_stats)/head/.+"
+NATIVE = Layout((Rule(r"(.+)", (r"\1",), SAME),), head=NATIVE_HEAD)
+
+
+def with_native_head(layout: Layout) -> Layout:
+    """The layout of a network whose head has layers of its own: these lie under our own paths."""
+    own = Rule(f"({NATIVE_HEAD})", (r"\1",), SAME)
+    return layout._replace(rules=(own, *layout.rules), head=f"{layout.head}|{NATIVE_HEAD}")
 
 
 def sources_of(layout: Layout, path: str) -> tuple[tuple[str, ...], Transform]:

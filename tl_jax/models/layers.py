@@ -1,4 +1,4 @@
-"""What the families share: convolution, BatchNorm policy, stochastic depth, the head, the walk along the parts."""
+"""What the families share: convolution, BatchNorm policy, stochastic depth, the walk along the parts."""
 
 import functools
 import math
@@ -13,7 +13,6 @@ from tl_jax.models.kernels import convolve
 
 # He initialisation over the fan-out, the choice of torchvision's and timm's ResNets.
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-HEAD_INIT = {"zeros": nn.initializers.zeros, "lecun": nn.initializers.lecun_normal()}
 
 
 class Conv(nn.Module):
@@ -252,12 +251,3 @@ def run_parts(
     for name in names[first:last]:
         x = out[name] = parts[name](x)
     return x, out
-
-
-def classify(module: nn.Module, x: jax.Array, train: bool) -> jax.Array:
-    """Dropout and the linear head in float32, inside a module with fields num_classes, dropout and head_init."""
-    if module.num_classes == 0:
-        return x
-    if module.dropout:
-        x = nn.Dropout(module.dropout, deterministic=not train)(x)
-    return nn.Dense(module.num_classes, kernel_init=HEAD_INIT[module.head_init], name="head")(x)

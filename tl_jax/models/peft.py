@@ -24,7 +24,7 @@ from tl_jax.models import layers, vit
 
 Additions = Sequence[tuple[str, Mapping[str, Any]]]
 REFUSED = "the added parameters cannot be made"
-TRAINING_ONLY = ("reference", "source_head")  # what losses keep beside the network; no module reads it
+MODEL = ("backbone", "head")  # what belongs to the model; further networks have keys of their own (teacher, ...)
 BRANCHES = {"both": ("attn", "mlp"), "mlp": ("mlp",)}
 ATTENTION = r"backbone/.*/attn/(qkv|proj)/kernel"
 
@@ -79,15 +79,16 @@ def _lora(
     kernels = {path: leaf.shape for path, leaf in params.items() if path.endswith("/kernel")}
     chosen = [path for path in kernels if re.fullmatch(targets or ATTENTION, path)]
     chosen = chosen or [path for path, shape in kernels.items() if not targets and shape[:-2] == (3, 3)]
-    groups = _groups(model)
+    groups = _groups(model) if any(len(shape) == 4 for shape in kernels.values()) else {}
     leaves, problems = {}, [] if chosen else [_no_match("lora", targets, kernels)]
     for path in chosen:
         owner, shape = path.removesuffix("/kernel"), kernels[path]
-        fan_in, fan_out = math.prod(shape[:-1]), shape[-1] // groups[owner]
+        count = groups.get(owner, 1)
+        fan_in, fan_out = math.prod(shape[:-1]), shape[-1] // count
         if rank > min(fan_in, fan_out):
-            per_group = " per group" if groups[owner] > 1 else ""
+            per_group = " per group" if count > 1 else ""
             problems.append(f"lora rank = {rank}, but {path} has {fan_in} inputs and {fan_out} outputs{per_group}")
-        leaves[f"{owner}/a"] = (*shape[:-1], groups[owner] * rank), _uniform(fan_in**-0.5)
+        leaves[f"{owner}/a"] = (*shape[:-1], count * rank), _uniform(fan_in**-0.5)
         leaves[f"{owner}/b"] = (rank, shape[-1]), nn.initializers.zeros
     return leaves, problems
 
@@ -156,12 +157,12 @@ def _no_vit(name: str, model: nn.Module) -> str:
 
 
 def _groups(model: nn.Module) -> dict[str, int]:
-    """The number of groups of each dense and convolution layer, by path."""
+    """The number of groups of each convolution, by path; the model reads images."""
     groups = {}
 
     def record(next_fun, args, kwargs, context):
         module = context.module
-        if isinstance(module, nn.Dense | nn.Conv | layers.Conv):
+        if isinstance(module, nn.Conv | layers.Conv):
             count = getattr(module, "feature_group_count", getattr(module, "groups", 1))
             groups["/".join(module.path)] = count
         return next_fun(*args, **kwargs)
@@ -173,9 +174,8 @@ def _groups(model: nn.Module) -> dict[str, int]:
 
 
 def _network(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of the network alone."""
-    others = (*MAKERS, *TRAINING_ONLY)
-    return {**variables, "params": {name: tree for name, tree in variables["params"].items() if name not in others}}
+    """The variables of the model alone, without added parameters and further networks."""
+    return {kind: {name: tree[name] for name in MODEL if name in tree} for kind, tree in variables.items()}
 
 
 def _by_layer(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -198,7 +198,7 @@ def _by_layer(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict
 class Adapted:
     """A model with additions, used in its place: `logits, out = apply(variables, images, train, start, stop)`.
 
-    variables["params"] holds the network's parameters and those of `init`, and may hold what only losses read. Without
+    variables["params"] holds the network's parameters and those of `init`, and may hold further networks. Without
     additions and stochastic normalisation it computes what the model computes. Prompts are part of out["stem"] and of
     every block's output, [B, 1 + P + N, D] with the class token first; with `start` the input must hold them too.
 
@@ -347,8 +347,8 @@ def can_merge(additions: Additions) -> bool:
 def merge(variables: Mapping[str, Any], additions: Additions) -> dict[str, Any]:
     """The variables of the plain network that computes the same: lora and ssf folded into its weights, in float32.
 
-    LoRA: W + (alpha / rank) B A. SSF: the kernel or norm scale times scale, bias * scale + shift. What only losses read
-    is left out. Raises ValueError for adapter and prompt, which no plain network can hold, and for parameters of
+    LoRA: W + (alpha / rank) B A. SSF: the kernel or norm scale times scale, bias * scale + shift. Further networks
+    are left out. Raises ValueError for adapter and prompt, which no plain network can hold, and for parameters of
     another network.
     """
     options = check(additions)

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 from tl_jax.core.card import Card
 from tl_jax.models import conversion
+from tl_jax.models.head import classify
 from tl_jax.models.layers import (  # fmt: skip
     Conv,
     DropPath,
     batch_norm,
-    classify,
     conv_norm,
     drop_path_rates,
     max_pool,
@@ -107,9 +107,10 @@ class ResNet(nn.Module):
     """Residual network: `logits, out = apply(variables, images, train, start, stop)`.
 
     Takes images [B, H, W, 3] (normalised), any size. `out` holds stem, stage1/block0, ..., stage1 (its last block),
-    stage2/block0, ... [B, h, w, C], pre_logits [B, D] and logits [B, K], the last two float32. With `start=NAME` the
-    input is out[NAME] and only the rest runs; with `stop=NAME` nothing behind out[NAME] runs, which is returned in
-    place of the logits. Training needs mutable=["batch_stats"] and, with dropout or drop_path, rngs={"dropout": key}.
+    stage2/block0, ... [B, h, w, C], pre_logits [B, D], embedding (what the last dense layer reads) and logits [B, K],
+    these three float32. With `start=NAME` the input is out[NAME] and only the rest runs; with `stop=NAME` nothing
+    behind out[NAME] runs, which is returned in place of the logits. Training needs mutable=["batch_stats"] and, with
+    dropout or drop_path, rngs={"dropout": key}.
 
     Attributes:
       num_classes: size of the head; 0 for none, then logits are the pre_logits.
@@ -117,13 +118,14 @@ class ResNet(nn.Module):
       bottleneck, groups, base_width: the kind of block; groups and base_width make ResNeXt and Wide ResNet.
       cifar: 3x3 stem without pooling and parameter-free (option A) shortcuts, He et al. 2016, section 4.2.
       dtype: of the computation (float32 or bfloat16); parameters and statistics are float32.
-      dropout: before the head.
+      dropout: before the last dense layer.
       drop_path: stochastic depth at the last block, rising linearly from 0.
       remat: what the backward pass of a block recomputes: "", "block" or "dots", see layers.recomputed.
       attention: there is none here; accepted so that every family is built alike.
       frozen_norms: paths of BatchNorm layers that keep their running statistics in training.
       axis_name: pmap axis over which BatchNorm averages.
-      head_init: "zeros" or "lecun".
+      head_init: "zeros" or "lecun", of the last dense layer.
+      head: the layers before the last dense one, see models/head.py.
       fold: put a BatchNorm that uses its running statistics into the convolution before it; the numbers are the same.
     """
 
@@ -142,6 +144,7 @@ class ResNet(nn.Module):
     frozen_norms: tuple[str, ...] = ()
     axis_name: str | None = None
     head_init: str = "zeros"
+    head: tuple = ()
     fold: bool = True
 
     @property
@@ -157,10 +160,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
         x, out = self.backbone(images, train, start, stop)
-        if stop is not None:
-            return x, out
-        logits = out["logits"] = classify(self, x, train)
-        return logits, out
+        return (x, out) if stop is not None else classify(self, images, out, train, start)
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):

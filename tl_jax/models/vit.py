@@ -13,7 +13,8 @@ import numpy as np
 
 from tl_jax.core.card import Card
 from tl_jax.models import conversion
-from tl_jax.models.layers import Dense, DropPath, attend, classify, drop_path_rates, gelu, recomputed, run_parts
+from tl_jax.models.head import classify
+from tl_jax.models.layers import Dense, DropPath, attend, drop_path_rates, gelu, recomputed, run_parts
 from tl_jax.models.variant import Variant
 
 INIT = nn.initializers.truncated_normal(0.02)
@@ -110,9 +111,10 @@ class ViT(nn.Module):
     """Vision transformer: `logits, out = apply(variables, images, train, start, stop)`.
 
     Takes images [B, S, S, 3] (normalised), S = image_size. `out` holds stem, block0, block1, ... [B, N, D] (class token
-    first), pre_logits [B, D] (the normalised class token) and logits [B, K], the last two float32. With `start=NAME`
-    the input is out[NAME] and only the rest runs; with `stop=NAME` nothing behind out[NAME] runs, which is returned in
-    place of the logits. Training with dropout or drop_path needs rngs={"dropout": key}.
+    first), pre_logits [B, D] (the normalised class token), embedding (what the last dense layer reads) and logits
+    [B, K], these three float32. With `start=NAME` the input is out[NAME] and only the rest runs; with `stop=NAME`
+    nothing behind out[NAME] runs, which is returned in place of the logits. Training with dropout or drop_path needs
+    rngs={"dropout": key}.
 
     Attributes:
       num_classes: size of the head; 0 for none, then logits are the pre_logits.
@@ -120,12 +122,13 @@ class ViT(nn.Module):
       norm_eps: of every LayerNorm.
       gelu_tanh: GELU by its tanh approximation (JAX releases) instead of the error function (PyTorch releases).
       dtype: of the computation (float32 or bfloat16); parameters are float32.
-      dropout: before the head.
+      dropout: before the last dense layer.
       drop_path: stochastic depth at the last block, rising linearly from 0.
       remat: what the backward pass of a block recomputes: "", "block" or "dots", see layers.recomputed.
       attention: who computes it, "xla" or "cudnn", see layers.attend.
       frozen_norms, axis_name: there is no BatchNorm here; accepted so that every family is built alike.
-      head_init: "zeros" or "lecun".
+      head_init: "zeros" or "lecun", of the last dense layer.
+      head: the layers before the last dense one, see models/head.py.
     """
 
     num_classes: int
@@ -144,6 +147,7 @@ class ViT(nn.Module):
     frozen_norms: tuple[str, ...] = ()
     axis_name: str | None = None
     head_init: str = "zeros"
+    head: tuple = ()
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -153,10 +157,7 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
         x, out = self.backbone(images, train, start, stop)
-        if stop is not None:
-            return x, out
-        logits = out["logits"] = classify(self, x, train)
-        return logits, out
+        return (x, out) if stop is not None else classify(self, images, out, train, start)
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):

@@ -1,4 +1,4 @@
-"""The trained part of a network alone, with the hash of the weights that it belongs on: small to keep and to send."""
+"""Delta checkpoints: what trained of a model, with the hash of the weights that it belongs on; small files."""
 
 import json
 import pathlib
@@ -27,26 +27,31 @@ def save(
     weights: Mapping[str, str],
     seed: int,
     additions: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    networks: Sequence[str] = (),
 ) -> None:
-    """Writes all that training moved, parameters and statistics, as safetensors under this package's paths.
+    """Writes what trained of the model and of its added parameters as safetensors under this package's paths.
 
-    With it go the head and what began from random numbers beside a file's, whether they moved or not. report: the
-    proved audit, which says what rested. weights: {"file", "sha256"} of what was loaded; seed: of a network that no
-    file filled. What only penalties look at is left out.
+    The head and what began from random numbers in a model from a file are written whether they trained or not. report:
+    the proved audit, which says what was frozen. weights: {"file", "sha256"} of what was loaded; seed: of a model that
+    no file filled. Of further networks (teacher, discriminator, ...) those named in `networks` are written whole.
     """
-    beside = tuple(f"params/{name}/" for name in peft.TRAINING_ONLY)
     own = _new(report) if weights["file"] else set()
     hashes = report["proof"]["hashes"].items()
-    rested = {p: h for p, h in hashes if p not in own and not p.startswith((pretrained.HEAD, *beside))}
-    kept = {p: np.asarray(x) for p, x in trees.flatten(variables).items() if p not in rested}
+    model_paths = tuple(f"{kind}/{name}/" for kind in variables for name in peft.MODEL)
+    frozen = {
+        p: h for p, h in hashes if p not in own and p.startswith(model_paths) and not p.startswith(pretrained.HEAD)
+    }
+    kinds = (*peft.MODEL, *(name for name, _ in additions), *networks)
+    flat = {p: x for p, x in trees.flatten(variables).items() if p.split("/")[1] in kinds}
     about = {
         "model": model,
         "weights": dict(weights),
         "seed": seed,
         "additions": [[name, dict(args)] for name, args in additions],
-        "rested": messages.fingerprint(rested),
+        "rested": messages.fingerprint(frozen),
+        **({"networks": list(networks)} if networks else {}),
     }
-    tensors = {path: leaf for path, leaf in kept.items() if not path.startswith(beside)}
+    tensors = {path: np.asarray(leaf) for path, leaf in flat.items() if path not in frozen}
     formats.write_safetensors(path, tensors, {pretrained.CARD_KEY: card.to_json(), KEY: json.dumps(about)})
 
 
@@ -58,22 +63,23 @@ def _new(report: Mapping[str, Any]) -> set[str]:
 
 
 def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) -> pretrained.Pretrained:
-    """The adapted network: the weights that the part was trained on, with the part in its place.
+    """The adapted model: the weights that the delta was trained on, with the delta in its place.
 
-    weights: where these lie now; None takes the place that the part names. The model is an `adapt.Adapted`; without
-    added parameters it computes what the plain network does. Raises ValueError where the file is no part, where the
+    weights: where these lie now; None takes the place that the delta names. The model is a `peft.Adapted`; without
+    added parameters it computes what the plain network does. Raises ValueError where the file is no delta, where the
     weights are not those it was trained on, and where the two do not fill the network.
     """
     tensors, metadata = formats.read(path)
     if KEY not in metadata:
         raise ValueError(
-            f"{path} is no trained part (a run writes one as trained.safetensors); load it with pretrained"
+            f"{path} is no delta checkpoint (a run writes one as trained.safetensors); load it with weights.load"
         )
     about, card = json.loads(metadata[KEY]), Card.from_json(metadata[pretrained.CARD_KEY])
     file = about["weights"]["file"] if weights is None else weights
     base = pretrained.load_with_origins(
-        about["model"], file, card.num_classes, image_size=card.input_size, seed=about["seed"]
-    )
+        about["model"], file, card.num_classes,
+        image_size=card.input_size, seed=about["seed"], head=card.head, columns=card.columns,
+    )  # fmt: skip
     if base.sha256 != about["weights"]["sha256"]:
         raise ValueError(
             f"{path} was trained on {about['weights']['file']} with sha256 {about['weights']['sha256']}; {file} has "
@@ -81,13 +87,16 @@ def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) ->
         )
     additions = tuple((name, args) for name, args in about["additions"])
     flat = trees.flatten(base.variables)
-    rested = {p: h for p, h in trees.leaf_hashes(base.variables).items() if p not in tensors}
-    added, shapes = tuple(f"params/{name}/" for name, _ in additions), {p: x.shape for p, x in flat.items()}
-    surplus = [f"{p} {x.shape}" for p, x in tensors.items() if not p.startswith(added) and x.shape != shapes.get(p)]
-    if surplus or messages.fingerprint(rested) != about["rested"]:
+    frozen = {p: h for p, h in trees.leaf_hashes(base.variables).items() if p not in tensors}
+    added = (*(name for name, _ in additions), *about.get("networks", ()))
+    shapes = {p: x.shape for p, x in flat.items()}
+    surplus = [
+        f"{p} {x.shape}" for p, x in tensors.items() if p.split("/")[1] not in added and x.shape != shapes.get(p)
+    ]
+    if surplus or messages.fingerprint(frozen) != about["rested"]:
         raise ValueError(
             f"{path} does not fit {about['model']} from {file}: "
-            + (f"it holds {surplus[:5]}, which the network lacks" if surplus else "the parts that rested differ")
+            + (f"it holds {surplus[:5]}, which the network lacks" if surplus else "the frozen parameters differ")
         )
     variables = trees.unflatten({**flat, **{p: jnp.asarray(x) for p, x in tensors.items()}})
     return pretrained.Pretrained(peft.Adapted(base.model, additions), variables, card)

@@ -8,6 +8,7 @@ import re
 
 from tl_jax.weights import formats
 
+WHOLE = "model.safetensors"  # the whole network, as a finished run leaves it
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 _HF = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(/(?P<file>[^@]+))?(@(?P<revision>.+))?")
 
@@ -17,9 +18,9 @@ def resolve(spec: str | os.PathLike) -> pathlib.Path:
 
     `builtin:NAME` ships with the package. `hf://owner/name[/file]@revision` comes from the Hugging Face hub or cache
     (file defaults to model.safetensors; the revision is required, best a commit), and its hash is compared with the
-    hub's on every call; HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE are honoured. Anything else is a path. A suffix
-    `#sha256=HEX` pins the bytes of any of the three. Raises FileNotFoundError, ConnectionError, or ValueError for a
-    malformed spec or wrong bytes.
+    hub's on every call; HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE are honoured. Anything else is a path, of a file
+    or of a folder that holds model.safetensors, such as that of a finished run. A suffix `#sha256=HEX` pins the bytes
+    of any of the three. Raises FileNotFoundError, ConnectionError, or ValueError for a malformed spec or wrong bytes.
     """
     spec, _, pin = os.fspath(spec).partition("#sha256=")
     if pin and not re.fullmatch("[0-9a-f]{64}", pin):
@@ -45,7 +46,7 @@ def _builtin(name):
 
 def _local(path):
     if path.exists():
-        return path
+        return path / WHOLE if (path / WHOLE).is_file() else path
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no weights at {path}: the folder {path.parent} does not exist")
     near = difflib.get_close_matches(path.name, os.listdir(path.parent), cutoff=0.5)
@@ -62,7 +63,7 @@ def _from_hub(spec, pinned):
             f"{spec}: expected hf://owner/name[/file]@revision; the revision (a commit, tag or branch such as @main) "
             "is required, and a commit hash from the repository's history page makes the run reproducible"
         )
-    repo, file, revision = match["repo"], match["file"] or "model.safetensors", match["revision"]
+    repo, file, revision = match["repo"], match["file"] or WHOLE, match["revision"]
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     try:  # the library reads its environment at import; reading it here makes a later setting count too
         path = huggingface_hub.hf_hub_download(

@@ -4,7 +4,7 @@ import argparse
 import functools
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +15,13 @@ from tl_jax import models
 from tl_jax.core import trees
 from tl_jax.core.card import Card
 from tl_jax.models import conversion as tables
+from tl_jax.models import head as heads
 from tl_jax.models import vit
-from tl_jax.models.layers import HEAD_INIT
+from tl_jax.models.head import HEAD_INIT, Layers
 from tl_jax.weights import formats, hub
 
 CARD_KEY = "tl_jax.core.card"
-HEAD = "params/head/"
+HEAD = ("params/head/", "batch_stats/head/")
 POS_EMBED = "params/backbone/stem/pos_embed"
 
 
@@ -59,16 +60,22 @@ def load(
     image_size: int | None = None,
     head_init: str = "zeros",
     seed: int = 0,
+    head: Layers = (),
+    columns: Sequence[str] = (),
 ) -> Pretrained:
     """Loads a weight file of any known layout into the named model.
 
-    `path` is a file, "builtin:NAME" or "hf://owner/name[/file]@revision". `num_classes` None keeps the file's head, an
-    integer makes a new one from `seed` (`head_init` "zeros" or "lecun"), 0 makes none. `image_size` rebuilds a model
-    with position embeddings for another input, resampling them. A file whose publisher computes or preprocesses
+    `name` "" takes the model that the file's card names. `path` is a file, the folder of a finished run,
+    "builtin:NAME" or "hf://owner/name[/file]@revision". `num_classes` None keeps the file's head, an integer makes a
+    new one from `seed` with the layers `head` before the last dense one (`head_init`, "zeros" or "lecun", is of the
+    last), 0 makes none. `image_size` rebuilds a model with position embeddings for another input, resampling them.
+    `columns`: of a table, in the order in which the network reads them. A file whose publisher computes or preprocesses
     differently gives the model's flavour (`card.model` names it). Raises one ValueError that lists every unused key,
     unfilled leaf, wrong shape and non-finite value.
     """
-    loaded = load_with_origins(name, path, num_classes, image_size=image_size, head_init=head_init, seed=seed)
+    loaded = load_with_origins(
+        name, path, num_classes, image_size=image_size, head_init=head_init, seed=seed, head=head, columns=columns
+    )
     return Pretrained(loaded.model, loaded.variables, loaded.card)
 
 
@@ -80,68 +87,108 @@ def load_with_origins(
     image_size: int | None = None,
     head_init: str = "zeros",
     seed: int = 0,
+    head: Layers = (),
+    columns: Sequence[str] = (),
 ) -> Loaded:
     """As `load`, and says where every leaf comes from; no `path` means a random initialisation from `seed`."""
-    variant = models.get(name)
     if head_init not in HEAD_INIT:
         raise ValueError(f"head_init={head_init!r} is unknown; known: {', '.join(HEAD_INIT)}")
+    head = heads.check(head)
     if not path:
-        classes = variant.card.num_classes if num_classes is None else num_classes
-        card = variant.card.replace(num_classes=classes, input_size=image_size or variant.card.input_size)
-        model = _make(variant, card, head_init)
-        variables = jax.jit(lambda key: model.init(key, _images(card)))(jax.random.key(seed))
-        return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
-
+        card = _with_columns(models.get(name).card, columns, path)
+        classes = card.num_classes if num_classes is None else num_classes
+        card = card.replace(num_classes=classes, input_size=image_size or card.input_size, head=head if classes else ())
+        return _random(models.get(name), card, head_init, seed)
     file = hub.resolve(path)
     tensors, metadata = formats.read(file)
+    name = name or _name_on_card(path, tensors, metadata)
     layout = _detect(name, path, tensors)
     variant, card = _card(name, path, file, layout, metadata)
-    table = variant.layouts[layout]
+    table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
-    if num_classes is None:
-        card = card.replace(num_classes=_head_size(table, tensors, card))
-    else:
-        card = card.replace(num_classes=num_classes, class_names=())
+    card = _with_columns(_with_head(card, num_classes, head, table, tensors, path), columns, path)
     card = card.replace(input_size=image_size or card.input_size)
+    table = table if card.head else variant.layouts[layout]
     model = _make(variant, card, head_init)
-    shapes = _shapes(model, card)
+    shapes, features = _shapes(model, card)
     resampled = _resample(table, shapes, kept) if image_size else {}
     wanted = {leaf: shape for leaf, shape in shapes.items() if num_classes is None or not leaf.startswith(HEAD)}
     flat, origins, problems = tables.fill(table, wanted, {**kept, **resampled})
     if problems:
         raise ValueError(_message(name, path, layout, tensors, problems))
     if num_classes:
-        flat |= _new_head(model, shapes[f"{HEAD}kernel"][0], seed)
+        flat |= _new_head(model, features, seed)
     for key in resampled:
         origins[POS_EMBED] += f" (resampled from {tensors[key].shape[1]} to {shapes[POS_EMBED][1]} tokens)"
     variables = trees.unflatten(jax.device_put({leaf: flat[leaf] for leaf in shapes}))
-    return Loaded(
-        model,
-        variables,
-        card,
-        {leaf: origins.get(leaf, "new") for leaf in shapes},
-        layout,
-        tuple(dropped),
-        formats.sha256(file),
-    )
+    origins = {leaf: origins.get(leaf, "new") for leaf in shapes}
+    return Loaded(model, variables, card, origins, layout, tuple(dropped), formats.sha256(file))
+
+
+def _random(variant: models.Variant, card: Card, head_init: str, seed: int) -> Loaded:
+    model = _make(variant, card, head_init)
+    variables = jax.jit(lambda key: model.init(key, example_input(card)))(jax.random.key(seed))
+    return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
+
+
+def _name_on_card(path: Any, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    if CARD_KEY not in metadata:
+        raise ValueError(f"{path} has no weight card that names its model: give the name{_looks_like(tensors)}")
+    return Card.from_json(metadata[CARD_KEY]).model
+
+
+def _with_head(
+    card: Card,
+    num_classes: int | None,
+    head: Layers,
+    table: tables.Layout,
+    tensors: Mapping[str, np.ndarray],
+    path: Any,
+) -> Card:
+    """The card of a file with the head that its network gets."""
+    if num_classes is not None:
+        card = card.replace(task="classification", target_mean=(), target_std=(), threshold=None)
+        return card.replace(num_classes=num_classes, class_names=(), head=head if num_classes else ())
+    if head and head != card.head:
+        raise ValueError(
+            f"{path} keeps its own head, whose layers are {card.head}, and asked for were {head}: give num_classes for "
+            "a new head, or no layers"
+        )
+    return card.replace(num_classes=_head_size(table, tensors, card))
+
+
+def _with_columns(card: Card, columns: Sequence[str], path: Any) -> Card:
+    """The card with the columns that the network reads; means and deviations are 0 and 1 until data gives them."""
+    columns = tuple(columns)
+    if card.input != "table" and columns:
+        raise ValueError(f"{card.model} reads an {card.input} and no columns; given were {len(columns)} {columns[:5]}")
+    if card.input != "table" or (card.columns and columns in ((), card.columns)):
+        return card
+    if card.columns:
+        raise ValueError(
+            f"{path} reads {len(card.columns)} columns {card.columns[:5]} according to its card, given were "
+            f"{len(columns)} {columns[:5]}; they must be the same in the same order"
+        )
+    if not columns:
+        raise ValueError(f"{card.model} reads a table: give its columns")
+    return card.replace(columns=columns, mean=(0.0,) * len(columns), std=(1.0,) * len(columns))
 
 
 def source_head(name: str, path: str | pathlib.Path) -> dict[str, jax.Array] | None:
-    """The classifier {"kernel" [D, K], "bias" [K]} that a weight file was trained with; None where it has none."""
+    """The classifier {"kernel" [D, K], "bias" [K]} that a weight file was trained with, on pre_logits.
+
+    None where it has none, or one with layers before it.
+    """
     if not path:
         return None
-    table, tensors = _table_of(name, path)
-    if not any(tables.is_head(table, key) for key in tensors):
-        return None
-    return load(name, path).variables["params"]["head"]
-
-
-def _table_of(name: str, path: str | pathlib.Path) -> tuple[tables.Layout, Mapping[str, np.ndarray]]:
     file = hub.resolve(path)
     tensors, metadata = formats.read(file)
     layout = _detect(name, path, tensors)
-    return _card(name, path, file, layout, metadata)[0].layouts[layout], tensors
+    variant, card = _card(name, path, file, layout, metadata)
+    if card.head or not any(tables.is_head(variant.layouts[layout], key) for key in tensors):
+        return None
+    return load(name, path).variables["params"]["head"]
 
 
 def export(
@@ -149,7 +196,8 @@ def export(
 ) -> None:
     """Writes variables as safetensors with the names of `layout` (timm's by default) and the card in the metadata.
 
-    timm and torchvision load the file with their strict `load_state_dict`. Raises one ValueError for a card of another
+    timm and torchvision load the file with their strict `load_state_dict`; a head with layers lies under this package's
+    names, which they do not know. Raises one ValueError for a card of another
     model, and for missing, surplus, misshapen or non-finite leaves.
     """
     variant = models.get(name)
@@ -158,7 +206,10 @@ def export(
     layout = layout or next(iter(variant.layouts))
     if layout not in variant.layouts:
         raise ValueError(f"{name} has no layout {layout!r}; it has {', '.join(variant.layouts)}")
-    shapes = _exported_shapes(name, card.num_classes, card.input_size)
+    plain = variant.card.replace(
+        num_classes=card.num_classes, class_names=(), input_size=card.input_size, head=card.head
+    )
+    shapes = _exported_shapes(_with_columns(plain, card.columns, path).to_json())
     flat = {leaf: np.asarray(value) for leaf, value in trees.flatten(variables).items()}
     problems = {
         "missing leaves": sorted(set(shapes) - set(flat)),
@@ -172,39 +223,44 @@ def export(
     }
     if any(problems.values()):
         raise ValueError(f"cannot export these variables as {name}: {tables.listing(problems)}")
-    tensors = {}
+    tensors, table = {}, tables.with_native_head(variant.layouts[layout]) if card.head else variant.layouts[layout]
     for leaf, value in flat.items():
-        keys, transform = tables.sources_of(variant.layouts[layout], leaf)
+        keys, transform = tables.sources_of(table, leaf)
         tensors |= zip(keys, transform.export(value.astype(np.float32)), strict=True)
     formats.write_safetensors(path, tensors, {CARD_KEY: card.to_json()})
 
 
 def _make(variant: models.Variant, card: Card, head_init: str) -> Any:
-    model = variant.module(num_classes=card.num_classes, head_init=head_init)
+    model = variant.module(num_classes=card.num_classes, head_init=head_init, head=card.head)
     # Only a model with position embeddings is built for one input size.
     return model.clone(image_size=card.input_size) if hasattr(model, "image_size") else model
 
 
-def _images(card: Card) -> jax.Array:
+def example_input(card: Card) -> jax.Array:
+    """One example of zeros as the network of a card takes it: [1, S, S, 3], or [1, columns]."""
+    if card.input == "table":
+        return jnp.zeros((1, len(card.columns)))
     return jnp.zeros((1, card.input_size, card.input_size, 3))
 
 
-def _shapes(model: Any, card: Card) -> dict[str, tuple[int, ...]]:
-    tree = jax.eval_shape(lambda: model.init(jax.random.key(0), _images(card)))  # nothing is computed, the key neither
-    return {leaf: value.shape for leaf, value in trees.flatten(tree).items()}
+def _shapes(model: Any, card: Card) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
+    """The shape of every leaf, and of what the head reads of one example; nothing is computed, the key neither."""
+    (_, out), tree = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), example_input(card)))
+    return {leaf: value.shape for leaf, value in trees.flatten(tree).items()}, out[heads.reads(model)].shape
 
 
 @functools.lru_cache(maxsize=4)  # a study writes many files of one network
-def _exported_shapes(name: str, classes: int, size: int) -> dict[str, tuple[int, ...]]:
-    variant = models.get(name)
-    card = variant.card.replace(num_classes=classes, class_names=(), input_size=size)
-    return _shapes(_make(variant, card, "zeros"), card)
+def _exported_shapes(card: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the network of a card, given as JSON."""
+    card = Card.from_json(card)
+    return _shapes(_make(models.get(card.model), card, "zeros"), card)[0]
 
 
 @functools.cache
 def _default_shapes(name: str) -> dict[str, tuple[int, ...]]:
     variant = models.get(name)
-    return _shapes(_make(variant, variant.card, "zeros"), variant.card)
+    card = _with_columns(variant.card, ("x",), "") if variant.card.input == "table" else variant.card
+    return _shapes(_make(variant, card, "zeros"), card)[0]
 
 
 def _detect(name: str, path: Any, tensors: Mapping[str, np.ndarray]) -> str:
@@ -234,7 +290,7 @@ def _card(name: str, path: Any, file: pathlib.Path, layout: str, metadata: Mappi
 
 def _head_size(table: tables.Layout, tensors: Mapping[str, np.ndarray], card: Card) -> int:
     """Number of classes in the file's head; the card's where there is none, so that the head is reported unfilled."""
-    (bias,), _ = tables.sources_of(table, f"{HEAD}bias")
+    (bias,), _ = tables.sources_of(table, f"params/head/{'out/' if card.head else ''}bias")
     sizes = [value.size for key, value in tensors.items() if tables.canonical(table, key) == bias]
     return sizes[0] if sizes else card.num_classes
 
@@ -251,10 +307,10 @@ def _resample(table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tenso
     }
 
 
-def _new_head(model: Any, features: int, seed: int) -> dict[str, jax.Array]:
+def _new_head(model: Any, features: tuple[int, ...], seed: int) -> dict[str, jax.Array]:
     """Initialises the head alone, with the numbers that a random initialisation from the same seed gives it."""
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, features)), start="pre_logits"))
-    return trees.flatten(init(jax.random.key(seed)))
+    init = jax.jit(lambda key: model.init(key, jnp.zeros(features), start=heads.reads(model)))
+    return {leaf: x for leaf, x in trees.flatten(init(jax.random.key(seed))).items() if leaf.startswith(HEAD)}
 
 
 def _message(name: str, path: Any, layout: str, tensors: Mapping[str, np.ndarray], problems: Mapping[str, Any]) -> str:
@@ -283,7 +339,9 @@ def candidates(tensors: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
                 related[family] = tables.coverage(table, list(_default_shapes(name)), tensors) > 0
             if related[family]:
                 backbone = {leaf: shape for leaf, shape in _default_shapes(name).items() if not leaf.startswith(HEAD)}
-                found += [(name, layout)] if tables.shapes_match(table, backbone, tensors) else []
+                found += (
+                    [(name, layout)] if tables.shapes_match(tables.with_native_head(table), backbone, tensors) else []
+                )
     return found
 
 
@@ -301,7 +359,6 @@ def inspect(path: str | pathlib.Path) -> str:
             f"fits {name} (layout {layout}), which takes {card.input_size} px with mean {card.mean}, std {card.std}"
         ]
     return "\n".join([*lines, "no card" if lines[-1].startswith("fits") else "fits no known model; no card"])
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -323,7 +380,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             _, variables, card = load(args.name, args.source, args.num_classes, image_size=args.image_size)
             export(variables, card.model, args.out, card=card, layout=args.layout)
-            print(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {card.input_size} px")
+            size = f"{card.input_size} px" if card.input == "image" else f"{len(card.columns)} columns"
+            print(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {size}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
