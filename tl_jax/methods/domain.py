@@ -42,7 +42,7 @@ def dann(
         return Result(mean, {"accuracy": accuracy, "strength": factor(context.progress)}, batch_stats=statistics)
 
     def init(start: Start) -> tuple[dict[str, Network], Any]:
-        module = mlp.MLP(num_classes=1, widths=(width, width), batch_norm=True, head_init="lecun")
+        module = mlp.MLP(num_classes=1, widths=(width, width), norm=True, head_init="lecun")
         size = start.shapes[features][-1]
         variables = jax.jit(module.init)(start.key, jnp.zeros((1, size)))
         return {name: Network(module, None, variables, group=name)}, None

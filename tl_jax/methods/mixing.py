@@ -1,5 +1,7 @@
 """Mixing of a batch with its mirror image: pure functions of a key, inputs and encoded labels."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -34,3 +36,26 @@ def _box(key: jax.Array, length: int, side: jax.Array, axis: int) -> jax.Array:
     half = (side * length).astype(jnp.int32) // 2
     position = jnp.arange(length)
     return (position >= centre - half) & (position < centre + half)
+
+
+def make_mix(alpha_mixup: float, alpha_cutmix: float) -> Callable | None:
+    """mix(key, {field: inputs}, targets) -> both mixed; None where nothing is mixed; with both, each step draws one.
+
+    The parameters are those of the Beta distributions (0: off). Several fields are views of the same examples: all are
+    mixed by the same numbers.
+    """
+    if not (alpha_mixup or alpha_cutmix):
+        return None
+
+    def one(key, x, targets):
+        choice_key, mix_key = jax.random.split(key)
+        if alpha_mixup and alpha_cutmix:
+            both = [lambda *args: mixup(*args, alpha_mixup), lambda *args: cutmix(*args, alpha_cutmix)]
+            return jax.lax.switch(jax.random.bernoulli(choice_key).astype(jnp.int32), both, mix_key, x, targets)
+        return mixup(mix_key, x, targets, alpha_mixup) if alpha_mixup else cutmix(mix_key, x, targets, alpha_cutmix)
+
+    def mix(key, inputs, targets):
+        mixed = {field: one(key, x, targets) for field, x in inputs.items()}
+        return {field: x for field, (x, _) in mixed.items()}, next(iter(mixed.values()))[1]
+
+    return mix

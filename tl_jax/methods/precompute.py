@@ -123,7 +123,9 @@ def source_probabilities(start: Start, head: Any, temperature: float) -> tuple[n
 
     @jax.jit
     def probabilities(variables, x):
-        return jax.nn.softmax(linear(start.apply(MODEL, variables, x, stop="pre_logits")["pre_logits"], head) / temperature)
+        return jax.nn.softmax(
+            linear(start.apply(MODEL, variables, x, stop="pre_logits")["pre_logits"], head) / temperature
+        )
 
     rows, labels = [], []
     for x, some in start.batches(MAIN):

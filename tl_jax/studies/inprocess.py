@@ -75,6 +75,21 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never)
     return {"result": first, "comparison": report}
 
 
+def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Prints what `run` returned."""
+    if "replicas" in found:
+        log(replica_table(config.task, found["replicas"]))
+        log(f"each replica is a run with a folder of its own: {(workdir / 'replicas').resolve()}")
+        return
+    result = found["result"]
+    log(tasks.format_table(result["metrics"], of=f"seed {config.seed}, {result['data']}"))
+    if result["chosen_on_scored_split"]:
+        log("The checkpoint was chosen on the split scored here: these numbers are optimistic (name a data.test)")
+    if found["comparison"]:
+        log(comparison_table(found["comparison"]))
+    log(f"everything of this run: {workdir.resolve()}")
+
+
 def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping, workdir: pathlib.Path) -> dict:
     """comparison.json: the monitored metric of each arm over the seeds, and their difference, paired by seed."""
     metric, first = study.metrics[0], results[TRANSFER, config.seed]

@@ -14,7 +14,7 @@ from tl_jax.tasks.task import Metrics, Spec, Task, card_fields, preference, spec
 __all__ = [
     "CALIBRATION", "CONFUSION", "METRICS", "NAMES", "RELIABILITY", "Metrics", "Predictions", "Spec", "Task",
     "card_fields", "direction", "fit_spec", "format_classes", "format_table", "load_predictions", "make",
-    "make_predictions", "paired_difference", "preference", "save_predictions", "scalar_names", "scores", "spec_of",
+    "make_predictions", "paired_difference", "preference", "save_predictions", "scalar_names", "scores", "share_interval", "spec_of",
     "summarize",
 ]  # fmt: skip
 
@@ -125,6 +125,14 @@ def scores(predictions: Predictions) -> dict[str, float]:
 def direction(metric: str) -> int:
     """1 where more of a metric is better, -1 where less is; "NAME/metric" is that of a further set."""
     return -1 if metric.rpartition("/")[2] in _LESS else 1
+
+
+def share_interval(name: str, value: float | None, count: int) -> dict[str, float]:
+    """{"low", "high"}: the 95 % score interval of the monitored metric on `count` examples, where it is a share of them
+    (Wilson 1927); else {}."""
+    if METRICS[name].monitor[0][0] != "accuracy" or value is None:
+        return {}
+    return dict(zip(("low", "high"), intervals.wilson(value, count), strict=True))
 
 
 def scalar_names(name: str) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The one bootstrap over examples that all metrics share (Efron 1979), and sums over resamples that metrics are made of."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -69,9 +70,7 @@ def paired_difference(
         raise ValueError("a paired comparison needs the same classes and labels; these two runs disagree about them")
     b = b._replace(outputs={name: x[order] for name, x in b.outputs.items()}, labels=a.labels, ids=a.ids)
     part = _part_with(metrics, a, metric)
-    samples = [
-        part(a, weights)[metric] - part(b, weights)[metric] for weights in resample(len(order), resamples, seed)
-    ]
+    samples = [part(a, weights)[metric] - part(b, weights)[metric] for weights in resample(len(order), resamples, seed)]
     return interval(metrics.point(a)[metric] - metrics.point(b)[metric], np.concatenate(samples), level)
 
 
@@ -171,3 +170,9 @@ def mean_defined(values: np.ndarray, axis: int) -> np.ndarray:
 def _check(resamples, level):
     if resamples < 1 or not 0 < level < 1:
         raise ValueError(f"resamples={resamples}, level={level}: expected at least 1, and a level between 0 and 1")
+
+
+def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % score interval of a share of `count` examples (Wilson 1927)."""
+    centre, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return (centre - spread) / (1 + z * z / count), (centre + spread) / (1 + z * z / count)

@@ -11,6 +11,7 @@ from tl_jax import tasks
 from tl_jax.core import files
 from tl_jax.models import peft
 from tl_jax.tasks import Predictions, Spec
+from tl_jax.tasks.task import unchanged
 from tl_jax.training import audit
 from tl_jax.training.build import Run, scored_splits
 from tl_jax.weights import delta, load
@@ -82,7 +83,7 @@ def calibrated(run: Run, predictions: Mapping[str, Predictions]) -> tuple[Spec, 
 
 def wanted_splits(run: Run) -> list[str]:
     """The splits that are predicted at the end: those that are scored, and val where the task is calibrated on it."""
-    calibrates = run.task.calibrate is not tasks.unchanged and "val" in run.material.data
+    calibrates = run.task.calibrate is not unchanged and "val" in run.material.data
     return list(dict.fromkeys([*scored_splits(run), *(["val"] if calibrates else [])]))
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from tl_jax import tasks
@@ -18,6 +19,7 @@ from tl_jax.data.pipeline import EvalBatches, TrainBatches
 from tl_jax.methods import mixing, probes, rules
 from tl_jax.methods.term import MAIN, MODEL, Method, Network, Start
 from tl_jax.models import peft
+from tl_jax.models.head import reads
 from tl_jax.models.layers import unfused
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
@@ -346,7 +348,7 @@ def _make_plan(
         material.model, stoch_norm=_stoch_norm(method.stoch_norm, frozen_norms, policies)
     ).clone(frozen_norms=frozen_norms)
     readers = {**material.readers, MODEL: material.readers[MODEL]._replace(module=model)}
-    task_args = tasks.arguments(material.spec, settings.task_args, material.data[MAIN].labels)
+    task_args = _task_args(settings, material)
     task = tasks.make(material.spec, label_smoothing=method.label_smoothing, **task_args)
     running = jax.eval_shape(
         task.running, {"logits": jnp.zeros((1, task.outputs))}, jnp.asarray(material.data[MAIN].labels[:1])
@@ -369,6 +371,17 @@ def _make_plan(
     )
 
 
+def _task_args(settings: Settings, material: Material) -> dict[str, tuple[float, ...]]:
+    """The arguments of the task as numbers; "balanced" weighs a class by N / (K N_class), 1 on average."""
+    found = {}
+    for name, value in settings.task_args.items():
+        if value == "balanced":
+            counts = np.bincount(material.data[MAIN].labels, minlength=len(material.spec.class_names))
+            value = tuple((counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist())
+        found[name] = value if isinstance(value, tuple) else (value,)
+    return found
+
+
 def _make_prefix(
     settings: Settings, model: peft.Adapted, labels: Mapping[str, str], policies: Mapping[str, str], networks
 ) -> steps.Prefix | None:
@@ -376,6 +389,7 @@ def _make_prefix(
     changing = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
     own = [path for path in changing if path.split("/")[0] not in networks]
     length = rules.frozen_cuts(own, model.cuts, settings.model.drop_path)
+    length = min(length, model.cuts.index(reads(model.model)) + 1)
     if not length:
         return None
     dtype = settings.model.prefix_dtype or settings.model.dtype

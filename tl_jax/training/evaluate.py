@@ -47,7 +47,9 @@ def collect(
         )
     order = np.flatnonzero(facts[MASK])[np.argsort(seen)]
     joined = {
-        name: np.concatenate([outputs[name] for _, outputs in columns], axes.get(name, 0)).take(order, axes.get(name, 0))
+        name: np.concatenate([outputs[name] for _, outputs in columns], axes.get(name, 0)).take(
+            order, axes.get(name, 0)
+        )
         for name in columns[0][1]
     }
     return joined, facts[LABEL][order]

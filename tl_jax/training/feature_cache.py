@@ -252,7 +252,9 @@ def _is_sound(cached: Cached) -> bool:
     return False
 
 
-def _compute(cached: Cached, view: str, predict: Callable, parallel: Parallel, stop_requested: Callable[[int], bool]) -> None:
+def _compute(
+    cached: Cached, view: str, predict: Callable, parallel: Parallel, stop_requested: Callable[[int], bool]
+) -> None:
     """Runs all images through the prefix, from where an earlier process was stopped; process 0 writes."""
     source, (views, n) = cached.source, cached.shape[:2]
     size = cached.source.batch_size

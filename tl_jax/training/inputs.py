@@ -13,7 +13,7 @@ from tl_jax.data.pipeline import EvalBatches, TrainBatches, View
 from tl_jax.methods.term import MAIN
 from tl_jax.runtime import sharding
 from tl_jax.runtime.log import log
-from tl_jax.training.settings import DataSettings, LoopSettings, Settings, StreamSettings
+from tl_jax.training.settings import DataSettings, Settings, StreamSettings
 
 SPLITS = ("train", "val", "test")
 

@@ -234,9 +234,7 @@ class Replicas:
         def enter(state, shared, feeds, numbers):
             def one(own, feed, numbers):
                 joined = self._join(state["step"], feed["key"], own, shared, feed["frozen"])
-                return self._separate(
-                    steps.enter_phase(phase.plan, self._optimizer(i, numbers), joined, before.length)
-                )
+                return self._separate(steps.enter_phase(phase.plan, self._optimizer(i, numbers), joined, before.length))
 
             return {**state, "own": group.over(one)(state["own"], feeds, numbers)}
 
@@ -250,7 +248,9 @@ class Replicas:
             memory = jax.tree.map(lambda x, place=place: x[place], flat)
             variables = self._variables_at(own["variables"], j)
             found[j] = jax.device_get(single.refreshed(self.runs[j], i, variables, memory, names, stop))
-        stacked = jax.tree.map(lambda *x: np.stack(x).reshape(*shape, *x[0].shape), *(found[j] for j in self.group.grid.flat))
+        stacked = jax.tree.map(
+            lambda *x: np.stack(x).reshape(*shape, *x[0].shape), *(found[j] for j in self.group.grid.flat)
+        )
         return {**state, "own": {**state["own"], "memory": self._parallel.place(stacked)}}
 
     def frozen_hashes(self, i: int, state: dict[str, Any]) -> dict[str, str]:
@@ -377,7 +377,10 @@ class Replicas:
             features, outputs = group.over(one, (features_axis, 0))(own, frozen, jnp.zeros(group.grid.shape))
             lead = group.grid.ndim
             flat = {name: values.reshape(-1, *values.shape[lead:]) for name, values in outputs.items()}
-            return {**flat, steps.FEATURES: features.reshape(-1, *features.shape[lead:]) if features_axis == 0 else features}
+            return {
+                **flat,
+                steps.FEATURES: features.reshape(-1, *features.shape[lead:]) if features_axis == 0 else features,
+            }
 
         return self._parallel.evaluate(evaluate_all)
 

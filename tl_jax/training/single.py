@@ -127,7 +127,9 @@ class Single:
         """{0: Predictions, or the FloatingPointError of a run that diverged}; one program serves all phases it can."""
         eval_fn, spec = self._eval(eval_prefix(self._run, i)), self._run.task.spec
         try:
-            return {0: evaluate.predict(eval_fn, steps.eval_variables(state), batches, self._field, spec, self._parallel)}
+            return {
+                0: evaluate.predict(eval_fn, steps.eval_variables(state), batches, self._field, spec, self._parallel)
+            }
         except FloatingPointError as error:
             return {0: error}
 
@@ -199,9 +201,7 @@ def cached(
 
 
 def _prefix_column(run: Run, phase: Phase, variables: Any) -> feature_cache.Column:
-    return feature_cache.prefix_column(
-        phase.plan.prefix, phase.plan.readers[MODEL], variables, run.material.networks
-    )
+    return feature_cache.prefix_column(phase.plan.prefix, phase.plan.readers[MODEL], variables, run.material.networks)
 
 
 def refreshed(
@@ -231,4 +231,6 @@ def due(phase: Phase, step: int) -> list[str]:
     """The terms of a phase whose memory is computed anew before a step."""
     terms = {name: term for name, (_, term) in phase.plan.method.terms.items() if term.refresh}
     since = step - phase.start
-    return [name for name, term in terms.items() if not since or (term.refresh_every and since % term.refresh_every == 0)]
+    return [
+        name for name, term in terms.items() if not since or (term.refresh_every and since % term.refresh_every == 0)
+    ]

@@ -96,9 +96,7 @@ class Plan(NamedTuple):
         return tuple(sorted(on, key=lambda stream: stream != MAIN))
 
 
-def init_state(
-    plan: Plan, tx: Any, variables: Mapping[str, Any], memory: Mapping[str, Any], seed: int
-) -> TrainState:
+def init_state(plan: Plan, tx: Any, variables: Mapping[str, Any], memory: Mapping[str, Any], seed: int) -> TrainState:
     """The state before step 0, from loaded variables and the first memory of the terms."""
     batch_stats = variables.get("batch_stats", {})
     trainable, _ = trees.split(variables["params"], plan.labels)
