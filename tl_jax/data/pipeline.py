@@ -104,12 +104,14 @@ class TrainBatches:
         if not todo:
             return {}
         out = _empty(shapes(self)) if out is None else out
-        seeds = orders.seeds_of(self.source, self.seed)
-        keys = {field: [draws_seed(seed, todo[field].draws) for seed in seeds] for field in todo}
+        seeds = [
+            {field: draws_seed(seed, render.draws) for field, render in todo.items()}
+            for seed in orders.seeds_of(self.source, self.seed)
+        ]
         rows = self._local(step)
-        for row, (i, d, c) in enumerate(zip(rows.index, rows.domain, rows.counter, strict=True)):
-            draws = {field: (own[d], int(c)) for field, own in keys.items()}
-            write_example(self.source, todo, {field: out[field][row] for field in todo}, int(i), draws)
+        columns = rows.index.tolist(), rows.domain.tolist(), rows.counter.tolist()
+        for row, (index, domain, counter) in enumerate(zip(*columns, strict=True)):
+            write_example(self.source, todo, out, row, index, seeds[domain], counter)
         return out
 
     def known(self, step: int) -> Batch:
@@ -211,7 +213,7 @@ class EvalBatches:
             return {}
         out = _empty(shapes(self)) if out is None else out
         for row, example in enumerate(real.tolist()):
-            write_example(self.source, todo, {field: out[field][row] for field in todo}, example, {})
+            write_example(self.source, todo, out, row, example)
         for images in out.values():
             images[len(real) :] = 0
         return out

@@ -60,11 +60,16 @@ def draws_seed(seed: int, draws: str) -> int:
 def write_example(
     source: Source,
     renders: Mapping[str, Render],
-    rows: Mapping[str, np.ndarray],
+    out: Mapping[str, np.ndarray],
+    row: int,
     index: int,
-    draws: Mapping[str, tuple[int, int]],
+    seeds: Mapping[str, int] | None = None,
+    counter: int = 0,
 ) -> None:
-    """Writes one example into its row of each view; an image that cannot be used is named in the error."""
+    """Writes one example into a row of each view; an image that cannot be used is named in the error.
+
+    seeds: of the draws of each view, where there are any.
+    """
     try:
         image = ops.as_rgb(source.inputs[index])
     except ValueError as error:
@@ -73,8 +78,8 @@ def write_example(
         ) from None
     try:
         for field, render in renders.items():
-            rng = _draws(*draws[field]) if field in draws else None
-            ops.put(rows[field], render.preprocess(image, rng))
+            rng = _draws(seeds[field], counter) if seeds else None
+            ops.put(out[field][row], render.preprocess(image, rng))
     except ValueError as error:
         raise ValueError(f"{source.ids[index]} of {source.name}: {error}") from None
 
@@ -118,7 +123,7 @@ def _prepare(source: Source, render: Render) -> np.ndarray | None:
         return source.inputs
     pixels = np.empty((len(source), size, size, 3), np.uint8)
     for i in range(len(source)):
-        write_example(source, {"": render}, {"": pixels[i]}, i, {})
+        write_example(source, {"": render}, {"": pixels}, i, i)
     return pixels
 
 
