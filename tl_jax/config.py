@@ -165,6 +165,11 @@ def _method_problems(flat: Mapping[str, Any]) -> list[str]:
             for key, value in takes.items()
             if flat[key] != value
         ]
+        if any(policy == "update" for _, policy in flat["method.norm"]):
+            problems.append(
+                f"  method.norm = {flat['method.norm']!r}: method.name = {name!r} takes no steps and updates no "
+                "statistics; expected the policy 'frozen' alone, or []"
+            )
     else:
         only = f"belongs to {', '.join(CLOSED_FORMS)}; method.name = {name!r}"
         if flat["data.resample"] == "loo":

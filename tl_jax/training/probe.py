@@ -1,7 +1,8 @@
-"""probe(config, run, ...): the run of a closed form: features once, a classifier on them, the score. No steps."""
+"""probe(config, run, ...): the run of a probe without gradient: features once, a classifier on them, the score."""
 
 import pathlib
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from tl_jax.data import pipeline, resample
 from tl_jax.data.examples import Source
 from tl_jax.methods import probes
 from tl_jax.runtime import sharding
+from tl_jax.runtime.preemption import Preempted
 from tl_jax.tasks import metrics
 from tl_jax.training import artifacts, audit, evaluate, feature_cache, steps
 from tl_jax.training.build import Run
@@ -20,9 +22,9 @@ from tl_jax.weights import load
 
 
 class Scored(NamedTuple):
-    """What a closed form came to.
+    """What a probe came to.
 
-    predictions: of the scored split, first, and of every further set. head: of a linear form, else None.
+    predictions: of the scored split, first, and of every further set. head: of a linear classifier, else None.
     """
 
     predictions: dict[str, metrics.Predictions]
@@ -32,20 +34,28 @@ class Scored(NamedTuple):
 
 
 def probe(
-    config: ConfigDict, run: Run, parallel: sharding.Parallel, folder: str | pathlib.Path, verbose: bool = True
+    config: ConfigDict,
+    run: Run,
+    parallel: sharding.Parallel,
+    folder: str | pathlib.Path,
+    verbose: bool = True,
+    stop_requested: Callable[[int], bool] = lambda step: False,
 ) -> dict[str, Any]:
-    """Fits config.method.name of closed_form.NAMES on the features of train, and scores it as `train` does.
+    """Fits config.method.name, one of probes.NAMES, on the features of train, and scores it as `train` does.
 
     Of train every example is seen once, without augmentation. config.method.grid is searched on val; neighbours are by
-    cosine similarity. A linear form is written as model.safetensors with its head in place. With config.data.resample
-    "loo" test is the whole pool: each example is predicted by all others, with the one value of the grid, and there is
-    no model to write.
+    cosine similarity. A linear classifier is written as model.safetensors with its head in place. With
+    config.data.resample "loo" test is the whole pool: each example is predicted by all others, with the one value of
+    the grid, and there is no model to write.
+
+    Raises Preempted soon after `stop_requested(0)` has become true: between two batches of features, or between two
+    fits. Features computed so far are kept where config.cache is "features"; else the next run computes all again.
     """
     began, folder = time.perf_counter(), pathlib.Path(folder)
     score = _leave_one_out if config.data.resample == "loo" else _hold_out
     audits = [run.phases[0].audit]
     frozen = audit.frozen_hashes(run.variables, audits)
-    scored = score(config, run, parallel)
+    scored = score(config, run, parallel, stop_requested)
     head = scored.head or {}
     new = {f"params/head/{name}": leaf for name, leaf in head.items()}
     variables = trees.merge(jax.device_get(run.variables), new)
@@ -68,18 +78,18 @@ def probe(
     return artifacts.leave(config, folder, scored.predictions, result, report, verbose)
 
 
-def _hold_out(config: ConfigDict, run: Run, parallel: sharding.Parallel) -> Scored:
+def _hold_out(config: ConfigDict, run: Run, parallel: sharding.Parallel, stop_requested: Callable) -> Scored:
     different, index = _different(run.data["train"])
     size = next(iter(run.eval_batches.values())).batch_size  # so that one program serves all
     batches = pipeline.eval_batches(
         different, card=run.card, batch_size=size, num_workers=config.data.workers,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    seen = _predict(config, run, parallel, {**run.eval_batches, "train": batches})
+    seen = _predict(config, run, parallel, {**run.eval_batches, "train": batches}, stop_requested)
     train, val = seen.pop("train"), seen.pop("val", None)
     fitted = probes.fit(
         config.method.name, (train.features[index], train.labels[index]), val and (val.features, val.labels),
-        len(run.card.class_names), config.method.grid,
+        len(run.card.class_names), config.method.grid, check_stop=_stop_between_fits(stop_requested),
     )  # fmt: skip
     # The one time that test is read; where there is none, val is scored.
     split, predictions = ("test", seen.pop("test")) if "test" in seen else ("val", val)
@@ -88,33 +98,57 @@ def _hold_out(config: ConfigDict, run: Run, parallel: sharding.Parallel) -> Scor
     return Scored(logits, fitted.head, fitted.chosen, fitted.tried)
 
 
-def _leave_one_out(config: ConfigDict, run: Run, parallel: sharding.Parallel) -> Scored:
+def _leave_one_out(config: ConfigDict, run: Run, parallel: sharding.Parallel, stop_requested: Callable) -> Scored:
     grid, further = tuple(config.method.grid), sorted(set(run.eval_batches) - {"test"})
     if len(grid) != 1 or further:
         raise ValueError(
             f"data.resample='loo' with method.grid={grid} and the further sets {further}: it scores data.train itself, "
             "with one given value; set one value in method.grid, and leave data.val and data.also empty"
         )
-    pool = _predict(config, run, parallel, run.eval_batches)["test"]
+    pool = _predict(config, run, parallel, run.eval_batches, stop_requested)["test"]
     splits = resample.splits(pool.labels, "loo", config.data.split_seed)
     (logits,) = probes.cross_predict(
-        config.method.name, pool.features, pool.labels, splits, len(pool.class_names), grid[0]
-    )
+        config.method.name, pool.features, pool.labels, splits, len(pool.class_names), grid[0],
+        check_stop=_stop_between_fits(stop_requested),
+    )  # fmt: skip
     return Scored({"test": pool._replace(logits=logits)}, None, grid[0], [])
 
 
 def _predict(
-    config: ConfigDict, run: Run, parallel: sharding.Parallel, batches: dict[str, pipeline.EvalBatches]
-) -> dict[str, Any]:
+    config: ConfigDict,
+    run: Run,
+    parallel: sharding.Parallel,
+    batches: Mapping[str, pipeline.EvalBatches],
+    stop_requested: Callable[[int], bool],
+) -> dict[str, metrics.Predictions]:
     """The features of each set, as predictions with the logits of the network as it was loaded."""
     prefix, variables = run.phases[0].prefix, parallel.place(run.variables)
     eval_fn = parallel.evaluate(steps.make_eval_step(run.model, mean=run.card.mean, std=run.card.std, prefix=prefix))
     if prefix.cached:
         size = next(iter(run.eval_batches.values())).batch_size
         batches = feature_cache.hold(
-            batches, prefix, variables, run.card, parallel, batch_size=size, folder=config.cache_dir
+            batches, prefix, variables, run.card, parallel, batch_size=size, folder=config.cache_dir,
+            stop_requested=stop_requested,
         )  # fmt: skip
-    return {name: evaluate.predict(eval_fn, variables, some, parallel) for name, some in batches.items()}
+
+    def predict(name):
+        def eval_or_stop(variables, images):
+            if stop_requested(0):
+                kept = "are kept" if prefix.cached else "are computed again, unless cache='features' keeps them"
+                raise Preempted(f"stopped between two batches of {name}; features {kept}")
+            return eval_fn(variables, images)
+
+        return evaluate.predict(eval_or_stop, variables, batches[name], parallel)
+
+    return {name: predict(name) for name in batches}
+
+
+def _stop_between_fits(stop_requested: Callable[[int], bool]) -> Callable[[], None]:
+    def check_stop():
+        if stop_requested(0):
+            raise Preempted("stopped between two fits of the probe, which are fitted again")
+
+    return check_stop
 
 
 def _different(source: Source) -> tuple[Source, np.ndarray]:
