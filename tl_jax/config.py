@@ -259,7 +259,8 @@ def _data_problems(flat: Mapping[str, Any]) -> list[str]:
     names = source if isinstance(source, list) else [source]
     if flat["data.data_dir"] and not any(name.startswith("tfds:") for name in names):
         problems.append(f"data.data_dir = {flat['data.data_dir']!r} belongs to tfds sources; this is {source!r}")
-    if not flat["cache"] and (flat["views"] > 1 or flat["cache_dir"]):
+    cached = flat["cache"] or any(network.get("cache") for network in flat["networks"].values())
+    if not cached and (flat["views"] > 1 or flat["cache_dir"]):
         given = f"views = {flat['views']!r}, cache_dir = {flat['cache_dir']!r}"
         problems.append(f"{given}: they belong to cache = 'features'")
     if flat["patience"] and not flat["data.val"]:
@@ -275,11 +276,19 @@ def _method_problems(flat: Mapping[str, Any]) -> list[str]:
     if name in PROBES:
         takes = {"phases": [], "method.add": [], "method.auto_rgn": False, "method.stoch_norm": 0.0, "terms": {}}
         takes |= {"streams": {}, "networks": {}, "select": "last", "patience": 0, "views": 1}
-        return [
+        problems = [
             f"{key} = {flat[key]!r}: method.name = {name!r} takes no steps, expected {value!r}"
             for key, value in takes.items()
             if flat[key] != value
         ]
+        if flat["task"] != "classification":
+            problems.append(f"task = {flat['task']!r}: method.name = {name!r} tells classes apart, as classification")
+        if any(policy == "update" for _, policy in flat["method.norm"]):
+            problems.append(
+                f"method.norm = {flat['method.norm']!r}: method.name = {name!r} takes no steps and updates no "
+                "statistics; expected the policy 'frozen' alone, or []"
+            )
+        return problems
     problems, only = [], f"belongs to {', '.join(PROBES)}; method.name = {name!r}"
     if flat["data.resample"] == "loo":
         problems.append(f"data.resample = 'loo' {only} takes a fold, such as kfold:5:0")

@@ -1,4 +1,4 @@
-"""Between and among finished runs: weight interpolation (WiSE-FT) and model soups, chosen on val.
+"""Averages of the weights of finished runs: interpolation (WiSE-FT) and model soups, chosen on val.
 
 python -m tl_jax.studies.soups wise_ft RUN_A RUN_B --out FOLDER    RUN_A may be `start`: the weights RUN_B began with
 python -m tl_jax.studies.soups soup RUN RUN ... --out FOLDER
@@ -38,7 +38,7 @@ Variables = dict[str, Any]
 class Weights(NamedTuple):
     """What model.safetensors of a run's folder holds, with the options of the run.
 
-    name: the folder, or START. saved: the predictions that the run left; None for START.
+    name: the folder, or START. saved: the predictions in the run's folder; None for START.
     """
 
     name: str
@@ -117,7 +117,7 @@ def load(folder: str | pathlib.Path) -> Weights:
     if missing := [name for name in NEEDED if not (folder / name).exists()]:
         raise ValueError(
             f"{folder} lacks {', '.join(missing)}; expected the folder of a finished run whose result is one plain "
-            "network (nearest neighbours, adapters and prompts leave none)"
+            "network (nearest neighbours, adapters and prompts write none)"
         )
     config = options.from_flat(files.read_json(folder / "config.json"))
     loaded = pretrained.load_with_origins(config.model.name, folder / "model.safetensors")
@@ -127,13 +127,11 @@ def load(folder: str | pathlib.Path) -> Weights:
 
 
 def load_start(end: Weights) -> Weights:
-    """The weights that a run began with, with the head that it ended with: what the run did to the backbone, undone."""
+    """The network as a run began, parts drawn anew by model.reinit included, under the head that the run ended with."""
     config = end.config
     if not config.model.weights:
         raise ValueError(f"{end.name} began with random weights, to which no interpolation leads; give a run instead")
-    begun = pretrained.load_with_origins(
-        config.model.name, config.model.weights, end.card.num_classes, image_size=end.card.input_size
-    )
+    begun = build.load_network(config, end.card.class_names)
     params = {**begun.variables["params"], "head": end.variables["params"]["head"]}
     return end._replace(name=START, method="", variables={**begun.variables, "params": params}, saved=None)
 

@@ -71,12 +71,9 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
     for name, source in found.items():
         if changed := messages.difference(classes, dict(enumerate(source.class_names))):
             raise ValueError(f"the classes of train and {name} differ (train -> {name}):\n" + "\n".join(changed))
-    origins = {**dict.fromkeys(SPLITS, data.source), **{name: source for name, source, _ in data.extra_eval}}
-    scored = [name for name in found if name in origins and name != MAIN]
-    for name in scored:
+    for name in scored_names(found, settings):
         left_out_in_turn = name == "test" and data.resample == "loo"
-        same = origins[name] == data.source and not left_out_in_turn
-        if same and (shared := sources.overlap(train, found[name])):
+        if not left_out_in_turn and (shared := sources.overlap(train, found[name])):
             raise ValueError(
                 f"{len(shared)} of {len(found[name])} examples of {name} ({found[name].name}) are also in train "
                 f"({train.name}), such as {min(shared)}; use splits that do not overlap"
@@ -90,15 +87,17 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
         )
 
 
+def scored_names(found: Mapping[str, Source], settings: Settings) -> list[str]:
+    """The names of the sources that are scored."""
+    return [name for name in found if name != MAIN and name not in settings.streams]
+
+
 def transductive(found: Mapping[str, Source], settings: Settings) -> dict[tuple[str, str], int]:
     """{(further stream, scored split): examples that are in both}."""
-    data = settings.data
-    origins = {**dict.fromkeys(SPLITS, data.source), **{name: source for name, source, _ in data.extra_eval}}
-    pairs = [(stream, name) for stream in settings.streams for name in found if name in origins and name != MAIN]
     shared = {
         (stream, name): len(sources.overlap(found[stream], found[name]))
-        for stream, name in pairs
-        if settings.streams[stream].source == origins[name]
+        for stream in settings.streams
+        for name in scored_names(found, settings)
     }
     return {pair: count for pair, count in shared.items() if count}
 

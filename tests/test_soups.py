@@ -11,9 +11,10 @@ from tl_jax import config as options
 from tl_jax.core import files, trees
 from tl_jax.data import pipeline, sources
 from tl_jax.methods import probes
+from tl_jax.runtime import sharding
 from tl_jax.studies import soups
 from tl_jax.tasks import metrics
-from tl_jax.training import evaluate, steps
+from tl_jax.training import build, evaluate, steps
 from tl_jax.weights import load
 
 SPLITS = {"val": "train[90%:]", "test": "test[:10%]", "rest": "test[90%:]"}
@@ -136,6 +137,21 @@ def test_the_start_of_a_run_is_its_weight_file_under_its_own_head(ends, tmp_path
     assert report["a"]["run"] == "start" and report["alphas"] == [0, 1]
     by_hand = evaluate.scores(forward(begun.variables, SPLITS["test"]))["loss"]
     assert report["curves"]["test"]["loss"][0] == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_the_start_of_a_run_has_the_parts_that_it_drew_anew(head, tmp_path):
+    """Against the network that the trainer builds from the same options before its first step."""
+    changes = {"model.reinit": ("stage3", "stage2/block0"), "data.also": ()}
+    end = soups.load(finish(tmp_path / "run", with_head(head), **changes))
+    flat, loaded = trees.flatten(soups.load_start(end).variables), trees.flatten(LOADED)
+    built = trees.flatten(build.build(end.config, sharding.make_parallel()).variables)
+    kept = {path for path in flat if "/head/" not in path and not ("/stage3/" in path or "/stage2/" in path)}
+    assert {path for path in flat if np.array_equal(flat[path], loaded[path])} >= kept
+    kernels = [path for path in flat if path.endswith("kernel") and "/backbone/" in path]
+    assert {path for path in kernels if not np.array_equal(flat[path], loaded[path])} == {*kernels} - kept
+    for path in flat:
+        expected = head[path.rpartition("/")[2]] if "/head/" in path else built[path]
+        np.testing.assert_array_equal(flat[path], expected, err_msg=path)
 
 
 def test_a_soup_is_chosen_on_val_and_read_on_test_when_nothing_is_left_to_choose(ends, head, tmp_path, monkeypatch):
