@@ -182,7 +182,8 @@ class Loop:
             if bad != steps.NEVER:
                 self.failed[j] = not_finite(bad, line.step, self._sound())
             else:
-                log_training(self.logs[j], line.step, sums, lr)
+                order = self.first.phases[self.first.phase_of(line.step)].plan.sums
+                log_training(self.logs[j], line.step, {name: sums[name] for name in order}, lr)
         self.line = None
         if len(self.logs) == 1:
             self._raise_failed()
