@@ -219,7 +219,8 @@ BAD = {
     "method.norm": (("a", "b"), "pairs of strings"),
     "method.add": ((("lora", 8),), "pairs (name, {parameter: value})"),
     "method.stoch_norm": (1.5, "a number of at least 0 and at most 1"),
-    "terms": (("l2_sp",), "{name: value}"),
+    "terms": (("l2_sp",), "{name: {parameter: value}}"),
+    "streams": ({"b": 3}, "{name: {parameter: value}}"),
     "method.auto_rgn": (1, "True or False"),
     "method.grid": (("a",), "numbers"),
     "method.k": (-1, "an integer of at least 0"),
@@ -251,7 +252,7 @@ def test_tables_are_checked_field_by_field():
     options.check(change(task_args={"class_weight": "balanced"}))
     options.check(change(task="multilabel", task_args={"pos_weight": (1.0, 2.0)}))
     config = change(
-        streams={"target": {**target, "batchsize": 8, "shots": -1}, "train": target, "a": {"source": "digits"}, "b": 3},
+        streams={"target": {**target, "batchsize": 8, "shots": -1}, "train": target, "a": {"source": "digits"}},
         networks={"teacher": {"weights": "", "cache": True}, "head": teacher},
         terms={"kd": {"weight": "large"}, "l 1": {}},
         task_args={"pos_weight": 2.0},
@@ -262,7 +263,7 @@ def test_tables_are_checked_field_by_field():
     for part in (
         "streams.target has no parameter 'batchsize' (did you mean 'batch_size'?)",
         "streams.target: shots = -1, expected an integer of at least 0",
-        "streams.train: expected a name", "streams.a: split is missing", "streams.b = 3: expected",
+        "streams.train: expected a name", "streams.a: split is missing",
         "networks.teacher: name is missing", "networks.teacher: cache = True, expected one of '', features",
         "networks.head: expected a name", "terms.kd: weight = 'large', expected a number, or a pair",
         "terms.l 1: expected",

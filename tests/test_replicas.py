@@ -184,8 +184,8 @@ def test_wilson_intervals_are_those_of_scipy():
     ("changes", "message"),
     [
         ({"replicas": ((("lr", 0.1),), (("lr", 0.1),))}, r"replicas\[1\] is replicas\[0\] again"),
-        ({"replicas": ((("batch_size", 4),),)}, "replicas may differ in lr, weight_decay, groups, seed, data.shots"),
-        ({"replicas": (("lr", 0.1),)}, "expected replicas, each pairs"),
+        ({"replicas": ((("batch_size", 4),),)}, "replicas may differ in seed, data.shots, lr, weight_decay, groups"),
+        ({"replicas": (("lr", 0.1),)}, "expected a sequence, each pairs"),
         ({"seeds": (1,)}, r"seeds = \[1\] does not go with replicas"),
         ({"parallel": "pmap"}, "parallel = 'pmap' does not go with replicas"),
         ({"method.name": "knn", "select": "last"}, "method.name = 'knn' does not go"),

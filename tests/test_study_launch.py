@@ -41,7 +41,7 @@ def fake_runs(monkeypatch):
     """Runs that take no time; gives the list of those that were done, in order."""
     done = []
 
-    def train_run(workdir, folder, stop_requested):
+    def train_run(folder, stop_requested):
         done.append(folder.name)
         write_json(folder / "result.json", RESULT)
         return RESULT
@@ -80,7 +80,7 @@ def test_only_the_runs_that_were_asked_for_are_taken(tmp_path, fake_runs):
 def test_a_failing_run_stops_no_other_and_is_told_with_the_end_of_its_log(tmp_path, monkeypatch, capfd):
     runs = plan(tmp_path)
 
-    def train_run(workdir, folder, stop_requested):
+    def train_run(folder, stop_requested):
         if folder.name == runs[1].key:
             for i in range(30):
                 os.write(1 + i % 2, f"line {i}\n".encode())  # as a library would, past Python's sys.stdout
@@ -108,7 +108,7 @@ def test_a_failing_run_stops_no_other_and_is_told_with_the_end_of_its_log(tmp_pa
 def test_a_stopped_worker_gives_its_run_back(tmp_path, monkeypatch):
     runs = plan(tmp_path)
 
-    def train_run(workdir, folder, stop_requested):
+    def train_run(folder, stop_requested):
         assert store.state(folder) == "running" and not stop_requested()
         raise Preempted("stopped after step 2 of 4")
 

@@ -117,14 +117,14 @@ def outcomes(monkeypatch):
     """Sets that take no time: a function of the folders that gives their outcomes, by default a result each."""
     made = {"function": lambda folders: [{"metrics": {"accuracy": {"value": 0.5}}, "also": {}} for _ in folders]}
 
-    def train_runs(workdir, folders, wanted, home, stop_requested):
+    def train_runs(folders, wanted, home, stop_requested):
         found = [outcome if folder else None for outcome, folder in zip(made["function"](folders), wanted, strict=True)]
         for folder, outcome in zip(wanted, found, strict=True):
             if isinstance(outcome, dict):
                 write_json(folder / "result.json", outcome)
         return found
 
-    def train_run(workdir, folder, stop_requested):
+    def train_run(folder, stop_requested):
         made.setdefault("alone", []).append(folder.name)
         raise ValueError("does not fit")
 

@@ -218,9 +218,6 @@ def _entry_problems(
         if name in reserved or not re.fullmatch(r"\w+", name):
             taken = f", not {', '.join(reserved)}" if reserved else ""
             problems.append(f"{what}: expected a name of letters, digits and _{taken}")
-        if not isinstance(entry, Mapping):
-            problems.append(f"{what} = {entry!r}: expected {{parameter: value}}")
-            continue
         known = dict.fromkeys(entry, checks.ANY) | {"weight": WEIGHT} if fields is None else fields
         problems += checks.table_problems(what, entry, known)
         problems += [f"{what}: {field} is missing" for field in required if field not in entry]

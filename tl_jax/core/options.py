@@ -58,6 +58,9 @@ SOURCE = either(TEXT, sequence(TEXT, "a sequence of strings, one for each domain
 SAMPLING = one_of("shuffled", "class_balanced")
 SETS = checks.Check(_are_sets, "triples of strings (name, source, split), each name once")
 SEVERAL = sequence(checks.CHANGES, "a sequence, each pairs (dotted option, value)")
+TABLES = checks.Check(
+    lambda value: TABLE.fits(value) and all(map(TABLE.fits, value.values())), "{name: {parameter: value}}"
+)
 WEIGHT = either(number(), checks.Check(lambda value: NAMED.fits([value]), "a pair (schedule, {parameter: value})"))
 POSITIVE = sequence(number(0, above=True), "a sequence of numbers above 0")
 
@@ -94,7 +97,7 @@ _ROWS = (
             "for each label, or numbers"),
     _option("task_args", {}, TABLE, "class_weight: \"balanced\" or a weight for each class; pos_weight: of the "
             "positive examples of a binary task, or of each label"),
-    _option("terms", {}, TABLE, "summands of the loss: {name: {\"weight\": number or (schedule, {parameter: value}), "
+    _option("terms", {}, TABLES, "summands of the loss: {name: {\"weight\": number or (schedule, {parameter: value}), "
             "and the term's own parameters}}; \"task\" is there without being named", phase=True),
 
     # The network
@@ -113,7 +116,7 @@ _ROWS = (
     _option("model.remat", "", one_of("", "block", "dots"), "recompute in the backward pass, to save memory: all of a "
             "block, or all but matrix products and convolutions"),
     _option("model.attention", "xla", one_of("xla", "cudnn"), "cudnn: its fused kernel, on a GPU in bfloat16"),
-    _option("networks", {}, TABLE, "further networks: {name: {name, weights, image_size, cache}}; cache \"features\": "
+    _option("networks", {}, TABLES, "further networks: {name: {name, weights, image_size, cache}}; cache \"features\": "
             "what a frozen one computes is kept on disk"),
 
     # The data
@@ -135,7 +138,7 @@ _ROWS = (
     _option("data.card", {}, TABLE, "fields of the weight card to replace, such as mean; needs data.override_card"),
     _option("data.override_card", False, FLAG, "allow data.card to change what the weights expect of their input"),
     _option("data.transductive", False, FLAG, "allow an unlabelled training stream to hold examples that are scored"),
-    _option("streams", {}, TABLE, "further streams of batches: {name: {source, split, batch_size, augment, labelled, "
+    _option("streams", {}, TABLES, "further streams of batches: {name: {source, split, batch_size, augment, labelled, "
             "sampling, shots}}"),
     _option("norm_batches", "joint", one_of("joint", "per_stream"), "what BatchNorm normalises over, with streams"),
 
@@ -169,7 +172,7 @@ _ROWS = (
     _option("weight_decay", 0.0, number(0), "decoupled where the optimizer has its own", phase=True, replica=True),
     _option("decay", ".*/kernel", checks.REGEX, "the parameters that weight decay acts on", phase=True),
     _option("clip", 1.0, number(0), "the largest global norm of the gradient; 0: off", phase=True),
-    _option("groups", {}, TABLE, "{group: {lr_mult, weight_decay, decay, optimizer, args}}", phase=True, replica=True),
+    _option("groups", {}, TABLES, "{group: {lr_mult, weight_decay, decay, optimizer, args}}", phase=True, replica=True),
     _option("layer_decay", 1.0, number(0, 1, above=True), "the factor on the learning rate from each block to the one "
             "before it", phase=True),
     _option("schedule.name", "cosine", TEXT, "constant | cosine | linear | step | inverse_sqrt", phase=True),
