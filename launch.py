@@ -85,10 +85,10 @@ def run_config(stop_requested: Callable[..., bool]) -> int:
 
         command = ["launch.py", *submit.own_arguments(sys.argv[1:])]
         return launchers.hand_over(command, workdir, LAUNCHER.value, settings, SUBMIT.value)
+    from tl_jax import tasks
     from tl_jax.runtime import distributed
     from tl_jax.runtime.log import say
     from tl_jax.studies import compare
-    from tl_jax.tasks import metrics
 
     distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     if CONFIG.value.replicas:
@@ -99,7 +99,7 @@ def run_config(stop_requested: Callable[..., bool]) -> int:
         return 0
     report = compare.compare(CONFIG.value, workdir, distributed.agreed(stop_requested))
     result = report["result"]
-    say(metrics.format_table(result["metrics"], of=f"seed {CONFIG.value.seed}, {result['data']}"))
+    say(tasks.format_table(result["metrics"], of=f"seed {CONFIG.value.seed}, {result['data']}"))
     if result["chosen_on_scored_split"]:
         say("The checkpoint was chosen on the split scored here: these numbers are optimistic (name a data.test)")
     if report["comparison"]:

@@ -12,7 +12,7 @@ from tl_jax import config
 from tl_jax.core.files import read_json, write_json
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies import store, together, worker
-from tl_jax.studies.report.report import results
+from tl_jax.studies.report import results
 from tl_jax.studies.study import Study
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

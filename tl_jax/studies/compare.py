@@ -10,11 +10,11 @@ from rich import box
 from rich.table import Table
 
 from tl_jax import config as options
+from tl_jax import tasks
 from tl_jax.core.files import write_json
 from tl_jax.runtime.log import say
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.studies.report.report.statistics import mean_interval
-from tl_jax.tasks import metrics
+from tl_jax.studies.report.statistics import mean_interval
 from tl_jax.training.loop import train
 
 
@@ -61,6 +61,7 @@ def compare(
     has its result is not run again. Several runs leave comparison.json and comparison.png.
     """
     runs, results, folders = arms(config), {}, {}
+    metric = tasks.METRICS[config.get("task", tasks.Spec().name)].monitor[0][0]
     several = len(runs) * len(next(iter(runs.values()))) > 1
     for arm, seeds in runs.items():
         for seed, run in seeds.items():
@@ -73,25 +74,24 @@ def compare(
             results[arm, seed] = train(run, folder, verbose=opens, stop_requested=stop_requested)
             folders[arm, seed] = folder
             if several:
-                say(
-                    f"{arm}, seed {seed}: accuracy {results[arm, seed]['metrics']['accuracy']['value']:.3f} in {folder}"
-                )
+                say(f"{arm}, seed {seed}: {metric} {results[arm, seed]['metrics'][metric]['value']:.3f} in {folder}")
     first = results["transfer", config.seed]
     if not several:
         return {"result": first, "comparison": None}
 
-    table = {arm: [results[arm, seed]["metrics"]["accuracy"]["value"] for seed in seeds] for arm, seeds in runs.items()}
+    table = {arm: [results[arm, seed]["metrics"][metric]["value"] for seed in seeds] for arm, seeds in runs.items()}
     report = {
         "data": first["data"],
         "seeds": list(runs["transfer"]),
-        "accuracy": {arm: {"values": values, **mean_interval(values)} for arm, values in table.items()},
+        "metric": metric,
+        metric: {arm: {"values": values, **mean_interval(values)} for arm, values in table.items()},
     }
     if "baseline" in table:
         differences = [a - b for a, b in zip(*table.values(), strict=True)]
         report["difference"] = {"values": differences, **mean_interval(differences)}
         report["difference_by_seed_over_examples"] = {
-            str(seed): metrics.paired_difference(
-                *(metrics.load_predictions(folders[arm, seed] / "predictions.npz") for arm in runs),
+            str(seed): tasks.paired_difference(
+                *(tasks.load_predictions(folders[arm, seed] / "predictions.npz") for arm in runs),
                 resamples=config.resamples,
             )
             for seed in report["seeds"]
@@ -101,18 +101,18 @@ def compare(
         from tl_jax.training import plots  # here, as matplotlib takes its time
 
         plots.comparison(
-            table, workdir / "comparison.png", f"accuracy on {report['data']}, {len(report['seeds'])} seeds"
+            table, workdir / "comparison.png", f"{metric} on {report['data']}, {len(report['seeds'])} seeds"
         )
     return {"result": first, "comparison": report}
 
 
 def to_table(report: Mapping[str, Any]) -> Table:
     """The comparison for the console."""
-    title = f"accuracy on {report['data']}, seeds {report['seeds']}"
+    title = f"{report['metric']} on {report['data']}, seeds {report['seeds']}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("arm", "mean", "95 % interval", "each seed"):
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
-    rows = dict(report["accuracy"])
+    rows = dict(report[report["metric"]])
     if "difference" in report:
         rows["transfer - baseline"] = report["difference"]
     for name, row in rows.items():

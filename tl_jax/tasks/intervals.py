@@ -1,4 +1,4 @@
-"""The one bootstrap over examples that all metrics share (Efron 1979), and sums over resamples that metrics are made of."""
+"""The one bootstrap over examples that all metrics share (Efron 1979), and the weighted sums that they are made of."""
 
 from collections.abc import Callable, Iterator
 
@@ -69,9 +69,7 @@ def paired_difference(
         raise ValueError("a paired comparison needs the same classes and labels; these two runs disagree about them")
     b = b._replace(outputs={name: x[order] for name, x in b.outputs.items()}, labels=a.labels, ids=a.ids)
     part = _part_with(metrics, a, metric)
-    samples = [
-        part(a, weights)[metric] - part(b, weights)[metric] for weights in resample(len(order), resamples, seed)
-    ]
+    samples = [part(a, weights)[metric] - part(b, weights)[metric] for weights in resample(len(order), resamples, seed)]
     return interval(metrics.point(a)[metric] - metrics.point(b)[metric], np.concatenate(samples), level)
 
 

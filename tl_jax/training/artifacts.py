@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from tl_jax import tasks
 from tl_jax.core import files
-from tl_jax.tasks import metrics
 from tl_jax.training.build import Run
 
 
@@ -26,7 +26,7 @@ def facts(config: ConfigDict, run: Run, split: str) -> dict[str, Any]:
 def leave(
     config: ConfigDict,
     folder: pathlib.Path,
-    predictions: Mapping[str, metrics.Predictions],
+    predictions: Mapping[str, tasks.Predictions],
     result: Mapping[str, Any],
     report: Mapping[str, Any],
     verbose: bool,
@@ -36,13 +36,13 @@ def leave(
     predictions: of result["split"], and of the sets of data.also by name. report: the proved audit. Figures are drawn
     where `verbose`. Process 0 writes; result.json comes last: where it lies, the run is whole.
     """
-    scores = {name: metrics.summarize(p, resamples=config.resamples) for name, p in predictions.items()}
+    scores = {name: tasks.summarize(p, resamples=config.resamples) for name, p in predictions.items()}
     own = predictions[result["split"]]
     result = {**result, "metrics": scores.pop(result["split"]), "also": scores}
     if jax.process_index() == 0:
         for name, values in predictions.items():
             suffix = "" if values is own else f"-{name}"
-            metrics.save_predictions(folder / f"predictions{suffix}.npz", **values._asdict())
+            tasks.save_predictions(folder / f"predictions{suffix}.npz", values)
         files.write_json(folder / "audit.json", report)
         if verbose:
             from tl_jax.training import plots  # here, as matplotlib takes its time

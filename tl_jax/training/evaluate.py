@@ -8,7 +8,7 @@ import numpy as np
 
 from tl_jax.data.pipeline import EvalBatches
 from tl_jax.runtime.sharding import Parallel
-from tl_jax.tasks.metrics import Predictions, make_predictions
+from tl_jax.tasks import Predictions, Spec, make_predictions
 
 
 def predict(eval_fn: Callable, variables: Mapping[str, Any], batches: EvalBatches, parallel: Parallel) -> Predictions:
@@ -18,7 +18,8 @@ def predict(eval_fn: Callable, variables: Mapping[str, Any], batches: EvalBatche
     unless each example was seen exactly once.
     """
     (logits, features), labels = collect(lambda images: eval_fn(variables, images), batches, parallel)
-    return make_predictions(logits, labels, list(batches.source.ids), batches.source.class_names, features)
+    spec = Spec(class_names=tuple(batches.source.class_names))
+    return make_predictions({"logits": logits}, labels, list(batches.source.ids), spec, features)
 
 
 def collect(
@@ -45,14 +46,3 @@ def collect(
         )
     order = np.flatnonzero(masks)[np.argsort(seen)]
     return [output.take(order, axis) for output, axis in zip(outputs, axes, strict=True)], labels[order]
-
-
-def scores(predictions: Predictions) -> dict[str, float]:
-    """Accuracy and negative log-likelihood (natural log, mean over examples) in float64, for model selection."""
-    logits = predictions.logits.astype(np.float64)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return {
-        "loss": float(-log_probabilities[np.arange(len(logits)), predictions.labels].mean()),
-        "accuracy": float((logits.argmax(axis=1) == predictions.labels).mean()),
-    }

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tl_jax import config as options
+from tl_jax import tasks
 from tl_jax.core import files, messages, trees
 from tl_jax.methods import probes
 from tl_jax.models import peft
@@ -21,7 +22,6 @@ from tl_jax.runtime import distributed, roofline, sharding, workdir
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.log import RunLog, feed, say
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.tasks import metrics
 from tl_jax.training import artifacts, audit, evaluate, feature_cache, probe, steps
 from tl_jax.training.build import Phase, Run, build
 from tl_jax.training.optim import to_steps
@@ -125,7 +125,7 @@ def train_built(config: ConfigDict, run: Run, parallel: sharding.Parallel, folde
                             audit.check_frozen(frozen, audit.frozen_hashes(variables_of(state), [phase.audit]))
                         with log.untimed():
                             if evaluates and "val" in run.data:
-                                log.evaluated(done, evaluate.scores(predict(phase, state, batches["val"])))
+                                log.evaluated(done, tasks.scores(predict(phase, state, batches["val"])))
                             meta = {**run.identity, "rows": log.rows, "frozen": frozen}
                             checkpoints.save(done, state, meta, keep={best_step(log.rows)})
                     if stopping:
@@ -168,7 +168,7 @@ def make_predict(run: Run, parallel: sharding.Parallel) -> Callable:
     def eval_fn(prefix):
         return parallel.evaluate(make_eval_step(run, prefix))
 
-    def predict(phase: Phase, state: steps.TrainState, batches) -> metrics.Predictions:
+    def predict(phase: Phase, state: steps.TrainState, batches) -> tasks.Predictions:
         return evaluate.predict(eval_fn(eval_prefix(run, phase)), steps.eval_variables(state), batches, parallel)
 
     return predict
@@ -306,7 +306,7 @@ def finish(
     folder: pathlib.Path,
     state: steps.TrainState,
     selected: int,
-    predictions: dict[str, metrics.Predictions],
+    predictions: dict[str, tasks.Predictions],
     verbose: bool,
 ) -> dict[str, Any]:
     """Proves the audit and writes what a run leaves; predictions: of the selected state, see `scored`."""

@@ -13,7 +13,7 @@ from tl_jax.data import pipeline, resample
 from tl_jax.data.examples import Source
 from tl_jax.methods import probes
 from tl_jax.runtime import sharding
-from tl_jax.tasks import metrics
+from tl_jax.tasks import Predictions
 from tl_jax.training import artifacts, audit, evaluate, feature_cache, steps
 from tl_jax.training.build import Run
 from tl_jax.weights import load
@@ -25,7 +25,7 @@ class Scored(NamedTuple):
     predictions: of the scored split, first, and of every further set. head: of a linear form, else None.
     """
 
-    predictions: dict[str, metrics.Predictions]
+    predictions: dict[str, Predictions]
     head: probes.Head | None
     chosen: float
     tried: list[dict[str, Any]]
@@ -84,7 +84,7 @@ def _hold_out(config: ConfigDict, run: Run, parallel: sharding.Parallel) -> Scor
     # The one time that test is read; where there is none, val is scored.
     split, predictions = ("test", seen.pop("test")) if "test" in seen else ("val", val)
     named = {split: predictions, **seen}
-    logits = {name: other._replace(logits=fitted.predict(other.features)) for name, other in named.items()}
+    logits = {name: other._replace(outputs={"logits": fitted.predict(other.features)}) for name, other in named.items()}
     return Scored(logits, fitted.head, fitted.chosen, fitted.tried)
 
 
@@ -98,9 +98,9 @@ def _leave_one_out(config: ConfigDict, run: Run, parallel: sharding.Parallel) ->
     pool = _predict(config, run, parallel, run.eval_batches)["test"]
     splits = resample.splits(pool.labels, "loo", config.data.split_seed)
     (logits,) = probes.cross_predict(
-        config.method.name, pool.features, pool.labels, splits, len(pool.class_names), grid[0]
+        config.method.name, pool.features, pool.labels, splits, len(pool.spec.class_names), grid[0]
     )
-    return Scored({"test": pool._replace(logits=logits)}, None, grid[0], [])
+    return Scored({"test": pool._replace(outputs={"logits": logits})}, None, grid[0], [])
 
 
 def _predict(

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from tl_jax import config as options
 from tl_jax.core import messages, trees
 from tl_jax.runtime import sharding
-from tl_jax.tasks.metrics import make_predictions
+from tl_jax.tasks import Spec, make_predictions
 from tl_jax.training import audit, evaluate, loop, steps
 from tl_jax.training import feature_cache as features
 from tl_jax.training.build import Run, assemble, check, prepare
@@ -312,14 +312,15 @@ def make_predict(group: Group, parallel: sharding.Parallel) -> Callable:
         (logits, features), labels = evaluate.collect(
             lambda images: eval_fn(variables, images), batches, parallel, (1, axis)
         )
-        ids, class_names, places = list(batches.source.ids), batches.source.class_names, group.places
+        ids, places = list(batches.source.ids), group.places
+        spec = Spec(class_names=tuple(batches.source.class_names))
         found: dict[int, Any] = {}
         for j in wanted:
             own = features[places[j]] if axis else features
             try:
-                found[j] = make_predictions(logits[places[j]], labels, ids, class_names, own)
-            except ValueError as error:  # it diverged since its last step: no reason for the others to stop
-                found[j] = FloatingPointError(str(error))
+                found[j] = make_predictions({"logits": logits[places[j]]}, labels, ids, spec, own)
+            except FloatingPointError as error:  # it diverged since its last step: no reason for the others to stop
+                found[j] = error
         return found
 
     return predict

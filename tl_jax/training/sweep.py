@@ -16,12 +16,13 @@ from rich import box
 from rich.table import Table
 
 from tl_jax import config as options
+from tl_jax import tasks
 from tl_jax.core import files
 from tl_jax.runtime import sharding, workdir
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.log import RunLog, feed, say
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.training import audit, evaluate, loop, replicas, steps
+from tl_jax.training import audit, loop, replicas, steps
 from tl_jax.training.replicas import Group
 
 Outcome = dict[str, Any] | FloatingPointError
@@ -202,7 +203,7 @@ def _evaluate(
     """Scores on val of every replica that goes on; the errors of those that cannot be scored."""
     found, step = predict(i, replicas.moved(state), val, logs), int(state["step"])
     failed = {j: each for j, each in found.items() if isinstance(each, FloatingPointError)}
-    scores = {j: evaluate.scores(predictions) for j, predictions in found.items() if j not in failed}
+    scores = {j: tasks.scores(predictions) for j, predictions in found.items() if j not in failed}
     for j, values in scores.items():
         logs[j].evaluated(step, values)
     if verbose and scores:
