@@ -94,10 +94,11 @@ def test_the_greedy_soup_leaves_out_what_hurts_and_keeps_what_does_not():
         return {"accuracy": -abs(tried[-1] - 3), "loss": 0.0}
 
     alone = [{"accuracy": a, "loss": v} for a, v in ((-2.0, 0.0), (-1.0, 0.2), (-1.0, 0.1), (-3.0, 0.0))]
-    kept, soup = soups.greedy(alone, lambda i: ingredients[i], score)
+    monitor = (("accuracy", "max"), ("loss", "min"))
+    kept, soup = soups.greedy(alone, lambda i: ingredients[i], score, monitor)
     assert tried == pytest.approx([3.5, -2 / 3, 10 / 3])  # 5 and 2, both with -9, both with 3
     assert kept == [2, 1, 3] and float(soup["params"]["w"][0]) == pytest.approx(10 / 3)
-    kept, _ = soups.greedy(alone[1:2] * 3, lambda i: ingredients[3], lambda _: {"accuracy": -1.0, "loss": 9.0})
+    kept, _ = soups.greedy(alone[1:2] * 3, lambda i: ingredients[3], lambda _: {"accuracy": -1.0, "loss": 9.0}, monitor)
     assert kept == [0, 1, 2]  # what changes nothing is kept
 
 
