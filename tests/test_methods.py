@@ -15,7 +15,7 @@ from tl_jax.core import trees
 from tl_jax.data import pipeline, sources
 from tl_jax.models import vit
 from tl_jax.runtime import sharding
-from tl_jax.tasks import metrics
+from tl_jax.tasks import load_predictions
 from tl_jax.training import loop as trainer
 from tl_jax.training import optim, steps
 from tl_jax.weights import delta, formats, load
@@ -150,7 +150,7 @@ def check_files(trained, moved):
     assert set(tensors) == {path for path in moved if not path.startswith("params/source_head/")}
     for path, tensor in tensors.items():
         np.testing.assert_array_equal(tensor, state[path], err_msg=path)
-    scored = metrics.load_predictions(trained.folder / "predictions.npz").logits
+    scored = load_predictions(trained.folder / "predictions.npz").values
     loaded = delta.load(trained.folder / "trained.safetensors")
     np.testing.assert_allclose(logits_of(*loaded), scored, atol=1e-5)
     exported, added = trained.folder / "model.safetensors", {name for name, _ in trained.config.method.add}
@@ -225,5 +225,5 @@ def test_a_closed_form_changes_the_head_alone(name, tmp_path, monkeypatch):
         model, variables, card = load.load("resnet8_cifar", tmp_path / "w" / "model.safetensors")
         differ = {path for path, leaf in flat(variables).items() if not np.array_equal(leaf, loaded[path])}
         assert differ == {"params/head/kernel", "params/head/bias"}
-        scored = metrics.load_predictions(tmp_path / "w" / "predictions.npz").logits
+        scored = load_predictions(tmp_path / "w" / "predictions.npz").values
         np.testing.assert_allclose(logits_of(model, variables, card), scored, atol=1e-4)

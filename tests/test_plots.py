@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tl_jax.tasks import metrics
+from tl_jax import tasks
+from tl_jax.tasks import classification, figures
 from tl_jax.training import plots
+
+CURVES = {"loss": "loss (nats)", "accuracy": "accuracy"}
 
 
 def draw(classes=5, count=200, features=8, name="class {}"):
@@ -16,7 +19,8 @@ def draw(classes=5, count=200, features=8, name="class {}"):
     labels = rng.integers(classes, size=count)
     logits = rng.normal(size=(count, classes)) + 2 * np.eye(classes)[labels]
     x = None if features is None else rng.normal(size=(count, features)) + labels[:, None]
-    return metrics.make_predictions(logits, labels, np.arange(count), [name.format(k) for k in range(classes)], x)
+    spec = tasks.Spec(class_names=tuple(name.format(k) for k in range(classes)))
+    return tasks.make_predictions({"logits": logits}, labels, np.arange(count), spec, x)
 
 
 def rows(count=20):
@@ -28,11 +32,11 @@ def rows(count=20):
 
 
 DRAWINGS = {
-    "learning_curves": lambda path: plots.learning_curves(rows(), path),
-    "confusion_matrix": lambda path: plots.confusion_matrix(draw(), path),
-    "reliability": lambda path: plots.reliability(draw(), path),
-    "feature_map": lambda path: plots.feature_map(draw(), path),
-    "comparison": lambda path: plots.comparison({"a": [0.8, 0.9], "b": [0.5]}, path),
+    "learning_curves": lambda path: plots.learning_curves(rows(), path, CURVES),
+    "confusion_matrix": lambda path: figures.confusion_matrix(draw(), path),
+    "reliability": lambda path: figures.reliability(draw(), path),
+    "feature_map": lambda path: figures.feature_map(draw(), path),
+    "comparison": lambda path: plots.comparison({"a": [0.8, 0.9], "b": [0.5]}, path, "accuracy"),
 }
 
 
@@ -62,25 +66,25 @@ def test_same_numbers_give_the_same_bytes(tmp_path, drawing):
 
 def test_unknown_suffix_and_a_failing_plot_leave_no_file(tmp_path):
     with pytest.raises(ValueError, match=r"\.png or \.svg"):
-        plots.reliability(draw(), tmp_path / "figure.jpeg")
+        figures.reliability(draw(), tmp_path / "figure.jpeg")
     with pytest.raises(ValueError, match="no features"):
-        plots.feature_map(draw(features=None), tmp_path / "figure.png")
+        figures.feature_map(draw(features=None), tmp_path / "figure.png")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("classes", [2, 20, 21, 60, 201])
 def test_any_number_of_classes_can_be_drawn(tmp_path, classes):
     predictions = draw(classes=classes, count=3 * classes, name="a rather long class name $no. {}_$")
-    plots.confusion_matrix(predictions, tmp_path / "confusion.svg")
-    plots.feature_map(predictions, tmp_path / "features.png")
+    figures.confusion_matrix(predictions, tmp_path / "confusion.svg")
+    figures.feature_map(predictions, tmp_path / "features.png")
     text = " ".join(svg_text(tmp_path / "confusion.svg"))
     assert ("commonest confusions" in text) == (classes > 20) and ("blocks of 2 classes" in text) == (classes > 200)
 
 
 def test_confusion_matrix_shows_every_count(tmp_path):
     predictions = draw(classes=3)
-    plots.confusion_matrix(predictions, tmp_path / "figure.svg")
-    text, counts = svg_text(tmp_path / "figure.svg"), metrics.confusion(predictions)
+    figures.confusion_matrix(predictions, tmp_path / "figure.svg")
+    text, counts = svg_text(tmp_path / "figure.svg"), classification.confusion(predictions)
     for count in counts[counts > 0]:
         assert str(count) in text
     assert f"{counts.trace()} of 200 correct" in text
@@ -88,7 +92,7 @@ def test_confusion_matrix_shows_every_count(tmp_path):
 
 def test_pooled_shares_of_a_large_matrix_keep_the_counts():
     counts = np.random.default_rng(0).integers(0, 9, size=(1001, 1001))
-    share, block = plots._share(counts)
+    share, block = figures._share(counts)
     assert block == 6 and share.shape == (167, 167)
     np.testing.assert_allclose(share[3, 7], counts[18:24, 42:48].sum() / counts[18:24].sum(), rtol=1e-12)
     np.testing.assert_allclose(share.sum(axis=1), 1, rtol=1e-12)
@@ -96,23 +100,23 @@ def test_pooled_shares_of_a_large_matrix_keep_the_counts():
 
 def test_reliability_diagram_shows_the_ece_of_the_metrics(tmp_path):
     predictions = draw()
-    plots.reliability(predictions, tmp_path / "figure.svg")
-    ece = metrics.summarize(predictions, resamples=2)["ece"]["value"]
+    figures.reliability(predictions, tmp_path / "figure.svg")
+    ece = tasks.summarize(predictions, resamples=2)["ece"]["value"]
     assert f"ECE {ece:.4f} (15 bins)" in svg_text(tmp_path / "figure.svg")
 
 
 def test_learning_curves_name_the_best_validation_value_and_bear_gaps(tmp_path):
     path = tmp_path / "figure.svg"
-    plots.learning_curves(rows(), path)
+    plots.learning_curves(rows(), path, CURVES)
     assert {"val (best 0.5 at step 100)", "val (best 1 at step 100)"} <= set(svg_text(path))
-    plots.learning_curves([{"step": 1, "train/loss": None}, {"step": 2, "train/loss": 0.5, "epoch": 1}], path)
-    plots.learning_curves([], path)
+    plots.learning_curves([{"step": 1, "train/loss": None}, {"step": 2, "train/loss": 0.5, "epoch": 1}], path, CURVES)
+    plots.learning_curves([], path, CURVES)
     assert "step" in svg_text(path)
 
 
 def test_feature_map_names_the_classes_and_the_explained_variance(tmp_path):
     predictions = draw(classes=12)
-    plots.feature_map(predictions, tmp_path / "figure.svg")
+    figures.feature_map(predictions, tmp_path / "figure.svg")
     centred = predictions.features.astype(np.float64) - predictions.features.mean(axis=0, dtype=np.float64)
     variance = np.linalg.svd(centred, compute_uv=False) ** 2
     text = " ".join(svg_text(tmp_path / "figure.svg"))
@@ -141,5 +145,5 @@ def test_comparison_shows_students_interval_of_seeds_and_a_given_interval(tmp_pa
 )
 def test_comparison_refuses_what_it_cannot_draw(tmp_path, named, message):
     with pytest.raises(ValueError, match=message):
-        plots.comparison(named, tmp_path / "figure.png")
+        plots.comparison(named, tmp_path / "figure.png", "accuracy")
     assert not list(tmp_path.iterdir())

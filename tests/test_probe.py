@@ -15,8 +15,7 @@ from configs import quickstart
 from tl_jax import config as options
 from tl_jax.data import pipeline, sources
 from tl_jax.runtime import sharding
-from tl_jax.runtime.preemption import Preempted
-from tl_jax.tasks import metrics
+from tl_jax.tasks import load_predictions
 from tl_jax.training import build, evaluate, probe, steps
 from tl_jax.weights import load
 
@@ -67,14 +66,14 @@ def test_neighbours_give_the_accuracy_that_scikit_learn_gives_on_the_features(tm
              "confusion_matrix.png", "reliability.png", "feature_map.png"}  # fmt: skip
     assert {path.name for path in (tmp_path / "w").iterdir()} == files  # no network holds neighbours
     assert json.loads((tmp_path / "w" / "result.json").read_text()) == json.loads(json.dumps(result))
-    saved = metrics.load_predictions(tmp_path / "w" / "predictions.npz")
+    saved = load_predictions(tmp_path / "w" / "predictions.npz")
     np.testing.assert_array_equal(saved.labels, labels)
     np.testing.assert_allclose(saved.features, test, atol=1e-4)
     np.testing.assert_array_equal(saved.ids, built.data["test"].ids)
 
 
 def test_a_linear_probe_is_a_network_with_that_head_and_nothing_else_changed(tmp_path, by_hand):
-    result, built = run_probe("logistic", tmp_path / "w", (0.1,), **{"data.also": (("rest", "digits", "test[80%:]"),)})
+    result, built = run_probe("logistic", tmp_path / "w", (0.1,), **{"data.extra_eval": (("rest", "digits", "test[80%:]"),)})
     (train_labels, train, _), _, (labels, test, _) = by_hand.values()
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(train, train_labels)
     assert result["metrics"]["accuracy"]["value"] == pytest.approx(model.score(test, labels))
@@ -82,10 +81,10 @@ def test_a_linear_probe_is_a_network_with_that_head_and_nothing_else_changed(tmp
     assert result["also"]["rest"]["accuracy"]["value"] == pytest.approx(model.score(rest, rest_labels))
     assert (result["chosen"], result["trainable_parameters"], result["step"]) == (0.1, 650, 0)
     exported = load.load("resnet8_cifar", tmp_path / "w" / "model.safetensors")
-    saved = metrics.load_predictions(tmp_path / "w" / "predictions.npz")
-    np.testing.assert_allclose(features("test[:20%]", exported.variables)[2], saved.logits, atol=1e-4)
-    rest_saved = metrics.load_predictions(tmp_path / "w" / "predictions-rest.npz")
-    assert (rest_saved.logits.argmax(1) == rest_labels).mean() == result["also"]["rest"]["accuracy"]["value"]
+    saved = load_predictions(tmp_path / "w" / "predictions.npz")
+    np.testing.assert_allclose(features("test[:20%]", exported.variables)[2], saved.values, atol=1e-4)
+    rest_saved = load_predictions(tmp_path / "w" / "predictions-rest.npz")
+    assert (rest_saved.values.argmax(1) == rest_labels).mean() == result["also"]["rest"]["accuracy"]["value"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(exported.variables["params"]["backbone"]):
         loaded = built.variables["params"]["backbone"]
         for key in path:
@@ -127,9 +126,9 @@ def test_a_bootstrap_draw_counts_its_repeated_examples(tmp_path):
     labels, train, _ = features("train[:20%]")
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=1000)).fit(train[drawn], labels[drawn])
     _, test, _ = features("test[:20%]")
-    saved = metrics.load_predictions(tmp_path / "predictions.npz")
+    saved = load_predictions(tmp_path / "predictions.npz")
     np.testing.assert_allclose(
-        saved.logits - saved.logits.mean(1, keepdims=True), model.decision_function(test), atol=5e-3
+        saved.values - saved.values.mean(1, keepdims=True), model.decision_function(test), atol=5e-3
     )
     assert 100 in seen and len(drawn) not in seen  # each image is shown to the network once
 

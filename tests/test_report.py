@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tl_jax import tasks
 from tl_jax.core.files import write_json
 from tl_jax.studies.report import analysis, charts, figures, report, tables
 from tl_jax.studies.report import results as read
-from tl_jax.tasks import metrics
 
 METHODS = {
     "full": {"method.name": "full"},
@@ -36,16 +36,16 @@ def outputs(skill, seed, count=60, classes=3):
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(count) % classes)
     logits = rng.normal(size=(count, classes)) + skill * np.eye(classes)[labels]
-    names = [f"class {k}" for k in range(classes)]
-    predictions = metrics.make_predictions(logits, labels, np.arange(count), names)
-    return predictions, metrics.summarize(predictions, resamples=5)
+    spec = tasks.Spec(class_names=tuple(f"class {k}" for k in range(classes)))
+    predictions = tasks.make_predictions({"logits": logits}, labels, np.arange(count), spec)
+    return predictions, tasks.summarize(predictions, resamples=5)
 
 
 def write_run(folder, levels, seed, seconds, classes=3):
     skill = sum(SKILL.get(level, 1.5) for level in levels.values())
     predictions, summary = outputs(skill, seed, classes=classes)
     parameters = PARAMETERS.get(levels.get("method"), 7)
-    metrics.save_predictions(folder / "predictions.npz", *predictions[:4])
+    tasks.save_predictions(folder / "predictions.npz", predictions)
     write_json(
         folder / "result.json",
         {
@@ -104,7 +104,7 @@ def contents(workdir):
 
 def accuracy(method, shots, seed):
     predictions, _ = outputs(SKILL[method] + SKILL[shots], seed)
-    return float(np.mean(predictions.logits.argmax(1) == predictions.labels))
+    return float(np.mean(predictions.values.argmax(1) == predictions.labels))
 
 
 def section(text, title):
@@ -295,7 +295,7 @@ def test_folds_are_paired_and_their_intervals_know_that_they_overlap(tmp_path, n
     workdir = make_study(tmp_path / "w", factors, {"method": "full"}, seeds=(0,), design="kfold:4", folds=folds)
     row = report.write(workdir)["metrics"]["accuracy"]["differences"][0]
     values = [
-        float(np.mean(p.logits.argmax(1) == p.labels))
+        float(np.mean(p.values.argmax(1) == p.labels))
         for skill in (1.0, 2.0)
         for p in [outputs(skill, 100 * fold)[0] for fold in range(4)]
     ]

@@ -8,13 +8,18 @@ import pytest
 
 from configs import quickstart
 from tl_jax import config as options
+from tl_jax import tasks
 from tl_jax.core import files, trees
 from tl_jax.data import pipeline, sources
 from tl_jax.methods import probes
 from tl_jax.runtime import sharding
 from tl_jax.studies import soups
+<<<<<<< HEAD:tests/test_soups.py
 from tl_jax.tasks import metrics
 from tl_jax.training import build, evaluate, steps
+=======
+from tl_jax.training import evaluate, steps
+>>>>>>> wt_tasks:tests/test_weight_space.py
 from tl_jax.weights import load
 
 SPLITS = {"val": "train[90%:]", "test": "test[:10%]", "rest": "test[90%:]"}
@@ -27,7 +32,8 @@ def forward(variables, split):
     source = sources.load("digits", split)
     batch = pipeline.eval_batches(source, {"image": pipeline.View(CARD)}, len(source))[0]
     logits, features = STEP(jax.device_get(variables), batch["image"])
-    return metrics.make_predictions(logits, source.labels, source.ids, source.class_names, features)
+    spec = tasks.Spec(class_names=source.class_names)
+    return tasks.make_predictions({"logits": logits}, source.labels, source.ids, spec, features)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def finish(folder, variables, scored="test", **changes):
     files.write_json(folder / "config.json", options.identity(config))
     names = sources.load("digits", "test").class_names
     load.export(variables, "resnet8_cifar", folder / "model.safetensors", card=CARD.replace(class_names=names))
-    metrics.save_predictions(folder / "predictions.npz", **forward(variables, SPLITS[scored])._asdict())
+    tasks.save_predictions(folder / "predictions.npz", forward(variables, SPLITS[scored]))
     files.write_json(folder / "result.json", {})
     return folder
 
@@ -94,10 +100,11 @@ def test_the_greedy_soup_leaves_out_what_hurts_and_keeps_what_does_not():
         return {"accuracy": -abs(tried[-1] - 3), "loss": 0.0}
 
     alone = [{"accuracy": a, "loss": v} for a, v in ((-2.0, 0.0), (-1.0, 0.2), (-1.0, 0.1), (-3.0, 0.0))]
-    kept, soup = soups.greedy(alone, lambda i: ingredients[i], score)
+    monitor = (("accuracy", "max"), ("loss", "min"))
+    kept, soup = soups.greedy(alone, lambda i: ingredients[i], score, monitor)
     assert tried == pytest.approx([3.5, -2 / 3, 10 / 3])  # 5 and 2, both with -9, both with 3
     assert kept == [2, 1, 3] and float(soup["params"]["w"][0]) == pytest.approx(10 / 3)
-    kept, _ = soups.greedy(alone[1:2] * 3, lambda i: ingredients[3], lambda _: {"accuracy": -1.0, "loss": 9.0})
+    kept, _ = soups.greedy(alone[1:2] * 3, lambda i: ingredients[3], lambda _: {"accuracy": -1.0, "loss": 9.0}, monitor)
     assert kept == [0, 1, 2]  # what changes nothing is kept
 
 
@@ -108,7 +115,7 @@ def test_the_curve_between_two_runs_is_what_the_interpolated_networks_score(ends
     for i, alpha in enumerate(report["alphas"]):
         flat = {p: (1 - alpha) * x + alpha * trees.flatten(second)[p] for p, x in trees.flatten(first).items()}
         for split, text in SPLITS.items():
-            by_hand = evaluate.scores(forward(trees.unflatten(flat), text))
+            by_hand = tasks.scores(forward(trees.unflatten(flat), text))
             assert report["curves"][split]["accuracy"][i] == pytest.approx(by_hand["accuracy"])
             assert report["curves"][split]["loss"][i] == pytest.approx(by_hand["loss"], abs=1e-4)
     val = report["curves"]["val"]
@@ -121,8 +128,8 @@ def test_the_curve_between_two_runs_is_what_the_interpolated_networks_score(ends
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert json.loads((tmp_path / "out" / "curve.json").read_text()) == json.loads(json.dumps(report))
     written = load.load("resnet8_cifar", tmp_path / "out" / "model.safetensors").variables
-    saved = metrics.load_predictions(tmp_path / "out" / "predictions.npz")
-    np.testing.assert_allclose(forward(written, SPLITS["test"]).logits, saved.logits, atol=1e-4)
+    saved = tasks.load_predictions(tmp_path / "out" / "predictions.npz")
+    np.testing.assert_allclose(forward(written, SPLITS["test"]).values, saved.values, atol=1e-4)
 
 
 def test_the_start_of_a_run_is_its_weight_file_under_its_own_head(ends, tmp_path, capsys):
@@ -135,13 +142,13 @@ def test_the_start_of_a_run_is_its_weight_file_under_its_own_head(ends, tmp_path
     assert "test accuracy" in capsys.readouterr().out
     report = files.read_json(tmp_path / "out" / "curve.json")
     assert report["a"]["run"] == "start" and report["alphas"] == [0, 1]
-    by_hand = evaluate.scores(forward(begun.variables, SPLITS["test"]))["loss"]
+    by_hand = tasks.scores(forward(begun.variables, SPLITS["test"]))["loss"]
     assert report["curves"]["test"]["loss"][0] == pytest.approx(by_hand, abs=1e-4)
 
 
 def test_the_start_of_a_run_has_the_parts_that_it_drew_anew(head, tmp_path):
     """Against the network that the trainer builds from the same options before its first step."""
-    changes = {"model.reinit": ("stage3", "stage2/block0"), "data.also": ()}
+    changes = {"model.reinit": ("stage3", "stage2/block0"), "data.extra_eval": ()}
     end = soups.load(finish(tmp_path / "run", with_head(head), **changes))
     flat, loaded = trees.flatten(soups.load_start(end).variables), trees.flatten(LOADED)
     built = trees.flatten(build.build(end.config, sharding.make_parallel()).variables)

@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from tl_jax import config as options
-from tl_jax.core import files, messages
+from tl_jax import tasks
+from tl_jax.core import files, messages, plotting
 from tl_jax.core.card import Card
 from tl_jax.data import pipeline
 from tl_jax.runtime import sharding
-from tl_jax.tasks import metrics
-from tl_jax.training import build, evaluate, plots, steps
+from tl_jax.tasks.task import Monitor
+from tl_jax.training import build, evaluate, inputs, plots, steps
+from tl_jax.training.settings import Settings, read
 from tl_jax.weights import load as pretrained
 
 START = "start"
@@ -43,11 +44,11 @@ class Weights(NamedTuple):
 
     name: str
     method: str
-    config: ConfigDict
+    settings: Settings
     model: Any
     variables: Variables
     card: Card
-    saved: metrics.Predictions | None
+    saved: tasks.Predictions | None
 
 
 class Scorer(NamedTuple):
@@ -56,7 +57,7 @@ class Scorer(NamedTuple):
     predict: (variables, split) -> predictions. splits: those of val, test and data.extra_eval that there are.
     """
 
-    predict: Callable[[Variables, str], metrics.Predictions]
+    predict: Callable[[Variables, str], tasks.Predictions]
     splits: tuple[str, ...]
 
     @property
@@ -93,21 +94,24 @@ def average(ingredients: Iterable[Variables]) -> Variables:
 
 
 def greedy(
-    alone: Sequence[dict[str, float]], load: Callable[[int], Variables], score: Callable[[Variables], dict[str, float]]
+    alone: Sequence[dict[str, float]],
+    load: Callable[[int], Variables],
+    score: Callable[[Variables], dict[str, float]],
+    monitor: Monitor,
 ) -> tuple[list[int], Variables]:
     """The greedy soup (Wortsman et al. 2022b, Model soups, recipe 1): what went in, in order, and its variables.
 
-    alone: {"accuracy", "loss"} of each ingredient on val. They are tried from the highest accuracy down, among equals
-    from the lowest loss, then as given; one is kept where `score(average with it)["accuracy"]`, on val, is not below
-    that of the soup without it. load(i): the variables of ingredient i.
+    alone: the scores of each ingredient on val. They are tried from the best down by `monitor`, see `tasks.Metrics`,
+    among equals as given; one is kept where the first metric of score(average with it), on val, is not worse than that
+    of the soup without it. load(i): the variables of ingredient i.
     """
-    first, *rest = sorted(range(len(alone)), key=lambda i: (-alone[i]["accuracy"], alone[i]["loss"], i))
-    kept, soup, best = [first], load(first), alone[first]["accuracy"]
+    first, *rest = sorted(range(len(alone)), key=lambda i: tasks.preference(monitor, alone[i]), reverse=True)
+    kept, soup, best = [first], load(first), tasks.preference(monitor[:1], alone[first])
     for i in rest:
         candidate = interpolate(soup, load(i), 1 / (len(kept) + 1))
-        accuracy = score(candidate)["accuracy"]
-        if accuracy >= best:
-            kept, soup, best = [*kept, i], candidate, accuracy
+        value = tasks.preference(monitor[:1], score(candidate))
+        if value >= best:
+            kept, soup, best = [*kept, i], candidate, value
     return kept, soup
 
 
@@ -119,19 +123,18 @@ def load(folder: str | pathlib.Path) -> Weights:
             f"{folder} lacks {', '.join(missing)}; expected the folder of a finished run whose result is one plain "
             "network (nearest neighbours, adapters and prompts write none)"
         )
-    config = options.from_flat(files.read_json(folder / "config.json"))
-    loaded = pretrained.load_with_origins(config.model.name, folder / "model.safetensors")
-    saved = metrics.load_predictions(folder / "predictions.npz")
-    model = loaded.model.clone(dtype=jnp.dtype(config.model.dtype))
-    return Weights(str(folder), config.method.name, config, model, loaded.variables, loaded.card, saved)
+    settings = read(options.from_flat(files.read_json(folder / "config.json")))
+    loaded = pretrained.load_with_origins(settings.model.name, folder / "model.safetensors")
+    saved = tasks.load_predictions(folder / "predictions.npz")
+    model, method = loaded.model.clone(dtype=jnp.dtype(settings.model.dtype)), settings.phases[0].method.name
+    return Weights(str(folder), method, settings, model, loaded.variables, loaded.card, saved)
 
 
 def load_start(end: Weights) -> Weights:
     """The network as a run began, parts drawn anew by model.reinit included, under the head that the run ended with."""
-    config = end.config
-    if not config.model.weights:
+    if not end.settings.model.weights:
         raise ValueError(f"{end.name} began with random weights, to which no interpolation leads; give a run instead")
-    begun = build.load_network(config, end.card.class_names)
+    begun = build.load_model(end.settings, end.card.num_classes, end.card.class_names, end.card.columns)
     params = {**begun.variables["params"], "head": end.variables["params"]["head"]}
     return end._replace(name=START, method="", variables={**begun.variables, "params": params}, saved=None)
 
@@ -151,20 +154,23 @@ def check_same(runs: Sequence[Weights]) -> None:
 
 def make_scorer(weights: Weights) -> Scorer:
     """The evaluation of the run's config on val, test and data.extra_eval."""
-    config, card = weights.config, weights.card
-    parallel = sharding.make_parallel(config.parallel, fsdp=config.fsdp)
-    data = {name: source for name, source in build.load_data(config).items() if name != "train"}
+    settings, card = weights.settings, weights.card
+    parallel = sharding.make_parallel(settings.parallel, fsdp=settings.fsdp)
+    found = inputs.load_sources(settings)
+    data = {name: found[name] for name in inputs.scored_names(found, settings)}
     if any(source.class_names != card.class_names for source in data.values()):
         raise ValueError(f"the data of {weights.name} have other classes by now than when it ran: {card.class_names}")
-    size = parallel.round_up(min(config.eval_batch_size, max(map(len, data.values()))))
+    size = parallel.round_up(min(settings.loop.eval_batch_size, max(map(len, data.values()))))
+    views, spec = {card.input: pipeline.View(card)}, tasks.spec_of(card)
     batches = {
-        split: pipeline.eval_batches(source, {"image": pipeline.View(card)}, size, num_workers=config.data.workers)
+        split: pipeline.eval_batches(source, views, size, num_workers=settings.data.workers)
         for split, source in data.items()
     }
-    eval_fn = parallel.evaluate(steps.make_eval_step(weights.model, mean=card.mean, std=card.std))
+    reader = steps.Reader(weights.model, card, card.input)
+    eval_fn = parallel.evaluate(steps.make_eval_step(reader, tasks.make(spec)))
 
-    def predict(variables: Variables, split: str) -> metrics.Predictions:
-        return evaluate.predict(eval_fn, parallel.place(variables), batches[split], parallel)
+    def predict(variables: Variables, split: str) -> tasks.Predictions:
+        return evaluate.predict(eval_fn, parallel.place(variables), batches[split], card.input, spec, parallel)
 
     return Scorer(predict, tuple(data))
 
@@ -172,23 +178,23 @@ def make_scorer(weights: Weights) -> Scorer:
 def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11) -> dict[str, Any]:
     """Scores `alphas` networks from a (alpha 0) to b (alpha 1) on every split, and writes the curve and the chosen one.
 
-    Alpha is chosen on val by accuracy, then loss, then nearness to b; where there is no val it is UNTUNED. The curve on
+    Alpha is chosen on val as training selects, then by nearness to b; where there is no val it is UNTUNED. The curve on
     test and data.extra_eval is to be looked at, not chosen from. Returns what it writes to curve.json.
     """
     if alphas < 2:
         raise ValueError(f"alphas={alphas}: expected at least the two ends")
     check_same([a, b])
-    scorer, values = make_scorer(b), np.linspace(0, 1, alphas).tolist()
-    curves: dict[str, dict[str, list]] = {split: {"accuracy": [], "loss": []} for split in scorer.splits}
+    scorer, values, monitor = make_scorer(b), np.linspace(0, 1, alphas).tolist(), monitor_of(b)
+    curves: dict[str, dict[str, list]] = {split: {name: [] for name, _ in monitor} for split in scorer.splits}
     for alpha in values:
         variables = interpolate(a.variables, b.variables, alpha)
         for split in scorer.splits:
             predictions = scorer.predict(variables, split)
             if split == scorer.scored and alpha in (0, 1):
                 _check_saved(b if alpha else a, predictions)
-            for name, value in evaluate.scores(predictions).items():
+            for name, value in tasks.scores(predictions).items():
                 curves[split][name].append(value)
-    chosen = _best(values, curves["val"]) if "val" in curves else UNTUNED
+    chosen = _best(values, curves["val"], monitor) if "val" in curves else UNTUNED
     report = {
         "a": {"run": a.name, "method": a.method},
         "b": {"run": b.name, "method": b.method},
@@ -223,10 +229,10 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
         return load(runs[i].name).variables
 
     def score(variables: Variables) -> dict[str, float]:
-        return evaluate.scores(scorer.predict(variables, "val"))
+        return tasks.scores(scorer.predict(variables, "val"))
 
     alone = [score(load_variables(i)) for i in range(len(runs))]
-    kept, chosen = greedy(alone, load_variables, score)
+    kept, chosen = greedy(alone, load_variables, score, monitor_of(runs[0]))
     uniform, best = average(map(load_variables, range(len(runs)))), load_variables(kept[0])
     others = {"uniform": uniform, "best": best}
     order = [*kept, *(i for i in range(len(runs)) if i not in kept)]
@@ -240,66 +246,75 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
     report |= _write(scorer, chosen, runs[0], folder)
     predictions = {name: scorer.predict(variables, scorer.scored) for name, variables in others.items()}
     _check_saved(runs[kept[0]], predictions["best"])
-    resamples = runs[0].config.resamples
-    report |= {name: metrics.summarize(other, resamples=resamples) for name, other in predictions.items()}
+    resamples = runs[0].settings.loop.resamples
+    report |= {name: tasks.summarize(other, resamples=resamples) for name, other in predictions.items()}
     named = {"best run": report["best"], "uniform soup": report["uniform"], "greedy soup": report["metrics"]}
-    rows = {name: summary["accuracy"] for name, summary in named.items()}
-    plots.comparison(rows, folder / "soup.png", f"{scorer.scored} accuracy")
+    metric = monitor_of(runs[0])[0][0]
+    rows = {name: summary[metric] for name, summary in named.items()}
+    plots.comparison(rows, folder / "soup.png", f"{scorer.scored} {metric}")
     files.write_json(folder / "soup.json", report)
     return report
 
 
 def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
-    """Accuracy of every split against alpha; beside it that of data.extra_eval against that of the run's data."""
+    """The first metric of every split against alpha; beside it that of data.extra_eval against that of the run's data."""
     alphas, curves = report["alphas"], report["curves"]
+    metric = next(iter(next(iter(curves.values()))))
     scored = "test" if "test" in curves else "val"
     further = [split for split in curves if split not in ("val", "test")]
     columns, names = 1 + bool(further), [_named(report[end]) for end in "ab"]
-    with plots.figure_at(path, (4.4 * columns, 3.4), columns=columns) as (_, axes):
-        colours = {split: plots.PALETTE[i % len(plots.PALETTE)] for i, split in enumerate(curves)}
+    with plotting.figure_at(path, (4.4 * columns, 3.4), columns=columns) as (_, axes):
+        colours = {split: plotting.PALETTE[i % len(plotting.PALETTE)] for i, split in enumerate(curves)}
         for split, colour in colours.items():
-            axes[0].plot(alphas, curves[split]["accuracy"], "o-", color=colour, markersize=3, label=split)
-        axes[0].axvline(report["chosen"], color=plots.GREY, linestyle=":", linewidth=1)
-        axes[0].set(xlabel="alpha", ylabel="accuracy", title=f"chosen: alpha {report['chosen']:g}")
+            axes[0].plot(alphas, curves[split][metric], "o-", color=colour, markersize=3, label=split)
+        axes[0].axvline(report["chosen"], color=plotting.GREY, linestyle=":", linewidth=1)
+        axes[0].set(xlabel="alpha", ylabel=metric, title=f"chosen: alpha {report['chosen']:g}")
         axes[0].set_xticks([0, 0.5, 1], [f"0\n{names[0]}", "0.5", f"1\n{names[1]}"])
         axes[0].grid(True)
         axes[0].legend(loc="best")
         for split in further:
-            x, y = curves[scored]["accuracy"], curves[split]["accuracy"]
+            x, y = curves[scored][metric], curves[split][metric]
             axes[1].plot(x, y, "o-", color=colours[split], markersize=3, linewidth=1.2, label=split)
             for end, marker, name in ((0, "s", names[0]), (-1, "D", names[1])):
                 axes[1].plot(x[end], y[end], marker, color=colours[split], markersize=6)
                 axes[1].annotate(name, (x[end], y[end]), xytext=(4, 4), textcoords="offset points", fontsize=7)
         if further:
-            axes[1].set(xlabel=f"accuracy, {scored}", ylabel="accuracy, further sets", title="one point per alpha")
+            axes[1].set(xlabel=f"{metric}, {scored}", ylabel=f"{metric}, further sets", title="one point per alpha")
             axes[1].grid(True)
             axes[1].legend(loc="best")
 
 
 def _named(end: dict[str, str]) -> str:
-    return plots.short(" ".join(filter(None, (end["method"], pathlib.Path(end["run"]).name))))
+    return plotting.short(" ".join(filter(None, (end["method"], pathlib.Path(end["run"]).name))))
 
 
 def _facts(weights: Weights) -> dict[str, Any]:
     """What two runs must share, as a flat table."""
-    flat, card = options.flatten(weights.config), dataclasses.asdict(weights.card)
+    flat, card = weights.settings.table, dataclasses.asdict(weights.card)
     data = {key: value for key, value in flat.items() if key.startswith("data.") and key not in OWN}
     about_files = ("source", "licence", "sha256")
     pixels = {f"card {key}": value for key, value in card.items() if key not in about_files}
     return {key: flat[key] for key in SHARED} | data | pixels
 
 
-def _best(alphas: Sequence[float], curve: dict[str, list]) -> float:
-    return max(zip(curve["accuracy"], [-loss for loss in curve["loss"]], alphas, strict=True))[-1]
+def monitor_of(weights: Weights) -> Monitor:
+    """What selects among networks of this task."""
+    return tasks.METRICS[weights.card.task].monitor
 
 
-def _check_saved(weights: Weights, predictions: metrics.Predictions) -> None:
+def _best(alphas: Sequence[float], curve: dict[str, list], monitor: Monitor) -> float:
+    points = [dict(zip(curve, values, strict=True)) for values in zip(*curve.values(), strict=True)]
+    ranked = [(tasks.preference(monitor, point), alpha) for point, alpha in zip(points, alphas, strict=True)]
+    return max(ranked)[1]
+
+
+def _check_saved(weights: Weights, predictions: tasks.Predictions) -> None:
     """Raises ValueError where a run's file predicts otherwise than the run did: it is not the whole of the network."""
     saved = weights.saved
     if saved is None:
         return
     same = saved.ids.shape == predictions.ids.shape and (saved.ids == predictions.ids).all()
-    changed = int((saved.logits.argmax(1) != predictions.logits.argmax(1)).sum()) if same else len(saved.ids)
+    changed = int(tasks.METRICS[saved.spec.name].differ(saved, predictions).sum()) if same else len(saved.ids)
     if changed > max(1, CHANGED * len(saved.ids)):
         raise ValueError(
             f"model.safetensors of {weights.name} predicts {changed} of {len(saved.ids)} examples otherwise than its "
@@ -314,9 +329,9 @@ def _write(scorer: Scorer, variables: Variables, weights: Weights, folder: pathl
     for split in (scorer.scored, *scorer.further):
         predictions = scorer.predict(variables, split)
         suffix = "" if split == scorer.scored else f"-{split}"
-        metrics.save_predictions(folder / f"predictions{suffix}.npz", **predictions._asdict())
-        summaries[split] = metrics.summarize(predictions, resamples=weights.config.resamples)
-    pretrained.export(variables, weights.config.model.name, folder / "model.safetensors", card=weights.card)
+        tasks.save_predictions(folder / f"predictions{suffix}.npz", predictions)
+        summaries[split] = tasks.summarize(predictions, resamples=weights.settings.loop.resamples)
+    pretrained.export(variables, weights.settings.model.name, folder / "model.safetensors", card=weights.card)
     return {"split": scorer.scored, "metrics": summaries.pop(scorer.scored), "also": summaries}
 
 
@@ -344,7 +359,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{report['split']} accuracy {report['metrics']['accuracy']['value']:.4f}; wrote {args.out}")
+    metric, entry = next((name, entry) for name, entry in report["metrics"].items() if isinstance(entry, dict))
+    value = "undefined" if entry["value"] is None else f"{entry['value']:.4f}"
+    print(f"{report['split']} {metric} {value}; wrote {args.out}")
     return 0
 
 

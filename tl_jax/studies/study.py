@@ -7,13 +7,12 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from tl_jax import config as options
+from tl_jax import tasks
 from tl_jax.core import messages
 from tl_jax.data import resample
-from tl_jax.tasks import metrics
 
 SHARED = ("seed", "seeds", "baseline", "replicas", "data.resample")  # the study's own: no level may set them
 TOGETHER = ("heads", "all", "none")
@@ -136,7 +135,7 @@ def _problems_of_study(study: Study) -> list[str]:
         problems.append(f"the base config sets {' and '.join(arms)}: here they are the study's")
     if study.together not in TOGETHER:
         problems.append(f"together={study.together!r}: expected one of {', '.join(TOGETHER)}")
-    known = _scalar_metrics()
+    known = tasks.scalar_names(study.base.get("task", tasks.Spec().name))
     for metric in study.metrics:
         name = metric.rpartition("/")[2]
         if name not in known:
@@ -144,13 +143,6 @@ def _problems_of_study(study: Study) -> list[str]:
     if not study.metrics or len(set(study.metrics)) < len(study.metrics):
         problems.append(f"metrics={tuple(study.metrics)}: expected at least one, and none twice")
     return problems
-
-
-def _scalar_metrics() -> list[str]:
-    """What metrics.summarize gives one number for."""
-    few = metrics.make_predictions(np.eye(6), np.arange(6), [str(i) for i in range(6)], [str(i) for i in range(6)])
-    summary = metrics.summarize(few, resamples=1)
-    return [name for name, entry in summary.items() if isinstance(entry, dict) and np.isscalar(entry.get("value"))]
 
 
 def _problems_of_levels(study: Study) -> list[str]:

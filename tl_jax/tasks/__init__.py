@@ -1,4 +1,4 @@
-"""What a head predicts, and everything that follows from it: loss, log, metrics with intervals, the metric that selects.
+"""What a head predicts, and what follows from it: the loss, the log, metrics with intervals, the metric that selects.
 
 No other room names a metric. Scoring needs no jax; `make` does.
 """

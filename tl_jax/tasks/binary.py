@@ -85,7 +85,7 @@ def confusion(predictions: Predictions) -> np.ndarray:
 
 
 def reliability(predictions: Predictions, bins: int = ECE_BINS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count, share of positives and mean probability [bins] of equal bins of the positive's probability; NaN if empty."""
+    """Count, share of positives and mean probability [bins] of equal bins of the probability; NaN where empty."""
     p = probability(predictions)
     return binned(bin_of(p, bins), predictions.labels, p, bins)
 

@@ -22,7 +22,7 @@ def make(spec: Spec, label_smoothing: float, class_weight: tuple[float, ...]) ->
 
     def loss(outputs, targets):
         each = losses.cross_entropy(outputs["logits"], targets)
-        return each * jnp.sum(targets * weights, axis=-1) if class_weight else each
+        return each * jnp.dot(targets, weights, precision="highest") if class_weight else each
 
     def running(outputs, labels):
         return {"accuracy": (jnp.argmax(outputs["logits"], axis=-1) == labels).astype(jnp.float32)}

@@ -1,4 +1,4 @@
-"""The one bootstrap over examples that all metrics share (Efron 1979), and sums over resamples that metrics are made of."""
+"""The one bootstrap over examples that all metrics share (Efron 1979), and the weighted sums that they are made of."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -20,7 +20,7 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array, pos_weight: jax.
     pos_weight: the weight w of a positive, a number or one for each of the last axis.
     """
     x = logits.astype(jnp.float32)
-    return pos_weight * targets * jax.nn.softplus(-x) + (1.0 - targets) * jax.nn.softplus(x)
+    return jnp.broadcast_to(pos_weight, x.shape) * targets * jax.nn.softplus(-x) + (1.0 - targets) * jax.nn.softplus(x)
 
 
 def smooth_binary(labels: jax.Array, smoothing: float) -> jax.Array:

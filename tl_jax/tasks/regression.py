@@ -15,7 +15,7 @@ def make(spec: Spec) -> Task:
 
     from tl_jax.tasks import losses
 
-    mean, std = (jnp.asarray(x, jnp.float32) for x in (spec.target_mean, spec.target_std))
+    mean, std = (jnp.asarray(x, jnp.float32)[None] for x in (spec.target_mean, spec.target_std))
     targets = len(spec.class_names)
 
     def decode(outputs):

@@ -157,16 +157,8 @@ def write(
             tasks.save_predictions(folder / f"predictions{suffix}.npz", values)
         files.write_json(folder / "audit.json", report)
         if verbose:
-            draw(run, folder, own)
+            from tl_jax.training import plots  # here, as matplotlib takes its time
+
+            plots.draw_run(files.read_rows(folder / "metrics.jsonl"), own, folder)
         files.write_json(folder / "result.json", result)
     return result
-
-
-def draw(run: Run, folder: pathlib.Path, predictions: Predictions) -> None:
-    """The figures of a run."""
-    from tl_jax.tasks import figures  # here, as matplotlib takes its time
-    from tl_jax.training import plots
-
-    if rows := files.read_rows(folder / "metrics.jsonl"):  # a probe without gradient takes no steps
-        plots.learning_curves(rows, run.task.spec, folder / "learning_curves.png")
-    figures.draw(predictions, folder)

@@ -124,7 +124,7 @@ def prepare(settings: Settings, parallel: sharding.Parallel) -> Material:
     data = inputs.load_sources(settings)
     train = data[MAIN]
     spec = tasks.fit_spec(settings.task, train.labels, train.class_names)
-    loaded = _load_model(settings, spec, train)
+    loaded = load_model(settings, tasks.make(spec).outputs, train.class_names, train.columns)
     card = _finish_card(settings, loaded.card, spec, train)
     model = _configure(settings, loaded, parallel)
     added = peft.init(model.model, loaded.variables, model.additions, jax.random.key(settings.loop.seed))
@@ -168,11 +168,13 @@ def assemble(settings: Settings, material: Material, parallel: sharding.Parallel
     return Run(settings, material, tuple(phases), json.loads(json.dumps(tables)))
 
 
-def _load_model(settings: Settings, spec: Spec, train: Source) -> load.Loaded:
+def load_model(
+    settings: Settings, outputs: int, class_names: Sequence[str], columns: Sequence[str] = ()
+) -> load.Loaded:
     """The network with a new head, or with the file's own, and random numbers in the parts of model.reinit."""
-    model, outputs, class_names = settings.model, tasks.make(spec).outputs, train.class_names
+    model = settings.model
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
-    arguments |= {"head": model.head, "columns": train.columns}
+    arguments |= {"head": model.head, "columns": tuple(columns)}
     loaded = load.load_with_origins(
         model.name, model.weights, None if model.keep_head else outputs, **arguments
     )  # fmt: skip

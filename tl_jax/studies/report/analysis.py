@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from tl_jax import tasks
 from tl_jax.studies.report import results as read
 from tl_jax.studies.report import statistics
 from tl_jax.studies.report.results import Cell, Results
@@ -41,7 +42,7 @@ def differences(results: Results, metric: str) -> list[dict[str, Any]]:
         a, b = (read.scores_of(results, row[name], metric) for name in ("cell", "base"))
         units = [unit for unit in results.grid[row["cell"]] if unit in a and unit in b]
         row |= statistics.paired([a[unit] for unit in units], [b[unit] for unit in units], test_share=share)
-        row["better"], row["worse"] = (row[name] for name in FLIPPED[read.sign_of(metric)])
+        row["better"], row["worse"] = (row[name] for name in FLIPPED[tasks.direction(metric)])
     for row, adjusted in zip(rows, statistics.holm([row["p"] for row in rows]), strict=True):
         row["adjusted"] = adjusted
     return rows
@@ -129,9 +130,9 @@ def _listed(names: list[str], limit: int = 8) -> str:
 
 
 def _direction(metric: str, mean: float) -> str:
-    better = "better" if mean * read.sign_of(metric) > 0 else "worse"
+    better = "better" if mean * tasks.direction(metric) > 0 else "worse"
     side = "higher" if mean > 0 else "lower"
-    return side if read.sign_of(metric) > 0 else f"{side} ({better})"
+    return side if tasks.direction(metric) > 0 else f"{side} ({better})"
 
 
 def p_equals(p: float) -> str:
@@ -165,7 +166,7 @@ def ranks(results: Results, factor: str, metric: str) -> dict[str, Any] | str:
         blocks += [[column[unit] for column in row] for unit in shared]
     if len(blocks) < 5:
         return f"{factor}: {len(blocks)} complete blocks; ranks are compared from 5 on"
-    return {"levels": levels, **statistics.friedman(read.sign_of(metric) * np.array(blocks))}
+    return {"levels": levels, **statistics.friedman(tasks.direction(metric) * np.array(blocks))}
 
 
 def costs(results: Results) -> list[dict[str, Any]]:
@@ -191,9 +192,9 @@ def _ratio(value: float | None, base: float | None) -> float | None:
     return None if value is None or not base else value / base
 
 
-def mean_curve(results: Results, cell: Cell) -> dict | None:
-    """val/accuracy of a cell, mean and interval over the steps that all its runs have reached; None without curves."""
-    curves = [read.read_curve(run) for run in results.grid.get(cell, {}).values()]
+def mean_curve(results: Results, cell: Cell, column: str) -> dict | None:
+    """A column of metrics.jsonl of a cell: mean and interval over the steps that all its runs have reached, or None."""
+    curves = [read.read_curve(run, column) for run in results.grid.get(cell, {}).values()]
     curves = [curve for curve in curves if len(curve)]
     if not curves:
         return None
@@ -211,9 +212,9 @@ def pooled(results: Results, outputs: Mapping[str, read.Outputs], factor: str, l
     found = [run.key for cell in cells for run in results.grid[cell].values() if run.key in outputs]
     if not found:
         return None
-    count, correct, confidence = (sum(outputs[key][i] for key in found) for i in range(3))
+    count, observed, expected = (sum(outputs[key][i] for key in found) for i in range(3))
     total = np.where(count, count, 1)
-    return {"count": count, "accuracy": correct / total, "confidence": confidence / total}
+    return {"count": count, "observed": observed / total, "expected": expected / total}
 
 
 def class_changes(

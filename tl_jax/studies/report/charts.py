@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tl_jax.training.plots import BLUE, GREY, MARKERS, PALETTE, figure_at, short
+from tl_jax.core.plotting import BLUE, GREY, MARKERS, PALETTE, figure_at, short
 
 INK = "#222222"
 LINES = len(PALETTE)  # more than its colours cannot be told apart
@@ -183,17 +183,20 @@ def _compact(value: float, _=None) -> str:
     return f"{value / 10**power:g}{' kMG'[power // 3].strip()}"
 
 
-def reliability(path, series: Mapping[str, dict], *, order: Sequence[str], legend="") -> None:
-    """Accuracy against confidence, a line each for {"count", "accuracy", "confidence"} of equal bins."""
+def reliability(path, series: Mapping[str, dict], *, axes: tuple[str, str], order: Sequence[str], legend="") -> None:
+    """Observed against expected share, a line each for {"count", "observed", "expected"} of equal bins.
+
+    axes: what the two shares are called.
+    """
     with figure_at(path, (5.6 if len(series) > 1 else 4.0, 3.8)) as (figure, (axis,)):
         axis.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
         for name, bins in series.items():
             seen = bins["count"] >= max(1, 0.005 * bins["count"].sum())  # a bin of a few examples is noise
             colour, marker = look(name, order)
             style = {"color": colour, "marker": marker, "markersize": 5.5, "linewidth": 1.5}
-            axis.plot(bins["confidence"][seen], bins["accuracy"][seen], **style, markeredgecolor="white",
+            axis.plot(bins["expected"][seen], bins["observed"][seen], **style, markeredgecolor="white",
                       markeredgewidth=0.6, label=short(name, 30))  # fmt: skip
-        axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+        axis.set(xlim=(0, 1), ylim=(0, 1), xlabel=axes[1], ylabel=axes[0])
         axis.grid(True)
         if len(series) > 1:
             _legend(figure, axis, legend)

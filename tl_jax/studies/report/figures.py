@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax import tasks
 from tl_jax.studies.report import analysis, charts, statistics
 from tl_jax.studies.report import results as read
 from tl_jax.studies.report.results import Cell, Results
@@ -208,7 +209,7 @@ def parameters(material: Material) -> Made:
             points.append({**mean, "x": row["trainable_parameters"], "name": name, "group": group})
     if len({point["x"] for point in points}) < 2:
         return
-    scores = [read.sign_of(metric) * point["mean"] for point in points]
+    scores = [tasks.direction(metric) * point["mean"] for point in points]
     on_front = statistics.pareto([point["x"] for point in points], scores)
     caption = f"{metric} against trainable parameters; no other cell has both fewer and a better mean than the front's."
     order = list(results.factors[groups]) if groups else [""]
@@ -271,26 +272,26 @@ def ranks(material: Material) -> Made:
 
 
 def learning(material: Material) -> Made:
-    """Validation accuracy against the step, mean over units on the steps that all of a cell's runs have reached."""
-    results = material.results
-    panels = _panels(results, "", lambda cells: analysis.mean_curve(results, cells[0]) if cells else None)
+    """The metric that selects against the step, mean over units on the steps that all of a cell's runs have reached."""
+    results, column = material.results, read.curve_column(material.results)
+    panels = _panels(results, "", lambda cells: analysis.mean_curve(results, cells[0], column) if cells else None)
     if isinstance(panels, str):
         yield f"learning curves: {panels}"
     elif not panels:
         if any(run.state == "done" for run in read.runs(results)):
-            yield "learning curves: no finished run has val/accuracy in its metrics.jsonl"
+            yield f"learning curves: no finished run has {column} in its metrics.jsonl"
     else:
-        caption = f"val/accuracy while training: mean over {read.unit_noun(results)}, bands are 95 % intervals."
+        caption = f"{column} while training: mean over {read.unit_noun(results)}, bands are 95 % intervals."
         lines = _line_factor(results, "")
-        yield Figure("learning", caption, _draw_lines(results, panels, lines, "val/accuracy", along="step"))
+        yield Figure("learning", caption, _draw_lines(results, panels, lines, column, along="step"))
 
 
 def calibration(material: Material) -> Made:
-    """Reliability lines of a factor's levels, pooled over all else, and the ECE of each cell."""
-    results = material.results
+    """Reliability lines of a factor's levels, pooled over all else, and the calibration error of each cell."""
+    results, error = material.results, tasks.CALIBRATION
     if not material.outputs:
         if any(run.state == "done" for run in read.runs(results)):
-            yield "reliability and changes per class: no finished run has a predictions.npz"
+            yield "reliability and changes per class: no finished run has a predictions.npz of classes"
         return
     factor = _colour_factor(results) or next(iter(results.factors))
     if len(results.factors[factor]) > charts.LINES:
@@ -299,14 +300,15 @@ def calibration(material: Material) -> Made:
         lines = {level: analysis.pooled(results, material.outputs, factor, level) for level in results.factors[factor]}
         lines = {level: bins for level, bins in lines.items() if bins}
         also = " and all other factors" if len(results.factors) > 1 else ""
-        caption = f"Reliability of each {factor}: accuracy by confidence, pooled over {read.unit_noun(results)}{also}."
+        axes = next(iter(material.outputs.values())).axes
+        caption = f"Reliability of each {factor}: {' by '.join(axes)}, pooled over {read.unit_noun(results)}{also}."
         yield Figure(
             "calibration",
             caption,
-            partial(charts.reliability, series=lines, order=list(results.factors[factor]), legend=factor),
+            partial(charts.reliability, series=lines, axes=axes, order=list(results.factors[factor]), legend=factor),
         )
-    if "ece" not in results.metrics and any(read.scores_of(results, cell, "ece") for cell in results.grid):
-        yield _cell_dots(results, "calibration-ece", "ece")
+    if error not in results.metrics and any(read.scores_of(results, cell, error) for cell in results.grid):
+        yield _cell_dots(results, f"calibration-{error}", error)
 
 
 def classes(material: Material) -> Made:

@@ -12,6 +12,7 @@ import pathlib
 import sys
 from typing import Any
 
+from tl_jax import tasks
 from tl_jax.core.files import write_text
 from tl_jax.studies.report import analysis, figures, tables
 from tl_jax.studies.report import results as read
@@ -228,7 +229,7 @@ def _difference_table(results: Results, metric: str, rows: list[dict]) -> Table:
             p_value(row["adjusted"]), NONE if row["effect"] is None else f"{row['effect']:+.2f}",
             *(str(row[name]) for name in ("better", "worse", "ties", "n")),
         ))  # fmt: skip
-    side = "" if read.sign_of(metric) > 0 else ", less is better"
+    side = "" if tasks.direction(metric) > 0 else ", less is better"
     return Table(f"{metric}{side}: cell minus the baseline level, other factors equal.", headers, lines, 2)
 
 

@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax import tasks
 from tl_jax.core.files import read_json
 from tl_jax.studies import store
 from tl_jax.studies.report import statistics
-from tl_jax.tasks import metrics
 
 FIELDS = ("name", "question", "factors", "baseline", "seeds", "metrics", "design", "runs")
-LESS_IS_BETTER = ("nll", "ece")
 COSTS = ("trainable_parameters", "flops_per_step", "memory_bytes", "seconds")
 Cell = tuple[str, ...]  # one level of every factor
 Unit = tuple[int, str]  # seed and fold: the same unit means the same data, so this is what runs are paired by
@@ -175,48 +174,61 @@ def unit_noun(results: Results, count: int = 2) -> str:
     return noun if count == 1 else f"{noun}s"
 
 
-def sign_of(metric: str) -> int:
-    """1 where more is better, -1 where less is."""
-    return -1 if metric.rpartition("/")[2] in LESS_IS_BETTER else 1
-
-
 def interval(results: Results, values: Sequence[float]) -> dict:
     """Mean and 95 % interval of one value per unit, corrected where the units share training examples."""
     return statistics.mean_interval(list(values), test_share=test_share(results))
 
 
 class Outputs(NamedTuple):
-    """What the figures need of one run's predictions; arrays [bins] and [classes], NaN recall where no example is."""
+    """What the figures need of one run's predictions; arrays [bins] and [classes], NaN recall where no example is.
+
+    observed, expected: sums over the examples of each bin. axes: what these two are called.
+    """
 
     count: np.ndarray
-    correct: np.ndarray
-    confidence: np.ndarray
+    observed: np.ndarray
+    expected: np.ndarray
+    axes: tuple[str, str]
     recall: np.ndarray
     class_names: tuple[str, ...]
 
 
 def read_outputs(results: Results) -> tuple[dict[str, Outputs], list[str]]:
-    """{key: Outputs} of the finished runs, one file in memory at a time; and what could not be read, as sentences."""
+    """{key: Outputs} of the finished runs, one file in memory at a time; and what could not be read, as sentences.
+
+    Of tasks that predict one class for each example.
+    """
     found, problems = {}, []
     for run in runs(results):
         path = run.folder / "predictions.npz"
         if run.state != "done" or not path.exists():
             continue
         try:
-            predictions = metrics.load_predictions(path)
+            predictions = tasks.load_predictions(path)
         except ValueError as error:
             problems.append(last_line(str(error), run.folder.parents[1]))
             continue
-        count, accuracy, confidence = metrics.reliability(predictions)
-        confusion = metrics.confusion(predictions)
+        task = predictions.spec.name
+        if task not in tasks.RELIABILITY:
+            continue
+        reliability, axes = tasks.RELIABILITY[task]
+        count, *means = reliability(predictions)
+        confusion = tasks.CONFUSION[task](predictions)
         support = confusion.sum(axis=1)
         recall = np.where(support > 0, confusion.diagonal() / np.maximum(support, 1), np.nan)
-        sums = (np.nan_to_num(count * mean) for mean in (accuracy, confidence))
-        found[run.key] = Outputs(count, *sums, recall, predictions.class_names)
+        sums = (np.nan_to_num(count * mean) for mean in means)
+        found[run.key] = Outputs(count, *sums, axes, recall, predictions.spec.class_names)
     return found, problems
 
 
-def read_curve(run: Run, name: str = "val/accuracy") -> np.ndarray:
+def curve_column(results: Results) -> str:
+    """The column of metrics.jsonl with the metric that selects; classification's where no run has one."""
+    columns = [f"val/{metrics.monitor[0][0]}" for metrics in tasks.METRICS.values()]
+    found = (column for run in runs(results) for column in columns if len(read_curve(run, column)))
+    return next(found, columns[0])
+
+
+def read_curve(run: Run, name: str) -> np.ndarray:
     """Steps and values [points, 2] of a column of metrics.jsonl; empty where there are none."""
     path = run.folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if run.state == "done" and path.exists() else []

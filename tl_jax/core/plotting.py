@@ -1,0 +1,53 @@
+"""What all figures share: a colour-blind-safe palette, a style, and the writing of a figure to .png or .svg."""
+
+import contextlib
+import pathlib
+
+import matplotlib
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from tl_jax.core import files
+
+# Okabe and Ito 2008, with grey for their yellow (too faint on white); blue and vermilion carry the two-colour plots
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C", "#000000")
+BLUE, VERMILION, GREY = PALETTE[0], PALETTE[1], "#6B6B6B"
+BLUES = LinearSegmentedColormap.from_list("blues", ["#FFFFFF", "#9CCBE8", BLUE, "#00304D"])
+MARKERS = "osD^v"
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": "#222222",
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "legend.frameon": False,
+    "text.parse_math": False,  # class names may hold dollar signs
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tl_jax",
+}
+
+
+def short(name, limit=22):
+    return name if len(name) <= limit else name[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+@contextlib.contextmanager
+def figure_at(path, size, rows=1, columns=1, ratios=None):
+    """Yields a styled figure of `size` inches and its axes; on leaving, writes it whole to .png (150 dpi) or .svg."""
+    path = pathlib.Path(path)
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"{path}: figures are written as .png or .svg")
+    grid = {"height_ratios" if rows > 1 else "width_ratios": ratios}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure, figure.subplots(rows, columns, squeeze=False, **grid).ravel()
+        with files.atomic_write(path) as file:
+            metadata = {"Date": None} if path.suffix == ".svg" else None
+            figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=metadata)

@@ -1,0 +1,224 @@
+"""What is drawn of predictions, by task; the suffix of the path picks .png or .svg."""
+
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.patheffects import withStroke
+
+from tl_jax import tasks
+from tl_jax.core.plotting import BLUE, BLUES, GREY, MARKERS, PALETTE, VERMILION, figure_at, short
+from tl_jax.tasks import binary, classification
+from tl_jax.tasks.predictions import Predictions
+
+ANSWER = {"classification": classification.answer, "binary": binary.answer}  # the predicted class
+LABELS, TARGETS = 40, 6  # so many labels, targets are drawn
+
+
+def draw(predictions: Predictions, folder) -> None:
+    """All figures of a task, as PNG files in the folder."""
+    for name, figure in FIGURES[predictions.spec.name].items():
+        figure(predictions, folder / f"{name}.png")
+    features = predictions.features
+    if predictions.spec.name in ANSWER and features is not None and min(features.shape) >= 2:  # a plane needs two
+        feature_map(predictions, folder / "feature_map.png")
+
+
+def confusion_matrix(predictions: Predictions, path) -> None:
+    """Confusion matrix, coloured by the share of the true class.
+
+    To 20 classes the counts are written in, beyond it the commonest confusions beside it; beyond 200 the cells are
+    blocks of neighbouring classes.
+    """
+    counts = tasks.CONFUSION[predictions.spec.name](predictions)
+    classes = len(counts)
+    side, listed = min(2.8 + 0.34 * classes, 7.2), classes > 20
+    grid = {"columns": 2, "ratios": [side, 3.2]} if listed else {}
+    with figure_at(path, (side + (4.0 if listed else 0.6), side), **grid) as (figure, axes):
+        share, block = _share(counts)
+        image = axes[0].imshow(
+            share, cmap=BLUES, norm=PowerNorm(0.5, 0, 1), interpolation="nearest", extent=(0, classes, classes, 0)
+        )
+        blocks = f"; cells are blocks of {block} classes" if block > 1 else ""
+        axes[0].set(xlabel="predicted class", ylabel="true class")
+        axes[0].set_title(f"{counts.trace():,} of {counts.sum():,} correct{blocks}")
+        axes[0].spines[:].set_visible(True)
+        axes[0].tick_params(length=0)
+        bar = figure.colorbar(image, ax=axes[0], shrink=0.8, ticks=[0, 0.05, 0.2, 0.5, 1])
+        bar.set_label("share of the true class", fontsize=8)
+        bar.outline.set_visible(False)
+        if classes <= 50:
+            _name_classes(axes[0], predictions.spec.class_names)
+        if listed:
+            _list_confusions(axes[1], counts, predictions.spec.class_names)
+            return
+        for (i, j), count in np.ndenumerate(counts):
+            colour = "white" if share[i, j] > 0.3 else "black"
+            axes[0].text(j + 0.5, i + 0.5, count or "", ha="center", va="center", fontsize=8, color=colour)
+
+
+def _share(counts):
+    """Rows divided by their sums, and how many classes a cell stands for: at most 200 cells a side stay visible."""
+    block = -(-len(counts) // 200)
+    start = np.arange(0, len(counts), block)
+    pooled = np.add.reduceat(np.add.reduceat(counts, start, axis=0), start, axis=1)
+    return pooled / np.maximum(pooled.sum(axis=1, keepdims=True), 1), block
+
+
+def _name_classes(axis, class_names):
+    names, size = [short(name) for name in class_names], 9 if len(class_names) <= 20 else 6
+    centres = np.arange(len(names)) + 0.5
+    axis.set_xticks(centres, names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
+    axis.set_yticks(centres, names, fontsize=size)
+
+
+def _list_confusions(axis, counts, class_names, limit=25):
+    """The pairs that are taken for each other most often, as text: what a large matrix cannot show."""
+    wrong = counts - np.diag(counts.diagonal())
+    order = np.argsort(-wrong, axis=None, kind="stable")[:limit]
+    arrow = "\N{RIGHTWARDS ARROW}"
+    lines = ["commonest confusions", f"(count  true {arrow} predicted)", ""]
+    for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True):
+        if wrong[i, j]:
+            lines.append(f"{wrong[i, j]:>4,}  {short(class_names[i])} {arrow} {short(class_names[j])}")
+    axis.axis("off")
+    axis.text(0, 0.92, "\n".join(lines), va="top", fontsize=7, linespacing=1.5, transform=axis.transAxes)
+
+
+def reliability(predictions: Predictions, path) -> None:
+    """Reliability diagram (Guo et al. 2017): observed by expected share, the gap, and the share of each bin."""
+    measure, (observed, expected) = tasks.RELIABILITY[predictions.spec.name]
+    count, share, probability = measure(predictions)
+    total, bins = count.sum(), len(count)
+    ece = np.nansum(count * np.abs(share - probability)) / total
+    left, width = np.arange(bins) / bins, 1 / bins
+    with figure_at(path, (3.8, 4.4), rows=2, ratios=[3, 1]) as (_, (top, bottom)):
+        bar = {"width": width, "align": "edge", "linewidth": 0.6}
+        top.bar(left, share, color=BLUE, alpha=0.85, edgecolor="white", label=observed, **bar)
+        gap = {"color": "none", "edgecolor": VERMILION, "hatch": "/////", "label": f"gap to {expected}"}
+        top.bar(left, probability - share, bottom=share, **gap, **bar)
+        top.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
+        top.set(xlim=(0, 1), ylim=(0, 1), ylabel=observed, title=f"ECE {ece:.4f} ({bins} bins)")
+        top.tick_params(labelbottom=False)
+        top.legend(loc="upper left")
+        bottom.bar(left, count / total, color=GREY, edgecolor="white", **bar)
+        for name, values, style in ((observed, share, (BLUE, "-")), (expected, probability, (VERMILION, "--"))):
+            mean, colour, line = np.nansum(count * values) / total, *style
+            bottom.axvline(mean, color=colour, ls=line, lw=1.4, label=f"mean {name} {mean:.3f}")
+        bottom.set(xlim=(0, 1), xlabel=expected, ylabel="share")
+        bottom.legend(loc="upper left", fontsize=7.5)
+
+
+def feature_map(predictions: Predictions, path) -> None:
+    """The two leading principal components of the features, coloured by class, with the misclassified examples ringed.
+
+    Classes are named at their medians up to 10, in a legend up to 40, and drawn alike beyond. ValueError where the
+    predictions carry no features.
+    """
+    features, labels, names = predictions.features, predictions.labels, predictions.spec.class_names
+    if features is None or min(features.shape) < 2:
+        found = "no features" if features is None else f"features {features.shape}"
+        raise ValueError(f"the predictions carry {found}; a feature map needs [N >= 2, D >= 2]")
+    import sklearn.decomposition
+
+    pca = sklearn.decomposition.PCA(2, random_state=0)
+    points = pca.fit_transform(features.astype(np.float64))
+    wrong = ANSWER[predictions.spec.name](predictions) != labels
+    legend = 10 < len(names) <= 40
+    with figure_at(path, (7.4 if legend else 5.4, 4.8)) as (figure, (axis,)):
+        size = float(np.clip(6000 / len(labels), 3, 16))
+        for k in np.unique(labels):
+            colour, marker = PALETTE[k % len(PALETTE)], MARKERS[k // len(PALETTE) % len(MARKERS)]
+            colour, marker = (colour, marker) if len(names) <= 40 else ("#9AA5AE", "o")
+            style = {"color": colour, "marker": marker, "alpha": 0.65, "linewidths": 0, "rasterized": True}
+            axis.scatter(*points[labels == k].T, s=size, label=short(names[k]), **style)
+        ring = {"facecolors": "none", "edgecolors": "black", "linewidths": 0.8, "rasterized": True}
+        axis.scatter(*points[wrong].T, s=3.5 * size, **ring)
+        for k in np.unique(labels) if len(names) <= 10 else ():
+            halo = [withStroke(linewidth=2.5, foreground="white")]
+            x, y = np.median(points[labels == k], axis=0)
+            axis.text(x, y, short(names[k]), ha="center", va="center", weight="bold", path_effects=halo)
+        first, second = pca.explained_variance_ratio_
+        axis.set(xlabel=f"component 1 ({first:.1%} of the variance)", ylabel=f"component 2 ({second:.1%})")
+        axis.set_title(f"{features.shape[1]} features; {wrong.sum():,} of {len(wrong):,} misclassified (ringed)")
+        if legend:
+            scale = 5 / size**0.5
+            figure.legend(loc="outside right upper", fontsize=7, markerscale=scale, ncols=1 + (len(names) > 22))
+
+
+def threshold_curves(predictions: Predictions, path) -> None:
+    """ROC and precision-recall curve of a binary task, with the point of the threshold in use."""
+    import sklearn.metrics  # here, as it takes half a second
+
+    point, labels, logits = tasks.METRICS["binary"].point(predictions), predictions.labels, predictions.values
+    with figure_at(path, (7.2, 3.5), columns=2) as (_, (left, right)):
+        if labels.min() < labels.max():
+            fall_out, hit, _ = sklearn.metrics.roc_curve(labels, logits)
+            precision, recall, _ = sklearn.metrics.precision_recall_curve(labels, logits)
+            left.plot(fall_out, hit, color=BLUE, linewidth=1.6)
+            right.step(recall, precision, color=BLUE, linewidth=1.6, where="post")
+            dot = {"color": VERMILION, "marker": "o", "markersize": 6, "linestyle": "", "label": "threshold in use"}
+            left.plot(1 - point["specificity"], point["recall"], **dot)
+            right.plot(point["recall"], point["precision"], **dot)
+        left.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
+        right.axhline(labels.mean(), color=GREY, linestyle="--", linewidth=1, label="share of positives")
+        left.set(xlabel="1 - specificity", ylabel="recall", title=f"ROC, area {point['roc_auc']:.4f}")
+        right.set(xlabel="recall", ylabel="precision", title=f"average precision {point['average_precision']:.4f}")
+        for axis, place in ((left, "lower right"), (right, "lower left")):
+            axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+            axis.grid(True)
+            axis.legend(loc=place)
+
+
+def label_bars(predictions: Predictions, path) -> None:
+    """F1 and average precision of each label, the best first; of many labels those with the lowest precision."""
+    point, names = tasks.METRICS["multilabel"].point(predictions), predictions.spec.class_names
+    order = np.argsort(-np.nan_to_num(point["average_precision"]), kind="stable")[-LABELS:]
+    support = predictions.labels.sum(axis=0)
+    few = f"; the {LABELS} lowest of {len(names)} labels" if len(order) < len(names) else ""
+    with figure_at(path, (6.0, 1.3 + 0.34 * len(order))) as (figure, (axis,)):
+        rows, height = np.arange(len(order)), 0.38
+        for offset, name, label, colour in (
+            (-0.5, "average_precision", "average precision", BLUE),
+            (0.5, "f1", "F1", VERMILION),
+        ):
+            axis.barh(rows + offset * height, point[name][order], height, color=colour, label=label)
+        axis.set_yticks(rows, [f"{short(names[k])} ({support[k]:,})" for k in order])
+        axis.set(xlim=(0, 1), ylim=(len(order) - 0.4, -0.6), xlabel=f"positives in brackets{few}")
+        mean, macro = point["mean_average_precision"], point["f1_macro"]
+        axis.set_title(f"mean average precision {mean:.4f}, macro F1 {macro:.4f}")
+        axis.tick_params(axis="y", length=0, labelcolor="#222222")
+        axis.grid(True, axis="x")
+        figure.legend(loc="outside lower right", ncols=2, fontsize=8)
+
+
+def predicted_and_true(predictions: Predictions, path) -> None:
+    """Predicted against true values, and the residuals against the predicted: a row for each target."""
+    point, names = tasks.METRICS["regression"].point(predictions), predictions.spec.class_names
+    shown = names[:TARGETS]
+    style = {"s": float(np.clip(6000 / len(predictions.labels), 3, 16)), "color": BLUE, "alpha": 0.5, "linewidths": 0}
+    with figure_at(path, (7.2, 3.2 * len(shown)), rows=len(shown), columns=2) as (_, axes):
+        for k, (name, left, right) in enumerate(zip(shown, axes[::2], axes[1::2], strict=True)):
+            true, predicted = (x[:, k].astype(np.float64) for x in (predictions.labels, predictions.values))
+            ends = [min(true.min(), predicted.min()), max(true.max(), predicted.max())]
+            left.plot(ends, ends, "--", color=GREY, linewidth=1)
+            left.scatter(true, predicted, **style, rasterized=True)
+            right.axhline(0, linestyle="--", color=GREY, linewidth=1)
+            right.scatter(predicted, predicted - true, **style, rasterized=True)
+            rmse, r2 = point["rmse_each"][k], point["r2_each"][k]
+            left.set(xlabel="true", ylabel="predicted", title=f"{short(name)}: RMSE {rmse:.4g}, R2 {r2:.4f}")
+            right.set(xlabel="predicted", ylabel="predicted - true")
+            few = f"; {len(shown)} of {len(names)} targets" if k == 0 and len(shown) < len(names) else ""
+            right.set_title(f"mean residual {(predicted - true).mean():.3g}{few}")
+            for axis in (left, right):
+                axis.grid(True)
+
+
+FIGURES = {
+    "classification": {"confusion_matrix": confusion_matrix, "reliability": reliability},
+    "binary": {
+        "confusion_matrix": confusion_matrix,
+        "reliability": reliability,
+        "threshold_curves": threshold_curves,
+    },
+    "multilabel": {"labels": label_bars},
+    "regression": {"predicted_and_true": predicted_and_true},
+}
