@@ -14,7 +14,7 @@ from tl_jax.models import peft
 from tl_jax.weights import formats
 from tl_jax.weights import load as pretrained
 
-KEY = "tl_jax.weights.delta"
+KEY = "tl_jax.delta"
 
 
 def save(

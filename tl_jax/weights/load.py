@@ -20,7 +20,7 @@ from tl_jax.models import vit
 from tl_jax.models.head import HEAD_INIT, Layers
 from tl_jax.weights import formats, hub
 
-CARD_KEY = "tl_jax.core.card"
+CARD_KEY = "tl_jax.card"
 HEAD = ("params/head/", "batch_stats/head/")
 POS_EMBED = "params/backbone/stem/pos_embed"
 

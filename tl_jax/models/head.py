@@ -1,0 +1,152 @@
+"""The head: a small list of layers, pairs (name, {parameter: value}), and the last dense layer behind them, in float32.
+
+Without layers its parameters are head/kernel and head/bias. With layers they are head/dense{i}/... and head/norm{i}/...
+for layer i of the list, and head/out/kernel, head/out/bias for the last dense one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tl_jax.core import checks
+from tl_jax.models import layers
+
+HEAD_INIT = {"zeros": nn.initializers.zeros, "lecun": nn.initializers.lecun_normal()}
+HE = nn.initializers.he_normal()  # He et al. 2015, arXiv:1502.01852, equation 10
+READS_MAP = ("pool", "flatten")  # layers that take the output of the last cut before pre_logits
+
+Layers = Sequence[tuple[str, Mapping[str, Any]]]
+
+
+def dense(head: nn.Module, i: int, x: jax.Array, train: bool, features: Annotated[int, checks.integer(1)] = 256):
+    """A dense layer with bias."""
+    return nn.Dense(features, kernel_init=HE, name=f"dense{i}")(x)
+
+
+def relu(head: nn.Module, i: int, x: jax.Array, train: bool):
+    """max(x, 0)."""
+    return nn.relu(x)
+
+
+def gelu(head: nn.Module, i: int, x: jax.Array, train: bool):
+    """x times the normal distribution function of x."""
+    return layers.gelu(x)
+
+
+def batch_norm(head: nn.Module, i: int, x: jax.Array, train: bool):
+    """BatchNorm over all axes but the last, with the policy of the backbone's, see layers.batch_norm."""
+    return layers.batch_norm(head, f"norm{i}", train)(x)
+
+
+def layer_norm(head: nn.Module, i: int, x: jax.Array, train: bool):
+    """LayerNorm over the last axis, with torch's epsilon."""
+    return nn.LayerNorm(epsilon=1e-5, name=f"norm{i}")(x)
+
+
+def dropout(
+    head: nn.Module, i: int, x: jax.Array, train: bool, rate: Annotated[float, checks.number(0, 1, below=True)] = 0.5
+):
+    """Sets values to zero with probability `rate` in training, and scales the others by 1 / (1 - rate)."""
+    return nn.Dropout(rate, deterministic=not train)(x)
+
+
+def pool(head: nn.Module, i: int, x: jax.Array, train: bool):
+    """The mean over all positions, of pixels [B, H, W, C] or tokens [B, N, C] (the class token is one of them)."""
+    if x.ndim < 3:
+        raise ValueError(f"model.head begins with pool, but the backbone's output {x.shape} has no positions")
+    return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
+
+
+def flatten(head: nn.Module, i: int, x: jax.Array, train: bool):
+    """All values of an example in one row, [B, ...] -> [B, D], the channels last."""
+    return x.reshape(x.shape[0], -1)
+
+
+# (the Head, position in the list, x, train, parameters) -> x
+LAYERS: dict[str, Callable[..., jax.Array]] = {
+    "dense": dense,
+    "relu": relu,
+    "gelu": gelu,
+    "batch_norm": batch_norm,
+    "layer_norm": layer_norm,
+    "dropout": dropout,
+    "pool": pool,
+    "flatten": flatten,
+}
+
+
+def problems(pairs: Any) -> list[str]:
+    """What is wrong with the list of layers; one sentence for each."""
+    if not isinstance(pairs, list | tuple):
+        return [f"{pairs!r} is no sequence of pairs (name, {{parameter: value}})"]
+    found = [text for pair in pairs for text in checks.pairs_problems("head layer", [pair], LAYERS)]
+    late = [(i, pair[0]) for i, pair in enumerate(pairs) if i and isinstance(pair, list | tuple) and pair]
+    return found + [
+        f"{name} is layer {i} of the head; it reads the backbone's feature map, so it must be the first layer"
+        for i, name in late
+        if name in READS_MAP
+    ]
+
+
+def check(pairs: Any) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """The layers as plain pairs; raises one ValueError that lists everything invalid."""
+    checks.refuse("model.head is invalid", problems(pairs))
+    return tuple((name, dict(args)) for name, args in pairs)
+
+
+class Head(nn.Module):
+    """The layers and the last dense one, [B, ...] -> (what the last dense layer reads [B, E], logits [B, K])."""
+
+    num_classes: int
+    layers: Layers
+    dropout: float
+    head_init: str
+    frozen_norms: tuple[str, ...]
+    axis_name: str | None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+        # A mean of bfloat16 that XLA fuses with a convolution may be NaN, see resnet.py.
+        x = jax.lax.optimization_barrier(x).astype(jnp.float32)
+        for i, (name, args) in enumerate(self.layers):
+            x = LAYERS[name](self, i, x, train, **args)
+        y = nn.Dropout(self.dropout, deterministic=not train)(x) if self.dropout else x
+        return x, nn.Dense(self.num_classes, kernel_init=HEAD_INIT[self.head_init], name="out")(y)
+
+
+def reads(model: nn.Module) -> str:
+    """The cut that the head of `model` reads: pre_logits, or the one before it where pool or flatten comes first."""
+    return model.cuts[-2] if model.num_classes and model.head and model.head[0][0] in READS_MAP else model.cuts[-1]
+
+
+def classify(
+    module: nn.Module, x: jax.Array, out: dict[str, jax.Array], train: bool, start: str | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Runs the head inside a module with fields num_classes, head, dropout and head_init.
+
+    x: the input of the module, of which the cut `start` is read; out: the outputs of the cuts behind it. Returns
+    (logits, out with "embedding", what the last dense layer reads, and "logits"). Raises ValueError where the head
+    reads a cut before `start`.
+    """
+    cut = reads(module)
+    if cut not in out and start != cut:
+        raise ValueError(
+            f"start={start!r}, but the head begins with {module.head[0][0]}, which reads the output of {cut!r}: "
+            f"start at {cut!r} or before it"
+        )
+    x = out.get(cut, x)
+    if module.num_classes == 0:
+        embedding = logits = x
+    elif module.head:
+        policy = {"frozen_norms": module.frozen_norms, "axis_name": module.axis_name}
+        head = Head(module.num_classes, module.head, module.dropout, module.head_init, **policy, name="head")
+        embedding, logits = head(x, train)
+    else:
+        embedding = x
+        x = nn.Dropout(module.dropout, deterministic=not train)(x) if module.dropout else x
+        logits = nn.Dense(module.num_classes, kernel_init=HEAD_INIT[module.head_init], name="head")(x)
+    return logits, {**out, "embedding": embedding, "logits": logits}
