@@ -3,7 +3,7 @@
 python launch.py --config configs/NAME.py[:ARGUMENT] [--config.option=value ...] [--workdir W]
 python launch.py --study experiments/NAME[:ARGUMENT] [--workdir W] [--launcher local] [--jobs N] [--dry-run] [--retry]
 
-configs/transfer.py lists all options. Exit codes: 0 done; 2 the config, the data or the workdir does not fit (one
+tl_jax/core/options.py lists all options. Exit codes: 0 done; 2 the config, the data or the workdir does not fit (one
 message says how); 75 stopped by SIGTERM or Ctrl-C with everything saved, start the same command again; 1 anything else,
 such as a run of a study that failed.
 """
@@ -86,25 +86,10 @@ def run_config(stop_requested: Callable[..., bool]) -> int:
         command = ["launch.py", *submit.own_arguments(sys.argv[1:])]
         return launchers.hand_over(command, workdir, LAUNCHER.value, settings, SUBMIT.value)
     from tl_jax.runtime import distributed
-    from tl_jax.runtime.log import say
-    from tl_jax.studies import compare
-    from tl_jax.tasks import metrics
+    from tl_jax.studies import inprocess
 
     distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    if CONFIG.value.replicas:
-        from tl_jax.training import sweep
-
-        say(sweep.to_table(sweep.sweep(CONFIG.value, workdir, stop_requested=distributed.agreed(stop_requested))))
-        say(f"each replica is a run with a folder of its own: {(workdir / 'replicas').resolve()}")
-        return 0
-    report = compare.compare(CONFIG.value, workdir, distributed.agreed(stop_requested))
-    result = report["result"]
-    say(metrics.format_table(result["metrics"], of=f"seed {CONFIG.value.seed}, {result['data']}"))
-    if result["chosen_on_scored_split"]:
-        say("The checkpoint was chosen on the split scored here: these numbers are optimistic (name a data.test)")
-    if report["comparison"]:
-        say(compare.to_table(report["comparison"]))
-    say(f"everything of this run: {workdir.resolve()}")
+    inprocess.show(inprocess.run(CONFIG.value, workdir, distributed.agreed(stop_requested)), CONFIG.value, workdir)
     return 0
 
 

@@ -61,7 +61,7 @@ def make_training():
     tx = optim.make_optimizer(labels, groups, optax.constant_schedule(1e-5), clip=1.0)
     parallel = sharding.make_parallel("jit", jax.devices()[:1])
     state = parallel.place(jax.jit(lambda v: steps.init_state(v, tx, labels, 0, ema=False))(variables))
-    method = rules.make_method([(".*", "all")], num_classes=card.num_classes)
+    method = rules.make_method(num_classes=card.num_classes)
     train_step = steps.make_train_step(model, method, tx, labels, mean=card.mean, std=card.std)
     images = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     batch = parallel.put_batch({"image": images, "label": np.zeros(size[0], np.int32)})

@@ -91,7 +91,7 @@ def rate_of(stream, warm_up: int) -> float:
 
 
 def ours(source: sources.Source, augment: list, batch_size: int, workers: int) -> float:
-    batches = pipeline.train_batches(source, card=CARD, augment=augment, batch_size=batch_size, seed=0)
+    batches = pipeline.train_batches(source, {"image": pipeline.View(CARD, augment)}, batch_size, 0)
     with contextlib.closing(batches.iterate(0, 10**9, workers)) as stream:
         return rate_of(stream, 3 + 2 * workers)
 
@@ -142,7 +142,7 @@ def torchs(source: sources.Source, workers: int) -> float:
     transform = create_transform(
         CARD.input_size, is_training=True, use_prefetcher=True, color_jitter=None, interpolation=INTERPOLATION.value
     )
-    loader = torch.utils.data.DataLoader(Files(source.images, transform), BATCH_SIZE.value, num_workers=workers)
+    loader = torch.utils.data.DataLoader(Files(source.inputs, transform), BATCH_SIZE.value, num_workers=workers)
     return rate_of(iter(loader), 1 + 2 * workers)
 
 
@@ -165,7 +165,7 @@ def measure(ways: dict) -> list[dict]:
 
 
 def jpeg_rows(source: sources.Source) -> list[dict]:
-    encoded = [source.images[i] for i in range(min(len(source), 64))]
+    encoded = [source.inputs[i] for i in range(min(len(source), 64))]
     decoded, rng = [ops.decode_image(data) for data in encoded], np.random.default_rng(0)
     crop = {"size": CARD.input_size, "interpolation": INTERPOLATION.value}
     ways = {
@@ -188,7 +188,7 @@ def packed_rows(source: sources.Source) -> list[dict]:
     rows = np.empty((PACKED_BATCH.value, size, size, 3), np.uint8)
 
     def copy(i: int) -> None:
-        rows[i % len(rows)] = source.images[order[i]][:size, :size]
+        rows[i % len(rows)] = source.inputs[order[i]][:size, :size]
 
     ways = {("copy of the pixels alone, 1 core", None, None): lambda: alone(copy, len(source))}
     for workers in map(int, WORKERS.value):

@@ -97,7 +97,7 @@ def make_way(name: str, way: str, attention: str, parallel: sharding.Parallel):
         evaluate = steps.make_eval_step(model, mean=card.mean, std=card.std)
         return (lambda variables, batch: evaluate(variables, batch["image"])), variables, batch
     paths = list(trees.flatten(variables["params"]))
-    rules = finetune.beside(paths) + finetune.make_rules(METHODS[way], paths, int(way == "last block"))
+    rules = finetune.beside(paths) + finetune.make_rules(METHODS[way], paths, model.cuts, int(way == "last block"))
     labels = {path: match.value for path, match in trees.match_rules(paths, rules).items()}
     norms = [(".*", "frozen")] if way == "frozen norms" else ()
     policies = audit.norm_policies(variables.get("batch_stats", {}), labels, norms)
@@ -105,9 +105,9 @@ def make_way(name: str, way: str, attention: str, parallel: sharding.Parallel):
     groups = optim.make_groups(labels, optim.Group("adamw"), {})
     tx = optim.make_optimizer(labels, groups, optax.constant_schedule(1e-3), clip=1.0)
     moving = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
-    length = finetune.frozen_in_front(paths, moving, 0.0)
+    length = finetune.frozen_cuts(moving, model.cuts)
     step = steps.make_train_step(
-        model, finetune.make_method(rules, num_classes=card.num_classes), tx, labels, mean=card.mean, std=card.std,
+        model, finetune.make_method(num_classes=card.num_classes), tx, labels, mean=card.mean, std=card.std,
         accumulate=ACCUMULATE.value, whole=parallel.whole,
         prefix=steps.Prefix(model.clone(remat=""), model.cuts[length - 1]) if length else None,
     )  # fmt: skip

@@ -7,24 +7,25 @@ times slower, what is added to the network three times slower.
 """
 
 from configs import transfer
+from tl_jax.config import override
 
 GENTLE = {"backbone": {"lr_mult": 0.01}}
 PARTS = {"backbone": {"lr_mult": 0.3}}  # few numbers of the backbone move: they may move further
 FULL = {"method.name": "full", "groups": GENTLE}
 
 
-def phases(*stretches: dict, total: float, unit: str) -> tuple:
+def phases(*changes: dict, total: float, unit: str) -> tuple:
     """Phases of equal length, `total` together, each {option: value}."""
-    return tuple(tuple({"total": (total / len(stretches), unit), **stretch}.items()) for stretch in stretches)
+    return tuple(tuple({"total": (total / len(changes), unit), **change}.items()) for change in changes)
 
 
 def regularized(name: str, /, **args) -> dict:
-    """Full fine-tuning with one penalty."""
-    return {**FULL, "method.regularize": ((name, args),)}
+    """Full fine-tuning with one penalty added to the loss."""
+    return {**FULL, "terms": {name: {"weight": 1.0, **args}}}
 
 
 def added(name: str, /, **args) -> dict:
-    """A frozen network with parameters beside it; they and the head are trained."""
+    """A frozen network with added parameters; they and the head are trained."""
     return {"method.add": ((name, args),), "groups": {name: {"lr_mult": 0.3}}}
 
 
@@ -54,10 +55,10 @@ def methods(total: float, unit: str = "epochs") -> dict[str, dict]:
         "delta": regularized("delta"),
         "bss": regularized("bss"),
         "co_tuning": regularized("co_tuning"),
-        "stoch_norm": regularized("stoch_norm"),
+        "stoch_norm": {**FULL, "method.stoch_norm": 0.5},
         "r_drop": {**regularized("r_drop"), "model.drop_path": 0.1},
         "l1": regularized("l1", paths="head/kernel"),
-        # parameters beside the network
+        # added parameters
         "lora": added("lora"),
         "adapter": added("adapter"),
         "prompt": added("prompt"),
@@ -81,10 +82,8 @@ def get_config(arg: str = ""):
     config = transfer.get_config()
     with config.unlocked():
         config.lr = 3e-3
-    transfer.parse(config, rest)
+    config = transfer.parse(config, rest)
     table = methods(*config.total)
     if name not in table:
         raise ValueError(f"there is no method {name!r}; known: {', '.join(table)}")
-    from tl_jax import config as options
-
-    return options.override(config, table[name])
+    return override(config, table[name])

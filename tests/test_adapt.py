@@ -383,16 +383,16 @@ def test_all_that_is_wrong_with_additions_is_in_one_error():
     with pytest.raises(ValueError) as error:
         Adapted(VIT(num_classes=5), additions)
     for text in (
-        "no addition 'lroa' (did you mean 'lora'?); known: ['lora', 'adapter', 'prompt', 'ssf']",
+        "no addition 'lroa' (did you mean 'lora'?); known: lora, adapter, prompt, ssf",
         "lora has no parameter 'rnak' (did you mean 'rank'?)",
-        "lora rank = 0: expected an integer of at least 1",
-        "lora alpha = -1.0: expected a number above 0",
-        "lora targets = '(': expected a regular expression",
-        "adapter where = 'attn': expected one of both, mlp",
-        "adapter bottleneck = 2.5: expected an integer",
-        "prompt deep = 1: expected True or False",
-        "prompt tokens = True: expected an integer",
-        "prompt is added twice",
+        "lora: rank = 0, expected an integer of at least 1",
+        "lora: alpha = -1.0, expected a number above 0",
+        "lora: targets = '(', expected a regular expression",
+        "adapter: where = 'attn', expected one of both, mlp",
+        "adapter: bottleneck = 2.5, expected an integer",
+        "prompt: deep = 1, expected True or False",
+        "prompt: tokens = True, expected an integer",
+        "addition 'prompt' is given 2 times",
     ):
         assert text in str(error.value)
 

@@ -318,7 +318,7 @@ def test_what_rests_in_all_phases_and_is_in_the_file_is_left_out():
 
 
 def test_a_copy_that_a_penalty_keeps_of_the_file_is_left_out_and_what_it_computed_is_not():
-    left_out, everything = rests(**{"method.name": "full", "method.regularize": (("delta", {"examples": 4}),)})
+    left_out, everything = rests(**{"method.name": "full", "terms": {"delta": {"examples": 4}}})
     reference = {path for path in everything if "/reference/" in path}
     computed = {path for path in reference if "/reference/delta/" in path}
     assert left_out.keys() == reference - computed and left_out and computed

@@ -5,6 +5,8 @@ import pathlib
 
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from configs import transfer
 from tl_jax import config as options
@@ -51,7 +53,7 @@ def test_the_models_that_configs_name_exist():
 def test_unknown_arguments_come_together_with_their_nearest_neighbours():
     with pytest.raises(ValueError) as error:
         transfer.get_config("metod=full,data.shotts=3,model")
-    for part in ("did you mean 'method'", "did you mean 'data.shots'", "'model' is no key=value"):
+    for part in ("did you mean 'method'", "did you mean 'data.shots'", "'model' is not key=value"):
         assert part in str(error.value)
 
 
@@ -64,3 +66,28 @@ def test_a_misspelt_option_in_a_config_file_is_refused():
 def test_arguments_take_the_type_of_the_default():
     config = transfer.get_config("model=resnet50,lr=0.5,batch_size=64,total=(3,'epochs'),data.shots=5")
     assert (config.lr, config.batch_size, config.total, config.data.shots) == (0.5, 64, (3, "epochs"), 5)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+def test_flags_set_options_of_every_kind(monkeypatch):
+    given = {
+        "data.shots": "10", "lr": "0.5", "total": "(3, 'steps')", "data.source": "('folder:a', 'folder:b')",
+        "terms": "{'l2_sp': {'weight': 1.0}}", "model.keep_head": "true", "schedule.name": "linear",
+    }  # fmt: skip
+    argv = ["launch.py", "--config", "configs/smoke.py", *(f"--config.{key}={value}" for key, value in given.items())]
+    monkeypatch.setattr("sys.argv", argv)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    values(argv)
+    config = values["config"].value
+    assert (config.data.shots, config.lr, config.total, config.schedule.name) == (10, 0.5, (3, "steps"), "linear")
+    assert config.data.source == ("folder:a", "folder:b") and config.model.keep_head is True
+    assert config.terms.to_dict() == {"l2_sp": {"weight": 1.0}}
+    options.check(config)
+    assert options.identity(config)["terms"] == {"l2_sp": {"weight": 1.0}}
+    one = [*argv[:3], "--config.data.source=folder:photos"]
+    monkeypatch.setattr("sys.argv", one)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    values(one)
+    assert values["config"].value.data.source == "folder:photos"

@@ -25,6 +25,10 @@ SAME = Card("m", 10, input_size=8, crop=1.0)  # digits enter as they are
 AUGMENT = [("random_resized_crop", {"scale": (0.3, 1.0)}), ("colour_jitter", {"brightness": 0.4}), ("flip", {})]
 
 
+def views(card, augment=()):
+    return {"image": pipeline.View(card, tuple(augment))}
+
+
 @pytest.fixture(scope="module")
 def digits():
     return sources.load("digits", "train[:101]")
@@ -70,13 +74,13 @@ def plainly(batches, step):
         image = np.asarray(
             ImageOps.exif_transpose(Image.open(io.BytesIO(batches.source[index]["image"]))).convert("RGB")
         )
-        images.append(batches.preprocess(image, rng))
+        images.append(batches.renders["image"].preprocess(image, rng))
     return np.stack(images)
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone(digits):
     def make(seed):
-        return train_batches(digits, card=CARD, augment=AUGMENT, batch_size=16, seed=seed)
+        return train_batches(digits, views(CARD, AUGMENT), 16, seed)
 
     first, second = make(0), make(0)
     late = first[40]
@@ -90,7 +94,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(digits):
 
 def test_every_epoch_holds_every_example_once_in_a_new_order(tmp_path):
     source = numbered(tmp_path, 30)
-    batches = train_batches(source, card=SAME, augment=[], batch_size=12, seed=0)
+    batches = train_batches(source, views(SAME, []), 12, 0)
     seen = np.concatenate([batches[step]["image"][:, 0, 0, 0] for step in range(10)]).reshape(4, 30)
     assert all(sorted(epoch) == list(range(30)) for epoch in seen)
     assert len({tuple(epoch) for epoch in seen}) == 4
@@ -99,32 +103,32 @@ def test_every_epoch_holds_every_example_once_in_a_new_order(tmp_path):
 
 
 def test_a_source_smaller_than_the_batch_repeats(tmp_path):
-    batches = train_batches(numbered(tmp_path, 5), card=SAME, augment=[], batch_size=20, seed=0)
+    batches = train_batches(numbered(tmp_path, 5), views(SAME, []), 20, 0)
     assert np.bincount(batches[7]["image"][:, 0, 0, 0]).tolist() == [4] * 5
 
 
 def test_an_example_is_augmented_anew_in_every_epoch_and_under_every_seed(tmp_path):
     augment = [("random_erasing", {"probability": 1.0})]
-    runs = [train_batches(numbered(tmp_path, 1), card=SAME, augment=augment, batch_size=4, seed=s) for s in (0, 1)]
+    runs = [train_batches(numbered(tmp_path, 1), views(SAME, augment), 4, s) for s in (0, 1)]
     images = {batches[step]["image"][row].tobytes() for batches in runs for step in range(10) for row in range(4)}
     assert len(images) == 80
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_slices_of_all_processes_are_the_batch_of_one(digits, processes):
-    options = {"card": CARD, "augment": AUGMENT, "batch_size": 16, "seed": 3}
+    options = {"views": views(CARD, AUGMENT), "batch_size": 16, "seed": 3}
     whole = train_batches(digits, **options)
     parts = [train_batches(digits, **options, process_index=p, process_count=processes) for p in range(processes)]
     for step in (0, 6, 7):  # step 6 crosses from the first epoch into the second
         slices = [part[step] for part in parts]
-        same({key: np.concatenate([s[key] for s in slices]) for key in ("image", "label")}, whole[step])
+        same({key: np.concatenate([s[key] for s in slices]) for key in whole[step]}, whole[step])
 
 
 @pytest.mark.parametrize("processes", [1, 3])
 @pytest.mark.parametrize("count", [1, 23, 24, 25, 49])
 def test_evaluation_holds_every_example_once_on_any_number_of_processes(tmp_path, count, processes):
     source = numbered(tmp_path, count)
-    parts = [eval_batches(source, card=SAME, batch_size=12, process_index=p, process_count=processes)
+    parts = [eval_batches(source, views(SAME), 12, process_index=p, process_count=processes)
              for p in range(processes)]  # fmt: skip
     assert {len(part) for part in parts} == {-(-count // 12)}
     seen = []
@@ -142,7 +146,7 @@ def test_evaluation_holds_every_example_once_on_any_number_of_processes(tmp_path
 def test_evaluation_pixels_are_the_cards_preprocessing(photos, digits):
     for source in (photos, digits):
         preprocess = make_preprocess(CARD)
-        for batch in eval_batches(source, card=CARD, batch_size=7):
+        for batch in eval_batches(source, views(CARD), 7):
             for row in np.flatnonzero(batch["mask"]):
                 image = source[batch["index"][row]]["image"]
                 image = decode(image) if isinstance(image, bytes) else image
@@ -150,8 +154,8 @@ def test_evaluation_pixels_are_the_cards_preprocessing(photos, digits):
 
 
 def test_training_without_augmentation_sees_the_evaluation_pixels(digits):
-    train = train_batches(digits, card=CARD, augment=[], batch_size=101, seed=0)[0]
-    evaluated = next(iter(eval_batches(digits, card=CARD, batch_size=101)))
+    train = train_batches(digits, views(CARD, []), 101, 0)[0]
+    evaluated = next(iter(eval_batches(digits, views(CARD), 101)))
     pairs = [sorted((b["image"][i].tobytes(), int(b["label"][i])) for i in range(101)) for b in (train, evaluated)]
     assert pairs[0] == pairs[1]
 
@@ -166,7 +170,7 @@ def test_training_without_augmentation_sees_the_evaluation_pixels(digits):
     [("resize", {}), ("random_crop", {"padding": 2}), ("colour_jitter", {"hue": 0.1}), ("flip", {})],
 ])  # fmt: skip
 def test_pixels_are_those_of_the_plain_path(photos, size, augment):
-    batches = train_batches(photos, card=CARD.replace(input_size=size), augment=augment, batch_size=8, seed=1)
+    batches = train_batches(photos, views(CARD.replace(input_size=size), augment), 8, 1)
     for step in range(3):
         np.testing.assert_array_equal(batches[step]["image"], plainly(batches, step))
 
@@ -188,7 +192,7 @@ def test_a_row_of_a_batch_is_the_image_cut_from_a_larger_one(size, mirrored):
 
 
 def test_batches_in_shared_memory_stay_as_they_are_while_they_are_held(photos):
-    batches = train_batches(photos, card=CARD, augment=AUGMENT, batch_size=4, seed=0)
+    batches = train_batches(photos, views(CARD, AUGMENT), 4, 0)
     iterator = batches.iterate(0, 40, 1)
     held = [batch["image"][1:] for batch in iterator]  # more than there are slots
     for step, images in enumerate(held):
@@ -196,10 +200,10 @@ def test_batches_in_shared_memory_stay_as_they_are_while_they_are_held(photos):
 
 
 def test_a_slot_is_free_when_the_last_view_of_it_is_gone():
-    slots = workers.Slots(2, (2, 3))
+    slots = workers.Slots(2, {"a": ((2, 3), "uint8"), "b": ((5,), "float32")})
     assert sorted((slots.take(), slots.take())) == [0, 1] and slots.take() is None
     view = slots.view(1)
-    row = view.reshape(-1)[2:4]
+    row = view["b"].reshape(-1)[2:4]
     del view
     assert slots.take() is None
     del row
@@ -208,14 +212,14 @@ def test_a_slot_is_free_when_the_last_view_of_it_is_gone():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_do_not_change_a_bit(photos, workers):
-    batches = train_batches(photos, card=CARD, augment=AUGMENT, batch_size=4, seed=0)
+    batches = train_batches(photos, views(CARD, AUGMENT), 4, 0)
     for step, batch in enumerate(batches.iterate(5, 17, workers), start=5):
         same(batch, batches[step])
     assert step == 16 and not multiprocessing.active_children()
 
 
 def test_threads_do_not_change_a_bit(digits):
-    batches = train_batches(digits, card=CARD, augment=AUGMENT, batch_size=16, seed=0)
+    batches = train_batches(digits, views(CARD, AUGMENT), 16, 0)
     produced = list(batches.iterate(2, 30))
     assert len(produced) == 28 and list(batches.iterate(3, 3)) == []
     for step, batch in enumerate(produced, start=2):
@@ -224,14 +228,14 @@ def test_threads_do_not_change_a_bit(digits):
 
 def test_evaluation_with_workers_is_the_same(photos, monkeypatch):
     monkeypatch.setattr(pipeline, "WORTH_WORKERS", 0)
-    plain = list(eval_batches(photos, card=CARD, batch_size=4))
-    for first, second in zip(plain, eval_batches(photos, card=CARD, batch_size=4, num_workers=2), strict=True):
+    plain = list(eval_batches(photos, views(CARD), 4))
+    for first, second in zip(plain, eval_batches(photos, views(CARD), 4, num_workers=2), strict=True):
         same(first, second)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stopping_early_ends_the_workers(photos, workers):
-    batches = train_batches(photos, card=CARD, augment=AUGMENT, batch_size=4, seed=0)
+    batches = train_batches(photos, views(CARD, AUGMENT), 4, 0)
     with contextlib.suppress(KeyError), contextlib.closing(batches.iterate(0, 10**9, workers)) as iterator:
         for _ in iterator:
             raise KeyError("the consumer fails")
@@ -243,7 +247,7 @@ def test_a_damaged_file_is_named_where_its_batch_is_due(photos, tmp_path, worker
     stream = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(stream, "JPEG")
     (tmp_path / "b" / "4.jpg").write_bytes(stream.getvalue()[:1500])
-    batches = train_batches(photos, card=CARD, augment=AUGMENT, batch_size=3, seed=0)
+    batches = train_batches(photos, views(CARD, AUGMENT), 3, 0)
     with pytest.raises(ValueError, match=r"cannot read b/4\.jpg of folder:.*damaged JPEG.*on_error='skip'"):
         for _ in batches.iterate(0, 4, workers):
             pass
@@ -251,7 +255,7 @@ def test_a_damaged_file_is_named_where_its_batch_is_due(photos, tmp_path, worker
 
 
 def test_a_killed_worker_is_one_clear_error(photos):
-    batches = train_batches(photos, card=CARD, augment=AUGMENT, batch_size=4, seed=0)
+    batches = train_batches(photos, views(CARD, AUGMENT), 4, 0)
     iterator = batches.iterate(0, 10**9, 1)
     next(iterator)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -269,8 +273,8 @@ SCRIPT = """
 
     def main(_):
         source = sources.load("digits")
-        batches = pipeline.train_batches(source, card=Card("m", 10, input_size=8), augment=[("flip", {})],
-                                         batch_size=8, seed=0)
+        view = pipeline.View(Card("m", 10, input_size=8), (("flip", {}),))
+        batches = pipeline.train_batches(source, {"image": view}, 8, 0)
         iterator = batches.iterate(0, 10**9, 2)
         next(iterator)
         ACTION
@@ -309,18 +313,18 @@ def test_a_terminated_process_group_can_still_finish_its_steps(tmp_path):
 
 def test_sizes_that_the_processes_cannot_share_are_refused(digits):
     with pytest.raises(ValueError, match="batch_size 10 for process 0 of 4"):
-        train_batches(digits, card=CARD, augment=[], batch_size=10, seed=0, process_count=4)
+        train_batches(digits, views(CARD, []), 10, 0, process_count=4)
     with pytest.raises(ValueError, match="process 2 of 2"):
-        eval_batches(digits, card=CARD, batch_size=8, process_index=2, process_count=2)
+        eval_batches(digits, views(CARD), 8, process_index=2, process_count=2)
     with pytest.raises(ValueError, match="seed must be"):
-        train_batches(digits, card=CARD, augment=[], batch_size=8, seed=-1)
+        train_batches(digits, views(CARD, []), 8, -1)
     with pytest.raises(IndexError, match="at least 0"):
-        train_batches(digits, card=CARD, augment=[], batch_size=8, seed=0)[-1]
+        train_batches(digits, views(CARD, []), 8, 0)[-1]
     with pytest.raises(IndexError, match=r"0 \.\. 12"):
-        eval_batches(digits, card=CARD, batch_size=8)[13]
+        eval_batches(digits, views(CARD), 8)[13]
 
 
 def test_an_image_too_small_for_its_crop_is_named(digits):
-    batches = train_batches(digits, card=CARD, augment=[("random_crop", {})], batch_size=8, seed=0)
+    batches = train_batches(digits, views(CARD, [("random_crop", {})]), 8, 0)
     with pytest.raises(ValueError, match=r"train/\d+ of digits .*random_crop of 12 pixels .* 8 x 8"):
         batches[0]

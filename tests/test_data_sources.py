@@ -40,7 +40,7 @@ def test_digits_are_scikit_learns_digits_cut_between_two_writers():
     reference = load_digits()
     train, test = sources.load("digits", "train"), sources.load("digits", "test")
     assert (len(train), len(test)) == (1029, 768)
-    images = np.concatenate([train.images, test.images])
+    images = np.concatenate([train.inputs, test.inputs])
     np.testing.assert_array_equal(images[..., 1], np.floor(reference.images * 255 / 16 + 0.5))
     np.testing.assert_array_equal(np.concatenate([train.labels, test.labels]), reference.target)
     assert images.dtype == np.uint8 and images.shape == (1797, 8, 8, 3) and train.labels.dtype == np.int32
@@ -130,15 +130,15 @@ def test_one_array_file_may_hold_several_splits_and_a_folder_one_file_each(tmp_p
 
 def test_glyphs_are_deterministic_balanced_and_hold_no_digits():
     source = sources.load("glyphs", "val")
-    assert source.images.shape == (2000, 8, 8, 3) and len(source.class_names) == 37
+    assert source.inputs.shape == (2000, 8, 8, 3) and len(source.class_names) == 37
     assert not any(c.isdigit() for name in source.class_names for c in name)
     assert sorted("".join(source.class_names).lower()) == sorted("".join(c * 2 for c in "abcdefghijklmnopqrstuvwxyz"))
     assert np.ptp(np.bincount(source.labels)) <= 1
     glyphs._render.cache_clear()
-    np.testing.assert_array_equal(sources.load("glyphs", "val").images, source.images)
-    digits = sources.load("digits", "train").images
-    assert abs(source.images.mean() / digits.mean() - 1) < 0.15 and abs(source.images.std() / digits.std() - 1) < 0.1
-    assert set(np.unique(source.images)) <= set(np.rint(np.arange(17) * 255 / 16).astype(int))
+    np.testing.assert_array_equal(sources.load("glyphs", "val").inputs, source.inputs)
+    digits = sources.load("digits", "train").inputs
+    assert abs(source.inputs.mean() / digits.mean() - 1) < 0.15 and abs(source.inputs.std() / digits.std() - 1) < 0.1
+    assert set(np.unique(source.inputs)) <= set(np.rint(np.arange(17) * 255 / 16).astype(int))
 
 
 def test_tfds_reads_a_mocked_data_set():
@@ -219,7 +219,7 @@ def test_complementary_slices_are_disjoint_exhaustive_and_mixed():
     for part in (first, second):
         share = np.bincount(part.labels) / len(part)
         np.testing.assert_allclose(share, np.bincount(whole.labels) / len(whole), atol=1.01 / len(part))
-    np.testing.assert_array_equal(first.images[7], whole.images[whole.ids.index(first.ids[7])])
+    np.testing.assert_array_equal(first.inputs[7], whole.inputs[whole.ids.index(first.ids[7])])
 
 
 def test_every_prefix_of_the_stratified_order_has_the_class_proportions():

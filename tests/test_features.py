@@ -166,11 +166,12 @@ def test_views_repeat_after_the_last_one(tmp_path):
     assert sorted(meta["shape"] for meta in metas) == [[1, 103, 64], [1, 154, 64], [2, 40, 64]]
     values = np.arange(2 * 40, dtype=np.float32).reshape(2, 40, 1)
     batches = build.build(make_config(PROBE), sharding.make_parallel()).batches
-    batches = dataclasses.replace(batches, prepared=values)
+    batches = dataclasses.replace(batches, prepared={"image": values})
     seen = np.concatenate([batches[step]["image"] for step in range(10)])[:, 0]
+    index = np.concatenate([batches[step]["index"] for step in range(10)])
     for epoch in range(4):
-        counters = np.arange(epoch * 40, (epoch + 1) * 40)
-        np.testing.assert_array_equal(seen[counters], epoch % 2 * 40 + batches.order(counters))
+        counters = slice(epoch * 40, (epoch + 1) * 40)
+        np.testing.assert_array_equal(seen[counters], epoch % 2 * 40 + index[counters])
 
 
 def test_no_room_is_said_before_anything_is_computed(tmp_path, monkeypatch):
@@ -187,7 +188,7 @@ def test_no_room_is_said_before_anything_is_computed(tmp_path, monkeypatch):
         ({"method.name": "full", "method.k": 0, "cache": "features"}, r"'cache': 'features'.*the stem trains"),
         ({"method.name": "full", "method.k": 0, "model.prefix_dtype": "bfloat16"}, r"the stem trains"),
         ({"cache": "features", "method.mixup": 0.2}, r"phase 0 mixes images, {'mixup': 0.2}"),
-        ({"cache": "features", "method.regularize": (("delta", {}),)}, r"phase 0 has the penalty delta"),
+        ({"cache": "features", "terms": {"delta": {}}}, r"phase 0 has the penalty delta"),
         ({"cache": "features", "views": 3, "data.augment": ()}, r"views=3, but data.augment is empty"),
         ({"views": 3}, r"views = 3.* belong to cache = 'features'"),
         ({"cache": "feature"}, r"cache = 'feature': expected one of '', features"),
@@ -212,11 +213,11 @@ def test_closed_forms_read_the_same_features(store, tmp_path, monkeypatch, name)
             np.testing.assert_allclose(ours["features"], theirs["features"], rtol=1e-5, atol=1e-6)
 
 
-PATHS = [f"backbone/{part}/x/kernel" for part in ("stem", "stage1/block0", "stage1/block1", "stage2/block0", "norm")]
+CUTS = ("stem", "stage1/block0", "stage1", "stage2", "pre_logits")  # stage1 ends with block1, stage2 with block0
 
 
 @pytest.mark.parametrize(
-    "moving, drop_path, frozen",
+    "trained, drop_path, frozen",
     [
         ([], 0.0, 5),
         (["head/kernel"], 0.0, 5),
@@ -228,8 +229,8 @@ PATHS = [f"backbone/{part}/x/kernel" for part in ("stem", "stage1/block0", "stag
         (["backbone/stem/x/kernel"], 0.1, 0),
     ],
 )
-def test_the_frozen_front_ends_where_something_moves_or_is_drawn(moving, drop_path, frozen):
-    assert rules.frozen_in_front(PATHS, moving, drop_path) == frozen
+def test_the_frozen_prefix_ends_where_something_trains_or_is_random(trained, drop_path, frozen):
+    assert rules.frozen_cuts(trained, CUTS, drop_path) == frozen
 
 
 @pytest.mark.parametrize("name", ["resnet8_cifar", pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow)])

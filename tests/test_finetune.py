@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import pytest
 
 from tl_jax import models
@@ -14,27 +15,29 @@ RESNET = [f"backbone/stage{i}/block{j}/conv1/kernel" for i in (1, 2) for j in (0
     "backbone/stem/conv/kernel",
     "head/kernel",
 ]
+RESNET_CUTS = ("stem", "stage1/block0", "stage1", "stage2/block0", "stage2", "pre_logits")
 VIT = [f"backbone/block{i}/mlp/fc1/kernel" for i in range(12)] + [
     "backbone/stem/cls_token",
     "backbone/norm/scale",
     "head/kernel",
 ]
+VIT_CUTS = ("stem", *(f"block{i}" for i in range(12)), "pre_logits")
 
 
-def trained(paths, *args):
-    matches = trees.match_rules(paths, rules.make_rules(args[0], paths, *args[1:]))
+def trained(paths, cuts, *args):
+    matches = trees.match_rules(paths, rules.make_rules(args[0], paths, cuts, *args[1:]))
     return [path for path in paths if matches[path].value != "frozen"]
 
 
 def test_linear_probe_trains_the_head_and_full_everything():
-    assert trained(RESNET, "linear_probe") == ["head/kernel"]
-    assert trained(RESNET, "full") == RESNET
+    assert trained(RESNET, RESNET_CUTS, "linear_probe") == ["head/kernel"]
+    assert trained(RESNET, RESNET_CUTS, "full") == RESNET
 
 
 def test_last_k_counts_blocks_as_numbers_and_takes_the_final_norm():
-    assert trained(VIT, "last_k", 3) == [VIT[9], VIT[10], VIT[11], "backbone/norm/scale", "head/kernel"]
-    assert trained(RESNET, "last_k", 3) == [*RESNET[1:4], "head/kernel"]
-    assert trained(RESNET, "last_k", 4) == [*RESNET[:4], "head/kernel"]
+    assert trained(VIT, VIT_CUTS, "last_k", 3) == [VIT[9], VIT[10], VIT[11], "backbone/norm/scale", "head/kernel"]
+    assert trained(RESNET, RESNET_CUTS, "last_k", 3) == [*RESNET[1:4], "head/kernel"]
+    assert trained(RESNET, RESNET_CUTS, "last_k", 4) == [*RESNET[:4], "head/kernel"]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def test_last_k_counts_blocks_as_numbers_and_takes_the_final_norm():
 )
 def test_settings_that_contradict_each_other_are_refused(args, message):
     with pytest.raises(ValueError, match=message):
-        rules.make_rules(args[0], RESNET, *args[1:])
+        rules.make_rules(args[0], RESNET, RESNET_CUTS, *args[1:])
 
 
 def paths_of(name):
@@ -58,12 +61,16 @@ def paths_of(name):
     return [p.removeprefix("params/") for p in load._default_shapes(name) if p.startswith("params/")]
 
 
+def cuts_of(name):
+    return models.get(name).module(num_classes=3).cuts
+
+
 NETWORKS = ("resnet18", "vit_tiny_patch16_224")
 HEAD = ["head/bias", "head/kernel"]
 
 
 def trained_of(name, *args):
-    return sorted(trained(paths_of(name), *args))
+    return sorted(trained(paths_of(name), cuts_of(name), *args))
 
 
 def matching(name, pattern):
@@ -84,7 +91,7 @@ def test_first_k_trains_the_stem_and_the_first_blocks():
 
 def test_first_k_and_last_k_of_all_blocks_share_the_blocks_between_them():
     for name in NETWORKS:
-        count = len(rules.block_names(paths_of(name)))
+        count = len(rules.block_names(paths_of(name), cuts_of(name)))
         first, last = (set(trained_of(name, kind, k)) for kind, k in (("first_k", 1), ("last_k", count - 1)))
         assert first & last == set(HEAD) and first | last == set(paths_of(name))
 
@@ -116,7 +123,7 @@ def test_norm_only_trains_the_parameters_of_every_norm_layer_and_nothing_else():
 
 def test_what_stands_beside_the_network_has_its_own_group():
     paths = [*RESNET, "reference/params/backbone/stem/conv/kernel", "source_head/kernel", "lora/backbone/stem/conv/a"]
-    matches = trees.match_rules(paths, rules.beside(paths) + rules.make_rules("full", paths))
+    matches = trees.match_rules(paths, rules.beside(paths) + rules.make_rules("full", paths, RESNET_CUTS))
     assert [matches[path].value for path in paths[-3:]] == ["frozen", "head", "lora"]
     assert {matches[path].value for path in RESNET} == {"backbone", "head"}
 
@@ -131,7 +138,7 @@ def test_layer_decay_has_the_multipliers_of_timm(name):
     groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.75)
     theirs = {id(weight): group["lr_scale"] for group in groups for weight in group["params"]}
     theirs = {key: theirs[id(weight)] for key, weight in model.named_parameters()}
-    ours, table = rules.layer_multipliers(paths_of(name), 0.75), models.get(name).layouts["timm"]
+    ours, table = rules.layer_multipliers(paths_of(name), cuts_of(name), 0.75), models.get(name).layouts["timm"]
     read = {path: conversion.sources_of(table, f"params/{path}")[0] for path in ours}
     assert sorted(key for keys in read.values() for key in keys) == sorted(theirs)
     assert len(set(theirs.values())) == {"resnet18": 10, "vit_tiny_patch16_224": 14}[name]
@@ -141,6 +148,46 @@ def test_layer_decay_has_the_multipliers_of_timm(name):
 
 def test_added_parameters_have_the_multiplier_of_their_block():
     paths = [*VIT, "lora/backbone/block3/attn/qkv/a", "prompt/backbone/stem/tokens", "source_head/kernel"]
-    ours = rules.layer_multipliers(paths, 0.5)
+    ours = rules.layer_multipliers(paths, VIT_CUTS, 0.5)
     assert ours["lora/backbone/block3/attn/qkv/a"] == ours["backbone/block3/mlp/fc1/kernel"] == 0.5**9
     assert ours["prompt/backbone/stem/tokens"] == 0.5**13 and ours["source_head/kernel"] == ours["head/kernel"] == 1
+
+
+def test_the_cuts_of_every_variant_are_its_parts_in_the_order_in_which_they_run():
+    for name, variant in models.MODELS.items():
+        model = variant.module(num_classes=3)
+        if hasattr(model, "depth"):
+            blocks = [f"block{i}" for i in range(model.depth)]
+            ends = blocks
+        else:
+            blocks = [f"stage{i}/block{j}" for i, depth in enumerate(model.depths, 1) for j in range(depth)]
+            ends = [f"stage{i}" if j == depth - 1 else f"stage{i}/block{j}"
+                    for i, depth in enumerate(model.depths, 1) for j in range(depth)]  # fmt: skip
+        assert model.cuts == ("stem", *ends, "pre_logits"), name
+        paths = sorted(
+            f"params/backbone/{block}/conv1/kernel" for block in blocks
+        )  # as a dictionary has them after jit
+        assert rules.block_names([*paths, "params/backbone/norm/scale", "params/head/bias"], model.cuts) == blocks, name
+        places = rules.places([*paths, "backbone/stem/conv/kernel", "backbone/norm/scale", "head/bias"], model.cuts)
+        assert [places[f"params/backbone/{block}/conv1/kernel"] for block in blocks] == [*range(1, len(blocks) + 1)]
+        ends = places["backbone/stem/conv/kernel"], places["backbone/norm/scale"]
+        assert ends == (0, len(blocks) + 1) and "head/bias" not in places, name
+
+
+@pytest.mark.parametrize("name", ["resnet101", "resnet20_cifar", "vit_tiny_patch16_224"])
+def test_cuts_and_blocks_follow_the_order_in_which_the_network_computes_them(name):
+    """On the genuine parameters, against the order in which a trace of the network reaches each output."""
+    card = models.get(name).card
+    model, ran = models.get(name).module(num_classes=3), []
+    image = jax.ShapeDtypeStruct((1, card.input_size, card.input_size, 3), "float32")
+
+    def init(key, image):
+        (_, out), variables = model.init_with_output(key, image)
+        ran.extend(out)
+        return variables
+
+    paths = list(trees.flatten(jax.eval_shape(init, jax.random.key(0), image)["params"]))
+    assert tuple(ran) == (*model.cuts, "logits")
+    last = {block.rpartition("/")[0]: block for block in rules.block_names(paths, model.cuts)}
+    inverse = {block: stage for stage, block in last.items() if stage}
+    assert [inverse.get(b, b) for b in rules.block_names(paths, model.cuts)] == list(model.cuts[1:-1])

@@ -135,3 +135,29 @@ def test_sigterm_ends_with_code_75_and_the_same_command_finishes(tmp_path):
             break
     output, _ = process.communicate()
     assert process.returncode == 75 and "the same command goes on from there" in output, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["knn", "logistic"])
+def test_sigterm_ends_a_probe_without_gradient_and_its_rerun_has_the_result_of_an_unbroken_one(tmp_path, name):
+    options = [*SMOKE, f"--config.method.name={name}", "--config.select=last", "--config.data.shots=0"]
+    options += ["--config.eval_batch_size=2", "--config.cache=features"]
+
+    def command(folder):
+        return [*options, f"--config.cache_dir={tmp_path / folder / 'cache'}", "--workdir", tmp_path / folder / "w"]
+
+    code, output = launch(*command("whole"))
+    assert code == 0, output
+    process = start(*command("killed"))
+    for line in process.stdout:
+        if "computing the features of train" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    output, _ = process.communicate()
+    assert process.returncode == 75 and "the same command goes on from there" in output, output
+    assert not (tmp_path / "killed" / "w" / "result.json").exists()
+    code, output = launch(*command("killed"))
+    assert code == 0 and "computing the features of train" in output, output
+    assert "computing the features of val" not in output  # kept, like the batches of train before the signal
+    whole, rerun = (tmp_path / folder / "w" / "result.json" for folder in ("whole", "killed"))
+    assert rerun.read_bytes() == whole.read_bytes()

@@ -13,10 +13,12 @@ from PIL import ExifTags, Image
 from tl_jax.core.card import Card
 from tl_jax.data import __main__ as command
 from tl_jax.data import pipeline, sources
+from tl_jax.data.pipeline import View
 from tl_jax.data.readers import pack, packed
 
 CARD = Card("m", 2, input_size=16, crop=0.8, interpolation="bicubic")  # short side to 20
-AUGMENT = [("random_resized_crop", {}), ("flip", {})]
+AUGMENT = (("random_resized_crop", {}), ("flip", {}))
+VIEWS = {"image": View(CARD)}
 QUIET = {"report": lambda text: None}
 
 
@@ -68,36 +70,35 @@ def test_a_packed_split_holds_what_the_folder_holds(photos, tmp_path):
 def test_evaluation_sees_equal_pixels_where_the_pack_is_resized_as_the_card_does(photos, tmp_path, caplog):
     pack.pack(photos, str(tmp_path / "p"), size=20, num_workers=1, **QUIET)
     of_files, of_pack = (sources.load(s) for s in (photos, f"packed:{tmp_path}/p"))
-    same_batches(*(list(pipeline.eval_batches(s, card=CARD, batch_size=5)) for s in (of_files, of_pack)))
+    same_batches(*(list(pipeline.eval_batches(s, VIEWS, 5)) for s in (of_files, of_pack)))
     assert not caplog.records
-    pipeline.eval_batches(of_pack, card=CARD.replace(interpolation="bilinear"), batch_size=5)
+    pipeline.eval_batches(of_pack, {"image": View(CARD.replace(interpolation="bilinear"))}, 5)
     assert "packed with --size 20 --interpolation bilinear they are equal" in caplog.text
 
 
 def test_training_sees_equal_pixels_where_no_image_was_made_smaller(photos, tmp_path):
     pack.pack(photos, str(tmp_path / "p"), size=100, **QUIET)
     streams = [
-        pipeline.train_batches(sources.load(s), card=CARD, augment=AUGMENT, batch_size=8, seed=1)
+        pipeline.train_batches(sources.load(s), {"image": View(CARD, AUGMENT)}, 8, 1)
         for s in (photos, f"packed:{tmp_path}/p")
     ]
     same_batches(*([stream[step] for step in range(4)] for stream in streams))
     same_batches(streams[0].iterate(0, 4), streams[1].iterate(0, 4, num_workers=1))
-    same_batches(*(pipeline.eval_batches(stream.source, card=CARD, batch_size=5) for stream in streams))
+    same_batches(*(pipeline.eval_batches(stream.source, VIEWS, 5) for stream in streams))
 
 
 def test_a_card_that_needs_larger_images_is_refused(photos, tmp_path):
     pack.pack(photos, str(tmp_path / "p"), ("train", "val"), size=20, **QUIET)
     source, large = sources.load(f"packed:{tmp_path}/p", "train+val"), CARD.replace(input_size=24)
-    augmented = {"augment": AUGMENT, "seed": 0}
-    for make in (lambda: pipeline.eval_batches(source, card=large, batch_size=4),
-                 lambda: pipeline.train_batches(source, card=large, batch_size=4, **augmented)):  # fmt: skip
+    for make in (lambda: pipeline.eval_batches(source, {"image": View(large)}, 4),
+                 lambda: pipeline.train_batches(source, {"image": View(large, AUGMENT)}, 4, 0)):  # fmt: skip
         with pytest.raises(ValueError, match=r"packed with --size 20, but the card .*a short side of 30: .*--size 30"):
             make()
 
 
 KILLED = """
 import sys, time
-from tl_jax.data import pack
+from tl_jax.data.readers import pack
 pack.FLUSH, pack.CHUNK = 0, 2
 def report(text):
     print(text, flush=True)

@@ -146,7 +146,7 @@ def test_added_parameters_come_back_around_the_network(tmp_path, tiny_vit, add):
 
 @SLOW
 def test_what_only_penalties_look_at_stays_behind(tmp_path):
-    saved = save_part(tmp_path, **{"method.regularize": (("l2_sp", {}), ("co_tuning", {}))})
+    saved = save_part(tmp_path, **{"terms": {"l2_sp": {}, "co_tuning": {}}})
     assert {"reference", "source_head"} & set(saved.variables["params"])
     check_same(delta.load(saved.path), saved)
     assert not any(path.startswith(("params/reference", "params/source_head")) for path in formats.read(saved.path)[0])

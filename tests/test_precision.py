@@ -11,8 +11,9 @@ import optax
 import pytest
 from scipy.special import erf
 
-from tl_jax import config, models
+from tl_jax import models
 from tl_jax.core import trees
+from tl_jax.core.options import OPTIONS
 from tl_jax.methods import rules as finetune
 from tl_jax.models import layers
 from tl_jax.models.vit import ViT
@@ -96,12 +97,12 @@ def abstract_step(model, size, accumulate=1, batch_size=4):
     """A full train step of a network with Adam and clipping, and the shapes of its state and batch."""
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     paths = list(trees.flatten(variables["params"]))
-    rules = finetune.make_rules("full", paths, 0)
+    rules = finetune.make_rules("full", paths, model.cuts)
     labels = {path: match.value for path, match in trees.match_rules(paths, rules).items()}
     tx = optim.make_optimizer(
         labels, optim.make_groups(labels, optim.Group(), {}), optax.constant_schedule(1e-3), clip=1.0
     )
-    method = finetune.make_method(rules, num_classes=CLASSES)
+    method = finetune.make_method(num_classes=CLASSES)
     step = steps.make_train_step(
         model, method, tx, labels, mean=(0.5,) * 3, std=(0.25,) * 3, accumulate=accumulate, ema=0.9
     )
@@ -201,5 +202,5 @@ def test_every_remat_gives_the_same_gradient(make):
             np.testing.assert_allclose(leaf, trees.flatten(plain)[path], rtol=1e-5, atol=1e-6 + 1e-6 * scale[path])
     with pytest.raises(ValueError, match="remat='blocks': expected one of '', block, dots"):
         layers.recomputed(ViT, "blocks")
-    good, _ = config.RULES["model.remat"]
+    good = OPTIONS["model.remat"].check.fits
     assert all(map(good, ("", "block", "dots"))) and not good(True)

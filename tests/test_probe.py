@@ -1,4 +1,4 @@
-"""The run of a closed form, end to end on the embedded network, against the same steps by hand."""
+"""The run of a probe without gradient, end to end on the embedded network, against the same steps by hand."""
 
 import json
 
@@ -15,6 +15,7 @@ from configs import quickstart
 from tl_jax import config as options
 from tl_jax.data import pipeline, sources
 from tl_jax.runtime import sharding
+from tl_jax.runtime.preemption import Preempted
 from tl_jax.tasks import metrics
 from tl_jax.training import build, evaluate, probe, steps
 from tl_jax.weights import load
@@ -72,7 +73,7 @@ def test_neighbours_give_the_accuracy_that_scikit_learn_gives_on_the_features(tm
     np.testing.assert_array_equal(saved.ids, built.data["test"].ids)
 
 
-def test_a_linear_form_is_a_network_with_that_head_and_nothing_else_moved(tmp_path, by_hand):
+def test_a_linear_probe_is_a_network_with_that_head_and_nothing_else_changed(tmp_path, by_hand):
     result, built = run_probe("logistic", tmp_path / "w", (0.1,), **{"data.also": (("rest", "digits", "test[80%:]"),)})
     (train_labels, train, _), _, (labels, test, _) = by_hand.values()
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(train, train_labels)
@@ -147,3 +148,69 @@ def test_leave_one_out_scores_the_pool_by_all_others(tmp_path):
     beside = built._replace(eval_batches={**built.eval_batches, "val": built.eval_batches["test"]})
     with pytest.raises(ValueError, match=r"further sets \['val'\]"):
         probe.probe(config, beside, sharding.make_parallel(), tmp_path)
+
+
+def stop_at(call=None):
+    """A stop_requested that becomes true at that call, and the list of its calls."""
+    calls = []
+
+    def stop_requested(step):
+        calls.append(step)
+        return call is not None and len(calls) >= call
+
+    return calls, stop_requested
+
+
+def run_until(built, config, folder, call=None):
+    """Runs a probe that is stopped at a call of stop_requested; the number of calls, and result.json."""
+    calls, stop_requested = stop_at(call)
+    folder.mkdir(exist_ok=True)
+    stopped = ""
+    try:
+        probe.probe(config, built, sharding.make_parallel(), folder, False, stop_requested)
+    except Preempted as stop:
+        stopped = str(stop)
+    result = folder / "result.json"
+    assert result.exists() == (not stopped)
+    return len(calls), stopped or result.read_bytes()
+
+
+def test_a_probe_stops_between_batches_and_between_fits_and_the_same_command_finishes(tmp_path):
+    config, built = make_config("logistic", (0.01, 0.1, 1.0), eval_batch_size=64)
+    count, whole = run_until(built, config, tmp_path / "whole")
+    batches = sum(-(-len(built.data[name]) // 64) for name in ("train", "val", "test"))
+    assert count >= batches + 3  # once for each batch and each value of the grid
+    for call, message in ((1, "between two batches of"), (4, "between two batches of"), (count, "between two fits")):
+        asked, stopped = run_until(built, config, tmp_path / "broken", call)
+        assert asked == call and message in stopped
+    assert run_until(built, config, tmp_path / "broken") == (count, whole)
+
+
+def test_a_stopped_probe_keeps_the_features_that_it_has_computed(tmp_path):
+    def cached(folder):
+        changes = {"cache": "features", "cache_dir": str(folder), "eval_batch_size": 64}
+        return make_config("ridge", (1.0, 10.0), **changes)
+
+    config, built = cached(tmp_path / "other")
+    count, whole = run_until(built, config, tmp_path / "whole")
+    config, built = cached(tmp_path / "cache")
+    asked, stopped = run_until(built, config, tmp_path / "broken", 3)
+    assert asked == 3 and "after the features of" in stopped
+    assert run_until(built, config, tmp_path / "broken") == (count - 3, whole)  # three batches fewer
+
+
+def test_leave_one_out_stops_between_fits(tmp_path):
+    changes = {"data.resample": "loo", "data.val": "", "data.test": "", "data.train": "train[:10%]"}
+    config, built = make_config("ridge", (1.0,), **changes)
+    batches = len(list(built.eval_batches["test"]))
+    asked, stopped = run_until(built, config, tmp_path / "w", batches + 4)
+    assert asked == batches + 4 and "between two fits" in stopped
+
+
+@pytest.mark.parametrize("name", ["knn", "logistic", "ridge"])
+@pytest.mark.parametrize("updating", [".*", "backbone/stage3/.*"])
+def test_a_probe_refuses_to_update_statistics_before_any_work(name, updating):
+    rules = ((updating, "update"), *((("backbone/.*", "frozen"),) if updating != ".*" else ()))
+    with pytest.raises(ValueError, match=f"method.norm = .*'{name}' takes no steps and updates no statistics"):
+        make_config(name, **{"method.norm": rules, "data.source": "arrays:nowhere.npz"})
+    make_config(name, **{"method.norm": ((".*", "frozen"),)})

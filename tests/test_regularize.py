@@ -9,12 +9,15 @@ import scipy.special
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
+from configs import smoke
+from tl_jax import config as options
 from tl_jax import models
 from tl_jax.core import trees
 from tl_jax.methods import penalties as regularize
-from tl_jax.methods import precompute
+from tl_jax.methods import precompute, rules
 from tl_jax.methods.penalties import Pass, Start
-from tl_jax.training import steps
+from tl_jax.runtime import sharding
+from tl_jax.training import build, steps
 
 WIDTHS = (5, 4)  # of the two blocks of the small network
 CLASSES = 3
@@ -77,6 +80,7 @@ def make_start(params=None, source_head=None, data=None, num_classes=CLASSES):
         {},
         source_head,
         apply,
+        ("block1", "block2", "pre_logits"),
         lambda: iter([(images[i : i + 20], labels[i : i + 20]) for i in cuts]),
         num_classes,
     )
@@ -98,16 +102,21 @@ def one(name, **parameters):
     return regularize.make([(name, parameters)])[0]
 
 
+def groups_of(paths):
+    """The rules that the trainer has for extra parameters, matched."""
+    return trees.match_rules(paths, rules.beside(list(paths)))
+
+
 def squared(tree, other=None):
     return sum(np.sum((np.float64(a) - (0 if other is None else np.float64(other[p]))) ** 2) for p, a in tree.items())
 
 
 def test_l2_sp_and_its_gradient_equal_the_formula():
     old, new = make_params(0), make_params(1)
-    penalty, init, rules = one("l2_sp", alpha=0.3, beta=0.02)
+    penalty, init = one("l2_sp", alpha=0.3, beta=0.02)
     extra = init(make_start(old))
     assert trees.flatten(extra).keys() == {f"reference/params/{p}" for p in trees.flatten(old) if p.startswith("back")}
-    assert {m.value for m in trees.match_rules(trees.flatten(extra), rules).values()} == {"frozen"}
+    assert {m.value for m in groups_of(trees.flatten(extra)).values()} == {"frozen"}
 
     value, grads = jax.jit(jax.value_and_grad(lambda params: penalty(make_pass(params))))({**new, **extra})
     w, w0, head = (trees.flatten(x) for x in (new["backbone"], old["backbone"], new["head"]))
@@ -121,7 +130,7 @@ def test_l2_sp_and_its_gradient_equal_the_formula():
 
 def test_l2_sp_passes_over_leaves_without_a_reference():
     old, new = make_params(0), make_params(1)
-    penalty, init, _ = one("l2_sp", alpha=2.0, beta=0.0)
+    penalty, init = one("l2_sp", alpha=2.0, beta=0.0)
     extra = init(make_start(old))
     del extra["reference"]["params"]["backbone"]["block1"]
     blocks = [trees.flatten(x["backbone"]["block2"]) for x in (new, old)]
@@ -191,9 +200,9 @@ def test_delta_weighs_channels_by_what_the_loss_loses_without_them():
 def test_delta_distance_and_gradient_equal_a_slow_loop():
     torch = pytest.importorskip("torch")
     old, new, images = make_params(0), make_params(1), make_data()[0][:6]
-    penalty, init, rules = one("delta", alpha=0.7, beta=0.1, cuts=("block1", "block2"))
+    penalty, init = one("delta", alpha=0.7, beta=0.1, cuts=("block1", "block2"))
     extra = init(make_start(old))
-    assert {m.value for m in trees.match_rules(trees.flatten(extra), rules).values()} == {"frozen"}
+    assert {m.value for m in groups_of(trees.flatten(extra)).values()} == {"frozen"}
     value, grads = jax.jit(jax.value_and_grad(lambda params: penalty(make_pass(params, images))))({**new, **extra})
 
     weights = {cut: torch.tensor(np.asarray(w, np.float64)) for cut, w in extra["reference"]["delta"].items()}
@@ -217,11 +226,25 @@ def test_delta_distance_and_gradient_equal_a_slow_loop():
     assert squared(trees.flatten(grads["reference"])) == 0
 
 
-def test_delta_takes_the_last_cut_by_number_and_refuses_one_that_is_not_there():
+def test_delta_takes_the_last_stage_of_every_resnet_and_the_last_block_of_every_vit():
+    for name, variant in models.MODELS.items():
+        model = variant.module(num_classes=2)
+        last = f"block{model.depth - 1}" if hasattr(model, "depth") else f"stage{len(model.depths)}"
+        assert precompute._choose_cuts(model.cuts, ()) == [last], name
+
+
+def test_the_default_cut_of_delta_in_a_run_is_the_last_stage():
+    """Of a network with two blocks a stage, of which stage3/block0 has more digits in its name."""
+    config = options.override(smoke.get_config(), {
+        "model.name": "resnet14_cifar", "model.weights": "", "model.image_size": 8, "method.name": "full",
+        "method.regularize": (("delta", {"examples": 8}),),
+    })  # fmt: skip
+    run = build.build(config, sharding.make_parallel())
+    assert run.variables["params"]["reference"]["delta"].keys() == {"stage3"}
+
+
+def test_delta_refuses_cuts_that_the_network_has_not():
     assert one("delta").init(make_start())["reference"]["delta"].keys() == {"block2"}
-    many = {f"block{i}": jnp.zeros((1, 2, 3)) for i in (10, 11, 2)} | {"stem": 0.0, "pre_logits": 0.0}
-    start = make_start()._replace(apply=lambda params, batch_stats, x: (0.0, many))
-    assert precompute._choose_cuts(start, make_data()[0][:1], ()) == ["block11"]
     with pytest.raises(ValueError, match=r"no \['blok2'\] \(did you mean 'block2'\?\); .*\['block1', 'block2'\]"):
         one("delta", cuts=("blok2",)).init(make_start())
     with pytest.raises(ValueError, match=r"no \['logits'\]"):
@@ -239,7 +262,7 @@ def test_delta_compares_only_the_cuts_it_was_given():
 
 def test_the_reference_of_delta_has_added_parameters_at_their_start():
     old, new = ({**make_params(0), "lora": {"a": jnp.full((2,), value)}} for value in (1.0, 3.0))
-    penalty, init, _ = one("delta", alpha=1, beta=0)
+    penalty, init = one("delta", alpha=1, beta=0)
     extra = init(make_start({**old, "source_head": {"bias": jnp.zeros(2)}}))
     assert extra["reference"]["params"].keys() == {"backbone", "lora"}
 
@@ -334,9 +357,9 @@ def test_co_tuning_bears_single_examples_and_missing_classes(labels):
 def test_co_tuning_loss_and_gradient_equal_pytorch():
     torch = pytest.importorskip("torch")
     start, _, _ = source_task()
-    penalty, init, rules = one("co_tuning", strength=1.7)
+    penalty, init = one("co_tuning", strength=1.7)
     extra, params = init(start), make_params(1)
-    groups = {path: match.value for path, match in trees.match_rules(trees.flatten(extra), rules).items()}
+    groups = {path: match.value for path, match in groups_of(trees.flatten(extra)).items()}
     assert groups == {
         "reference/co_tuning/relationship": "frozen",
         "source_head/bias": "head",
@@ -399,8 +422,8 @@ def test_r_drop_is_the_symmetric_divergence_of_two_dropout_passes():
 
 def test_l1_sums_the_chosen_parameters_and_never_the_reference():
     params = make_params()
-    penalty, init, rules = one("l1", alpha=0.5, paths=".*kernel")
-    assert init(make_start(params)) == {} and not rules
+    penalty, init = one("l1", alpha=0.5, paths=".*kernel")
+    assert init(make_start(params)) == {}
     extra = one("l2_sp").init(make_start(params))
     value, grads = jax.value_and_grad(lambda params: penalty(make_pass(params)))({**params, **extra})
     kernels = {path: np.float64(leaf) for path, leaf in trees.flatten(params).items() if path.endswith("kernel")}
@@ -472,7 +495,10 @@ def start_of(module, size):
     source_head = {"kernel": jax.random.normal(jax.random.key(1), (width, 7)), "bias": jnp.zeros(7)}
     stats = variables.get("batch_stats", {})
     batches = [(images[:5], labels[:5]), (images[5:], labels[5:])]
-    return Start(variables["params"], stats, source_head, network, lambda: iter(batches), CLASSES), train_forward
+    start = Start(
+        variables["params"], stats, source_head, network, module.cuts, lambda: iter(batches), CLASSES
+    )  # fmt: skip
+    return start, train_forward
 
 
 RESNET = lambda: models.get("resnet8_cifar").module(num_classes=CLASSES, dropout=0.5, head_init="lecun")  # noqa: E731
@@ -492,8 +518,7 @@ def test_all_penalties_compose_on_a_real_network(make_module, cut, channels):
     pairs = [("l2_sp", {}), ("delta", {}), ("bss", {}), ("co_tuning", {}), ("r_drop", {}), ("l1", {})]
     made = dict(zip(dict(pairs), regularize.make(pairs), strict=True))
     flat = {p: x for r in made.values() for p, x in trees.flatten(r.init(start)).items()}
-    rules = list(dict.fromkeys(rule for r in made.values() for rule in r.rules))
-    groups = {p: match.value for p, match in trees.match_rules(flat, rules).items()}
+    groups = {p: match.value for p, match in groups_of(flat).items()}
     assert {p for p, group in groups.items() if group == "head"} == {"source_head/kernel", "source_head/bias"}
     weights = flat[f"reference/delta/{cut}"]
     assert weights.shape == (channels,) and float(weights.sum()) == pytest.approx(1.0, rel=1e-5)

@@ -87,7 +87,7 @@ CASES = {
     },
     "random networks": {"replicas": SEEDS, "model.weights": "", "model.head_init": "lecun"},  # zeros: ties
     "lora, groups": {**LORA, **SGD, "replicas": GROUPS},
-    "last block with batch statistics": {**LAST, "ema": 0.5, "data.also": (("rest", "digits", "test[90%:]"),)},
+    "last block with batch statistics": {**LAST, "ema": 0.5, "data.extra_eval": (("rest", "digits", "test[90%:]"),)},
     "phases": {"phases": ((("total", (2.0, "steps")),), (("total", (2.0, "steps")), *LAST.items()))},
 }
 

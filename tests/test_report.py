@@ -14,8 +14,8 @@ import pytest
 from scipy import stats
 
 from tl_jax.core.files import write_json
-from tl_jax.studies.report.report import analysis, charts, figures, report, tables
-from tl_jax.studies.report.report import results as read
+from tl_jax.studies.report import analysis, charts, figures, report, tables
+from tl_jax.studies.report import results as read
 from tl_jax.tasks import metrics
 
 METHODS = {

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import KFold, StratifiedKFold
 
 from tl_jax.data import resample
 
@@ -16,6 +16,15 @@ def test_folds_are_those_of_scikit_learn(split_seed):
         ours = resample.split(LABELS, f"kfold:4:{fold}", split_seed)
         np.testing.assert_array_equal(ours[0], train)
         np.testing.assert_array_equal(ours[1], held_out)
+
+
+def test_folds_of_targets_and_of_several_labels_are_plain():
+    for labels in (np.random.default_rng(0).normal(size=(60, 2)), np.eye(60, 3, dtype=np.int32)):
+        folds = [resample.split(labels, f"kfold:4:{fold}", 1) for fold in range(4)]
+        expected = {len(held) for _, held in KFold(4).split(labels)}
+        assert {len(held) for _, held in folds} == expected
+        assert sorted(i for _, held in folds for i in held) == list(range(60))
+        assert len(resample.split(labels, "bootstrap:0", 1)[0]) == 60
 
 
 def test_a_design_is_its_runs_and_every_repeat_holds_out_each_example_once():

@@ -63,9 +63,13 @@ def test_a_fold_beside_a_test_split_or_shots_is_refused(changes):
 
 
 def test_a_further_set_is_scored_and_may_share_no_example_with_train(tmp_path):
-    further = {"data.also": (("rest", "digits", "test[50%:]"),), "data.test": "test[:50%]", "total": (2.0, "steps")}
+    further = {
+        "data.extra_eval": (("rest", "digits", "test[50%:]"),),
+        "data.test": "test[:50%]",
+        "total": (2.0, "steps"),
+    }
     result = train(make_config(**further, **{"data.shots": 5}), tmp_path / "w", verbose=False)
     count = len(sources.load("digits", "test[50%:]"))
     assert result["also"]["rest"]["count"] == count == len(np.load(tmp_path / "w" / "predictions-rest.npz")["labels"])
     with pytest.raises(ValueError, match="are also in train"):
-        run.load_data(make_config(**{"data.also": (("rest", "digits", "train[70%:]"),)}))
+        run.load_data(make_config(**{"data.extra_eval": (("rest", "digits", "train[70%:]"),)}))

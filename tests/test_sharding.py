@@ -53,11 +53,11 @@ def setup(make, parallel, method="full", accumulate=1):
     model = make()
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     paths = list(trees.flatten(variables["params"]))
-    rules = finetune.make_rules(method, paths, 0)
+    rules = finetune.make_rules(method, paths, model.cuts)
     labels = {path: match.value for path, match in trees.match_rules(paths, rules).items()}
     tx = optim.make_optimizer(labels, optim.make_groups(labels, ADAM, {}), optax.constant_schedule(1e-2), clip=1.0)
     step = steps.make_train_step(
-        model, finetune.make_method(rules, num_classes=CLASSES), tx, labels, mean=(0.5,) * 3, std=(0.25,) * 3,
+        model, finetune.make_method(num_classes=CLASSES), tx, labels, mean=(0.5,) * 3, std=(0.25,) * 3,
         accumulate=accumulate, ema=0.9, whole=parallel.whole,
     )  # fmt: skip
     state = steps.init_state(variables, tx, labels, 0, ema=True)

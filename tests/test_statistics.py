@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tl_jax.studies.report.report import statistics
+from tl_jax.studies.report import statistics
 
 DRAWS = 1000
 

@@ -50,7 +50,7 @@ def setup(
 ):
     model, variables = initial_variables(name, classes, image_size)
     paths = list(trees.flatten(variables["params"]))
-    rules = finetune.make_rules(method, paths, last_k, (), rules)
+    rules = finetune.make_rules(method, paths, model.cuts, last_k, (), rules)
     labels = {path: match.value for path, match in trees.match_rules(paths, rules).items()}
     policies = audit.norm_policies(variables.get("batch_stats", {}), labels, ())
     parallel = sharding.make_parallel(mode, step_options.pop("devices", None))
@@ -61,7 +61,7 @@ def setup(
     tx = optim.make_optimizer(labels, groups, optax.constant_schedule(0.05), clip)
     loss_options = {key: step_options.pop(key) for key in ("mixup", "cutmix", "label_smoothing") if key in step_options}
     step = steps.make_train_step(
-        model, finetune.make_method(rules, num_classes=classes, **loss_options), tx, labels,
+        model, finetune.make_method(num_classes=classes, **loss_options), tx, labels,
         axis_name=parallel.axis_name, **IMAGE, **step_options,
     )  # fmt: skip
     state = steps.init_state(variables, tx, labels, 0, step_options.get("ema", 0) > 0, model.frozen_norms)
@@ -214,12 +214,12 @@ def compiled_cost(method, last_k=0):
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     paths = list(trees.flatten(variables["params"]))
-    rules = finetune.make_rules(method, paths, last_k)
+    rules = finetune.make_rules(method, paths, model.cuts, last_k)
     labels = {path: match.value for path, match in trees.match_rules(paths, rules).items()}
     groups = optim.make_groups(labels, optim.Group("adamw"), {})
     tx = optim.make_optimizer(labels, groups, optax.constant_schedule(1e-3), clip=1.0)
     state = jax.eval_shape(lambda v: steps.init_state(v, tx, labels, 0, ema=False), variables)
-    step = steps.make_train_step(model, finetune.make_method(rules, num_classes=1000), tx, labels, **IMAGE)
+    step = steps.make_train_step(model, finetune.make_method(num_classes=1000), tx, labels, **IMAGE)
     batch = {"image": jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((2,), jnp.int32)}
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes

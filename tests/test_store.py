@@ -38,13 +38,12 @@ def test_a_plan_holds_all_that_the_report_and_the_workers_need(tmp_path):
     assert table == {
         "name": "depth", "question": "How deep?", "factors": FACTORS, "baseline": {"trained": "head"}, "seeds": [3, 1],
         "metrics": ["accuracy"], "design": "holdout", "together": "heads",
-        "speed": {"data.workers": 2, "cache_dir": "", "fsdp": 0},
     }  # fmt: skip
     assert [(row["key"], row["levels"], row["seed"], row["fold"]) for row in rows] == [
         (run.key, run.levels, run.seed, run.fold) for run in runs
     ]
     for run in runs:
-        assert read_json(store.run_folder(tmp_path, run.key) / "config.json") == config.identity(run.config)
+        assert read_json(store.run_folder(tmp_path, run.key) / "config.json") == config.flatten(run.config)
     assert store.states(tmp_path) == {run.key: "todo" for run in runs}
 
 
@@ -76,6 +75,34 @@ def test_a_plan_that_would_lose_finished_runs_is_refused(tmp_path, name, changes
     with pytest.raises(ValueError, match=message):
         store.plan(tmp_path, name, "How deep?", make_study(**changes))
     assert (tmp_path / "study.json").read_bytes() == before
+
+
+def test_a_run_whose_config_json_lacks_an_option_goes_on(tmp_path):
+    """As where the study is older than the option: the plan finds its runs again, done or not."""
+    runs = plan(tmp_path)
+    finish(tmp_path, runs[0])
+    path, other = (store.run_folder(tmp_path, run.key) / "config.json" for run in runs[:2])
+    now, full = config.identity(runs[0].config), read_json(path)
+    for option in full.keys() - now.keys():
+        for file in (path, other):
+            write_json(file, {key: value for key, value in read_json(file).items() if key != option})
+        assert [run.key for run in plan(tmp_path)] == [run.key for run in runs]
+        assert option not in read_json(path) and option in read_json(other)
+        assert config.fingerprint(config.from_flat(read_json(path)))[:12] == runs[0].key
+        write_json(path, full)
+    # Where the grid no longer has a finished run, the differences named are real ones.
+    write_json(path, now)
+    with pytest.raises(ValueError, match="lr: ") as error:
+        plan(tmp_path, base={"lr": 0.5})
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_the_speed_of_runs_that_are_not_done_may_change(tmp_path):
+    runs = plan(tmp_path)
+    finish(tmp_path, runs[0])
+    assert plan(tmp_path, base={"data.workers": 2})[0].key == runs[0].key
+    files = [store.run_folder(tmp_path, run.key) / "config.json" for run in runs]
+    assert [read_json(file)["data.workers"] for file in files] == [0] + [2] * (len(runs) - 1)
 
 
 def test_a_study_of_which_nothing_is_done_may_change(tmp_path):

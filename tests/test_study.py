@@ -56,7 +56,7 @@ def test_the_same_seed_gives_every_cell_the_same_split_shots_order_and_new_head(
     runs = grid(make_study({"model.head_init": "lecun"}))
     varied = {option for levels in FACTORS.values() for changes in levels.values() for option in changes}
     for seed in (0, 1):
-        tables = [options.identity(run.config) for run in runs if run.seed == seed]
+        tables = [options.flatten(run.config) for run in runs if run.seed == seed]
         shared = [{key: value for key, value in table.items() if key not in varied} for table in tables]
         assert all(table == shared[0] for table in shared) and shared[0]["seed"] == seed
     drawn, heads = {}, {}
@@ -119,7 +119,7 @@ def test_a_design_gives_every_cell_and_seed_the_same_folds(design, folds, repeat
         ({"seeds": (0, 1, 0)}, "none twice"),
         ({"seeds": ()}, "at least one"),
         ({"metrics": ("acuracy",)}, "did you mean 'accuracy'"),
-        ({"metrics": ("shifted/accuracy",)}, "data.also has no set 'shifted'"),
+        ({"metrics": ("shifted/accuracy",)}, "data.extra_eval has no set 'shifted'"),
         ({"metrics": ()}, "at least one"),
         ({"design": "kfold:1"}, "kfold:1"),
         ({"base": {"seeds": (1,)}}, "the base config sets seeds"),

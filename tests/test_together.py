@@ -12,7 +12,7 @@ from tl_jax import config
 from tl_jax.core.files import read_json, write_json
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies import store, together, worker
-from tl_jax.studies.report.report import results
+from tl_jax.studies.report import results
 from tl_jax.studies.study import Study
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ def test_what_trains_a_head_alone_and_differs_in_rates_is_one_set(tmp_path):
 
 
 def test_shots_are_one_set_only_where_no_duration_counts_epochs(tmp_path):
-    flats = [config.identity(config.override(make_config(replicas=()), {"data.shots": shots})) for shots in (2, 3)]
+    flats = [config.flatten(config.override(make_config(replicas=()), {"data.shots": shots})) for shots in (2, 3)]
     assert len({together.form_of(flat, "all") for flat in flats}) == 1
     assert len({together.form_of({**flat, "eval_every": [1.0, "epochs"]}, "all") for flat in flats}) == 2
 

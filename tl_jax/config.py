@@ -1,64 +1,101 @@
-"""A config as a flat table of options, and the check of every value by itself, before anything is loaded."""
+"""The config of a run: made of the table of options, changed, checked, written to config.json and read again."""
 
+import ast
+import copy
 import json
-import math
-from collections.abc import Callable, Mapping
-from numbers import Real
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
-from tl_jax.core import messages
+from tl_jax.core import checks, messages
+from tl_jax.core.options import CARD, NETWORK, OPTIONS, STREAM, TASK_ARGS, TASKS, WEIGHT
 
-SPEED_ONLY = {"data.workers": 0, "cache_dir": "", "fsdp": 0}  # they change no number: a resumed run may have others
-PHASED = ("total", "lr", "optimizer", "optimizer_args", "weight_decay", "decay", "clip", "groups", "layer_decay",
-          "schedule.", "method.")  # options that a phase may change; a dot: all of the section  # fmt: skip
-WHOLE = ("card", "groups", "args", "optimizer_args")  # sections that start empty: each is one value
-CLOSED_FORMS = ("knn", "logistic", "ridge")  # methods without steps, fitted on features at once
-REPLICABLE = ("lr", "weight_decay", "groups", "seed", "data.shots")  # options in which replicas may differ
-OWN_FIELDS = ("input_size", "mean", "std", "interpolation", "crop", "licence")  # of the card, for data.card
-
-
-def flatten(config: ConfigDict) -> dict[str, Any]:
-    """`{dotted option: plain JSON value}` of a config; sections that start empty are values."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict) and key not in WHOLE:
-            flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}
-        else:
-            plain = value.to_dict() if isinstance(value, ConfigDict) else value
-            flat[key] = json.loads(json.dumps(plain, default=str))
-    return flat
+WHOLE = tuple(name for name, option in OPTIONS.items() if isinstance(option.initial, dict))  # each is one value
+REPLICABLE = tuple(name for name, option in OPTIONS.items() if option.replica)
+PHASED = tuple(name for name, option in OPTIONS.items() if option.phase)
+SEVERAL_TYPES = ("data.source",)  # a string, or a tuple of them
+PROBES = ("knn", "logistic", "ridge")  # methods without gradient, fitted on features
+RANDOM = ("model.dropout", "model.drop_path", "method.stoch_norm")  # what makes two passes differ
+SHORT = {"model": "model.name", "weights": "model.weights", "data": "data.source", "method": "method.name"}
 
 
-def identity(config: ConfigDict) -> dict[str, Any]:
-    """The options that decide a run's numbers."""
-    return {key: value for key, value in flatten(config).items() if key not in SPEED_ONLY}
+def make() -> ConfigDict:
+    """A config with the default of every option, not locked."""
+    return _config({name: option.default for name, option in OPTIONS.items()})
 
 
 def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
-    """The config of a flat table, such as a run's config.json: the inverse of `flatten`; speed aside, of `identity`."""
+    """The config of a flat table such as a config.json or an `identity`; an absent option has its initial value."""
+    return _config({**INITIAL, **flat}).lock()
+
+
+def _config(flat: Mapping[str, Any]) -> ConfigDict:
     config = ConfigDict()
-    for key, value in {**SPEED_ONLY, **flat}.items():
+    for key, value in flat.items():
         *sections, name = key.split(".")
         node = config
         for section in sections:
             if section not in node:
                 node[section] = ConfigDict()
             node = node[section]
-        node[name] = ConfigDict(value) if isinstance(value, dict) else _as_tuples(value)
-    return config.lock()
+        value = _as_tuples(value)
+        node[name] = FieldReference(value, field_type=object) if key in SEVERAL_TYPES else value
+    return config
 
 
 def _as_tuples(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _as_tuples(inner) for key, inner in value.items()}
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def flatten(config: ConfigDict, section: str = "") -> dict[str, Any]:
+    """`{dotted option: plain JSON value}` of a config; an option that is a table is one value."""
+    flat = {}
+    for key, value in config.items():
+        name = f"{section}{key}"
+        if isinstance(value, ConfigDict) and name not in WHOLE:
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = _plain(value.to_dict() if isinstance(value, ConfigDict) else value)
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+INITIAL = {name: _plain(option.initial) for name, option in OPTIONS.items()}
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """The options that decide a run's numbers, without those that have their initial value."""
+    return {key: value for key, value in _deciding(flatten(config)).items() if value != INITIAL.get(key, ...)}
 
 
 def fingerprint(config: ConfigDict) -> str:
-    """sha256 of the options that decide a run's numbers: the name of the run in a study."""
+    """sha256 of the identity: the name of the run in a study."""
     return messages.fingerprint({key: json.dumps(value, sort_keys=True) for key, value in identity(config).items()})
+
+
+def difference(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The options in which two flat tables mean different numbers, one line each; absent: the initial value."""
+    return messages.difference(_deciding(there), _deciding(now))
+
+
+def _deciding(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in {**INITIAL, **flat}.items() if key not in OPTIONS or OPTIONS[key].numbers}
+
+
+def _owner(config: ConfigDict, key: str) -> ConfigDict | None:
+    """The section that holds a dotted option; None where there is no such option."""
+    *sections, name = key.split(".")
+    node: Any = config
+    for section in sections:
+        node = node[section] if isinstance(node, ConfigDict) and section in node else None
+    return node if isinstance(node, ConfigDict) and name in node else None
 
 
 def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
@@ -66,22 +103,20 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 
     Raises one ValueError that lists every option that does not exist and every value of another type.
     """
-    config, problems = config.copy_and_resolve_references(), []
+    config, problems = copy.deepcopy(config), []
     for key, value in changes.items():
-        *sections, name = key.split(".")
-        node: Any = config
-        for section in sections:
-            node = node[section] if isinstance(node, ConfigDict) and section in node else None
-        if not isinstance(node, ConfigDict) or name not in node:
+        node, name = _owner(config, key), key.rpartition(".")[2]
+        if node is None:
             problems.append(f"{key!r} does not exist{messages.nearest(key, flatten(config))}")
             continue
         try:
             if isinstance(node[name], ConfigDict):
-                if name not in WHOLE:
+                if not _option_of(key):
                     raise TypeError("a section, set its options one by one")
+                value = ConfigDict(_as_tuples(dict(value)))
                 with node.unlocked():
                     del node[name]
-                    node[name] = ConfigDict(dict(value))
+                    node[name] = value
             else:
                 node[name] = value
         except (TypeError, ValueError) as error:
@@ -91,180 +126,174 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
+def _option_of(key: str) -> str:
+    """The option that a dotted key sets, itself or a value inside of it; "" where there is none."""
+    return next((name for name in OPTIONS if key == name or (name in WHOLE and key.startswith(f"{name}."))), "")
+
+
+def parse(config: ConfigDict, arg: str) -> ConfigDict:
+    """A locked copy of the config with "key=value,key=value" set; a key is one of SHORT or a dotted option.
+
+    Raises ValueError that lists every key that does not exist, with its nearest neighbour, and every value of a type
+    that the option does not have.
+    """
+    changes, problems = {}, []
+    for item in _items(arg):
+        key, equals, text = item.partition("=")
+        name = SHORT.get(key, key)
+        node = _owner(config, name)
+        if not equals or node is None:
+            hint = "" if node else messages.nearest(key, [*SHORT, *flatten(config)])
+            problems.append(f"{item!r} is not key=value with a known key{hint}")
+            continue
+        value = node[name.rpartition(".")[2]]
+        try:
+            plain = isinstance(value, str) and not (name in SEVERAL_TYPES and text.startswith("("))
+            changes[name] = text if plain else ast.literal_eval(text)
+            override(config, {name: changes[name]})
+        except (ValueError, SyntaxError):
+            default = value.to_dict() if isinstance(value, ConfigDict) else value
+            problems.append(f"{item!r} does not have the type of the default, {default!r}")
+    if problems:
+        raise ValueError(f"config argument {arg!r}: {'; '.join(problems)}; short keys: {', '.join(SHORT)}")
+    return override(config, changes).lock()
+
+
+def _items(arg: str) -> list[str]:
+    """Cuts at the commas that stand outside brackets and quotes."""
+    pieces, depth, quote = [""], 0, ""
+    for character in arg:
+        quote = "" if character == quote else quote or (character if character in "'\"" else "")
+        depth += 0 if quote else (character in "([{") - (character in ")]}")
+        if character == "," and not depth and not quote:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return [piece for piece in pieces if piece]
+
+
 def replicas(config: ConfigDict) -> list[ConfigDict]:
     """The config of every replica, which is that of the same run by itself."""
     return [override(config, {**dict(changes), "replicas": ()}) for changes in config.replicas]
 
 
 def check(config: ConfigDict) -> None:
-    """Raises one ValueError that lists every option whose value cannot be meant."""
+    """Raises one ValueError that lists every invalid option."""
     flat = flatten(config)
-    problems = [
-        f"  {key} = {flat[key]!r}: expected {expected}"
-        for key, (good, expected) in RULES.items()
-        if not good(flat[key])
+    problems = [f"{key} does not exist{messages.nearest(key, OPTIONS)}" for key in flat if key not in OPTIONS]
+    problems += [
+        f"{name} = {flat[name]!r}: expected {option.check.expected}"
+        for name, option in OPTIONS.items()
+        if not option.check.fits(flat[name])
     ]
-    if unknown := sorted(set(flat["data.card"]) - set(OWN_FIELDS)):
-        problems.append(f"  data.card sets {unknown}: of the card, only {', '.join(OWN_FIELDS)} can be set")
-    if flat["data.data_dir"] and not flat["data.source"].startswith("tfds:"):
-        problems.append(
-            f"  data.data_dir = {flat['data.data_dir']!r} belongs to tfds sources; this is {flat['data.source']!r}"
-        )
-    if not flat["cache"] and (flat["views"] > 1 or flat["cache_dir"]):
-        problems.append(
-            f"  views = {flat['views']!r}, cache_dir = {flat['cache_dir']!r}: they belong to cache = 'features'"
-        )
-    problems += _phase_problems(flat["phases"]) + _replica_problems(flat)
-    if not problems:
-        problems = _method_problems(flat)
-    if problems:
-        raise ValueError("the config has options that cannot be meant:\n" + "\n".join(problems))
+    # What follows looks into values and compares them, so that each must be valid by itself first.
+    problems = problems or [
+        *_table_problems(flat), *_phase_problems(flat), *_replica_problems(flat), *_data_problems(flat)
+    ]  # fmt: skip
+    checks.refuse("invalid options", problems or _method_problems(flat))
 
 
-def _phase_problems(phases: Any) -> list[str]:
-    if not isinstance(phases, list) or not all(map(_are_named, phases)):
-        return [f"  phases = {phases!r}: expected phases, each pairs (dotted option, value)"]
+def _table_problems(flat: Mapping[str, Any]) -> list[str]:
+    """Options that are tables, field by field."""
+    problems = checks.table_problems("data.card", flat["data.card"], CARD)
+    task_args = {name: TASK_ARGS[name] for name in TASKS[flat["task"]]}
+    problems += checks.table_problems(f"task_args of {flat['task']}", flat["task_args"], task_args)
+    problems += _entry_problems("streams", flat["streams"], STREAM, ("source", "split"), ("train", "val", "test"))
+    problems += _entry_problems("networks", flat["networks"], NETWORK, ("name", "weights"), ("backbone", "head"))
+    problems += _entry_problems("terms", flat["terms"], None)
+    return problems
+
+
+def _entry_problems(
+    section: str,
+    entries: Mapping[str, Any],
+    fields: Mapping[str, checks.Check] | None,
+    required: Iterable[str] = (),
+    reserved: Sequence[str] = (),
+) -> list[str]:
+    """What is wrong with a table of tables; fields None: other fields than "weight" are checked by who reads them."""
+    problems = []
+    for name, entry in entries.items():
+        what = f"{section}.{name}"
+        if name in reserved or not re.fullmatch(r"\w+", name):
+            taken = f", not {', '.join(reserved)}" if reserved else ""
+            problems.append(f"{what}: expected a name of letters, digits and _{taken}")
+        if not isinstance(entry, Mapping):
+            problems.append(f"{what} = {entry!r}: expected {{parameter: value}}")
+            continue
+        known = dict.fromkeys(entry, checks.ANY) | {"weight": WEIGHT} if fields is None else fields
+        problems += checks.table_problems(what, entry, known)
+        problems += [f"{what}: {field} is missing" for field in required if field not in entry]
+    return problems
+
+
+def _phase_problems(flat: Mapping[str, Any]) -> list[str]:
     return [
-        f"  phases[{i}] sets {key}, which cannot change during a run; what can: {', '.join(PHASED)}; not "
-        "method.add and method.grid"
-        for i, phase in enumerate(phases)
+        f"phases[{i}] sets {key}, which cannot change during a run; what can: {', '.join(PHASED)}"
+        for i, phase in enumerate(flat["phases"])
         for key, _ in phase
-        if not any(key == option or (option.endswith(".") and key.startswith(option)) for option in PHASED)
-        or key in ("method.add", "method.grid")
+        if _option_of(key) not in PHASED
     ]
 
 
 def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
     replicas = flat["replicas"]
-    if not isinstance(replicas, list) or not all(map(_are_named, replicas)):
-        return [f"  replicas = {replicas!r}: expected replicas, each pairs (dotted option, value)"]
-    alone = {"method.name": CLOSED_FORMS, "parallel": ("pmap",)}
+    alone = {"method.name": PROBES, "parallel": ("pmap",)}
     problems = [
-        f"  {key} = {flat.get(key)!r} does not go with replicas"
+        f"{key} = {flat[key]!r} does not go with replicas"
         for key in ("seeds", "baseline", "fsdp", *alone)
-        if replicas and (flat[key] in alone[key] if key in alone else flat.get(key))
+        if replicas and (flat[key] in alone[key] if key in alone else flat[key])
     ]
     for i, replica in enumerate(replicas):
-        if wrong := [key for key, _ in replica if key not in REPLICABLE and not key.startswith("groups.")]:
+        if wrong := [key for key, _ in replica if _option_of(key) not in REPLICABLE]:
             problems.append(
-                f"  replicas[{i}] sets {', '.join(wrong)}; replicas may differ in {', '.join(REPLICABLE)} alone"
+                f"replicas[{i}] sets {', '.join(wrong)}; replicas may differ in {', '.join(REPLICABLE)} alone"
             )
         if (first := replicas.index(replica)) < i:
-            problems.append(f"  replicas[{i}] is replicas[{first}] again")
+            problems.append(f"replicas[{i}] is replicas[{first}] again")
+    return problems
+
+
+def _data_problems(flat: Mapping[str, Any]) -> list[str]:
+    source, problems = flat["data.source"], []
+    names = source if isinstance(source, list) else [source]
+    if flat["data.data_dir"] and not any(name.startswith("tfds:") for name in names):
+        problems.append(f"data.data_dir = {flat['data.data_dir']!r} belongs to tfds sources; this is {source!r}")
+    cached = flat["cache"] or any(network.get("cache") for network in flat["networks"].values())
+    if not cached and (flat["views"] > 1 or flat["cache_dir"]):
+        given = f"views = {flat['views']!r}, cache_dir = {flat['cache_dir']!r}"
+        problems.append(f"{given}: they belong to cache = 'features'")
+    if flat["patience"] and not flat["data.val"]:
+        problems.append(f"patience = {flat['patience']!r}: the score is that of val, and data.val is ''; name a split")
+    if flat["min_delta"] and not flat["patience"]:
+        problems.append(f"min_delta = {flat['min_delta']!r} belongs to patience, which is 0")
     return problems
 
 
 def _method_problems(flat: Mapping[str, Any]) -> list[str]:
-    """Options that the method cannot take, in a table whose values are each sound by themselves."""
-    name, problems = flat["method.name"], []
-    if name in CLOSED_FORMS:
-        takes = {"phases": [], "method.add": [], "method.regularize": [], "method.auto_rgn": False, "select": "last"}
-        takes |= {"views": 1}
-        problems += [
-            f"  {key} = {flat[key]!r}: method.name = {name!r} takes no steps, expected {value!r}"
+    """Options that the method cannot take, in a table whose values are each valid by themselves."""
+    name, terms = flat["method.name"], flat["terms"]
+    if name in PROBES:
+        takes = {"phases": [], "method.add": [], "method.auto_rgn": False, "method.stoch_norm": 0.0, "terms": {}}
+        takes |= {"streams": {}, "networks": {}, "select": "last", "patience": 0, "views": 1}
+        problems = [
+            f"{key} = {flat[key]!r}: method.name = {name!r} takes no steps, expected {value!r}"
             for key, value in takes.items()
             if flat[key] != value
         ]
-    else:
-        only = f"belongs to {', '.join(CLOSED_FORMS)}; method.name = {name!r}"
-        if flat["data.resample"] == "loo":
-            problems.append(f"  data.resample = 'loo' {only} takes a fold, such as kfold:5:0")
-        if flat["method.grid"]:
-            problems.append(f"  method.grid = {flat['method.grid']!r} {only} has no grid, expected []")
-    penalties = {penalty for penalty, _ in flat["method.regularize"]}
-    if "r_drop" in penalties and not (flat["model.dropout"] or flat["model.drop_path"] or "stoch_norm" in penalties):
-        problems.append("  method.regularize has r_drop, but its two passes are equal: set model.dropout or drop_path")
+        if flat["task"] != "classification":
+            problems.append(f"task = {flat['task']!r}: method.name = {name!r} tells classes apart, as classification")
+        if any(policy == "update" for _, policy in flat["method.norm"]):
+            problems.append(
+                f"method.norm = {flat['method.norm']!r}: method.name = {name!r} takes no steps and updates no "
+                "statistics; expected the policy 'frozen' alone, or []"
+            )
+        return problems
+    problems, only = [], f"belongs to {', '.join(PROBES)}; method.name = {name!r}"
+    if flat["data.resample"] == "loo":
+        problems.append(f"data.resample = 'loo' {only} takes a fold, such as kfold:5:0")
+    if flat["method.grid"]:
+        problems.append(f"method.grid = {flat['method.grid']!r} {only} has no grid, expected []")
+    if "r_drop" in terms and not any(map(flat.get, RANDOM)):
+        problems.append("terms has r_drop, but its two passes are equal: set model.dropout or model.drop_path")
     return problems
-
-
-def _number(low: float, below: float = math.inf, *, above: bool = False) -> tuple[Callable, str]:
-    def good(value):
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        return number and (low < value if above else low <= value) and value < below
-
-    bound = "" if below == math.inf else f" and below {below:g}"
-    return good, f"a number {'above' if above else 'of at least'} {low:g}{bound}"
-
-
-def _integer(low: int, below: float = math.inf) -> tuple[Callable, str]:
-    number, expected = _number(low, below)
-    return lambda value: isinstance(value, int) and number(value), expected.replace("a number", "an integer")
-
-
-def _one_of(*names: str) -> tuple[Callable, str]:
-    return lambda value: value in names, f"one of {', '.join(name or repr(name) for name in names)}"
-
-
-def _duration(*, zero: bool = False) -> tuple[Callable, str]:
-    amount = _number(0, above=not zero)[0]
-
-    def good(value):
-        return isinstance(value, list) and len(value) == 2 and amount(value[0]) and value[1] in UNITS
-
-    return good, f"(amount {'>= 0' if zero else '> 0'}, one of {', '.join(UNITS)})"
-
-
-def _are_strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(part, str) for part in value)
-
-
-def _are_texts(value: Any, size: int) -> bool:
-    return isinstance(value, list) and all(_are_strings(entry) and len(entry) == size for entry in value)
-
-
-def _are_named(value: Any, kind: type | tuple = object) -> bool:
-    """Pairs (string, value of a kind), as JSON has them."""
-    pairs = isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
-    return pairs and all(isinstance(name, str) and isinstance(inner, kind) for name, inner in value)
-
-
-UNITS = ("epochs", "steps", "examples")
-PAIRS = (lambda value: _are_texts(value, 2), "pairs of strings, ((regex, name), ...)")
-FLAG = (lambda value: isinstance(value, bool), "True or False")
-NAMED = (lambda value: _are_named(value, dict), "pairs (name, {parameter: value})")
-ALSO = "triples of strings (name, source, split), each name once"
-RULES = {
-    "seed": _integer(0, 2**32),
-    "model.image_size": _integer(0),
-    "model.keep_head": FLAG,
-    "model.reinit": (_are_strings, "strings, (part, ...)"),
-    "model.dtype": _one_of("float32", "bfloat16"),
-    "model.prefix_dtype": _one_of("", "float32", "bfloat16"),
-    "model.remat": _one_of("", "block", "dots"),
-    "model.attention": _one_of("xla", "cudnn"),
-    "model.dropout": _number(0, 1),
-    "model.drop_path": _number(0, 1),
-    "data.shots": _integer(0),
-    "data.split_seed": _integer(0),
-    "data.workers": _integer(0),
-    "data.also": (lambda value: _are_texts(value, 3) and len({name for name, *_ in value}) == len(value), ALSO),
-    "method.k": _integer(0),
-    "method.blocks": (_are_strings, "strings, (block, ...)"),
-    "method.rules": PAIRS,
-    "method.norm": PAIRS,
-    "method.add": NAMED,
-    "method.regularize": NAMED,
-    "method.auto_rgn": FLAG,
-    "method.grid": (lambda value: isinstance(value, list) and all(map(_number(0)[0], value)), "numbers, (value, ...)"),
-    "layer_decay": _number(0, 1.0001, above=True),
-    "method.label_smoothing": _number(0, 1),
-    "method.mixup": _number(0),
-    "method.cutmix": _number(0),
-    "batch_size": _integer(1),
-    "eval_batch_size": _integer(1),
-    "accumulate": _integer(1),
-    "cache": _one_of("", "features"),
-    "views": _integer(1),
-    "total": _duration(),
-    "log_every": _duration(),
-    "eval_every": _duration(),
-    "schedule.warmup": _duration(zero=True),
-    "ema": _number(0, 1),
-    "lr": _number(0, above=True),
-    "weight_decay": _number(0),
-    "clip": _number(0),
-    "resamples": _integer(1),
-    "select": _one_of("last", "best_val"),
-    "parallel": _one_of("jit", "pmap"),
-    "fsdp": _integer(0),
-}

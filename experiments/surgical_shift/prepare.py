@@ -36,9 +36,9 @@ def write(folder: pathlib.Path) -> None:
             test_label=labels, classes=np.array(source.class_names),
         )  # fmt: skip
 
-    save("source", (source.images, source.labels), test.images, test.labels)
-    save("input", (invert(target.images, 0), target.labels), invert(test.images, 1), test.labels)
-    save("label", (target.images, 9 - target.labels), test.images, 9 - test.labels)
+    save("source", (source.inputs, source.labels), test.inputs, test.labels)
+    save("input", (invert(target.inputs, 0), target.labels), invert(test.inputs, 1), test.labels)
+    save("label", (target.inputs, 9 - target.labels), test.inputs, 9 - test.labels)
 
 
 def train_source(folder: pathlib.Path) -> dict:
@@ -49,7 +49,7 @@ def train_source(folder: pathlib.Path) -> dict:
         config.model.image_size = 16
         config.data.source = arrays["source"]
         config.data.train, config.data.val, config.data.test = "train", "", "test"
-        config.data.also = tuple((f"{name} shift", arrays[name], "test") for name in ("input", "label"))
+        config.data.extra_eval = tuple((f"{name} shift", arrays[name], "test") for name in ("input", "label"))
         config.data.augment = (("translation", {"fraction": 0.1}), ("rotation", {"degrees": 10.0}))
         config.batch_size = 48
         config.total = (400.0, "steps")

@@ -35,7 +35,7 @@ def write(folder: pathlib.Path) -> dict[str, str]:
         arrays = {"classes": names[classes]}
         for split, source in splits.items():
             kept = np.isin(source.labels, classes)
-            arrays[f"{split}_image"] = source.images[kept]
+            arrays[f"{split}_image"] = source.inputs[kept]
             arrays[f"{split}_label"] = np.searchsorted(classes, source.labels[kept])
         np.savez_compressed(folder / f"{half}.npz", **arrays)
     return {half: " ".join(names[classes]) for half, classes in halves.items()}

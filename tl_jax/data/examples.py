@@ -1,4 +1,4 @@
-"""What a source holds: images by index, labels, class names and ids, and the check that every image can be read."""
+"""What a source holds: images or rows of a table, labels, names and ids, and the check that images can be read."""
 
 import dataclasses
 import functools
@@ -81,91 +81,156 @@ class JoinedImages(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """N labelled images with random access: `source[i]` is {"image": uint8 [H, W, 3] or encoded bytes, "label": int}.
+    """N labelled examples with random access. Sources pickle.
 
-    `images` is indexed the same way and may be one uint8 array [N, H, W, 3]; `labels` is int32 [N] and counts into
-    `class_names`; `ids` name the examples across runs (path below the root, or split/index); `sizes` is int64 [N], the
-    bytes of each image; `skipped` says which examples were dropped as unreadable, and why. `made_smaller`
-    holds the short side and interpolation to which images were resized before they came here. Sources pickle.
+    inputs: images, indexed by example, each uint8 [H, W, 3] or encoded bytes; they may be one uint8 array
+    [N, H, W, 3]. Or the rows of a table, float32 [N, F], whose names are `columns`.
+    labels: int32 [N] that count into `class_names`; int32 [N, K] of 0 and 1, one column a label of `class_names`; or
+    float32 [N, T], one column a target of `class_names`.
+    ids name the examples across runs: the path below the root, split/index, or row/number.
+    sizes: int64 [N], the bytes of each input. skipped: which examples were dropped as unreadable, and why.
+    made_smaller: the short side and interpolation to which images were resized before they came here.
+    domain_names: the sources as they were given to `load`. domains: int32 [N] that count into `domain_names`, where
+    there are several.
     """
 
     name: str
-    images: Sequence
+    inputs: Sequence
     labels: np.ndarray
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
     sizes: np.ndarray
     skipped: tuple[str, ...] = ()
     made_smaller: tuple[tuple[int, str], ...] = ()
+    columns: tuple[str, ...] = ()
+    domains: np.ndarray | None = None
+    domain_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
-        return {"image": self.images[index], "label": int(self.labels[index])}
+        label = self.labels[index] if self.labels.ndim > 1 else int(self.labels[index])
+        return {self.input: self.inputs[index], "label": label}
+
+    @property
+    def input(self) -> str:
+        """ "image" or "table", as on the card of a network that reads them."""
+        return "table" if self.columns else "image"
+
+    @property
+    def label_kind(self) -> str:
+        """ "classes", "multilabel" or "targets"."""
+        if self.labels.dtype.kind == "f":
+            return "targets"
+        return "classes" if self.labels.ndim == 1 else "multilabel"
 
     def select(self, indices: np.ndarray) -> "Source":
         """The source of the examples at `indices`, in that order."""
-        array = isinstance(self.images, np.ndarray)
+        array = isinstance(self.inputs, np.ndarray)
         return dataclasses.replace(
             self,
-            images=self.images[indices] if array else self.images.select(indices),
+            inputs=self.inputs[indices] if array else self.inputs.select(indices),
             labels=self.labels[indices],
             ids=tuple(self.ids[i] for i in indices),
             sizes=self.sizes[indices],
+            domains=None if self.domains is None else self.domains[indices],
         )
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 by which a resumed run knows that it reads the same examples.
 
-        It covers class names, ids, labels, sizes, and the pixels of arrays or the first HEAD bytes of every encoded
+        It covers class names, ids, labels, domains, sizes, and arrays whole or the first HEAD bytes of every encoded
         image; tfds records, which have a version, are taken by their sizes.
         """
-        digest = hashlib.sha256(json.dumps([self.class_names, self.ids]).encode())
-        digest.update(self.labels.astype("<i4").tobytes())
+        facts: list = [self.class_names, self.ids]
+        if self.columns or self.domains is not None or self.label_kind != "classes":
+            facts += [self.label_kind, self.columns, self.domain_names if self.domains is not None else ()]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        digest.update(self.labels.astype("<f4" if self.label_kind == "targets" else "<i4").tobytes())
         digest.update(self.sizes.astype("<i8").tobytes())
-        if isinstance(self.images, np.ndarray):
-            digest.update(np.ascontiguousarray(self.images))
+        if self.domains is not None:
+            digest.update(self.domains.astype("<i4").tobytes())
+        if isinstance(self.inputs, np.ndarray):
+            digest.update(np.ascontiguousarray(self.inputs))
         else:
             for index in range(len(self)):
-                digest.update(self.images.head(index))
+                digest.update(self.inputs.head(index))
         return digest.hexdigest()
 
 
 def join(sources: Sequence[Source]) -> Source:
-    """One source with the examples of several, in order; they must agree on the class names and share no example."""
+    """One source with the examples of several, in order.
+
+    Raises ValueError where they differ in classes, columns or kind, or share an example.
+    """
     first = sources[0]
-    if any(source.class_names != first.class_names for source in sources):
-        names = "\n".join(f"  {source.name}: {source.class_names}" for source in sources)
-        raise ValueError(f"cannot join sources with different classes:\n{names}")
+    for what in ("class_names", "columns", "input", "label_kind"):
+        if any(getattr(source, what) != getattr(first, what) for source in sources):
+            found = "\n".join(f"  {source.name}: {getattr(source, what)}" for source in sources)
+            words = {"class_names": "classes", "input": "inputs", "label_kind": "kinds of labels"}.get(what, what)
+            raise ValueError(f"cannot join sources with different {words}:\n{found}")
     ids = tuple(i for source in sources for i in source.ids)
     if len(set(ids)) < len(ids):
         raise ValueError(f"{len(ids) - len(set(ids))} examples occur twice in {' + '.join(s.name for s in sources)}")
-    lengths = [len(source) for source in sources]
-    part, position = np.repeat(np.arange(len(sources)), lengths), np.concatenate([np.arange(n) for n in lengths])
+    if first.columns:
+        inputs = np.concatenate([source.inputs for source in sources])
+    else:
+        lengths = [len(source) for source in sources]
+        part, position = np.repeat(np.arange(len(sources)), lengths), np.concatenate([np.arange(n) for n in lengths])
+        inputs = JoinedImages(tuple(source.inputs for source in sources), part, position)
     return Source(
         name=" + ".join(source.name for source in sources),
-        images=JoinedImages(tuple(source.images for source in sources), part, position),
+        inputs=inputs,
         labels=np.concatenate([source.labels for source in sources]),
         class_names=first.class_names,
         ids=ids,
         sizes=np.concatenate([source.sizes for source in sources]),
         skipped=tuple(text for source in sources for text in source.skipped),
         made_smaller=tuple(dict.fromkeys(pair for source in sources for pair in source.made_smaller)),
+        columns=first.columns,
+        domain_names=first.domain_names,
     )
+
+
+def join_domains(sources: Sequence[Source]) -> Source:
+    """One source with several sources as its domains; every id begins with the name of its domain and "/"."""
+    names = tuple(name for source in sources for name in source.domain_names)
+    if len(set(names)) < len(names):
+        raise ValueError(f"several domains, but one source is given twice: {', '.join(names)}")
+    renamed = [
+        dataclasses.replace(source, ids=tuple(f"{name}/{i}" for i in source.ids))
+        for name, source in zip(names, sources, strict=True)
+    ]
+    domains = np.repeat(np.arange(len(sources), dtype=np.int32), [len(source) for source in sources])
+    return dataclasses.replace(join(renamed), domains=domains, domain_names=names)
+
+
+def overlap(a: Source, b: Source) -> tuple[str, ...]:
+    """The ids, as `a` has them, of the examples that two sources share: the same id of the same source or domain."""
+    there = set(_origins(b))
+    return tuple(dict.fromkeys(i for i, origin in zip(a.ids, _origins(a), strict=True) if origin in there))
+
+
+def _origins(source: Source) -> list[tuple[str, str]]:
+    """The source that each example was loaded from, and its id there."""
+    if source.domains is None:
+        return [("".join(source.domain_names), i) for i in source.ids]
+    names = [source.domain_names[d] for d in source.domains.tolist()]
+    return [(name, i.removeprefix(f"{name}/")) for name, i in zip(names, source.ids, strict=True)]
 
 
 def find_unreadable(source: Source, *, fully: bool) -> dict[int, str]:
     """The reason by index of each image that cannot be read: by its header, or by decoding it whole. Uses threads."""
-    if isinstance(source.images, np.ndarray):
+    if isinstance(source.inputs, np.ndarray):
         return {}
 
     def problem(index: int) -> str:
         try:
             if not fully:
-                source.images.check_header(index)
-            elif isinstance(image := source.images[index], bytes):
+                source.inputs.check_header(index)
+            elif isinstance(image := source.inputs[index], bytes):
                 ops.decode(image)
         except (ValueError, OSError) as error:
             return str(error)

@@ -1,4 +1,4 @@
-"""Batches indexed by step: `batches[step]` depends on the seed and the step alone; `iterate` makes them ahead."""
+"""Batches indexed by step: `batches[step]` depends on (seed, stream, step) alone; `iterate` makes them ahead."""
 
 import collections
 import contextlib
@@ -7,115 +7,191 @@ import functools
 import itertools
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
-from tl_jax.core.card import Card
+from tl_jax.core.messages import nearest
+from tl_jax.data import order as orders
 from tl_jax.data import workers
 from tl_jax.data.examples import Source
-from tl_jax.data.image import ops
-from tl_jax.data.image.augment import Preprocess, make_preprocess
+from tl_jax.data.views import Render, View, draws_seed, make_views, write_example
 
 log = logging.getLogger(__name__)
-IN_MEMORY = 2**28  # bytes of input pixels that may be made once and kept, where they do not change from epoch to epoch
 Batch = dict[str, np.ndarray]
+
+
+class StreamFacts(NamedTuple):
+    """What is known of a stream: its number of examples, which is an epoch, and of domains (1 where it has none)."""
+
+    examples: int
+    domains: int
+
+
+class Rows(NamedTuple):
+    """The examples of a batch: index into the source, how often each came before, its domain, counter in the domain."""
+
+    index: np.ndarray
+    epoch: np.ndarray
+    domain: np.ndarray
+    counter: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainBatches:
-    """Training batches: `batches[step]` is {"image": uint8 [b, S, S, 3], "label": int32 [b]} for every step >= 0.
+    """Training batches: `batches[step]` is {field: array} for every step >= 0, b = batch_size / process_count rows.
 
-    b is batch_size / process_count and S the card's input size. The examples are numbered by a global counter c; the
-    order is one shuffle per epoch of the source, epoch after epoch, so batches run on across epochs and a source
-    smaller than a batch repeats. Step s holds c = s * batch_size ... (s + 1) * batch_size - 1, and process p the p-th
-    run of b of them: the slices of all processes, concatenated, are the batch of a single one. Augmentation draws
-    from a stream keyed by (seed, c).
+    Of each view, an image uint8 [b, S, S, 3] with the card's input size S, or rows float32 [b, F] of a table. "index"
+    int32 [b]; "label", where the stream is labelled; "domain" int32 [b], where the source has domains.
 
-    prepared: what is taken in place of the images [views, N, ...]: in epoch e the view e % views.
+    The examples are numbered by a counter c; the order is one shuffle per epoch of the source, epoch after epoch, so
+    batches run on across epochs and a source smaller than a batch repeats. Step s holds c = s * batch_size ...
+    (s + 1) * batch_size - 1, and process p the p-th run of b of them: the slices of all processes, concatenated, are
+    the batch of a single one. Augmentation draws from a stream keyed by (seed, c). With D domains each has its own
+    seed, counter and epochs; a batch on every process is D equal parts, in the order of the domains.
+
+    renders: of the views of images. prepared: by view, what is taken in place of rendering, [V, N, ...]: in its epoch e
+    an example has row e % V. seed: of this stream.
     """
 
     source: Source
-    preprocess: Preprocess
-    prepared: np.ndarray | None
+    renders: Mapping[str, Render]
+    prepared: Mapping[str, np.ndarray]
     batch_size: int
     seed: int
-    process_index: int
-    process_count: int
+    order: str = "shuffled"
+    labelled: bool = True
+    process_index: int = 0
+    process_count: int = 1
 
     def __getitem__(self, step: int) -> Batch:
         return self.make(step)
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
-        """Of the images of one batch."""
-        return _image_shape(self)
+    def facts(self) -> StreamFacts:
+        return StreamFacts(len(self.source), len(self._orders))
 
-    def make(self, step: int, out: np.ndarray | None = None) -> Batch:
-        """`batches[step]`; out: uint8 of `image_shape`, where the images are written."""
+    def steps_of(self, epochs: int) -> int:
+        """The number of steps until every example has come at least `epochs` times."""
+        return max(-(-order.counters_of(epochs) * len(self._orders) // self.batch_size) for order in self._orders)
+
+    def make(self, step: int, out: Batch | None = None) -> Batch:
+        """`batches[step]`; out: arrays of `shapes(batches)`, where the images are written."""
+        return {**self.render(step, out), **self.known(step)}
+
+    def rows(self, step: int) -> Rows:
+        """The examples of a whole batch, process by process and within these domain by domain; each [batch_size]."""
         if step < 0:
             raise IndexError(f"step must be at least 0, found {step}")
-        local = self.batch_size // self.process_count
-        first = step * self.batch_size + self.process_index * local
-        counters = np.arange(first, first + local)
-        indices = self.order(counters)
-        if self.prepared is not None:
-            images = self.prepared[counters // len(self.source) % len(self.prepared), indices]
-        else:
-            images = np.empty(self.image_shape, np.uint8) if out is None else out
-            for row, (c, i) in enumerate(zip(counters.tolist(), indices.tolist(), strict=True)):
-                ops.put(images[row], _pixels(self.source, self.preprocess, i, _draws(self.seed, c)))
-        return {"image": images, "label": self.source.labels[indices]}
+        domains = len(self._orders)
+        size = self.batch_size // domains
+        counters = np.arange(step * size, (step + 1) * size)
+        found = [order(counters) for order in self._orders]
+        columns = (
+            [index for index, _ in found],
+            [epoch for _, epoch in found],
+            [np.full(size, domain) for domain in range(domains)],
+            [counters] * domains,
+        )
+        share = (domains, self.process_count, -1)
+        return Rows(*(np.stack(column).reshape(share).swapaxes(0, 1).reshape(-1) for column in columns))
 
-    def order(self, counters: np.ndarray) -> np.ndarray:
-        """The indices of the examples that the counters stand for."""
-        n = len(self.source)
-        return np.array([_epoch_order(n, self.seed, c // n)[c % n] for c in counters.tolist()])
+    def render(self, step: int, out: Batch | None = None) -> Batch:
+        """The views of `batches[step]` that are not prepared."""
+        todo = unprepared(self)
+        if not todo:
+            return {}
+        out = _empty(shapes(self)) if out is None else out
+        seeds = [
+            {field: draws_seed(seed, render.draws) for field, render in todo.items()}
+            for seed in orders.seeds_of(self.source, self.seed)
+        ]
+        rows = self._local(step)
+        columns = rows.index.tolist(), rows.domain.tolist(), rows.counter.tolist()
+        for row, (index, domain, counter) in enumerate(zip(*columns, strict=True)):
+            write_example(self.source, todo, out, row, index, seeds[domain], counter)
+        return out
+
+    def known(self, step: int) -> Batch:
+        """Everything of `batches[step]` that needs no rendering."""
+        rows = self._local(step)
+        batch = {field: values[rows.epoch % len(values), rows.index] for field, values in self.prepared.items()}
+        batch["index"] = rows.index.astype(np.int32)
+        if self.labelled:
+            batch["label"] = self.source.labels[rows.index]
+        if self.source.domains is not None:
+            batch["domain"] = rows.domain.astype(np.int32)
+        return batch
 
     def iterate(self, start: int, stop: int, num_workers: int = 0) -> Iterator[Batch]:
         """Yields the batches of steps start ... stop - 1, made ahead of time; see the function `iterate`."""
         return iterate(self, start, stop, num_workers)
 
+    @functools.cached_property
+    def _orders(self) -> tuple[orders.Order, ...]:
+        """Of each domain; each keeps its own permutations, so that streams do not evict those of others."""
+        return orders.make_orders(self.source, self.order, self.seed)
+
+    def _local(self, step: int) -> Rows:
+        rows, size = self.rows(step), self.batch_size // self.process_count
+        return Rows(*(column[self.process_index * size : (self.process_index + 1) * size] for column in rows))
+
 
 def train_batches(
     source: Source,
-    *,
-    card: Card,
-    augment: Sequence[tuple[str, Mapping]],
+    views: Mapping[str, View],
     batch_size: int,
     seed: int,
+    *,
+    name: str = "train",
+    order: str = "shuffled",
+    labelled: bool = True,
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainBatches:
-    """Builds training batches; `augment` lists (op, parameters) pairs, see docs/data.md.
+    """Builds the training batches of one stream; the seed of a stream that is not "train" comes from (seed, name).
 
-    Raises ValueError on unusable augmentations, a negative seed, or a batch size that the processes cannot share.
+    order: "shuffled", or "class_balanced": every round of as many counters as there are classes visits each class once,
+    and within a class the examples are shuffled epoch by epoch. Raises ValueError on views that do not fit the source,
+    unusable augmentations, a negative seed, an order that the labels do not allow, or a batch size that processes and
+    domains cannot share.
     """
-    _check_sizes(batch_size, process_index, process_count)
+    domains = 1 if source.domains is None else len(source.domain_names)
+    _check_sizes(batch_size, process_index, process_count, domains)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, found {seed}")
-    preprocess = make_preprocess(card, augment)
-    _check_large_enough(source, preprocess)
-    prepared = _prepare(source, preprocess)
-    prepared = None if prepared is None else prepared[None]
-    return TrainBatches(source, preprocess, prepared, batch_size, seed, process_index, process_count)
+    if order not in orders.ORDERS:
+        raise ValueError(
+            f"there is no order {order!r}{nearest(order, orders.ORDERS)}; known: {', '.join(orders.ORDERS)}"
+        )
+    if order == "class_balanced" and not (labelled and source.label_kind == "classes"):
+        found = source.label_kind if labelled else "an unlabelled stream"
+        raise ValueError(f"{source.name}: the order 'class_balanced' needs the classes of examples, found {found}")
+    renders, prepared = make_views(source, views, augmented=True)
+    seed = seed if name == "train" else orders.derive(seed, name)
+    batches = TrainBatches(
+        source, renders, prepared, batch_size, seed, order, labelled, process_index, process_count
+    )  # fmt: skip
+    batches.rows(0)  # raises where a class or a domain is empty
+    return batches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvalBatches:
     """Evaluation batches: every example once, in order, `len(batches)` batches on every process.
 
-    `batches[i]` is {"image": uint8 [b, S, S, 3], "label": int32 [b], "mask": bool [b], "index": int32 [b]} with b the
-    batch size over the processes. The last batch is padded: there the mask is False, the image and label 0, the index
-    -1. Process p holds the p-th run of b rows of each global batch.
+    `batches[i]` has the fields of `TrainBatches` and "mask" bool [b], with b the batch size over the processes. The
+    last batch is padded: there the mask is False, the index -1, everything else 0. Process p holds the p-th run of b
+    rows of each global batch. Of what is `prepared`, [V, N, ...], the first is taken.
     """
 
     source: Source
-    preprocess: Preprocess
-    prepared: np.ndarray | None
+    renders: Mapping[str, Render]
+    prepared: Mapping[str, np.ndarray]
     batch_size: int
+    labelled: bool
     process_index: int
     process_count: int
     num_workers: int
@@ -126,35 +202,46 @@ class EvalBatches:
     def __getitem__(self, i: int) -> Batch:
         return self.make(i)
 
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """Of the images of one batch."""
-        return _image_shape(self)
+    def make(self, i: int, out: Batch | None = None) -> Batch:
+        """`batches[i]`; out: arrays of `shapes(batches)`, where the images are written."""
+        return {**self.render(i, out), **self.known(i)}
 
-    def make(self, i: int, out: np.ndarray | None = None) -> Batch:
-        """`batches[i]`; out: uint8 of `image_shape`, where the images are written."""
+    def render(self, i: int, out: Batch | None = None) -> Batch:
+        """The views of `batches[i]` that are not prepared."""
+        todo, real = unprepared(self), self._real(i)
+        if not todo:
+            return {}
+        out = _empty(shapes(self)) if out is None else out
+        for row, example in enumerate(real.tolist()):
+            write_example(self.source, todo, out, row, example)
+        for images in out.values():
+            images[len(real) :] = 0
+        return out
+
+    def known(self, i: int) -> Batch:
+        """Everything of `batches[i]` that needs no rendering."""
+        real, local = self._real(i), self.batch_size // self.process_count
+
+        def padded(values: np.ndarray, fill: int = 0) -> np.ndarray:
+            full = np.full((local, *values.shape[1:]), fill, values.dtype)
+            full[: len(real)] = values
+            return full
+
+        batch = {field: padded(values[0, real]) for field, values in self.prepared.items()}
+        batch |= {"index": padded(real, -1), "mask": np.arange(local) < len(real)}
+        if self.labelled:
+            batch["label"] = padded(self.source.labels[real])
+        if self.source.domains is not None:
+            batch["domain"] = padded(self.source.domains[real])
+        return batch
+
+    def _real(self, i: int) -> np.ndarray:
+        """The indices of the examples of a batch on this process; empty where all is padding."""
         if not 0 <= i < len(self):
             raise IndexError(f"batch must be 0 .. {len(self) - 1}, found {i}")
         local = self.batch_size // self.process_count
         first = i * self.batch_size + self.process_index * local
-        real = np.arange(first, min(first + local, len(self.source)), dtype=np.int32)  # empty where all is padding
-        blank = np.zeros(self.image_shape, np.uint8) if out is None else out
-        if self.prepared is not None:
-            blank = np.zeros((local, *self.prepared.shape[1:]), self.prepared.dtype)
-        batch = {
-            "image": blank,
-            "label": np.zeros(local, np.int32),
-            "mask": np.arange(local) < len(real),
-            "index": np.full(local, -1, np.int32),
-        }
-        batch["index"][: len(real)], batch["label"][: len(real)] = real, self.source.labels[real]
-        if self.prepared is not None:
-            batch["image"][: len(real)] = self.prepared[real]
-        else:
-            for row, example in enumerate(real.tolist()):
-                ops.put(batch["image"][row], _pixels(self.source, self.preprocess, example))
-            batch["image"][len(real) :] = 0
-        return batch
+        return np.arange(first, min(first + local, len(self.source)), dtype=np.int32)
 
     def __iter__(self) -> Iterator[Batch]:
         worth = len(self.source) >= WORTH_WORKERS
@@ -163,30 +250,51 @@ class EvalBatches:
 
 def eval_batches(
     source: Source,
-    *,
-    card: Card,
+    views: Mapping[str, View],
     batch_size: int,
+    *,
+    labelled: bool = True,
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
 ) -> EvalBatches:
-    """Builds evaluation batches with the card's preprocessing; raises ValueError if the processes cannot share one."""
+    """Builds evaluation batches, each view with its card's preprocessing alone: without augmentations and draws.
+
+    Raises ValueError where a view does not fit the source, or the processes cannot share a batch.
+    """
     _check_sizes(batch_size, process_index, process_count)
-    preprocess = make_preprocess(card)
-    _check_large_enough(source, preprocess)
-    own = preprocess.resize_size, preprocess.interpolation
-    for packed in source.made_smaller:
-        if packed != own:
-            log.warning(
-                "%s: images were resized to %d %s when packed, and are now to %d %s: their pixels differ a little from "
-                "those of the files; packed with --size %d --interpolation %s they are equal",
-                source.name, *packed, *own, *own,
-            )  # fmt: skip
-    prepared = _prepare(source, preprocess)
-    return EvalBatches(source, preprocess, prepared, batch_size, process_index, process_count, num_workers)
+    renders, prepared = make_views(source, views, augmented=False)
+    for preprocess in dict.fromkeys((r.preprocess.resize_size, r.preprocess.interpolation) for r in renders.values()):
+        for packed in source.made_smaller:
+            if packed != preprocess:
+                log.warning(
+                    "%s: images were resized to %d %s when packed, and are now to %d %s: their pixels differ a little "
+                    "from those of the files; packed with --size %d --interpolation %s they are equal",
+                    source.name, *packed, *preprocess, *preprocess,
+                )  # fmt: skip
+    return EvalBatches(source, renders, prepared, batch_size, labelled, process_index, process_count, num_workers)
 
 
-def iterate(batches: TrainBatches | EvalBatches, start: int, stop: int, num_workers: int = 0) -> Iterator[Batch]:
+Batches = TrainBatches | EvalBatches
+
+
+def unprepared(batches: Batches) -> dict[str, Render]:
+    """The views that are rendered."""
+    return {field: render for field, render in batches.renders.items() if field not in batches.prepared}
+
+
+def shapes(batches: Batches) -> dict[str, tuple[tuple[int, ...], str]]:
+    """(shape, type) of the arrays of one batch that are rendered."""
+    local = batches.batch_size // batches.process_count
+    sizes = {field: render.preprocess.input_size for field, render in unprepared(batches).items()}
+    return {field: ((local, size, size, 3), "uint8") for field, size in sizes.items()}
+
+
+def _empty(wanted: Mapping[str, tuple[tuple[int, ...], str]]) -> Batch:
+    return {field: np.empty(shape, dtype) for field, (shape, dtype) in wanted.items()}
+
+
+def iterate(batches: Batches, start: int, stop: int, num_workers: int = 0) -> Iterator[Batch]:
     """Yields batches[start], ..., batches[stop - 1], made ahead of time by threads (0 workers) or worker processes.
 
     The batches are the same for every number of workers. The workers end when the iterator is exhausted, closed or
@@ -194,7 +302,7 @@ def iterate(batches: TrainBatches | EvalBatches, start: int, stop: int, num_work
     RuntimeError if a worker was killed. Worker processes import the main module anew: guard its start with
     `if __name__ == "__main__"`.
     """
-    in_processes = bool(num_workers) and batches.prepared is None  # prepared pixels are only indexed
+    in_processes = bool(num_workers) and bool(unprepared(batches))  # what is prepared is only indexed
     steps = iter(range(start, stop))
     here = list(itertools.islice(steps, int(in_processes)))  # made here, while the workers start
     ahead = 2 * num_workers if in_processes else THREADS + 1
@@ -216,7 +324,7 @@ WORTH_WORKERS = 1024  # examples below which threads have made all batches befor
 
 
 @contextlib.contextmanager
-def _in_threads(batches: TrainBatches | EvalBatches) -> Iterator[Callable]:
+def _in_threads(batches: Batches) -> Iterator[Callable]:
     """submit(step) -> due, a function that waits for the batch."""
     executor = ThreadPoolExecutor(THREADS, thread_name_prefix="batches")
     try:
@@ -226,89 +334,35 @@ def _in_threads(batches: TrainBatches | EvalBatches) -> Iterator[Callable]:
 
 
 @contextlib.contextmanager
-def _in_processes(batches: TrainBatches | EvalBatches, num_workers: int, ahead: int) -> Iterator[Callable]:
-    """As `_in_threads`; the images come in shared memory."""
-    slots = workers.Slots(ahead + SPARE, batches.image_shape)
+def _in_processes(batches: Batches, num_workers: int, ahead: int) -> Iterator[Callable]:
+    """As `_in_threads`; the images come in shared memory, and what needs no rendering is added here."""
+    slots = workers.Slots(ahead + SPARE, shapes(batches))
+    lean = dataclasses.replace(batches, renders=unprepared(batches), prepared={})
 
-    def due(future: Future) -> Batch:
-        batch, slot = future.result()
-        return batch if slot is None else {**batch, "image": slots.view(slot)}
+    def due(step: int, future: Future) -> Batch:
+        images, slot = future.result()
+        return {**(images if slot is None else slots.view(slot)), **batches.known(step)}
 
-    with workers.pool(num_workers, (batches, slots)) as pool:
-        yield lambda step: functools.partial(due, pool.submit(workers.apply, _make, step, slots.take()))
+    with workers.pool(num_workers, (lean, slots)) as pool:
+        yield lambda step: functools.partial(due, step, pool.submit(workers.apply, _make, step, slots.take()))
 
 
-def _make(state: tuple, step: int, slot: int | None) -> tuple[Batch, int | None]:
+def _make(state: tuple, step: int, slot: int | None) -> tuple[Batch | None, int | None]:
     batches, slots = state
-    batch = batches.make(step, None if slot is None else slots.array(slot))
-    if slot is not None:
-        del batch["image"]
-    return batch, slot
+    if slot is None:
+        return batches.render(step), None
+    batches.render(step, slots.arrays(slot))
+    return None, slot
 
 
-def _image_shape(batches: TrainBatches | EvalBatches) -> tuple[int, ...]:
-    size = batches.preprocess.input_size
-    return batches.batch_size // batches.process_count, size, size, 3
-
-
-_local = threading.local()
-
-
-def _draws(seed: int, counter: int) -> np.random.Generator:
-    """The stream keyed by (seed, counter), which the next call in this thread ends.
-
-    One generator is set anew for each example; making one each time takes as long as cutting a packed image.
-    """
-    if not hasattr(_local, "rng"):
-        _local.rng = np.random.Generator(np.random.Philox(key=(0, 0)))
-        _local.start = _local.rng.bit_generator.state
-    _local.start["state"]["key"][:] = seed, counter
-    _local.rng.bit_generator.state = _local.start
-    return _local.rng
-
-
-@functools.lru_cache(maxsize=4)
-def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def _pixels(source: Source, preprocess: Preprocess, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """The input pixels of one example; an image that cannot be used is named in the error."""
-    try:
-        image = ops.as_rgb(source.images[index])
-    except ValueError as error:
-        raise ValueError(
-            f"cannot read {source.ids[index]} of {source.name}: {error}; repair or remove it, or set on_error='skip'"
-        ) from None
-    try:
-        return preprocess(image, rng)
-    except ValueError as error:
-        raise ValueError(f"{source.ids[index]} of {source.name}: {error}") from None
-
-
-def _prepare(source: Source, preprocess: Preprocess) -> np.ndarray | None:
-    """All input pixels at once [N, S, S, 3], where they are the same in every epoch and small; else None."""
-    size = len(source) * preprocess.input_size**2 * 3
-    if not isinstance(source.images, np.ndarray) or preprocess.ops or size > IN_MEMORY:
-        return None
-    if source.images.shape[1:3] == (preprocess.resize_size,) * 2 == (preprocess.input_size,) * 2:
-        return source.images
-    return np.stack([_pixels(source, preprocess, i) for i in range(len(source))])
-
-
-def _check_large_enough(source: Source, preprocess: Preprocess) -> None:
-    """Raises ValueError for images that were made smaller than the network is to see them."""
-    if small := [size for size, _ in source.made_smaller if size < preprocess.resize_size]:
-        raise ValueError(
-            f"{source.name} was packed with --size {min(small)}, but the card (input {preprocess.input_size}) resizes "
-            f"images to a short side of {preprocess.resize_size}: pack it again, with --size {preprocess.resize_size} "
-            "or more, or take the images themselves"
-        )
-
-
-def _check_sizes(batch_size: int, process_index: int, process_count: int) -> None:
+def _check_sizes(batch_size: int, process_index: int, process_count: int, domains: int = 1) -> None:
     if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
         raise ValueError(
             f"batch_size {batch_size} for process {process_index} of {process_count}: the batch size must be a "
             "positive multiple of the process count, and the process index below it"
+        )
+    if batch_size % (process_count * domains):
+        raise ValueError(
+            f"batch_size {batch_size} for {domains} domains and {process_count} processes: every process takes equal "
+            f"parts of all domains, expected a multiple of {process_count * domains}"
         )

@@ -32,14 +32,16 @@ def folds(design: str) -> list[tuple[str, int]]:
 
 
 def split(labels: np.ndarray, resample: str, split_seed: int) -> Split:
-    """(train indices, held-out indices) of one fold of a pool with these labels [N], both ascending.
+    """(train indices, held-out indices) of one fold of a pool with these labels [N, ...], both ascending.
 
     "kfold:5:0": fold 0 of 5, stratified and shuffled by split_seed. "bootstrap:3": train is draw number 3 of N examples
     with replacement, so indices repeat; held out is what was not drawn (out of bag). A draw that misses a class, or
-    leaves nothing out, is redrawn, deterministically. Raises ValueError for anything else, for a fold out of range, and
-    for classes with too few examples.
+    leaves nothing out, is redrawn, deterministically. Multi-label labels and targets are not stratified. Raises
+    ValueError for anything else, for a fold out of range, and for classes with too few examples.
     """
     labels = np.asarray(labels)
+    if labels.ndim > 1 or labels.dtype.kind == "f":
+        labels = np.zeros(len(labels), np.int32)  # as one class of all examples
     if match := re.fullmatch(r"kfold:(\d+):(\d+)", resample):
         return _kfold(labels, int(match[1]), int(match[2]), split_seed)
     if match := re.fullmatch(r"bootstrap:(\d+)", resample):

@@ -1,61 +1,96 @@
-"""Where images come from: `load` turns a source and a split, both strings, into a random-access `Source`."""
+"""Where examples come from: `load` turns a source and a split, both strings, into a random-access `Source`."""
 
 import dataclasses
 import difflib
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tl_jax.data.examples import Source, find_unreadable, join, listed
-from tl_jax.data.readers.arrays import load_arrays, load_digits
+from tl_jax.data import labels as label_columns
+from tl_jax.data.examples import Source, find_unreadable, join, join_domains, listed, overlap
+from tl_jax.data.readers import builtin
+from tl_jax.data.readers.arrays import load_arrays
 from tl_jax.data.readers.folder import load_folder
 from tl_jax.data.readers.glyphs import load_glyphs
 from tl_jax.data.readers.packed import load_packed
+from tl_jax.data.readers.tables import load_csv, load_table
 
+__all__ = ["list_split", "load", "overlap", "parse_split", "stratified_order", "without"]
 log = logging.getLogger(__name__)
+BUILTIN = {
+    "digits": builtin.load_digits,
+    "digits:inverted": builtin.load_inverted,
+    "digits:pairs": builtin.load_pairs,
+    "digits:parity": builtin.load_parity,
+    "digits:ink": builtin.load_ink,
+    "glyphs": load_glyphs,
+}
+IMAGES = {"folder": load_folder, "arrays": load_arrays, "packed": load_packed}
+COLUMNS = {"csv": load_csv, "table": load_table}  # sources with label columns
 FORMS = {
-    "digits": "digits",
-    "glyphs": "glyphs",
     "folder": "folder:PATH",
     "arrays": "arrays:FILE.npz",
     "packed": "packed:FOLDER",
+    "csv": "csv:FILE",
+    "table": "table:FILE",
     "tfds": "tfds:NAME or tfds:NAME:VERSION",
 }
+DIABETES = "table:diabetes"
+DECODED = (*BUILTIN, "packed", "table")  # nothing to decode; packed images have hashes
 
 
 def load(
-    source: str,
+    source: str | Sequence[str],
     split: str = "train",
     *,
+    task: str = "classification",
+    labels: Sequence[str] = (),
     shots: int = 0,
     seed: int = 0,
     split_seed: int = 0,
     on_error: str = "fail",
     data_dir: str | None = None,
 ) -> Source:
-    """Loads a split of a source; see docs/data.md for both languages.
+    """Loads a split of a source; see docs/data.md for both languages. Several sources are the domains of one.
 
-    Slices such as `train[:80%]` cut a class-stratified permutation that depends on the labels and `split_seed` only, so
-    complementary slices are disjoint and mixed alike. `shots` > 0 then draws that many examples of every class by
-    `seed`; a larger draw contains the smaller. `on_error="fail"` raises ValueError naming every file whose header is no
-    image; `"skip"` decodes every image once, now, and drops the bad ones into `Source.skipped`. `data_dir` is where
-    tfds keeps its data. Raises ValueError on unknown sources or splits, FileNotFoundError on missing data.
+    `task` says what the labels must be: classification, binary (of two classes, the second is positive), multilabel or
+    regression. `labels` names the label columns of csv: and table: sources.
+
+    Slices such as `train[:80%]` cut a permutation that depends on `split_seed` and the number of examples; of classes
+    it is stratified, and depends on the labels as well. Complementary slices are disjoint and mixed alike. `shots` > 0
+    then draws that many examples of every class (in every domain) by `seed`; a larger draw contains the smaller.
+    `on_error="fail"` raises ValueError naming every file whose header is no image; `"skip"` decodes every image once,
+    now, and drops the bad ones into `Source.skipped`. `data_dir` is where tfds keeps its data. Raises ValueError on
+    unknown sources or splits and on labels that do not fit the task, FileNotFoundError on missing data.
     """
-    kind, argument = _parse(source)
+    names = (source,) if isinstance(source, str) else tuple(source)
+    label_columns.check_task(task)
+    if not names:
+        raise ValueError("no source is given; expected one, or one for each domain")
     if on_error not in ("fail", "skip"):
         raise ValueError(f"on_error must be 'fail' or 'skip', found {on_error!r}")
     if min(shots, seed, split_seed) < 0:
         raise ValueError(f"shots={shots}, seed={seed}, split_seed={split_seed}: none may be negative")
-    parts = parse_split(split)
-    names = dict.fromkeys(part.name for part in parts)
-    whole = {name: _load_whole(kind, argument, name, on_error, data_dir) for name in names}
-    pieces = [_cut(whole[part.name], part, split_seed) for part in parts]
-    loaded = join(pieces) if len(pieces) > 1 else pieces[0]
-    loaded = _draw_shots(loaded, shots, seed) if shots else loaded
-    return dataclasses.replace(loaded, name=f"{source} {split}" + (f", {shots} shots" if shots else ""))
+    if shots and label_columns.KINDS[task] != "classes":
+        raise ValueError(f"shots={shots}: shots are examples of a class, and the task {task!r} has none; use a slice")
+    parts, pieces = parse_split(split), []
+    for name in names:
+        wholes = {part: _load_whole(name, part, task, labels, on_error, data_dir) for part in _names(parts)}
+        cut = [_cut(wholes[part.name], part, split_seed) for part in parts]
+        joined = join(cut) if len(cut) > 1 else cut[0]
+        joined = _draw_shots(joined, shots, seed) if shots else joined
+        pieces.append(dataclasses.replace(joined, domain_names=(name,)))
+    loaded = join_domains(pieces) if len(pieces) > 1 else pieces[0]
+    name = f"{' + '.join(names)} {split}"
+    return dataclasses.replace(loaded, name=name + (f", {shots} shots" if shots else ""))
+
+
+def _names(parts: Sequence["Part"]) -> list[str]:
+    return list(dict.fromkeys(part.name for part in parts))
 
 
 def list_split(source: str, split: str, data_dir: str | None = None) -> Source:
@@ -64,16 +99,20 @@ def list_split(source: str, split: str, data_dir: str | None = None) -> Source:
         raise ValueError(
             f"expected the name of a whole split such as train, found {split!r}; slices are cut when loaded"
         )
-    return _list_split(*_parse(source), split, data_dir)
+    return _list_split(source, split, "classification", (), data_dir)
 
 
 def _parse(source: str) -> tuple[str, str]:
-    """The kind of a source and its argument."""
+    """The kind of a source, or its name where it is built in, and its argument."""
     kind, _, argument = source.partition(":")
-    if kind not in FORMS or bool(argument) != (":" in FORMS[kind]):
-        near = difflib.get_close_matches(kind, FORMS, n=1)
-        hint = f"; did you mean {FORMS[near[0]]!r}?" if near else "."
-        raise ValueError(f"unknown source {source!r}{hint} Sources: {', '.join(FORMS.values())}")
+    if source in BUILTIN:
+        return source, ""
+    if kind not in FORMS or not argument:
+        near = difflib.get_close_matches(source, [*BUILTIN, DIABETES], n=1) or difflib.get_close_matches(
+            kind, FORMS, n=1
+        )
+        hint = f"; did you mean {FORMS.get(near[0], near[0])!r}?" if near else "."
+        raise ValueError(f"unknown source {source!r}{hint} Sources: {', '.join([*BUILTIN, DIABETES, *FORMS.values()])}")
     return kind, argument
 
 
@@ -120,7 +159,13 @@ def _cut(source: Source, part: Part, split_seed: int) -> Source:
     start, stop = position(part.start, 0), position(part.stop, n)
     if not 0 <= start < stop <= n:
         raise ValueError(f"slice [{part.start}:{part.stop}] of {source.name} is empty or beyond its {n} examples")
-    return source.select(np.sort(stratified_order(source.labels, split_seed)[start:stop]))
+    return source.select(np.sort(_slice_order(source, split_seed)[start:stop]))
+
+
+def _slice_order(source: Source, seed: int) -> np.ndarray:
+    if source.label_kind == "classes":
+        return stratified_order(source.labels, seed)
+    return np.random.default_rng([seed, 0x73706C69]).permutation(len(source))
 
 
 def _draw_shots(source: Source, shots: int, seed: int) -> Source:
@@ -133,10 +178,10 @@ def _draw_shots(source: Source, shots: int, seed: int) -> Source:
     return source.select(np.sort(np.concatenate(drawn)))
 
 
-def _load_whole(kind: str, argument: str, split: str, on_error: str, data_dir: str | None) -> Source:
-    source = _list_split(kind, argument, split, data_dir)
-    if kind in ("digits", "glyphs", "packed"):
-        return source  # nothing to decode; packed images have hashes
+def _load_whole(name: str, split: str, task: str, labels: Sequence[str], on_error: str, data_dir: str | None) -> Source:
+    source, kind = _list_split(name, split, task, labels, data_dir), _parse(name)[0]
+    if kind in DECODED:
+        return source
     if on_error == "fail" and kind == "tfds":
         return source  # its files carry checksums, and a second pass over large records is dear
     bad = find_unreadable(source, fully=on_error == "skip")
@@ -149,22 +194,30 @@ def _load_whole(kind: str, argument: str, split: str, on_error: str, data_dir: s
     return without(source, list(bad), reasons) if bad else source
 
 
-def _list_split(kind: str, argument: str, split: str, data_dir: str | None) -> Source:
-    if kind == "tfds":
+def _list_split(name: str, split: str, task: str, labels: Sequence[str], data_dir: str | None) -> Source:
+    kind, argument = _parse(name)
+    if labels and kind not in COLUMNS:
+        raise ValueError(f"data.labels={tuple(labels)} names columns of csv: and table: sources; {name} has none")
+    if name == DIABETES:
+        source = builtin.load_diabetes(split, task, labels)
+    elif kind in COLUMNS:
+        source = COLUMNS[kind](argument, split, task, labels)
+    elif kind == "tfds":
         source = _load_tfds(argument, split, data_dir)
-    elif kind in ("folder", "arrays", "packed"):
-        source = {"folder": load_folder, "arrays": load_arrays, "packed": load_packed}[kind](argument, split)
     else:
-        source = {"digits": load_digits, "glyphs": load_glyphs}[kind](split)
+        source = BUILTIN[kind](split) if kind in BUILTIN else IMAGES[kind](argument, split)
     if len(source) == 0:
         raise ValueError(f"{source.name} holds no examples")
+    label_columns.check_fit(source, task)
     return source
 
 
 def without(source: Source, bad: list[int], reasons: list[str]) -> Source:
-    """The source without its unreadable images, and why; raises ValueError where a class loses its last image."""
+    """The source without its unreadable images, and why; raises ValueError where none is left, or none of a class."""
     kept = source.select(np.setdiff1d(np.arange(len(source)), bad))
-    gone = np.setdiff1d(source.labels, kept.labels)
+    if not len(kept):
+        raise ValueError(f"no readable image is left of {source.name}:\n{listed(reasons)}")
+    gone = np.setdiff1d(source.labels, kept.labels) if source.label_kind == "classes" else ()
     if len(gone):
         names = [source.class_names[c] for c in gone]
         raise ValueError(f"no readable image is left of {len(gone)} classes of {source.name}:\n{listed(names)}")

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -61,34 +61,47 @@ def apply(function: Callable, *arguments: Any) -> Any:
 
 
 class Slots:
-    """Arrays in memory that worker processes share with the main one: uint8 of one shape, `count` of them.
+    """Arrays in memory that worker processes share with the main one: a set of arrays by name, `count` times.
 
-    A slot is free again when the array that `view` gave for it has been collected, so nothing is copied and nothing
+    A slot is free again when the arrays that `view` gave for it have been collected, so nothing is copied and nothing
     overwritten that is in use. The memory has no name: the system takes it back however the processes end.
     """
 
-    def __init__(self, count: int, shape: tuple[int, ...]):
-        self.shape = shape
-        self._size = math.prod(shape)
-        self._stride = -(-self._size // 4096) * 4096
+    def __init__(self, count: int, wanted: Mapping[str, tuple[tuple[int, ...], str]]):
+        """wanted: (shape, type) of each array."""
+        self._places, stride = {}, 0
+        for name, (shape, dtype) in wanted.items():
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            self._places[name] = shape, dtype, stride, stride + size
+            stride += -(-size // 64) * 64
+        self._stride = -(-stride // 4096) * 4096
         if os.path.isdir(MEMORY):
             count = min(count, shutil.disk_usage(MEMORY).free // 2 // self._stride)
         self._memory = CONTEXT.RawArray(ctypes.c_uint8, count * self._stride)
         self._free = list(range(count))
 
     def take(self) -> int | None:
-        """The number of a free slot; None where all are in use, and the array must travel otherwise."""
+        """The number of a free slot; None where all are in use, and the arrays must travel otherwise."""
         return self._free.pop() if self._free else None
 
-    def array(self, slot: int) -> np.ndarray:
-        """The array of a slot."""
-        return np.frombuffer(self._memory, np.uint8, self._size, slot * self._stride).reshape(self.shape)
+    def arrays(self, slot: int) -> dict[str, np.ndarray]:
+        """The arrays of a slot."""
+        return self._cut(self._block(slot))
 
-    def view(self, slot: int) -> np.ndarray:
-        """The array of a slot, which becomes free when the last reference to it goes."""
-        array = self.array(slot)
-        weakref.finalize(array.base, self._free.append, slot).atexit = False  # every view of it has the same base
-        return array
+    def view(self, slot: int) -> dict[str, np.ndarray]:
+        """The arrays of a slot, which becomes free when the last reference to any of them goes."""
+        block = self._block(slot)
+        weakref.finalize(block, self._free.append, slot).atexit = False  # every view of it has the same base
+        return self._cut(block)
+
+    def _block(self, slot: int) -> np.ndarray:
+        return np.frombuffer(self._memory, np.uint8, self._stride, slot * self._stride)
+
+    def _cut(self, block: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            name: block[start:stop].view(dtype).reshape(shape)
+            for name, (shape, dtype, start, stop) in self._places.items()
+        }
 
 
 def _start(state: Any) -> None:

@@ -1,35 +1,18 @@
-"""What some penalties compute before step 0 on the training data: channel attention, relationships between classes."""
+"""What some penalties compute from the training data at the start: channel attention, relationships between classes."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tl_jax.core import messages
+from tl_jax.methods.term import MAIN, MODEL, Start
 from tl_jax.tasks import losses
 
 CHUNK = 32  # examples at once in the work before step 0
 INVERSE_STRENGTHS = (1.0, 10.0, 100.0, 1e3, 1e4)  # sklearn's C; probabilities are small features, so they are large
-
-
-class Start(NamedTuple):
-    """What is known before step 0.
-
-    params, batch_stats: as loaded, with added parameters (LoRA, prompts) at their start. source_head: {"kernel" [D, S],
-    "bias" [S]}, the weight file's own classifier, or None. apply: (params, batch_stats, x, start=None) -> (logits, out)
-    in eval mode, x images [B, H, W, C] in 0..255, or the output of the cut `start`. batches: () -> iterator of (images
-    [B, H, W, C] uint8, labels [B]), every training example once, preprocessed as for evaluation.
-    """
-
-    params: Any
-    batch_stats: Any
-    source_head: Any | None
-    apply: Callable
-    batches: Callable
-    num_classes: int
 
 
 def linear(features: jax.Array, head: Mapping[str, jax.Array]) -> jax.Array:
@@ -47,49 +30,47 @@ def attention(without: np.ndarray, temperature: float, standardize: bool) -> jax
     return jax.nn.softmax(jnp.asarray(increase / temperature, jnp.float32))
 
 
-def losses_without(start: Start, cuts: Sequence[str], examples: int) -> dict[str, np.ndarray]:
-    """The mean loss of a logistic regression on pre_logits with each channel of each cut at zero: {cut: [C]}."""
-    images, labels = _sample(start.batches(), examples)
-    names = _choose_cuts(start, images[:1], cuts)
-    forward = jax.jit(lambda params, batch_stats, x: start.apply(params, batch_stats, x)[1])
-    variables = (start.params, start.batch_stats)
-    features = np.concatenate([forward(*variables, x)["pre_logits"] for (x,) in _chunks(images)])
-    head, classes = _fit_classifier(features, labels)
-    losses_without = {cut: _make_losses_without(start.apply, cut) for cut in names}
-    totals = dict.fromkeys(names, 0.0)
-    for x, y in _chunks(images, np.searchsorted(classes, labels)):
-        out = forward(*variables, x)
-        for cut in names:
-            totals[cut] = totals[cut] + np.asarray(losses_without[cut](*variables, out[cut], y, head), np.float64)
-    return {cut: total / len(labels) for cut, total in totals.items()}
-
-
-def _make_losses_without(apply: Callable, cut: str) -> Callable:
-    """losses_without(params, batch_stats, x, labels, head) -> [C], sums over the examples; x is the cut's output."""
-
-    def losses_without(params, batch_stats, x, labels, head):
-        targets = jax.nn.one_hot(labels, head["bias"].size)
-
-        def loss_without(channel):
-            keep = (jnp.arange(x.shape[-1]) != channel).astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-            _, out = apply(params, batch_stats, x * keep, start=cut)
-            return losses.cross_entropy(linear(out["pre_logits"], head), targets).sum()
-
-        return jax.lax.map(loss_without, jnp.arange(x.shape[-1]))
-
-    return jax.jit(losses_without)
-
-
-def _choose_cuts(start: Start, image: np.ndarray, cuts: Sequence[str]) -> list[str]:
-    _, out = jax.eval_shape(start.apply, start.params, start.batch_stats, image.astype(np.float32))
-    # By number (stem: none), not by place: a dictionary that went through jit is sorted, block10 before block2.
-    known = sorted(out.keys() - {"pre_logits", "logits"}, key=lambda name: int(re.sub(r"\D", "", name) or -1))
+def choose_cuts(known: Sequence[str], cuts: Sequence[str]) -> list[str]:
+    """The cuts of DELTA among the network's own, in order: those named, or the last before pre_logits."""
+    known = [cut for cut in known if cut != "pre_logits"]
     if unknown := [cut for cut in cuts if cut not in known]:
         raise ValueError(
             f"delta with cuts={list(cuts)}: the network has no {unknown}{messages.nearest(unknown[0], known)}; "
             f"its cuts before pre_logits: {known}"
         )
     return list(dict.fromkeys(cuts)) or known[-1:]
+
+
+def losses_without(start: Start, network: str, cuts: Sequence[str], examples: int) -> dict[str, np.ndarray]:
+    """The mean loss of a logistic regression on pre_logits with each channel of each cut at zero: {cut: [C]}."""
+    images, labels = _sample(start.batches(MAIN), examples)
+    forward = jax.jit(lambda variables, x: start.apply(network, variables, x, stop="pre_logits"))
+    variables = start.variables
+    features = np.concatenate([forward(variables, x)["pre_logits"] for (x,) in _chunks(images)])
+    head, classes = _fit_classifier(features, labels)
+    functions = {cut: _make_losses_without(start.apply, network, cut) for cut in cuts}
+    totals = dict.fromkeys(cuts, 0.0)
+    for x, y in _chunks(images, np.searchsorted(classes, labels)):
+        out = forward(variables, x)
+        for cut in cuts:
+            totals[cut] = totals[cut] + np.asarray(functions[cut](variables, out[cut], y, head), np.float64)
+    return {cut: total / len(labels) for cut, total in totals.items()}
+
+
+def _make_losses_without(apply: Callable, network: str, cut: str) -> Callable:
+    """losses_without(variables, x, labels, head) -> [C], sums over the examples; x is the cut's output."""
+
+    def losses_without(variables, x, labels, head):
+        targets = jax.nn.one_hot(labels, head["bias"].size)
+
+        def loss_without(channel):
+            keep = (jnp.arange(x.shape[-1]) != channel).astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+            out = apply(network, variables, x * keep, start=cut, stop="pre_logits")
+            return losses.cross_entropy(linear(out["pre_logits"], head), targets).sum()
+
+        return jax.lax.map(loss_without, jnp.arange(x.shape[-1]))
+
+    return jax.jit(losses_without)
 
 
 def _sample(batches: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -121,28 +102,34 @@ def _fit_classifier(features: np.ndarray, labels: np.ndarray) -> tuple[dict[str,
     return {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}, model.classes_
 
 
-def source_probabilities(start: Start, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """The loaded network's probabilities over its source classes on every training example, [N, S], and the labels."""
-    if start.source_head is None:
+def checked_source_head(start: Start) -> Mapping[str, jax.Array]:
+    """The classifier that the weights were trained with; ValueError where there is none for the network's features."""
+    head, width = start.source_head(), start.shapes["pre_logits"][-1]
+    if head is None:
         raise ValueError(
             "co_tuning needs the classifier that the weights were trained with, and these have none (a random start, "
-            "or a file without its head): load weights with a head, or take co_tuning out of method.regularize"
+            "or a file without its head): load weights with a head, or take co_tuning out of terms"
         )
+    if head["kernel"].shape[0] != width:
+        raise ValueError(
+            f"the source head takes {head['kernel'].shape[0]} features, but the network has {width}: "
+            "a layer between them was dropped, so that co_tuning cannot use this head"
+        )
+    return head
+
+
+def source_probabilities(start: Start, head: Any, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """The network's probabilities over its source classes on every training example, [N, S], and the labels."""
 
     @jax.jit
-    def probabilities(params, batch_stats, images, head):
-        features = start.apply(params, batch_stats, images)[1]["pre_logits"]
-        if features.shape[1] != head["kernel"].shape[0]:
-            raise ValueError(
-                f"the source head takes {head['kernel'].shape[0]} features, but the network has {features.shape[1]}: "
-                "a layer between them was dropped, so that co_tuning cannot use this head"
-            )
-        return jax.nn.softmax(linear(features, head) / temperature)
+    def probabilities(variables, x):
+        return jax.nn.softmax(
+            linear(start.apply(MODEL, variables, x, stop="pre_logits")["pre_logits"], head) / temperature
+        )
 
     rows, labels = [], []
-    for images, some in start.batches():
-        batch = np.asarray(images, np.float32)
-        rows.append(np.asarray(probabilities(start.params, start.batch_stats, batch, start.source_head)))
+    for x, some in start.batches(MAIN):
+        rows.append(np.asarray(probabilities(start.variables, np.asarray(x, np.float32))))
         labels.append(np.asarray(some))
     return np.concatenate(rows), np.concatenate(labels)
 

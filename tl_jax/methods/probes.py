@@ -1,8 +1,8 @@
-"""Classifiers on fixed features without gradient steps: nearest neighbours, logistic regression, ridge regression."""
+"""Probes without gradient: nearest neighbours, logistic and ridge regression on the features of a frozen network."""
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,6 @@ GRIDS = {
     "ridge": tuple(10.0**e for e in range(-2, 6)),  # alpha, the strength of the penalty on the summed squares
 }
 NAMES = tuple(GRIDS)
-METRICS = ("cosine", "euclidean")
 MAX_SCALE = 100.0  # of ridge scores: where every example is predicted well, the best scale would be infinite
 MAX_ITERATIONS = 10_000  # of L-BFGS
 
@@ -54,19 +53,19 @@ def fit(
     num_classes: int,
     grid: Sequence[float] = (),
     *,
-    metric: str = "cosine",
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Fitted:
     """Fits one of NAMES on train = (features [N, D], labels [N]) and chooses the value of `grid` on val alone.
 
     The highest val accuracy wins, among equals the lowest val nll, then the stronger regularisation (more neighbours,
-    smaller C, larger alpha). An empty grid means GRIDS[name]. metric is that of knn, one of METRICS. Raises one
-    ValueError for unusable arguments, also for a choice to make without val.
+    smaller C, larger alpha). An empty grid means GRIDS[name]. check_stop is called before each value of the grid, and
+    may raise. Raises one ValueError for unusable arguments, also where the grid leaves a choice and there is no val.
     """
-    _check(name, grid, metric, train, val, num_classes)
+    _check(name, grid, train, val, num_classes)
     values = sorted(set(grid)) or [v for v in GRIDS[name] if name != "knn" or v <= len(train[1])]
     values = [int(v) if name == "knn" else float(v) for v in values]
     features, labels = np.asarray(train[0], np.float64), np.asarray(train[1])
-    candidates = FIT[name](features, labels, num_classes, values, metric)
+    candidates = FIT[name](features, labels, num_classes, values, check_stop)
     tried = [{"value": v, "val/accuracy": None, "val/nll": None, "converged": candidates.converged[v]} for v in values]
     if val is not None:
         logits = candidates.predict(np.asarray(val[0], np.float64), values)
@@ -88,18 +87,19 @@ def cross_predict(
     num_classes: int,
     value: float,
     *,
-    metric: str = "cosine",
+    check_stop: Callable[[], None] = lambda: None,
 ) -> list[np.ndarray]:
     """Predicts every example by the model that has not seen it: logits [N, K] float32, one array per repeat.
 
     splits: (train indices, held-out indices) pairs, as scikit-learn's splitters give them. Those of a repeated design
-    follow each other: a repeat ends when all N examples have been held out. `value` is given, not chosen. Raises
-    ValueError where a split trains on what it holds out, or a repeat does not hold out each example exactly once.
+    follow each other: a repeat ends when all N examples have been held out. `value` is given, not chosen. check_stop is
+    called before each fit, and may raise. Raises ValueError where a split trains on what it holds out, or a repeat does
+    not hold out each example exactly once.
     """
     splits, count, finished = list(splits), len(labels), []
     left_out = None
     if name == "knn" and all(len(held) == 1 and len(train) == count - 1 for train, held in splits):
-        left_out = _left_out_neighbours(features, labels, num_classes, value, metric)
+        left_out = _left_out_neighbours(features, labels, num_classes, value)
     logits, left = np.empty((count, num_classes), np.float32), np.ones(count, bool)
     for number, (train, held) in enumerate(splits):
         if (wrong := held[np.isin(held, train) | ~left[held]]).size:
@@ -108,7 +108,7 @@ def cross_predict(
                 f"{wrong[:5].tolist()}; expected each example held out exactly once in a repeat"
             )
         if left_out is None:
-            model = fit(name, (features[train], labels[train]), None, num_classes, (value,), metric=metric)
+            model = fit(name, (features[train], labels[train]), None, num_classes, (value,), check_stop=check_stop)
             logits[held] = model.predict(features[held])
         else:
             logits[held] = left_out[held]
@@ -138,28 +138,29 @@ def _choose(name: str, tried: list[dict[str, Any]]) -> float:
     return max(tried, key=lambda row: (row["val/accuracy"], -row["val/nll"], stronger * row["value"]))["value"]
 
 
-def _fit_knn(features, labels, num_classes, values, metric) -> Candidates:
-    """The labels of the k nearest train examples, each one vote.
+def _fit_knn(features, labels, num_classes, values, check_stop) -> Candidates:
+    """The labels of the k train examples of the highest cosine similarity, each one vote; one search for all k.
 
-    The order of cosine similarity is that of the euclidean distance between normalised features.
+    The order of cosine similarity is that of the Euclidean distance between normalised features.
     """
     from sklearn.neighbors import NearestNeighbors
 
-    index = NearestNeighbors().fit(_points(features, metric))
+    check_stop()
+    index = NearestNeighbors().fit(_normalise(features))
 
     def predict(features, values):
-        found = labels[index.kneighbors(_points(features, metric), max(values), return_distance=False)]
+        found = labels[index.kneighbors(_normalise(features), max(values), return_distance=False)]
         return {k: _votes(found[:, :k], num_classes) for k in values}
 
     return Candidates(predict, {}, dict.fromkeys(values, True))
 
 
-def _left_out_neighbours(features, labels, num_classes, k, metric) -> np.ndarray:
+def _left_out_neighbours(features, labels, num_classes, k) -> np.ndarray:
     """Logits [N, K] of each example by its k nearest others, from one search instead of N."""
     from sklearn.neighbors import NearestNeighbors
 
-    _check("knn", (k,), metric, (features, labels), None, num_classes, left_out=1)
-    points = _points(np.asarray(features, np.float64), metric)
+    _check("knn", (k,), (features, labels), None, num_classes, left_out=1)
+    points = _normalise(np.asarray(features, np.float64))
     found = NearestNeighbors().fit(points).kneighbors(points, int(k) + 1, return_distance=False)
     itself = found == np.arange(len(found))[:, None]
     itself[~itself.any(axis=1), -1] = True  # not among its own nearest, where more than k + 1 examples are the same
@@ -177,14 +178,12 @@ def _votes(found: np.ndarray, num_classes: int) -> np.ndarray:
     return np.log((votes + 1 / num_classes) / (k + 1))
 
 
-def _points(features: np.ndarray, metric: str) -> np.ndarray:
-    if metric == "euclidean":
-        return features
+def _normalise(features: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.where(length > 0, length, 1)
 
 
-def _fit_logistic(features, labels, num_classes, values, metric) -> Candidates:
+def _fit_logistic(features, labels, num_classes, values, check_stop) -> Candidates:
     """Multinomial logistic regression on standardised features, by L-BFGS; the bias is not penalised."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -196,8 +195,9 @@ def _fit_logistic(features, labels, num_classes, values, metric) -> Candidates:
     if len(present) < 2:
         raise ValueError(f"cannot fit logistic: train holds the one class {present.tolist()}; expected two or more")
     for value in values:
+        check_stop()
         model = LogisticRegression(C=value, max_iter=MAX_ITERATIONS)
-        with warnings.catch_warnings():  # said in `tried`, for each value
+        with warnings.catch_warnings():  # `tried` reports it, for each value
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(standardised, labels)
         kernel, bias = model.coef_.T, model.intercept_
@@ -216,7 +216,7 @@ def _all_classes(kernel, bias, present, num_classes, count):
     return whole, offset
 
 
-def _fit_ridge(features, labels, num_classes, values, metric) -> Candidates:
+def _fit_ridge(features, labels, num_classes, values, check_stop) -> Candidates:
     """Ridge regression of the one-hot labels on standardised features, times the scale that makes the scores logits.
 
     The scale is the inverse temperature (Guo et al. 2017, section 4.2) of the scores that each train example gets from
@@ -226,7 +226,9 @@ def _fit_ridge(features, labels, num_classes, values, metric) -> Candidates:
 
     scaler = StandardScaler().fit(features)
     standardised, heads = scaler.transform(features), {}
-    for alpha, (kernel, bias, left_out) in ridge(standardised, np.eye(num_classes)[labels], values).items():
+    check_stop()
+    for alpha, (kernel, bias, left_out) in ridge(standardised, np.eye(num_classes)[labels], values):
+        check_stop()
         scale = _scale(left_out, labels)
         heads[alpha] = _fold(scaler, scale * kernel, scale * bias)
     return Candidates(_linear(heads), heads, dict.fromkeys(values, True))
@@ -234,24 +236,23 @@ def _fit_ridge(features, labels, num_classes, values, metric) -> Candidates:
 
 def ridge(
     inputs: np.ndarray, targets: np.ndarray, alphas: Sequence[float]
-) -> dict[float, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Minimises |targets - inputs kernel - bias|^2 + alpha |kernel|^2 for all alphas with one SVD; float64.
+) -> Iterator[tuple[float, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """Minimises |targets - inputs kernel - bias|^2 + alpha |kernel|^2 for each alpha in turn with one SVD; float64.
 
-    inputs [N, D], targets [N, K] -> {alpha: (kernel [D, K], bias [K], left_out [N, K])}; left_out[i] is the prediction
-    for example i by the model fitted without it, y_i - (y_i - f_i) / (1 - h_ii) with the hat matrix h (Hastie et al.
-    2009, The Elements of Statistical Learning, section 7.10.1).
+    inputs [N, D], targets [N, K] -> pairs (alpha, (kernel [D, K], bias [K], left_out [N, K])); left_out[i] is the
+    prediction for example i by the model fitted without it, y_i - (y_i - f_i) / (1 - h_ii) with the hat matrix h
+    (Hastie et al. 2009, The Elements of Statistical Learning, section 7.10.1).
     """
     centre, mean = inputs.mean(axis=0), targets.mean(axis=0)
     left, singular, right = np.linalg.svd(inputs - centre, full_matrices=False)
-    projected, solutions = left.T @ (targets - mean), {}
+    projected = left.T @ (targets - mean)
     for alpha in alphas:
         kernel = right.T @ ((singular / (singular**2 + alpha))[:, None] * projected)
         bias = mean - centre @ kernel
         leverage = 1 / len(inputs) + left**2 @ (singular**2 / (singular**2 + alpha))
         rest = np.maximum(1 - leverage, 1e-9)  # 0 where the fit goes through an example, as a tiny alpha does
         residual = targets - inputs @ kernel - bias
-        solutions[alpha] = kernel, bias, targets - residual / rest[:, None]
-    return solutions
+        yield alpha, (kernel, bias, targets - residual / rest[:, None])
 
 
 def _scale(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -280,13 +281,11 @@ def _linear(heads: Mapping[float, Head]) -> Callable:
 FIT = {"knn": _fit_knn, "logistic": _fit_logistic, "ridge": _fit_ridge}
 
 
-def _check(name, grid, metric, train: Examples, val: Examples | None, num_classes: int, left_out: int = 0) -> None:
+def _check(name, grid, train: Examples, val: Examples | None, num_classes: int, left_out: int = 0) -> None:
     """Raises one ValueError that lists everything wrong with the arguments of `fit`."""
     if name not in NAMES:
-        raise ValueError(f"unknown closed form {name!r}{messages.nearest(name, NAMES)}; known: {', '.join(NAMES)}")
+        raise ValueError(f"unknown probe {name!r}{messages.nearest(name, NAMES)}; known: {', '.join(NAMES)}")
     problems, count = [], len(train[1]) - left_out
-    if metric not in METRICS:
-        problems.append(f"unknown metric {metric!r}{messages.nearest(metric, METRICS)}; known: {', '.join(METRICS)}")
     if len(set(grid)) != 1 and val is None:
         found = f"the {len(set(grid))} values {list(grid)}" if grid else "an empty grid, which means the default one"
         problems.append(f"found {found} and no val to choose by; give a val split, or one value")

@@ -1,24 +1,23 @@
-"""Plain fine-tuning: which parts of the network train is a list of rules, the loss is cross-entropy plus penalties."""
+"""Which parts of the network train, as a list of rules; the order of its parts."""
 
 import re
-from collections.abc import Iterable, Sequence
-
-import jax
-import jax.numpy as jnp
+from collections.abc import Iterable, Mapping, Sequence
 
 from tl_jax.core import messages
 from tl_jax.core.trees import FROZEN, Rules
-from tl_jax.methods import Method
-from tl_jax.methods.penalties import Pass, Regularizer
-from tl_jax.tasks import losses
 
 NAMES = ("linear_probe", "full", "last_k", "first_k", "blocks", "bitfit", "norm_only", "rules")
 
 
 def make_rules(
-    name: str, paths: Sequence[str], k: int = 0, blocks: Sequence[str] = (), rules: Rules = ()
+    name: str,
+    paths: Sequence[str],
+    cuts: Sequence[str],
+    k: int = 0,
+    blocks: Sequence[str] = (),
+    rules: Rules = (),
 ) -> list[tuple[str, str]]:
-    """The rules of a named way of fine-tuning, for a network with these parameter paths.
+    """The rules of a named way of fine-tuning, for a network with these parameter paths and cuts.
 
     All train the new head (group "head"); of the rest (group "backbone") train
       linear_probe  nothing;
@@ -28,7 +27,7 @@ def make_rules(
       blocks        the parts named in `blocks`, such as stem, stage2, stage2/block0, block3, norm;
       bitfit        biases alone (Ben Zaken et al. 2022);
       norm_only     scales and biases of the normalisation layers alone (Frankle et al. 2021).
-    rules takes `rules` as given. Parameters beside the network's are a group of their own, see `beside`.
+    rules takes `rules` as given. What is neither backbone nor head has rules of its own, see `auxiliary`.
     """
     if name not in NAMES:
         raise ValueError(f"unknown method {name!r}{messages.nearest(name, NAMES)}; known: {', '.join(NAMES)}")
@@ -53,7 +52,7 @@ def make_rules(
         return [head, (r"backbone/(.*/)?norm\d*/(scale|bias)", "backbone"), rest]
     if name == "blocks":
         return [head, *((f"backbone/{block}/.*", "backbone") for block in blocks), rest]
-    all_blocks = block_names(paths)
+    all_blocks = block_names(paths, cuts)
     if k > len(all_blocks):
         raise ValueError(f"k={k}, but the network has {len(all_blocks)} blocks: {all_blocks}")
     final_norm = ["norm"] if any(path.startswith("backbone/norm/") for path in paths) else []
@@ -61,17 +60,16 @@ def make_rules(
     return [head, (f"backbone/({'|'.join(chosen)})/.*", "backbone"), rest]
 
 
-def beside(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """Rules for what stands beside the network: a frozen reference, the weight file's head, added parameters."""
-    known = {"reference": FROZEN, "source_head": "head"}
+def auxiliary(paths: Sequence[str], groups: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Rules for all but backbone and head: further networks by `groups`, added parameters by their own name."""
     kinds = dict.fromkeys(path.split("/")[0] for path in paths)
-    return [(f"{kind}/.*", known.get(kind, kind)) for kind in kinds if kind not in ("backbone", "head")]
+    return [(f"{kind}/.*", groups.get(kind, kind)) for kind in kinds if kind not in ("backbone", "head")]
 
 
-def block_names(paths: Sequence[str]) -> list[str]:
-    """The network's residual blocks in the order of the data, such as stage1/block0 or block11."""
+def block_names(paths: Iterable[str], cuts: Sequence[str]) -> list[str]:
+    """The network's residual blocks in the order of its cuts, such as stage1/block0 or block11."""
     names = set(parts(paths).values()) - {"stem", "norm"}
-    return sorted(names, key=lambda block: [int(number) for number in re.findall(r"\d+", block)])
+    return sorted(names, key=lambda block: _place(block, cuts))
 
 
 def parts(paths: Iterable[str]) -> dict[str, str]:
@@ -80,78 +78,37 @@ def parts(paths: Iterable[str]) -> dict[str, str]:
     return {path: match[1] for path, match in found.items() if match}
 
 
-def frozen_in_front(paths: Sequence[str], moving: Sequence[str], drop_path: float = 0.0) -> int:
-    """How many parts of the backbone, counted from the images, compute the same in every step.
+def frozen_cuts(trained: Iterable[str], cuts: Sequence[str], drop_path: float = 0.0) -> int:
+    """How many of the network's cuts, counted from the images, have the same values in every step.
 
-    The parts are the stem, the blocks in order, and what is behind them. moving: the paths of trained parameters and
-    of BatchNorm layers that update their statistics. With stochastic depth, blocks behind the first draw at random.
+    trained: the paths of trained parameters and of BatchNorm layers that update their statistics. With stochastic
+    depth, blocks after the first are skipped at random.
     """
-    place, blocks = places([*paths, *moving]), len(block_names(paths))
-    first = [place[path] for path in moving if path in place] + [blocks + 2]
-    return min(first + [2] if drop_path and blocks > 1 else first)
+    first = [*places(trained, cuts).values(), len(cuts)]
+    return min(first + [2] if drop_path and len(cuts) > 3 else first)
 
 
-def places(paths: Iterable[str]) -> dict[str, int]:
-    """The place of each path's part on the way of the data: 0 the stem, i + 1 block i, then what is behind them."""
-    part = parts(paths)
-    order = {"stem": 0, **{block: i for i, block in enumerate(block_names(list(part)), 1)}}
-    return {path: order.get(name, len(order)) for path, name in part.items()}
+def places(paths: Iterable[str], cuts: Sequence[str]) -> dict[str, int]:
+    """The index of the first cut that each path of the backbone acts on; paths elsewhere, such as the head, have none.
+
+    Added parameters (LoRA) have that of the layer that they are added to.
+    """
+    found = {path: re.match(r"(?:.+/)?backbone/(.+)", path) for path in paths}
+    return {path: _place(match[1], cuts) for path, match in found.items() if match}
 
 
-def layer_multipliers(paths: Sequence[str], decay: float) -> dict[str, float]:
+def _place(path: str, cuts: Sequence[str]) -> int:
+    """The cut whose name begins the path, the longest such name; that of what has none, the final norm, is the last."""
+    begins = [i for i, cut in enumerate(cuts) if f"{path}/".startswith(f"{cut}/")]
+    return max(begins, key=lambda i: len(cuts[i]), default=len(cuts) - 1)
+
+
+def layer_multipliers(paths: Iterable[str], cuts: Sequence[str], decay: float) -> dict[str, float]:
     """Layer-wise learning rate decay: the factor `decay ** (depth + 1 - layer)` on each path's learning rate.
 
-    Layer 0 is the stem, layer i + 1 block i, together with the norm behind the last one, and depth + 1 the head (Clark
-    et al. 2020, ELECTRA, with timm's layers). Added parameters have the factor of the block that they stand in.
+    Layer 0 is the stem, layer i + 1 block i, together with the norm after the last one, and depth + 1 the head (Clark
+    et al. 2020, ELECTRA, with timm's layers). Added parameters have the factor of the block that they are added to.
     """
-    blocks = block_names(paths)
-    layers = {"stem": 0, **{block: i + 1 for i, block in enumerate(blocks)}, "norm": len(blocks)}
-    part = parts(paths)
-    return {path: decay ** (len(blocks) + 1 - layers.get(part.get(path), len(blocks) + 1)) for path in paths}
-
-
-def make_method(
-    rules: Rules,
-    *,
-    num_classes: int,
-    label_smoothing: float = 0.0,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    regularizers: Sequence[Regularizer] = (),
-) -> Method:
-    """Cross-entropy plus the penalties of `regularizers`.
-
-    mixup and cutmix are Beta parameters (0: off); with both on, each step draws one.
-    """
-
-    def mix(key, images, targets):
-        choice_key, mix_key = jax.random.split(key)
-        if mixup and cutmix:
-            both = [lambda *args: losses.mixup(*args, mixup), lambda *args: losses.cutmix(*args, cutmix)]
-            return jax.lax.switch(jax.random.bernoulli(choice_key).astype(jnp.int32), both, mix_key, images, targets)
-        if mixup:
-            return losses.mixup(mix_key, images, targets, mixup)
-        return losses.cutmix(mix_key, images, targets, cutmix) if cutmix else (images, targets)
-
-    def loss(params, batch_stats, batch, forward, key):
-        mix_key, forward_key = jax.random.split(key)
-        images = batch["image"].astype(jnp.float32)
-        images, targets = mix(mix_key, images, losses.smooth_labels(batch["label"], num_classes, label_smoothing))
-        logits, out, new_batch_stats = forward(params, batch_stats, images, forward_key)
-        per_example = losses.cross_entropy(logits, targets)
-        penalty = jnp.zeros(())
-        for i, regularizer in enumerate(regularizers):
-            seen = Pass(
-                params, batch_stats, images, targets, batch["label"], logits, out, forward,
-                jax.random.fold_in(forward_key, i),
-            )  # fmt: skip
-            penalty = penalty + regularizer.penalty(seen)
-        correct = jnp.argmax(logits, axis=-1) == batch["label"]
-        sums = {
-            "loss": per_example.sum(),
-            "penalty": penalty * len(per_example),
-            "accuracy": correct.sum(dtype=jnp.float32),
-        }
-        return per_example.mean() + penalty, (new_batch_stats, sums)
-
-    return Method(rules, loss)
+    depth = len(cuts) - 2  # without the stem and pre_logits
+    layers = {path: min(place, depth) for path, place in places(paths, cuts).items()}
+    return {path: decay ** (depth + 1 - layers.get(path, depth + 1)) for path in paths}

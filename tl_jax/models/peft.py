@@ -8,81 +8,36 @@ other. At their start they leave the network's function as it was loaded; prompt
 
 import dataclasses
 import functools
+import inspect
 import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tl_jax.core import messages, trees
+from tl_jax.core import checks, messages, trees
 from tl_jax.models import layers, vit
 
 Additions = Sequence[tuple[str, Mapping[str, Any]]]
-DEFAULTS = {
-    "lora": {"rank": 8, "alpha": 16.0, "targets": ""},
-    "adapter": {"bottleneck": 16, "where": "both"},
-    "prompt": {"tokens": 10, "deep": False},
-    "ssf": {"targets": "backbone/.*/bias"},
-}
+REFUSED = "the added parameters cannot be made"
 MODEL = ("backbone", "head")  # what belongs to the model; further networks have keys of their own (teacher, ...)
 BRANCHES = {"both": ("attn", "mlp"), "mlp": ("mlp",)}
 ATTENTION = r"backbone/.*/attn/(qkv|proj)/kernel"
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _is_regex(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and bool(re.compile(value))
-    except re.error:
-        return False
-
-
-RULES = {
-    "rank": (_is_count, "an integer of at least 1"),
-    "alpha": (_is_positive, "a number above 0"),
-    "targets": (_is_regex, "a regular expression"),
-    "bottleneck": (_is_count, "an integer of at least 1"),
-    "where": (lambda value: value in tuple(BRANCHES), f"one of {', '.join(BRANCHES)}"),
-    "tokens": (_is_count, "an integer of at least 1"),
-    "deep": (lambda value: isinstance(value, bool), "True or False"),
-}
-
-
 def check(additions: Additions) -> dict[str, dict[str, Any]]:
-    """`{name: {parameter: value}}` with the defaults filled in; raises one ValueError for all that cannot be meant."""
-    options, problems = {}, []
-    for name, given in additions:
-        if name not in DEFAULTS:
-            problems.append(f"there is no addition {name!r}{messages.nearest(name, DEFAULTS)}; known: {list(DEFAULTS)}")
-            continue
-        if name in options:
-            problems.append(f"{name} is added twice; give it once, with targets that match both")
-        options[name] = {**DEFAULTS[name], **given}
-        for parameter, value in given.items():
-            if parameter not in DEFAULTS[name]:
-                hint = messages.nearest(parameter, DEFAULTS[name])
-                problems.append(f"{name} has no parameter {parameter!r}{hint}; it has {list(DEFAULTS[name])}")
-            elif not RULES[parameter][0](value):
-                problems.append(f"{name} {parameter} = {value!r}: expected {RULES[parameter][1]}")
-    _raise(problems)
-    return options
+    """`{name: {parameter: value}}` with the defaults filled in; raises one ValueError for all that is invalid."""
+    checks.refuse(REFUSED, checks.pairs_problems("addition", additions, MAKERS))
+    return {name: {**_defaults(name), **given} for name, given in additions}
 
 
-def _raise(problems: Sequence[str]) -> None:
-    if problems:
-        raise ValueError("the added parameters cannot be made:\n" + "\n".join(f"  {problem}" for problem in problems))
+def _defaults(name: str) -> dict[str, Any]:
+    signature = inspect.signature(MAKERS[name]).parameters
+    return {parameter: signature[parameter].default for parameter in checks.parameters(MAKERS[name])}
 
 
 def init(model: nn.Module, variables: Mapping[str, Any], additions: Additions, key: jax.Array) -> dict[str, Any]:
@@ -99,7 +54,7 @@ def init(model: nn.Module, variables: Mapping[str, Any], additions: Additions, k
         for path, (shape, draw) in leaves.items():
             path = f"{name}/{path}"
             added[path] = draw(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, jnp.float32)
-    _raise(problems)
+    checks.refuse(REFUSED, problems)
     return trees.unflatten(added)
 
 
@@ -107,7 +62,13 @@ def _uniform(bound: float) -> Callable:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def _lora(model, params, rank: int, alpha: float, targets: str):
+def _lora(
+    model,
+    params,
+    rank: Annotated[int, checks.integer(1)] = 8,
+    alpha: Annotated[float, checks.number(0, above=True)] = 16.0,
+    targets: Annotated[str, checks.REGEX] = "",
+):
     """LoRA, y = W x + (alpha / rank) B A x (Hu et al. 2022, arXiv:2106.09685, equation 3).
 
     It acts on activations, so no gradient of the size of W is ever computed. A is the layer itself (size, stride,
@@ -132,7 +93,12 @@ def _lora(model, params, rank: int, alpha: float, targets: str):
     return leaves, problems
 
 
-def _adapter(model, params, bottleneck: int, where: str):
+def _adapter(
+    model,
+    params,
+    bottleneck: Annotated[int, checks.integer(1)] = 16,
+    where: Annotated[str, checks.one_of(*BRANCHES)] = "both",
+):
     """Adapters, y + up(gelu(down(y))) on a branch before its residual sum (Houlsby et al. 2019, section 2.1).
 
     arXiv:1902.00751. where: after attention and MLP of every block (both), or after the MLP alone (mlp). The GELU is
@@ -149,7 +115,7 @@ def _adapter(model, params, bottleneck: int, where: str):
     return leaves, []
 
 
-def _prompt(model, params, tokens: int, deep: bool):
+def _prompt(model, params, tokens: Annotated[int, checks.integer(1)] = 10, deep: Annotated[bool, checks.FLAG] = False):
     """Visual prompt tuning, learned tokens behind the class token (Jia et al. 2022, arXiv:2203.12119, section 3.2).
 
     Shallow prompts enter behind the stem, after the position embedding, and stay in the sequence; with `deep`, every
@@ -162,7 +128,7 @@ def _prompt(model, params, tokens: int, deep: bool):
     return {f"backbone/{place}/tokens": ((1, tokens, model.width), draw) for place in places}, []
 
 
-def _ssf(model, params, targets: str):
+def _ssf(model, params, targets: Annotated[str, checks.REGEX] = "backbone/.*/bias"):
     """Scaling and shifting of features, y * scale + shift (Lian et al. 2022, arXiv:2210.08823, section 3.2).
 
     After every layer whose bias matches `targets`: dense layers, norms, the patch embedding. The paper draws scale and
@@ -214,7 +180,7 @@ def _network(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 def _by_layer(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`{module path: {addition: its parameters}}`; raises ValueError where `params` hold others than `names`."""
-    held = [name for name in DEFAULTS if name in params]
+    held = [name for name in MAKERS if name in params]
     if set(held) != set(names):
         raise ValueError(
             f"the parameters hold the additions {held}, the model is built with {list(names)}: "
@@ -251,7 +217,7 @@ class Adapted:
 
     def __post_init__(self):
         check(self.additions)
-        if not (isinstance(self.stoch_norm, Real) and 0 <= self.stoch_norm <= 1):
+        if not checks.number(0, 1).fits(self.stoch_norm):
             raise ValueError(f"stoch_norm = {self.stoch_norm!r}: expected a probability, 0 (off) to 1")
 
     @property

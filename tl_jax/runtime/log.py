@@ -16,10 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tl_jax.core.files import write_text
 
 CONSOLE = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
+UNSHOWN, SHOWN = ("train/grad_norm", "train/lr"), 4  # of a line of metrics, on the console
 SHOWN_WAIT = 0.02  # share of the time from which on the wait for data is shown
 
 
-def say(message: Any) -> None:
+def log(message: Any) -> None:
     """Prints on process 0 and nowhere else."""
     if jax.process_index() == 0:
         CONSOLE.print(message)
@@ -77,7 +78,7 @@ class RunLog:
         """Writes and shows what an evaluation on val gave."""
         self.write(step, {f"val/{name}": value for name, value in scores.items()})
         if self._verbose:
-            say(f"step {step}/{self._total}  " + "  ".join(f"val {name} {value:.4g}" for name, value in scores.items()))
+            log(f"step {step}/{self._total}  " + "  ".join(f"val {name} {value:.4g}" for name, value in scores.items()))
 
     def progress(self, step: int, metrics: Mapping[str, float], examples: float) -> None:
         """Shows the bar (or, without a terminal, a line) and times the steps since the last call."""
@@ -85,17 +86,18 @@ class RunLog:
         seconds, self._clock = (now - self._clock) * self._share, now
         rate = examples / seconds
         waited, self.waited = self.waited * self._share, 0.0
-        row = {"step": step, "seconds": round(seconds, 6), "images_per_second": round(rate, 1)}
+        row = {"step": step, "seconds": round(seconds, 6), "examples_per_second": round(rate, 1)}
         row |= {"data_wait_seconds": round(waited, 6), "data_wait": round(waited / seconds, 4)}
         self._append("timing", {**row, **self.rates((step - self._timed) / seconds)})
         self._timed = step
-        text = "  ".join(f"{name} {metrics[f'train/{name}']:.4g}" for name in ("loss", "accuracy"))
+        shown = {name.removeprefix("train/"): value for name, value in metrics.items() if name not in UNSHOWN}
+        text = "  ".join(f"{name} {value:.4g}" for name, value in list(shown.items())[:SHOWN])
         text += f"  waited {waited / seconds:.0%} for data" if waited > SHOWN_WAIT * seconds else ""
         if self._progress:
-            self._progress.update(self._task, completed=step, text=text, rate=f"{rate:,.0f} images/s")
+            self._progress.update(self._task, completed=step, text=text, rate=f"{rate:,.0f} examples/s")
         elif self._verbose:
             left = (self._total - step) * (now - self._began) / (step - self._start)  # evaluations included
-            say(f"step {step}/{self._total}  {text}  {rate:,.0f} images/s  {left:,.0f} s left")
+            log(f"step {step}/{self._total}  {text}  {rate:,.0f} examples/s  {left:,.0f} s left")
 
     @contextlib.contextmanager
     def untimed(self):

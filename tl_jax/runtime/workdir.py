@@ -1,4 +1,4 @@
-"""The folder of a run: whole files or none, one process at a time, one config for ever."""
+"""The folder of a run: one process at a time, one config."""
 
 import contextlib
 import fcntl
@@ -6,7 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from tl_jax.core import files, messages
+from tl_jax import config
+from tl_jax.core import files
 
 
 @contextlib.contextmanager
@@ -24,11 +25,14 @@ def lock(workdir: pathlib.Path):
 
 
 def check_options(workdir: pathlib.Path, options: Mapping[str, Any]) -> None:
-    """Raises ValueError where the workdir has a result or checkpoints of a run with other options."""
+    """Raises ValueError where the workdir has a result or checkpoints of a run whose options mean other numbers.
+
+    options: `{dotted option: value}`; an option that is absent there, or in config.json, has its initial value.
+    """
     path = workdir / "config.json"
     if not path.exists() or not ((workdir / "result.json").exists() or any(workdir.glob("checkpoints/[0-9]*"))):
         return  # nothing to protect: a run that ended before its first checkpoint may be started with other options
-    if changed := messages.difference(files.read_json(path), options):
+    if changed := config.difference(files.read_json(path), options):
         raise ValueError(
             f"{workdir} holds a run with other options; choose another --workdir (there -> now):\n" + "\n".join(changed)
         )

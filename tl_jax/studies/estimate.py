@@ -15,12 +15,13 @@ from rich.table import Table
 from tl_jax import config as options
 from tl_jax.core.files import read_json
 from tl_jax.methods import probes
+from tl_jax.methods.term import MAIN, MODEL
 from tl_jax.runtime import sharding
 from tl_jax.runtime.log import CONSOLE
 from tl_jax.studies import local, store, together
 from tl_jax.studies.study import RunSpec, Study, title
-from tl_jax.training import steps
-from tl_jax.training.build import build
+from tl_jax.training import feature_cache, steps
+from tl_jax.training.build import Run, build
 
 BUDGET = 120.0  # seconds for building and tracing cells; the rest is checked value by value only
 SIDE = 1024  # of the matrices whose product measures the machine
@@ -61,7 +62,7 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
         )
     left = {cell: sum(words[run.key] != "done" for run in members) for cell, members in cells.items()}
     if study.together != "none":
-        sets = together.group({run.key: options.identity(run.config) for run in runs}, study.together)
+        sets = together.group({run.key: options.flatten(run.config) for run in runs}, study.together)
         shared = [keys for keys in sets if len(keys) > 1]
         if shared:
             CONSOLE.print(
@@ -79,7 +80,7 @@ def trace_cells(cells: Mapping[str, RunSpec]) -> dict[str, Work]:
         if time.monotonic() - began > BUDGET:
             break
         try:
-            works[cell] = trace(options.from_flat(options.identity(run.config)))
+            works[cell] = trace(run.config)
         except (ValueError, OSError) as error:
             problems.append(f"{cell}: {error}")
     if problems:
@@ -90,28 +91,38 @@ def trace_cells(cells: Mapping[str, RunSpec]) -> dict[str, Work]:
 def trace(config) -> Work:
     """Builds a run and traces its steps, without compiling."""
     run = build(config, sharding.make_parallel("jit"))
-    if config.method.name in probes.NAMES:
-        return Work(0, len(run.data["train"]), None)
+    settings, material = run.settings, run.material
+    if settings.phases[0].method.name in probes.NAMES:
+        return Work(0, len(material.data[MAIN]), None)
     flops: float | None = 0.0
     for phase in run.phases:
-        step = steps.make_train_step(
-            phase.model, phase.method, phase.tx, phase.labels, mean=run.card.mean, std=run.card.std, ema=config.ema,
-            prefix=phase.prefix,
-        )  # fmt: skip
+        plan = phase.plan._replace(accumulate=1)  # a loop's body would be counted once
         state = jax.eval_shape(
-            lambda phase=phase: steps.init_state(
-                run.variables, phase.tx, phase.labels, 0, config.ema > 0, phase.model.frozen_norms
-            )
+            lambda plan=plan, phase=phase: steps.init_state(plan, phase.tx, material.variables, material.memory, 0)
         )
-        size = (config.batch_size, run.card.input_size, run.card.input_size, 3)
-        images = jax.ShapeDtypeStruct(size, jnp.uint8)
-        if phase.prefix and phase.prefix.cached:  # which takes one run over the images, and is often there already
-            prefix_step = steps.make_prefix_step(phase.prefix, mean=run.card.mean, std=run.card.std)
-            images = jax.eval_shape(prefix_step, run.variables, images)
-        batch = {"image": images, "label": jax.ShapeDtypeStruct(size[:1], jnp.int32)}
-        found = (jax.jit(step).lower(state, batch).cost_analysis() or {}).get("flops")
+        step = jax.jit(steps.make_train_step(plan, phase.tx))
+        found = (step.lower(state, example_batch(run, plan)).cost_analysis() or {}).get("flops")
         flops = None if flops is None or found is None else flops + found * phase.length
-    return Work(run.total_steps, run.total_steps * config.batch_size, flops)
+    return Work(run.total_steps, run.total_steps * settings.loop.batch_size, flops)
+
+
+def example_batch(run: Run, plan: steps.Plan) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """The shapes of a batch, with cached columns, which take one run over the data and are often there already."""
+    found = {
+        name: {field: jax.ShapeDtypeStruct(x.shape, x.dtype) for field, x in run.material.streams[name][0].items()}
+        for name in plan.streams
+    }
+    model, variables = plan.readers[MODEL], run.material.variables
+    for fields in found.values():
+        raw = dict(fields)
+        if plan.prefix and plan.prefix.cached:
+            column = feature_cache.prefix_column(plan.prefix, model, variables, run.material.networks)
+            fields[model.field] = jax.eval_shape(column.compute, variables, raw[column.view])
+        for name, reader in plan.readers.items():
+            if reader.column:
+                column = feature_cache.logits_column(name, reader, variables)
+                fields[column.field] = jax.eval_shape(column.compute, variables, raw[column.view])
+    return found
 
 
 def finished_seconds(workdir: pathlib.Path, runs: list[RunSpec], words: Mapping[str, str]) -> dict[str, list[float]]:

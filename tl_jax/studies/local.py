@@ -133,7 +133,7 @@ def tell_failures(workdir: pathlib.Path) -> None:
 
 def tell_answer(workdir: pathlib.Path) -> None:
     """Writes the report, and prints the mean of every cell, what the comparisons say, and where all of it lies."""
-    from tl_jax.studies.report.report import report
+    from tl_jax.studies.report import report
 
     summary = report.write(workdir)
     metric, numbers = next(iter(summary["metrics"].items()))

@@ -1,4 +1,4 @@
-"""Between and among finished runs: weight interpolation (WiSE-FT) and model soups, chosen on val.
+"""Averages of the weights of finished runs: interpolation (WiSE-FT) and model soups, chosen on val.
 
 python -m tl_jax.studies.soups wise_ft RUN_A RUN_B --out FOLDER    RUN_A may be `start`: the weights RUN_B began with
 python -m tl_jax.studies.soups soup RUN RUN ... --out FOLDER
@@ -38,7 +38,7 @@ Variables = dict[str, Any]
 class Weights(NamedTuple):
     """What model.safetensors of a run's folder holds, with the options of the run.
 
-    name: the folder, or START. saved: the predictions that the run left; None for START.
+    name: the folder, or START. saved: the predictions in the run's folder; None for START.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Weights(NamedTuple):
 class Scorer(NamedTuple):
     """The evaluation that several weights share.
 
-    predict: (variables, split) -> predictions. splits: val, test and the names of data.also, as far as there are any.
+    predict: (variables, split) -> predictions. splits: those of val, test and data.extra_eval that there are.
     """
 
     predict: Callable[[Variables, str], metrics.Predictions]
@@ -66,7 +66,7 @@ class Scorer(NamedTuple):
 
     @property
     def further(self) -> list[str]:
-        """The names of data.also."""
+        """The names of data.extra_eval."""
         return [split for split in self.splits if split not in ("val", "test")]
 
 
@@ -117,7 +117,7 @@ def load(folder: str | pathlib.Path) -> Weights:
     if missing := [name for name in NEEDED if not (folder / name).exists()]:
         raise ValueError(
             f"{folder} lacks {', '.join(missing)}; expected the folder of a finished run whose result is one plain "
-            "network (nearest neighbours, adapters and prompts leave none)"
+            "network (nearest neighbours, adapters and prompts write none)"
         )
     config = options.from_flat(files.read_json(folder / "config.json"))
     loaded = pretrained.load_with_origins(config.model.name, folder / "model.safetensors")
@@ -127,13 +127,11 @@ def load(folder: str | pathlib.Path) -> Weights:
 
 
 def load_start(end: Weights) -> Weights:
-    """The weights that a run began with, with the head that it ended with: what the run did to the backbone, undone."""
+    """The network as a run began, parts drawn anew by model.reinit included, under the head that the run ended with."""
     config = end.config
     if not config.model.weights:
         raise ValueError(f"{end.name} began with random weights, to which no interpolation leads; give a run instead")
-    begun = pretrained.load_with_origins(
-        config.model.name, config.model.weights, end.card.num_classes, image_size=end.card.input_size
-    )
+    begun = build.load_network(config, end.card.class_names)
     params = {**begun.variables["params"], "head": end.variables["params"]["head"]}
     return end._replace(name=START, method="", variables={**begun.variables, "params": params}, saved=None)
 
@@ -152,7 +150,7 @@ def check_same(runs: Sequence[Weights]) -> None:
 
 
 def make_scorer(weights: Weights) -> Scorer:
-    """The evaluation of the run's config on val, test and data.also."""
+    """The evaluation of the run's config on val, test and data.extra_eval."""
     config, card = weights.config, weights.card
     parallel = sharding.make_parallel(config.parallel, fsdp=config.fsdp)
     data = {name: source for name, source in build.load_data(config).items() if name != "train"}
@@ -160,7 +158,7 @@ def make_scorer(weights: Weights) -> Scorer:
         raise ValueError(f"the data of {weights.name} have other classes by now than when it ran: {card.class_names}")
     size = parallel.round_up(min(config.eval_batch_size, max(map(len, data.values()))))
     batches = {
-        split: pipeline.eval_batches(source, card=card, batch_size=size, num_workers=config.data.workers)
+        split: pipeline.eval_batches(source, {"image": pipeline.View(card)}, size, num_workers=config.data.workers)
         for split, source in data.items()
     }
     eval_fn = parallel.evaluate(steps.make_eval_step(weights.model, mean=card.mean, std=card.std))
@@ -175,7 +173,7 @@ def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11
     """Scores `alphas` networks from a (alpha 0) to b (alpha 1) on every split, and writes the curve and the chosen one.
 
     Alpha is chosen on val by accuracy, then loss, then nearness to b; where there is no val it is UNTUNED. The curve on
-    test and data.also is to be looked at, not chosen from. Returns what it writes to curve.json.
+    test and data.extra_eval is to be looked at, not chosen from. Returns what it writes to curve.json.
     """
     if alphas < 2:
         raise ValueError(f"alphas={alphas}: expected at least the two ends")
@@ -252,7 +250,7 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
 
 
 def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
-    """Accuracy of every split against alpha; beside it that of data.also against that of the run's data."""
+    """Accuracy of every split against alpha; beside it that of data.extra_eval against that of the run's data."""
     alphas, curves = report["alphas"], report["curves"]
     scored = "test" if "test" in curves else "val"
     further = [split for split in curves if split not in ("val", "test")]

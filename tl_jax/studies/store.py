@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from tl_jax import config
-from tl_jax.core import messages
 from tl_jax.core.files import read_json, write_json
 from tl_jax.studies.study import RunSpec, Study, grid, title
 
@@ -29,7 +28,7 @@ STATES = ("done", "failed", "running", "stale", "todo")
 
 
 def plan(workdir: pathlib.Path, name: str, question: str, study: Study) -> list[RunSpec]:
-    """Writes W/study.json and the config.json of every run that has none yet; finished runs stay finished.
+    """Writes W/study.json and the config.json of every run that is not done; finished runs stay finished.
 
     Raises ValueError for a study that cannot be meant (see `grid`), and where the workdir holds something else: a
     lone run, another study, or finished runs that this grid no longer has.
@@ -40,15 +39,15 @@ def plan(workdir: pathlib.Path, name: str, question: str, study: Study) -> list[
         run_folder(workdir, run.key).mkdir(parents=True, exist_ok=True)
     with _waiting_lock(workdir / ".plan"):  # two launchers may start at once
         for run in runs:
-            path = run_folder(workdir, run.key) / "config.json"
-            if not path.exists():
-                write_json(path, config.identity(run.config))
+            folder, flat = run_folder(workdir, run.key), config.flatten(run.config)
+            path = folder / "config.json"
+            if not path.exists() or (state(folder) != "done" and read_json(path) != flat):  # the speed may be another
+                write_json(path, flat)
         write_json(workdir / "study.json", _table(name, question, study, runs))
     return runs
 
 
 def _table(name: str, question: str, study: Study, runs: list[RunSpec]) -> dict[str, Any]:
-    flat = config.flatten(study.base)
     return {
         "name": name,
         "question": question,
@@ -61,7 +60,6 @@ def _table(name: str, question: str, study: Study, runs: list[RunSpec]) -> dict[
         "metrics": list(study.metrics),
         "design": study.design,
         "together": study.together,
-        "speed": {option: flat[option] for option in config.SPEED_ONLY},  # config.json leaves these out
         "runs": [{"key": run.key, "levels": run.levels, "seed": run.seed, "fold": run.fold} for run in runs],
     }
 
@@ -89,7 +87,7 @@ def check_workdir(workdir: pathlib.Path, name: str, runs: list[RunSpec]) -> None
             lines.append(f"  {title(row['levels'], row['seed'], row['fold'])}: not in this grid")
         else:
             there = read_json(run_folder(workdir, row["key"]) / "config.json")
-            lines += messages.difference(there, config.identity(run.config))
+            lines += config.difference(there, config.flatten(run.config))
     lines = list(dict.fromkeys(lines))
     more = [f"  ... and {len(lines) - LINES} more"] if len(lines) > LINES else []
     raise ValueError(

@@ -25,7 +25,7 @@ class Study(NamedTuple):
 
     base: a full config. factors: `{factor: {level: {dotted option: value}}}`; a value replaces the option whole.
     baseline: `{factor: level}`, what the other levels of that factor are compared with, the other factors being equal.
-    metrics: the first decides; "NAME/accuracy" is that of a further set of data.also.
+    metrics: the first decides; "NAME/accuracy" is that of a set of data.extra_eval.
     design: holdout | kfold:K | kfold:KxR | loo | bootstrap:N, see tl_jax/data/resample.py.
     together: which runs are trained in one program, see tl_jax/studies/together.py: heads | all | none.
     """
@@ -194,9 +194,9 @@ def _problems_of_run(study: Study, levels: Mapping[str, str], config: ConfigDict
         for option in study.factors[factor][level]
         if phases and all(option in phase for phase in phases)
     ]
-    sets = [name for name, *_ in config.data.get("also", ())]
+    sets = [name for name, *_ in config.data.extra_eval]
     problems += [
-        f"metric {metric!r}: data.also has no set {metric.rpartition('/')[0]!r}, only {sets}"
+        f"metric {metric!r}: data.extra_eval has no set {metric.rpartition('/')[0]!r}, only {sets}"
         for metric in study.metrics
         if "/" in metric and metric.rpartition("/")[0] not in sets
     ]

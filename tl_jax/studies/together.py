@@ -54,7 +54,8 @@ def part(home: pathlib.Path, reason: str) -> None:
 
 def sets(workdir: pathlib.Path, keys: Collection[str], which: str) -> list[list[str]]:
     """The keys in sets that are one program each, of at most LARGEST; most are by themselves."""
-    return group({key: read_json(store.run_folder(workdir, key) / "config.json") for key in keys}, which)
+    paths = {key: store.run_folder(workdir, key) / "config.json" for key in keys}
+    return group({key: {**config.INITIAL, **read_json(path)} for key, path in paths.items()}, which)
 
 
 def group(flats: Mapping[str, Mapping[str, Any]], which: str) -> list[list[str]]:
@@ -72,7 +73,7 @@ def form_of(flat: Mapping[str, Any], which: str) -> str | None:
     flat: the options of a run. What only shows when data and network are there is found in tl_jax/training/replicas.py.
     """
     heads = flat["method.name"] == "linear_probe" and not flat["method.add"] and not flat["phases"]
-    if flat["method.name"] in config.CLOSED_FORMS or flat["parallel"] != "jit" or (which == "heads" and not heads):
+    if flat["method.name"] in config.PROBES or flat["parallel"] != "jit" or (which == "heads" and not heads):
         return None
     free = set(RATES if which == "heads" else config.REPLICABLE)
     spans = [flat[name] for name in DURATIONS]

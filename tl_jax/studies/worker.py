@@ -119,7 +119,7 @@ def take(workdir: pathlib.Path, row: Mapping[str, Any], attempt: int, stop_reque
         say(workdir, row, f"attempt {attempt} of {store.ATTEMPTS}, its process died")
     try:
         with output_into(log):
-            result = train_run(workdir, folder, stop_requested)
+            result = train_run(folder, stop_requested)
     except preemption.Preempted as stop:
         say(workdir, row, str(stop))
         raise
@@ -156,7 +156,7 @@ def take_together(
     try:
         with output_into(home / "log.txt"):
             wanted = [folder if attempt else None for folder, attempt in zip(folders, attempts, strict=True)]
-            outcomes = train_runs(workdir, folders, wanted, home, stop_requested)
+            outcomes = train_runs(folders, wanted, home, stop_requested)
     except preemption.Preempted as stop:
         say(workdir, claimed[0][0], f"and {len(rows) - 1} runs with it: {stop}")
         raise
@@ -176,28 +176,28 @@ def take_together(
             say(workdir, row, f"{metric} {text} ({len(rows)} runs together in {time.monotonic() - began:.1f} s)")
 
 
-def train_runs(workdir: pathlib.Path, folders, wanted, home: pathlib.Path, stop_requested: Callable[..., bool]):
+def train_runs(folders, wanted, home: pathlib.Path, stop_requested: Callable[..., bool]):
     from tl_jax.training import sweep
 
     try:
-        configs = [read_config(workdir, folder) for folder in folders]
+        configs = [read_config(folder) for folder in folders]
         return sweep.train_together(configs, wanted, home, stop_requested=stop_requested)
     except Exception:
         traceback.print_exc()
         raise
 
 
-def read_config(workdir: pathlib.Path, folder: pathlib.Path):
+def read_config(folder: pathlib.Path):
     from tl_jax import config  # the imports that take seconds wait until there is something to do
 
-    return config.from_flat({**store.read_plan(workdir)["speed"], **read_json(folder / "config.json")})
+    return config.from_flat(read_json(folder / "config.json"))
 
 
-def train_run(workdir: pathlib.Path, folder: pathlib.Path, stop_requested: Callable[..., bool]) -> dict[str, Any]:
+def train_run(folder: pathlib.Path, stop_requested: Callable[..., bool]) -> dict[str, Any]:
     from tl_jax.training.loop import train
 
     try:
-        return train(read_config(workdir, folder), folder, verbose=False, stop_requested=stop_requested)
+        return train(read_config(folder), folder, verbose=False, stop_requested=stop_requested)
     except Exception:
         traceback.print_exc()
         raise

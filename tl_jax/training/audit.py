@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from rich.table import Table
 from tl_jax.core import messages, trees
 from tl_jax.core.card import Card
 from tl_jax.core.trees import FROZEN, Match
+from tl_jax.methods import rules as finetune
 from tl_jax.training import optim
 
 NORM_STATISTICS = re.compile(r"(.*)/(?:mean|var)")
@@ -50,12 +51,13 @@ def make_audit(
     card: Card,
     data: Mapping[str, Any],
     multipliers: Mapping[str, float] | None = None,
+    auxiliary: Collection[str] = (),
 ) -> dict[str, Any]:
     """The whole audit as plain JSON data.
 
     origins: `{collection/path: key in the weight file, "new", or "copy" of what was loaded}`. matches: the rule of each
     parameter path. policies: from `norm_policies`. data: facts of the data to show. multipliers: of layer-wise decay.
-    Frozen copies, which only a penalty looks at, do not count as parameters of the network.
+    auxiliary: the names of further networks, whose frozen parameters do not count in the totals.
     """
     moments = _moment_counts(opt_state, matches)
     parameters = []
@@ -84,7 +86,7 @@ def make_audit(
         }
         for path, leaf in trees.flatten(variables.get("batch_stats", {})).items()
     ]
-    counted = [row for row in parameters if row["trainable"] or row["origin"] != "copy"]
+    counted = [row for row in parameters if row["trainable"] or row["path"].split("/")[0] not in auxiliary]
     sizes = {row["path"]: int(np.prod(row["shape"])) for row in counted}
     trainable = [row["path"] for row in parameters if row["trainable"]]
     return {
@@ -155,8 +157,8 @@ def prove(audits: Sequence[Mapping[str, Any]], before: Mapping[str, str], after:
     return {**join(audits), "proof": proof}
 
 
-def to_table(audit: Mapping[str, Any]) -> Table:
-    """The audit for the console: parameters folded by block, for a screen instead of a scroll."""
+def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
+    """The audit for the console: parameters folded by block, in the order of the network's cuts."""
     totals, card = audit["totals"], audit["card"]
     share = 100 * totals["trainable"] / totals["parameters"]
     table = Table(
@@ -177,7 +179,9 @@ def to_table(audit: Mapping[str, Any]) -> Table:
     for row in audit["statistics"]:
         policies.setdefault(_part(row["path"]), set()).add(row["policy"])
     parts: dict[str, list] = {}
-    for row in sorted(audit["parameters"], key=lambda row: _order(row["path"])):
+    paths = [row["path"] for row in audit["parameters"]]
+    places = finetune.places([path for path in paths if path.startswith("backbone/")], cuts)
+    for row in sorted(audit["parameters"], key=lambda row: _order(row["path"], places)):
         parts.setdefault(_part(row["path"]), []).append(row)
     # Neighbours that differ in nothing but their size share a line.
     for cells, run in itertools.groupby(parts, key=lambda part: _cells(parts[part], policies.get(part, {"-"}))):
@@ -204,10 +208,9 @@ def _part(path: str) -> str:
     return "/".join(folders[: 3 if len(folders) > 2 and folders[1].startswith("stage") else 2])
 
 
-def _order(path: str) -> list:
-    """Stem, blocks by number, what is behind them, head: the way of the data."""
-    rank = {"stem": 0, "norm": 2}.get(path.split("/")[1], 1) if path.startswith("backbone/") else 3
-    return [rank, [int(number) for number in re.findall(r"\d+", _part(path))], path]
+def _order(path: str, places: Mapping[str, int]) -> tuple:
+    """The backbone as the data flow through it, then the rest by name."""
+    return path not in places, places.get(path, 0), path
 
 
 def _moment_counts(opt_state: Any, paths: Mapping[str, Any]) -> dict[str, int]:

@@ -1,50 +1,53 @@
-"""What a config stands for: data, network, rules and optimizer, checked against each other before the first step."""
+"""What a config stands for: data, networks, rules, terms and optimizer, checked against each other before any step."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
-from tl_jax import config as options
-from tl_jax.core import messages, trees
+from tl_jax import tasks
+from tl_jax.core import trees
 from tl_jax.core.card import Card
-from tl_jax.data import pipeline, resample, sources
-from tl_jax.methods import Method, penalties, probes
-from tl_jax.methods import rules as finetune
+from tl_jax.data.examples import Source
+from tl_jax.data.pipeline import EvalBatches, TrainBatches
+from tl_jax.methods import mixing, probes, rules
+from tl_jax.methods.term import MAIN, MODEL, Method, Network, Start
 from tl_jax.models import peft
+from tl_jax.models.head import reads
 from tl_jax.models.layers import unfused
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
-from tl_jax.runtime.log import say
-from tl_jax.training import audit, optim, steps
-from tl_jax.weights import load as pretrained
+from tl_jax.runtime.log import log
+from tl_jax.tasks import Spec
+from tl_jax.training import audit, inputs, optim, steps, terms
+from tl_jax.training.settings import LoopSettings, PhaseSettings, Settings, read
+from tl_jax.weights import load
 
 
 class Phase(NamedTuple):
-    """A stretch of the training, steps `start` to `stop`, with one set of rules and one optimizer.
+    """A span of the training, steps `start` to `stop`, with one set of rules, terms and one optimizer.
 
-    labels: the group of each parameter path. audit: from audit.make_audit. prefix: what is frozen in front, if any.
-    schedule is make_schedule(lr), tx is make_optimizer(schedule, groups); with a traced lr, and `values` as in
-    optim.make_optimizer, they make those of other runs of the same form.
+    plan: what a step computes. audit: from audit.make_audit. schedule is make_schedule(lr), tx is
+    make_optimizer(schedule, groups); with a traced lr, and `values` as in optim.make_optimizer, they make those of other
+    runs of the same form. offsets: the steps that each path has been trained for before.
     """
 
     start: int
     stop: int
-    model: peft.Adapted
-    method: Method
-    labels: dict[str, str]
+    plan: steps.Plan
     schedule: Any
     tx: Any
     audit: dict[str, Any]
-    prefix: steps.Prefix | None
     lr: float
     warmup_steps: int
     groups: dict[str, optim.Group]
-    ages: dict[str, int]
+    offsets: dict[str, int]
     make_schedule: Callable
     make_optimizer: Callable
 
@@ -54,23 +57,41 @@ class Phase(NamedTuple):
         return self.stop - self.start
 
 
+class Material(NamedTuple):
+    """What a run needs that neither lr, weight_decay nor groups decide.
+
+    data: the sources by name. streams: of training, by step. eval_batches: of all that is scored. model: as it is
+    evaluated. variables, origins, memory: as training begins. networks: the further ones, readers: all of them. start:
+    what the terms are told. shared: examples that are trained on without labels and scored, for result.json.
+    """
+
+    data: dict[str, Source]
+    streams: dict[str, TrainBatches]
+    eval_batches: dict[str, EvalBatches]
+    model: peft.Adapted
+    variables: dict[str, Any]
+    origins: dict[str, str]
+    memory: dict[str, Any]
+    networks: dict[str, Network]
+    readers: dict[str, steps.Reader]
+    start: Start
+    spec: Spec
+    card: Card
+    base: dict[str, str]
+    facts: dict[str, dict[str, Any]]
+    shared: dict[tuple[str, str], int]
+
+
 class Run(NamedTuple):
     """Everything that one run is made of.
 
-    data: the sources of train, of val or test or both, and of data.also. batches: of train, by step. eval_batches: of
-    the others. model: as it is evaluated. variables: as loaded, with what the method adds. phases: in order, most runs
-    have one. base: the weight file and its sha256. identity: what must be the same for a checkpoint to be of this run,
-    as flat tables of plain JSON data.
+    phases: in order, most runs have one. identity: what must be the same for a checkpoint to be of this run, as flat
+    tables of plain JSON data.
     """
 
-    data: dict[str, sources.Source]
-    batches: pipeline.TrainBatches
-    eval_batches: dict[str, pipeline.EvalBatches]
-    model: peft.Adapted
-    variables: Any
-    card: Card
+    settings: Settings
+    material: Material
     phases: tuple[Phase, ...]
-    base: dict[str, str]
     identity: dict[str, Any]
 
     @property
@@ -82,334 +103,338 @@ class Run(NamedTuple):
         """The phase that leads to the state after `step` steps; its last state is still its own."""
         return next(i for i, phase in enumerate(self.phases) if step <= phase.stop)
 
-
-class Material(NamedTuple):
-    """What a run needs that neither lr, weight_decay nor groups decide; facts: of each split of the data."""
-
-    data: dict[str, sources.Source]
-    batches: pipeline.TrainBatches
-    eval_batches: dict[str, pipeline.EvalBatches]
-    model: peft.Adapted
-    loaded: pretrained.Loaded
-    card: Card
-    facts: dict[str, dict[str, Any]]
+    @property
+    def task(self) -> tasks.Task:
+        """The task as it is scored."""
+        return self.phases[-1].plan.task
 
 
 def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
     """Loads and wires everything that a config names; raises ValueError for what does not fit together."""
-    stretches = check(config, parallel)
-    return assemble(config, stretches, prepare(config, stretches, parallel))
+    settings = read(config)
+    return assemble(settings, prepare(settings, parallel), parallel)
 
 
-def check(config: ConfigDict, parallel: sharding.Parallel) -> list[ConfigDict]:
-    """The config of each phase; raises ValueError for values that cannot be meant, before anything is loaded."""
-    options.check(config)
-    stretches = [options.override(config, dict(phase)) for phase in config.phases] or [config]
-    for stretch in stretches:
-        options.check(stretch)
-    sharding.check_batch_size(config.batch_size, config.accumulate, parallel.mesh.size)
-    return stretches
-
-
-def prepare(config: ConfigDict, stretches: Sequence[ConfigDict], parallel: sharding.Parallel) -> Material:
-    """Loads data and network."""
+def prepare(settings: Settings, parallel: sharding.Parallel) -> Material:
+    """Loads data and networks."""
+    made = terms.make_terms(settings)
+    terms.check_use(settings, made)
+    sharding.check_batch_size(settings.loop.batch_size, settings.loop.accumulate, parallel.mesh.size)
     keep_compiled_programs()
-    data = load_data(config)
-    class_names = data["train"].class_names
-    loaded = _load_network(config, class_names)
-    card = loaded.card.override(config.data.card.to_dict(), allowed=config.data.override_card)
-    card = card.replace(class_names=class_names, source=f"{card.source or 'random weights'} -> {data['train'].name}")
-    batches, eval_batches = make_batches(config, data, card, parallel)
-    model = peft.Adapted(
-        loaded.model.clone(
-            dtype=jnp.dtype(config.model.dtype),
-            dropout=config.model.dropout,
-            drop_path=config.model.drop_path,
-            remat=config.model.remat,
-            attention=config.model.attention,
-            axis_name=parallel.axis_name,
-        ),
-        tuple(config.method.add),
-    )
-    size = loaded.model.width // loaded.model.heads if hasattr(loaded.model, "heads") else 8
-    if config.model.attention == "cudnn" and (reason := unfused(jnp.dtype(config.model.dtype), size)):
-        say(f"model.attention=cudnn: XLA computes the attention in its place, as {reason}")
-    loaded = _with_parameters_beside(config, stretches, loaded, model, data["train"], card)
-    facts = {split: {"name": s.name, "examples": len(s), "fingerprint": s.fingerprint} for split, s in data.items()}
-    return Material(data, batches, eval_batches, model, loaded, card, facts)
-
-
-def assemble(config: ConfigDict, stretches: Sequence[ConfigDict], material: Material) -> Run:
-    """Rules, optimizers and audits of every phase, on what was loaded."""
-    data, batches, eval_batches, model, loaded, card, facts = material
-    phases: list[Phase] = []
-    ages = None
-    for stretch in stretches:
-        phase, ages = _make_phase(stretch, loaded, model, card, facts, phases[-1] if phases else None, ages)
-        phases.append(phase)
-    _check_prefixes(config, stretches, phases)
-    base = {"file": config.model.weights, "sha256": loaded.sha256}
-    labels = [audit.labels_table(phase.audit) for phase in phases]
-    tables = {
-        "options": options.identity(config),
-        "labels": {f"{i}: {path}" if i else path: row for i, table in enumerate(labels) for path, row in table.items()},
-        "class_names": dict(enumerate(card.class_names)),
-        "card": phases[0].audit["card"],
-        "data": {split: fact["fingerprint"] for split, fact in facts.items()},
-        "weights": base,
-    }
-    return Run(
-        data, batches, eval_batches, model, loaded.variables, card, tuple(phases), base,
-        identity=json.loads(json.dumps(tables)),
+    data = inputs.load_sources(settings)
+    train = data[MAIN]
+    spec = tasks.fit_spec(settings.task, train.labels, train.class_names)
+    loaded = _load_model(settings, spec, train)
+    card = _finish_card(settings, loaded.card, spec, train)
+    model = _configure(settings, loaded, parallel)
+    added = peft.init(model.model, loaded.variables, model.additions, jax.random.key(settings.loop.seed))
+    variables = {"batch_stats": {}, **loaded.variables, "params": {**loaded.variables["params"], **added}}
+    start = _make_start(settings, model, variables, card, tasks.make(spec))
+    given = {name: _load_network(settings, name) for name in settings.networks}
+    own = terms.initialise(made, start, given)
+    variables, origins = _join(variables, loaded.origins, own.networks)
+    fields = {name: inputs.field_of(name, network.card, card) for name, network in given.items()}
+    cards = {card.input: card, **{field: given[name].card for name, field in fields.items() if field != card.input}}
+    streams, eval_batches = inputs.make_streams(data, settings, cards, parallel)
+    readers = {MODEL: steps.Reader(model, card, card.input)}
+    for name, network in own.networks.items():
+        column = name if name in given and settings.networks[name].cache else ""
+        own_card = card if network.module is model else network.card
+        readers[name] = steps.Reader(network.module, own_card, fields.get(name, card.input), column)
+    facts = {name: {"name": s.name, "examples": len(s), "fingerprint": s.fingerprint} for name, s in data.items()}
+    base = {"file": settings.model.weights, "sha256": loaded.sha256}
+    return Material(
+        data, streams, eval_batches, model, variables, origins, own.memory, own.networks, readers,
+        start._replace(variables=variables), spec, card, base, facts, inputs.transductive(data, settings),
     )  # fmt: skip
 
 
-def _load_network(config: ConfigDict, class_names: Sequence[str]) -> pretrained.Loaded:
+def assemble(settings: Settings, material: Material, parallel: sharding.Parallel) -> Run:
+    """Rules, terms, optimizers and audits of every phase, on what was loaded."""
+    phases: list[Phase] = []
+    for phase_settings, phase_terms in zip(settings.phases, terms.make_terms(settings), strict=True):
+        before = phases[-1] if phases else None
+        phases.append(_make_phase(settings, phase_settings, phase_terms, material, parallel, before))
+    _check_prefixes(settings, phases)
+    labels = [audit.labels_table(phase.audit) for phase in phases]
+    tables = {
+        "options": settings.identity,
+        "labels": {f"{i}: {path}" if i else path: row for i, table in enumerate(labels) for path, row in table.items()},
+        "class_names": dict(enumerate(material.card.class_names)),
+        "card": phases[0].audit["card"],
+        "data": {split: fact["fingerprint"] for split, fact in material.facts.items()},
+        "weights": material.base,
+    }
+    return Run(settings, material, tuple(phases), json.loads(json.dumps(tables)))
+
+
+def _load_model(settings: Settings, spec: Spec, train: Source) -> load.Loaded:
     """The network with a new head, or with the file's own, and random numbers in the parts of model.reinit."""
-    keep, arguments = config.model.keep_head, {
-        "image_size": config.model.image_size or None, "head_init": config.model.head_init, "seed": config.seed
-    }  # fmt: skip
-    loaded = pretrained.load_with_origins(
-        config.model.name, config.model.weights, None if keep else len(class_names), **arguments
-    )
+    model, outputs, class_names = settings.model, tasks.make(spec).outputs, train.class_names
+    arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
+    arguments |= {"head": model.head, "columns": train.columns}
+    loaded = load.load_with_origins(
+        model.name, model.weights, None if model.keep_head else outputs, **arguments
+    )  # fmt: skip
     known = loaded.card.class_names or class_names
-    if keep and (loaded.card.num_classes != len(class_names) or tuple(known) != tuple(class_names)):
+    if model.keep_head and (loaded.card.num_classes != outputs or tuple(known) != tuple(class_names)):
         raise ValueError(
-            f"model.keep_head=True, but the classifier of {config.model.weights or 'a random network'} knows "
+            f"model.keep_head=True, but the classifier of {model.weights or 'a random network'} knows "
             f"{loaded.card.num_classes} classes {list(known)[:5]} and the data has {len(class_names)} "
             f"{list(class_names)[:5]}; they must be the same in the same order, or take a new head"
         )
-    if not config.model.reinit:
+    if not model.reinit:
         return loaded
-    rules = [(f"backbone/{part}/.*", "new") for part in config.model.reinit]
+    rules_ = [(f"backbone/{part}/.*", "new") for part in model.reinit]
     flat = {path.partition("/")[2]: path for path in trees.flatten(loaded.variables)}
-    matches = trees.match_rules(flat, [*rules, (".*", "kept")])
-    random = pretrained.load_with_origins(config.model.name, "", loaded.card.num_classes, **arguments)
-    drawn = {path for short, path in flat.items() if matches[short].value == "new"}
-    fresh = {path: leaf for path, leaf in trees.flatten(random.variables).items() if path in drawn}
+    matches = trees.match_rules(flat, [*rules_, (".*", "kept")])
+    random = load.load_with_origins(model.name, "", loaded.card.num_classes, **arguments)
+    sampled = {path for path, short in ((flat[short], short) for short in flat) if matches[short].value == "new"}
+    fresh = {path: leaf for path, leaf in trees.flatten(random.variables).items() if path in sampled}
     variables = trees.merge(loaded.variables, fresh)
     return loaded._replace(variables=variables, origins={**loaded.origins, **dict.fromkeys(fresh, "new")})
 
 
-def _with_parameters_beside(
-    config: ConfigDict,
-    stretches: Sequence[ConfigDict],
-    loaded: pretrained.Loaded,
-    model: peft.Adapted,
-    train: sources.Source,
-    card: Card,
-) -> pretrained.Loaded:
-    """`loaded` with added parameters, and with what the regularisers of any phase need (a reference, a source head)."""
-    params, batch_stats = loaded.variables["params"], loaded.variables.get("batch_stats", {})
-    beside = trees.flatten(peft.init(model.model, loaded.variables, model.additions, jax.random.key(config.seed)))
-    pairs = {json.dumps([name, args], sort_keys=True): (name, args) for c in stretches for name, args in _penalties(c)}
-    image = {"mean": card.mean, "std": card.std}
-
-    def apply(params, batch_stats, x, start=None):
-        x = x if start else steps.normalise(x, **image)
-        return model.apply({"params": params, "batch_stats": batch_stats}, x, train=False, start=start)
-
-    def batches():
-        size = min(config.eval_batch_size, len(train))
-        for batch in pipeline.eval_batches(train, card=card, batch_size=size):
-            yield batch["image"][batch["mask"]], batch["label"][batch["mask"]]
-
-    needs_head = any(name == "co_tuning" for name, _ in pairs.values())
-    source_head = pretrained.source_head(config.model.name, config.model.weights) if needs_head else None
-    at_start = trees.merge(params, beside)
-    start = penalties.Start(at_start, batch_stats, source_head, apply, batches, len(train.class_names))
-    for regularizer in (made for pair in pairs.values() for made in penalties.make([pair])):
-        beside |= trees.flatten(regularizer.init(start))
-    copied = ("reference/", "source_head/")
-    origins = {f"params/{path}": "copy" if path.startswith(copied) else "new" for path in beside}
-    variables = {**loaded.variables, "params": trees.merge(params, {p: jnp.asarray(x) for p, x in beside.items()})}
-    return loaded._replace(variables=variables, origins={**loaded.origins, **origins})
+def _finish_card(settings: Settings, card: Card, spec: Spec, train: Source) -> Card:
+    """The card of the network that is trained: overrides, the task and its names, and the table's columns."""
+    data = settings.data
+    card = card.override(dict(data.card), allowed=data.override_card)
+    if (card.input == "table") != bool(train.columns):
+        found = "rows of a table" if train.columns else "images"
+        raise ValueError(f"{card.model} takes an input of kind {card.input!r}, and {train.name} has {found}")
+    if train.columns and not settings.model.weights:
+        mean, std = train.inputs.mean(axis=0, dtype="float64"), train.inputs.std(axis=0, dtype="float64")
+        card = card.replace(
+            columns=train.columns, mean=tuple(mean.tolist()), std=tuple((std + (std == 0)).tolist())
+        )  # fmt: skip
+    return card.replace(
+        class_names=train.class_names, task=spec.name, target_mean=spec.target_mean, target_std=spec.target_std,
+        source=f"{card.source or 'random weights'} -> {train.name}",
+    )  # fmt: skip
 
 
-def _penalties(config: ConfigDict) -> list[tuple[str, Mapping[str, Any]]]:
-    return [(name, dict(args)) for name, args in config.method.regularize if name != "stoch_norm"]
+def _configure(settings: Settings, loaded: load.Loaded, parallel: sharding.Parallel) -> peft.Adapted:
+    """The module with the options of the run, and the parameters that the method adds."""
+    model, dtype = settings.model, jnp.dtype(settings.model.dtype)
+    size = loaded.model.width // loaded.model.heads if hasattr(loaded.model, "heads") else 8
+    if model.attention == "cudnn" and (reason := unfused(dtype, size)):
+        log(f"model.attention=cudnn: XLA computes the attention in its place, as {reason}")
+    module = loaded.model.clone(
+        dtype=dtype,
+        dropout=model.dropout,
+        drop_path=model.drop_path,
+        remat=model.remat,
+        attention=model.attention,
+        axis_name=parallel.axis_name,
+    )
+    return peft.Adapted(module, tuple(settings.phases[0].method.add))
+
+
+def _load_network(settings: Settings, name: str) -> Network:
+    """A further network of the config: frozen, with the classes of its weight file, in eval mode."""
+    given = settings.networks[name]
+    loaded = load.load_with_origins(given.name, given.weights, None, image_size=given.image_size or None)
+    module = loaded.model.clone(dtype=jnp.dtype(settings.model.dtype))
+    origin = given.weights or "new"
+    return Network(peft.Adapted(module), loaded.card, loaded.variables, origin=origin)
+
+
+def _make_start(settings: Settings, model: peft.Adapted, variables: Any, card: Card, task: tasks.Task) -> Start:
+    """What the terms are told before the first step."""
+    example = load.example_input(card)
+    shapes = jax.eval_shape(lambda: model.apply(variables, example, train=False)[1])
+
+    def apply(network, variables, x, start=None, stop=None):
+        x = x if start else steps.normalise(x, card)
+        return model.apply(steps.subtree(variables, network), x, train=False, start=start, stop=stop)[1]
+
+    source_head = functools.partial(load.source_head, settings.model.name, settings.model.weights)
+    shapes = {name: leaf.shape for name, leaf in shapes.items()}
+    return Start(variables, None, task, model, shapes, None, apply, source_head, jax.random.key(settings.loop.seed))
+
+
+def _join(
+    variables: Mapping[str, Any], origins: Mapping[str, str], networks: Mapping[str, Network]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The variables of all networks as one tree, and where each leaf comes from."""
+    joined = {kind: dict(tree) for kind, tree in variables.items()}
+    origins = dict(origins)
+    for path in trees.flatten(variables):
+        origins.setdefault(path, "new")  # added parameters
+    for name, network in networks.items():
+        for kind, tree in network.variables.items():
+            if tree:
+                joined[kind][name] = jax.tree.map(jnp.asarray, tree)
+                origins |= {f"{kind}/{name}/{path}": network.origin for path in trees.flatten(tree)}
+    return joined, origins
 
 
 def _make_phase(
-    config: ConfigDict,
-    loaded: pretrained.Loaded,
-    model: peft.Adapted,
-    card: Card,
-    facts: Mapping[str, Any],
+    settings: Settings,
+    phase: PhaseSettings,
+    phase_terms: terms.Terms,
+    material: Material,
+    parallel: sharding.Parallel,
     before: Phase | None,
-    ages_before: Any,
-) -> tuple[Phase, Any]:
-    """One phase behind the one before it, and what the next one must know for the optimizer's values to go on."""
-    params = loaded.variables["params"]
+) -> Phase:
+    """One phase behind the one before it."""
+    networks, variables, method = material.networks, material.variables, phase.method
+    params = variables["params"]
     paths = list(trees.flatten(params))
-    method = config.method
+    own = [path for path in paths if path.split("/")[0] not in networks]
     name = "linear_probe" if method.name in probes.NAMES else method.name
-    rules = finetune.make_rules(name, paths, method.k, method.blocks, method.rules)
-    matches = trees.match_rules(paths, finetune.beside(paths) + rules)
+    cuts = material.model.cuts
+    own_rules = rules.make_rules(name, own, cuts, method.k, method.blocks, method.rules)
+    groups_of = {name: network.group for name, network in networks.items()}
+    matches = trees.match_rules(paths, rules.auxiliary(paths, groups_of) + own_rules)
     labels = {path: match.value for path, match in matches.items()}
-    policies = audit.norm_policies(loaded.variables.get("batch_stats", {}), labels, method.norm)
-    frozen_norms = tuple(path for path, policy in policies.items() if policy == trees.FROZEN)
-    loss = finetune.make_method(
-        rules, num_classes=len(card.class_names), regularizers=penalties.make(_penalties(config)),
-        **{name: method[name] for name in ("label_smoothing", "mixup", "cutmix")},
-    )  # fmt: skip
-
-    in_steps = {"batch_size": config.batch_size, "train_size": facts["train"]["examples"]}
-    length, warmup_steps = (optim.to_steps(d, **in_steps) for d in (config.total, config.schedule.warmup))
-    default = optim.Group(
-        config.optimizer, tuple(config.optimizer_args.items()), weight_decay=config.weight_decay, decay=config.decay
-    )
-    groups = optim.make_groups(labels, default, config.groups.to_dict())
-    ages = optim.ages_after(ages_before, labels, groups)
-    multipliers = finetune.layer_multipliers(paths, config.layer_decay) if config.layer_decay < 1 else {}
-    blocks = finetune.parts(path for path, label in labels.items() if label != trees.FROZEN) if method.auto_rgn else {}
-    shape = {"total_steps": length, "warmup_steps": warmup_steps, "args": config.schedule.args.to_dict()}
+    policies = _norm_policies(variables["batch_stats"], labels, networks, method.norm)
+    groups, offsets, lengths = _make_groups(settings.loop, phase, labels, material.facts, before)
+    multipliers = rules.layer_multipliers(own, cuts, phase.layer_decay) if phase.layer_decay < 1 else {}
+    trained = (path for path in own if labels[path] != trees.FROZEN)
+    blocks = rules.parts(trained) if method.auto_rgn else {}
+    apart = tuple(name for name, network in networks.items() if network.group == name)
 
     def make_schedule(lr):
-        return optim.make_schedule(config.schedule.name, lr, **shape)
+        args = dict(phase.schedule_args)
+        return optim.make_schedule(phase.schedule, lr, total_steps=lengths[0], warmup_steps=lengths[1], args=args)
 
     def make_optimizer(schedule, groups, values=None):
-        more = {"multipliers": multipliers, "ages": ages, "blocks": blocks, "values": values}
-        return optim.make_optimizer(labels, groups, schedule, config.clip, **more)
+        more = {"multipliers": multipliers, "offsets": offsets, "blocks": blocks, "values": values, "apart": apart}
+        return optim.make_optimizer(labels, groups, schedule, phase.clip, **more)
 
-    schedule = make_schedule(config.lr)
+    schedule = make_schedule(phase.lr)
     tx = make_optimizer(schedule, groups)
     opt_state = jax.eval_shape(tx.init, trees.split(params, labels)[0])
     report = audit.make_audit(
-        loaded.variables, loaded.origins, matches, groups, policies, opt_state, card, facts, multipliers
-    )
-    report["weights"] = {"file": config.model.weights, "sha256": loaded.sha256}
-    start = before.stop if before else 0
-    model = dataclasses.replace(model, stoch_norm=_stoch_norm(method.regularize, frozen_norms, policies))
-    model = model.clone(frozen_norms=frozen_norms)
-    phase = Phase(
-        start, start + length, model, loss, labels, schedule, tx, report,
-        _make_prefix(config, model, labels, policies),
-        config.lr, warmup_steps, groups, ages, make_schedule, make_optimizer,
+        variables, material.origins, matches, groups, policies, opt_state, material.card, material.facts, multipliers,
+        auxiliary=tuple(networks),
     )  # fmt: skip
-    return phase, (labels, groups, ages, length)
+    report["weights"] = material.base
+    start = before.stop if before else 0
+    plan = _make_plan(settings, phase, phase_terms, material, parallel, labels, policies)
+    return Phase(
+        start, start + lengths[0], plan._replace(start=start, length=lengths[0]), schedule, tx, report,
+        phase.lr, lengths[1], groups, offsets, make_schedule, make_optimizer,
+    )  # fmt: skip
+
+
+def _norm_policies(batch_stats: Any, labels: Mapping[str, str], networks, norm: Sequence) -> dict[str, str]:
+    """The policy of every BatchNorm layer; method.norm is about the model, further networks follow their parameters."""
+    further = {name: tree for name, tree in batch_stats.items() if name in networks}
+    own = {name: tree for name, tree in batch_stats.items() if name not in networks}
+    return audit.norm_policies(own, labels, norm) | audit.norm_policies(further, labels, ())
+
+
+def _make_groups(loop: LoopSettings, phase: PhaseSettings, labels, facts, before: Phase | None):
+    """The optimizer groups, the steps that each path has been trained for, and (length, warm-up) in steps."""
+    sizes = {"batch_size": loop.batch_size, "train_size": facts[MAIN]["examples"]}
+    lengths = tuple(optim.to_steps(duration, **sizes) for duration in (phase.total, phase.warmup))
+    default = optim.Group(
+        phase.optimizer, tuple(phase.optimizer_args.items()), weight_decay=phase.weight_decay, decay=phase.decay
+    )
+    groups = optim.make_groups(labels, default, phase.groups)
+    known = before and (before.plan.labels, before.groups, before.offsets, before.length)
+    return groups, optim.offsets_after(known, labels, groups), lengths
+
+
+def _make_plan(
+    settings: Settings, phase: PhaseSettings, phase_terms: terms.Terms, material: Material, parallel, labels, policies
+) -> steps.Plan:
+    """What a step of the phase computes."""
+    loop, method = settings.loop, phase.method
+    frozen_norms = tuple(path for path, policy in policies.items() if policy == trees.FROZEN)
+    model = dataclasses.replace(
+        material.model, stoch_norm=_stoch_norm(method.stoch_norm, frozen_norms, policies)
+    ).clone(frozen_norms=frozen_norms)
+    readers = {**material.readers, MODEL: material.readers[MODEL]._replace(module=model)}
+    task_args = _task_args(settings, material)
+    task = tasks.make(material.spec, label_smoothing=method.label_smoothing, **task_args)
+    running = jax.eval_shape(
+        task.running, {"logits": jnp.zeros((1, task.outputs))}, jnp.asarray(material.data[MAIN].labels[:1])
+    )  # fmt: skip
+    named = [log for name, (_, term) in phase_terms.items() for log in (name, *(f"{name}/{x}" for x in term.logs))]
+    return steps.Plan(
+        readers=readers,
+        method=Method((), phase_terms, mixing.make_mix(method.mixup, method.cutmix)),
+        task=task,
+        labels=labels,
+        frozen_norms=frozen_norms,
+        prefix=_make_prefix(settings, model, labels, policies, material.networks),
+        joint=loop.norm_batches == "joint",
+        devices=parallel.mesh.size,
+        accumulate=loop.accumulate,
+        ema=loop.ema,
+        axis_name=parallel.axis_name,
+        whole=parallel.whole,
+        sums=(*steps.SUMS, *running, *(named if len(named) > 1 else ())),
+    )
+
+
+def _task_args(settings: Settings, material: Material) -> dict[str, tuple[float, ...]]:
+    """The arguments of the task as numbers; "balanced" weighs a class by N / (K N_class), 1 on average."""
+    found = {}
+    for name, value in settings.task_args.items():
+        if value == "balanced":
+            counts = np.bincount(material.data[MAIN].labels, minlength=len(material.spec.class_names))
+            value = tuple((counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist())
+        found[name] = value if isinstance(value, tuple) else (value,)
+    return found
 
 
 def _make_prefix(
-    config: ConfigDict, model: peft.Adapted, labels: Mapping[str, str], policies: Mapping[str, str]
+    settings: Settings, model: peft.Adapted, labels: Mapping[str, str], policies: Mapping[str, str], networks
 ) -> steps.Prefix | None:
-    """The longest front of the network in which nothing moves and nothing is drawn at random."""
-    moving = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
-    length = finetune.frozen_in_front(list(labels), moving, config.model.drop_path)
+    """The longest prefix of the network in which nothing is trained and nothing is random."""
+    changing = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
+    own = [path for path in changing if path.split("/")[0] not in networks]
+    length = rules.frozen_cuts(own, model.cuts, settings.model.drop_path)
+    length = min(length, model.cuts.index(reads(model.model)) + 1)
     if not length:
         return None
-    dtype = config.model.prefix_dtype or config.model.dtype
-    return steps.Prefix(model.clone(dtype=jnp.dtype(dtype), remat=""), model.cuts[length - 1], bool(config.cache))
+    dtype = settings.model.prefix_dtype or settings.model.dtype
+    cached = bool(settings.loop.cache)
+    return steps.Prefix(model.clone(dtype=jnp.dtype(dtype), remat=""), model.cuts[length - 1], cached)
 
 
-def _check_prefixes(config: ConfigDict, stretches: Sequence[ConfigDict], phases: Sequence[Phase]) -> None:
-    """Raises one ValueError for options of the frozen front that come to nothing, or that would change numbers."""
-    problems, fronts = [], [phase.prefix for phase in phases]
-    about_it = {"cache": config.cache, "model.prefix_dtype": config.model.prefix_dtype}
-    if any(about_it.values()) and not any(fronts):
+def _check_prefixes(settings: Settings, phases: Sequence[Phase]) -> None:
+    """Raises one ValueError for options of the frozen prefix that come to nothing, or that would change numbers."""
+    problems, loop, prefixes = [], settings.loop, [phase.plan.prefix for phase in phases]
+    about_it = {"cache": loop.cache, "model.prefix_dtype": settings.model.prefix_dtype}
+    if any(about_it.values()) and not any(prefixes):
         problems.append(
-            f"{about_it} is about what is frozen in front, but in every phase the stem trains, or its statistics "
-            "move; freeze from the front on (linear_probe, last_k), or leave it out"
+            f"{about_it} is about the frozen prefix, but in every phase the stem trains, or its statistics are "
+            "updated; freeze from the stem on (linear_probe, last_k), or leave it out"
         )
-    if config.views > 1 and not config.data.augment:
-        problems.append(f"views={config.views}, but data.augment is empty: all views would be the same; expected 1")
-    for i, (stretch, front) in enumerate(zip(stretches, fronts, strict=True)):
-        mixing = {name: stretch.method[name] for name in ("mixup", "cutmix") if stretch.method[name]}
-        if config.cache and front and mixing:
-            problems.append(f"phase {i} mixes images, {mixing}: cached features are of single images; leave it out")
-        if config.cache and front and any(name == "delta" for name, _ in stretch.method.regularize):
-            problems.append(
-                f"phase {i} has the penalty delta, which runs a second network on the images; leave out cache"
-            )
+    if loop.views > 1 and not settings.data.augment:
+        problems.append(f"views={loop.views}, but data.augment is empty: all views would be the same; expected 1")
+    columns = [name for name, network in settings.networks.items() if network.cache]
+    for i, (phase, prefix) in enumerate(zip(settings.phases, prefixes, strict=True)):
+        mixing = {name: getattr(phase.method, name) for name in ("mixup", "cutmix") if getattr(phase.method, name)}
+        if mixing and (columns or (loop.cache and prefix)):
+            problems.append(f"phase {i} mixes inputs, {mixing}: cached outputs are of single examples; leave it out")
     if problems:
-        raise ValueError("the frozen front of the network does not go with:\n  " + "\n  ".join(problems))
+        raise ValueError("the frozen prefix of the network does not go with:\n  " + "\n  ".join(problems))
 
 
-def _stoch_norm(pairs: Sequence, frozen_norms: Sequence[str], policies: Mapping[str, str]) -> float:
-    """The probability of ("stoch_norm", {"p": 0.5}); 0 where it is not asked for."""
-    args = {key: value for name, given in pairs if name == "stoch_norm" for key, value in {"p": 0.5, **given}.items()}
-    if unknown := sorted(set(args) - {"p"}):
-        raise ValueError(f"stoch_norm has no parameter {unknown}; it has p, the probability of the running statistics")
-    if args and len(frozen_norms) == len(policies):
+def _stoch_norm(probability: float, frozen_norms: Sequence[str], policies: Mapping[str, str]) -> float:
+    """The probability of running statistics; ValueError where no BatchNorm layer could use it."""
+    if probability and len(frozen_norms) == len(policies):
         raise ValueError(
-            "stoch_norm draws between batch and running statistics, but no BatchNorm layer is in train mode "
+            "method.stoch_norm samples batch or running statistics, but no BatchNorm layer is in train mode "
             f"({len(policies)} in the network, all frozen); train their blocks, or set method.norm"
         )
-    return args.get("p", 0.0)
+    return probability
 
 
-def load_data(config: ConfigDict) -> dict[str, sources.Source]:
-    """The sources that the config names: train, val, test and data.also; raises ValueError where they do not fit."""
-    splits = {name: config.data[name] for name in ("train", "val", "test") if config.data[name]}
-    resampled = bool(config.data.resample)
-    if resampled and (config.data.test or config.data.shots):
-        raise ValueError(
-            f"data.resample={config.data.resample!r} cuts train and test out of data.train; expected data.test='' and "
-            f"data.shots=0, found {config.data.test!r} and {config.data.shots}"
-        )
-    if "train" not in splits or len(splits) + resampled < 2 or (config.select == "best_val" and "val" not in splits):
-        raise ValueError(
-            f"data names the splits {splits}, with select={config.select!r}: expected train, and val or test to score "
-            "on; best_val needs val"
-        )
-    load = {
-        "seed": config.seed, "split_seed": config.data.split_seed, "on_error": config.data.on_error,
-        "data_dir": config.data.data_dir or None,
-    }  # fmt: skip
-    data = {
-        name: sources.load(config.data.source, split, shots=config.data.shots if name == "train" else 0, **load)
-        for name, split in splits.items()
-    }
-    if resampled:
-        data |= _resample(data["train"], config.data.resample, config.data.split_seed)
-    if taken := sorted({name for name, *_ in config.data.also} & {"train", "val", "test"}):
-        raise ValueError(f"data.also names {taken}; choose other names, these are the run's own splits")
-    data |= {name: sources.load(source, split, **load) for name, source, split in config.data.also}
-    classes = dict(enumerate(data["train"].class_names))
-    if len(classes) < 2:
-        raise ValueError(f"{data['train'].name} has the one class {classes[0]!r}; expected at least two to tell apart")
-    own = {"val", "test"} | {name for name, source, _ in config.data.also if source == config.data.source}
-    for name, source in data.items():
-        if changed := messages.difference(classes, dict(enumerate(source.class_names))):
-            raise ValueError(f"the classes of train and {name} differ (train -> {name}):\n" + "\n".join(changed))
-        left_out_in_turn = name == "test" and config.data.resample == "loo"
-        if name in own and not left_out_in_turn and (shared := {*data["train"].ids} & {*source.ids}):
-            raise ValueError(
-                f"{len(shared)} of {len(source)} examples of {name} ({source.name}) are also in train "
-                f"({data['train'].name}), such as {min(shared)}; use splits that do not overlap"
-            )
-        if source.skipped:
-            say(
-                f"{source.name}: skipped {len(source.skipped)} unreadable images:\n  " + "\n  ".join(source.skipped[:5])
-            )
-    return data
+def intervals(run: Run) -> tuple[int, int]:
+    """log_every and eval_every in steps."""
+    loop = run.settings.loop
+    sizes = {"batch_size": loop.batch_size, "train_size": len(run.material.data[MAIN])}
+    return optim.to_steps(loop.log_every, **sizes), optim.to_steps(loop.eval_every, **sizes)
 
 
-def _resample(pool: sources.Source, design: str, split_seed: int) -> dict[str, sources.Source]:
-    """Train and test of one fold of the pool; leave-one-out, which a closed form does at once, keeps all of it."""
-    if design == "loo":
-        return {"test": dataclasses.replace(pool, name=f"{pool.name}, leave-one-out")}
-    train, held_out = resample.split(pool.labels, design, split_seed)
-    return {
-        "train": dataclasses.replace(pool.select(train), name=f"{pool.name}, {design}"),
-        "test": dataclasses.replace(pool.select(held_out), name=f"{pool.name}, held out of {design}"),
-    }
-
-
-def make_batches(
-    config: ConfigDict, data: dict[str, sources.Source], card: Card, parallel: sharding.Parallel
-) -> tuple[pipeline.TrainBatches, dict[str, pipeline.EvalBatches]]:
-    """Batches of train by step, and of the other sources in order."""
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = pipeline.train_batches(
-        data["train"], card=card, augment=config.data.augment, batch_size=config.batch_size, seed=config.seed, **hosts
-    )
-    # One size for all, so that one program serves them; it pads val, which is scored often, the least.
-    count = len(data.get("val", data.get("test")))
-    size = parallel.round_up(-(-count // -(-count // config.eval_batch_size)))
-    scored = {split: source for split, source in data.items() if split != "train"}
-    workers = config.data.workers
-    return batches, {
-        split: pipeline.eval_batches(source, card=card, batch_size=size, num_workers=workers, **hosts)
-        for split, source in scored.items()
-    }
+def scored_splits(run: Run) -> list[str]:
+    """The splits that are scored at the end: the run's own first, then those of data.extra_eval."""
+    own = "test" if "test" in run.material.data else "val"
+    return [own, *(name for name, *_ in run.settings.data.extra_eval)]

@@ -6,53 +6,50 @@ from typing import Any
 import jax
 import numpy as np
 
+from tl_jax.core.fields import INDEX, LABEL, MASK
 from tl_jax.data.pipeline import EvalBatches
 from tl_jax.runtime.sharding import Parallel
-from tl_jax.tasks.metrics import Predictions, make_predictions
+from tl_jax.tasks import Predictions, Spec, make_predictions
+from tl_jax.training.steps import FEATURES
 
 
-def predict(eval_fn: Callable, variables: Mapping[str, Any], batches: EvalBatches, parallel: Parallel) -> Predictions:
-    """Logits, labels and features of every example of the batches' source, in its order, on every process.
+def predict(
+    eval_fn: Callable, variables: Any, batches: EvalBatches, field: str, spec: Spec, parallel: Parallel
+) -> Predictions:
+    """The task's outputs, labels and features of every example of the source, in its order, on every process.
 
-    eval_fn: from `Parallel.evaluate`. The last batch is padded and its padding dropped by a mask; raises RuntimeError
-    unless each example was seen exactly once.
+    eval_fn: from `Parallel.evaluate`; field: of a batch, what it reads. The last batch is padded and its padding dropped by a mask; raises RuntimeError
+    unless each example was seen exactly once, FloatingPointError for outputs that are not finite.
     """
-    (logits, features), labels = collect(lambda images: eval_fn(variables, images), batches, parallel)
-    return make_predictions(logits, labels, list(batches.source.ids), batches.source.class_names, features)
+    outputs, labels = collect(lambda x: eval_fn(variables, x), batches, field, parallel)
+    return make_predictions(outputs, labels, list(batches.source.ids), spec, outputs.pop(FEATURES))
 
 
 def collect(
-    eval_fn: Callable, batches: EvalBatches, parallel: Parallel, axes: tuple[int, ...] = (0, 0)
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """The outputs of eval_fn(images) for every example once, in the order of the source, and the labels.
+    eval_fn: Callable, batches: EvalBatches, field: str, parallel: Parallel, axes: Mapping[str, int] | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The outputs {name: array} of eval_fn(inputs) for every example once, in the order of the source, and the labels.
 
-    axes: along which axis the examples lie, for each output. Raises RuntimeError unless each was seen exactly once.
+    axes: along which axis the examples lie, where it is not the first. Raises RuntimeError unless each example was seen
+    exactly once.
     """
-    source = batches.source
-    columns: list[tuple] = []
+    source, axes, columns = batches.source, axes or {}, []
     for batch in batches:
         batch = parallel.put_batch(batch)
-        outputs = eval_fn(batch["image"])
-        facts = parallel.gather((batch["index"], batch["label"], batch["mask"]))
-        columns.append(jax.device_get((*facts, *outputs)))
-    indices, labels, masks, *outputs = (
-        np.concatenate(column, axis) for column, axis in zip(zip(*columns, strict=True), (0, 0, 0, *axes), strict=True)
-    )
-    seen = indices[masks]
+        outputs = eval_fn(batch[field])
+        facts = parallel.gather({name: batch[name] for name in (INDEX, LABEL, MASK)})
+        columns.append(jax.device_get((facts, outputs)))
+    facts = {name: np.concatenate([facts[name] for facts, _ in columns]) for name in columns[0][0]}
+    seen = facts[INDEX][facts[MASK]]
     if not np.array_equal(np.sort(seen), np.arange(len(source))):
         raise RuntimeError(
             f"{source.name}: {len(seen)} of {len(source)} examples were scored; each must be, exactly once"
         )
-    order = np.flatnonzero(masks)[np.argsort(seen)]
-    return [output.take(order, axis) for output, axis in zip(outputs, axes, strict=True)], labels[order]
-
-
-def scores(predictions: Predictions) -> dict[str, float]:
-    """Accuracy and negative log-likelihood (natural log, mean over examples) in float64, for model selection."""
-    logits = predictions.logits.astype(np.float64)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return {
-        "loss": float(-log_probabilities[np.arange(len(logits)), predictions.labels].mean()),
-        "accuracy": float((logits.argmax(axis=1) == predictions.labels).mean()),
+    order = np.flatnonzero(facts[MASK])[np.argsort(seen)]
+    joined = {
+        name: np.concatenate([outputs[name] for _, outputs in columns], axes.get(name, 0)).take(
+            order, axes.get(name, 0)
+        )
+        for name in columns[0][1]
     }
+    return joined, facts[LABEL][order]

@@ -1,7 +1,7 @@
-"""Features of what is frozen, computed once: memory-mapped arrays on disk, read by the same train step for all epochs.
+"""What frozen networks compute, cached: memory-mapped columns on disk, read by the same train step for all epochs.
 
-Each set has a folder of its own, named by a hash of all that its numbers depend on: the frozen weights, the model, the
-card, the examples, the cut and the augmentation. Runs that agree in these share it.
+Each set has a folder of its own, named by a hash of all that its numbers depend on: the frozen weights, the network,
+the card, the examples, the cut and the augmentation. Runs that agree in these share it.
 """
 
 import contextlib
@@ -14,18 +14,19 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from tl_jax.core import files, messages, trees
-from tl_jax.core.card import PIXELS, Card
-from tl_jax.data.pipeline import IN_MEMORY, EvalBatches, TrainBatches
+from tl_jax.core.card import PIXELS
+from tl_jax.data.pipeline import EvalBatches, TrainBatches
+from tl_jax.data.views import IN_MEMORY
 from tl_jax.methods import rules
 from tl_jax.runtime import distributed
-from tl_jax.runtime.log import say
+from tl_jax.runtime.log import log
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.runtime.sharding import Parallel
 from tl_jax.training import steps
@@ -34,6 +35,54 @@ FORMAT = 1  # raised when the same key would mean other numbers
 FOLDER = pathlib.Path.home() / ".cache" / "tl_jax" / "features"
 SAVE_EVERY = 30.0  # seconds of computing that a kill may cost
 Batches = TrainBatches | EvalBatches
+
+
+class Column(NamedTuple):
+    """A field of batches that a frozen network computes from one of their views.
+
+    field: its name; equal to `view` where it replaces what it is computed from. compute: (variables, x) -> [B, ...],
+    pure. key: what its numbers depend on, besides the examples and their views. title: for messages.
+    """
+
+    field: str
+    view: str
+    compute: Callable
+    key: Mapping[str, Any]
+    title: str
+
+
+def prefix_column(prefix: steps.Prefix, reader: steps.Reader, variables: Any, networks: Collection[str]) -> Column:
+    """The outputs of a frozen prefix in place of what the model reads."""
+    live = prefix._replace(cached=False)
+
+    def compute(variables, x):
+        return steps.run_prefix(live, variables, x, reader.card)[0]
+
+    flat = trees.flatten(variables)
+    key = _key(prefix.model, reader, {path: flat[path] for path in leaves_of(prefix, flat, networks)})
+    return Column(reader.field, reader.field, compute, {**key, "cut": prefix.cut}, f"at {prefix.cut}")
+
+
+def logits_column(name: str, reader: steps.Reader, variables: Any) -> Column:
+    """The logits of a frozen network, as a field of their own."""
+
+    def compute(variables, x):
+        own = steps.subtree(variables, name)
+        return reader.module.apply(own, steps.normalise(x, reader.card), train=False)[0].astype("float32")
+
+    key = _key(reader.module, reader, trees.flatten(steps.subtree(variables, name)))
+    return Column(reader.column, reader.field, compute, {**key, "cut": "logits"}, f"of {name}")
+
+
+def _key(module: Any, reader: steps.Reader, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "model": reader.card.model,
+        "added": [list(pair) for pair in module.additions],
+        "weights": messages.fingerprint(trees.leaf_hashes(leaves)),
+        "computed_in": np.dtype(module.dtype).name,
+        "card": {field: getattr(reader.card, field) for field in PIXELS},
+    }
 
 
 class Cached(NamedTuple):
@@ -57,21 +106,20 @@ class Cached(NamedTuple):
         return np.memmap(self.file, self.dtype, mode, shape=self.shape)
 
 
-def hold(
+def fill(
     sets: Mapping[str, Batches],
-    prefix: steps.Prefix,
+    column: Column,
     variables: Mapping[str, Any],
-    card: Card,
     parallel: Parallel,
     *,
     batch_size: int,
     views: int = 1,
     folder: str = "",
     stop_requested: Callable[[int], bool] = lambda step: False,
-) -> dict[str, Batches]:
-    """The same batches with the outputs of `prefix` in place of images, read from disk or computed now and kept there.
+) -> dict[str, np.ndarray]:
+    """The column of each set of batches, [views, N, ...], read from disk or computed now and kept there.
 
-    sets: by name, for messages. variables: of the network, placed on the devices. batch_size: of the computation.
+    sets: by name, for messages. variables: of all networks, placed on the devices. batch_size: of the computation.
     views: of training batches with augmentation, the number of epochs that are kept: epoch e sees what it would see
     without a cache in epoch e % views. folder: where the sets are kept; "" is FOLDER.
 
@@ -80,73 +128,61 @@ def hold(
     soon after `stop_requested(0)` has become true.
     """
     root = pathlib.Path(folder).expanduser() if folder else FOLDER
-    step = steps.make_prefix_step(prefix, mean=card.mean, std=card.std)
-    network = _network_key(prefix, variables, card)
-    found = {
-        name: _describe(root, network, batches, step, variables, batch_size, views) for name, batches in sets.items()
-    }
-    held, predict = {}, parallel.evaluate(step)
+    found = {name: _describe(root, column, batches, variables, batch_size, views) for name, batches in sets.items()}
+    kept, predict = {}, parallel.evaluate(column.compute)
     distinct: dict[pathlib.Path, tuple[str, Cached]] = {}  # seeds and splits may agree in all that counts
     for name, cached in found.items():
         distinct.setdefault(cached.folder, (name, cached))
     if jax.process_index() == 0:
         _make_room(root, {name: c for folder, (name, c) in distinct.items() if not (folder / "meta.json").exists()})
-    for folder, (name, cached) in distinct.items():
+    for path, (name, cached) in distinct.items():
         with _alone(cached, stop_requested):
             if not distributed.from_first(lambda cached=cached: _is_sound(cached)):
-                say(f"computing the features of {name} at {prefix.cut}: {_size(cached)}")
-                _compute(cached, lambda images: predict(variables, images), parallel, stop_requested)
-        held[folder] = _read(cached)
-    return {
-        name: dataclasses.replace(
-            batches,
-            prepared=held[found[name].folder] if isinstance(batches, TrainBatches) else held[found[name].folder][0],
-        )
-        for name, batches in sets.items()
-    }
+                log(f"computing the features of {name} {column.title}: {_size(cached)}")
+                _compute(cached, column.view, lambda x: predict(variables, x), parallel, stop_requested)
+        kept[path] = _read(cached)
+    return {name: kept[found[name].folder] for name in sets}
 
 
-def leaves_of(prefix: steps.Prefix, paths: Iterable[str]) -> list[str]:
-    """Those of the paths, `collection/path`, on which the outputs of a prefix depend."""
-    paths = [path for path in paths if "/reference/" not in path]
-    last, places = prefix.model.cuts.index(prefix.cut), rules.places(paths)
+def leaves_of(prefix: steps.Prefix, paths: Iterable[str], networks: Collection[str]) -> list[str]:
+    """Those of the paths, `collection/path`, on which the outputs of a prefix depend; networks: the further ones."""
+    paths = [path for path in paths if path.split("/")[1] not in networks]
+    last, places = prefix.model.cuts.index(prefix.cut), rules.places(paths, prefix.model.cuts)
     return [path for path in paths if places.get(path, last + 1) <= last]
 
 
-def _network_key(prefix: steps.Prefix, variables: Mapping[str, Any], card: Card) -> dict[str, Any]:
-    """What the numbers depend on beside the images: the weights in front of the cut, and how they are used."""
-    flat = trees.flatten(variables)
-    front = {path: flat[path] for path in leaves_of(prefix, flat)}
-    return {
-        "format": FORMAT,
-        "model": card.model,
-        "added": [list(pair) for pair in prefix.model.additions],
-        "cut": prefix.cut,
-        "weights": messages.fingerprint(trees.leaf_hashes(front)),
-        "computed_in": np.dtype(prefix.model.dtype).name,
-        "card": {field: getattr(card, field) for field in PIXELS},
-    }
-
-
-def _describe(root, network, batches: Batches, step, variables, batch_size: int, views: int) -> Cached:
-    augmented = isinstance(batches, TrainBatches) and bool(batches.preprocess.ops)
-    source = TrainBatches(
-        batches.source, batches.preprocess, batches.prepared, batch_size,
-        batches.seed if augmented else 0, batches.process_index, batches.process_count,
-    )  # fmt: skip
-    if not isinstance(batches, TrainBatches) and batches.prepared is not None:
-        source = dataclasses.replace(source, prepared=batches.prepared[None])
-    size = batches.preprocess.input_size
-    image = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
-    row = jax.eval_shape(step, variables, image)
+def _describe(root: pathlib.Path, column: Column, batches: Batches, variables: Any, batch_size: int, views: int):
+    """Where a set lies, and what makes its inputs, each example once a view."""
+    render = batches.renders.get(column.view)
+    augmented = isinstance(batches, TrainBatches) and render is not None and bool(render.preprocess.ops)
+    if augmented:  # the rows of a batch are equal parts of all domains
+        parts = batches.facts.domains * batches.process_count
+        size = max(batch_size - batch_size % parts, parts)
+        source = dataclasses.replace(batches, batch_size=size, labelled=False)
+    else:
+        plain = dataclasses.replace(batches.source, domains=None)  # in one order, whatever that of training is
+        source = TrainBatches(
+            plain, batches.renders, batches.prepared, batch_size, 0, "shuffled", False,
+            batches.process_index, batches.process_count,
+        )  # fmt: skip
+    own = {name: kept for name, kept in source.renders.items() if name == column.view}
+    source = dataclasses.replace(
+        source, renders=own, prepared={k: x for k, x in source.prepared.items() if k == column.view}
+    )
+    example = source[0][column.view][:1]
+    row = jax.eval_shape(column.compute, variables, jax.ShapeDtypeStruct(example.shape, example.dtype))
     views = views if augmented else 1
     key = {
-        **network,
+        **column.key,
         "data": batches.source.fingerprint,
-        "augment": list(batches.preprocess.ops),
+        "augment": list(render.preprocess.ops) if augmented else [],
         "seed": source.seed,
         "views": views,
     }
+    if augmented and source.order != "shuffled":
+        key["order"] = source.order
+    if augmented and render.draws:
+        key["draws"] = render.draws
     key = json.loads(json.dumps(key))
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return Cached(root / name, key, source, (views, len(batches.source), *row.shape[1:]), np.dtype(row.dtype))
@@ -165,7 +201,7 @@ def _make_room(root: pathlib.Path, missing: Mapping[str, Cached]) -> None:
             f"no room for the features in {root}: they need {needed:,} bytes, {free:,} are free. Make room, set "
             f"cache_dir to another disk, lower views, or run without cache:\n{listing}"
         )
-    say(f"features of what is frozen go to {root}, {needed:,} bytes of {free:,} that are free:\n{listing}")
+    log(f"features of frozen networks go to {root}, {needed:,} bytes of {free:,} that are free:\n{listing}")
 
 
 def _size(cached: Cached) -> str:
@@ -189,7 +225,7 @@ def _alone(cached: Cached, stop_requested: Callable[[int], bool]):
                 break
             except BlockingIOError:
                 if not told:
-                    say(f"waiting for another process, which computes the same features in {cached.folder}")
+                    log(f"waiting for another process, which computes the same features in {cached.folder}")
                 told = True
             if jax.process_count() == 1 and stop_requested(0):
                 raise Preempted("stopped while another process computes the features")
@@ -210,16 +246,18 @@ def _is_sound(cached: Cached) -> bool:
         found, meta = str(error), {}
     if (meta.get("key"), meta.get("sha256")) == (cached.key, found):
         return True
-    say(f"the features in {cached.folder} are damaged; they are computed anew")
+    log(f"the features in {cached.folder} are damaged; they are computed anew")
     path.unlink(missing_ok=True)
     (cached.folder / "progress.json").unlink(missing_ok=True)
     return False
 
 
-def _compute(cached: Cached, predict: Callable, parallel: Parallel, stop_requested: Callable[[int], bool]) -> None:
+def _compute(
+    cached: Cached, view: str, predict: Callable, parallel: Parallel, stop_requested: Callable[[int], bool]
+) -> None:
     """Runs all images through the prefix, from where an earlier process was stopped; process 0 writes."""
     source, (views, n) = cached.source, cached.shape[:2]
-    total, size = views * n, cached.source.batch_size
+    size = cached.source.batch_size
     progress, first = cached.folder / "progress.json", jax.process_index() == 0
 
     def begin() -> int:
@@ -230,7 +268,7 @@ def _compute(cached: Cached, predict: Callable, parallel: Parallel, stop_request
         return known["done"] if known.get("batch_size") == size else 0
 
     start = distributed.from_first(begin)
-    stop, saved = -(-total // size), time.monotonic()
+    stop, saved = source.steps_of(views), time.monotonic()
     values = cached.open("r+") if first else None
 
     def save(done: int) -> None:
@@ -240,16 +278,19 @@ def _compute(cached: Cached, predict: Callable, parallel: Parallel, stop_request
 
     with contextlib.closing(source.iterate(start, stop)) as stream:
         for done, batch in enumerate(stream, start + 1):
-            outputs = jax.device_get(predict(parallel.put_batch(batch["image"])))
+            outputs = jax.device_get(predict(parallel.put_batch(batch[view])))
             if first:
-                counters = np.arange((done - 1) * size, min(done * size, total))
-                values[counters // n, source.order(counters)] = outputs[: len(counters)]
+                rows = source.rows(done - 1)
+                kept = rows.epoch < views
+                values[rows.epoch[kept], rows.index[kept]] = outputs[kept]
             stopping = stop_requested(0)
             if stopping or time.monotonic() - saved > SAVE_EVERY:
                 save(done)
                 saved = time.monotonic()
             if stopping:
-                raise Preempted(f"stopped after the features of {min(done * size, total):,} of {total:,} images")
+                raise Preempted(
+                    f"stopped after the features of {min(done * size, views * n):,} of {views * n:,} images"
+                )
     if first:
         values.flush()
         with cached.file.open("rb") as file:

@@ -3,15 +3,14 @@
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
-from numbers import Real
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from tl_jax.core import messages
+from tl_jax.core import checks, messages
 from tl_jax.core.trees import FROZEN
 
 Duration = tuple[float, str]
@@ -35,24 +34,33 @@ def constant(peak: float, steps: int):
     return lambda k: peak * jnp.ones_like(k)
 
 
-def cosine(peak: float, steps: int, *, final: float = 0.0):
+def cosine(peak: float, steps: int, *, final: Annotated[float, checks.number(0)] = 0.0):
     """Half a cosine from the peak to `final * peak` (Loshchilov & Hutter 2017, eq. 5, one period)."""
     return lambda k: peak * (final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(k / steps, 1.0))))
 
 
-def linear(peak: float, steps: int, *, final: float = 0.0):
+def linear(peak: float, steps: int, *, final: Annotated[float, checks.number(0)] = 0.0):
     """A straight line from the peak to `final * peak`."""
     return lambda k: peak * (1 - (1 - final) * jnp.minimum(k / steps, 1.0))
 
 
-def step(peak: float, steps: int, *, milestones: Sequence[float] = (1 / 3, 2 / 3), factor: float = 0.1):
+MILESTONES = checks.sequence(checks.number(0, 1, above=True, below=True), "fractions between 0 and 1")
+
+
+def step(
+    peak: float,
+    steps: int,
+    *,
+    milestones: Annotated[Sequence[float], MILESTONES] = (1 / 3, 2 / 3),
+    factor: Annotated[float, checks.number(0)] = 0.1,
+):
     """The peak times `factor` for every milestone passed; milestones are fractions of the time after warm-up."""
     return lambda k: (
         peak * factor ** sum((k >= round(milestone * steps)).astype(jnp.float32) for milestone in milestones)
     )
 
 
-def inverse_sqrt(peak: float, steps: int, *, timescale: float = 1.0):
+def inverse_sqrt(peak: float, steps: int, *, timescale: Annotated[float, checks.number(0, above=True)] = 1.0):
     """peak / sqrt(1 + (k - 1) / timescale) in the k-th step after warm-up, k = 1, 2, ...; 1/sqrt(k) at timescale 1."""
     del steps
     return lambda k: peak / jnp.sqrt(1 + k / timescale)
@@ -68,17 +76,10 @@ def make_schedule(
 
     Step s of the warm-up has the rate `peak * (s + 1) / (warmup_steps + 1)`, so that no step is wasted at rate 0.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}{messages.nearest(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}")
+    args = dict(args or {})
+    checks.refuse("the schedule does not fit", checks.call_problems("schedule", name, args, SCHEDULES))
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(f"warm-up of {warmup_steps} steps does not fit into {total_steps} steps in total")
-    args = dict(args or {})
-    _check_args(f"schedule {name!r}", SCHEDULES[name], args)
-    flat = [x for value in args.values() for x in (value if isinstance(value, list | tuple) else [value])]
-    if not all(isinstance(x, Real) and x >= 0 for x in flat) or not all(0 < x < 1 for x in args.get("milestones", ())):
-        raise ValueError(
-            f"schedule {name!r} with {args}: expected numbers >= 0, and milestones as fractions between 0 and 1"
-        )
     shape = SCHEDULES[name](peak, total_steps - warmup_steps, **args)
 
     def schedule(count):
@@ -98,11 +99,11 @@ class Group(NamedTuple):
     lamb, lion), else an L2 term added to the gradient (sgd, adam).
     """
 
-    optimizer: str = "adamw"
-    args: tuple[tuple[str, Any], ...] = ()
-    lr_mult: float = 1.0
-    weight_decay: float = 0.0
-    decay: str = ".*/kernel"
+    optimizer: Annotated[str, checks.TEXT] = "adamw"
+    args: Annotated[tuple[tuple[str, Any], ...], checks.TABLE] = ()
+    lr_mult: Annotated[float, checks.number(0)] = 1.0
+    weight_decay: Annotated[float, checks.number(0)] = 0.0
+    decay: Annotated[str, checks.REGEX] = ".*/kernel"
 
 
 def make_groups(
@@ -110,15 +111,14 @@ def make_groups(
 ) -> dict[str, Group]:
     """The settings of every trainable group that `labels` uses: `default` with the group's overrides.
 
-    Raises one ValueError for overrides of groups that no parameter is in, unknown fields, values that cannot be meant,
+    Raises one ValueError for overrides of groups that no parameter is in, unknown fields, invalid values,
     optimizers that optax cannot run, and decay patterns that decay nothing.
     """
     used = sorted(set(labels.values()) - {FROZEN})
     problems = [] if used else ["every parameter is frozen: nothing to train; give at least one path another group"]
     for name, fields in overrides.items():
         problems += _override_problems(name, fields, used)
-    if problems:
-        raise ValueError("the optimizer groups do not fit:\n  " + "\n  ".join(problems))
+    checks.refuse("the optimizer groups do not fit", problems)
     groups = {}
     for name in used:
         group = default._replace(**overrides.get(name, {}))
@@ -126,8 +126,7 @@ def make_groups(
         problems += [f"group {name!r}: {problem}" for problem in _group_problems(group)]
     if not problems:
         problems = _dead_decays(labels, groups)
-    if problems:
-        raise ValueError("the optimizer groups do not fit:\n  " + "\n  ".join(problems))
+    checks.refuse("the optimizer groups do not fit", problems)
     return groups
 
 
@@ -139,28 +138,16 @@ def _override_problems(name: str, fields: Any, used: Sequence[str]) -> list[str]
             f"settings for group {name!r}, which no parameter is in{messages.nearest(name, used)}; "
             f"groups in use: {list(used)}"
         ]
-    if not isinstance(fields, Mapping) or not isinstance(fields.get("args", {}), Mapping):
-        return [f"settings of group {name!r} are {fields!r}; expected {{field: value}}, and args as {{name: value}}"]
-    return [
-        f"group {name!r} has no field {field!r}{messages.nearest(field, Group._fields)}; "
-        f"it has {', '.join(Group._fields)}"
-        for field in fields
-        if field not in Group._fields
-    ]
+    return checks.table_problems(f"group {name!r}", fields, checks.parameters(Group))
 
 
 def _group_problems(group: Group) -> list[str]:
     """What is wrong with one group by itself; the last check lets optax make and trace the optimizer."""
-    numbers = {"lr_mult": group.lr_mult, "weight_decay": group.weight_decay}
-    if wrong := [
-        f"{key}={x!r} is no number >= 0" for key, x in numbers.items() if not isinstance(x, Real) or not x >= 0
-    ]:
+    fields = {**group._asdict(), "args": dict(group.args)}
+    if wrong := checks.table_problems("its settings", fields, checks.parameters(Group)):
         return wrong
     try:
-        re.compile(group.decay)
         _check_args(f"optimizer {group.optimizer!r}", _factory(group.optimizer), dict(group.args))
-    except re.error as error:
-        return [f"decay={group.decay!r} is not a regular expression: {error}"]
     except ValueError as error:
         return [str(error)]
     try:
@@ -193,37 +180,56 @@ def make_optimizer(
     clip: float = 0.0,
     *,
     multipliers: Mapping[str, float] | None = None,
-    ages: Mapping[str, int] | None = None,
+    offsets: Mapping[str, int] | None = None,
     blocks: Mapping[str, str] | None = None,
     values: Mapping[str, Mapping[str, Any]] | None = None,
+    apart: Collection[str] = (),
 ) -> optax.GradientTransformation:
-    """One transformation of the flat trainable parameters: a clip of the global norm (0: off), then each group's own.
+    """One transformation of the flat trainable parameters: a clip of the norm (0: off), then each group's own.
 
     Frozen parameters never enter: they are not differentiated, so that neither the clip nor a logged norm sees them,
     the backward pass that only they need is not compiled, and no optimizer array exists for them.
 
-    multipliers: a further factor on the learning rate of each path. ages: the steps for which a path has been trained
-    when this optimizer takes over (see `ages_after`); paths of one age share their counts. blocks: `{path: block}` of
-    the paths whose learning rates Auto-RGN sets, see `scale_by_relative_gradient_norm`. values: `{group: {"lr_mult",
-    "weight_decay"}}` in place of the groups' own numbers; they may be traced, what decays at all the groups say.
+    multipliers: a further factor on the learning rate of each path. offsets: the steps for which a path has been
+    trained when this optimizer takes over (see `offsets_after`); paths of one offset share their counts. blocks:
+    `{path: block}` of the paths whose learning rates Auto-RGN sets, see `scale_by_relative_gradient_norm`. values:
+    `{group: {"lr_mult", "weight_decay"}}` in place of the groups' own numbers; they may be traced, what decays at all
+    the groups say. apart: networks, by their first folder, that are clipped by their own norm: a discriminator's
+    gradient must not scale the backbone's.
     """
     trainable = {path: label for path, label in labels.items() if label != FROZEN}
-    ages = ages or dict.fromkeys(trainable, 0)
-    cohorts = {path: f"{label}+{ages[path]}" for path, label in trainable.items()}
+    offsets = offsets or dict.fromkeys(trainable, 0)
+    kinds = {path: f"{label}+{offsets[path]}" for path, label in trainable.items()}
     transforms = {
-        cohorts[path]: _group_transform(groups[label], _shifted(schedule, ages[path]), **(values or {}).get(label, {}))
+        kinds[path]: _group_transform(groups[label], _shifted(schedule, offsets[path]), **(values or {}).get(label, {}))
         for path, label in trainable.items()
     }
-    tx = optax.multi_transform(transforms, cohorts)
+    tx = optax.multi_transform(transforms, kinds)
     if multipliers:
         tx = optax.chain(tx, _scale_by_path(multipliers))
     if blocks:
         tx = scale_by_relative_gradient_norm(tx, blocks)
-    return optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
+    return optax.chain(_clip(clip, trainable, apart), tx) if clip else tx
 
 
-def _shifted(schedule, age: int):
-    return lambda count: schedule(count - age)
+def _clip(norm: float, paths: Iterable[str], apart: Collection[str]) -> optax.GradientTransformation:
+    """A clip of the norm of all gradients, of each network that is `apart` by itself."""
+    owner = {path: path.split("/")[0] if path.split("/")[0] in apart else "" for path in paths}
+    names = sorted(set(owner.values()))
+    if len(names) == 1:
+        return optax.clip_by_global_norm(norm)
+    clip = optax.clip_by_global_norm(norm)
+
+    def update(updates, state, params=None):
+        parts = [{path: x for path, x in updates.items() if owner[path] == name} for name in names]
+        clipped = [clip.update(part, optax.EmptyState())[0] for part in parts]
+        return {path: x for part in clipped for path, x in part.items()}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _shifted(schedule, offset: int):
+    return lambda count: schedule(count - offset)
 
 
 def _scale_by_path(multipliers: Mapping[str, float]) -> optax.GradientTransformation:
@@ -268,43 +274,43 @@ def scale_by_relative_gradient_norm(
     return optax.GradientTransformation(init, update)
 
 
-def ages_after(
+def offsets_after(
     before: tuple[Mapping[str, str], Mapping[str, Group], Mapping[str, int], int] | None,
     labels: Mapping[str, str],
     groups: Mapping[str, Group],
 ) -> dict[str, int]:
-    """The age of each trainable path where a phase begins: how many steps its optimizer values have been kept for.
+    """The step offset of each trainable path where a phase begins: for how many steps it has its optimizer values.
 
-    before: labels, groups, ages and length of the phase that ends, None before the first. A path that stays trainable
-    under the same kind of optimizer keeps its values and grows older; any other starts at 0 with fresh ones.
+    before: labels, groups, offsets and length of the phase that ends, None before the first. A path that stays
+    trainable under the same kind of optimizer keeps its values and adds the length; any other starts at 0 with fresh
+    ones.
     """
     trainable = {path: label for path, label in labels.items() if label != FROZEN}
     if before is None:
         return dict.fromkeys(trainable, 0)
-    old_labels, old_groups, old_ages, length = before
+    old_labels, old_groups, old_offsets, length = before
 
     def kind(group: Group):
         return group.optimizer, tuple(sorted(dict(group.args).items())), group.weight_decay > 0
 
     return {
-        path: old_ages[path] + length
-        if path in old_ages and kind(old_groups[old_labels[path]]) == kind(groups[label])
+        path: old_offsets[path] + length
+        if path in old_offsets and kind(old_groups[old_labels[path]]) == kind(groups[label])
         else 0
         for path, label in trainable.items()
     }
 
 
 def migrate(fresh: Any, old: Any, length: int) -> Any:
-    """The optimizer state of a new phase: `fresh`, with the values of `old` for the paths that have an age.
+    """The optimizer state of a new phase: `fresh`, with the values of `old` for the paths that have an offset.
 
-    length: the steps of the phase that ends. Raises RuntimeError if a value that must be
-    carried over is not there.
+    length: the steps of the phase that ends. Raises RuntimeError if a value that must be carried over is not there.
     """
     kept = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(old)[0]:
         if place := _place(keys):
-            cohort_age, suffix = place
-            kept[cohort_age + length, suffix] = leaf
+            offset, suffix = place
+            kept[offset + length, suffix] = leaf
 
     def carry(keys, leaf):
         place = _place(keys)
@@ -318,7 +324,7 @@ def migrate(fresh: Any, old: Any, length: int) -> Any:
 
 
 def _place(keys: tuple) -> tuple[int, str] | None:
-    """(age, place inside its group's state) of an optimizer value; None for what belongs to no group."""
+    """(offset, place inside its group's state) of an optimizer value; None for what belongs to no group."""
     for i, key in enumerate(keys):
         if isinstance(key, jax.tree_util.GetAttrKey) and key.name == "inner_states":
             return int(keys[i + 1].key.rpartition("+")[2]), jax.tree_util.keystr(keys[i + 2 :])
@@ -365,7 +371,7 @@ def _factory(name: str):
 
 
 def _check_args(what: str, function, args: Mapping[str, Any]) -> None:
-    reserved = {"learning_rate", "weight_decay", "weight_decay_rate", "mask", "weight_decay_mask", "peak", "steps"}
+    reserved = {"learning_rate", "weight_decay", "weight_decay_rate", "mask", "weight_decay_mask"}
     allowed = [name for name in inspect.signature(function).parameters if name not in reserved]
     if unknown := [name for name in args if name not in allowed]:
         hints = ", ".join(f"{name!r}{messages.nearest(name, allowed)}" for name in unknown)

@@ -1,59 +1,64 @@
-"""probe(config, run, ...): the run of a closed form: features once, a classifier on them, the score. No steps."""
+"""probe(run, ...): the run of a probe without gradient: features once, a classifier on them, the score. No steps."""
 
 import pathlib
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from tl_jax.core import files, trees
 from tl_jax.data import pipeline, resample
 from tl_jax.data.examples import Source
 from tl_jax.methods import probes
+from tl_jax.methods.term import MAIN
 from tl_jax.runtime import sharding
-from tl_jax.tasks import metrics
-from tl_jax.training import artifacts, audit, evaluate, feature_cache, steps
-from tl_jax.training.build import Run
+from tl_jax.runtime.preemption import Preempted
+from tl_jax.tasks import Predictions
+from tl_jax.training import artifacts, audit, evaluate, single
+from tl_jax.training.build import Run, scored_splits
 from tl_jax.weights import load
+
+Stop = Callable[[int], bool]
 
 
 class Scored(NamedTuple):
-    """What a closed form came to.
+    """What a probe came to.
 
-    predictions: of the scored split, first, and of every further set. head: of a linear form, else None.
+    predictions: of the scored split, first, and of every set of data.extra_eval. head: of a linear classifier.
     """
 
-    predictions: dict[str, metrics.Predictions]
+    predictions: dict[str, Predictions]
     head: probes.Head | None
     chosen: float
     tried: list[dict[str, Any]]
 
 
 def probe(
-    config: ConfigDict, run: Run, parallel: sharding.Parallel, folder: str | pathlib.Path, verbose: bool = True
+    run: Run, parallel: sharding.Parallel, folder: str | pathlib.Path, verbose: bool, stop_requested: Stop
 ) -> dict[str, Any]:
-    """Fits config.method.name of closed_form.NAMES on the features of train, and scores it as `train` does.
+    """Fits method.name, one of probes.NAMES, on the features of train, and scores it as training does.
 
-    Of train every example is seen once, without augmentation. config.method.grid is searched on val; neighbours are by
-    cosine similarity. A linear form is written as model.safetensors with its head in place. With config.data.resample
-    "loo" test is the whole pool: each example is predicted by all others, with the one value of the grid, and there is
-    no model to write.
+    Of train every example is seen once, without augmentation. method.grid is searched on val; neighbours are by cosine
+    similarity. A linear classifier is written as model.safetensors with its head in place. With data.resample "loo"
+    test is the whole pool: each example is predicted by all others, with the one value of the grid, and there is no
+    model to write.
+
+    Raises Preempted soon after `stop_requested(0)` has become true: between two batches of features, or between two
+    fits. Features computed so far are kept where cache is "features"; else the next run computes all again.
     """
-    began, folder = time.perf_counter(), pathlib.Path(folder)
-    score = _leave_one_out if config.data.resample == "loo" else _hold_out
+    began, folder, material = time.perf_counter(), pathlib.Path(folder), run.material
+    score = _leave_one_out if run.settings.data.resample == "loo" else _hold_out
     audits = [run.phases[0].audit]
-    frozen = audit.frozen_hashes(run.variables, audits)
-    scored = score(config, run, parallel)
+    frozen = audit.frozen_hashes(material.variables, audits)
+    scored = score(run, parallel, stop_requested)
     head = scored.head or {}
-    new = {f"params/head/{name}": leaf for name, leaf in head.items()}
-    variables = trees.merge(jax.device_get(run.variables), new)
+    variables = trees.merge(jax.device_get(material.variables), {f"params/head/{n}": x for n, x in head.items()})
     report = audit.prove(audits, frozen, audit.frozen_hashes(variables, audits))
-    split = next(iter(scored.predictions))
     result = {
-        **artifacts.facts(config, run, split),
-        "chosen_on_scored_split": split == "val" and len(scored.tried) > 1,
+        **artifacts.facts(run, run.task.spec),
+        "chosen_on_scored_split": scored_splits(run)[0] == "val" and len(scored.tried) > 1,
         "step": 0,
         "total_steps": 0,
         "trainable_parameters": sum(leaf.size for leaf in head.values()),
@@ -63,61 +68,81 @@ def probe(
     }
     if jax.process_index() == 0:
         if head:
-            load.export(variables, config.model.name, folder / "model.safetensors", card=run.card)
+            load.export(variables, run.settings.model.name, folder / "model.safetensors", card=material.card)
         files.write_json(folder / "cost.json", _cost(result["trainable_parameters"], time.perf_counter() - began))
-    return artifacts.leave(config, folder, scored.predictions, result, report, verbose)
+    return artifacts.write(run, folder, scored.predictions, result, report, verbose)
 
 
-def _hold_out(config: ConfigDict, run: Run, parallel: sharding.Parallel) -> Scored:
-    different, index = _different(run.data["train"])
-    size = next(iter(run.eval_batches.values())).batch_size  # so that one program serves all
+def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:
+    material, settings = run.material, run.settings
+    distinct, index = _distinct(material.data[MAIN])
+    size = next(iter(material.eval_batches.values())).batch_size  # so that one program serves all
     batches = pipeline.eval_batches(
-        different, card=run.card, batch_size=size, num_workers=config.data.workers,
+        distinct, {material.card.input: pipeline.View(material.card)}, size, num_workers=settings.data.workers,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    seen = _predict(config, run, parallel, {**run.eval_batches, "train": batches})
-    train, val = seen.pop("train"), seen.pop("val", None)
+    seen = _predict(run, parallel, {**material.eval_batches, MAIN: batches}, stop_requested)
+    train, val = seen.pop(MAIN), seen.get("val")
+    method = settings.phases[0].method
     fitted = probes.fit(
-        config.method.name, (train.features[index], train.labels[index]), val and (val.features, val.labels),
-        len(run.card.class_names), config.method.grid,
+        method.name, (train.features[index], train.labels[index]), val and (val.features, val.labels),
+        run.task.outputs, method.grid, check_stop=_stop_between_fits(stop_requested),
     )  # fmt: skip
     # The one time that test is read; where there is none, val is scored.
-    split, predictions = ("test", seen.pop("test")) if "test" in seen else ("val", val)
-    named = {split: predictions, **seen}
-    logits = {name: other._replace(logits=fitted.predict(other.features)) for name, other in named.items()}
-    return Scored(logits, fitted.head, fitted.chosen, fitted.tried)
+    predictions = {
+        name: seen[name]._replace(outputs={"logits": fitted.predict(seen[name].features)})
+        for name in scored_splits(run)
+    }
+    return Scored(predictions, fitted.head, fitted.chosen, fitted.tried)
 
 
-def _leave_one_out(config: ConfigDict, run: Run, parallel: sharding.Parallel) -> Scored:
-    grid, further = tuple(config.method.grid), sorted(set(run.eval_batches) - {"test"})
+def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:
+    material, data, method = run.material, run.settings.data, run.settings.phases[0].method
+    grid, further = tuple(method.grid), sorted(set(material.eval_batches) - {"test"})
     if len(grid) != 1 or further:
         raise ValueError(
             f"data.resample='loo' with method.grid={grid} and the further sets {further}: it scores data.train itself, "
-            "with one given value; set one value in method.grid, and leave data.val and data.also empty"
+            "with one given value; set one value in method.grid, and leave data.val and data.extra_eval empty"
         )
-    pool = _predict(config, run, parallel, run.eval_batches)["test"]
-    splits = resample.splits(pool.labels, "loo", config.data.split_seed)
+    pool = _predict(run, parallel, material.eval_batches, stop_requested)["test"]
+    splits = resample.splits(pool.labels, "loo", data.split_seed)
     (logits,) = probes.cross_predict(
-        config.method.name, pool.features, pool.labels, splits, len(pool.class_names), grid[0]
-    )
-    return Scored({"test": pool._replace(logits=logits)}, None, grid[0], [])
+        method.name, pool.features, pool.labels, splits, run.task.outputs, grid[0],
+        check_stop=_stop_between_fits(stop_requested),
+    )  # fmt: skip
+    return Scored({"test": pool._replace(outputs={"logits": logits})}, None, grid[0], [])
 
 
 def _predict(
-    config: ConfigDict, run: Run, parallel: sharding.Parallel, batches: dict[str, pipeline.EvalBatches]
-) -> dict[str, Any]:
+    run: Run, parallel: sharding.Parallel, sets: Mapping[str, pipeline.EvalBatches], stop_requested: Stop
+) -> dict[str, Predictions]:
     """The features of each set, as predictions with the logits of the network as it was loaded."""
-    prefix, variables = run.phases[0].prefix, parallel.place(run.variables)
-    eval_fn = parallel.evaluate(steps.make_eval_step(run.model, mean=run.card.mean, std=run.card.std, prefix=prefix))
-    if prefix.cached:
-        size = next(iter(run.eval_batches.values())).batch_size
-        batches = feature_cache.hold(
-            batches, prefix, variables, run.card, parallel, batch_size=size, folder=config.cache_dir
-        )  # fmt: skip
-    return {name: evaluate.predict(eval_fn, variables, some, parallel) for name, some in batches.items()}
+    material = run.material
+    variables = parallel.place(material.variables)
+    eval_fn = parallel.evaluate(single.make_eval_step(run, run.phases[0].plan.prefix))
+    sets = single.cached(run, run.phases[0], dict(sets), lambda: variables, parallel, stop_requested)
+
+    def stopping(variables, x):
+        if stop_requested(0):
+            raise Preempted("stopped while the features are computed")
+        return eval_fn(variables, x)
+
+    spec = run.task.spec
+    return {
+        name: evaluate.predict(stopping, variables, batches, material.card.input, spec, parallel)
+        for name, batches in sets.items()
+    }
 
 
-def _different(source: Source) -> tuple[Source, np.ndarray]:
+def _stop_between_fits(stop_requested: Stop) -> Callable[[], None]:
+    def check() -> None:
+        if stop_requested(0):
+            raise Preempted("stopped between two fits")
+
+    return check
+
+
+def _distinct(source: Source) -> tuple[Source, np.ndarray]:
     """The source with each example once, and where each of its own examples is in it: a bootstrap draw repeats some."""
     _, first, index = np.unique(source.ids, return_index=True, return_inverse=True)
     return (source, np.arange(len(source))) if len(first) == len(source) else (source.select(first), index)

@@ -2,102 +2,111 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from tl_jax import config as options
 from tl_jax.core import messages, trees
+from tl_jax.methods.term import MAIN, MODEL
 from tl_jax.runtime import sharding
-from tl_jax.tasks.metrics import make_predictions
-from tl_jax.training import audit, evaluate, loop, steps
-from tl_jax.training import feature_cache as features
-from tl_jax.training.build import Run, assemble, check, prepare
+from tl_jax.tasks import make_predictions
+from tl_jax.training import audit, evaluate, feature_cache, single, steps
+from tl_jax.training.build import Run, assemble, intervals, prepare
+from tl_jax.training.settings import Settings
+from tl_jax.training.single import Line, Stop
 
 FIELDS = ("lr_mult", "weight_decay")  # of a parameter group: the numbers in which replicas may differ
+STATE = ("opt_state", "ema", "memory", "sums", "bad_step")  # of a TrainState, what each replica has for itself
 
 
 class Group(NamedTuple):
-    """Runs that are one program. Replicas of one seed and number of shots see the same batches: a stream.
+    """Runs that are one program. Replicas of one seed and number of shots see the same batches: a feed.
 
-    grid: the replica at each place, [M] where all are of one stream, else [D, M], a row a stream; places that are left
-    over repeat a replica. own: what moves, `collection/path`, which every place has for itself. shared: the leaves
-    that rest, equal for all. streams: the random key and the resting leaves that differ, [D, ...] where there are D.
+    grid: the replica at each place, [M] where all are of one feed, else [D, M], a row a feed; places that are left over
+    repeat a replica. own: what is trained, `collection/path`, which every place has for itself. shared: the frozen
+    leaves that are equal for all. feeds: the random key and the frozen leaves that differ, [D, ...] where there are D.
     """
 
-    configs: list[ConfigDict]
     runs: list[Run]
     grid: np.ndarray
     own: frozenset[str]
     shared: dict[str, jax.Array]
-    streams: dict[str, Any]
+    feeds: dict[str, Any]
 
     @property
     def places(self) -> list[int]:
         """Where each replica is in the flattened grid."""
-        return [int(np.flatnonzero(self.grid == i)[0]) for i in range(len(self.runs))]
+        return [int(np.flatnonzero(self.grid == j)[0]) for j in range(len(self.runs))]
+
+    @property
+    def rows(self) -> list[int]:
+        """The first replica of each feed."""
+        return [int(row[0]) for row in (self.grid if self.grid.ndim == 2 else self.grid[None])]
 
     def over(self, function: Callable, out_axes: Any = 0) -> Callable:
-        """function(own, stream, numbers) at every place of the grid; what does not depend on a place is done once."""
+        """function(own, feed, numbers) at every place of the grid; what does not depend on a place is done once."""
         for in_axes in ((0, None, 0), (0, 0, 0))[: self.grid.ndim]:
             function = jax.vmap(function, in_axes, out_axes)
         return function
 
 
-def build(configs: Sequence[ConfigDict], parallel: sharding.Parallel) -> Group:
-    """Loads each distinct stream once, assembles every run, and parts what moves from what rests.
+def make(settings: Sequence[Settings], parallel: sharding.Parallel) -> "Replicas":
+    """Loads each distinct feed once, assembles every run, and separates what is trained from what is frozen.
 
     Raises ValueError for runs that cannot be one program, all differences in one message.
     """
-    materials, runs, streams = {}, [], {}
-    for i, config in enumerate(configs):
-        stretches, stream = check(config, parallel), (config.seed, config.data.shots)
-        if stream not in materials:
-            materials[stream] = prepare(config, stretches, parallel)
-        runs.append(assemble(config, stretches, materials[stream]))
-        streams.setdefault(stream, []).append(i)
-    _check_together(configs, runs)
-    runs = [run._replace(eval_batches=runs[0].eval_batches) for run in runs]
-    width = max(map(len, streams.values()))
-    grid = np.array([(members + members[:1] * width)[:width] for members in streams.values()])
-    first = [trees.flatten(runs[members[0]].variables) for members in streams.values()]
-    own = frozenset().union(*(_moving(runs[0], i) for i in range(len(runs[0].phases))))
-    rest = [path for path in first[0] if path not in own]
-    shared = {path: first[0][path] for path in rest if all(_same(first[0][path], flat[path]) for flat in first[1:])}
-    resting = {path: jnp.stack([flat[path] for flat in first]) for path in rest if path not in shared}
-    _check_fronts(runs[0], resting)
-    keys = jnp.stack([jax.random.PRNGKey(seed) for seed, _ in streams])
+    materials, runs, feeds = {}, [], {}
+    for j, each in enumerate(settings):
+        feed = (each.loop.seed, each.data.shots)
+        if feed not in materials:
+            materials[feed] = prepare(each, parallel)
+        runs.append(assemble(each, materials[feed], parallel))
+        feeds.setdefault(feed, []).append(j)
+    _check_together(runs)
+    eval_batches = runs[0].material.eval_batches
+    runs = [run._replace(material=run.material._replace(eval_batches=eval_batches)) for run in runs]
+    width = max(map(len, feeds.values()))
+    grid = np.array([(members + members[:1] * width)[:width] for members in feeds.values()])
+    first = [trees.flatten(runs[members[0]].material.variables) for members in feeds.values()]
+    own = frozenset().union(*(_trained(runs[0], i) for i in range(len(runs[0].phases))))
+    frozen = [path for path in first[0] if path not in own]
+    shared = {path: first[0][path] for path in frozen if all(_same(first[0][path], flat[path]) for flat in first[1:])}
+    differing = {path: jnp.stack([flat[path] for flat in first]) for path in frozen if path not in shared}
+    _check_prefixes(runs[0], differing)
+    keys = jnp.stack([jax.random.PRNGKey(seed) for seed, _ in feeds])
     if len(first) == 1:
         grid, keys = grid[0], keys[0]
-    placed = parallel.place((shared, {"key": keys, "resting": resting}))
-    return Group(list(configs), runs, grid, own, *placed)
+    placed = parallel.place((shared, {"key": keys, "frozen": differing}))
+    return Replicas(Group(runs, grid, own, *placed), parallel)
 
 
 def _same(one: Any, other: Any) -> bool:
     return one is other or np.array_equal(one, other)
 
 
-def _moving(run: Run, i: int) -> set[str]:
-    """What phase i moves, `collection/path`."""
-    phase = run.phases[i]
-    statistics = trees.flatten(run.variables.get("batch_stats", {}))
-    trained = {f"params/{path}" for path, label in phase.labels.items() if label != trees.FROZEN}
-    return trained | {f"batch_stats/{p}" for p in statistics if p.rpartition("/")[0] not in phase.model.frozen_norms}
+def _trained(run: Run, i: int) -> set[str]:
+    """What phase i changes, `collection/path`."""
+    plan = run.phases[i].plan
+    statistics = steps.updated_statistics(run.material.variables["batch_stats"], plan.frozen_norms)
+    trained = {f"params/{path}" for path, label in plan.labels.items() if label != trees.FROZEN}
+    return trained | {f"batch_stats/{path}" for path in statistics}
 
 
-def _check_together(configs: Sequence[ConfigDict], runs: Sequence[Run]) -> None:
+def _check_together(runs: Sequence[Run]) -> None:
     problems: dict[str, list[int]] = {}
-    expected = _form(configs[0], runs[0])
-    for i, (config, run) in enumerate(zip(configs, runs, strict=True)):
-        for line in messages.difference(expected, _form(config, run)):
-            problems.setdefault(line, []).append(i)
+    expected = _form(runs[0])
+    for j, run in enumerate(runs):
+        for line in messages.difference(expected, _form(run)):
+            problems.setdefault(line, []).append(j)
     if jax.process_count() > 1:
         problems["  replicas are trained in one process, this is one of several"] = []
+    if runs[0].settings.loop.patience:
+        problems["  patience stops one run: leave it out, and choose the step by select='best_val'"] = []
     if problems:
         lines = [f"{line}  (replicas 0 -> {', '.join(map(str, who))})" for line, who in problems.items()]
         raise ValueError(
@@ -106,34 +115,35 @@ def _check_together(configs: Sequence[ConfigDict], runs: Sequence[Run]) -> None:
         )
 
 
-def _check_fronts(run: Run, resting: Collection[str]) -> None:
-    """Raises ValueError where features cannot be cached for all replicas alike; resting: what differs at the start."""
-    own = set(resting)
+def _check_prefixes(run: Run, differing: Collection[str]) -> None:
+    """Raises ValueError where features cannot be cached for all replicas alike; differing: leaves, at the start."""
+    own = set(differing)
     for i, phase in enumerate(run.phases):
-        if phase.prefix and phase.prefix.cached:
-            front = features.leaves_of(phase.prefix, trees.flatten(run.variables))
-            if found := sorted(own & set(front)):
+        prefix = phase.plan.prefix
+        if prefix and prefix.cached:
+            needed = feature_cache.leaves_of(prefix, trees.flatten(run.material.variables), run.material.networks)
+            if found := sorted(own & set(needed)):
                 raise ValueError(
-                    f"cache='features' keeps one set of features for all replicas, but in front of {phase.prefix.cut}, "
-                    f"which phase {i} freezes, {len(found)} of {len(front)} leaves are not one for all, such as "
+                    f"cache='features' keeps one set of features for all replicas, but of what {prefix.cut} depends on, "
+                    f"which phase {i} freezes, {len(found)} of {len(needed)} leaves are not one for all, such as "
                     f"{found[0]}; set model.weights, freeze no part behind a phase that trains it, or leave "
                     "out cache"
                 )
-        own |= _moving(run, i)
+        own |= _trained(run, i)
 
 
-def _form(config: ConfigDict, run: Run) -> dict[str, Any]:
+def _form(run: Run) -> dict[str, Any]:
     """What must be equal for two runs to be one program."""
-    flat = {key: value for key, value in options.identity(config).items() if not _differs(key)}
+    flat = {key: value for key, value in run.settings.identity.items() if not _differs(key)}
     table = {key: json.dumps(value) for key, value in flat.items()}
-    table |= dict(zip(("log_every in steps", "eval_every in steps"), loop.intervals(config, run), strict=True))
-    table |= {f"the data of {name}": source.fingerprint for name, source in run.data.items() if name != "train"}
+    table |= dict(zip(("log_every in steps", "eval_every in steps"), intervals(run), strict=True))
+    table |= {f"the data of {name}": s.fingerprint for name, s in run.material.data.items() if name != MAIN}
     for i, phase in enumerate(run.phases):
         kinds = {name: group._replace(lr_mult=0.0, weight_decay=0.0) for name, group in phase.groups.items()}
         facts = {
             "steps": (phase.start, phase.stop), "warm-up steps": phase.warmup_steps, "groups": kinds,
-            "labels": messages.fingerprint(phase.labels),
-            "steps kept by the optimizer": messages.fingerprint(phase.ages),
+            "labels": messages.fingerprint(phase.plan.labels),
+            "step offsets": messages.fingerprint(phase.offsets),
         }  # fmt: skip
         table |= {f"phase {i}: {name}": str(value) for name, value in facts.items()}
     return table
@@ -143,192 +153,261 @@ def _differs(key: str) -> bool:
     return key in options.REPLICABLE or key.startswith("groups.")
 
 
-def numbers_of(group: Group, i: int) -> dict[str, Any]:
-    """The learning rates, factors and weight decays of phase i, at every place of the grid."""
-    phases = [run.phases[i] for run in group.runs]
-
-    def place(values):
-        return np.array(list(values), np.float32)[group.grid]
-
-    return {
-        "lr": place(phase.lr for phase in phases),
-        "values": {
-            name: {field: place(getattr(phase.groups[name], field) for phase in phases) for field in FIELDS}
-            for name in phases[0].groups
-        },
-    }
-
-
-def _optimizer(group: Group, i: int, numbers: Mapping[str, Any]):
-    """The optimizer of phase i for traced numbers; what decays in any replica decays in all, perhaps by 0."""
-    tables = [run.phases[i].groups for run in group.runs]
-    groups = {
-        name: kind._replace(weight_decay=max(table[name].weight_decay for table in tables))
-        for name, kind in tables[0].items()
-    }
-    phase = group.runs[0].phases[i]
-    return phase.make_optimizer(phase.make_schedule(numbers["lr"]), groups, numbers["values"])
-
-
 def whole(*parts: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of a run from flat tables of parts of them."""
     return {"batch_stats": {}, **trees.unflatten({path: leaf for part in parts for path, leaf in part.items()})}
 
 
-def _join(step, key, own: Mapping[str, Any], *rest: Mapping[str, Any]) -> steps.TrainState:
-    """The state of one run, from its own part and what rests."""
-    tree = whole(*rest, own["variables"])
-    own = {name: part for name, part in own.items() if name != "variables"}
-    return steps.TrainState(step=step, key=key, **tree, **own)
+class Replicas:
+    """A group of runs as a program of the training loop; its state is {"step", "own": of every place}."""
 
+    def __init__(self, group: Group, parallel: sharding.Parallel):
+        self.runs, self.group, self._parallel = group.runs, group, parallel
+        self._numbers: dict[int, Any] = {}
+        self._evals: dict[Any, tuple[bool, Callable]] = {}
 
-def _part(group: Group, state: steps.TrainState) -> dict[str, Any]:
-    """What a run has for itself of its state."""
-    flat = trees.flatten({"params": state.params, "batch_stats": state.batch_stats})
-    names = ("opt_state", "ema", "sums", "bad_step")
-    return {"variables": {p: flat[p] for p in group.own}, **{name: getattr(state, name) for name in names}}
+    def constant_hashes(self) -> dict[str, str]:
+        return {}  # checkpoints hold what is trained, and nothing else
 
+    def numbers(self, i: int) -> dict[str, Any]:
+        """The learning rates, factors and weight decays of phase i, at every place of the grid."""
+        phases = [run.phases[i] for run in self.runs]
 
-def frozen_hashes(group: Group, state: Mapping[str, Any], i: int) -> dict[str, str]:
-    """Hashes of what phase i keeps frozen, as it lies in the grid."""
-    tree = whole(group.shared, group.streams["resting"], state["own"]["variables"])
-    return audit.frozen_hashes(tree, [group.runs[0].phases[i].audit])
+        def place(values):
+            return np.array(list(values), np.float32)[self.group.grid]
 
+        return {
+            "lr": place(phase.lr for phase in phases),
+            "values": {
+                name: {field: place(getattr(phase.groups[name], field) for phase in phases) for field in FIELDS}
+                for name in phases[0].groups
+            },
+        }
 
-def initial_state(group: Group, i: int, parallel: sharding.Parallel) -> dict[str, Any]:
-    """The state of phase i as if training began with it, {"step", "own": of every place}."""
-    phase, firsts = group.runs[0].phases[i], [trees.flatten(group.runs[j].variables) for j in group.grid.flat]
-    stacked = {path: jnp.stack([flat[path] for flat in firsts]) for path in group.own}
-    variables = {path: leaf.reshape(*group.grid.shape, *leaf.shape[1:]) for path, leaf in stacked.items()}
+    def _optimizer(self, i: int, numbers: Mapping[str, Any]):
+        """The optimizer of phase i for traced numbers; what decays in any replica decays in all, perhaps by 0."""
+        tables = [run.phases[i].groups for run in self.runs]
+        groups = {
+            name: kind._replace(weight_decay=max(table[name].weight_decay for table in tables))
+            for name, kind in tables[0].items()
+        }
+        phase = self.runs[0].phases[i]
+        return phase.make_optimizer(phase.make_schedule(numbers["lr"]), groups, numbers["values"])
 
-    def begin(variables, shared, streams, numbers):
-        def one(variables, stream, numbers):
-            tree, tx = whole(shared, stream["resting"], variables), _optimizer(group, i, numbers)
-            ema = group.configs[0].ema > 0
-            return _part(group, steps.init_state(tree, tx, phase.labels, 0, ema, phase.model.frozen_norms))
-
-        return {"step": jnp.zeros((), jnp.int32), "own": group.over(one)(variables, streams, numbers)}
-
-    state = jax.jit(begin)(variables, group.shared, group.streams, numbers_of(group, i))
-    return parallel.place(state)
-
-
-def enter_phase(group: Group, i: int, state: dict[str, Any], parallel: sharding.Parallel) -> dict[str, Any]:
-    before, phase = group.runs[0].phases[i - 1 : i + 1]
-
-    def enter(state, shared, streams, numbers):
-        def one(own, stream, numbers):
-            whole = _join(state["step"], stream["key"], own, shared, stream["resting"])
-            tx = _optimizer(group, i, numbers)
-            return _part(group, steps.enter_phase(whole, tx, phase.labels, before.length, phase.model.frozen_norms))
-
-        return {**state, "own": group.over(one)(state["own"], streams, numbers)}
-
-    return parallel.place(jax.jit(enter)(state, group.shared, group.streams, numbers_of(group, i)))
-
-
-def make_train_step(group: Group, i: int, parallel: sharding.Parallel) -> Callable:
-    """train_step(state, inputs) -> state of all places; inputs: {"shared", "streams" with their "batch", "numbers"}."""
-    config, run = group.configs[0], group.runs[0]
-
-    def train_step(state, inputs):
-        def one(own, stream, numbers):
-            whole = _join(state["step"], stream["key"], own, inputs["shared"], stream["resting"])
-            tx = _optimizer(group, i, numbers)
-            step = loop.make_train_step(config, run, run.phases[i], parallel, tx, config.accumulate)
-            return _part(group, step(whole, stream["batch"]))
-
-        own = group.over(one)(state["own"], inputs["streams"], inputs["numbers"])
-        return {"step": state["step"] + 1, "own": own}
-
-    return train_step
-
-
-def put_batches(group: Group, batches: Sequence[Mapping[str, np.ndarray]], parallel: sharding.Parallel) -> Any:
-    """The batches of every stream to the devices, each cut over all of them."""
-    if group.grid.ndim == 1:
-        return parallel.put_batch(batches[0])
-    sharded = NamedSharding(parallel.mesh, PartitionSpec(None, sharding.AXIS))
-    return {name: jax.device_put(np.stack([batch[name] for batch in batches]), sharded) for name in batches[0]}
-
-
-def batches_of(
-    group: Group, i: int, splits: Sequence[str], parallel: sharding.Parallel, stop_requested: Callable[[int], bool]
-) -> dict[str, Any]:
-    """The batches of the splits as phase i reads them, as `train.batches_of`; of train a list, one for each stream."""
-    rows = group.grid if group.grid.ndim == 2 else group.grid[None]
-    run, names = group.runs[0], [f"train, stream {i}" if i else "train" for i in range(len(rows))]
-    sets = {name: group.runs[row[0]].batches for name, row in zip(names, rows, strict=True)}
-    wanted = {split: run.eval_batches[split] for split in splits if split != "train"}
-    wanted |= sets if "train" in splits else {}
-    held = loop.hold(
-        group.configs[0], run, run.phases[i], wanted, lambda: parallel.place(run.variables), parallel, stop_requested
-    )
-    return {split: [held[name] for name in names] if split == "train" else held[split] for split in splits}
-
-
-def streams(group: Group, batches: Sequence[Any], start: int, stop: int, stack: contextlib.ExitStack):
-    """The batches of all streams for steps start .. stop, step by step."""
-    workers = group.configs[0].data.workers
-    made = [each.iterate(start, stop, num_workers=workers) for each in batches]
-    return zip(*(stack.enter_context(contextlib.closing(stream)) for stream in made), strict=True)
-
-
-def moved(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What is evaluated of what moves: with the moving average where there is one."""
-    return {**state["own"]["variables"], **state["own"]["ema"]}
-
-
-def make_predict(group: Group, parallel: sharding.Parallel) -> Callable:
-    """predict(i, moved, batches, wanted) -> {replica: its Predictions, or the FloatingPointError of one that diverged}.
-
-    i: the phase. batches: of a split. wanted: the replicas. Features that all have alike are one array.
-    """
-    run = group.runs[0]
-
-    def make(prefix, features_axis):
-        step = loop.make_eval_step(run, prefix)
-
-        def evaluate_all(variables, images):
-            shared, resting, own = variables
-
-            def one(own, resting, _):
-                return step(whole(shared, resting, own), images)
-
-            outputs = group.over(one, (0, features_axis))(own, resting, jnp.zeros(group.grid.shape))
-            lead = (group.grid.ndim, group.grid.ndim if features_axis == 0 else 0)
-            return [x.reshape(-1, *x.shape[n:]) if n else x for x, n in zip(outputs, lead, strict=True)]
-
-        return parallel.evaluate(evaluate_all)
-
-    compiled: dict[Any, Any] = {}
-
-    def predict(i, moved, batches, wanted):
-        prefix, variables = loop.eval_prefix(run, run.phases[i]), (group.shared, group.streams["resting"], moved)
-        if prefix not in compiled:
-            axis = 1 if _depend(make(prefix, None), variables, batches[0]["image"]) else 0
-            compiled[prefix] = axis, make(prefix, 0 if axis else None)
-        axis, eval_fn = compiled[prefix]
-        (logits, features), labels = evaluate.collect(
-            lambda images: eval_fn(variables, images), batches, parallel, (1, axis)
+    def _join(self, step, key, own: Mapping[str, Any], *frozen: Mapping[str, Any]) -> steps.TrainState:
+        """The state of one run, from its own part and what is frozen."""
+        return steps.TrainState(
+            step=step, key=key, **whole(*frozen, own["variables"]), **{name: own[name] for name in STATE}
         )
-        ids, class_names, places = list(batches.source.ids), batches.source.class_names, group.places
-        found: dict[int, Any] = {}
-        for j in wanted:
-            own = features[places[j]] if axis else features
-            try:
-                found[j] = make_predictions(logits[places[j]], labels, ids, class_names, own)
-            except ValueError as error:  # it diverged since its last step: no reason for the others to stop
-                found[j] = FloatingPointError(str(error))
+
+    def _separate(self, state: steps.TrainState) -> dict[str, Any]:
+        """What a run has for itself of its state."""
+        flat = trees.flatten(single.current_variables(state))
+        variables = {path: flat[path] for path in self.group.own}
+        return {"variables": variables, **{name: getattr(state, name) for name in STATE}}
+
+    def initial(self, i: int) -> dict[str, Any]:
+        group, plan = self.group, self.runs[0].phases[i].plan
+        firsts = [self.runs[j].material for j in group.grid.flat]
+
+        def stack(*leaves):
+            return jnp.stack(leaves).reshape(*group.grid.shape, *jnp.shape(leaves[0]))
+
+        flats = [trees.flatten(material.variables) for material in firsts]
+        own = {path: stack(*(flat[path] for flat in flats)) for path in group.own}
+        memory = jax.tree.map(stack, *(material.memory for material in firsts))
+
+        def begin(own, memory, shared, feeds, numbers):
+            def one(start, feed, numbers):
+                variables, memory = start
+                tree = whole(shared, feed["frozen"], variables)
+                return self._separate(steps.init_state(plan, self._optimizer(i, numbers), tree, memory, 0))
+
+            return {"step": jnp.zeros((), jnp.int32), "own": group.over(one)((own, memory), feeds, numbers)}
+
+        state = jax.jit(begin)(own, memory, group.shared, group.feeds, self.numbers(i))
+        return self._parallel.place(state)
+
+    def enter(self, i: int, state: dict[str, Any]) -> dict[str, Any]:
+        group, (before, phase) = self.group, self.runs[0].phases[i - 1 : i + 1]
+
+        def enter(state, shared, feeds, numbers):
+            def one(own, feed, numbers):
+                joined = self._join(state["step"], feed["key"], own, shared, feed["frozen"])
+                return self._separate(steps.enter_phase(phase.plan, self._optimizer(i, numbers), joined, before.length))
+
+            return {**state, "own": group.over(one)(state["own"], feeds, numbers)}
+
+        return self._parallel.place(jax.jit(enter)(state, group.shared, group.feeds, self.numbers(i)))
+
+    def refresh(self, i: int, state: dict[str, Any], names: Sequence[str], stop: Stop) -> dict[str, Any]:
+        own, shape = jax.device_get(state["own"]), self.group.grid.shape
+        flat = jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[len(shape) :]), own["memory"])
+        found = {}
+        for j, place in enumerate(self.group.places):
+            memory = jax.tree.map(lambda x, place=place: x[place], flat)
+            variables = self._variables_at(own["variables"], j)
+            found[j] = jax.device_get(single.refreshed(self.runs[j], i, variables, memory, names, stop))
+        stacked = jax.tree.map(
+            lambda *x: np.stack(x).reshape(*shape, *x[0].shape), *(found[j] for j in self.group.grid.flat)
+        )
+        return {**state, "own": {**state["own"], "memory": self._parallel.place(stacked)}}
+
+    def frozen_hashes(self, i: int, state: dict[str, Any]) -> dict[str, str]:
+        """Hashes of what phase i keeps frozen, as it lies in the grid."""
+        tree = whole(self.group.shared, self.group.feeds["frozen"], state["own"]["variables"])
+        return audit.frozen_hashes(tree, [self.runs[0].phases[i].audit])
+
+    def batches(self, i: int, state: Any, names: Sequence[str], stop: Stop) -> dict[str, Any]:
+        """Of what is scored the batches; of a training stream a list, one for each feed."""
+        training = [name for name in names if name in self.runs[0].material.streams]
+        scored = [name for name in names if name not in training]
+        found: dict[str, Any] = {name: [] for name in training}
+        for d, j in enumerate(self.group.rows):
+            run = self.runs[j]
+            sets = {name: run.material.streams[name] for name in training}
+            sets |= {name: run.material.eval_batches[name] for name in scored} if d == 0 else {}
+            variables = run.material.variables
+            made = single.cached(
+                run, run.phases[i], sets, lambda v=variables: self._parallel.place(v), self._parallel, stop
+            )
+            for name, batches in made.items():
+                if name in training:
+                    found[name].append(batches)
+                else:
+                    found[name] = batches
         return found
 
-    return predict
+    def iterate(self, sets: Mapping[str, Sequence[Any]], start: int, stop: int) -> Iterator[Any]:
+        with contextlib.ExitStack() as stack:
+            made = [
+                stack.enter_context(
+                    contextlib.closing(
+                        single.streams_of(self.runs[j], {name: each[d] for name, each in sets.items()}, start, stop)
+                    )
+                )
+                for d, j in enumerate(self.group.rows)
+            ]
+            for batches in zip(*made, strict=True):
+                yield self._put(batches)
+
+    def _put(self, batches: Sequence[Mapping[str, Mapping[str, np.ndarray]]]) -> Any:
+        """The batches of every feed to the devices, each divided over all of them."""
+        if self.group.grid.ndim == 1:
+            return self._parallel.put_batch(batches[0])
+        sharded = NamedSharding(self._parallel.mesh, PartitionSpec(None, sharding.AXIS))
+        return jax.tree.map(lambda *x: jax.device_put(np.stack(x), sharded), *batches)
+
+    def compile(self, i: int, state: Any, batch: Any) -> tuple[Callable, dict[str, Any]]:
+        group, numbers = self.group, self._parallel.place(self.numbers(i))
+
+        def inputs(batch):
+            return {"shared": group.shared, "feeds": {**group.feeds, "batch": batch}, "numbers": numbers}
+
+        step, cost = self._parallel.compile(self.make_train_step(i), state, inputs(batch))
+        return lambda state, batch: step(state, inputs(batch)), cost
+
+    def make_train_step(self, i: int) -> Callable:
+        """train_step(state, inputs) -> state of all places; inputs: {"shared", "feeds" with their batch, "numbers"}."""
+        plan = self.runs[0].phases[i].plan
+
+        def train_step(state, inputs):
+            def one(own, feed, numbers):
+                joined = self._join(state["step"], feed["key"], own, inputs["shared"], feed["frozen"])
+                step = steps.make_train_step(plan, self._optimizer(i, numbers))
+                return self._separate(step(joined, feed["batch"]))
+
+            own = self.group.over(one)(state["own"], inputs["feeds"], inputs["numbers"])
+            return {"step": state["step"] + 1, "own": own}
+
+        return train_step
+
+    def take_line(self, i: int, state: dict[str, Any], done: int) -> tuple[dict[str, Any], Line]:
+        phase, own = self.runs[0].phases[i], state["own"]
+        if i not in self._numbers:
+            rate = jax.vmap(lambda lr, step: phase.make_schedule(lr)(step), (0, None))
+            self._numbers[i] = jax.jit(rate), self.numbers(i)["lr"].ravel()
+        rate, lr = self._numbers[i]
+        line = Line(done, own["sums"], rate(lr, np.int32(done - 1 - phase.start)), jnp.copy(own["bad_step"]))
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), own["sums"])
+        return {**state, "own": {**own, "sums": zeros}}, line
+
+    def read_line(self, line: Line) -> dict[int, tuple[dict[str, float], float, int]]:
+        sums, lr, bad = jax.device_get((line.sums, line.lr, line.bad_step))
+        flat = {name: value.ravel() for name, value in sums.items()}
+        return {
+            j: ({name: float(value[place]) for name, value in flat.items()}, float(lr[place]), int(bad.ravel()[place]))
+            for j, place in enumerate(self.group.places)
+        }
+
+    def predict(self, i: int, state: dict[str, Any], batches: Any, wanted: Sequence[int]) -> dict[int, Any]:
+        """{replica: its Predictions, or the FloatingPointError of one that diverged}; equal features are one array."""
+        group, run, prefix = self.group, self.runs[0], single.eval_prefix(self.runs[0], i)
+        evaluated = {**state["own"]["variables"], **state["own"]["ema"]}
+        variables, field = (group.shared, group.feeds["frozen"], evaluated), run.material.readers[MODEL].field
+        if prefix not in self._evals:
+            depends = _depend(self._make_eval(prefix, None), variables, batches[0][field])
+            self._evals[prefix] = depends, self._make_eval(prefix, 0 if depends else None)
+        depends, eval_fn = self._evals[prefix]
+        names = [name for name in jax.eval_shape(eval_fn, variables, batches[0][field]) if name != steps.FEATURES]
+        axes = {**dict.fromkeys(names, 1), steps.FEATURES: int(depends)}
+        outputs, labels = evaluate.collect(lambda x: eval_fn(variables, x), batches, field, self._parallel, axes)
+        features, found = outputs.pop(steps.FEATURES), {}
+        for j in wanted:
+            place = group.places[j]
+            own = {name: values[place] for name, values in outputs.items()}
+            try:
+                found[j] = make_predictions(
+                    own, labels, list(batches.source.ids), run.task.spec, features[place] if depends else features
+                )
+            except FloatingPointError as error:  # no reason for the others to stop
+                found[j] = error
+        return found
+
+    def _make_eval(self, prefix: steps.Prefix | None, features_axis: int | None) -> Callable:
+        group, step = self.group, single.make_eval_step(self.runs[0], prefix)
+
+        def evaluate_all(variables, x):
+            shared, frozen, own = variables
+
+            def one(own, frozen, _):
+                outputs = step(whole(shared, frozen, own), x)
+                return outputs.pop(steps.FEATURES), outputs
+
+            features, outputs = group.over(one, (features_axis, 0))(own, frozen, jnp.zeros(group.grid.shape))
+            lead = group.grid.ndim
+            flat = {name: values.reshape(-1, *values.shape[lead:]) for name, values in outputs.items()}
+            return {
+                **flat,
+                steps.FEATURES: features.reshape(-1, *features.shape[lead:]) if features_axis == 0 else features,
+            }
+
+        return self._parallel.evaluate(evaluate_all)
+
+    def _variables_at(self, own: Mapping[str, np.ndarray], j: int) -> dict[str, Any]:
+        """The variables of one replica, on the host."""
+        group = self.group
+        place, lead = group.places[j], group.grid.ndim
+        row = place // group.grid.shape[-1]
+        shared, frozen = jax.device_get((group.shared, group.feeds["frozen"]))
+        frozen = {path: leaf[row] if lead == 2 else leaf for path, leaf in frozen.items()}
+        return whole(shared, frozen, {path: leaf.reshape(-1, *leaf.shape[lead:])[place] for path, leaf in own.items()})
+
+    def variables(self, state: dict[str, Any], j: int) -> dict[str, Any]:
+        own = state["own"]
+        return self._variables_at(jax.device_get({**own["variables"], **own["ema"]}), j)
+
+    def step(self, state: dict[str, Any]) -> int:
+        return int(state["step"])
+
+    def idle(self, state: dict[str, Any]) -> bool:
+        return state["step"].is_ready()
 
 
-def _depend(eval_fn: Callable, variables: Any, images: np.ndarray) -> bool:
+def _depend(eval_fn: Callable, variables: Any, x: np.ndarray) -> bool:
     """Whether the features differ from replica to replica: vmap refuses to leave out the axis of what does."""
     try:
-        jax.eval_shape(eval_fn, variables, images)
+        jax.eval_shape(eval_fn, variables, x)
     except ValueError:
         return True
     return False

@@ -1,5 +1,6 @@
 """The pure steps: TrainState, train_step (the only value_and_grad), eval_step."""
 
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -8,18 +9,23 @@ import jax.numpy as jnp
 import optax
 
 from tl_jax.core import trees
-from tl_jax.methods import Method
+from tl_jax.core.card import Card
+from tl_jax.core.fields import LABEL
+from tl_jax.methods.term import AVERAGE, MAIN, MODEL, Context, Method
+from tl_jax.tasks import Task
 from tl_jax.training import optim
 
 NEVER = jnp.iinfo(jnp.int32).max
+SUMS = ("loss", "examples", "grad_norm", "steps")  # beside those of the task and of the terms
 
 
 class TrainState(NamedTuple):
     """Everything that a step changes, and so everything that a checkpoint holds.
 
-    params, batch_stats: the network's variables. opt_state: of the trainable part. ema: the moving average of all that
-    moves, `{collection/path: leaf}`, empty where it is off. key: the run's random key; step s uses fold_in(key, s).
-    sums: totals since the last log line; bad_step: the first step with a loss or gradient that is not finite, or NEVER.
+    params, batch_stats: the variables of all networks. opt_state: of the trainable part. ema: the moving average of all
+    that is trained, `{collection/path: leaf}`, empty where it is off. memory: of each term that has one, outside the
+    average. key: the run's random key; step s uses fold_in(key, s). sums: totals since the last log line. bad_step: the
+    first step with a loss or gradient that is not finite, or NEVER.
     """
 
     step: jax.Array
@@ -27,18 +33,16 @@ class TrainState(NamedTuple):
     batch_stats: Any
     opt_state: Any
     ema: dict[str, jax.Array]
+    memory: dict[str, Any]
     key: jax.Array
     sums: dict[str, jax.Array]
     bad_step: jax.Array
 
 
-SUMS = ("loss", "penalty", "accuracy", "examples", "grad_norm", "steps")
-
-
 class Prefix(NamedTuple):
-    """What is frozen in front of a network: all up to and including its output `cut`.
+    """The frozen prefix of a network: all up to and including its output `cut`.
 
-    model: computes it, perhaps in another type than the rest. cached: batches hold its outputs in place of images.
+    model: computes it, perhaps in another type than the rest. cached: batches hold its outputs in place of inputs.
     """
 
     model: Any
@@ -46,42 +50,82 @@ class Prefix(NamedTuple):
     cached: bool = False
 
 
-def init_state(
-    variables: Mapping[str, Any],
-    tx,
-    labels: Mapping[str, str],
-    seed: int,
-    ema: bool,
-    frozen_norms: Collection[str] = (),
-) -> TrainState:
-    """The state before step 0, from loaded variables."""
-    trainable, _ = trees.split(variables["params"], labels)
-    moving = _moving(variables["params"], variables.get("batch_stats", {}), labels, frozen_norms)
+class Reader(NamedTuple):
+    """A network as a step runs it.
+
+    module, card: as in `Network`. field: what of a stream it reads. column: the field with its cached logits, if any.
+    """
+
+    module: Any
+    card: Card | None
+    field: str
+    column: str = ""
+
+
+class Plan(NamedTuple):
+    """What a step of one phase computes.
+
+    readers: every network, the model under MODEL. labels: the group of each parameter path. frozen_norms: the paths of
+    BatchNorm layers that keep their statistics. prefix: of it nothing is differentiated or kept for a backward pass.
+    joint: streams pass the model as one batch, else one by one. devices: over how many a batch is divided. start,
+    length: of the phase, in steps. accumulate: the batch is cut into this many parts, one after the other. ema: the
+    decay of the moving average (0: off). axis_name: under pmap, what gradients, statistics and sums are combined over.
+    whole: what makes divided variables whole where a network is applied, `Parallel.whole`.
+    """
+
+    readers: Mapping[str, Reader]
+    method: Method
+    task: Task
+    labels: Mapping[str, str]
+    frozen_norms: Collection[str]
+    prefix: Prefix | None = None
+    joint: bool = True
+    devices: int = 1
+    start: int = 0
+    length: int = 1
+    accumulate: int = 1
+    ema: float = 0.0
+    axis_name: str | None = None
+    whole: Callable = lambda variables: variables
+    sums: tuple[str, ...] = ()
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams that the training pass of the model runs over."""
+        on = dict.fromkeys(stream for _, term in self.method.terms.values() for stream in term.on)
+        return tuple(sorted(on, key=lambda stream: stream != MAIN))
+
+
+def init_state(plan: Plan, tx: Any, variables: Mapping[str, Any], memory: Mapping[str, Any], seed: int) -> TrainState:
+    """The state before step 0, from loaded variables and the first memory of the terms."""
+    batch_stats = variables.get("batch_stats", {})
+    trainable, _ = trees.split(variables["params"], plan.labels)
+    averaged = _trained(variables["params"], batch_stats, plan) if plan.ema else {}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=batch_stats,
         opt_state=tx.init(trainable),
-        ema={path: jnp.array(leaf) for path, leaf in moving.items()} if ema else {},
+        ema={path: jnp.array(leaf) for path, leaf in averaged.items()},
+        memory=dict(memory),
         key=jax.random.PRNGKey(seed),
-        sums={name: jnp.zeros(()) for name in SUMS},
+        sums={name: jnp.zeros(()) for name in plan.sums},
         bad_step=jnp.full((), NEVER, jnp.int32),
     )
 
 
-def enter_phase(
-    state: TrainState, tx, labels: Mapping[str, str], length: int, frozen_norms: Collection[str] = ()
-) -> TrainState:
-    """The state as the next phase begins: what goes on moving keeps its optimizer values and moving averages.
+def enter_phase(plan: Plan, tx: Any, state: TrainState, length: int) -> TrainState:
+    """The state where the phase of `plan` begins: what goes on being trained keeps optimizer values and averages.
 
-    tx, labels, frozen_norms: of the next phase. length: the steps of the phase that ends. What stops moving keeps the
-    value that training gave it, not its average.
+    length: the steps of the phase that ends. What is trained no more keeps the value that training gave it, not its
+    average.
     """
-    trainable, _ = trees.split(state.params, labels)
-    moving = _moving(state.params, state.batch_stats, labels, frozen_norms)
+    trainable, _ = trees.split(state.params, plan.labels)
+    averaged = _trained(state.params, state.batch_stats, plan) if plan.ema else {}
     return state._replace(
         opt_state=optim.migrate(tx.init(trainable), state.opt_state, length),
-        ema={path: state.ema.get(path, jnp.array(leaf)) for path, leaf in moving.items()} if state.ema else {},
+        ema={path: state.ema.get(path, jnp.array(leaf)) for path, leaf in averaged.items()},
+        sums={name: jnp.zeros(()) for name in plan.sums},
     )
 
 
@@ -90,102 +134,100 @@ def eval_variables(state: TrainState) -> dict[str, Any]:
     return trees.merge({"params": state.params, "batch_stats": state.batch_stats}, state.ema)
 
 
-def _moving(params: Any, batch_stats: Any, labels: Mapping[str, str], frozen_norms: Collection[str]) -> dict[str, Any]:
-    """What training moves, `{collection/path: leaf}`: averaged parameters need averaged statistics beside them."""
-    trainable, _ = trees.split(params, labels)
-    statistics = _moving_statistics(batch_stats, frozen_norms)
+def _trained(params: Any, batch_stats: Any, plan: Plan) -> dict[str, Any]:
+    """What training changes, `{collection/path: leaf}`: averaged parameters need averaged statistics with them."""
+    trainable, _ = trees.split(params, plan.labels)
+    statistics = updated_statistics(batch_stats, plan.frozen_norms)
     return {f"params/{p}": x for p, x in trainable.items()} | {f"batch_stats/{p}": x for p, x in statistics.items()}
 
 
-def _moving_statistics(batch_stats: Any, frozen_norms: Collection[str]) -> dict[str, jax.Array]:
+def updated_statistics(batch_stats: Any, frozen_norms: Collection[str]) -> dict[str, jax.Array]:
+    """The statistics that training updates, `{path: leaf}`."""
     return {path: x for path, x in trees.flatten(batch_stats).items() if path.rpartition("/")[0] not in frozen_norms}
 
 
-def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """Pixels 0..255 [B, H, W, C] to the network's range, `(x / 255 - mean) / std`, as the weight card says."""
-    scale = 1.0 / (255.0 * jnp.asarray(std, jnp.float32))
-    shift = jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
-    return images.astype(jnp.float32) * scale.reshape(1, 1, 1, -1) - shift.reshape(1, 1, 1, -1)
+def normalise(x: jax.Array, card: Card) -> jax.Array:
+    """Inputs in the network's range, float32: pixels 0..255 [B, H, W, C] as `(x / 255 - mean) / std`, the columns of a
+    table [B, F] as `(x - mean) / std`, as the card says."""
+    mean, std = jnp.asarray(card.mean, jnp.float32), jnp.asarray(card.std, jnp.float32)
+    scale = 1.0 / (255.0 * std) if card.input == "image" else 1.0 / std
+    axes = (1,) * (x.ndim - 1) + (-1,)
+    return x.astype(jnp.float32) * scale.reshape(axes) - (mean / std).reshape(axes)
 
 
-def make_train_step(
-    model,
-    method: Method,
-    tx: optax.GradientTransformation,
-    labels: Mapping[str, str],
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    accumulate: int = 1,
-    ema: float = 0.0,
-    prefix: Prefix | None = None,
-    axis_name: str | None = None,
-    whole: Callable = lambda variables: variables,
-) -> Callable:
-    """train_step(state, batch) -> state, pure; batch holds "image" [B, H, W, C] uint8 and "label" [B] int32.
+def subtree(variables: Mapping[str, Any], network: str) -> dict[str, Any]:
+    """The variables of one network; the model finds its own among all."""
+    if network in (MODEL, AVERAGE):
+        return dict(variables)
+    return {kind: tree.get(network, {}) for kind, tree in variables.items()}
 
-    prefix: of it nothing is differentiated or kept for a backward pass; where it is cached, "image" holds its outputs.
 
-    accumulate: the batch is cut into this many parts, run one after the other, and their gradients averaged.
-    ema: the decay of the moving average of trainable parameters and moving statistics (0: off).
-    axis_name: under pmap, the axis over which gradients, statistics and sums are combined; None under jit.
-    whole: what makes divided variables whole where the network is applied, `Parallel.whole`.
+def run_prefix(
+    prefix: Prefix | None, variables: Any, x: jax.Array, card: Card
+) -> tuple[jax.Array, str | None, dict[str, jax.Array]]:
+    """What enters the rest of the network, the cut behind which that begins (None: all of it), and the outputs so far.
+
+    x: what a stream holds for the network; outputs of the prefix where it is cached.
     """
+    if prefix is None:
+        return normalise(x, card), None, {}
+    if prefix.cached:
+        return x, prefix.cut, {prefix.cut: x}
+    x, out = prefix.model.apply(variables, normalise(x, card), train=False, stop=prefix.cut)
+    return jax.lax.stop_gradient(x), prefix.cut, out
 
-    def forward(params, batch_stats, images, key, train=True):
-        variables = whole({"params": params, "batch_stats": batch_stats})
-        x, start, before = _run_prefix(prefix, variables, images, mean, std)
-        if not train:
-            logits, out = model.apply(variables, x, train=False, start=start)
-            return logits, before | out, batch_stats
-        (logits, out), updates = model.apply(
-            variables, x, train=True, start=start, mutable=["batch_stats"], rngs={"dropout": key}
-        )
-        return logits, before | out, updates.get("batch_stats", batch_stats)
 
-    def gradients(trainable, params, batch_stats, batch, key):
+def make_train_step(plan: Plan, tx: optax.GradientTransformation) -> Callable:
+    """train_step(state, batch) -> state, pure; batch: {stream: {field: array}}."""
+
+    def gradients(trainable, state, batch_stats, memory, batch, total, key):
         def loss_fn(trainable):
-            return method.loss(trees.merge(params, trainable), batch_stats, batch, forward, key)
+            return compute_loss(plan, trainable, state, batch_stats, memory, batch, total, key)
 
-        (_, (batch_stats, sums)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
-        return grads, batch_stats, sums
+        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+        return grads, *aux
 
-    def accumulated(trainable, params, batch_stats, batch, key):
+    def accumulated(trainable, state, batch_stats, memory, batch, total, key):
         # Strided parts keep every part spread over all devices: example i goes to part i % accumulate.
-        parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch)
+        count = plan.accumulate
+        parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
 
         def body(carry, part_and_key):
-            grads, batch_stats, sums = carry
-            part_grads, batch_stats, part_sums = gradients(trainable, params, batch_stats, *part_and_key)
-            return (_add(grads, part_grads), batch_stats, _add(sums, part_sums)), None
+            grads, batch_stats, memory, sums = carry
+            part, part_key = part_and_key
+            found = gradients(trainable, state, batch_stats, memory, part, total, part_key)
+            return (_add(grads, found[0]), found[1], found[2], _add(sums, found[3])), None
 
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         first = jax.tree.map(lambda x: x[0], parts)
-        no_sums = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype),
-            jax.eval_shape(gradients, trainable, params, batch_stats, first, key)[2],
-        )
-        keys = jax.random.split(key, accumulate)
-        (grads, batch_stats, sums), _ = jax.lax.scan(body, (zeros, batch_stats, no_sums), (parts, keys))
-        return jax.tree.map(lambda g: g / accumulate, grads), batch_stats, sums
+        shapes = jax.eval_shape(gradients, trainable, state, batch_stats, memory, first, total, key)[3]
+        sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        carry = (zeros, batch_stats, memory, sums)
+        (grads, batch_stats, memory, sums), _ = jax.lax.scan(body, carry, (parts, jax.random.split(key, count)))
+        return jax.tree.map(lambda g: g / count, grads), batch_stats, memory, sums
 
-    def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> TrainState:
+    def train_step(state: TrainState, batch: Mapping[str, Mapping[str, jax.Array]]) -> TrainState:
         key = jax.random.fold_in(state.key, state.step)
-        if axis_name:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        trainable, _ = trees.split(state.params, labels)
-        compute = accumulated if accumulate > 1 else gradients
-        grads, batch_stats, sums = compute(trainable, state.params, state.batch_stats, batch, key)
-        sums = {**sums, "examples": jnp.asarray(batch["label"].shape[0], jnp.float32)}
-        if axis_name:
-            grads, statistics = jax.lax.pmean((grads, _moving_statistics(batch_stats, model.frozen_norms)), axis_name)
-            batch_stats = trees.merge(batch_stats, statistics)  # a mean of equal numbers may round: none of what rests
-            sums = jax.lax.psum(sums, axis_name)
+        if plan.axis_name:
+            key = jax.random.fold_in(key, jax.lax.axis_index(plan.axis_name))
+        trainable, _ = trees.split(state.params, plan.labels)
+        count = {name: plan.task.count(fields[LABEL]).sum() for name, fields in batch.items() if LABEL in fields}
+        total = count if plan.accumulate == 1 else {name: n / plan.accumulate for name, n in count.items()}
+        compute = accumulated if plan.accumulate > 1 else gradients
+        grads, batch_stats, memory, sums = compute(
+            trainable, state, state.batch_stats, state.memory, batch, total, key
+        )  # fmt: skip
+        sums = {**sums, "examples": jnp.asarray(count[MAIN], jnp.float32)}
+        if plan.axis_name:
+            statistics = updated_statistics(batch_stats, plan.frozen_norms)
+            grads, statistics = jax.lax.pmean((grads, statistics), plan.axis_name)
+            batch_stats = trees.merge(batch_stats, statistics)  # a mean of equal numbers may round: not the frozen ones
+            sums = jax.lax.psum(sums, plan.axis_name)
 
         updates, opt_state = tx.update(grads, state.opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
         params = trees.merge(state.params, trainable)
-        moving = _moving(params, batch_stats, labels, model.frozen_norms)
+        averaged = _trained(params, batch_stats, plan)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
         return TrainState(
@@ -193,7 +235,8 @@ def make_train_step(
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            ema=optax.incremental_update(moving, state.ema, 1 - ema) if ema else {},
+            ema=optax.incremental_update(averaged, state.ema, 1 - plan.ema) if plan.ema else {},
+            memory=memory,
             key=state.key,
             sums=_add(state.sums, {**sums, "grad_norm": grad_norm, "steps": jnp.ones(())}),
             bad_step=jnp.minimum(state.bad_step, jnp.where(finite, NEVER, state.step)),
@@ -202,37 +245,138 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model, *, mean: tuple[float, ...], std: tuple[float, ...], prefix: Prefix | None = None) -> Callable:
-    """eval_step(variables, images [B, H, W, C] uint8) -> (logits [B, K], features [B, D]), float32, pure.
+def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, batch, total, key):
+    """The weighted sum of the terms, and (batch_stats, memory, sums over examples) after one pass over a batch."""
+    mix_key, forward_key = jax.random.split(key)
+    task, method = plan.task, plan.method
+    encoded = {name: task.encode(fields[LABEL]) for name, fields in batch.items() if LABEL in fields}
+    if method.mix:
+        inputs, encoded[MAIN] = method.mix(mix_key, _inputs(plan, batch[MAIN]), encoded[MAIN])
+        batch = {**batch, MAIN: {**batch[MAIN], **inputs}}
+    params = trees.merge(state.params, trainable)
+    variables = plan.whole({"params": params, "batch_stats": batch_stats})
+    outputs, entered, batch_stats = _pass(plan, variables, batch, forward_key)
+    forward = _make_forward(plan, variables, state.ema, batch, entered)
+    count = {name: task.count(batch[name][LABEL]) for name in encoded}
+    step = state.step
+    progress = (step - plan.start) / plan.length
+    examples = jnp.asarray(count[MAIN].sum(), jnp.float32)
+    loss, sums, memory = 0.0, {}, dict(memory)
+    for name, (weight, term) in method.terms.items():
+        context = Context(
+            batch, encoded, count, total, outputs, params, batch_stats, plan.labels, memory.get(name), task, forward,
+            step, progress, jax.random.fold_in(forward_key, zlib.crc32(name.encode())),
+        )  # fmt: skip
+        result = term.loss(context)
+        factor = weight(progress)
+        loss = loss + (result.loss if isinstance(factor, float) and factor == 1.0 else factor * result.loss)
+        batch_stats = trees.merge(batch_stats, result.batch_stats) if result.batch_stats else batch_stats
+        memory |= {} if result.memory is None else {name: result.memory}
+        numbers = {name: result.loss, **{f"{name}/{log}": value for log, value in result.logs.items()}}
+        sums |= {key: jax.lax.stop_gradient(value) * examples for key, value in numbers.items() if key in plan.sums}
+    running = task.running(outputs[MAIN], batch[MAIN][LABEL])
+    sums |= {name: values.sum(dtype=jnp.float32) for name, values in running.items()}
+    sums["loss"] = jax.lax.stop_gradient(loss) * examples
+    return loss, (batch_stats, memory, sums)
 
-    prefix: as in `make_train_step`; where it is cached, `images` are its outputs.
+
+def _inputs(plan: Plan, fields: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The fields of a stream that networks read, float32."""
+    read = dict.fromkeys(reader.field for reader in plan.readers.values() if reader.field in fields)
+    return {field: fields[field].astype(jnp.float32) for field in read}
+
+
+def _pass(plan: Plan, variables: Any, batch, key: jax.Array):
+    """The training pass of the model: its outputs by stream, what entered it behind the prefix, and its statistics."""
+    reader, streams = plan.readers[MODEL], plan.streams
+    entered, known = {}, {}
+    for name in streams:
+        x, cut, known[name] = run_prefix(plan.prefix, variables, batch[name][reader.field], reader.card)
+        entered[name] = (x, cut)
+
+    def apply(x, batch_stats, key):
+        (_, out), updates = reader.module.apply(
+            {**variables, "batch_stats": batch_stats}, x, train=True, start=cut, mutable=["batch_stats"],
+            rngs={"dropout": key},
+        )  # fmt: skip
+        return out, {**batch_stats, **updates.get("batch_stats", {})}
+
+    batch_stats, inputs = variables["batch_stats"], [entered[name][0] for name in streams]
+    if len(streams) == 1:
+        out, batch_stats = apply(inputs[0], batch_stats, key)
+        outs = [out]
+    elif plan.joint:
+        out, batch_stats = apply(_join(inputs, plan.devices), batch_stats, key)
+        pieces = {name: _cut(x, [len(i) for i in inputs], plan.devices) for name, x in out.items()}
+        outs = [{name: piece[i] for name, piece in pieces.items()} for i in range(len(streams))]
+    else:
+        outs = []
+        for i, x in enumerate(inputs):
+            out, batch_stats = apply(x, batch_stats, jax.random.fold_in(key, i))
+            outs.append(out)
+    return {name: known[name] | out for name, out in zip(streams, outs, strict=True)}, entered, batch_stats
+
+
+def _join(arrays: list[jax.Array], devices: int) -> jax.Array:
+    """Batches as one, such that every device keeps its own rows."""
+    parts = [x.reshape(devices, -1, *x.shape[1:]) for x in arrays]
+    joined = jnp.concatenate(parts, axis=1)
+    return joined.reshape(-1, *joined.shape[2:])
+
+
+def _cut(x: jax.Array, sizes: list[int], devices: int) -> list[jax.Array]:
+    """The inverse of `_join`."""
+    x = x.reshape(devices, -1, *x.shape[1:])
+    ends = [sum(sizes[: i + 1]) // devices for i in range(len(sizes) - 1)]
+    return [part.reshape(-1, *part.shape[2:]) for part in jnp.split(x, ends, axis=1)]
+
+
+def _make_forward(plan: Plan, variables: Any, ema: Mapping[str, jax.Array], batch, entered) -> Callable:
+    """`Context.forward`; see methods/term.py."""
+
+    def forward(network, of, *, train=False, stop=None, key=None, params=None):
+        reader, own = plan.readers[MODEL if network == AVERAGE else network], variables
+        if isinstance(of, str) and reader.column:
+            return {"logits": batch[of][reader.column]}, {}
+        if network == AVERAGE:
+            own = trees.merge(own, ema)
+        if params is not None:
+            own = plan.whole({**variables, "params": params})
+        cut, x = None, of
+        if isinstance(of, str) and network in (MODEL, AVERAGE):
+            x, cut = entered[of]
+        elif isinstance(of, str):
+            x = normalise(batch[of][reader.field], reader.card)
+        elif reader.card is not None:
+            x = normalise(of, reader.card)
+        arguments = {"train": train, "start": cut, "stop": stop}
+        if not train:
+            return reader.module.apply(subtree(own, network), x, **arguments)[1], {}
+        (_, out), updates = reader.module.apply(
+            subtree(own, network), x, **arguments, mutable=["batch_stats"], rngs={"dropout": key}
+        )
+        prefix = "" if network in (MODEL, AVERAGE) else f"{network}/"
+        return out, {f"{prefix}{path}": x for path, x in trees.flatten(updates.get("batch_stats", {})).items()}
+
+    return forward
+
+
+def make_eval_step(reader: Reader, task: Task, prefix: Prefix | None = None) -> Callable:
+    """eval_step(variables, x) -> {name: [B, ...] float32} of the task's outputs, and "features" [B, D]; pure.
+
+    x: what the network reads; outputs of the prefix where it is cached.
     """
 
-    def eval_step(variables: Mapping[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x, start, before = _run_prefix(prefix, variables, images, mean, std)
-        logits, out = model.apply(variables, x, train=False, start=start)
-        return logits.astype(jnp.float32), (before | out)["pre_logits"].astype(jnp.float32)
+    def eval_step(variables: Mapping[str, Any], x: jax.Array) -> dict[str, jax.Array]:
+        x, start, known = run_prefix(prefix, variables, x, reader.card)
+        _, out = reader.module.apply(variables, x, train=False, start=start)
+        out = known | out
+        return {**task.keep(out), FEATURES: out["pre_logits"].astype(jnp.float32)}
 
     return eval_step
 
 
-def make_prefix_step(prefix: Prefix, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
-    """prefix_step(variables, images [B, H, W, C] uint8) -> the outputs of a prefix [B, ...], pure."""
-
-    def prefix_step(variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
-        return _run_prefix(prefix._replace(cached=False), variables, images, mean, std)[0]
-
-    return prefix_step
-
-
-def _run_prefix(prefix: Prefix | None, variables, images, mean, std) -> tuple[jax.Array, str | None, dict]:
-    """What enters the rest of the network, the cut behind which that begins (None: all of it), and what is before."""
-    if prefix is None:
-        return normalise(images, mean, std), None, {}
-    if prefix.cached:
-        return images, prefix.cut, {prefix.cut: images}
-    x, out = prefix.model.apply(variables, normalise(images, mean, std), train=False, stop=prefix.cut)
-    return jax.lax.stop_gradient(x), prefix.cut, out
+FEATURES = "features"
 
 
 def _add(left, right):

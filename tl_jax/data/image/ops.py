@@ -3,10 +3,12 @@
 import io
 import math
 import threading
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from tl_jax.core import checks
 from tl_jax.data.image import rand_augment as ra
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "MPO")
@@ -19,6 +21,27 @@ RESAMPLE = {
     "box": Image.Resampling.BOX,
     "hamming": Image.Resampling.HAMMING,
 }
+
+
+def _interval(high: float = math.inf) -> checks.Check:
+    number = checks.number(0, high, above=True)
+
+    def fits(value: Any) -> bool:
+        pair = isinstance(value, list | tuple) and len(value) == 2 and all(map(number.fits, value))
+        return pair and value[0] <= value[1]
+
+    return checks.Check(fits, f"a pair (low, high) with 0 < low <= high{f' <= {high:g}' if high < math.inf else ''}")
+
+
+# The kinds of parameters of the augmentations.
+Interpolation = Annotated[str, checks.one_of(*RESAMPLE)]
+Size = Annotated[int, checks.integer(1, 16_384)]
+Fill = Annotated[int, checks.integer(0, 255)]
+Probability = Annotated[float, checks.number(0, 1)]
+Degrees = Annotated[float, checks.number(0, 180)]
+Amount = Annotated[float, checks.number(0, 100)]
+Areas = Annotated[tuple[float, float], _interval(1)]
+Ratios = Annotated[tuple[float, float], _interval()]
 
 
 def open_image(data: bytes | str) -> Image.Image:
@@ -100,7 +123,7 @@ def resized(height: int, width: int, size: int) -> tuple[int, int]:
     return int(size * height / short), int(size * width / short)
 
 
-def resize(image: np.ndarray | Image.Image, rng=None, *, size: int, interpolation: str) -> np.ndarray:
+def resize(image: np.ndarray | Image.Image, rng=None, *, size: Size, interpolation: Interpolation) -> np.ndarray:
     """Resizes the short side to `size` pixels, the long side to `floor(size * long / short)` as torchvision does."""
     return _scale(image, *resized(*shape_of(image), size), interpolation)
 
@@ -124,13 +147,19 @@ def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
     return image[top : top + size, left : left + size]
 
 
-def flip(image: np.ndarray, rng: np.random.Generator, *, probability: float = 0.5) -> np.ndarray:
+def flip(image: np.ndarray, rng: np.random.Generator, *, probability: Probability = 0.5) -> np.ndarray:
     """Mirrors left and right with the given probability."""
     return image[:, ::-1] if rng.random() < probability else image
 
 
 def random_resized_crop(
-    image: np.ndarray | Image.Image, rng, *, size: int, interpolation: str, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)
+    image: np.ndarray | Image.Image,
+    rng,
+    *,
+    size: Size,
+    interpolation: Interpolation,
+    scale: Areas = (0.08, 1.0),
+    ratio: Ratios = (3 / 4, 4 / 3),
 ) -> np.ndarray:
     """Cuts a box of random area and aspect ratio and resizes it to `size` x `size` (Szegedy et al. 2015, section 6).
 
@@ -155,7 +184,9 @@ def random_resized_crop(
     return _scale(image.crop((left, top, left + w, top + h)), size, size, interpolation)
 
 
-def random_crop(image: np.ndarray, rng, *, size: int, padding: int = 0) -> np.ndarray:
+def random_crop(
+    image: np.ndarray, rng, *, size: Size, padding: Annotated[int, checks.integer(0, 16_384)] = 0
+) -> np.ndarray:
     """Adds `padding` black pixels on every side, then cuts a `size` square at a random place (He et al. 2016, 4.2)."""
     height, width = (side + 2 * padding for side in image.shape[:2])
     if min(height, width) < size:
@@ -171,13 +202,13 @@ def random_crop(image: np.ndarray, rng, *, size: int, padding: int = 0) -> np.nd
     return padded[top : top + size, left : left + size]
 
 
-def rotation(image: np.ndarray, rng, *, degrees: float = 15.0, fill: int = 0) -> np.ndarray:
+def rotation(image: np.ndarray, rng, *, degrees: Degrees = 15.0, fill: Fill = 0) -> np.ndarray:
     """Rotates about the centre by a uniform angle within +-degrees; bilinear, size kept, corners filled with `fill`."""
     angle = rng.uniform(-degrees, degrees)
     return np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=(fill,) * 3))
 
 
-def zoom(image: np.ndarray, rng, *, factor=(0.8, 1.2), fill: int = 0) -> np.ndarray:
+def zoom(image: np.ndarray, rng, *, factor: Ratios = (0.8, 1.2), fill: Fill = 0) -> np.ndarray:
     """Enlarges (factor > 1) or shrinks about the centre by a uniform factor; bilinear, size kept, borders `fill`."""
     height, width = image.shape[:2]
     s = 1 / rng.uniform(*factor)
@@ -189,7 +220,7 @@ def zoom(image: np.ndarray, rng, *, factor=(0.8, 1.2), fill: int = 0) -> np.ndar
     )
 
 
-def translation(image: np.ndarray, rng, *, fraction: float = 0.1, fill: int = 0) -> np.ndarray:
+def translation(image: np.ndarray, rng, *, fraction: Probability = 0.1, fill: Fill = 0) -> np.ndarray:
     """Shifts by whole pixels, uniform within +-fraction of the width and of the height; uncovered pixels are `fill`."""
     height, width = image.shape[:2]
     dx, dy = (round(rng.uniform(-fraction, fraction) * side) for side in (width, height))
@@ -201,7 +232,13 @@ def translation(image: np.ndarray, rng, *, fraction: float = 0.1, fill: int = 0)
 
 
 def colour_jitter(
-    image: np.ndarray, rng, *, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0
+    image: np.ndarray,
+    rng,
+    *,
+    brightness: Amount = 0.0,
+    contrast: Amount = 0.0,
+    saturation: Amount = 0.0,
+    hue: Annotated[float, checks.number(0, 0.5)] = 0.0,
 ) -> np.ndarray:
     """Changes brightness, contrast, saturation and hue, in random order (Krizhevsky et al. 2012; torchvision's form).
 
@@ -228,7 +265,13 @@ def shift_hue(image: Image.Image, share: float) -> Image.Image:
     return Image.merge("HSV", (Image.fromarray(turned.astype(np.uint8)), s, v)).convert("RGB")
 
 
-def rand_augment(image: np.ndarray, rng, *, layers: int = 2, magnitude: int = 9) -> np.ndarray:
+def rand_augment(
+    image: np.ndarray,
+    rng,
+    *,
+    layers: Annotated[int, checks.integer(0, 100)] = 2,
+    magnitude: Annotated[int, checks.integer(0, 30)] = 9,
+) -> np.ndarray:
     """Applies `layers` operations drawn uniformly from a list of 14, all at one magnitude 0 .. 30 (Cubuk et al. 2020).
 
     The list and the strength of each step are torchvision's; shifts, shears, rotations and colour go either way.
@@ -242,7 +285,7 @@ def rand_augment(image: np.ndarray, rng, *, layers: int = 2, magnitude: int = 9)
 
 
 def random_erasing(
-    image: np.ndarray, rng, *, probability: float = 0.25, scale=(0.02, 0.33), ratio=(0.3, 3.3)
+    image: np.ndarray, rng, *, probability: Probability = 0.25, scale: Areas = (0.02, 0.33), ratio: Ratios = (0.3, 3.3)
 ) -> np.ndarray:
     """Overwrites a random box with uniform noise, with the given probability (Zhong et al. 2020, algorithm 1, RE-R).
 

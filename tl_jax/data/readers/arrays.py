@@ -1,9 +1,7 @@
-"""Images in arrays: scikit-learn's digits, and .npz files of pixels or of encoded images."""
+"""Images in arrays: .npz files of pixels or of encoded images."""
 
-import gzip
 import zipfile
 import zlib
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,32 +9,13 @@ import numpy as np
 from tl_jax.data.examples import EncodedImages, Source
 from tl_jax.data.readers.folder import natural_key
 
-# The digits' labels repeat about every 130 rows, most likely one writer's form; at row 1029 one such period ends.
-DIGITS_TRAIN = 1029
-
 
 def array_source(name: str, split: str, images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> Source:
     """A source over uint8 images [N, H, W, 3] in memory."""
     ids = tuple(f"{split}/{i}" for i in range(len(images)))
     sizes = np.full(len(images), images[0].nbytes if len(images) else 0, np.int64)
-    return Source(f"{name} {split}", images, labels.astype(np.int32), class_names, ids, sizes)
-
-
-def load_digits(split: str) -> Source:
-    """scikit-learn's 8 x 8 handwritten digits as uint8 RGB: train is rows 0 .. 1028, test rows 1029 .. 1796.
-
-    Counts 0 .. 16 of ink become 0 .. 255 (times 255 / 16, rounded). Neighbouring rows stay on one side of the cut.
-    """
-    parts = {"train": slice(0, DIGITS_TRAIN), "test": slice(DIGITS_TRAIN, None)}
-    if split not in parts:
-        raise ValueError(f"digits has no split {split!r}; it has train, test. Take a part of one: 'train[80%:]'")
-    # Its file, past the package, whose import takes a second.
-    package = Path(find_spec("sklearn").submodule_search_locations[0])
-    with gzip.open(package / "datasets" / "data" / "digits.csv.gz", "rt") as file:
-        rows = np.loadtxt(file, delimiter=",", dtype=np.int64)[parts[split]]
-    grey = np.rint(rows[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    images = np.repeat(grey[..., None], 3, axis=3)
-    return array_source("digits", split, images, rows[:, 64], tuple(str(i) for i in range(10)))
+    labels = labels.astype(np.float32 if labels.dtype.kind == "f" else np.int32)
+    return Source(f"{name} {split}", images, labels, class_names, ids, sizes)
 
 
 def load_arrays(path: str, split: str) -> Source:

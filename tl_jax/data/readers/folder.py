@@ -41,7 +41,7 @@ def load_folder(path: str, split: str) -> Source:
     paths = [os.path.relpath(file, root) for name in classes for file in files[name]]
     return Source(
         name=f"folder:{path} {split}",
-        images=FileImages(str(root), tuple(paths)),
+        inputs=FileImages(str(root), tuple(paths)),
         labels=np.repeat(np.arange(len(classes), dtype=np.int32), [len(files[name]) for name in classes]),
         class_names=tuple(classes),
         ids=tuple(Path(p).as_posix() for p in paths),

@@ -1,4 +1,4 @@
-"""Packing: every image of a split decoded and resized once, into the files that data/packed.py reads."""
+"""Packing: every image of a split decoded and resized once, into the files that readers/packed.py reads."""
 
 import contextlib
 import fcntl
@@ -65,6 +65,8 @@ def pack(
                          f"{', '.join(ops.RESAMPLE)}")  # fmt: skip
     if on_error not in ("fail", "skip"):
         raise ValueError(f"on_error must be 'fail' or 'skip', found {on_error!r}")
+    if source.startswith("table:"):
+        raise ValueError(f"{source} holds rows of a table; only images are packed")
     wholes = {split: list_split(source, split, data_dir) for split in dict.fromkeys(splits)}
     if any(whole.made_smaller for whole in wholes.values()):
         raise ValueError(f"{source} is packed, its images were resized once; pack the source that it was packed from")
@@ -125,7 +127,7 @@ def _plan(source: Source, size: int, interpolation: str, folder: Path, report: C
 
     def shape(index: int) -> tuple[int, int]:
         try:
-            return _shape(source.images, index)
+            return _shape(source.inputs, index)
         except (ValueError, OSError):
             return 0, 0  # decoding it will say why
 
@@ -239,7 +241,7 @@ def _pack_piece(plan: Plan, start: int) -> list[list]:
 
 def _pack_one(plan: Plan, index: int, file: int) -> list:
     try:
-        image = ops.as_rgb(plan.source.images[index])
+        image = ops.as_rgb(plan.source.inputs[index])
         size = min(plan.size, *ops.shape_of(image))
         image = np.ascontiguousarray(ops.resize(image, size=size, interpolation=plan.interpolation))
     except (ValueError, OSError) as error:

@@ -74,7 +74,7 @@ def load_packed(path: str, split: str) -> Source:
     store = _opened(str((root / split).resolve()))
     return Source(
         name=f"packed:{path} {split}",
-        images=PackedImages(str((root / split).resolve()), np.arange(len(store.labels))),
+        inputs=PackedImages(str((root / split).resolve()), np.arange(len(store.labels))),
         labels=store.labels.copy(),
         class_names=tuple(store.meta["class_names"]),
         ids=tuple(store.meta["ids"]),

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from tl_jax.studies.report.report import results as read
-from tl_jax.studies.report.report import statistics
-from tl_jax.studies.report.report.results import Cell, Results
+from tl_jax.studies.report import results as read
+from tl_jax.studies.report import statistics
+from tl_jax.studies.report.results import Cell, Results
 
 ALPHA = 0.05
 FEW = 5  # with fewer pairs a t-test sees large differences only

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tl_jax.studies.report.report import analysis, charts, statistics
-from tl_jax.studies.report.report import results as read
-from tl_jax.studies.report.report.results import Cell, Results
-from tl_jax.studies.report.report.tables import Picture
+from tl_jax.studies.report import analysis, charts, statistics
+from tl_jax.studies.report import results as read
+from tl_jax.studies.report.results import Cell, Results
+from tl_jax.studies.report.tables import Picture
 
 PANELS = 12
 

@@ -13,10 +13,10 @@ import sys
 from typing import Any
 
 from tl_jax.core.files import write_text
-from tl_jax.studies.report.report import analysis, figures, tables
-from tl_jax.studies.report.report import results as read
-from tl_jax.studies.report.report.results import Results
-from tl_jax.studies.report.report.tables import Block, Heading, Items, Picture, Table, Text
+from tl_jax.studies.report import analysis, figures, tables
+from tl_jax.studies.report import results as read
+from tl_jax.studies.report.results import Results
+from tl_jax.studies.report.tables import Block, Heading, Items, Picture, Table, Text
 
 NONE = "-"
 METHODS = {

@@ -11,7 +11,7 @@ import numpy as np
 
 from tl_jax.core.files import read_json
 from tl_jax.studies import store
-from tl_jax.studies.report.report import statistics
+from tl_jax.studies.report import statistics
 from tl_jax.tasks import metrics
 
 FIELDS = ("name", "question", "factors", "baseline", "seeds", "metrics", "design", "runs")

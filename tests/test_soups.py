@@ -11,9 +11,10 @@ from tl_jax import config as options
 from tl_jax.core import files, trees
 from tl_jax.data import pipeline, sources
 from tl_jax.methods import probes
+from tl_jax.runtime import sharding
 from tl_jax.studies import soups
 from tl_jax.tasks import metrics
-from tl_jax.training import evaluate, steps
+from tl_jax.training import build, evaluate, steps
 from tl_jax.weights import load
 
 SPLITS = {"val": "train[90%:]", "test": "test[:10%]", "rest": "test[90%:]"}
@@ -24,7 +25,7 @@ STEP = jax.jit(steps.make_eval_step(MODEL, mean=CARD.mean, std=CARD.std))
 def forward(variables, split):
     """Predictions of the embedded network without the code under test."""
     source = sources.load("digits", split)
-    batch = pipeline.eval_batches(source, card=CARD, batch_size=len(source))[0]
+    batch = pipeline.eval_batches(source, {"image": pipeline.View(CARD)}, len(source))[0]
     logits, features = STEP(jax.device_get(variables), batch["image"])
     return metrics.make_predictions(logits, source.labels, source.ids, source.class_names, features)
 
@@ -49,7 +50,7 @@ def finish(folder, variables, scored="test", **changes):
     with config.unlocked():
         config.update_from_flattened_dict({
             "data.train": "train[:20%]", "data.val": SPLITS["val"], "data.test": SPLITS["test"], "resamples": 20,
-            "data.also": (("rest", "digits", SPLITS["rest"]),), **changes,
+            "data.extra_eval": (("rest", "digits", SPLITS["rest"]),), **changes,
         })  # fmt: skip
     folder.mkdir()
     files.write_json(folder / "config.json", options.identity(config))
@@ -138,6 +139,21 @@ def test_the_start_of_a_run_is_its_weight_file_under_its_own_head(ends, tmp_path
     assert report["curves"]["test"]["loss"][0] == pytest.approx(by_hand, abs=1e-4)
 
 
+def test_the_start_of_a_run_has_the_parts_that_it_drew_anew(head, tmp_path):
+    """Against the network that the trainer builds from the same options before its first step."""
+    changes = {"model.reinit": ("stage3", "stage2/block0"), "data.also": ()}
+    end = soups.load(finish(tmp_path / "run", with_head(head), **changes))
+    flat, loaded = trees.flatten(soups.load_start(end).variables), trees.flatten(LOADED)
+    built = trees.flatten(build.build(end.config, sharding.make_parallel()).variables)
+    kept = {path for path in flat if "/head/" not in path and not ("/stage3/" in path or "/stage2/" in path)}
+    assert {path for path in flat if np.array_equal(flat[path], loaded[path])} >= kept
+    kernels = [path for path in flat if path.endswith("kernel") and "/backbone/" in path]
+    assert {path for path in kernels if not np.array_equal(flat[path], loaded[path])} == {*kernels} - kept
+    for path in flat:
+        expected = head[path.rpartition("/")[2]] if "/head/" in path else built[path]
+        np.testing.assert_array_equal(flat[path], expected, err_msg=path)
+
+
 def test_a_soup_is_chosen_on_val_and_read_on_test_when_nothing_is_left_to_choose(ends, head, tmp_path, monkeypatch):
     (a, first), second = ends[0], with_head(head, 2.0)
     b, bad = finish(tmp_path / "b", second), finish(tmp_path / "bad", with_head(head, -9.0))
@@ -169,7 +185,7 @@ def test_a_soup_is_chosen_on_val_and_read_on_test_when_nothing_is_left_to_choose
 
 
 def test_without_val_alpha_is_the_middle_and_a_soup_is_refused(head, tmp_path):
-    a, b = (finish(tmp_path / name, with_head(head, k), **{"data.val": "", "data.also": ()}) for name, k in
+    a, b = (finish(tmp_path / name, with_head(head, k), **{"data.val": "", "data.extra_eval": ()}) for name, k in
             (("a", 1.0), ("b", 2.0)))  # fmt: skip
     report = soups.wise_ft(soups.load(a), soups.load(b), tmp_path / "out", 2)
     assert report["chosen"] == 0.5 and list(report["curves"]) == ["test"]

@@ -1,0 +1,206 @@
+"""All options of a run: name, value, check and meaning, each in this one place. tl_jax/config.py makes configs of them.
+
+A name with dots is in a section: `model.name` is `config.model.name`, and the flag `--config.model.name=resnet50`.
+"""
+
+from typing import Any, NamedTuple
+
+from tl_jax.core import checks
+from tl_jax.core.checks import (
+    FLAG,
+    NAMED,
+    RULES,
+    TABLE,
+    TEXT,
+    TEXTS,
+    duration,
+    either,
+    integer,
+    number,
+    one_of,
+    sequence,
+)
+
+
+class Option(NamedTuple):
+    """One option.
+
+    default: its value in a new config. initial: its default when it was introduced, never edited, and its value in a
+    config.json that does not have it; the identity of a run leaves out what has it, so that neither a new option nor a
+    changed default changes the meaning of an old config. phase: a phase may change it. replica: replicas may differ in
+    it. numbers: it changes numbers; False where it only changes the speed.
+    """
+
+    name: str
+    default: Any
+    initial: Any
+    check: checks.Check
+    doc: str
+    phase: bool = False
+    replica: bool = False
+    numbers: bool = True
+
+
+UNCHANGED = object()
+
+
+def _option(name, initial, check, doc, *, default=UNCHANGED, phase=False, replica=False, numbers=True) -> Option:
+    default = initial if default is UNCHANGED else default
+    return Option(name, default, initial, check, doc, phase, replica, numbers)
+
+
+def _are_sets(value: Any) -> bool:
+    rows = isinstance(value, list | tuple) and all(isinstance(row, list | tuple) and len(row) == 3 for row in value)
+    return rows and all(isinstance(x, str) for row in value for x in row) and len({n for n, *_ in value}) == len(value)
+
+
+SOURCE = either(TEXT, sequence(TEXT, "a sequence of strings, one for each domain"))
+SAMPLING = one_of("shuffled", "class_balanced")
+SETS = checks.Check(_are_sets, "triples of strings (name, source, split), each name once")
+SEVERAL = sequence(checks.CHANGES, "a sequence, each pairs (dotted option, value)")
+WEIGHT = either(number(), checks.Check(lambda value: NAMED.fits([value]), "a pair (schedule, {parameter: value})"))
+POSITIVE = sequence(number(0, above=True), "a sequence of numbers above 0")
+
+# The fields of options that are tables.
+TASK_ARGS = {
+    "class_weight": either(one_of("balanced"), POSITIVE),
+    "pos_weight": either(number(0, above=True), POSITIVE),
+}
+TASKS = {  # each with its task_args
+    "classification": ("class_weight",),
+    "binary": ("pos_weight",),
+    "multilabel": ("pos_weight",),
+    "regression": (),
+}
+STREAM = {
+    "source": SOURCE,
+    "split": TEXT,
+    "batch_size": integer(1),  # that of the run unless given
+    "augment": NAMED,
+    "labelled": FLAG,  # False unless given: its batches have no field "label"
+    "sampling": SAMPLING,
+    "shots": integer(0),
+}
+NETWORK = {"name": TEXT, "weights": TEXT, "image_size": integer(0), "cache": one_of("", "features")}
+CARD = dict.fromkeys(("input_size", "mean", "std", "interpolation", "crop", "licence"), checks.ANY)
+
+# fmt: off
+_ROWS = (
+    _option("seed", 0, integer(0, 2**32 - 1), "of the new head, the order of the data, augmentation, dropout and the "
+            "choice of shots", replica=True),
+
+    # What is predicted, and the loss
+    _option("task", "classification", one_of(*TASKS), "what the outputs mean: classes, one probability, a probability "
+            "for each label, or numbers"),
+    _option("task_args", {}, TABLE, "class_weight: \"balanced\" or a weight for each class; pos_weight: of the "
+            "positive examples of a binary task, or of each label"),
+    _option("terms", {}, TABLE, "summands of the loss: {name: {\"weight\": number or (schedule, {parameter: value}), "
+            "and the term's own parameters}}; \"task\" is there without being named", phase=True),
+
+    # The network
+    _option("model.name", "resnet18", TEXT, "the architecture, see docs/weights.md"),
+    _option("model.weights", "", TEXT, "file, builtin:NAME or hf://owner/name[/file]@revision; \"\": random numbers"),
+    _option("model.image_size", 0, integer(0), "pixels; 0: the size on the weight card"),
+    _option("model.keep_head", False, FLAG, "go on with the file's classifier, for the same classes; else a new head"),
+    _option("model.reinit", (), TEXTS, "blocks that start from random numbers all the same: stage3, block11, ..."),
+    _option("model.head", (), NAMED, "layers between the features and the last dense layer: pairs (name, arguments)"),
+    _option("model.head_init", "zeros", TEXT, "of the last dense layer: zeros | lecun"),
+    _option("model.dtype", "float32", one_of("float32", "bfloat16"), "of activations; parameters and loss are float32"),
+    _option("model.prefix_dtype", "", one_of("", "float32", "bfloat16"), "of the frozen prefix; \"\": model.dtype"),
+    _option("model.dropout", 0.0, number(0, 1, below=True), "before the head"),
+    _option("model.drop_path", 0.0, number(0, 1, below=True), "stochastic depth, rising linearly to this rate in the "
+            "last block"),
+    _option("model.remat", "", one_of("", "block", "dots"), "recompute in the backward pass, to save memory: all of a "
+            "block, or all but matrix products and convolutions"),
+    _option("model.attention", "xla", one_of("xla", "cudnn"), "cudnn: its fused kernel, on a GPU in bfloat16"),
+    _option("networks", {}, TABLE, "further networks: {name: {name, weights, image_size, cache}}; cache \"features\": "
+            "what a frozen one computes is kept on disk"),
+
+    # The data
+    _option("data.source", "digits", SOURCE, "digits | glyphs | folder:PATH | csv:FILE | arrays:FILE.npz | "
+            "packed:FOLDER | tfds:NAME; several: one for each domain"),
+    _option("data.train", "train[:80%]", TEXT, "the split to train on"),
+    _option("data.val", "train[80%:]", TEXT, "the split to choose on"),
+    _option("data.test", "", TEXT, "read once, at the end; \"\": val is scored instead, and the result says so"),
+    _option("data.extra_eval", (), SETS, "further sets to score at the end: triples (name, source, split)"),
+    _option("data.labels", (), TEXTS, "the columns that hold the labels, of sources that have columns"),
+    _option("data.resample", "", TEXT, "cut train and test from the split train: kfold:K:FOLD | bootstrap:DRAW | loo"),
+    _option("data.shots", 0, integer(0), "training examples per class; 0: all", replica=True),
+    _option("data.sampling", "shuffled", SAMPLING, "class_balanced: every class equally often"),
+    _option("data.split_seed", 0, integer(0), "of the permutation that slices cut; runs of all seeds share their val"),
+    _option("data.augment", (), NAMED, "pairs (name, {parameter: value}), see docs/data.md"),
+    _option("data.on_error", "fail", one_of("fail", "skip"), "unreadable images; skip counts them"),
+    _option("data.data_dir", "", TEXT, "where tfds keeps its data"),
+    _option("data.workers", 0, integer(0), "processes that decode and augment", numbers=False),
+    _option("data.card", {}, TABLE, "fields of the weight card to replace, such as mean; needs data.override_card"),
+    _option("data.override_card", False, FLAG, "allow data.card to change what the weights expect of their input"),
+    _option("data.transductive", False, FLAG, "allow an unlabelled training stream to hold examples that are scored"),
+    _option("streams", {}, TABLE, "further streams of batches: {name: {source, split, batch_size, augment, labelled, "
+            "sampling, shots}}"),
+    _option("norm_batches", "joint", one_of("joint", "per_stream"), "what BatchNorm normalises over, with streams"),
+
+    # What trains
+    _option("method.name", "linear_probe", TEXT, "linear_probe | full | last_k | first_k | blocks | bitfit | "
+            "norm_only | rules; without gradient: knn | logistic | ridge; see docs/methods.md", phase=True),
+    _option("method.k", 0, integer(0), "blocks of last_k and first_k", phase=True),
+    _option("method.blocks", (), TEXTS, "of blocks: stem, stage1/block0, block3, norm, ...", phase=True),
+    _option("method.rules", (), RULES, "of rules: ordered pairs (path regex, group); the group frozen is not trained",
+            phase=True),
+    _option("method.norm", (), RULES, "ordered pairs (path regex, frozen | update); (): as the block they are in",
+            phase=True),
+    _option("method.add", (), NAMED, "added parameters: pairs (lora | adapter | prompt | ssf, {parameter: value})"),
+    _option("method.stoch_norm", 0.0, number(0, 1), "probability with which a channel of a trained BatchNorm layer is "
+            "normalised by the running statistics", phase=True),
+    _option("method.auto_rgn", False, FLAG, "learning rates of blocks by their relative gradient norms", phase=True),
+    _option("method.grid", (), sequence(number(0), "numbers, (value, ...)"), "of knn (neighbours), logistic (C), "
+            "ridge (alpha): val chooses; (): a default grid"),
+    _option("method.label_smoothing", 0.0, number(0, 1, below=True), "mass that moves from the class to all classes",
+            phase=True),
+    _option("method.mixup", 0.0, number(0), "parameter of the Beta distribution; 0: off", phase=True),
+    _option("method.cutmix", 0.0, number(0), "parameter of the Beta distribution; 0: off", phase=True),
+
+    # Optimization; durations are (amount, epochs | steps | examples)
+    _option("batch_size", 32, integer(1), "over all devices"),
+    _option("total", (10.0, "epochs"), duration(), "the length of the run, or of a phase", phase=True),
+    _option("accumulate", 1, integer(1), "pieces that a batch is cut into, to save memory; BatchNorm sees the pieces"),
+    _option("lr", 1e-3, number(0, above=True), "the peak of the learning rate", phase=True, replica=True),
+    _option("optimizer", "adamw", TEXT, "the name of any optimizer of optax", phase=True),
+    _option("optimizer_args", {}, TABLE, "its further arguments, such as momentum", phase=True),
+    _option("weight_decay", 0.0, number(0), "decoupled where the optimizer has its own", phase=True, replica=True),
+    _option("decay", ".*/kernel", checks.REGEX, "the parameters that weight decay acts on", phase=True),
+    _option("clip", 1.0, number(0), "the largest global norm of the gradient; 0: off", phase=True),
+    _option("groups", {}, TABLE, "{group: {lr_mult, weight_decay, decay, optimizer, args}}", phase=True, replica=True),
+    _option("layer_decay", 1.0, number(0, 1, above=True), "the factor on the learning rate from each block to the one "
+            "before it", phase=True),
+    _option("schedule.name", "cosine", TEXT, "constant | cosine | linear | step | inverse_sqrt", phase=True),
+    _option("schedule.warmup", (0.0, "epochs"), duration(zero=True), "of the learning rate, linear", phase=True),
+    _option("schedule.args", {}, TABLE, "such as final, milestones, factor, timescale", phase=True),
+    _option("ema", 0.0, number(0, 1, below=True), "decay of the moving average of parameters and statistics; 0: off"),
+    _option("phases", (), SEVERAL, "phases one after the other, each pairs (dotted option, value); their lengths add "
+            "up to the run's"),
+
+    # Evaluation
+    _option("eval_batch_size", 128, integer(1), "over all devices"),
+    _option("log_every", (10.0, "steps"), duration(), "lines of metrics.jsonl"),
+    _option("eval_every", (1.0, "epochs"), duration(), "exact evaluation on val, then a checkpoint"),
+    _option("select", "last", one_of("last", "best_val"), "the checkpoint that is scored at the end"),
+    _option("patience", 0, integer(0), "evaluations without improvement of the monitored score before the run stops; "
+            "0: off"),
+    _option("min_delta", 0.0, number(0), "how much an improvement must be, for patience"),
+    _option("resamples", 1000, integer(1), "of the bootstrap behind every interval"),
+
+    # Several runs, memory and speed
+    _option("seeds", (), sequence(integer(0, 2**32 - 1), "integers, (seed, ...)"), "further seeds of the same run"),
+    _option("baseline", (), checks.CHANGES, "a second arm to compare with: pairs (dotted option, value)"),
+    _option("replicas", (), SEVERAL, "runs that are trained together, each pairs (dotted option, value); what is "
+            "frozen is computed once for all"),
+    _option("cache", "", one_of("", "features"), "features: the frozen prefix runs once per image, and its outputs "
+            "are kept on disk"),
+    _option("views", 1, integer(1), "epochs of augmentation that are kept so; epoch e sees those of e % views"),
+    _option("cache_dir", "", TEXT, "where they are kept; \"\": ~/.cache/tl_jax/features", numbers=False),
+    _option("parallel", "jit", one_of("jit", "pmap"), "how a step is divided over the devices"),
+    _option("fsdp", 0, integer(0), "arrays of at least this many elements are divided over the devices; 0: none",
+            numbers=False),
+)
+# fmt: on
+OPTIONS: dict[str, Option] = {option.name: option for option in _ROWS}

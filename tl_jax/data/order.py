@@ -1,0 +1,114 @@
+"""The order of training: which example a counter stands for, as a pure function of (seed, counter)."""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tl_jax.core.checks import refuse
+from tl_jax.data.examples import Source
+
+ORDERS = ("shuffled", "class_balanced")
+RECENT = 4  # permutations that each shuffle keeps: batches made ahead cross from one epoch into the next
+
+
+def derive(seed: int, name: str) -> int:
+    """A seed of its own for each (seed, name), from 0 to 2**63 - 1, by sha256."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1
+
+
+class Shuffle:
+    """The numbers 0 .. n - 1 epoch after epoch, in a new order in each epoch.
+
+    together: how many epochs are drawn at once, where n is so small that each by itself would take too long.
+    """
+
+    def __init__(self, n: int, seed: int, together: int = 1):
+        self.n, self.seed, self.together = n, seed, together
+
+        def numbers(block: int) -> np.ndarray:
+            rng = np.random.default_rng([seed, block])
+            if together == 1:
+                return rng.permutation(n)
+            return rng.permuted(np.tile(np.arange(n), (together, 1)), axis=1).reshape(-1)
+
+        self._numbers = functools.lru_cache(RECENT)(numbers)
+
+    def __reduce__(self):
+        return Shuffle, (self.n, self.seed, self.together)
+
+    def __call__(self, counters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(number, epoch) of each counter."""
+        blocks, places = np.divmod(counters, self.n * self.together)
+        numbers = np.empty(len(counters), np.int64)
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            numbers[here] = self._numbers(block)[places[here]]
+        return numbers, counters // self.n
+
+
+class Order(NamedTuple):
+    """Every round of as many counters as there are groups visits each group once, in an order shuffled anew.
+
+    Within a group the members are shuffled epoch by epoch. One group of all examples is the plain shuffled order.
+    groups: the members of each, indices of examples. rounds: the order of the groups. within: of the members.
+    """
+
+    groups: tuple[np.ndarray, ...]
+    rounds: Shuffle
+    within: tuple[Shuffle, ...]
+
+    def __call__(self, counters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(index, epoch) of each counter: the example, and how often it came before."""
+        if len(self.groups) == 1:
+            numbers, epochs = self.within[0](counters)
+            return self.groups[0][numbers], epochs
+        chosen, visits = self.rounds(counters)
+        indices, epochs = np.empty_like(visits), np.empty_like(visits)
+        for group in np.unique(chosen).tolist():
+            here = chosen == group
+            numbers, epochs[here] = self.within[group](visits[here])
+            indices[here] = self.groups[group][numbers]
+        return indices, epochs
+
+    def counters_of(self, epochs: int) -> int:
+        """How many counters there are until every example has come `epochs` times."""
+        return epochs * len(self.groups) * max(map(len, self.groups))
+
+
+def make_order(groups: Sequence[np.ndarray], seed: int) -> Order:
+    """The order of examples in one or several groups."""
+    seeds = [seed] if len(groups) == 1 else [derive(seed, f"group {number}") for number in range(len(groups))]
+    within = tuple(Shuffle(len(group), own) for group, own in zip(groups, seeds, strict=True))
+    rounds = Shuffle(len(groups), derive(seed, "rounds"), together=max(1, 4096 // len(groups)))
+    return Order(tuple(groups), rounds, within)
+
+
+def seeds_of(source: Source, seed: int) -> tuple[int, ...]:
+    """The seed of each domain of a source; of one without domains the seed itself."""
+    if source.domains is None:
+        return (seed,)
+    return tuple(derive(seed, f"domain {d}") for d in range(len(source.domain_names)))
+
+
+def make_orders(source: Source, order: str, seed: int) -> tuple[Order, ...]:
+    """The order of each domain of a source; raises ValueError that lists domains and classes without examples."""
+    domains = np.zeros(len(source), int) if source.domains is None else source.domains
+    made, problems = [], []
+    for d, own in enumerate(seeds_of(source, seed)):
+        members = np.flatnonzero(domains == d)
+        where = f"{source.domain_names[d]}: " if source.domains is not None else ""
+        groups = [members]
+        if order == "class_balanced":
+            groups = [members[source.labels[members] == c] for c in range(len(source.class_names))]
+        empty = [name for name, group in zip(source.class_names, groups, strict=False) if not len(group)]
+        if not len(members):
+            problems.append(f"{where}no examples")
+        elif empty:
+            problems.append(f"{where}no examples of {', '.join(empty)}")
+        else:
+            made.append(make_order(groups, own))
+    refuse(f"the order {order!r} of {source.name} visits every class and domain", problems)
+    return tuple(made)

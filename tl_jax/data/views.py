@@ -1,0 +1,137 @@
+"""Views of an example: which network reads it, how it is augmented, and the pixels or rows that come of it."""
+
+import itertools
+import threading
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from tl_jax.core.card import Card
+from tl_jax.core.checks import refuse
+from tl_jax.data import order
+from tl_jax.data.examples import Source, listed
+from tl_jax.data.image import ops
+from tl_jax.data.image.augment import Preprocess, make_preprocess
+
+IN_MEMORY = 2**28  # bytes of input pixels that may be made once and kept, where they do not change from epoch to epoch
+FACTS = ("index", "label", "domain", "mask")  # fields of a batch that are no views
+
+
+class View(NamedTuple):
+    """One rendering of an example, which is one field of the batch.
+
+    card: of the network that reads it. augment: (op, parameters) pairs for training, see docs/data.md. draws: views
+    with equal `draws` see the same random numbers, so equal crops and flips cut the same box; others draw their own.
+    """
+
+    card: Card
+    augment: tuple = ()
+    draws: str = ""
+
+
+class Render(NamedTuple):
+    """How the images of a view are made."""
+
+    preprocess: Preprocess
+    draws: str
+
+
+_local = threading.local()
+
+
+def _draws(seed: int, counter: int) -> np.random.Generator:
+    """The stream keyed by (seed, counter), which the next call in this thread ends.
+
+    One generator is set anew for each example; making one each time takes as long as cutting a packed image.
+    """
+    if not hasattr(_local, "rng"):
+        _local.rng = np.random.Generator(np.random.Philox(key=(0, 0)))
+        _local.start = _local.rng.bit_generator.state
+    _local.start["state"]["key"][:] = seed, counter
+    _local.rng.bit_generator.state = _local.start
+    return _local.rng
+
+
+def draws_seed(seed: int, draws: str) -> int:
+    return order.derive(seed, f"draws {draws}") if draws else seed
+
+
+def write_example(
+    source: Source,
+    renders: Mapping[str, Render],
+    out: Mapping[str, np.ndarray],
+    row: int,
+    index: int,
+    seeds: Mapping[str, int] | None = None,
+    counter: int = 0,
+) -> None:
+    """Writes one example into a row of each view; an image that cannot be used is named in the error.
+
+    seeds: of the draws of each view, where there are any.
+    """
+    try:
+        image = ops.as_rgb(source.inputs[index])
+    except ValueError as error:
+        raise ValueError(
+            f"cannot read {source.ids[index]} of {source.name}: {error}; repair or remove it, or set on_error='skip'"
+        ) from None
+    try:
+        for field, render in renders.items():
+            rng = _draws(seeds[field], counter) if seeds else None
+            ops.put(out[field][row], render.preprocess(image, rng))
+    except ValueError as error:
+        raise ValueError(f"{source.ids[index]} of {source.name}: {error}") from None
+
+
+def make_views(
+    source: Source, views: Mapping[str, View], *, augmented: bool
+) -> tuple[dict[str, Render], dict[str, np.ndarray]]:
+    """(renders, prepared) of the views; raises one ValueError for all that do not fit the source."""
+    problems = [] if views else ["there is none"]
+    for field, (card, augment, _) in views.items():
+        if field in FACTS:
+            problems.append(f"{field!r} is the name of another field of the batch")
+        if card.input != source.input:
+            problems.append(f"{field}: the network {card.model} reads an input {card.input!r}, found {source.input!r}")
+        elif card.columns != source.columns:
+            differ = listed([f"{a} -> {b}" for a, b in itertools.zip_longest(card.columns, source.columns) if a != b])
+            problems.append(f"{field}: the columns of {card.model} are not those of the source:\n{differ}")
+        if card.input == "table" and augment:
+            problems.append(f"{field}: rows of a table have no augmentations, found {augment}")
+    refuse(f"the views of {source.name} cannot be used", problems)
+    renders, prepared = {}, {}
+    for field, (card, augment, draws) in views.items():
+        if card.input == "table":
+            prepared[field] = source.inputs[None]
+            continue
+        preprocess = make_preprocess(card, augment if augmented else ())
+        _check_large_enough(source, preprocess)
+        renders[field] = Render(preprocess, draws)
+        if (pixels := _prepare(source, renders[field])) is not None:
+            prepared[field] = pixels[None]
+    return renders, prepared
+
+
+def _prepare(source: Source, render: Render) -> np.ndarray | None:
+    """All input pixels at once [N, S, S, 3], where they are the same in every epoch and small; else None."""
+    size = render.preprocess.input_size
+    total = len(source) * size**2 * 3
+    if not isinstance(source.inputs, np.ndarray) or render.preprocess.ops or total > IN_MEMORY:
+        return None
+    if source.inputs.shape[1:3] == (render.preprocess.resize_size,) * 2 == (size,) * 2:
+        return source.inputs
+    pixels = np.empty((len(source), size, size, 3), np.uint8)
+    for i in range(len(source)):
+        write_example(source, {"": render}, {"": pixels}, i, i)
+    return pixels
+
+
+def _check_large_enough(source: Source, preprocess: Preprocess) -> None:
+    """Raises ValueError for images that were made smaller than the network is to see them."""
+    if small := [size for size, _ in source.made_smaller if size < preprocess.resize_size]:
+        raise ValueError(
+            f"{source.name} was packed with --size {min(small)}, but the card (input {preprocess.input_size}) resizes "
+            f"images to a short side of {preprocess.resize_size}: pack it again, with --size {preprocess.resize_size} "
+            "or more, or take the images themselves"
+        )

@@ -1,0 +1,172 @@
+"""What a method is made of: rules, and terms of the loss, each a pure function of a `Context`."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tl_jax.core import trees
+from tl_jax.core.card import Card
+from tl_jax.core.trees import FROZEN, Rules
+from tl_jax.tasks import Task
+
+Batch = Mapping[str, Mapping[str, jax.Array]]  # {stream: {field: array}}; an unlabelled stream has no label field
+Outputs = Mapping[str, jax.Array]  # logits, every cut, embeddings
+MODEL, AVERAGE = "model", "average"  # networks that every run has: the one that is trained, and its moving average
+TASK, MAIN = "task", "train"  # the task's own term, and the stream that it is on
+
+
+class Network(NamedTuple):
+    """A module with a subtree of the parameters of its own, named by the table that it stands in.
+
+    module: `apply(variables, array, train, start, stop, ...)` -> (logits, outputs). card: what it takes; None where it
+    reads the outputs of another network. variables: {"params", "batch_stats"}. group: what trains it; "frozen" if
+    nothing does. origin: where its leaves come from, for the audit.
+    """
+
+    module: Any
+    card: Card | None
+    variables: Mapping[str, Any]
+    group: str = FROZEN
+    origin: str = "new"
+
+
+class Context(NamedTuple):
+    """What a term may look at in one step.
+
+    batch, encoded, count: by stream; encoded and count (of examples, [B], as the task counts) of labelled ones alone.
+    With gradient accumulation a term sees one part of the batch at a time, and `total` is the count of the whole batch
+    over the number of parts, so that sum / total is right for parts of unequal count.
+    outputs: by stream, of the one training pass of the model, for every stream that a term is on.
+    params, batch_stats: of all networks, nested. groups: the group of each parameter path. memory: this term's own.
+    forward: see `Forward`. step: of the run. progress: 0 .. 1 of the phase. key: folded by the term's name.
+    """
+
+    batch: Batch
+    encoded: Mapping[str, Any]
+    count: Mapping[str, jax.Array]
+    total: Mapping[str, jax.Array]
+    outputs: Mapping[str, Outputs]
+    params: Any
+    batch_stats: Any
+    groups: Mapping[str, str]
+    memory: Any
+    task: Task
+    forward: "Forward"
+    step: jax.Array
+    progress: jax.Array
+    key: jax.Array
+
+
+class Forward:
+    """Documentation of `Context.forward`.
+
+    forward(network, of, *, train=False, stop=None, key=None, params=None) -> (Outputs, batch_stats): one more pass of a
+    network over a stream's inputs (`of` is its name), as the training pass got them, or over an array. In train mode
+    batch_stats holds {path: leaf} of the statistics that moved, for `Result`. params: in place of `Context.params`.
+    """
+
+
+class Result(NamedTuple):
+    """What a term gives: its loss (a mean over examples), further numbers to log, its new memory (None: as it was),
+    and the statistics that moved in its passes, {path: leaf}."""
+
+    loss: jax.Array
+    logs: Mapping[str, jax.Array] = {}
+    memory: Any = None
+    batch_stats: Mapping[str, jax.Array] = {}
+
+
+class Start(NamedTuple):
+    """What a term may look at where a phase begins.
+
+    variables: of all networks, as they are now. memory: the term's own (None in `init`). batches(stream): every example
+    once, as for evaluation: pairs (what the model reads, labels); stops on request; None in `init`, which reads no data.
+    apply(network, variables, x, start=None, stop=None) -> Outputs in eval mode, of the model or of a network that
+    computes as it does; x is what it reads, or the output of the cut `start`; variables as `variables`. model: the module, for its cuts. shapes: of the model's outputs for one
+    example, [1, ...]. source_head(): the weight file's own classifier {"kernel" [D, S], "bias" [S]}, or None.
+    """
+
+    variables: Mapping[str, Any]
+    memory: Any
+    task: Task
+    model: Any
+    shapes: Mapping[str, tuple[int, ...]]
+    batches: Callable[[str], Iterator[tuple[Any, Any]]] | None
+    apply: Callable
+    source_head: Callable[[], Mapping[str, jax.Array] | None]
+    key: jax.Array
+
+
+def no_networks(start: Start) -> tuple[dict[str, Network], Any]:
+    """The `init` of a term that needs nothing of its own."""
+    return {}, None
+
+
+class Term(NamedTuple):
+    """One summand of the loss.
+
+    loss: a pure function of the step. on: the streams whose outputs it reads; the training pass runs over the union.
+    init: its further networks and its memory, arrays of the final shapes; reads no data. refresh: its memory from the
+    data, where a phase begins and every `refresh_every` steps (0: only there); not when resuming in between. logs: the
+    names of its `Result.logs`. reads: further networks that it runs on the inputs of streams. needs: names of build.NEEDS, what it cannot do without.
+    """
+
+    loss: Callable[[Context], Result]
+    on: tuple[str, ...] = (MAIN,)
+    init: Callable[[Start], tuple[dict[str, Network], Any]] = no_networks
+    refresh: Callable[[Start], Any] | None = None
+    refresh_every: int = 0
+    logs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    needs: frozenset[str] = frozenset()
+
+
+class Method(NamedTuple):
+    """One way of adapting a network.
+
+    rules: ordered (path regex, group); the group "frozen" is never trained. terms: {name: (weight, term)}, weight a
+    function of the phase's progress. mix: (key, inputs {field: array}, encoded) -> both mixed, before the pass.
+    """
+
+    rules: Rules
+    terms: Mapping[str, tuple[Callable, Term]]
+    mix: Callable | None = None
+
+
+def make_task_term() -> Term:
+    """The task's own loss on the stream `train`: the mean over all that counts."""
+
+    def loss(context: Context) -> Result:
+        per_example = context.task.loss(context.outputs[MAIN], context.encoded[MAIN])
+        return Result(per_example.sum() / context.total[MAIN])
+
+    return Term(loss)
+
+
+def reverse(x: jax.Array, strength: jax.Array | float) -> jax.Array:
+    """The identity, whose gradient is multiplied by `-strength` (Ganin & Lempitsky 2015, eq. 15-17).
+
+    strength may be traced; it gets no gradient itself.
+    """
+    return _reverse(x, jnp.asarray(strength, jnp.float32))
+
+
+@jax.custom_vjp
+def _reverse(x: jax.Array, strength: jax.Array) -> jax.Array:
+    return x
+
+
+_reverse.defvjp(
+    lambda x, strength: (x, strength),
+    lambda strength, gradient: ((-strength * gradient).astype(gradient.dtype), jnp.zeros_like(strength)),
+)
+
+
+def only(context: Context, group: str) -> Any:
+    """The parameters with a gradient for the leaves of one group alone: a player of a game between groups."""
+    flat = trees.flatten(context.params)
+    return trees.unflatten(
+        {path: leaf if context.groups[path] == group else jax.lax.stop_gradient(leaf) for path, leaf in flat.items()}
+    )

@@ -1,0 +1,87 @@
+"""Multi-label classification: K labels, each present or absent, each with a sigmoid output of its own."""
+
+import numpy as np
+
+from tl_jax.tasks.intervals import average_precision, mean_defined, point_of
+from tl_jax.tasks.predictions import Predictions
+from tl_jax.tasks.task import Metrics, Rows, Spec, Task, unchanged
+
+
+def make(spec: Spec, label_smoothing: float, pos_weight: tuple[float, ...]) -> Task:
+    """Binary cross-entropy of each label, its positives weighted by `pos_weight` [K]; the mean over the labels."""
+    import jax.numpy as jnp  # here, as jax takes its time and metrics do without it
+
+    from tl_jax.tasks import losses
+
+    weights = jnp.asarray(pos_weight, jnp.float32) if pos_weight else 1.0
+
+    def loss(outputs, targets):
+        return losses.binary_cross_entropy(outputs["logits"], targets, weights).mean(axis=-1)
+
+    def running(outputs, labels):
+        return {"hamming_loss": ((outputs["logits"] > 0) != (labels > 0)).astype(jnp.float32).mean(axis=-1)}
+
+    return Task(
+        spec=spec,
+        outputs=len(spec.class_names),
+        encode=lambda labels: losses.smooth_binary(labels, label_smoothing),
+        loss=loss,
+        count=losses.each_once,
+        running=running,
+        keep=lambda outputs: {"logits": outputs["logits"].astype(jnp.float32)},
+        scores=scores,
+        monitor=METRICS.monitor,
+        calibrate=unchanged,
+        metrics=METRICS,
+    )
+
+
+def answer(predictions: Predictions) -> np.ndarray:
+    """Whether each label is predicted [N, K]: its probability is above one half."""
+    return predictions.values > 0
+
+
+def scores(predictions: Predictions) -> dict[str, float]:
+    """Cross-entropy (natural log, mean over examples and labels) and mean average precision, in float64."""
+    once, signs = np.ones((len(predictions.labels), 1), np.float32), np.where(predictions.labels == 1, -1.0, 1.0)
+    return {
+        "loss": float(np.logaddexp(0, signs * predictions.values.astype(np.float64)).mean()),
+        "mean_average_precision": float(_weighted_precision(predictions, once)["mean_average_precision"][0]),
+    }
+
+
+def _weighted(predictions, weights) -> dict:
+    """Rates of each label [B, K] and over all; a label without positives has none, and is left out of the macro F1."""
+    labels, guess, total = predictions.labels == 1, answer(predictions), weights.sum(axis=0)
+    hit, support, guessed = (x.astype(np.float64).T @ weights for x in (labels & guess, labels, guess))
+    denominators = {"precision": guessed, "recall": support, "f1": (support + guessed) / 2}
+    rates = {
+        name: np.where(support > 0, hit / np.maximum(denominator, 0.5), np.nan).T
+        for name, denominator in denominators.items()
+    }
+    pooled = (support.sum(axis=0) + guessed.sum(axis=0)) / 2
+    wrong = labels != guess
+    return rates | {
+        "f1_macro": mean_defined(rates["f1"], axis=1),
+        "f1_micro": np.where(support.sum(axis=0) > 0, hit.sum(axis=0) / np.maximum(pooled, 0.5), np.nan),
+        "subset_accuracy": (~wrong.any(axis=1)).astype(np.float64) @ weights / total,
+        "hamming_loss": wrong.mean(axis=1) @ weights / total,
+    }
+
+
+def _weighted_precision(predictions, weights) -> dict:
+    pairs = zip(predictions.values.T, (predictions.labels == 1).T, strict=True)
+    each = np.stack([average_precision(logits, positive, weights) for logits, positive in pairs], axis=1)
+    return {"average_precision": each, "mean_average_precision": mean_defined(each, axis=1)}
+
+
+METRICS = Metrics(
+    scalars=("f1_macro", "f1_micro", "subset_accuracy", "hamming_loss", "mean_average_precision"),
+    less=("hamming_loss",),
+    monitor=(("mean_average_precision", "max"), ("loss", "min")),
+    scores=scores,
+    point=point_of(_weighted, _weighted_precision),
+    parts=(_weighted, _weighted_precision),
+    differ=lambda a, b: (answer(a) != answer(b)).any(axis=1),
+    rows=Rows("label", ("precision", "recall", "f1", "average_precision"), lambda p: p.labels.sum(axis=0)),
+)

@@ -1,0 +1,126 @@
+"""predictions.npz: the outputs of a network for every example of a split, once, with what they mean."""
+
+import json
+import zipfile
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from tl_jax.core import files
+from tl_jax.core.messages import nearest
+from tl_jax.tasks.task import Spec, spec_problems
+
+OUTPUT = {"classification": "logits", "binary": "logits", "multilabel": "logits", "regression": "values"}
+LEAST = {"classification": 2, "binary": 2, "multilabel": 1, "regression": 1}  # class names
+ARRAYS = ("labels", "ids", "class_names", "task", "features")  # of the file, beside the outputs
+
+
+class Predictions(NamedTuple):
+    """One model's outputs on one split, every example once.
+
+    outputs: {"logits": float32 [N, K]}, of a binary task [N]; of a regression {"values": float32 [N, T]}, in the unit
+    of the target. labels: int32 [N] classes or 0 and 1; int32 [N, K] 0 and 1 (multilabel); float32 [N, T] (regression).
+    ids: text [N]. features: float32 [N, D], what the head reads.
+    """
+
+    outputs: dict[str, np.ndarray]
+    labels: np.ndarray
+    ids: np.ndarray
+    spec: Spec
+    features: np.ndarray | None = None
+
+    @property
+    def values(self) -> np.ndarray:
+        """The one array of outputs."""
+        return self.outputs[OUTPUT[self.spec.name]]
+
+
+def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None) -> Predictions:
+    """Checks and types the arrays.
+
+    Raises one ValueError that lists everything wrong with them; where nothing is wrong but that outputs are not finite,
+    a FloatingPointError that names the rows.
+    """
+    if spec.name not in OUTPUT:
+        raise ValueError(f"there is no task {spec.name!r}{nearest(spec.name, OUTPUT)}; known: {', '.join(OUTPUT)}")
+    output = OUTPUT[spec.name]
+    if set(outputs) != {output}:
+        raise ValueError(f"predictions of a {spec.name} task have the output {output}, found {sorted(outputs)}")
+    values, labels, ids = np.asarray(outputs[output], np.float32), np.asarray(labels), np.asarray(ids, str)
+    features = None if features is None else np.asarray(features, np.float32)
+    labels = labels[:, None] if spec.name == "regression" and labels.ndim == 1 else labels
+    dimensions, least = 1 if spec.name == "binary" else 2, 2 if spec.name == "classification" else 1
+    if values.ndim != dimensions or values.shape[0] == 0 or (dimensions == 2 and values.shape[1] < least):
+        expected = "[N >= 1]" if dimensions == 1 else f"[N >= 1, K >= {least}]"
+        raise ValueError(f"{output} have shape {values.shape}, expected {expected}")
+    count = len(values)
+    wrong = spec_problems(spec, LEAST) + _label_problems(values, labels, spec)
+    if ids.shape != (count,) or len(np.unique(ids)) != count:
+        wrong.append(f"{len(np.unique(ids))} different ids of shape {ids.shape}, expected {count}: each example once")
+    if dimensions == 2 and len(spec.class_names) != values.shape[1]:
+        wrong.append(f"{len(spec.class_names)} class names, expected {values.shape[1]}")
+    if features is not None and (features.ndim != 2 or len(features) != count):
+        wrong.append(f"features have shape {features.shape}, expected [{count}, D]")
+    bad = np.flatnonzero(~np.isfinite(values.reshape(count, -1)).all(axis=1))
+    diverged = f"{len(bad)} rows of {output} are not finite, first {bad[:5].tolist()}; did the training diverge?"
+    if wrong:
+        raise ValueError(f"predictions are inconsistent: {'; '.join([diverged, *wrong] if len(bad) else wrong)}")
+    if len(bad):
+        raise FloatingPointError(diverged)
+    kind = np.float32 if spec.name == "regression" else np.int32
+    return Predictions({output: values}, labels.astype(kind), ids, spec, features)
+
+
+def _label_problems(values: np.ndarray, labels: np.ndarray, spec: Spec) -> list[str]:
+    count, whole = len(values), spec.name != "regression"
+    shape = (count,) if spec.name in ("classification", "binary") else values.shape
+    if labels.shape != shape or labels.dtype.kind not in ("iu" if whole else "iuf"):
+        expected = f"{'integers' if whole else 'numbers'} [{', '.join(map(str, shape))}]"
+        return [f"labels are {labels.dtype} {labels.shape}, expected {expected}"]
+    if not whole:
+        bad = np.flatnonzero(~np.isfinite(labels).all(axis=1))
+        return [f"{len(bad)} rows of labels are not finite, first {bad[:5].tolist()}"] if len(bad) else []
+    classes = values.shape[1] if spec.name == "classification" else 2
+    if labels.min() < 0 or labels.max() >= classes:
+        of = f" for {classes} logits" if spec.name == "classification" else ""
+        return [f"labels span {labels.min()}..{labels.max()}, expected 0..{classes - 1}{of}"]
+    return []
+
+
+def save_predictions(path, predictions: Predictions) -> None:
+    """Writes checked predictions atomically; see `make_predictions` for the errors."""
+    outputs, labels, ids, spec, features = make_predictions(*predictions)
+    rest = {key: value for key, value in spec._asdict().items() if key != "class_names"}
+    arrays = {**outputs, "labels": labels, "ids": ids, "class_names": np.asarray(spec.class_names, str)}
+    arrays |= {"task": np.asarray(json.dumps(rest))} | ({} if features is None else {"features": features})
+    with files.atomic_write(path) as file:
+        np.savez(file, **arrays)
+
+
+def load_predictions(path) -> Predictions:
+    """Reads and checks a predictions.npz; FileNotFoundError or ValueError name the file and what is wrong.
+
+    A file without `task` is of a classification.
+    """
+    try:
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("not an .npz file, or cut short")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return _read(arrays)
+    except (ValueError, TypeError, EOFError, FloatingPointError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: no sound predictions.npz ({error})") from None
+
+
+def _read(arrays) -> Predictions:
+    table = json.loads(str(arrays["task"])) if "task" in arrays.files else {}
+    table = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    expected = {OUTPUT.get(table.get("name", Spec().name), "logits"), *ARRAYS}
+    if wrong := sorted(set(arrays.files).symmetric_difference(expected) - {"features", "task"}):
+        raise ValueError(f"holds {arrays.files}, expected {sorted(expected)}; missing or unknown: {wrong}")
+    outputs = {name: arrays[name] for name in expected - set(ARRAYS)}
+    spec = Spec(**table, class_names=tuple(map(str, arrays["class_names"])))
+    features = arrays["features"] if "features" in arrays.files else None
+    return make_predictions(outputs, arrays["labels"], arrays["ids"], spec, features)

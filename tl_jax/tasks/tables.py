@@ -1,0 +1,56 @@
+"""Summaries as tables for the console."""
+
+import rich.box
+import rich.markup
+import rich.table
+
+ORDER = {"class": "f1", "label": "f1", "target": "r2"}  # the metric with its interval, and that finds the worst
+HEADERS = {"f1": "F1", "roc_auc": "AUC", "average_precision": "AP", "rmse": "RMSE", "mae": "MAE", "r2": "R2",
+           "spearman": "Spearman"}  # fmt: skip
+PLURAL = {"class": "classes", "label": "labels", "target": "targets"}
+
+
+def format_table(summary: dict, of: str = "") -> rich.table.Table:
+    """The scalar metrics with their intervals, for a rich console; `of` names the run and the data in the title."""
+    title = f"{of}{': ' if of else ''}{summary['count']:,} examples, {summary['resamples']:,} resamples"
+    table = rich.table.Table("metric", box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
+    for header in ("value", f"{100 * summary['level']:g} % interval"):
+        table.add_column(header, justify="right")
+    for name, entry in summary.items():
+        if isinstance(entry, dict):
+            table.add_row(name, *_cells(entry))
+    return table
+
+
+def format_classes(summary: dict, limit: int = 20) -> rich.table.Table | None:
+    """The metrics per class, label or target; of more than `limit` those that are worst. None where there are none."""
+    noun = next((noun for noun in ORDER if f"per_{noun}" in summary), None)
+    if noun is None:
+        return None
+    rows, order = summary[f"per_{noun}"], ORDER[noun]
+    worst = sorted(rows, key=lambda row: row[order]["value"] if row[order]["value"] is not None else 2)[:limit]
+    shown = worst if len(rows) > limit else rows
+    title = f"per {noun}"
+    if len(rows) > limit:
+        title = f"the {limit} of {len(rows)} {PLURAL[noun]} with the lowest {HEADERS[order]}"
+    table = rich.table.Table(noun, box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
+    columns = [name for name in rows[0] if name != noun]
+    for name in columns:
+        table.add_column(HEADERS.get(name, name), justify="right")
+        if name == order:
+            table.add_column("interval", justify="right")
+    for row in shown:
+        cells = [rich.markup.escape(row[noun])]
+        for name in columns:
+            if not isinstance(row[name], dict):
+                cells.append(str(row[name]))
+            else:
+                cells += _cells(row[name])[: 2 if name == order else 1]
+        table.add_row(*cells)
+    return table
+
+
+def _cells(entry):
+    numbers = [entry[name] for name in ("value", "low", "high")]
+    value, low, high = ("-" if x is None else f"{x:.4f}" if abs(x) < 1e4 else f"{x:.4g}" for x in numbers)
+    return value, f"{low} .. {high}"

@@ -1,0 +1,126 @@
+"""What a task is: what the outputs mean (Spec), how they are trained (Task) and how they are scored (Metrics)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tl_jax.core.card import Card
+
+Monitor = tuple[tuple[str, str], ...]
+
+
+class Spec(NamedTuple):
+    """What the outputs of a network mean; it stands on the card and in predictions.npz.
+
+    name: one of `tl_jax.tasks.NAMES`. class_names: of the classes, labels or targets; of a binary task the negative
+    and the positive class. target_mean, target_std: of each target, in its unit; a network predicts the standardised
+    target. threshold: the probability from which a binary prediction is positive (None: 0.5).
+    """
+
+    name: str = "classification"
+    class_names: tuple[str, ...] = ()
+    target_mean: tuple[float, ...] = ()
+    target_std: tuple[float, ...] = ()
+    threshold: float | None = None
+
+
+class Rows(NamedTuple):
+    """The table "per_NOUN" of a summary, with one row per class, label or target.
+
+    metrics: the columns; suffix: what their names have behind them in point and parts, where a scalar has the plain
+    name. support: Predictions -> examples of each row [rows].
+    """
+
+    noun: str
+    metrics: tuple[str, ...]
+    support: Callable | None = None
+    suffix: str = ""
+
+
+class Metrics(NamedTuple):
+    """How predictions of a task are scored; numpy alone.
+
+    scalars: the names that `summarize` can give one number for. less: those of them of which less is better.
+    monitor: (name of a score, "max" | "min"): the first selects, the others break ties.
+    scores: Predictions -> {"loss", monitored metric}, float64 and fast: for every evaluation on val.
+    point: Predictions -> {name: scalar or [rows]}; NaN where undefined.
+    parts: functions (Predictions, weights [N, B]) -> {name: [B] or [B, rows]} that share the metrics among them;
+    weights say how often each of B resamples holds an example.
+    differ: two Predictions of the same examples -> whether the answer to each is another one, bool [N].
+    loss_label: the loss with its unit. rows, confusion: Predictions -> counts [K, K]; None where there is none.
+    """
+
+    scalars: tuple[str, ...]
+    less: tuple[str, ...]
+    monitor: Monitor
+    scores: Callable
+    point: Callable
+    parts: tuple[Callable, ...]
+    differ: Callable
+    loss_label: str = "loss (nats)"
+    rows: Rows | None = None
+    confusion: Callable | None = None
+
+
+class Task(NamedTuple):
+    """What a head predicts, and how it is trained and scored.
+
+    outputs: size of the head. encode: labels -> what the loss takes, float32; batches are mixed after it.
+    loss: (outputs of the network, encoded) -> [B] float32, whose plain mean over the examples is minimised.
+    count: labels -> [B], the weight of an example in means. running: (outputs, labels) -> {name: [B]}, the training
+    log, of labels before any mixing. keep: outputs -> {name: [B, ...] float32}, what predictions hold.
+    scores, monitor: as in `Metrics`. calibrate: Predictions on val -> Spec.
+    """
+
+    spec: Spec
+    outputs: int
+    encode: Callable
+    loss: Callable
+    count: Callable
+    running: Callable
+    keep: Callable
+    scores: Callable
+    monitor: Monitor
+    calibrate: Callable
+    metrics: Metrics
+
+
+def spec_of(card: Card) -> Spec:
+    """What a card says of the outputs."""
+    return Spec(card.task, card.class_names, card.target_mean, card.target_std, card.threshold)
+
+
+def card_fields(spec: Spec) -> dict[str, Any]:
+    """The fields of a card that hold a spec, for `Card.replace`."""
+    fields = spec._asdict()
+    return {"task": fields.pop("name"), **fields}
+
+
+def spec_problems(spec: Spec, least: dict[str, int]) -> list[str]:
+    """What is wrong with a spec; least: {task: how many class names it needs at least}."""
+    names, problems = len(spec.class_names), []
+    if names < least[spec.name] or (spec.name == "binary" and names != 2):
+        expected = "2: the negative and the positive class" if spec.name == "binary" else f"{least[spec.name]} or more"
+        problems.append(f"{names} class names for a {spec.name} task, expected {expected}")
+    if spec.name == "regression":
+        mean, std = np.asarray(spec.target_mean, float), np.asarray(spec.target_std, float)
+        if not mean.shape == std.shape == (names,) or not np.isfinite([mean, std]).all() or (std <= 0).any():
+            problems.append(
+                f"target_mean={spec.target_mean}, target_std={spec.target_std}: expected a finite mean and a deviation "
+                f"above 0 for each of {names} targets"
+            )
+    if spec.threshold is not None and not 0 < spec.threshold < 1:
+        problems.append(f"threshold={spec.threshold}: expected a probability between 0 and 1")
+    return problems
+
+
+def preference(monitor: Monitor, scores: dict[str, float | None]) -> tuple[float, ...]:
+    """A sort key of scores: the larger, the better; an undefined score (None, NaN) is the worst."""
+    values = [(scores[name], 1 if side == "max" else -1) for name, side in monitor]
+    return tuple(-np.inf if value is None or np.isnan(value) else sign * value for value, sign in values)
+
+
+def unchanged(predictions: Any) -> Spec:
+    """The calibration of a task that has nothing to calibrate."""
+    return predictions.spec

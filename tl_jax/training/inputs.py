@@ -1,0 +1,149 @@
+"""The data of a run: sources, checked against each other, and the streams of batches made of them."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import jax
+
+from tl_jax.core import messages
+from tl_jax.core.card import PIXELS, Card
+from tl_jax.data import pipeline, resample, sources
+from tl_jax.data.examples import Source
+from tl_jax.data.pipeline import EvalBatches, TrainBatches, View
+from tl_jax.methods.term import MAIN
+from tl_jax.runtime import sharding
+from tl_jax.runtime.log import log
+from tl_jax.training.settings import DataSettings, Settings, StreamSettings
+
+SPLITS = ("train", "val", "test")
+
+
+def load_sources(settings: Settings) -> dict[str, Source]:
+    """The sources of train, val, test, extra_eval and the further streams, by name; ValueError where they do not fit."""
+    data, loop = settings.data, settings.loop
+    _check_splits(data, loop.select == "best_val" or bool(loop.patience), settings.streams)
+    common = {"task": settings.task, "labels": data.labels, "seed": loop.seed, "split_seed": data.split_seed}
+    common |= {"on_error": data.on_error, "data_dir": data.data_dir or None}
+    found = {
+        name: sources.load(data.source, split, shots=data.shots if name == MAIN else 0, **common)
+        for name in SPLITS
+        if (split := getattr(data, name))
+    }
+    if data.resample:
+        found |= _resample(found[MAIN], data.resample, data.split_seed)
+    found |= {name: sources.load(source, split, **common) for name, source, split in data.extra_eval}
+    found |= {
+        name: sources.load(stream.source, stream.split, shots=stream.shots, **common)
+        for name, stream in settings.streams.items()
+    }
+    _check_sources(found, settings)
+    for source in found.values():
+        if source.skipped:
+            names = "\n  ".join(source.skipped[:5])
+            log(f"{source.name}: skipped {len(source.skipped)} unreadable images:\n  {names}")
+    return found
+
+
+def _check_splits(data: DataSettings, chooses: bool, streams: Iterable[str]) -> None:
+    """Raises ValueError where the names of splits do not make a run."""
+    splits, resampled = {name: getattr(data, name) for name in SPLITS if getattr(data, name)}, bool(data.resample)
+    if resampled and (data.test or data.shots):
+        raise ValueError(
+            f"data.resample={data.resample!r} cuts train and test out of data.train; expected data.test='' and "
+            f"data.shots=0, found {data.test!r} and {data.shots}"
+        )
+    if MAIN not in splits or len(splits) + resampled < 2 or (chooses and "val" not in splits):
+        raise ValueError(
+            f"data names the splits {splits}: expected train, and val or test to score on; select='best_val' and "
+            "patience need val"
+        )
+    names = [*SPLITS, *(name for name, *_ in data.extra_eval), *streams]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"data.extra_eval and streams name {twice}, which are taken; choose other names")
+
+
+def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
+    """Raises ValueError for classes that differ between splits, and for examples that are trained on and scored."""
+    train, data = found[MAIN], settings.data
+    classes = dict(enumerate(train.class_names))
+    if settings.task in ("classification", "binary") and len(classes) < 2:
+        raise ValueError(f"{train.name} has the one class {classes[0]!r}; expected at least two to tell apart")
+    for name, source in found.items():
+        if changed := messages.difference(classes, dict(enumerate(source.class_names))):
+            raise ValueError(f"the classes of train and {name} differ (train -> {name}):\n" + "\n".join(changed))
+    for name in scored_names(found, settings):
+        left_out_in_turn = name == "test" and data.resample == "loo"
+        if not left_out_in_turn and (shared := sources.overlap(train, found[name])):
+            raise ValueError(
+                f"{len(shared)} of {len(found[name])} examples of {name} ({found[name].name}) are also in train "
+                f"({train.name}), such as {min(shared)}; use splits that do not overlap"
+            )
+    if (shared := transductive(found, settings)) and not data.transductive:
+        stream, name = next(iter(shared))
+        raise ValueError(
+            f"{shared[stream, name]} of {len(found[name])} examples of {name}, which is scored, are also in the "
+            f"training stream {stream!r}; use splits that do not overlap, or set data.transductive=True, which "
+            "result.json then says"
+        )
+
+
+def scored_names(found: Mapping[str, Source], settings: Settings) -> list[str]:
+    """The names of the sources that are scored."""
+    return [name for name in found if name != MAIN and name not in settings.streams]
+
+
+def transductive(found: Mapping[str, Source], settings: Settings) -> dict[tuple[str, str], int]:
+    """{(further stream, scored split): examples that are in both}."""
+    shared = {
+        (stream, name): len(sources.overlap(found[stream], found[name]))
+        for stream in settings.streams
+        for name in scored_names(found, settings)
+    }
+    return {pair: count for pair, count in shared.items() if count}
+
+
+def _resample(pool: Source, design: str, split_seed: int) -> dict[str, Source]:
+    """Train and test of one fold of the pool; leave-one-out keeps all of it in both."""
+    if design == "loo":
+        return {"test": dataclasses.replace(pool, name=f"{pool.name}, leave-one-out")}
+    train, held_out = resample.split(pool.labels, design, split_seed)
+    return {
+        MAIN: dataclasses.replace(pool.select(train), name=f"{pool.name}, {design}"),
+        "test": dataclasses.replace(pool.select(held_out), name=f"{pool.name}, held out of {design}"),
+    }
+
+
+def field_of(network: str, card: Card, model_card: Card) -> str:
+    """The field of a batch that a further network reads: the model's, where both see the same before normalisation."""
+    same = all(getattr(card, name) == getattr(model_card, name) for name in PIXELS if name not in ("mean", "std"))
+    return model_card.input if same else f"{card.input}:{network}"
+
+
+def make_streams(
+    found: Mapping[str, Source], settings: Settings, cards: Mapping[str, Card], parallel: sharding.Parallel
+) -> tuple[dict[str, TrainBatches], dict[str, EvalBatches]]:
+    """Training batches by stream and step, and batches of all that is scored, in order.
+
+    cards: of what each field of a batch holds; the first field is the model's.
+    """
+    data, loop = settings.data, settings.loop
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    main = StreamSettings(data.source, data.train, loop.batch_size, data.augment, True, data.sampling)
+    streams = {}
+    for name, stream in {MAIN: main, **settings.streams}.items():
+        views = {field: View(card, tuple(stream.augment)) for field, card in cards.items()}
+        sharding.check_batch_size(stream.batch_size, loop.accumulate, parallel.mesh.size)
+        streams[name] = pipeline.train_batches(
+            found[name], views, stream.batch_size, loop.seed, name=name, order=stream.sampling,
+            labelled=stream.labelled, **processes,
+        )  # fmt: skip
+    scored = {name: source for name, source in found.items() if name not in streams}
+    # One size for all, so that one program serves them; it pads val, which is scored often, the least.
+    count = len(found.get("val", found.get("test")))
+    size = parallel.round_up(-(-count // -(-count // loop.eval_batch_size)))
+    first = next(iter(cards))
+    views = {first: View(cards[first])}
+    return streams, {
+        name: pipeline.eval_batches(source, views, size, num_workers=data.workers, **processes)
+        for name, source in scored.items()
+    }

@@ -1,0 +1,236 @@
+"""One run as a program of the training loop; replicas.py is the other."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tl_jax.core import trees
+from tl_jax.core.fields import LABEL, MASK
+from tl_jax.data import pipeline
+from tl_jax.methods.term import MAIN, MODEL, Start
+from tl_jax.runtime import sharding
+from tl_jax.runtime.preemption import Preempted
+from tl_jax.training import audit, evaluate, feature_cache, steps
+from tl_jax.training.build import Phase, Run
+
+Stop = Callable[[int], bool]
+
+
+class Line(NamedTuple):
+    """A line of metrics as the devices have it: sums up to a step, the learning rate of that step, and bad_step."""
+
+    step: int
+    sums: dict[str, jax.Array]
+    lr: jax.Array
+    bad_step: jax.Array
+
+
+class Program(Protocol):
+    """What the loop trains: one run, or several that share a program; i is a phase, j a run of `runs`."""
+
+    runs: Sequence[Run]
+
+    def constant_hashes(self) -> dict[str, str]: ...  # of what checkpoints leave out
+    def initial(self, i: int) -> Any: ...  # the state as if training began with phase i
+    def enter(self, i: int, state: Any) -> Any: ...
+    def refresh(self, i: int, state: Any, names: Sequence[str], stop: Stop) -> Any: ...  # the memory of these terms
+    def frozen_hashes(self, i: int, state: Any) -> dict[str, str]: ...
+    def batches(self, i: int, state: Any, names: Sequence[str], stop: Stop) -> dict[str, Any]: ...
+    def iterate(self, sets: Mapping[str, Any], start: int, stop: int) -> Iterator[Any]: ...
+    def compile(self, i: int, state: Any, batch: Any) -> tuple[Callable, dict[str, Any]]: ...
+    def take_line(self, i: int, state: Any, done: int) -> tuple[Any, Line]: ...
+    def read_line(self, line: Line) -> dict[int, tuple[dict[str, float], float, int]]: ...
+    def predict(self, i: int, state: Any, batches: Any, wanted: Sequence[int]) -> dict[int, Any]: ...
+    def variables(self, state: Any, j: int) -> dict[str, Any]: ...  # as evaluated, on the host
+    def step(self, state: Any) -> int: ...
+    def idle(self, state: Any) -> bool: ...
+
+
+class Single:
+    """One run on all devices."""
+
+    def __init__(self, run: Run, parallel: sharding.Parallel):
+        self.runs, self._run, self._parallel = (run,), run, parallel
+        self._field = run.material.readers[MODEL].field
+        self._eval = functools.cache(self._make_eval)
+        self._lr = functools.cache(lambda i: jax.jit(run.phases[i].schedule))
+
+    def constant_hashes(self) -> dict[str, str]:
+        """`{collection/path: sha256}` of what no phase trains and the weight file gives to every start bit by bit.
+
+        Not what was sampled or computed on the device, which another kind of device may do with other roundings.
+        """
+        variables, origins = self._run.material.variables, self._run.material.origins
+        frozen = audit.frozen_hashes(variables, [phase.audit for phase in self._run.phases])
+        given = {p for p, origin in origins.items() if origin not in ("new", "copy") and "(resampled" not in origin}
+        if any(origins[path] == "copy" for path in frozen):
+            flat = trees.flatten(variables)
+            values = set(trees.leaf_hashes({path: flat[path] for path in given}).values())
+            given |= {path for path, sha256 in frozen.items() if sha256 in values}
+        return {path: sha256 for path, sha256 in frozen.items() if path in given}
+
+    def initial(self, i: int) -> steps.TrainState:
+        phase, material = self._run.phases[i], self._run.material
+
+        def init(variables, memory):
+            variables, memory = jax.tree.map(jnp.copy, (variables, memory))  # a step reuses the memory of its state
+            return steps.init_state(phase.plan, phase.tx, variables, memory, self._run.settings.loop.seed)
+
+        shapes = jax.eval_shape(init, material.variables, material.memory)
+        placed = self._parallel.place((material.variables, material.memory))
+        # One program: leaf by leaf each would be a program of its own.
+        return jax.jit(init, out_shardings=self._parallel.shardings(shapes))(*placed)
+
+    def enter(self, i: int, state: steps.TrainState) -> steps.TrainState:
+        before, phase = self._run.phases[i - 1 : i + 1]
+        return self._parallel.place(steps.enter_phase(phase.plan, phase.tx, state, before.length))
+
+    def refresh(self, i: int, state: steps.TrainState, names: Sequence[str], stop: Stop) -> steps.TrainState:
+        memory = refreshed(self._run, i, current_variables(state), state.memory, names, stop)
+        return state._replace(memory=self._parallel.place(memory))
+
+    def frozen_hashes(self, i: int, state: steps.TrainState) -> dict[str, str]:
+        return audit.frozen_hashes(current_variables(state), [self._run.phases[i].audit])
+
+    def batches(self, i: int, state: steps.TrainState, names: Sequence[str], stop: Stop) -> dict[str, Any]:
+        sets = {**self._run.material.streams, **self._run.material.eval_batches}
+        wanted = {name: sets[name] for name in names}
+        return cached(self._run, self._run.phases[i], wanted, lambda: current_variables(state), self._parallel, stop)
+
+    def iterate(self, sets: Mapping[str, Any], start: int, stop: int) -> Iterator[Any]:
+        with contextlib.closing(streams_of(self._run, sets, start, stop)) as stream:
+            for batch in stream:
+                yield self._parallel.put_batch(batch)
+
+    def compile(self, i: int, state: steps.TrainState, batch: Any) -> tuple[Callable, dict[str, Any]]:
+        phase = self._run.phases[i]
+        return self._parallel.compile(steps.make_train_step(phase.plan, phase.tx), state, batch)
+
+    def take_line(self, i: int, state: steps.TrainState, done: int) -> tuple[steps.TrainState, Line]:
+        """Ends a line after `done` steps, and starts new sums; waits for nothing."""
+        zeros = {name: np.zeros((), np.float32) for name in state.sums}
+        lr = self._lr(i)(jax.device_put(np.int32(done - 1 - self._run.phases[i].start)))
+        line = Line(done, state.sums, lr, jnp.copy(state.bad_step))
+        return state._replace(sums=self._parallel.place(zeros)), line
+
+    def read_line(self, line: Line) -> dict[int, tuple[dict[str, float], float, int]]:
+        sums, lr, bad = jax.device_get((line.sums, line.lr, line.bad_step))
+        return {0: ({name: float(value) for name, value in sums.items()}, float(lr), int(bad))}
+
+    def predict(self, i: int, state: steps.TrainState, batches: Any, wanted: Sequence[int]) -> dict[int, Any]:
+        """{0: Predictions, or the FloatingPointError of a run that diverged}; one program serves all phases it can."""
+        eval_fn, spec = self._eval(eval_prefix(self._run, i)), self._run.task.spec
+        try:
+            return {
+                0: evaluate.predict(eval_fn, steps.eval_variables(state), batches, self._field, spec, self._parallel)
+            }
+        except FloatingPointError as error:
+            return {0: error}
+
+    def _make_eval(self, prefix: steps.Prefix | None) -> Callable:
+        return self._parallel.evaluate(make_eval_step(self._run, prefix))
+
+    def variables(self, state: steps.TrainState, j: int) -> dict[str, Any]:
+        return trees.to_host(steps.eval_variables(state))
+
+    def step(self, state: steps.TrainState) -> int:
+        return int(state.step)
+
+    def idle(self, state: steps.TrainState) -> bool:
+        return state.step.is_ready()
+
+
+def current_variables(state: steps.TrainState) -> dict[str, Any]:
+    """The variables as training moves them, without the moving average."""
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def eval_prefix(run: Run, i: int) -> steps.Prefix | None:
+    """The prefix that evaluation in a phase must know of: one that is cached, or computes in another type."""
+    prefix = run.phases[i].plan.prefix
+    plain = prefix is None or (not prefix.cached and prefix.model.dtype == run.material.model.dtype)
+    return None if plain else prefix
+
+
+def make_eval_step(run: Run, prefix: steps.Prefix | None = None) -> Callable:
+    """The step that evaluates a run."""
+    return steps.make_eval_step(run.material.readers[MODEL], run.task, prefix)
+
+
+def streams_of(run: Run, sets: Mapping[str, Any], start: int, stop: int) -> Iterator[dict[str, Any]]:
+    """The batches of all training streams, step by step, made ahead; each stream has epochs of its own."""
+    workers = run.settings.data.workers
+    made = {name: batches.iterate(start, stop, workers) for name, batches in sets.items()}
+    try:
+        for _ in range(start, stop):
+            yield {name: next(stream) for name, stream in made.items()}
+    finally:
+        for stream in made.values():
+            stream.close()
+
+
+def cached(
+    run: Run, phase: Phase, sets: dict[str, Any], variables: Callable[[], Any], parallel: sharding.Parallel, stop: Stop
+) -> dict[str, Any]:
+    """The sets, with the outputs of what is frozen in place of its inputs where the config says so."""
+    loop, material = run.settings.loop, run.material
+    training = {name for name in sets if name in material.streams}
+    columns = []
+    if phase.plan.prefix and phase.plan.prefix.cached:
+        columns.append((_prefix_column(run, phase, variables()), sets))
+    for name, reader in phase.plan.readers.items():
+        if reader.column and training:
+            own = {key: batches for key, batches in sets.items() if key in training}
+            columns.append((feature_cache.logits_column(name, reader, variables()), own))
+    epochs = -(-run.total_steps * loop.batch_size // len(material.data[MAIN]))
+    found = dict(sets)
+    for column, wanted in columns:
+        made = feature_cache.fill(
+            wanted, column, variables(), parallel, views=min(loop.views, epochs), batch_size=loop.batch_size,
+            folder=loop.cache_dir, stop_requested=stop,
+        )  # fmt: skip
+        for name, values in made.items():
+            found[name] = dataclasses.replace(found[name], prepared={**found[name].prepared, column.field: values})
+    return found
+
+
+def _prefix_column(run: Run, phase: Phase, variables: Any) -> feature_cache.Column:
+    return feature_cache.prefix_column(phase.plan.prefix, phase.plan.readers[MODEL], variables, run.material.networks)
+
+
+def refreshed(
+    run: Run, i: int, variables: Any, memory: Mapping[str, Any], names: Iterable[str], stop: Stop
+) -> dict[str, Any]:
+    """The memory of all terms, that of the named ones computed anew from the data."""
+    material, phase, new = run.material, run.phases[i], dict(memory)
+
+    field, size = phase.plan.readers[MODEL].field, run.settings.loop.eval_batch_size
+    views = {field: pipeline.View(material.card)}
+
+    def batches(stream: str) -> Iterator[tuple[Any, Any]]:
+        for batch in pipeline.eval_batches(material.data[stream], views, min(size, len(material.data[stream]))):
+            if stop(0):
+                raise Preempted("stopped while the memory of the terms is computed")
+            real = batch[MASK]
+            yield batch[field][real], batch[LABEL][real]
+
+    variables, memory = jax.device_get((variables, new))
+    for name in names:
+        start: Start = material.start._replace(variables=variables, memory=memory[name], batches=batches)
+        new[name] = phase.plan.method.terms[name][1].refresh(start)
+    return new
+
+
+def due(phase: Phase, step: int) -> list[str]:
+    """The terms of a phase whose memory is computed anew before a step."""
+    terms = {name: term for name, (_, term) in phase.plan.method.terms.items() if term.refresh}
+    since = step - phase.start
+    return [
+        name for name, term in terms.items() if not since or (term.refresh_every and since % term.refresh_every == 0)
+    ]

@@ -1,0 +1,114 @@
+"""The terms of a config: made, given what they need of their own, and refused where that cannot be had."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tl_jax.core import checks
+from tl_jax.core.messages import nearest
+from tl_jax.methods import TERMS, schedules
+from tl_jax.methods.term import AVERAGE, MAIN, MODEL, TASK, Network, Start, Term
+from tl_jax.training.settings import Settings
+
+# What a term may need, whether a run has it, and how to give it to it.
+NEEDS: dict[str, tuple[Callable[[Settings], bool], str]] = {
+    "classes": (lambda s: s.task == "classification", "task = 'classification'"),
+    "stochastic": (
+        lambda s: bool(s.model.dropout or s.model.drop_path or any(p.method.stoch_norm for p in s.phases)),
+        "something random in the network: model.dropout, model.drop_path or method.stoch_norm above 0",
+    ),
+    "whole_batch": (
+        lambda s: s.loop.accumulate == 1 and s.parallel == "jit",
+        "the whole batch at once: accumulate = 1 and parallel = 'jit'",
+    ),
+    "average": (lambda s: s.loop.ema > 0, "the moving average: ema above 0"),
+}
+Terms = Mapping[str, tuple[Callable, Term]]
+
+
+def make_terms(settings: Settings) -> list[Terms]:
+    """The terms of each phase with their weights, functions of the phase's progress; ValueError lists all that is wrong.
+
+    A phase has the task's own term with weight 1 unless it says otherwise; a term of weight 0 is left out.
+    """
+    problems, made = [], []
+    for phase in settings.phases:
+        given = {TASK: {}, **phase.terms}
+        for name, arguments in given.items():
+            problems += schedules.problems(f"terms.{name}.weight", arguments.get("weight", 1.0))
+            problems += checks.call_problems("term", name, _without_weight(arguments), TERMS)
+    checks.refuse("the terms of the loss do not fit", problems)
+    for phase in settings.phases:
+        given = {TASK: {}, **phase.terms}
+        made.append(
+            {
+                name: (schedules.make(arguments.get("weight", 1.0)), TERMS[name](**_without_weight(arguments)))
+                for name, arguments in given.items()
+                if arguments.get("weight", 1.0) != 0
+            }
+        )
+    checks.refuse("the terms of the loss do not fit", [p for terms in made for p in _problems(settings, terms)])
+    return made
+
+
+def _without_weight(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arguments.items() if key != "weight"}
+
+
+def _problems(settings: Settings, terms: Terms) -> list[str]:
+    """What the terms of a phase need and the run has not."""
+    streams, problems = {MAIN, *settings.streams}, []
+    if not terms:
+        problems.append("no term has a weight above 0: there is nothing to minimise")
+    for name, (_, term) in terms.items():
+        problems += [f"{name} needs {NEEDS[need][1]}" for need in sorted(term.needs) if not NEEDS[need][0](settings)]
+        for stream in term.on:
+            if stream not in streams:
+                problems.append(f"{name} is on the stream {stream!r}{nearest(stream, streams)}: add streams.{stream}")
+        if settings.parallel == "pmap" and (term.on != (MAIN,) or term.reads):
+            problems.append(f"{name} has a further stream or network: parallel = 'pmap' runs one of each, use 'jit'")
+        for network in term.reads:
+            cached = network in settings.networks and settings.networks[network].cache
+            if settings.loop.cache and not cached:
+                hint = f", or set networks.{network}.cache" if network in settings.networks else ""
+                problems.append(f"{name} runs {network!r} on the inputs, which cache replaces: leave out cache{hint}")
+    if settings.networks and settings.parallel == "pmap":
+        problems.append("parallel = 'pmap' runs one network: use 'jit', or leave out networks")
+    return problems
+
+
+def check_use(settings: Settings, phases: Sequence[Terms]) -> None:
+    """Raises ValueError for streams and networks of the config that no term of any phase uses."""
+    terms = [term for phase in phases for _, term in phase.values()]
+    on, read = {stream for term in terms for stream in term.on}, {name for term in terms for name in term.reads}
+    problems = [f"streams.{name} feeds no term" for name in settings.streams if name not in on]
+    problems += [f"networks.{name} is read by no term" for name in settings.networks if name not in read]
+    checks.refuse("the terms of the loss do not fit", problems)
+
+
+class Made(NamedTuple):
+    """What the terms of all phases have of their own before the first step."""
+
+    networks: dict[str, Network]
+    memory: dict[str, Any]
+
+
+def initialise(phases: Sequence[Terms], start: Start, given: Mapping[str, Network]) -> Made:
+    """The networks and the memory of all terms; given: the networks of the config, which a term may read."""
+    networks, memory = dict(given), {}
+    for name, term in {name: term for terms in phases for name, (_, term) in terms.items()}.items():
+        made, kept = term.init(start)
+        for network, value in made.items():
+            known = networks.get(network, value)
+            variables = {
+                kind: {**known.variables.get(kind, {}), **value.variables.get(kind, {})}
+                for kind in {**known.variables, **value.variables}
+            }
+            networks[network] = value._replace(variables=variables)
+        if kept is not None:
+            memory[name] = kept
+        if unknown := [network for network in term.reads if network not in {MODEL, AVERAGE, *networks}]:
+            raise ValueError(
+                f"{name} reads the networks {unknown}, which are not there: add networks.{unknown[0]}"
+                f"{nearest(unknown[0], networks)}"
+            )
+    return Made(networks, memory)

@@ -1,0 +1,153 @@
+"""train(config, workdir): one run from the config to result.json; train_together: several as one program."""
+
+import contextlib
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tl_jax.core import files
+from tl_jax.methods import probes
+from tl_jax.runtime import distributed, sharding, workdir
+from tl_jax.runtime.checkpoint import Checkpoints
+from tl_jax.runtime.log import log
+from tl_jax.training import artifacts, audit, probe, replicas
+from tl_jax.training.build import Run, assemble, prepare
+from tl_jax.training.loop import Ended, Loop, not_finite, selected_steps
+from tl_jax.training.settings import Settings, read
+from tl_jax.training.single import Program, Single, Stop
+
+Outcome = dict[str, Any] | FloatingPointError
+
+
+def never(step: int) -> bool:
+    """A `stop_requested` that nobody asks."""
+    return False
+
+
+def train(
+    config: Any, folder: str | pathlib.Path, *, verbose: bool = True, stop_requested: Stop = never
+) -> dict[str, Any]:
+    """Runs one experiment in its workdir, or resumes it, or returns the result that is there.
+
+    Without `verbose` the audit and the progress stay in their files, and no plots are drawn. Raises ValueError for a
+    config that does not fit its data, weights or workdir, before any training; FloatingPointError at a loss that is not
+    finite; Preempted, with everything saved, soon after `stop_requested(steps done)` has become true.
+    """
+    settings, folder = read(config), pathlib.Path(folder)
+    if result := distributed.from_first(lambda: finished(settings, folder)):
+        log(f"{folder} holds the finished run of these options: its result is shown, data and weights are not read")
+        return result
+    if settings.table["replicas"]:
+        raise ValueError("the config has replicas, which are runs of their own: see tl_jax.studies")
+    parallel = sharding.make_parallel(settings.parallel, fsdp=settings.fsdp)
+    run = assemble(settings, prepare(settings, parallel), parallel)
+    if verbose:
+        _show(run)
+    with contextlib.ExitStack() as stack:
+        if distributed.is_first():
+            stack.enter_context(_opened(run, folder))
+        if settings.phases[0].method.name in probes.NAMES:
+            return probe.probe(run, parallel, folder, verbose, stop_requested)
+        (outcome,) = _train(Single(run, parallel), {0: folder}, folder, parallel, verbose, stop_requested).values()
+    if isinstance(outcome, FloatingPointError):
+        raise outcome
+    return outcome
+
+
+def train_together(
+    configs: Sequence[Any],
+    folders: Sequence[pathlib.Path | None],
+    home: pathlib.Path,
+    *,
+    verbose: bool = False,
+    stop_requested: Stop = never,
+) -> list[Outcome | None]:
+    """Trains configs that differ in replicable options alone as one program, each into its folder.
+
+    Their checkpoints lie in `home`. Returns each result.json, the error of a replica that diverged, which stops no
+    other, or None where the folder is None: such a replica is trained, so that a checkpoint of the same set of configs
+    goes on, but writes nothing. Raises ValueError for configs that do not fit together or anything, and Preempted as
+    `train` does.
+    """
+    parallel = sharding.make_parallel("jit")
+    settings = [read(config) for config in configs]
+    program = replicas.make(settings, parallel)
+    known = {j: finished(settings[j], folder) for j, folder in enumerate(folders) if folder}
+    outcomes: dict[int, Outcome] = {j: result for j, result in known.items() if result}
+    with contextlib.ExitStack() as stack:
+        left = {j: folders[j] for j in known if j not in outcomes}
+        for j, folder in left.items():
+            stack.enter_context(_opened(program.runs[j], folder))
+        outcomes |= _train(program, left, home, parallel, verbose, stop_requested)
+    return [outcomes.get(j) if folder else None for j, folder in enumerate(folders)]
+
+
+def finished(settings: Settings, folder: pathlib.Path) -> dict[str, Any] | None:
+    """The result that lies in a workdir, if any; raises ValueError where the workdir is of other options."""
+    workdir.check_options(folder, settings.table)
+    path = folder / "result.json"
+    return files.read_json(path) if path.exists() else None
+
+
+@contextlib.contextmanager
+def _opened(run: Run, folder: pathlib.Path):
+    """Holds the workdir of a run for this process, with its options and its audit in it."""
+    with workdir.lock(folder):
+        files.write_json(folder / "config.json", dict(run.settings.table))
+        files.write_json(folder / "audit.json", audit.join([phase.audit for phase in run.phases]))
+        yield
+
+
+def _show(run: Run) -> None:
+    """The audit of each phase, and what is cached, on the console."""
+    for phase in run.phases:
+        log(f"\nphase {phase.start} .. {phase.stop} of {run.total_steps} steps" if len(run.phases) > 1 else "")
+        log(audit.to_table(phase.audit, run.material.model.cuts))
+        if prefix := phase.plan.prefix:
+            once = "its outputs are cached" if prefix.cached else "cache='features' would compute it once"
+            log(f"frozen prefix, up to {prefix.cut}: no gradient, no statistics; {once}\n")
+    for (stream, name), count in run.material.shared.items():
+        log(f"transductive: {count} examples of {name}, which is scored, are in the training stream {stream!r}")
+
+
+def _train(
+    program: Program, folders: Mapping[int, pathlib.Path], home: pathlib.Path, parallel, verbose: bool, stop: Stop
+) -> dict[int, Outcome]:
+    """Trains a program and writes what its runs leave; the result or the error of each run that has a folder."""
+    with Checkpoints(home / "checkpoints", program.constant_hashes()) as checkpoints:
+        loop = Loop(program, checkpoints, folders, parallel, verbose, stop)
+        ended = loop.run()
+        outcomes: dict[int, Outcome] = {j: error for j, error in ended.failed.items() if j in folders}
+        left = [j for j in folders if j not in outcomes]
+        selected = selected_steps(program.runs[0], ended, left)
+        for step in sorted(set(selected.values())):
+            chosen = [j for j in left if selected[j] == step]
+            outcomes |= _finish(program, ended, step, chosen, folders, checkpoints, verbose, stop)
+    return outcomes
+
+
+def _finish(
+    program: Program, ended: Ended, step: int, chosen: Sequence[int], folders, checkpoints: Checkpoints, verbose, stop
+) -> dict[int, Outcome]:
+    """Scores the runs whose selected step this is, and writes what they leave."""
+    run, outcomes = program.runs[0], {}
+    i = run.phase_of(step)
+    state = ended.state if step == ended.step else checkpoints.restore(step, program.initial(i))
+    names = artifacts.wanted_splits(run)
+    sets = program.batches(i, state, names, stop)  # the one time that test is read
+    predictions = {name: program.predict(i, state, sets[name], chosen) for name in names}
+    alone = len(program.runs) == 1
+    for j in chosen:
+        own = {name: found[j] for name, found in predictions.items()}
+        if errors := [found for found in own.values() if isinstance(found, FloatingPointError)]:
+            outcomes[j] = not_finite(step - 1, step, f"its outputs are not: {errors[0]}")
+            continue
+        variables, audits = program.variables(state, j), [phase.audit for phase in program.runs[j].phases]
+        hashes = tuple(
+            audit.frozen_hashes(tree, audits) for tree in (program.runs[j].material.variables, variables)
+        )  # fmt: skip
+        outcomes[j] = artifacts.finalize(
+            program.runs[j], folders[j], variables, own, hashes, step=step, last_step=ended.step,
+            verbose=verbose and alone, replicas=len(program.runs),
+        )  # fmt: skip
+    return outcomes
