@@ -28,7 +28,8 @@ class Saved(NamedTuple):
     """A part on disk, what was built for it, and the variables that it is of."""
 
     path: object
-    run: run.Run
+    run: run.Material  # what a run was built of
+    trainable: int
     variables: dict
 
 
@@ -38,8 +39,8 @@ def save_part(tmp_path, further=None, networks=(), **changes):
     further: networks beside the model, {name: its variables}.
     """
     config = options.override(smoke.get_config(), {"method.name": "last_k", "method.k": 1, **changes})
-    built = run.build(config, sharding.make_parallel())
-    (report,) = (phase.audit for phase in built.phases)
+    whole = run.build(config, sharding.make_parallel())
+    built, (report,) = whole.material, (phase.audit for phase in whole.phases)
     rng, frozen = np.random.default_rng(0), audit.frozen_hashes(built.variables, [report])
     moved = {
         path: np.asarray(leaf) + rng.uniform(0.1, 0.3, leaf.shape).astype(np.float32)
@@ -55,7 +56,7 @@ def save_part(tmp_path, further=None, networks=(), **changes):
         model=config.model.name, weights=built.base, seed=config_seed, additions=built.model.additions,
         networks=networks,
     )  # fmt: skip
-    return Saved(path, built, variables)
+    return Saved(path, built, report["totals"]["trainable"], variables)
 
 
 def logits_of(model, variables, size):
@@ -66,8 +67,7 @@ def logits_of(model, variables, size):
 def network_of(saved):
     """The variables of the model with its added parameters."""
     own = (*peft.MODEL, *(name for name, _ in saved.run.model.additions))
-    params = {k: v for k, v in saved.variables["params"].items() if k in own}
-    return {**saved.variables, "params": params}
+    return {kind: {k: v for k, v in tree.items() if k in own} for kind, tree in saved.variables.items()}
 
 
 def check_same(loaded, saved):
@@ -122,7 +122,7 @@ def test_the_file_is_as_large_as_what_was_trained(tmp_path):
     content = saved.path.read_bytes()
     values = sum(tensor.size for tensor in tensors.values())
     assert len(content) == 8 + int.from_bytes(content[:8], "little") + 4 * values
-    trainable = saved.run.phases[0].audit["totals"]["trainable"]
+    trainable = saved.trainable
     statistics = sum(t.size for path, t in tensors.items() if path.startswith("batch_stats/"))
     assert values == trainable + statistics < sum(leaf.size for leaf in jax.tree.leaves(saved.variables))
 
