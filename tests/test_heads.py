@@ -61,9 +61,8 @@ def test_layers_compute_what_torch_computes_and_move_its_statistics(train):
     close(out["embedding"], x.detach())
     new, old = state["batch_stats"]["head"]["norm1"], variables["batch_stats"]["head"]["norm1"]
     close(new["mean"], reference[1].running_mean)
-    unbiased = (
-        reference[1].running_var - 0.9 * old["var"]
-    )  # of 6 examples: torch's running variance is the unbiased one
+    # Of 6 examples; torch's running variance collects the unbiased one.
+    unbiased = reference[1].running_var.numpy() - 0.9 * old["var"]
     close(new["var"], 0.9 * old["var"] + unbiased * 5 / 6 if train else old["var"])
 
 

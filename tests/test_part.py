@@ -14,6 +14,7 @@ from tl_jax import config as options
 from tl_jax import models
 from tl_jax.core import messages, trees
 from tl_jax.models import peft, vit
+from tl_jax.models.mlp import MLP
 from tl_jax.runtime import sharding
 from tl_jax.training import audit
 from tl_jax.training import build as run
@@ -27,15 +28,19 @@ class Saved(NamedTuple):
     """A part on disk, what was built for it, and the variables that it is of."""
 
     path: object
-    run: run.Run
+    run: run.Material  # what a run was built of
+    trainable: int
     variables: dict
 
 
-def save_part(tmp_path, **changes):
-    """A part as a run leaves it; what training would have moved has random numbers added."""
+def save_part(tmp_path, further=None, networks=(), **changes):
+    """A part as a run leaves it; what training would have moved has random numbers added.
+
+    further: networks beside the model, {name: its variables}.
+    """
     config = options.override(smoke.get_config(), {"method.name": "last_k", "method.k": 1, **changes})
-    built = run.build(config, sharding.make_parallel())
-    (report,) = (phase.audit for phase in built.phases)
+    whole = run.build(config, sharding.make_parallel())
+    built, (report,) = whole.material, (phase.audit for phase in whole.phases)
     rng, frozen = np.random.default_rng(0), audit.frozen_hashes(built.variables, [report])
     moved = {
         path: np.asarray(leaf) + rng.uniform(0.1, 0.3, leaf.shape).astype(np.float32)
@@ -43,12 +48,15 @@ def save_part(tmp_path, **changes):
         if path not in frozen
     }
     variables = trees.merge(built.variables, moved)
+    for name, theirs in (further or {}).items():
+        variables = {kind: {**tree, name: theirs[kind]} for kind, tree in variables.items()}
     path, config_seed = tmp_path / "trained.safetensors", config.seed
     delta.save(
         path, variables, audit.prove([report], frozen, audit.frozen_hashes(variables, [report])), built.card,
         model=config.model.name, weights=built.base, seed=config_seed, additions=built.model.additions,
+        networks=networks,
     )  # fmt: skip
-    return Saved(path, built, variables)
+    return Saved(path, built, report["totals"]["trainable"], variables)
 
 
 def logits_of(model, variables, size):
@@ -59,8 +67,7 @@ def logits_of(model, variables, size):
 def network_of(saved):
     """The variables of the model with its added parameters."""
     own = (*peft.MODEL, *(name for name, _ in saved.run.model.additions))
-    params = {k: v for k, v in saved.variables["params"].items() if k in own}
-    return {**saved.variables, "params": params}
+    return {kind: {k: v for k, v in tree.items() if k in own} for kind, tree in saved.variables.items()}
 
 
 def check_same(loaded, saved):
@@ -115,7 +122,7 @@ def test_the_file_is_as_large_as_what_was_trained(tmp_path):
     content = saved.path.read_bytes()
     values = sum(tensor.size for tensor in tensors.values())
     assert len(content) == 8 + int.from_bytes(content[:8], "little") + 4 * values
-    trainable = saved.run.phases[0].audit["totals"]["trainable"]
+    trainable = saved.trainable
     statistics = sum(t.size for path, t in tensors.items() if path.startswith("batch_stats/"))
     assert values == trainable + statistics < sum(leaf.size for leaf in jax.tree.leaves(saved.variables))
 
@@ -143,6 +150,25 @@ def test_what_only_penalties_look_at_stays_behind(tmp_path):
     assert {"reference", "source_head"} & set(saved.variables["params"])
     check_same(delta.load(saved.path), saved)
     assert not any(path.startswith(("params/reference", "params/source_head")) for path in formats.read(saved.path)[0])
+
+
+def test_further_networks_are_left_out_unless_asked_for(tmp_path):
+    rng = np.random.default_rng(0)
+    theirs = MLP(num_classes=1, widths=(8,), norm=True).init(jax.random.key(0), rng.random((1, 64)))
+    further = {"discriminator": theirs, "teacher": jax.tree.map(lambda x: x + 1, theirs)}
+    saved = save_part(tmp_path, further)
+    check_same(delta.load(saved.path), saved)
+    without = saved.path.read_bytes()
+    assert {path.split("/")[1] for path in formats.read(saved.path)[0]} == {"backbone", "head"}
+    assert without == save_part(tmp_path).path.read_bytes()
+    asked = save_part(tmp_path, further, networks=("discriminator",))
+    loaded = delta.load(asked.path)
+    assert set(loaded.variables["params"]) == {"backbone", "head", "discriminator"}
+    for kind in ("params", "batch_stats"):
+        jax.tree.map(np.testing.assert_array_equal, loaded.variables[kind]["discriminator"], theirs[kind])
+    np.testing.assert_array_equal(
+        logits_of(loaded.model, loaded.variables, 16), logits_of(saved.run.model, saved.variables, 16)
+    )
 
 
 HEAD_RESTS = {"method.name": "rules", "method.k": 0, "method.rules": (("backbone/stage3/.*", "x"), (".*", "frozen"))}

@@ -235,6 +235,11 @@ def test_default_card_carries_source_and_hash_and_the_files_card_wins(small_resn
         load.load("resnet8_cifar", tmp_path / "own.safetensors")
 
 
+def test_the_builtin_weights_have_their_own_card():
+    card = load.load("resnet8_cifar", "builtin:glyphs").card
+    assert (card.num_classes, len(card.class_names), card.class_names[0]) == (37, 37, "A")
+
+
 def test_flavour_of_a_file_survives_an_export_in_timm_names(tmp_path):
     name = "deit_tiny_patch16_224"
     variables = random_variables(name)
