@@ -11,7 +11,7 @@ from ml_collections import config_flags
 from configs import transfer
 from tl_jax import config as options
 from tl_jax import models
-from tl_jax.training.loop import train
+from tl_jax.training.train import train
 from tl_jax.training.sweep import sweep
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py"))

@@ -16,7 +16,7 @@ from tl_jax.models import MODELS, peft
 from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.training import build, feature_cache, steps
-from tl_jax.training.loop import train
+from tl_jax.training.train import train
 from tl_jax.weights import formats
 
 AUGMENT = (("rotation", {"degrees": 20.0}),)

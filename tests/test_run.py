@@ -10,7 +10,7 @@ from tl_jax.core import trees
 from tl_jax.data import sources
 from tl_jax.runtime import sharding
 from tl_jax.training import build as run
-from tl_jax.training.loop import train
+from tl_jax.training.train import train
 from tl_jax.weights import load
 
 

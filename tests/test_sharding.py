@@ -23,7 +23,7 @@ from tl_jax.runtime import sharding
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.training import optim, steps
-from tl_jax.training.loop import train
+from tl_jax.training.train import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FSDP = 128

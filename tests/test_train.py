@@ -12,7 +12,7 @@ from tl_jax.runtime import workdir
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.training import loop as trainer
-from tl_jax.training.loop import train
+from tl_jax.training.train import train
 from tl_jax.weights import formats
 
 FILES = {

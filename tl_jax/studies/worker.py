@@ -177,11 +177,11 @@ def take_together(
 
 
 def train_runs(folders, wanted, home: pathlib.Path, stop_requested: Callable[..., bool]):
-    from tl_jax.training import sweep
+    from tl_jax.training.train import train_together
 
     try:
         configs = [read_config(folder) for folder in folders]
-        return sweep.train_together(configs, wanted, home, stop_requested=stop_requested)
+        return train_together(configs, wanted, home, stop_requested=stop_requested)
     except Exception:
         traceback.print_exc()
         raise
@@ -194,7 +194,7 @@ def read_config(folder: pathlib.Path):
 
 
 def train_run(folder: pathlib.Path, stop_requested: Callable[..., bool]) -> dict[str, Any]:
-    from tl_jax.training.loop import train
+    from tl_jax.training.train import train
 
     try:
         return train(read_config(folder), folder, verbose=False, stop_requested=stop_requested)
