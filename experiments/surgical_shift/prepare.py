@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from configs import transfer
 from tl_jax.data import sources
-from tl_jax.training import loop as train
+from tl_jax.training import train
 
 NOISE = 32.0  # standard deviation of the noise on the inverted digits, of 255
 
