@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_models import FAMILIES, RESNET, VIT, close, images, random_variables
 from test_pretrained import CLASSES, add_variants
+from test_pretrained import random_variables as pretrained_variables
 
 from tl_jax import models
 from tl_jax.core import trees
@@ -71,9 +72,11 @@ def test_no_layers_are_the_dense_layer_on_pre_logits_bit_for_bit(make):
     model = make(num_classes=5, dropout=0.5)
     variables = random_variables(model)
     assert set(variables["params"]["head"]) == {"kernel", "bias"} and "head" not in variables.get("batch_stats", {})
-    logits, out = model.apply(variables, images())
-    dense = nn.Dense(5).apply({"params": variables["params"]["head"]}, out["pre_logits"])
-    np.testing.assert_array_equal(logits, dense)
+    kernel = variables["params"]["head"]["kernel"]
+    features = np.random.default_rng(1).standard_normal((4, len(kernel))).astype(np.float32)
+    logits, out = model.apply(variables, features, start="pre_logits")
+    np.testing.assert_array_equal(logits, nn.Dense(5).apply({"params": variables["params"]["head"]}, out["embedding"]))
+    np.testing.assert_array_equal(out["embedding"], features)
 
 
 @pytest.mark.parametrize(("make", "cut"), [(RESNET, "stage2"), (VIT, "block1")], ids=["resnet", "vit"])
@@ -218,18 +221,19 @@ def moved(variables):
 @pytest.mark.parametrize("layers", [BOTTLENECK, POOLED, FLAT], ids=["bottleneck", "pooled", "flat"])
 def test_a_head_goes_out_and_comes_back_bit_equal_with_its_card(small, layers, tmp_path):
     path = tmp_path / "w.safetensors"
-    for name in small:
-        for layout in (None, "native"):
-            made = load.load_with_origins(name, "", 3, head=layers)
-            variables = moved(made.variables)
-            load.export(variables, name, path, card=made.card, layout=layout)
-            loaded = load.load_with_origins(name, path)
-            assert loaded.card == made.card and loaded.card.head == loaded.model.head == layers
-            jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
-            assert "new" not in loaded.origins.values() and loaded.dropped == ()
+    name = small[layers == POOLED]
+    made = load.load_with_origins(name, "", 3, head=layers)
+    variables = moved(made.variables)
+    for layout in ("native", None):
+        load.export(variables, name, path, card=made.card, layout=layout)
+        loaded = load.load_with_origins(name, path)
+        assert loaded.card == made.card and loaded.card.head == loaded.model.head == layers
+        jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
+        assert "new" not in loaded.origins.values() and loaded.dropped == ()
     keys = set(formats.read(path)[0])
-    load.export(variables, name, path, card=made.card)
-    assert {key for key in formats.read(path)[0] if "/" in key} == {key for key in keys if "/head/" in key}
+    assert {key for key in keys if "/" in key} == {key for key in made.origins if "/head/" in key}, (
+        "beside the family's"
+    )
     listed = load.inspect(path)
     assert "params/head/out/kernel" in listed and '"head": [["' in listed
     assert load.source_head(name, path) is None, "its classifier does not read pre_logits"
@@ -237,35 +241,33 @@ def test_a_head_goes_out_and_comes_back_bit_equal_with_its_card(small, layers, t
 
 def test_a_plain_head_has_the_familys_names_and_no_layers_on_its_card(small, tmp_path):
     for name, key in zip(small, ("linear.weight", "head.weight"), strict=True):
-        made = load.load(name, "", 3)
-        load.export(made.variables, name, tmp_path / "w.safetensors", card=made.card)
+        load.export(pretrained_variables(name), name, tmp_path / "w.safetensors", card=models.get(name).card)
         tensors, metadata = formats.read(tmp_path / "w.safetensors")
         assert key in tensors and not any("/" in name for name in tensors)
         assert '"head"' not in metadata[load.CARD_KEY]
 
 
 def test_a_new_head_replaces_the_layers_of_a_file_and_has_the_numbers_of_its_seed(small, tmp_path):
-    path = tmp_path / "w.safetensors"
-    for name in small:
-        old = load.load(name, "", 4, head=FLAT)
-        variables = moved(old.variables)
-        load.export(variables, name, path, card=old.card)
-        loaded = load.load_with_origins(name, path, 3, head=POOLED, seed=5, head_init="lecun")
-        scratch = load.load_with_origins(name, "", 3, head=POOLED, seed=5, head_init="lecun")
-        assert loaded.card.head == POOLED and set(loaded.dropped) == {
-            f"params/head/{layer}/{leaf}" for layer in ("dense1", "out") for leaf in ("kernel", "bias")
-        }
-        for kind in ("params", "batch_stats"):
-            jax.tree.map(np.testing.assert_array_equal, loaded.variables[kind]["head"], scratch.variables[kind]["head"])
-        jax.tree.map(
-            np.testing.assert_array_equal, loaded.variables["params"]["backbone"], variables["params"]["backbone"]
-        )
-        new = {leaf for leaf, origin in loaded.origins.items() if origin == "new"}
-        assert new == {leaf for leaf in loaded.origins if "/head/" in leaf}
-        bare = load.load(name, path, 0)
-        assert "head" not in bare.variables["params"] and bare.card.head == ()
-        with pytest.raises(ValueError, match=r"keeps its own head, whose layers are \(\('flatten', {}\), .* asked for"):
-            load.load(name, path, head=POOLED)
+    path, name = tmp_path / "w.safetensors", small[1]
+    old = load.load(name, "", 4, head=FLAT)
+    variables = moved(old.variables)
+    load.export(variables, name, path, card=old.card)
+    loaded = load.load_with_origins(name, path, 3, head=POOLED, seed=5, head_init="lecun")
+    scratch = load.load_with_origins(name, "", 3, head=POOLED, seed=5, head_init="lecun")
+    assert loaded.card.head == POOLED and set(loaded.dropped) == {
+        f"params/head/{layer}/{leaf}" for layer in ("dense1", "out") for leaf in ("kernel", "bias")
+    }
+    for kind in ("params", "batch_stats"):
+        jax.tree.map(np.testing.assert_array_equal, loaded.variables[kind]["head"], scratch.variables[kind]["head"])
+    backbones = (tree["params"]["backbone"] for tree in (loaded.variables, variables))
+    jax.tree.map(np.testing.assert_array_equal, *backbones)
+    assert {leaf for leaf, origin in loaded.origins.items() if origin == "new"} == {
+        leaf for leaf in loaded.origins if "/head/" in leaf
+    }
+    bare = load.load(name, path, 0)
+    assert "head" not in bare.variables["params"] and bare.card.head == ()
+    with pytest.raises(ValueError, match=r"keeps its own head, whose layers are \(\('flatten', {}\), .* asked for"):
+        load.load(name, path, head=POOLED)
 
 
 def test_flatten_makes_its_dense_layer_for_the_input_size(small):

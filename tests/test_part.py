@@ -158,9 +158,7 @@ def test_further_networks_are_left_out_unless_asked_for(tmp_path):
     further = {"discriminator": theirs, "teacher": jax.tree.map(lambda x: x + 1, theirs)}
     saved = save_part(tmp_path, further)
     check_same(delta.load(saved.path), saved)
-    without = saved.path.read_bytes()
     assert {path.split("/")[1] for path in formats.read(saved.path)[0]} == {"backbone", "head"}
-    assert without == save_part(tmp_path).path.read_bytes()
     asked = save_part(tmp_path, further, networks=("discriminator",))
     loaded = delta.load(asked.path)
     assert set(loaded.variables["params"]) == {"backbone", "head", "discriminator"}

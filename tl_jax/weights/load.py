@@ -263,6 +263,10 @@ def _default_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return _shapes(_make(variant, card, "zeros"), card)[0]
 
 
+def _backbone_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    return {leaf: shape for leaf, shape in _default_shapes(name).items() if not leaf.startswith(HEAD)}
+
+
 def _detect(name: str, path: Any, tensors: Mapping[str, np.ndarray]) -> str:
     """The layout whose table reads most of the file's keys; ties go to the first."""
     leaves, layouts = list(_default_shapes(name)), models.get(name).layouts
@@ -336,9 +340,9 @@ def candidates(tensors: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
         for layout, table in variant.layouts.items() if "." not in name else ():
             family = (variant.module.func, table)  # one member tells whether the family's table knows any key
             if family not in related:
-                related[family] = tables.coverage(table, list(_default_shapes(name)), tensors) > 0
+                related[family] = tables.coverage(table, _backbone_shapes(name), tensors) > 0
             if related[family]:
-                backbone = {leaf: shape for leaf, shape in _default_shapes(name).items() if not leaf.startswith(HEAD)}
+                backbone = _backbone_shapes(name)
                 found += (
                     [(name, layout)] if tables.shapes_match(tables.with_native_head(table), backbone, tensors) else []
                 )
