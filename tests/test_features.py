@@ -201,7 +201,7 @@ def test_what_cannot_be_cached_is_refused_at_once(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("name", ["knn", "logistic"])
-def test_closed_forms_read_the_same_features(store, tmp_path, monkeypatch, name):
+def test_probes_without_gradient_read_the_same_features(store, tmp_path, monkeypatch, name):
     form = {"method.name": name, "method.k": 0, "select": "last", "data.augment": ()}
     live = train(make_config(form), tmp_path / "live", verbose=False)
     held = train(cached(form, tmp_path / "cache"), tmp_path / "held", verbose=False)

@@ -8,10 +8,19 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import scipy.special
+from test_pretrained_parity import cifar_resnet
 from test_train import remains
 
+from configs import smoke
+from tl_jax.config import override as options_of
+from tl_jax.runtime import sharding
+from tl_jax.training import build
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+GLYPHS = "tl_jax/assets/glyphs.safetensors"
 SMOKE = ["--config", "configs/smoke.py"]
 
 
@@ -99,7 +108,8 @@ def test_eight_devices_and_pmap_give_the_losses_and_counts_of_one_device(tmp_pat
 
 
 @pytest.mark.slow
-def test_runs_killed_at_20_random_moments_end_bit_equal_to_an_unbroken_one(tmp_path):
+@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_runs_killed_at_random_moments_end_bit_equal_to_an_unbroken_one(tmp_path, times):
     """SIGKILL while importing, compiling, stepping, evaluating, saving or writing results; the same command goes on."""
     # Fine-tuning with many evaluations and saves, so that the kills meet all of them.
     options = [*SMOKE, "--config.method.name=full", "--config.total=(120,'steps')", "--config.eval_every=(4,'steps')"]
@@ -107,14 +117,14 @@ def test_runs_killed_at_20_random_moments_end_bit_equal_to_an_unbroken_one(tmp_p
     code, output = launch(*options, "--workdir", tmp_path / "whole")
     assert code == 0, output
     whole, draw, kills, finished = remains(tmp_path / "whole"), random.Random(0), 0, 0
-    while kills < 20 or not finished:
+    while kills < times or not finished:
         target = tmp_path / f"killed{finished}"
         process = start(*options, "--workdir", target)
         # A random number of lines into the run and a random part of a second on, so that any machine meets all phases.
-        for _ in range(draw.randrange(80) if kills < 20 else 0):
+        for _ in range(draw.randrange(80) if kills < times else 0):
             process.stdout.readline()
         try:
-            output, _ = process.communicate(timeout=draw.uniform(0.0, 0.5) if kills < 20 else None)
+            output, _ = process.communicate(timeout=draw.uniform(0.0, 0.5) if kills < times else None)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()
@@ -123,6 +133,63 @@ def test_runs_killed_at_20_random_moments_end_bit_equal_to_an_unbroken_one(tmp_p
         assert process.returncode == 0, output
         assert remains(target) == whole
         finished += 1
+
+
+def test_the_program_of_one_device_with_all_optimisations_computes_what_numpy_and_torch_do(tmp_path):
+    """The other tests turn XLA's optimisations off and simulate devices; this one sees what a user runs."""
+    torch = pytest.importorskip("torch_reference").torch
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    options = {"optimizer": "sgd", "clip": 0.0, "weight_decay": 0.0, "lr": 0.05, "total": (24.0, "steps")}
+    options["select"] = "last"
+    given = [f"--config.{name}={value}" for name, value in options.items()]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
+    command = [sys.executable, "launch.py", *SMOKE, *given, "--workdir", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, env={**plain, "JAX_PLATFORMS": "cpu"}, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "cost.json").read_text())["device"].startswith("1 x ")
+
+    # The weights: the file's own bits, but for the head.
+    exported, base = (load_file(path) for path in (tmp_path / "model.safetensors", ROOT / GLYPHS))
+    moved = {name for name, tensor in exported.items() if not torch.equal(tensor, base[name])}
+    assert exported.keys() == base.keys() and moved == {"linear.weight", "linear.bias"}
+
+    # The predictions: a torch network that reads the exported file.
+    run = build.build(options_of(smoke.get_config(), options), sharding.make_parallel())
+    network = cifar_resnet(torch, 1)
+    network.linear = torch.nn.Linear(64, 10)
+    network.load_state_dict(exported, strict=False)
+    seen = []
+    network.eval().linear.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].numpy()))
+
+    def see(images):
+        """Logits and features by torch of images [B, H, W, C] in 0..255."""
+        scaled = (images.astype(np.float32) / 255 - np.float32(run.card.mean)) / np.float32(run.card.std)
+        with torch.no_grad():
+            return network(torch.from_numpy(scaled.transpose(0, 3, 1, 2))).numpy(), seen[-1]
+
+    with np.load(tmp_path / "predictions.npz") as saved:
+        batches = list(run.eval_batches["test"])
+        logits, features = map(np.concatenate, zip(*(see(b["image"][b["mask"]]) for b in batches), strict=True))
+        np.testing.assert_allclose(saved["logits"], logits, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(saved["features"], features, rtol=1e-4, atol=1e-4)
+        accuracy = (logits.argmax(1) == saved["labels"]).mean()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["metrics"]["accuracy"]["value"] == pytest.approx(accuracy) and accuracy > 0.4
+
+    # The training: softmax regression by gradient descent in numpy, on torch's features of the same batches.
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "train/loss" in row]
+    kernel, bias = np.zeros((64, 10)), np.zeros(10)
+    for step, row in enumerate(rows):
+        batch = run.batches[step]
+        x, onehot = np.float64(see(batch["image"])[1]), np.eye(10)[batch["label"]]
+        log_p = scipy.special.log_softmax(x @ kernel + bias, axis=1)
+        assert row["train/loss"] == pytest.approx(-(log_p * onehot).sum(1).mean(), rel=1e-4)
+        slope = (np.exp(log_p) - onehot) / len(x)
+        kernel, bias = kernel - row["train/lr"] * x.T @ slope, bias - row["train/lr"] * slope.sum(0)
+    assert len(rows) == 24 and rows[-1]["train/loss"] + 0.1 < rows[0]["train/loss"] == pytest.approx(np.log(10))
+    np.testing.assert_allclose(exported["linear.weight"].numpy().T, kernel, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(exported["linear.bias"].numpy(), bias, rtol=1e-3, atol=1e-5)
 
 
 def test_sigterm_ends_with_code_75_and_the_same_command_finishes(tmp_path):

@@ -213,7 +213,7 @@ def test_exactly_what_the_method_names_moves_and_its_files_compute_what_it_score
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MOVES if MOVES[name] is None])
-def test_a_closed_form_changes_the_head_alone(name, tmp_path, monkeypatch):
+def test_a_probe_without_gradient_changes_the_head_alone(name, tmp_path, monkeypatch):
     trained = run_method(name, tmp_path / "w", monkeypatch, **{"data.val": "train[80%:]"})
     loaded, cost = flat(trained.run.variables), read(trained, "cost.json")
     assert (tmp_path / "w" / "model.safetensors").exists() == (name != "knn")

@@ -16,6 +16,7 @@ from tl_jax.models.variant import Variant
 from tl_jax.weights import load
 
 BIG = pytest.mark.slow
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)  # CI runs one large variant of each family
 
 
 @pytest.fixture
@@ -49,8 +50,15 @@ def torchvision_stages(model):
     return {"stem": model.maxpool, **{f"stage{i}": getattr(model, f"layer{i}") for i in range(1, 5)}}
 
 
-DEEP = ("resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnext50_32x4d")
-RESNETS = pytest.mark.parametrize("name", ["resnet18", *(pytest.param(name, marks=BIG) for name in DEEP)])
+DEEP = ("resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2")
+RESNETS = pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        pytest.param("resnext50_32x4d", marks=BIG),
+        *(pytest.param(name, marks=EXHAUSTIVE) for name in DEEP),
+    ],
+)
 
 
 @RESNETS
@@ -159,16 +167,15 @@ def test_timm_vit_gives_the_same_logits_and_blocks(small_vit, reference, tmp_pat
     check_parity(model, timm_parts(model), small_vit, reference.save(model, tmp_path / "w.pth"), 48, "timm")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        "vit_tiny_patch16_224",
-        "deit_tiny_patch16_224",
-        "vit_small_patch32_384",
-        "vit_base_patch32_224",
-        "deit_base_patch16_384",
-        "vit_large_patch32_224",
+        pytest.param("vit_tiny_patch16_224", marks=BIG),
+        pytest.param("deit_tiny_patch16_224", marks=EXHAUSTIVE),
+        pytest.param("vit_small_patch32_384", marks=EXHAUSTIVE),
+        pytest.param("vit_base_patch32_224", marks=EXHAUSTIVE),
+        pytest.param("deit_base_patch16_384", marks=EXHAUSTIVE),
+        pytest.param("vit_large_patch32_224", marks=EXHAUSTIVE),
     ],
 )
 def test_whole_timm_vit_gives_the_same_logits_and_blocks(name, reference, tmp_path):

@@ -293,17 +293,18 @@ def everything(workdir):
 
 
 @pytest.mark.slow
-def test_a_study_killed_ten_times_gives_the_results_of_an_unbroken_one(tmp_path):
+@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.exhaustive)])
+def test_a_study_killed_at_random_moments_gives_the_results_of_an_unbroken_one(tmp_path, times):
     """SIGKILL to the launcher or to one of its workers, at any moment; the same command goes on, --retry at the end."""
     (tmp_path / "study.py").write_text(STUDY.replace(', "unreadable": {"data.source": "arrays:nowhere.npz"}', ""))
     study = ["--study", tmp_path, "--jobs", "2", "--retry"]
     code, output = launch(*study, "--workdir", tmp_path / "whole")
     assert code == 0, output
     whole, draw, kills, finished = everything(tmp_path / "whole"), random.Random(0), 0, 0
-    while kills < 10 or not finished:
+    while kills < times or not finished:
         target = tmp_path / f"killed{finished}"
         process = start(*study, "--workdir", target)
-        if kills < 10:
+        if kills < times:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=draw.uniform(1.0, 9.0))
             workers = children(process.pid)
