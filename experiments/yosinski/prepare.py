@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from configs import transfer
 from tl_jax.data import sources
-from tl_jax.training import loop
+from tl_jax.training import train
 
 SEED = 0  # of the split of the classes, and of the base networks
 
@@ -54,7 +54,7 @@ def train_base(folder: pathlib.Path, half: str) -> float:
         config.total = (300.0, "steps")  # as many as the networks of the study
         config.lr = 5e-3
         config.log_every, config.eval_every = (100.0, "steps"), (300.0, "steps")
-    return loop.train(config, folder / half, verbose=False)["metrics"]["accuracy"]["value"]
+    return train.train(config, folder / half, verbose=False)["metrics"]["accuracy"]["value"]
 
 
 def main(folder: pathlib.Path) -> None:

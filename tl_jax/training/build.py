@@ -18,7 +18,7 @@ from tl_jax.data.examples import Source
 from tl_jax.data.pipeline import EvalBatches, TrainBatches
 from tl_jax.methods import mixing, probes, rules
 from tl_jax.methods.term import MAIN, MODEL, Method, Network, Start
-from tl_jax.models import peft
+from tl_jax.models import deterministic_cuts, peft
 from tl_jax.models.head import reads
 from tl_jax.models.layers import unfused
 from tl_jax.runtime import sharding
@@ -391,7 +391,7 @@ def _make_prefix(
     changing = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
     own = [path for path in changing if path.split("/")[0] not in networks]
     length = rules.frozen_cuts(own, model.cuts, settings.model.drop_path)
-    length = min(length, model.cuts.index(reads(model.model)) + 1)
+    length = min(length, model.cuts.index(reads(model.model)) + 1, len(deterministic_cuts(model.model)))
     if not length:
         return None
     dtype = settings.model.prefix_dtype or settings.model.dtype
