@@ -73,7 +73,9 @@ def test_neighbours_give_the_accuracy_that_scikit_learn_gives_on_the_features(tm
 
 
 def test_a_linear_probe_is_a_network_with_that_head_and_nothing_else_changed(tmp_path, by_hand):
-    result, built = run_probe("logistic", tmp_path / "w", (0.1,), **{"data.extra_eval": (("rest", "digits", "test[80%:]"),)})
+    result, built = run_probe(
+        "logistic", tmp_path / "w", (0.1,), **{"data.extra_eval": (("rest", "digits", "test[80%:]"),)}
+    )
     (train_labels, train, _), _, (labels, test, _) = by_hand.values()
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(train, train_labels)
     assert result["metrics"]["accuracy"]["value"] == pytest.approx(model.score(test, labels))

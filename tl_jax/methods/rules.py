@@ -78,14 +78,12 @@ def parts(paths: Iterable[str]) -> dict[str, str]:
     return {path: match[1] for path, match in found.items() if match}
 
 
-def frozen_cuts(trained: Iterable[str], cuts: Sequence[str], drop_path: float = 0.0) -> int:
-    """How many of the network's cuts, counted from the images, have the same values in every step.
+def frozen_cuts(trained: Iterable[str], cuts: Sequence[str]) -> int:
+    """How many of the network's cuts, counted from the input, do not depend on what is trained.
 
-    trained: the paths of trained parameters and of BatchNorm layers that update their statistics. With stochastic
-    depth, blocks after the first are skipped at random.
+    trained: the paths of trained parameters and of BatchNorm layers that update their statistics.
     """
-    first = [*places(trained, cuts).values(), len(cuts)]
-    return min(first + [2] if drop_path and len(cuts) > 3 else first)
+    return min([*places(trained, cuts).values(), len(cuts)])
 
 
 def places(paths: Iterable[str], cuts: Sequence[str]) -> dict[str, int]:

@@ -82,10 +82,11 @@ class Start(NamedTuple):
     """What a term may look at where a phase begins.
 
     variables: of all networks, as they are now. memory: the term's own (None in `init`). batches(stream): every example
-    once, as for evaluation: pairs (what the model reads, labels); stops on request; None in `init`, which reads no data.
-    apply(network, variables, x, start=None, stop=None) -> Outputs in eval mode, of the model or of a network that
-    computes as it does; x is what it reads, or the output of the cut `start`; variables as `variables`. model: the module, for its cuts. shapes: of the model's outputs for one
-    example, [1, ...]. source_head(): the weight file's own classifier {"kernel" [D, S], "bias" [S]}, or None.
+    once, as for evaluation: pairs (what the model reads, labels); stops on request; None in `init`, which reads no
+    data. apply(network, variables, x, start=None, stop=None) -> Outputs in eval mode, of the model or of a network that
+    computes as it does; x is what it reads, or the output of the cut `start`; variables as `variables`. model: the
+    module, for its cuts. shapes: of the model's outputs for one example, [1, ...]. source_head(): the weight file's own
+    classifier {"kernel" [D, S], "bias" [S]}, or None.
     """
 
     variables: Mapping[str, Any]
@@ -110,7 +111,8 @@ class Term(NamedTuple):
     loss: a pure function of the step. on: the streams whose outputs it reads; the training pass runs over the union.
     init: its further networks and its memory, arrays of the final shapes; reads no data. refresh: its memory from the
     data, where a phase begins and every `refresh_every` steps (0: only there); not when resuming in between. logs: the
-    names of its `Result.logs`. reads: further networks that it runs on the inputs of streams. needs: names of build.NEEDS, what it cannot do without.
+    names of its `Result.logs`. reads: further networks that it runs on the inputs of streams. needs: what it cannot do
+    without, names of training.terms.NEEDS.
     """
 
     loss: Callable[[Context], Result]

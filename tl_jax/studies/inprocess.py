@@ -1,4 +1,4 @@
-"""Runs of one config in this process: further seeds and a baseline, or replicas as one program; a study of one factor."""
+"""Studies of one factor in this process: further seeds and a baseline of a config, or replicas as one program."""
 
 import pathlib
 import re

@@ -257,7 +257,7 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
 
 
 def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
-    """The first metric of every split against alpha; beside it that of data.extra_eval against that of the run's data."""
+    """The first metric of every split against alpha; next to it that of data.extra_eval against that of the data."""
     alphas, curves = report["alphas"], report["curves"]
     metric = next(iter(next(iter(curves.values()))))
     scored = "test" if "test" in curves else "val"

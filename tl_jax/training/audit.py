@@ -14,7 +14,7 @@ from rich.table import Table
 from tl_jax.core import messages, trees
 from tl_jax.core.card import Card
 from tl_jax.core.trees import FROZEN, Match
-from tl_jax.methods import rules as finetune
+from tl_jax.methods.rules import places
 from tl_jax.training import optim
 
 NORM_STATISTICS = re.compile(r"(.*)/(?:mean|var)")
@@ -77,15 +77,7 @@ def make_audit(
                 "optimizer_values": moments[path],
             }
         )
-    statistics = [
-        {
-            "path": path,
-            "shape": list(np.shape(leaf)),
-            "origin": origins[f"batch_stats/{path}"],
-            "policy": policies[path.rpartition("/")[0]],
-        }
-        for path, leaf in trees.flatten(variables.get("batch_stats", {})).items()
-    ]
+    statistics = _statistics(variables.get("batch_stats", {}), origins, policies)
     counted = [row for row in parameters if row["trainable"] or row["path"].split("/")[0] not in auxiliary]
     sizes = {row["path"]: int(np.prod(row["shape"])) for row in counted}
     trainable = [row["path"] for row in parameters if row["trainable"]]
@@ -103,6 +95,19 @@ def make_audit(
         "card": json.loads(card.to_json()),
         "data": dict(data),
     }
+
+
+def _statistics(batch_stats: Any, origins: Mapping[str, str], policies: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The rows of the running statistics."""
+    return [
+        {
+            "path": path,
+            "shape": list(np.shape(leaf)),
+            "origin": origins[f"batch_stats/{path}"],
+            "policy": policies[path.rpartition("/")[0]],
+        }
+        for path, leaf in trees.flatten(batch_stats).items()
+    ]
 
 
 def labels_table(audit: Mapping[str, Any]) -> dict[str, str]:
@@ -180,8 +185,8 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
         policies.setdefault(_part(row["path"]), set()).add(row["policy"])
     parts: dict[str, list] = {}
     paths = [row["path"] for row in audit["parameters"]]
-    places = finetune.places([path for path in paths if path.startswith("backbone/")], cuts)
-    for row in sorted(audit["parameters"], key=lambda row: _order(row["path"], places)):
+    order = places([path for path in paths if path.startswith("backbone/")], cuts)
+    for row in sorted(audit["parameters"], key=lambda row: _order(row["path"], order)):
         parts.setdefault(_part(row["path"]), []).append(row)
     # Neighbours that differ in nothing but their size share a line.
     for cells, run in itertools.groupby(parts, key=lambda part: _cells(parts[part], policies.get(part, {"-"}))):

@@ -1,85 +1,29 @@
 """What a config stands for: data, networks, rules, terms and optimizer, checked against each other before any step."""
 
-import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from tl_jax import tasks
 from tl_jax.core import trees
 from tl_jax.core.card import Card
 from tl_jax.data.examples import Source
-from tl_jax.data.pipeline import EvalBatches, TrainBatches
-from tl_jax.methods import mixing, probes, rules
-from tl_jax.methods.term import MAIN, MODEL, Method, Network, Start
-from tl_jax.models import deterministic_cuts, peft
-from tl_jax.models.head import reads
+from tl_jax.methods.term import MAIN, MODEL, Network, Start
+from tl_jax.models import peft
 from tl_jax.models.layers import unfused
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.runtime.log import log
 from tl_jax.tasks import Spec
 from tl_jax.training import audit, inputs, optim, steps, terms
-from tl_jax.training.settings import LoopSettings, PhaseSettings, Settings, read
+from tl_jax.training.phases import Material, Phase, check_prefixes, make_phase
+from tl_jax.training.settings import Settings, read
 from tl_jax.weights import load
-
-
-class Phase(NamedTuple):
-    """A span of the training, steps `start` to `stop`, with one set of rules, terms and one optimizer.
-
-    plan: what a step computes. audit: from audit.make_audit. schedule is make_schedule(lr), tx is
-    make_optimizer(schedule, groups); with a traced lr, and `values` as in optim.make_optimizer, they make those of other
-    runs of the same form. offsets: the steps that each path has been trained for before.
-    """
-
-    start: int
-    stop: int
-    plan: steps.Plan
-    schedule: Any
-    tx: Any
-    audit: dict[str, Any]
-    lr: float
-    warmup_steps: int
-    groups: dict[str, optim.Group]
-    offsets: dict[str, int]
-    make_schedule: Callable
-    make_optimizer: Callable
-
-    @property
-    def length(self) -> int:
-        """The number of steps."""
-        return self.stop - self.start
-
-
-class Material(NamedTuple):
-    """What a run needs that neither lr, weight_decay nor groups decide.
-
-    data: the sources by name. streams: of training, by step. eval_batches: of all that is scored. model: as it is
-    evaluated. variables, origins, memory: as training begins. networks: the further ones, readers: all of them. start:
-    what the terms are told. shared: examples that are trained on without labels and scored, for result.json.
-    """
-
-    data: dict[str, Source]
-    streams: dict[str, TrainBatches]
-    eval_batches: dict[str, EvalBatches]
-    model: peft.Adapted
-    variables: dict[str, Any]
-    origins: dict[str, str]
-    memory: dict[str, Any]
-    networks: dict[str, Network]
-    readers: dict[str, steps.Reader]
-    start: Start
-    spec: Spec
-    card: Card
-    base: dict[str, str]
-    facts: dict[str, dict[str, Any]]
-    shared: dict[tuple[str, str], int]
 
 
 class Run(NamedTuple):
@@ -154,8 +98,8 @@ def assemble(settings: Settings, material: Material, parallel: sharding.Parallel
     phases: list[Phase] = []
     for phase_settings, phase_terms in zip(settings.phases, terms.make_terms(settings), strict=True):
         before = phases[-1] if phases else None
-        phases.append(_make_phase(settings, phase_settings, phase_terms, material, parallel, before))
-    _check_prefixes(settings, phases)
+        phases.append(make_phase(settings, phase_settings, phase_terms, material, parallel, before))
+    check_prefixes(settings, phases)
     labels = [audit.labels_table(phase.audit) for phase in phases]
     tables = {
         "options": settings.identity,
@@ -269,164 +213,6 @@ def _join(
                 joined[kind][name] = jax.tree.map(jnp.asarray, tree)
                 origins |= {f"{kind}/{name}/{path}": network.origin for path in trees.flatten(tree)}
     return joined, origins
-
-
-def _make_phase(
-    settings: Settings,
-    phase: PhaseSettings,
-    phase_terms: terms.Terms,
-    material: Material,
-    parallel: sharding.Parallel,
-    before: Phase | None,
-) -> Phase:
-    """One phase behind the one before it."""
-    networks, variables, method = material.networks, material.variables, phase.method
-    params = variables["params"]
-    paths = list(trees.flatten(params))
-    own = [path for path in paths if path.split("/")[0] not in networks]
-    name = "linear_probe" if method.name in probes.NAMES else method.name
-    cuts = material.model.cuts
-    own_rules = rules.make_rules(name, own, cuts, method.k, method.blocks, method.rules)
-    groups_of = {name: network.group for name, network in networks.items()}
-    matches = trees.match_rules(paths, rules.auxiliary(paths, groups_of) + own_rules)
-    labels = {path: match.value for path, match in matches.items()}
-    policies = _norm_policies(variables["batch_stats"], labels, networks, method.norm)
-    groups, offsets, lengths = _make_groups(settings.loop, phase, labels, material.facts, before)
-    multipliers = rules.layer_multipliers(own, cuts, phase.layer_decay) if phase.layer_decay < 1 else {}
-    trained = (path for path in own if labels[path] != trees.FROZEN)
-    blocks = rules.parts(trained) if method.auto_rgn else {}
-    apart = tuple(name for name, network in networks.items() if network.group == name)
-
-    def make_schedule(lr):
-        args = dict(phase.schedule_args)
-        return optim.make_schedule(phase.schedule, lr, total_steps=lengths[0], warmup_steps=lengths[1], args=args)
-
-    def make_optimizer(schedule, groups, values=None):
-        more = {"multipliers": multipliers, "offsets": offsets, "blocks": blocks, "values": values, "apart": apart}
-        return optim.make_optimizer(labels, groups, schedule, phase.clip, **more)
-
-    schedule = make_schedule(phase.lr)
-    tx = make_optimizer(schedule, groups)
-    opt_state = jax.eval_shape(tx.init, trees.split(params, labels)[0])
-    report = audit.make_audit(
-        variables, material.origins, matches, groups, policies, opt_state, material.card, material.facts, multipliers,
-        auxiliary=tuple(networks),
-    )  # fmt: skip
-    report["weights"] = material.base
-    start = before.stop if before else 0
-    plan = _make_plan(settings, phase, phase_terms, material, parallel, labels, policies)
-    return Phase(
-        start, start + lengths[0], plan._replace(start=start, length=lengths[0]), schedule, tx, report,
-        phase.lr, lengths[1], groups, offsets, make_schedule, make_optimizer,
-    )  # fmt: skip
-
-
-def _norm_policies(batch_stats: Any, labels: Mapping[str, str], networks, norm: Sequence) -> dict[str, str]:
-    """The policy of every BatchNorm layer; method.norm is about the model, further networks follow their parameters."""
-    further = {name: tree for name, tree in batch_stats.items() if name in networks}
-    own = {name: tree for name, tree in batch_stats.items() if name not in networks}
-    return audit.norm_policies(own, labels, norm) | audit.norm_policies(further, labels, ())
-
-
-def _make_groups(loop: LoopSettings, phase: PhaseSettings, labels, facts, before: Phase | None):
-    """The optimizer groups, the steps that each path has been trained for, and (length, warm-up) in steps."""
-    sizes = {"batch_size": loop.batch_size, "train_size": facts[MAIN]["examples"]}
-    lengths = tuple(optim.to_steps(duration, **sizes) for duration in (phase.total, phase.warmup))
-    default = optim.Group(
-        phase.optimizer, tuple(phase.optimizer_args.items()), weight_decay=phase.weight_decay, decay=phase.decay
-    )
-    groups = optim.make_groups(labels, default, phase.groups)
-    known = before and (before.plan.labels, before.groups, before.offsets, before.length)
-    return groups, optim.offsets_after(known, labels, groups), lengths
-
-
-def _make_plan(
-    settings: Settings, phase: PhaseSettings, phase_terms: terms.Terms, material: Material, parallel, labels, policies
-) -> steps.Plan:
-    """What a step of the phase computes."""
-    loop, method = settings.loop, phase.method
-    frozen_norms = tuple(path for path, policy in policies.items() if policy == trees.FROZEN)
-    model = dataclasses.replace(
-        material.model, stoch_norm=_stoch_norm(method.stoch_norm, frozen_norms, policies)
-    ).clone(frozen_norms=frozen_norms)
-    readers = {**material.readers, MODEL: material.readers[MODEL]._replace(module=model)}
-    task_args = _task_args(settings, material)
-    task = tasks.make(material.spec, label_smoothing=method.label_smoothing, **task_args)
-    running = jax.eval_shape(
-        task.running, {"logits": jnp.zeros((1, task.outputs))}, jnp.asarray(material.data[MAIN].labels[:1])
-    )  # fmt: skip
-    named = [log for name, (_, term) in phase_terms.items() for log in (name, *(f"{name}/{x}" for x in term.logs))]
-    return steps.Plan(
-        readers=readers,
-        method=Method((), phase_terms, mixing.make_mix(method.mixup, method.cutmix)),
-        task=task,
-        labels=labels,
-        frozen_norms=frozen_norms,
-        prefix=_make_prefix(settings, model, labels, policies, material.networks),
-        joint=loop.norm_batches == "joint",
-        devices=parallel.mesh.size,
-        accumulate=loop.accumulate,
-        ema=loop.ema,
-        axis_name=parallel.axis_name,
-        whole=parallel.whole,
-        sums=(*steps.SUMS, *running, *(named if len(named) > 1 else ())),
-    )
-
-
-def _task_args(settings: Settings, material: Material) -> dict[str, tuple[float, ...]]:
-    """The arguments of the task as numbers; "balanced" weighs a class by N / (K N_class), 1 on average."""
-    found = {}
-    for name, value in settings.task_args.items():
-        if value == "balanced":
-            counts = np.bincount(material.data[MAIN].labels, minlength=len(material.spec.class_names))
-            value = tuple((counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist())
-        found[name] = value if isinstance(value, tuple) else (value,)
-    return found
-
-
-def _make_prefix(
-    settings: Settings, model: peft.Adapted, labels: Mapping[str, str], policies: Mapping[str, str], networks
-) -> steps.Prefix | None:
-    """The longest prefix of the network in which nothing is trained and nothing is random."""
-    changing = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
-    own = [path for path in changing if path.split("/")[0] not in networks]
-    length = rules.frozen_cuts(own, model.cuts, settings.model.drop_path)
-    length = min(length, model.cuts.index(reads(model.model)) + 1, len(deterministic_cuts(model.model)))
-    if not length:
-        return None
-    dtype = settings.model.prefix_dtype or settings.model.dtype
-    cached = bool(settings.loop.cache)
-    return steps.Prefix(model.clone(dtype=jnp.dtype(dtype), remat=""), model.cuts[length - 1], cached)
-
-
-def _check_prefixes(settings: Settings, phases: Sequence[Phase]) -> None:
-    """Raises one ValueError for options of the frozen prefix that come to nothing, or that would change numbers."""
-    problems, loop, prefixes = [], settings.loop, [phase.plan.prefix for phase in phases]
-    about_it = {"cache": loop.cache, "model.prefix_dtype": settings.model.prefix_dtype}
-    if any(about_it.values()) and not any(prefixes):
-        problems.append(
-            f"{about_it} is about the frozen prefix, but in every phase the stem trains, or its statistics are "
-            "updated; freeze from the stem on (linear_probe, last_k), or leave it out"
-        )
-    if loop.views > 1 and not settings.data.augment:
-        problems.append(f"views={loop.views}, but data.augment is empty: all views would be the same; expected 1")
-    columns = [name for name, network in settings.networks.items() if network.cache]
-    for i, (phase, prefix) in enumerate(zip(settings.phases, prefixes, strict=True)):
-        mixing = {name: getattr(phase.method, name) for name in ("mixup", "cutmix") if getattr(phase.method, name)}
-        if mixing and (columns or (loop.cache and prefix)):
-            problems.append(f"phase {i} mixes inputs, {mixing}: cached outputs are of single examples; leave it out")
-    if problems:
-        raise ValueError("the frozen prefix of the network does not go with:\n  " + "\n  ".join(problems))
-
-
-def _stoch_norm(probability: float, frozen_norms: Sequence[str], policies: Mapping[str, str]) -> float:
-    """The probability of running statistics; ValueError where no BatchNorm layer could use it."""
-    if probability and len(frozen_norms) == len(policies):
-        raise ValueError(
-            "method.stoch_norm samples batch or running statistics, but no BatchNorm layer is in train mode "
-            f"({len(policies)} in the network, all frozen); train their blocks, or set method.norm"
-        )
-    return probability
 
 
 def intervals(run: Run) -> tuple[int, int]:

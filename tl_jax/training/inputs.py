@@ -19,7 +19,7 @@ SPLITS = ("train", "val", "test")
 
 
 def load_sources(settings: Settings) -> dict[str, Source]:
-    """The sources of train, val, test, extra_eval and the further streams, by name; ValueError where they do not fit."""
+    """The sources of train, val, test, extra_eval and further streams, by name; ValueError where they do not fit."""
     data, loop = settings.data, settings.loop
     _check_splits(data, loop.select == "best_val" or bool(loop.patience), settings.streams)
     common = {"task": settings.task, "labels": data.labels, "seed": loop.seed, "split_seed": data.split_seed}

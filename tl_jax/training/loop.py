@@ -212,9 +212,8 @@ class Loop:
         for j, folder in self.folders.items():
             artifacts.note_cost(folder, runs[j], i, cost, count)
         limit = roofline.peak(self.parallel.mesh.devices.flat[0].device_kind)
-        rates = functools.partial(
-            roofline.rates, cost=cost, limit=limit, dtype=self.first.settings.model.dtype, devices=self.parallel.mesh.size
-        )  # fmt: skip
+        dtype, devices = self.first.settings.model.dtype, self.parallel.mesh.size
+        rates = functools.partial(roofline.rates, cost=cost, limit=limit, dtype=dtype, devices=devices)
         if count == 1:
             self.logs[0].rates = rates
 

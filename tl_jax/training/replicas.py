@@ -124,7 +124,7 @@ def _check_prefixes(run: Run, differing: Collection[str]) -> None:
             needed = feature_cache.leaves_of(prefix, trees.flatten(run.material.variables), run.material.networks)
             if found := sorted(own & set(needed)):
                 raise ValueError(
-                    f"cache='features' keeps one set of features for all replicas, but of what {prefix.cut} depends on, "
+                    f"cache='features' keeps one set of features for all replicas; of what {prefix.cut} depends on, "
                     f"which phase {i} freezes, {len(found)} of {len(needed)} leaves are not one for all, such as "
                     f"{found[0]}; set model.weights, freeze no part behind a phase that trains it, or leave "
                     "out cache"

@@ -177,34 +177,41 @@ def run_prefix(
     return jax.lax.stop_gradient(x), prefix.cut, out
 
 
+def _gradients(plan: Plan, trainable, state: TrainState, batch_stats, memory, batch, total, key):
+    """The gradient of the loss, and what `compute_loss` gives besides."""
+
+    def loss_fn(trainable):
+        return compute_loss(plan, trainable, state, batch_stats, memory, batch, total, key)
+
+    (_, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    return grads, *rest
+
+
+def _accumulated(plan: Plan, trainable, state: TrainState, batch_stats, memory, batch, total, key):
+    """As `_gradients`, of one part of the batch after the other."""
+    # Strided parts keep every part spread over all devices: example i goes to part i % accumulate.
+    count = plan.accumulate
+    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
+
+    def of_part(batch_stats, memory, part, key):
+        return _gradients(plan, trainable, state, batch_stats, memory, part, total, key)
+
+    def body(carry, part_and_key):
+        grads, batch_stats, memory, sums = carry
+        found = of_part(batch_stats, memory, *part_and_key)
+        return (_add(grads, found[0]), found[1], found[2], _add(sums, found[3])), None
+
+    zeros = jax.tree.map(jnp.zeros_like, trainable)
+    shapes = jax.eval_shape(of_part, batch_stats, memory, jax.tree.map(lambda x: x[0], parts), key)[3]
+    sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    carry = (zeros, batch_stats, memory, sums)
+    (grads, batch_stats, memory, sums), _ = jax.lax.scan(body, carry, (parts, jax.random.split(key, count)))
+    return jax.tree.map(lambda g: g / count, grads), batch_stats, memory, sums
+
+
 def make_train_step(plan: Plan, tx: optax.GradientTransformation) -> Callable:
     """train_step(state, batch) -> state, pure; batch: {stream: {field: array}}."""
-
-    def gradients(trainable, state, batch_stats, memory, batch, total, key):
-        def loss_fn(trainable):
-            return compute_loss(plan, trainable, state, batch_stats, memory, batch, total, key)
-
-        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
-        return grads, *aux
-
-    def accumulated(trainable, state, batch_stats, memory, batch, total, key):
-        # Strided parts keep every part spread over all devices: example i goes to part i % accumulate.
-        count = plan.accumulate
-        parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
-
-        def body(carry, part_and_key):
-            grads, batch_stats, memory, sums = carry
-            part, part_key = part_and_key
-            found = gradients(trainable, state, batch_stats, memory, part, total, part_key)
-            return (_add(grads, found[0]), found[1], found[2], _add(sums, found[3])), None
-
-        zeros = jax.tree.map(jnp.zeros_like, trainable)
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradients, trainable, state, batch_stats, memory, first, total, key)[3]
-        sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        carry = (zeros, batch_stats, memory, sums)
-        (grads, batch_stats, memory, sums), _ = jax.lax.scan(body, carry, (parts, jax.random.split(key, count)))
-        return jax.tree.map(lambda g: g / count, grads), batch_stats, memory, sums
+    compute = _accumulated if plan.accumulate > 1 else _gradients
 
     def train_step(state: TrainState, batch: Mapping[str, Mapping[str, jax.Array]]) -> TrainState:
         key = jax.random.fold_in(state.key, state.step)
@@ -213,10 +220,9 @@ def make_train_step(plan: Plan, tx: optax.GradientTransformation) -> Callable:
         trainable, _ = trees.split(state.params, plan.labels)
         count = {name: plan.task.count(fields[LABEL]).sum() for name, fields in batch.items() if LABEL in fields}
         total = count if plan.accumulate == 1 else {name: n / plan.accumulate for name, n in count.items()}
-        compute = accumulated if plan.accumulate > 1 else gradients
         grads, batch_stats, memory, sums = compute(
-            trainable, state, state.batch_stats, state.memory, batch, total, key
-        )  # fmt: skip
+            plan, trainable, state, state.batch_stats, state.memory, batch, total, key
+        )
         sums = {**sums, "examples": jnp.asarray(count[MAIN], jnp.float32)}
         if plan.axis_name:
             statistics = updated_statistics(batch_stats, plan.frozen_norms)

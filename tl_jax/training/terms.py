@@ -26,7 +26,7 @@ Terms = Mapping[str, tuple[Callable, Term]]
 
 
 def make_terms(settings: Settings) -> list[Terms]:
-    """The terms of each phase with their weights, functions of the phase's progress; ValueError lists all that is wrong.
+    """The terms of each phase with their weights, functions of the phase's progress; ValueError lists all problems.
 
     A phase has the task's own term with weight 1 unless it says otherwise; a term of weight 0 is left out.
     """
