@@ -83,11 +83,32 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
         return
     result = found["result"]
     log(tasks.format_table(result["metrics"], of=f"seed {config.seed}, {result['data']}"))
+    if result["extra_eval"]:
+        first = tasks.METRICS[config.task].scalars[0]
+        log(
+            tasks.format_sets(
+                result["extra_eval"], list(dict.fromkeys([first, tasks.METRICS[config.task].monitor[0][0]]))
+            )
+        )
+    if text := _how_scored(result):
+        log(text)
     if result["chosen_on_scored_split"]:
         log("The checkpoint was chosen on the split scored here: these numbers are optimistic (name a data.test)")
     if found["comparison"]:
         log(comparison_table(found["comparison"]))
     log(f"everything of this run: {workdir.resolve()}")
+
+
+def _how_scored(result: Mapping[str, Any]) -> str:
+    """Which step was scored and with what threshold, where that is not the last one and one half."""
+    parts, step = [], result["step"]
+    if stopped := result.get("stopped_early_at"):
+        parts.append(f"stopped early after step {stopped} of {result['total_steps']}")
+    if result["select"] == "best_val":
+        parts.append(f"scored at step {step}, the best on val")
+    if "threshold" in result:
+        parts.append(f"positive from a probability of {result['threshold']:.3g}, chosen on val")
+    return "; ".join(parts)
 
 
 def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping, workdir: pathlib.Path) -> dict:

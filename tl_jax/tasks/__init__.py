@@ -8,12 +8,12 @@ import numpy as np
 from tl_jax.core.messages import nearest
 from tl_jax.tasks import binary, classification, intervals, multilabel, regression
 from tl_jax.tasks.predictions import LEAST, Predictions, load_predictions, make_predictions, save_predictions
-from tl_jax.tasks.tables import format_classes, format_table
+from tl_jax.tasks.tables import format_classes, format_sets, format_table
 from tl_jax.tasks.task import Metrics, Spec, Task, card_fields, preference, spec_of, spec_problems
 
 __all__ = [
     "CALIBRATION", "CONFUSION", "METRICS", "NAMES", "RELIABILITY", "Metrics", "Predictions", "Spec", "Task",
-    "card_fields", "direction", "fit_spec", "format_classes", "format_table", "load_predictions", "make",
+    "card_fields", "direction", "fit_spec", "format_classes", "format_sets", "format_table", "load_predictions", "make",
     "make_predictions", "paired_difference", "preference", "save_predictions", "scalar_names", "scores", "share_interval",
     "spec_of",
     "summarize",

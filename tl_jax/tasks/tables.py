@@ -1,5 +1,7 @@
 """Summaries as tables for the console."""
 
+from collections.abc import Mapping, Sequence
+
 import rich.box
 import rich.markup
 import rich.table
@@ -19,6 +21,17 @@ def format_table(summary: dict, of: str = "") -> rich.table.Table:
     for name, entry in summary.items():
         if isinstance(entry, dict):
             table.add_row(name, *_cells(entry))
+    return table
+
+
+def format_sets(summaries: Mapping[str, dict], names: Sequence[str]) -> rich.table.Table:
+    """Some metrics of several sets, one row each: {name of the set: its summary}."""
+    table = rich.table.Table("set", box=rich.box.SIMPLE_HEAD, title="further sets", title_justify="left")
+    for header in ("examples", *(cell for name in names for cell in (name, "interval"))):
+        table.add_column(header, justify="right")
+    for name, summary in summaries.items():
+        cells = [cell for metric in names for cell in _cells(summary[metric])]
+        table.add_row(rich.markup.escape(name), f"{summary['count']:,}", *cells)
     return table
 
 
