@@ -53,7 +53,7 @@ class Phase(NamedTuple):
 
     plan: what a step computes. audit: from audit.make_audit. schedule is make_schedule(lr), tx is
     make_optimizer(schedule, groups); with a traced lr, and `values` as in optim.make_optimizer, they make those of
-    other runs of the same form. offsets: the steps that each path has been trained for previous.
+    other runs of the same form. offsets: the steps that each path has been trained for before.
     """
 
     start: int
@@ -83,7 +83,7 @@ def make_phase(
     parallel: sharding.Parallel,
     previous: Phase | None,
 ) -> Phase:
-    """One phase behind the one previous it."""
+    """One phase after the previous one."""
     networks, variables, method = material.networks, material.variables, phase.method
     params = variables["params"]
     paths = list(trees.flatten(params))
