@@ -272,7 +272,7 @@ def _method_problems(flat: Mapping[str, Any]) -> list[str]:
     name, terms = flat["method.name"], flat["terms"]
     if name in PROBES:
         takes = {"phases": [], "method.add": [], "method.auto_rgn": False, "method.stoch_norm": 0.0, "terms": {}}
-        takes |= {"streams": {}, "networks": {}, "select": "last", "patience": 0, "views": 1}
+        takes |= {"streams": {}, "networks": {}, "select": "last", "patience": 0, "views": 1, "model.head": []}
         problems = [
             f"{key} = {flat[key]!r}: method.name = {name!r} takes no steps, expected {value!r}"
             for key, value in takes.items()

@@ -332,7 +332,7 @@ def _write(scorer: Scorer, variables: Variables, weights: Weights, folder: pathl
         tasks.save_predictions(folder / f"predictions{suffix}.npz", predictions)
         summaries[split] = tasks.summarize(predictions, resamples=weights.settings.loop.resamples)
     pretrained.export(variables, weights.settings.model.name, folder / "model.safetensors", card=weights.card)
-    return {"split": scorer.scored, "metrics": summaries.pop(scorer.scored), "also": summaries}
+    return {"split": scorer.scored, "metrics": summaries.pop(scorer.scored), "extra_eval": summaries}
 
 
 def main(argv: list[str] | None = None) -> int:
