@@ -155,7 +155,7 @@ def check_same(runs: Sequence[Weights]) -> None:
 def make_scorer(weights: Weights) -> Scorer:
     """The evaluation of the run's config on val, test and data.extra_eval."""
     settings, card = weights.settings, weights.card
-    parallel = sharding.make_parallel(settings.parallel, fsdp=settings.fsdp)
+    parallel = sharding.make_parallel(settings.loop.parallel, fsdp=settings.loop.fsdp)
     found = inputs.load_sources(settings)
     data = {name: found[name] for name in inputs.scored_names(found, settings)}
     if any(source.class_names != card.class_names for source in data.values()):

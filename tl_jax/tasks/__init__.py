@@ -14,9 +14,8 @@ from tl_jax.tasks.task import Metrics, Spec, Task, card_fields, preference, spec
 __all__ = [
     "CALIBRATION", "CONFUSION", "METRICS", "NAMES", "RELIABILITY", "Metrics", "Predictions", "Spec", "Task",
     "card_fields", "direction", "fit_spec", "format_classes", "format_table", "load_predictions", "make",
-    "make_predictions", "paired_difference", "preference", "save_predictions", "scalar_names", "scores", "share_interval",
-    "spec_of",
-    "summarize",
+    "make_predictions", "paired_difference", "preference", "save_predictions", "scalar_names", "scores",
+    "share_interval", "spec_of", "summarize",
 ]  # fmt: skip
 
 METRICS = {

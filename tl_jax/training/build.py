@@ -97,8 +97,8 @@ def assemble(settings: Settings, material: Material, parallel: sharding.Parallel
     """Rules, terms, optimizers and audits of every phase, on what was loaded."""
     phases: list[Phase] = []
     for phase_settings, phase_terms in zip(settings.phases, terms.make_terms(settings), strict=True):
-        before = phases[-1] if phases else None
-        phases.append(make_phase(settings, phase_settings, phase_terms, material, parallel, before))
+        previous = phases[-1] if phases else None
+        phases.append(make_phase(settings, phase_settings, phase_terms, material, parallel, previous))
     check_prefixes(settings, phases)
     labels = [audit.labels_table(phase.audit) for phase in phases]
     tables = {

@@ -39,7 +39,7 @@ def train(
         return result
     if settings.table["replicas"]:
         raise ValueError("the config has replicas, which are runs of their own: see tl_jax.studies")
-    parallel = sharding.make_parallel(settings.parallel, fsdp=settings.fsdp)
+    parallel = sharding.make_parallel(settings.loop.parallel, fsdp=settings.loop.fsdp)
     run = assemble(settings, prepare(settings, parallel), parallel)
     if verbose:
         _show(run)
