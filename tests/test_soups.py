@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
+from tl_jax import __main__ as command
 from tl_jax import config as options
 from tl_jax import tasks
 from tl_jax.core import files, trees
@@ -14,12 +15,7 @@ from tl_jax.data import pipeline, sources
 from tl_jax.methods import probes
 from tl_jax.runtime import sharding
 from tl_jax.studies import soups
-<<<<<<< HEAD:tests/test_soups.py
-from tl_jax.tasks import metrics
 from tl_jax.training import build, evaluate, steps
-=======
-from tl_jax.training import evaluate, steps
->>>>>>> wt_tasks:tests/test_weight_space.py
 from tl_jax.weights import load
 
 SPLITS = {"val": "train[90%:]", "test": "test[:10%]", "rest": "test[90%:]"}
@@ -138,7 +134,7 @@ def test_the_start_of_a_run_is_its_weight_file_under_its_own_head(ends, tmp_path
     flat, loaded, ended = map(trees.flatten, (begun.variables, LOADED, second))
     for path, leaf in flat.items():
         np.testing.assert_array_equal(leaf, (ended if path.startswith("params/head") else loaded)[path])
-    assert soups.main(["wise_ft", "start", str(b), "--out", str(tmp_path / "out"), "--alphas", "2"]) == 0
+    assert command.main(["wise_ft", "start", str(b), "--out", str(tmp_path / "out"), "--alphas", "2"]) == 0
     assert "test accuracy" in capsys.readouterr().out
     report = files.read_json(tmp_path / "out" / "curve.json")
     assert report["a"]["run"] == "start" and report["alphas"] == [0, 1]
@@ -172,7 +168,7 @@ def test_a_soup_is_chosen_on_val_and_read_on_test_when_nothing_is_left_to_choose
         return real(eval_fn, variables, batches, parallel)
 
     monkeypatch.setattr(evaluate, "predict", predict)
-    assert soups.main(["soup", str(bad), str(a), str(b), "--out", str(tmp_path / "out")]) == 0
+    assert command.main(["soup", str(bad), str(a), str(b), "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "soup.json").read_text())
     assert [(row["run"] == str(bad), row["kept"]) for row in report["ingredients"]] == [
         (False, True), (False, True), (True, False),
@@ -204,7 +200,7 @@ def test_runs_that_cannot_be_averaged_are_refused_with_all_that_differs(ends, he
     (a, variables), (b, _) = ends
     other = finish(tmp_path / "other", variables, **{"data.split_seed": 3, "data.train": "train[:30%]"})
     for command in (["wise_ft", str(a), str(other)], ["soup", str(b), str(a), str(other)]):
-        assert soups.main([*command, "--out", str(tmp_path / "out")]) == 2
+        assert command.main([*command, "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert "data.split_seed: 0 -> 3" in error and "data.train: 'train[:20%]' -> 'train[:30%]'" in error
     (other / "predictions.npz").unlink(), (other / "model.safetensors").unlink()

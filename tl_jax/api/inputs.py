@@ -15,13 +15,13 @@ from tl_jax.data.labels import number_columns
 from tl_jax.data.readers import arrays, folder, tables
 
 EXPECTED = (
-    "expected a source such as 'folder:PATH', a path, a pair (images uint8 [N, H, W, 3], labels), a Dataset, or a table "
-    "{split: pair or Dataset}"
+    "expected a source such as 'folder:PATH', a path, a pair (images uint8 [N, H, W, 3], labels), a Dataset, or a "
+    "table {split: pair or Dataset}"
 )
 Named = Mapping[str, Source]
 
 
-def list_inputs(data: Any, card: Card) -> tuple[Sequence[str], Sequence]:
+def list_inputs(data: Any, card: Card) -> tuple[Sequence[str], Any]:
     """(names, items) of unlabelled inputs: arrays, a Dataset, files, or folders, of which every visible file counts."""
     if isinstance(data, Source):
         return data.ids, data.inputs
@@ -41,15 +41,12 @@ def list_inputs(data: Any, card: Card) -> tuple[Sequence[str], Sequence]:
     return names, found
 
 
-def read(item: Any) -> np.ndarray | bytes:
-    """An image as the decoder takes it."""
-    return item.read_bytes() if isinstance(item, pathlib.Path) else item
-
-
 def _rows(path: str, card: Card) -> tuple[list[str], np.ndarray]:
     """The rows of a .csv file in the columns that a network reads."""
     table = tables.read_table(path)
-    if lacking := [f"{name}{messages.nearest(name, table.columns)}" for name in card.columns if name not in table.columns]:
+    if lacking := [
+        f"{name}{messages.nearest(name, table.columns)}" for name in card.columns if name not in table.columns
+    ]:
         raise ValueError(f"{path} lacks {len(lacking)} columns that the network reads:\n{listed(lacking)}")
     columns = {name: table.columns[name] for name in card.columns}
     values, problems = number_columns(columns, np.arange(len(table.rows)), table.rows)

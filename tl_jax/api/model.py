@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import io
-import logging
 import os
+import pathlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -27,8 +28,6 @@ from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.tasks import answers
 from tl_jax.training.steps import FEATURES, normalise
 from tl_jax.weights import load as pretrained
-
-_log = logging.getLogger(__name__)
 
 
 class Metrics(dict):
@@ -97,24 +96,27 @@ class Done(NamedTuple):
     unreadable: dict[int, str]
 
 
-def run(model: Model, items: Sequence, batch_size: int) -> Iterator[Done]:
-    """Applies the network to images (arrays, encoded bytes, files) or rows of a table, batch by batch."""
+def run(model: Model, items: Any, count: int, batch_size: int) -> Iterator[Done]:
+    """Applies the network to items[0], ..., items[count - 1], batch by batch.
+
+    Of images: arrays, encoded bytes or paths of files; else rows of a table."""
     parallel, variables, apply = model._compiled
-    size, preprocess = parallel.round_up(min(batch_size, max(len(items), 1))), make_preprocess(model.card)
+    size, preprocess = parallel.round_up(min(batch_size, count)), make_preprocess(model.card)
 
     def read(i: int) -> np.ndarray | str:
         try:
             if model.card.input == "table":
                 return np.asarray(items[i], np.float32)
-            return np.asarray(preprocess(ops.as_rgb(inputs.read(items[i]))))
+            item = items[i].read_bytes() if isinstance(items[i], pathlib.Path) else items[i]
+            return np.asarray(preprocess(ops.as_rgb(item)))
         except (ValueError, OSError) as error:
             return str(error)
 
-    chunks = [range(start, min(start + size, len(items))) for start in range(0, len(items), size)]
+    chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
     console = Console(stderr=True)
     shown = Progress(console=console, transient=True, disable=not console.is_terminal)
     with ThreadPoolExecutor(THREADS) as pool, shown as progress:
-        bar, ahead = progress.add_task("predict", total=len(items)), [pool.map(read, chunk) for chunk in chunks[:1]]
+        bar, ahead = progress.add_task("predict", total=count), [pool.map(read, chunk) for chunk in chunks[:1]]
         for i, chunk in enumerate(chunks):
             ahead += [pool.map(read, following) for following in chunks[i + 1 : i + 2]]
             found = dict(zip(chunk, ahead.pop(0), strict=True))
@@ -124,7 +126,9 @@ def run(model: Model, items: Sequence, batch_size: int) -> Iterator[Done]:
             if good:
                 rows = np.stack([found[position] for position in good])
                 batch = np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
-                outputs = {k: x[: len(good)] for k, x in jax.device_get(apply(variables, parallel.put_batch(batch))).items()}
+                outputs = {
+                    k: x[: len(good)] for k, x in jax.device_get(apply(variables, parallel.put_batch(batch))).items()
+                }
             progress.update(bar, completed=chunk.stop)
             yield Done(good, outputs, bad)
 
@@ -134,7 +138,7 @@ def stream(model: Model, data: Any, batch_size: int = 128) -> Iterator[answers.R
     if not model.card.num_classes:
         raise ValueError(f"{model.name} was loaded without a head: it has features, and no outputs")
     names, items = inputs.list_inputs(data, model.card)
-    for positions, outputs, unreadable in run(model, items, batch_size):
+    for positions, outputs, unreadable in run(model, items, len(names), batch_size):
         outputs = {name: x for name, x in outputs.items() if name != FEATURES}
         found = dict(zip(positions, answers.answers(model.spec, outputs) if positions else [], strict=True))
         found |= {position: {"error": reason} for position, reason in unreadable.items()}
@@ -144,8 +148,8 @@ def stream(model: Model, data: Any, batch_size: int = 128) -> Iterator[answers.R
 def predict(model: Any, data: Any, *, batch_size: int = 128) -> list[answers.Row]:
     """One row {"file", "class", "probability", "top5"} for each input; see `tasks.answers` for the other tasks.
 
-    model: a Model or a Run. data: a folder, a file or a sequence of them, images uint8 [N, H, W, 3] or a list of them, or
-    a Dataset; of a network that reads a table, a .csv file or rows [N, F]. What cannot be read has a row {"file",
+    model: a Model or a Run. data: a folder, a file or a sequence of them, images uint8 [N, H, W, 3] or a list of them,
+    or a Dataset; of a network that reads a table, a .csv file or rows [N, F]. What cannot be read has a row {"file",
     "error"}.
     """
     return list(stream(as_model(model), data, batch_size))
@@ -165,9 +169,9 @@ def features(model: Any, data: Any, *, batch_size: int = 128) -> np.ndarray:
 
 def _whole(model: Model, data: Any, batch_size: int) -> dict[str, np.ndarray]:
     names, items = inputs.list_inputs(data, model.card)
-    done = list(run(model, items, batch_size))
+    done = list(run(model, items, len(names), batch_size))
     if bad := [f"{names[i]}: {reason}" for each in done for i, reason in each.unreadable.items()]:
-        raise ValueError(f"{len(bad)} of {len(items)} inputs cannot be read:\n{listed(bad)}")
+        raise ValueError(f"{len(bad)} of {len(names)} inputs cannot be read:\n{listed(bad)}")
     return {name: np.concatenate([each.outputs[name] for each in done]) for name in done[0].outputs}
 
 
@@ -195,9 +199,9 @@ def evaluate(
 ) -> Metrics:
     """Every metric with its 95 % interval on labelled data, each example once; nothing is trained.
 
-    model: a Model or a Run. data: as for `fit`. split: without it test, else val, else train. labels: the label columns
-    of csv: and table: sources. Classes are matched by name; by position, with a warning, where the card or the data name
-    none. Raises ValueError where they do not fit.
+    model: a Model or a Run. data: as for `fit`. split: without it test, else val, else train. labels: the label
+    columns of csv: and table: sources. Classes are matched by name; by position, with a note, where the card or the
+    data name none. Raises ValueError where they do not fit.
     """
     predictions = score(model, data, split, labels=labels, batch_size=batch_size)
     return Metrics(tasks.summarize(predictions, resamples=resamples))
@@ -215,10 +219,8 @@ def match_labels(source: Source, spec: tasks.Spec, named: bool) -> np.ndarray:
     fits = len(theirs) == len(ours) or (classes and numbered and len(theirs) < len(ours))
     if fits and (numbered or not named):
         without, order = ("the data name", "the card names") if named else ("the card names", "the data name")
-        _log.warning(
-            "%s no classes: outputs are taken by position, as %s them: %s%s", without, order,
-            ", ".join((ours if named else theirs)[:10]), ", ..." if len(ours) > 10 else "",
-        )  # fmt: skip
+        shown = ", ".join((ours if named else theirs)[:10]) + (", ..." if len(ours) > 10 else "")
+        print(f"{without} no classes: outputs are taken by position, as {order} them: {shown}", file=sys.stderr)
         return source.labels
     raise ValueError(
         f"{source.name} has {len(theirs)} classes, labels or targets ({', '.join(theirs[:5])}, ...), the network "
