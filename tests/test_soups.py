@@ -8,6 +8,7 @@ import pytest
 from counting import add_counted
 
 from configs import quickstart
+from tl_jax import __main__ as command
 from tl_jax import config as options
 from tl_jax import tasks
 from tl_jax.core import files, trees
@@ -134,7 +135,7 @@ def test_the_start_of_a_run_is_its_weight_file_under_its_own_head(ends, tmp_path
     flat, loaded, ended = map(trees.flatten, (begun.variables, LOADED, second))
     for path, leaf in flat.items():
         np.testing.assert_array_equal(leaf, (ended if path.startswith("params/head") else loaded)[path])
-    assert soups.main(["wise_ft", "start", str(b), "--out", str(tmp_path / "out"), "--alphas", "2"]) == 0
+    assert command.main(["wise_ft", "start", str(b), "--out", str(tmp_path / "out"), "--alphas", "2"]) == 0
     assert "test accuracy" in capsys.readouterr().out
     report = files.read_json(tmp_path / "out" / "curve.json")
     assert report["a"]["run"] == "start" and report["alphas"] == [0, 1]
@@ -165,7 +166,7 @@ def test_a_soup_is_chosen_on_val_and_read_on_test_when_nothing_is_left_to_choose
         for name, variables in (("a", first), ("b", second), ("bad", third))
     )
     reads.clear()
-    assert soups.main(["soup", str(bad), str(a), str(b), "--out", str(tmp_path / "out")]) == 0
+    assert command.main(["soup", str(bad), str(a), str(b), "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "soup.json").read_text())
     assert [(row["run"] == str(bad), row["kept"]) for row in report["ingredients"]] == [
         (False, True), (False, True), (True, False),
@@ -196,7 +197,7 @@ def test_runs_that_cannot_be_averaged_are_refused_with_all_that_differs(ends, he
     (a, variables), (b, _) = ends
     other = finish(tmp_path / "other", variables, **{"data.split_seed": 3, "data.train": "train[:30%]"})
     for command in (["wise_ft", str(a), str(other)], ["soup", str(b), str(a), str(other)]):
-        assert soups.main([*command, "--out", str(tmp_path / "out")]) == 2
+        assert command.main([*command, "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert "data.split_seed: 0 -> 3" in error and "data.train: 'train[:20%]' -> 'train[:30%]'" in error
     (other / "predictions.npz").unlink(), (other / "model.safetensors").unlink()

@@ -1,13 +1,11 @@
 """Averages of the weights of finished runs: interpolation (WiSE-FT) and model soups, chosen on val.
 
-python -m tl_jax.studies.soups wise_ft RUN_A RUN_B --out FOLDER    RUN_A may be `start`: the weights RUN_B began with
-python -m tl_jax.studies.soups soup RUN RUN ... --out FOLDER
+python -m tl_jax wise_ft RUN_A RUN_B --out FOLDER    RUN_A may be `start`: the weights RUN_B began with
+python -m tl_jax soup RUN RUN ... --out FOLDER
 """
 
-import argparse
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -333,37 +331,3 @@ def _write(scorer: Scorer, variables: Variables, weights: Weights, folder: pathl
         summaries[split] = tasks.summarize(predictions, resamples=weights.settings.loop.resamples)
     pretrained.export(variables, weights.settings.model.name, folder / "model.safetensors", card=weights.card)
     return {"split": scorer.scored, "metrics": summaries.pop(scorer.scored), "extra_eval": summaries}
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for bad input."""
-    parser = argparse.ArgumentParser("python -m tl_jax.studies.soups", description="Average the weights of runs.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    curve = commands.add_parser("wise_ft", help="interpolate between two runs")
-    curve.add_argument("a", help=f"a run's folder, or {START!r} for the weights that the other began with")
-    curve.add_argument("b", help="a run's folder")
-    curve.add_argument("--alphas", type=int, default=11, help="number of points on the curve, both ends included")
-    pot = commands.add_parser("soup", help="average runs greedily")
-    pot.add_argument("runs", nargs="+", help="folders of runs")
-    for command in (curve, pot):
-        command.add_argument("--out", required=True, help="the folder to write to")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "wise_ft":
-            b = load(args.b)
-            report = wise_ft(load_start(b) if args.a == START else load(args.a), b, args.out, args.alphas)
-            print(f"alpha {report['chosen']:g}", end=", ")
-        else:
-            report = soup(args.runs, args.out)
-            print(", ".join(f"{'+' if row['kept'] else '-'} {row['run']}" for row in report["ingredients"]), end=", ")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    metric, entry = next((name, entry) for name, entry in report["metrics"].items() if isinstance(entry, dict))
-    value = "undefined" if entry["value"] is None else f"{entry['value']:.4f}"
-    print(f"{report['split']} {metric} {value}; wrote {args.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
