@@ -89,7 +89,7 @@ def load(
 
 
 class Done(NamedTuple):
-    """One batch: the positions of the inputs that were read, what the network gives for them, and why others were not."""
+    """One batch: the positions of the inputs that were read, their outputs, and why others were not."""
 
     positions: list[int]
     outputs: dict[str, np.ndarray]

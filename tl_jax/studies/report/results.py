@@ -208,12 +208,11 @@ def read_outputs(results: Results) -> tuple[dict[str, Outputs], list[str]]:
         except ValueError as error:
             problems.append(last_line(str(error), run.folder.parents[1]))
             continue
-        task = predictions.spec.name
-        if task not in tasks.RELIABILITY:
+        if not (measured := tasks.METRICS[predictions.spec.name].reliability):
             continue
-        reliability, axes = tasks.RELIABILITY[task]
+        reliability, axes = measured
         count, *means = reliability(predictions)
-        confusion = tasks.CONFUSION[task](predictions)
+        confusion = tasks.confusion(predictions)
         support = confusion.sum(axis=1)
         recall = np.where(support > 0, confusion.diagonal() / np.maximum(support, 1), np.nan)
         sums = (np.nan_to_num(count * mean) for mean in means)
