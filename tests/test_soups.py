@@ -197,7 +197,7 @@ def test_runs_that_cannot_be_averaged_are_refused_with_all_that_differs(ends, he
     (a, variables), (b, _) = ends
     other = finish(tmp_path / "other", variables, **{"data.split_seed": 3, "data.train": "train[:30%]"})
     for form in (["wise_ft", str(a), str(other)], ["soup", str(b), str(a), str(other)]):
-        assert command.main([*command, "--out", str(tmp_path / "out")]) == 2
+        assert command.main([*form, "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert "data.split_seed: 0 -> 3" in error and "data.train: 'train[:20%]' -> 'train[:30%]'" in error
     (other / "predictions.npz").unlink(), (other / "model.safetensors").unlink()
