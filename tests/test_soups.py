@@ -122,7 +122,7 @@ def test_the_curve_between_two_runs_is_what_the_interpolated_networks_score(ends
     best = max(range(5), key=lambda i: (val["accuracy"][i], -val["loss"][i]))
     assert report["chosen"] == report["alphas"][best] and not report["chosen_on_scored_split"]
     assert report["metrics"]["accuracy"]["value"] == report["curves"]["test"]["accuracy"][best]
-    assert report["also"]["rest"]["accuracy"]["value"] == report["curves"]["rest"]["accuracy"][best]
+    assert report["extra_eval"]["rest"]["accuracy"]["value"] == report["curves"]["rest"]["accuracy"][best]
     assert len({*val["loss"]}) == 5 and report["a"]["method"] == "linear_probe"
     files = {"curve.json", "curve.png", "model.safetensors", "predictions.npz", "predictions-rest.npz"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
