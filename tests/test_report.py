@@ -51,7 +51,7 @@ def write_run(folder, levels, seed, seconds, classes=3):
         folder / "result.json",
         {
             "metrics": summary,
-            "also": {"shifted": outputs(skill / 2, seed)[1]},
+            "extra_eval": {"shifted": outputs(skill / 2, seed)[1]},
             "trainable_parameters": parameters,
         },
     )

@@ -129,7 +129,7 @@ def load(folder: str | pathlib.Path) -> Weights:
 
 
 def load_start(end: Weights) -> Weights:
-    """The network as a run began, parts drawn anew by model.reinit included, under the head that the run ended with."""
+    """The network as a run began, with the random parts of model.reinit, under the head that the run ended with."""
     if not end.settings.model.weights:
         raise ValueError(f"{end.name} began with random weights, to which no interpolation leads; give a run instead")
     begun = build.load_model(end.settings, end.card.num_classes, end.card.class_names, end.card.columns)
@@ -210,10 +210,10 @@ def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11
 
 
 def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> dict[str, Any]:
-    """The greedy soup of finished runs, beside the uniform one and the best single run; writes soup.json and the rest.
+    """The greedy soup of finished runs, with the uniform one and the best single run; writes soup.json and the rest.
 
     Ingredients are tried and kept by val alone; then the three are scored on test, once. Returns what it writes to
-    soup.json. One run at a time is held beside the soup.
+    soup.json. Memory: one run at a time, and the soup.
     """
     runs = [load(path)._replace(variables=None) for path in folders]
     if len(runs) < 2:
@@ -277,7 +277,7 @@ def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
                 axes[1].plot(x[end], y[end], marker, color=colours[split], markersize=6)
                 axes[1].annotate(name, (x[end], y[end]), xytext=(4, 4), textcoords="offset points", fontsize=7)
         if further:
-            axes[1].set(xlabel=f"{metric}, {scored}", ylabel=f"{metric}, further sets", title="one point per alpha")
+            axes[1].set(xlabel=f"{metric}, {scored}", ylabel=f"{metric}, extra_eval", title="one point per alpha")
             axes[1].grid(True)
             axes[1].legend(loc="best")
 
