@@ -79,7 +79,7 @@ def tell_if_failed(workdir: pathlib.Path, row: Mapping[str, Any]) -> None:
     """A run that was not to be had may have failed for good."""
     folder = store.run_folder(workdir, row["key"])
     if store.state(folder) == "failed":
-        say(workdir, row, f"failed: {read_json(folder / 'failed.json')['error']}")
+        log_run(workdir, row, f"failed: {read_json(folder / 'failed.json')['error']}")
 
 
 def choose(workdir: pathlib.Path, only: Collection[str], claims: contextlib.ExitStack):
@@ -116,24 +116,24 @@ def take(workdir: pathlib.Path, row: Mapping[str, Any], attempt: int, stop_reque
     folder, began = store.run_folder(workdir, row["key"]), time.monotonic()
     log = folder / ("log.txt" if distributed.is_first() else f"log-{jax.process_index()}.txt")
     if attempt > 1:
-        say(workdir, row, f"attempt {attempt} of {store.ATTEMPTS}, its process died")
+        log_run(workdir, row, f"attempt {attempt} of {store.ATTEMPTS}, its process died")
     try:
         with output_into(log):
             result = train_run(folder, stop_requested)
     except preemption.Preempted as stop:
-        say(workdir, row, str(stop))
+        log_run(workdir, row, str(stop))
         raise
     except Exception as error:  # of any kind: the other runs do not depend on this one
         distributed.wait_for_cause(error)  # a run whose other process was killed has not failed
         if distributed.is_first():
             store.fail(folder, f"{type(error).__name__}: {error}", attempt)
-        say(workdir, row, f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        log_run(workdir, row, f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         distributed.fail(error, 1)  # several processes cannot know that they all failed: they end together
         return
     metric = store.read_plan(workdir)["metrics"][0]
     value = store.score(result, metric)
     text = "undefined" if value is None else f"{value:.3f}"
-    say(workdir, row, f"{metric} {text} ({time.monotonic() - began:.1f} s)")
+    log_run(workdir, row, f"{metric} {text} ({time.monotonic() - began:.1f} s)")
 
 
 def take_together(
@@ -147,7 +147,7 @@ def take_together(
     folders, began = [store.run_folder(workdir, row["key"]) for row in rows], time.monotonic()
     claimed = [(row, folder) for row, folder, attempt in zip(rows, folders, attempts, strict=True) if attempt]
     if max((attempt for attempt in attempts if attempt), default=0) >= store.ATTEMPTS:
-        together.part(home, "its process died")
+        together.separate(home, "its process died")
     if not claimed or read_json(home / "runs.json")["alone"]:
         return
     for _, folder in claimed:
@@ -158,22 +158,22 @@ def take_together(
             wanted = [folder if attempt else None for folder, attempt in zip(folders, attempts, strict=True)]
             outcomes = train_runs(folders, wanted, home, stop_requested)
     except preemption.Preempted as stop:
-        say(workdir, claimed[0][0], f"and {len(rows) - 1} runs with it: {stop}")
+        log_run(workdir, claimed[0][0], f"and {len(rows) - 1} runs with it: {stop}")
         raise
     except Exception as error:  # perhaps it is too large, or one run does not fit: each by itself says what is wrong
-        together.part(home, f"{type(error).__name__}: {error}")
+        together.separate(home, f"{type(error).__name__}: {error}")
         reason = str(error).partition(chr(10))[0]
-        say(workdir, claimed[0][0], f"and {len(rows) - 1} runs with it are done one by one: {reason}")
+        log_run(workdir, claimed[0][0], f"and {len(rows) - 1} runs with it are done one by one: {reason}")
         return
     metric = store.read_plan(workdir)["metrics"][0]
     for row, folder, outcome in zip(rows, folders, outcomes, strict=True):
         if isinstance(outcome, Exception):
             store.fail(folder, f"{type(outcome).__name__}: {outcome}", 1)
-            say(workdir, row, f"failed: {type(outcome).__name__}: {str(outcome).partition(chr(10))[0]}")
+            log_run(workdir, row, f"failed: {type(outcome).__name__}: {str(outcome).partition(chr(10))[0]}")
         elif outcome is not None:
             value = store.score(outcome, metric)
             text = "undefined" if value is None else f"{value:.3f}"
-            say(workdir, row, f"{metric} {text} ({len(rows)} runs together in {time.monotonic() - began:.1f} s)")
+            log_run(workdir, row, f"{metric} {text} ({len(rows)} runs together in {time.monotonic() - began:.1f} s)")
 
 
 def train_runs(folders, wanted, home: pathlib.Path, stop_requested: Callable[..., bool]):
@@ -203,7 +203,7 @@ def train_run(folder: pathlib.Path, stop_requested: Callable[..., bool]) -> dict
         raise
 
 
-def say(workdir: pathlib.Path, row: Mapping[str, Any], text: str) -> None:
+def log_run(workdir: pathlib.Path, row: Mapping[str, Any], text: str) -> None:
     """One line on the console: how many runs are over, which run this is, and what became of it."""
     if not distributed.is_first():
         return

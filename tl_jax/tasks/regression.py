@@ -2,44 +2,11 @@
 
 import numpy as np
 
-from tl_jax.tasks.intervals import group_sum, mean_defined, point_of
+from tl_jax.tasks.intervals import group_sum, mean_defined
 from tl_jax.tasks.predictions import Predictions
-from tl_jax.tasks.task import Metrics, Rows, Spec, Task, unchanged
+from tl_jax.tasks.task import Metrics, Rows
 
 CHANGED = 0.01  # standard deviations of a target from which on two predictions differ
-
-
-def make(spec: Spec) -> Task:
-    """Squared error of the standardised targets, the mean over them."""
-    import jax.numpy as jnp  # here, as jax takes its time and metrics do without it
-
-    from tl_jax.tasks import losses
-
-    mean, std = (jnp.asarray(x, jnp.float32)[None] for x in (spec.target_mean, spec.target_std))
-    targets = len(spec.class_names)
-
-    def decode(outputs):
-        return outputs["logits"].astype(jnp.float32) * std + mean
-
-    def loss(outputs, encoded):
-        return jnp.square(outputs["logits"].astype(jnp.float32) - encoded).mean(axis=-1)
-
-    def running(outputs, labels):
-        return {"mae": jnp.abs(decode(outputs) - labels.reshape(-1, targets)).mean(axis=-1)}
-
-    return Task(
-        spec=spec,
-        outputs=targets,
-        encode=lambda labels: (labels.reshape(-1, targets).astype(jnp.float32) - mean) / std,
-        loss=loss,
-        count=losses.each_once,
-        running=running,
-        keep=lambda outputs: {"values": decode(outputs)},
-        scores=scores,
-        monitor=METRICS.monitor,
-        calibrate=unchanged,
-        metrics=METRICS,
-    )
 
 
 def fit_targets(labels: np.ndarray, names: tuple[str, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -70,15 +37,12 @@ def _weighted(predictions, weights) -> dict:
     error, labels, total = _errors(predictions), predictions.labels.astype(np.float64), weights.sum(axis=0)
     squared = (error.T**2) @ weights
     spread = np.stack([_spread(column, weights, total) for column in labels.T])
-    return _with_means(
-        rmse_each=np.sqrt(squared / total).T,
-        mae_each=(np.abs(error).T @ weights / total).T,
-        r2_each=(1 - squared / spread).T,
-    )
+    mae = np.abs(error).T @ weights / total
+    return _with_means(rmse_each=np.sqrt(squared / total).T, mae_each=mae.T, r2_each=(1 - squared / spread).T)
 
 
 def _spread(values, weights, total):
-    """The weighted sum of squared deviations from the mean [B]; NaN where all drawn values are the same."""
+    """The weighted sum of squared deviations from the mean [B]; NaN where all sampled values are the same."""
     mean = values @ weights / total
     spread = (np.square(values[:, None] - mean) * weights).sum(axis=0)
     rounding = total * (8 * np.finfo(np.float64).eps * np.abs(values).max()) ** 2
@@ -119,7 +83,6 @@ METRICS = Metrics(
     less=("rmse", "mae"),
     monitor=(("rmse", "min"), ("loss", "min")),
     scores=scores,
-    point=point_of(_weighted, _weighted_ranks),
     parts=(_weighted, _weighted_ranks),
     differ=lambda a, b: (np.abs(a.values - b.values) > CHANGED * np.asarray(a.spec.target_std)).any(axis=1),
     loss_label="loss (squared error, standardised)",

@@ -40,25 +40,21 @@ def format_classes(summary: dict, limit: int = 20) -> rich.table.Table | None:
     noun = next((noun for noun in ORDER if f"per_{noun}" in summary), None)
     if noun is None:
         return None
-    rows, order = summary[f"per_{noun}"], ORDER[noun]
-    worst = sorted(rows, key=lambda row: row[order]["value"] if row[order]["value"] is not None else 2)[:limit]
-    shown = worst if len(rows) > limit else rows
-    title = f"per {noun}"
+    rows, order, title = summary[f"per_{noun}"], ORDER[noun], f"per {noun}"
     if len(rows) > limit:
         title = f"the {limit} of {len(rows)} {PLURAL[noun]} with the lowest {HEADERS[order]}"
+        rows = sorted(rows, key=lambda row: 2 if row[order]["value"] is None else row[order]["value"])[:limit]
     table = rich.table.Table(noun, box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
     columns = [name for name in rows[0] if name != noun]
     for name in columns:
         table.add_column(HEADERS.get(name, name), justify="right")
         if name == order:
             table.add_column("interval", justify="right")
-    for row in shown:
+    for row in rows:
         cells = [rich.markup.escape(row[noun])]
         for name in columns:
-            if not isinstance(row[name], dict):
-                cells.append(str(row[name]))
-            else:
-                cells += _cells(row[name])[: 2 if name == order else 1]
+            of_metric = isinstance(row[name], dict)
+            cells += _cells(row[name])[: 2 if name == order else 1] if of_metric else [str(row[name])]
         table.add_row(*cells)
     return table
 

@@ -40,7 +40,7 @@ def launch(
     if command:
         return carry_out(plan(command, settings), submit)
     if not (keys := open_runs(workdir)):
-        print(f"{workdir}: nothing to do, see python -m tl_jax.studies.report.report {workdir}", flush=True)
+        print(f"{workdir}: nothing to do, see python -m tl_jax report {workdir}", flush=True)
         return 0
     return carry_out(plan([*worker_arguments(workdir), *keys], settings), submit)
 

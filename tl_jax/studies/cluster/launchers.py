@@ -33,7 +33,7 @@ def start(
     """Plans the study `experiments/NAME[:argument]` in its workdir (default: workdirs/NAME) and launches it.
 
     Returns the launcher's exit code; a dry run prints the grid and what it would cost, and writes nothing. Raises
-    ValueError for a study that cannot be meant, or a workdir that holds something else.
+    ValueError for an invalid study, or a workdir that holds something else.
     """
     own = _cluster_options(launcher, settings, submit) or {"stop_requested": stop_requested}
     name, question, study = studies.load(text)
@@ -62,7 +62,7 @@ def _load(launcher: str) -> Callable[..., int]:
 
 
 def _cluster_options(launcher: str, settings: str, submit: bool) -> dict[str, Any]:
-    """What a launcher takes beside its jobs; ValueError where the local one is given anything."""
+    """What a launcher takes besides its jobs; ValueError where the local one is given anything."""
     if launcher != "local":
         return {"settings": settings, "submit": submit}
     if settings or submit:

@@ -52,10 +52,10 @@ def launch(
     if command:
         return carry_out(plan(command, (), settings, workdir), submit)
     if not (keys := open_runs(workdir)):
-        print(f"{workdir}: nothing to do, see python -m tl_jax.studies.report.report {workdir}", flush=True)
+        print(f"{workdir}: nothing to do, see python -m tl_jax report {workdir}", flush=True)
         return 0
     code = carry_out(plan(worker_arguments(workdir), keys, settings, workdir, jobs), submit)
-    print(f"# afterwards: python -m tl_jax.studies.report.report {workdir}", flush=True)
+    print(f"# afterwards: python -m tl_jax report {workdir}", flush=True)
     return code
 
 
