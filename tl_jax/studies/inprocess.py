@@ -82,13 +82,8 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
         return
     result = found["result"]
     log(tasks.format_table(result["metrics"], of=f"seed {config.seed}, {result['data']}"))
-    if result["extra_eval"]:
-        first = tasks.METRICS[config.task].scalars[0]
-        log(
-            tasks.format_sets(
-                result["extra_eval"], list(dict.fromkeys([first, tasks.METRICS[config.task].monitor[0][0]]))
-            )
-        )
+    if sets := result["extra_eval"]:
+        log(tasks.format_sets(sets, tasks.METRICS[config.task].monitor[0][0]))
     if text := _how_scored(result):
         log(text)
     if result["chosen_on_scored_split"]:
@@ -99,12 +94,12 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
 
 
 def _how_scored(result: Mapping[str, Any]) -> str:
-    """Which step was scored and with what threshold, where that is not the last one and one half."""
-    parts, step = [], result["step"]
+    """Which step was scored, and with what threshold, where that was chosen."""
+    parts = []
     if stopped := result.get("stopped_early_at"):
         parts.append(f"stopped early after step {stopped} of {result['total_steps']}")
     if result["select"] == "best_val":
-        parts.append(f"scored at step {step}, the best on val")
+        parts.append(f"scored at step {result['step']}, the best on val")
     if "threshold" in result:
         parts.append(f"positive from a probability of {result['threshold']:.3g}, chosen on val")
     return "; ".join(parts)

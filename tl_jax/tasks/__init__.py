@@ -15,8 +15,8 @@ from tl_jax.tasks.task import Metrics, Spec, Task, card_fields, preference, spec
 __all__ = [
     "CALIBRATION", "METRICS", "NAMES", "Metrics", "Predictions", "Spec", "Task", "card_fields", "confusion",
     "direction", "fit_spec", "format_classes", "format_sets", "format_table", "load_predictions", "make",
-    "make_predictions", "paired_difference", "point", "preference", "save_predictions", "scalar_names", "scores", "share_interval",
-    "spec_of", "summarize",
+    "make_predictions", "paired_difference", "point", "preference", "save_predictions", "scalar_names", "scores",
+    "share_interval", "spec_of", "summarize",
 ]  # fmt: skip
 
 METRICS = {

@@ -1,6 +1,6 @@
 """Summaries as tables for the console."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import rich.box
 import rich.markup
@@ -24,14 +24,13 @@ def format_table(summary: dict, of: str = "") -> rich.table.Table:
     return table
 
 
-def format_sets(summaries: Mapping[str, dict], names: Sequence[str]) -> rich.table.Table:
-    """Some metrics of several sets, one row each: {name of the set: its summary}."""
-    table = rich.table.Table("set", box=rich.box.SIMPLE_HEAD, title="further sets", title_justify="left")
-    for header in ("examples", *(cell for name in names for cell in (name, "interval"))):
+def format_sets(summaries: Mapping[str, dict], metric: str) -> rich.table.Table:
+    """One metric of several sets, a row each: {name of the set: its summary}."""
+    table = rich.table.Table("further set", box=rich.box.SIMPLE_HEAD)
+    for header in ("examples", metric, "interval"):
         table.add_column(header, justify="right")
     for name, summary in summaries.items():
-        cells = [cell for metric in names for cell in _cells(summary[metric])]
-        table.add_row(rich.markup.escape(name), f"{summary['count']:,}", *cells)
+        table.add_row(rich.markup.escape(name), f"{summary['count']:,}", *_cells(summary[metric]))
     return table
 
 
