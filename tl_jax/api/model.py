@@ -89,7 +89,7 @@ def load(
 
 
 class Done(NamedTuple):
-    """One batch: the positions of the inputs that were read, what the network gives for them, and why others were not."""
+    """One batch: the positions of the inputs that were read, the outputs for them, and why others were not read."""
 
     positions: list[int]
     outputs: dict[str, np.ndarray]
@@ -212,16 +212,16 @@ def match_labels(source: Source, spec: tasks.Spec, named: bool) -> np.ndarray:
     theirs, ours = source.class_names, spec.class_names
     if theirs == ours:
         return source.labels
-    classes = source.label_kind == "classes"
-    if classes and set(theirs) <= set(ours):
-        return np.array([ours.index(name) for name in theirs], np.int32)[source.labels]
+    subset = source.label_kind == "classes" and set(theirs) <= set(ours)
     numbered = theirs == tuple(map(str, range(len(theirs))))
-    fits = len(theirs) == len(ours) or (classes and numbered and len(theirs) < len(ours))
-    if fits and (numbered or not named):
+    if not (subset and named) and (subset or (len(theirs) == len(ours) and (numbered or not named))):
         without, order = ("the data name", "the card names") if named else ("the card names", "the data name")
         shown = ", ".join((ours if named else theirs)[:10]) + (", ..." if len(ours) > 10 else "")
         print(f"{without} no classes: outputs are taken by position, as {order} them: {shown}", file=sys.stderr)
-        return source.labels
+        if not subset:
+            return source.labels
+    if subset:
+        return np.array([ours.index(name) for name in theirs], np.int32)[source.labels]
     raise ValueError(
         f"{source.name} has {len(theirs)} classes, labels or targets ({', '.join(theirs[:5])}, ...), the network "
         f"{len(ours)} ({', '.join(ours[:5])}, ...); expected the same names"
