@@ -25,6 +25,7 @@ from tl_jax.data.image.augment import make_preprocess
 from tl_jax.data.pipeline import THREADS
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
+from tl_jax.runtime.log import shows_bar
 from tl_jax.tasks import answers
 from tl_jax.training.steps import FEATURES, normalise
 from tl_jax.weights import load as pretrained
@@ -89,7 +90,7 @@ def load(
 
 
 class Done(NamedTuple):
-    """One batch: the positions of the inputs that were read, their outputs, and why others were not."""
+    """One batch: the positions of the inputs that were read, the outputs for them, and why others were not read."""
 
     positions: list[int]
     outputs: dict[str, np.ndarray]
@@ -114,8 +115,8 @@ def run(model: Model, items: Any, count: int, batch_size: int) -> Iterator[Done]
 
     chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
     console = Console(stderr=True)
-    shown = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with ThreadPoolExecutor(THREADS) as pool, shown as progress:
+    progress = Progress(console=console, transient=True, disable=not shows_bar(console))
+    with ThreadPoolExecutor(THREADS) as pool, progress:
         bar, ahead = progress.add_task("predict", total=count), [pool.map(read, chunk) for chunk in chunks[:1]]
         for i, chunk in enumerate(chunks):
             ahead += [pool.map(read, following) for following in chunks[i + 1 : i + 2]]
@@ -212,20 +213,18 @@ def match_labels(source: Source, spec: tasks.Spec, named: bool) -> np.ndarray:
     theirs, ours = source.class_names, spec.class_names
     if theirs == ours:
         return source.labels
-    classes = source.label_kind == "classes"
-    if classes and set(theirs) <= set(ours):
-        return np.array([ours.index(name) for name in theirs], np.int32)[source.labels]
+    subset = source.label_kind == "classes" and set(theirs) <= set(ours)
     numbered = theirs == tuple(map(str, range(len(theirs))))
-    fits = len(theirs) == len(ours) or (classes and numbered and len(theirs) < len(ours))
-    if fits and (numbered or not named):
+    if not subset and (len(theirs) != len(ours) or (named and not numbered)):
+        raise ValueError(
+            f"{source.name} has {len(theirs)} classes, labels or targets ({', '.join(theirs[:5])}, ...), the network "
+            f"{len(ours)} ({', '.join(ours[:5])}, ...); expected the same names"
+        )
+    if not (subset and named):
         without, order = ("the data name", "the card names") if named else ("the card names", "the data name")
-        shown = ", ".join((ours if named else theirs)[:10]) + (", ..." if len(ours) > 10 else "")
+        shown = ", ".join((ours if named else theirs)[:10]) + (", ..." if len(theirs) > 10 else "")
         print(f"{without} no classes: outputs are taken by position, as {order} them: {shown}", file=sys.stderr)
-        return source.labels
-    raise ValueError(
-        f"{source.name} has {len(theirs)} classes, labels or targets ({', '.join(theirs[:5])}, ...), the network "
-        f"{len(ours)} ({', '.join(ours[:5])}, ...); expected the same names"
-    )
+    return np.array([ours.index(name) for name in theirs], np.int32)[source.labels] if subset else source.labels
 
 
 def as_model(model: Any) -> Model:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -44,13 +45,11 @@ class Picture(NamedTuple):
 class Run:
     """A finished run.
 
-    folder: its workdir. weights: where the base of its delta checkpoint lies now, if not where it lay. temporary: the
-    folder where it is removed with this object.
+    folder: its workdir. weights: where the base of its delta checkpoint lies now, if not where it lay.
     """
 
     folder: pathlib.Path
     weights: str | None = None
-    temporary: Any = None
 
     def __repr__(self) -> str:
         result = self.result
@@ -171,16 +170,16 @@ def fit(
     given = dict(changes or {})
     if several := [name for name in ("seeds", "baseline", "replicas") if given.get(name)]:
         raise ValueError(f"changes sets {', '.join(several)}: these are several runs, see python -m tl_jax train")
-    temporary = None if workdir else tempfile.TemporaryDirectory(prefix="tl_jax-")
-    folder = pathlib.Path(workdir or temporary.name)
+    run = Run(pathlib.Path(workdir or tempfile.mkdtemp(prefix="tl_jax-")))
+    if workdir is None:
+        weakref.finalize(run, shutil.rmtree, run.folder, ignore_errors=True)
     named = {
         "model.name": model.name, "model.weights": model.weights, "model.image_size": model.image_size,
         "seed": seed, "batch_size": batch_size, "total": (float(epochs), "epochs"), "lr": recipes.LR,
-        **_data_options(data, task, folder, given), **table[method],
+        **_data_options(data, task, run.folder, given), **table[method],
     }  # fmt: skip
-    config = options.override(options.make(), {**named, **given})
-    training.train(config, folder, verbose=verbose)
-    return Run(folder, temporary=temporary)
+    training.train(options.override(options.make(), {**named, **given}), run.folder, verbose=verbose)
+    return run
 
 
 def _data_options(data: Any, task: str, folder: pathlib.Path, given: Mapping[str, Any]) -> dict[str, Any]:
