@@ -226,12 +226,12 @@ def _entry_problems(
 
 
 def _phase_problems(flat: Mapping[str, Any]) -> list[str]:
-    problems = [
-        f"phases[{i}] sets {key}, which cannot change during a run; what can: {', '.join(PHASED)}"
-        for i, phase in enumerate(flat["phases"])
-        for key, _ in phase
-        if _option_of(key) not in PHASED
-    ]
+    problems = []
+    for i, key in ((i, key) for i, phase in enumerate(flat["phases"]) for key, _ in phase):
+        if not _option_of(key):
+            problems.append(f"phases[{i}]: {key!r} does not exist{messages.nearest(key, PHASED)}")
+        elif _option_of(key) not in PHASED:
+            problems.append(f"phases[{i}] sets {key}, which cannot change during a run; what can: {', '.join(PHASED)}")
     if flat["patience"] and (count := len(flat["phases"])) > 1:
         problems.append(f"patience = {flat['patience']!r} would leave out some of the {count} phases; expected 0")
     return problems
