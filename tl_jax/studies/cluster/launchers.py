@@ -1,7 +1,7 @@
 """From the command line to a study under way: load it, plan it, and hand it to a launcher."""
 
-import importlib
 import pathlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,29 +11,22 @@ from tl_jax.studies import study as studies
 # Each is a function (workdir, *, jobs, ...) -> exit code, imported when it is asked for. The local one also takes
 # stop_requested; those that hand a study to a cluster take (settings, submit), and any command of ours instead.
 LAUNCHERS = {
-    "local": ("tl_jax.studies.local", "launch"),
-    "slurm": ("tl_jax.studies.cluster.slurm", "launch"),
-    "tpu": ("tl_jax.studies.cluster.cloud", "launch_tpu"),
-    "gke": ("tl_jax.studies.cluster.cloud", "launch_gke"),
+    "local": "tl_jax.studies.local:launch",
+    "slurm": "tl_jax.studies.cluster.slurm:launch",
+    "tpu": "tl_jax.studies.cluster.cloud:launch_tpu",
+    "gke": "tl_jax.studies.cluster.cloud:launch_gke",
 }
 
 
 def start(
-    text: str,
-    workdir: str | pathlib.Path | None,
-    *,
-    launcher: str = "local",
-    jobs: int = 0,
-    settings: str = "",
-    submit: bool = False,
-    dry_run: bool = False,
-    retry: bool = False,
+    text: str, workdir: str | pathlib.Path | None, *, launcher: str = "local", jobs: int = 0, settings: str = "",
+    submit: bool = False, dry_run: bool = False, retry: bool = False,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> int:
+) -> int:  # fmt: skip
     """Plans the study `experiments/NAME[:argument]` in its workdir (default: workdirs/NAME) and launches it.
 
     Returns the launcher's exit code; a dry run prints the grid and what it would cost, and writes nothing. Raises
-    ValueError for a study that cannot be meant, or a workdir that holds something else.
+    ValueError for an invalid study, or a workdir that holds something else.
     """
     own = _cluster_options(launcher, settings, submit) or {"stop_requested": stop_requested}
     name, question, study = studies.load(text)
@@ -48,21 +41,18 @@ def start(
     store.plan(workdir, name, question, study)
     if retry and (count := store.retry(workdir)):
         print(f"{count} failed run(s) will be tried again", flush=True)
-    return _load(launcher)(workdir, jobs=jobs, **own)
+    return pkgutil.resolve_name(LAUNCHERS[launcher])(workdir, jobs=jobs, **own)
 
 
 def hand_over(command: Sequence[str], workdir: str | pathlib.Path, launcher: str, settings: str, submit: bool) -> int:
     """Gives `python COMMAND...`, which works in `workdir`, to a launcher of a cluster; returns its exit code."""
-    return _load(launcher)(pathlib.Path(workdir), command=command, **_cluster_options(launcher, settings, submit))
-
-
-def _load(launcher: str) -> Callable[..., int]:
-    module, function = LAUNCHERS[launcher]
-    return getattr(importlib.import_module(module), function)
+    return pkgutil.resolve_name(LAUNCHERS[launcher])(
+        pathlib.Path(workdir), command=command, **_cluster_options(launcher, settings, submit)
+    )
 
 
 def _cluster_options(launcher: str, settings: str, submit: bool) -> dict[str, Any]:
-    """What a launcher takes beside its jobs; ValueError where the local one is given anything."""
+    """What a launcher takes besides its jobs; ValueError where the local one is given anything."""
     if launcher != "local":
         return {"settings": settings, "submit": submit}
     if settings or submit:

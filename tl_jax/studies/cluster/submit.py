@@ -4,11 +4,12 @@ import pathlib
 import re
 import shlex
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tl_jax.core import messages
 from tl_jax.studies import store
+
+HANDING_OVER = {"launcher": True, "slurm": True, "cloud": True, "submit": False}  # flags, and whether a value follows
 
 
 class Plan(NamedTuple):
@@ -17,22 +18,35 @@ class Plan(NamedTuple):
     command: list[str]
     stdin: str = ""
 
-    def to_text(self) -> str:
-        """The command as one can paste it into a shell."""
-        line = shlex.join(self.command)
-        return f"{line} <<'EOF'\n{self.stdin}\nEOF" if self.stdin else line
 
+def launch(
+    plan: Callable[[Sequence[str], Sequence[str], str, pathlib.Path, int], Plan], workdir: pathlib.Path, *,
+    command: Sequence[str] = (), settings: str = "", jobs: int = 0, submit: bool = False,
+) -> int:  # fmt: skip
+    """Prints the command that hands a planned study, or `python COMMAND...`, to a scheduler; runs it with `submit`.
 
-def carry_out(plan: Plan, submit: bool) -> int:
-    """Prints the plan, and with `submit` runs it; returns the exit code. Raises ValueError where its program is not."""
-    print(plan.to_text(), flush=True)
+    plan: (arguments of python, keys of runs that follow them, settings, workdir, jobs) -> Plan. The workdir is the same
+    folder here and there. Returns the exit code. Raises ValueError for settings that do not fit or a missing program.
+    """
+    keys = [] if command else store.open_runs(workdir)
+    report = f"python -m tl_jax.studies.report.report {workdir}"
+    if not command and not keys:
+        print(f"{workdir}: nothing to do, see {report}", flush=True)
+        return 0
+    worker = ["-m", "tl_jax.studies.worker", str(workdir.absolute()), "--only"]
+    words, stdin = plan(command or worker, keys, settings, workdir, jobs)
+    print(shlex.join(words) + (f" <<'EOF'\n{stdin}\nEOF" if stdin else ""), flush=True)
+    code = 0
     if not submit:
         print("# not run: add --submit, or run it yourself", flush=True)
-        return 0
-    try:
-        return subprocess.run(plan.command, input=plan.stdin or None, text=True).returncode
-    except FileNotFoundError:
-        raise ValueError(f"there is no program {plan.command[0]!r} here; run this where the scheduler is") from None
+    else:
+        try:
+            code = subprocess.run(words, input=stdin or None, text=True).returncode
+        except FileNotFoundError:
+            raise ValueError(f"there is no program {words[0]!r} here; run this where the scheduler is") from None
+    if keys:
+        print(f"# afterwards: {report}", flush=True)
+    return code
 
 
 def parse_settings(text: str) -> dict[str, str]:
@@ -46,28 +60,6 @@ def parse_settings(text: str) -> dict[str, str]:
     return dict(part.split("=", 1) for part in parts)
 
 
-def check_settings(flag: str, settings: dict[str, str], needed: Collection[str], known: Collection[str]) -> None:
-    """Raises one ValueError that names every setting that is missing, empty or unknown; known ones may end in `*`."""
-    problems = [f"  {name} is missing" for name in needed if not settings.get(name)]
-    prefixes = tuple(name[:-1] for name in known if name.endswith("*"))
-    for name in settings:
-        if name not in {*needed, *known} and not (prefixes and name.startswith(prefixes)):
-            problems.append(f"  {name} is unknown{messages.nearest(name, {*needed, *known})}")
-    if problems:
-        expected = ", ".join(needed) + (f"; possible: {', '.join(known)}" if known else "")
-        raise ValueError(f"{flag} does not fit:\n" + "\n".join(problems) + f"\nneeded: {expected}")
-
-
-def open_runs(workdir: pathlib.Path) -> list[str]:
-    """The keys of a study's runs that are still to be taken."""
-    return [key for key, word in store.states(workdir).items() if word in ("todo", "stale")]
-
-
-def worker_arguments(workdir: pathlib.Path) -> list[str]:
-    """The arguments of python for a worker of the study; the keys of its runs come behind them."""
-    return ["-m", "tl_jax.studies.worker", str(workdir.absolute()), "--only"]
-
-
 def own_arguments(argv: Sequence[str]) -> list[str]:
     """A command line without the flags that hand it to a launcher, `--flag=value` or `--flag value`."""
     kept, skip = [], False
@@ -78,6 +70,3 @@ def own_arguments(argv: Sequence[str]) -> list[str]:
             kept.append(argument)
         skip = not skip and ours and not equals and HANDING_OVER[name]
     return kept
-
-
-HANDING_OVER = {"launcher": True, "slurm": True, "cloud": True, "submit": False}  # flags, and whether a value follows
