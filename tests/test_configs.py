@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
+from tl_jax.training.sweep import sweep
 
 from configs import transfer
 from tl_jax import config as options
 from tl_jax import models
 from tl_jax.training.train import train
-from tl_jax.training.sweep import sweep
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py"))
 

@@ -236,22 +236,22 @@ def test_auto_rgn_scales_each_block_by_its_relative_gradient_norm():
         assert 0 < min(ratios.values()) < max(ratios.values()), "both blocks at full rate would prove nothing"
 
 
-def make_phases(*stretches, lengths):
-    """(transformation, labels) of each phase as a run makes them; a stretch is (labels, default group, schedule)."""
+def make_phases(*phases, lengths):
+    """(transformation, labels) of each phase as a run makes them; each is (labels, default group, schedule)."""
     before, made = None, []
-    for (labels, default, schedule), length in zip(stretches, lengths, strict=True):
+    for (labels, default, schedule), length in zip(phases, lengths, strict=True):
         groups = optim.make_groups(labels, default, {})
-        ages = optim.ages_after(before, labels, groups)
-        made.append(optim.make_optimizer(labels, groups, schedule, ages=ages))
-        before = labels, groups, ages, length
+        offsets = optim.offsets_after(before, labels, groups)
+        made.append(optim.make_optimizer(labels, groups, schedule, offsets=offsets))
+        before = labels, groups, offsets, length
     return made
 
 
-def run_phases(*stretches, lengths):
+def run_phases(*phases, lengths):
     """The parameters after every step of all phases, the optimizer state migrated between them."""
     params, old, trail, done = PARAMS, None, [], 0
-    made = make_phases(*stretches, lengths=lengths)
-    for i, (tx, (labels, *_), length) in enumerate(zip(made, stretches, lengths, strict=True)):
+    made = make_phases(*phases, lengths=lengths)
+    for i, (tx, (labels, *_), length) in enumerate(zip(made, phases, lengths, strict=True)):
         trainable = {path: params[path] for path in labels if labels[path] != "frozen"}
         state = tx.init(trainable) if i == 0 else optim.migrate(tx.init(trainable), old, lengths[i - 1])
         steps, old = follow(tx, trainable, state, range(done, done + length))
@@ -279,8 +279,8 @@ def joined(count):
 @pytest.mark.parametrize("args", [Group("adamw", weight_decay=0.1), Group("sgd", (("momentum", 0.9),)), Group("lamb")])
 def test_a_leaf_that_stays_trainable_goes_on_as_if_there_were_no_phases(args):
     """a/* train throughout, b/kernel comes in the second phase and goes in the third."""
-    stretches = [(labels, args, s) for labels, s in zip((ONLY_A, ALL, ONLY_A), SCHEDULES, strict=True)]
-    trail = run_phases(*stretches, lengths=(3, 4, 3))
+    phases = [(labels, args, s) for labels, s in zip((ONLY_A, ALL, ONLY_A), SCHEDULES, strict=True)]
+    trail = run_phases(*phases, lengths=(3, 4, 3))
     alone = {path: PARAMS[path] for path in ("a/kernel", "a/bias")}
     tx = optim.make_optimizer(ONLY_A, optim.make_groups(ONLY_A, args, {}), joined)
     unbroken, _ = follow(tx, alone, tx.init(alone), range(10))
@@ -292,8 +292,8 @@ def test_a_leaf_that_stays_trainable_goes_on_as_if_there_were_no_phases(args):
 
 
 def test_a_leaf_that_becomes_trainable_has_fresh_moments_and_its_own_bias_correction():
-    stretches = [(labels, Group("adam"), s) for labels, s in zip((ONLY_A, ALL), SCHEDULES, strict=False)]
-    trail = run_phases(*stretches, lengths=(3, 4))
+    phases = [(labels, Group("adam"), s) for labels, s in zip((ONLY_A, ALL), SCHEDULES, strict=False)]
+    trail = run_phases(*phases, lengths=(3, 4))
     first = np.asarray(trail[3]["b/kernel"]) - np.asarray(PARAMS["b/kernel"])
     np.testing.assert_allclose(np.abs(first), SCHEDULES[1](0), rtol=1e-5)
     tx = optim.make_optimizer(ONLY_B, optim.make_groups(ONLY_B, Group("adam"), {}), SCHEDULES[1])
@@ -303,9 +303,9 @@ def test_a_leaf_that_becomes_trainable_has_fresh_moments_and_its_own_bias_correc
         np.testing.assert_array_equal(ours["b/kernel"], expected["b/kernel"])
 
 
-def test_a_leaf_that_rested_for_a_phase_starts_afresh():
-    stretches = [(labels, ADAMW, s) for labels, s in zip((ALL, ONLY_A, ALL), SCHEDULES, strict=True)]
-    trail = run_phases(*stretches, lengths=(3, 4, 3))
+def test_a_leaf_that_was_frozen_for_a_phase_starts_afresh():
+    phases = [(labels, ADAMW, s) for labels, s in zip((ALL, ONLY_A, ALL), SCHEDULES, strict=True)]
+    trail = run_phases(*phases, lengths=(3, 4, 3))
     tx = optim.make_optimizer(ONLY_B, optim.make_groups(ONLY_B, ADAMW, {}), SCHEDULES[2])
     alone = {"b/kernel": trail[6]["b/kernel"]}
     fresh, _ = follow(tx, alone, tx.init(alone), range(7, 10))

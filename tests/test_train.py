@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from tl_jax.data import pipeline
-from tl_jax.runtime import workdir
+from tl_jax import config as options
+from tl_jax.runtime import sharding, workdir
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.training import loop as trainer
+from tl_jax.training.build import build
+from tl_jax.training.loop import best_step
 from tl_jax.training.train import train
 from tl_jax.weights import formats
 
@@ -35,14 +36,9 @@ FILES = {
 
 
 def make_config(arg="", **changes):
-    config = smoke.get_config(arg)
-    with config.unlocked():
-        config.update_from_flattened_dict(changes)
-        config.ema = 0.9
-        config.method.mixup = 0.2
-        config.model.dropout = 0.1
-        config.data.augment = (("rotation", {"degrees": 20.0}),)
-    return config
+    random = {"ema": 0.9, "method.mixup": 0.2, "model.dropout": 0.1}
+    random["data.augment"] = (("rotation", {"degrees": 20.0}),)
+    return options.override(smoke.get_config(arg), {**random, **changes})
 
 
 def remains(workdir: pathlib.Path) -> dict:
@@ -97,68 +93,57 @@ def test_the_audit_proves_that_nothing_frozen_moved(finished):
             np.testing.assert_array_equal(trained[key], value)
 
 
-def test_a_finished_run_is_shown_again_without_a_step(finished, monkeypatch):
-    workdir, result = finished
-    monkeypatch.setattr(trainer, "build", None)
-    assert train(make_config(), workdir) == json.loads(json.dumps(result))
-
-
 class Crash(Exception):
     pass
 
 
-def crash_at(monkeypatch, steps, action):
-    """Runs `action` before the batch of each step in `steps`, once."""
-    left = set(steps)
-    real = pipeline.train_batches
+def crash_after(step):
+    """A `stop_requested` that raises once a step is done, before anything is saved of it."""
 
-    def train_batches(*args, **kwargs):
-        batches = real(*args, **kwargs)
+    def crash(done):
+        if done == step:
+            raise Crash
+        return False
 
-        class Crashing:
-            def iterate(self, start, stop, num_workers=0):
-                for step, batch in enumerate(batches.iterate(start, stop, num_workers=num_workers), start):
-                    if step in left:
-                        left.remove(step)
-                        action()
-                    yield batch
-
-        return Crashing()
-
-    monkeypatch.setattr(pipeline, "train_batches", train_batches)
+    return crash
 
 
-def crash():
-    raise Crash
+def crashed(config, folder, step):
+    """A run in `folder` that crashed after a step."""
+    with pytest.raises(Crash):
+        train(config, folder, stop_requested=crash_after(step))
 
 
-def test_a_run_that_crashed_three_times_ends_bit_equal_to_an_unbroken_one(finished, tmp_path, monkeypatch):
-    crash_at(monkeypatch, {0, 1, 3}, crash)
-    for _ in range(3):
-        with pytest.raises(Crash):
-            train(make_config(), tmp_path / "w")
+def test_a_finished_run_is_shown_again_without_a_step_or_a_look_at_its_data(tmp_path):
+    weights, _ = swap_weights(tmp_path)
+    data, _ = swap_data(tmp_path)
+    config = make_config(**{"model.weights": str(weights), **of_arrays(data)})
+    result = train(config, tmp_path / "w", verbose=False)
+    weights.unlink(), data.unlink()
+    assert train(config, tmp_path / "w", stop_requested=lambda done: 1 / 0) == json.loads(json.dumps(result))
+
+
+def test_a_run_that_crashed_three_times_ends_bit_equal_to_an_unbroken_one(finished, tmp_path):
+    for step in (1, 2, 3):  # step 2 is evaluated and saved only after the crash
+        crashed(make_config(), tmp_path / "w", step)
     train(make_config(), tmp_path / "w")
     assert remains(tmp_path / "w") == remains(finished[0])
 
 
-@pytest.mark.parametrize("step", [0, 2, 3])
-def test_a_request_to_stop_saves_the_step_and_the_same_command_goes_on(finished, tmp_path, monkeypatch, step):
-    asked = []
-    crash_at(monkeypatch, {step}, lambda: asked.append(True))
-    with pytest.raises(Preempted, match=f"after step {step + 1} of 4"):
-        train(make_config(), tmp_path / "w", stop_requested=lambda step: bool(asked))
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_request_to_stop_saves_the_step_and_the_same_command_goes_on(finished, tmp_path, step):
+    with pytest.raises(Preempted, match=f"after step {step} of 4"):
+        train(make_config(), tmp_path / "w", stop_requested=lambda done: done == step)
     with Checkpoints(tmp_path / "w" / "checkpoints") as checkpoints:
-        assert checkpoints.steps()[-1] == step + 1
+        assert checkpoints.steps()[-1] == step
     train(make_config(), tmp_path / "w")
     ours, reference = remains(tmp_path / "w"), remains(finished[0])
     ours.pop("checkpoints"), reference.pop("checkpoints")  # there may be one more; the rest must be equal
     assert ours == reference
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_may_start_over_with_other_options(tmp_path, monkeypatch):
-    crash_at(monkeypatch, {0}, crash)
-    with pytest.raises(Crash):
-        train(make_config(), tmp_path / "w")
+def test_a_run_that_ended_before_its_first_checkpoint_may_start_over_with_other_options(tmp_path):
+    crashed(make_config(), tmp_path / "w", 1)
     assert train(make_config(lr=0.5), tmp_path / "w")["step"] in (2, 4)
 
 
@@ -177,10 +162,8 @@ def test_evaluation_counts_do_not_depend_on_devices_or_mode(tmp_path, parallel):
     assert train(config, tmp_path / "w")["metrics"]["count"] == 37
 
 
-def test_metrics_come_back_from_the_checkpoint_whatever_became_of_their_file(finished, tmp_path, monkeypatch):
-    crash_at(monkeypatch, {3}, crash)
-    with pytest.raises(Crash):
-        train(make_config(), tmp_path / "w")
+def test_metrics_come_back_from_the_checkpoint_whatever_became_of_their_file(finished, tmp_path):
+    crashed(make_config(), tmp_path / "w", 3)
     (tmp_path / "w" / "metrics.jsonl").write_bytes(b'{"step": 1, "val/accuracy": 9}\n\xff{"st')
     train(make_config(), tmp_path / "w")
     assert remains(tmp_path / "w") == remains(finished[0])
@@ -214,15 +197,17 @@ def swap_data(tmp_path):
     return path, lambda: write(rng.integers(0, 256, (40, 8, 8, 3), np.uint8))
 
 
+def of_arrays(path):
+    """The options of a run on the data of `swap_data`."""
+    splits = {"data.train": "train[:80%]", "data.val": "train[80%:]", "data.test": "test"}
+    return {"data.source": f"arrays:{path}", **splits}
+
+
 @pytest.mark.parametrize(("swap", "option"), [(swap_weights, "model.weights"), (swap_data, "data.source")])
-def test_other_bytes_under_the_same_path_are_refused_on_resume(tmp_path, monkeypatch, swap, option):
+def test_other_bytes_under_the_same_path_are_refused_on_resume(tmp_path, swap, option):
     path, exchange = swap(tmp_path)
-    changes = {option: f"arrays:{path}" if option == "data.source" else str(path)}
-    if option == "data.source":
-        changes |= {"data.train": "train[:80%]", "data.val": "train[80%:]", "data.test": "test"}
-    crash_at(monkeypatch, {3}, crash)
-    with pytest.raises(Crash):
-        train(make_config(**changes), tmp_path / "w")
+    changes = of_arrays(path) if option == "data.source" else {option: str(path)}
+    crashed(make_config(**changes), tmp_path / "w", 3)
     exchange()
     with pytest.raises(ValueError, match=r"another run[\s\S]*(weights|data) \(saved -> now\)"):
         train(make_config(**changes), tmp_path / "w")
@@ -233,10 +218,8 @@ def test_another_config_in_the_workdir_is_refused_with_the_difference(finished):
         train(make_config(lr=0.5), finished[0])
 
 
-def test_checkpoints_of_another_freeze_or_class_list_are_refused(finished, tmp_path, monkeypatch):
-    crash_at(monkeypatch, {3}, crash)
-    with pytest.raises(Crash):
-        train(make_config(), tmp_path / "w")
+def test_checkpoints_of_another_freeze_or_class_list_are_refused(tmp_path):
+    crashed(make_config(), tmp_path / "w", 3)
     (tmp_path / "w" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"another run.*") as error:
         train(make_config(**{"method.name": "last_k", "method.k": 1}), tmp_path / "w")
@@ -249,13 +232,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
         train(config, tmp_path / "w")
 
 
+def test_parameters_that_the_last_update_made_infinite_are_a_divergence(tmp_path):
+    """No step sees them, and no evaluation on val: only the scored outputs do."""
+    changes = {"lr": 1e38, "clip": 0.0, "optimizer": "sgd", "schedule.name": "constant", "select": "last"}
+    config = make_config(**changes, **{"data.val": "", "total": (1.0, "steps"), "ema": 0.0})
+    for _ in range(2):  # what is saved of it does not make a result of it
+        with pytest.raises(FloatingPointError, match=r"at step 0 .*seen after step 1; its outputs are not: "):
+            train(config, tmp_path / "w", verbose=False)
+    assert not (tmp_path / "w" / "result.json").exists()
+
+
+def test_a_config_json_without_an_option_that_came_later_is_of_the_same_run(finished, tmp_path):
+    def remove(option):
+        path = tmp_path / "w" / "config.json"
+        table = json.loads(path.read_text())
+        del table[option]
+        path.write_text(json.dumps(table))
+
+    for step, option in ((1, "task"), (2, "streams"), (3, "min_delta")):
+        with pytest.raises(Preempted):
+            train(make_config(), tmp_path / "w", stop_requested=lambda done, step=step: done == step)
+        remove(option)
+    train(make_config(), tmp_path / "w")
+    ours, reference = remains(tmp_path / "w"), remains(finished[0])
+    ours.pop("checkpoints"), reference.pop("checkpoints")
+    assert ours == reference
+    remove("data.resample")
+    assert train(make_config(), tmp_path / "w") == json.loads(json.dumps(finished[1]))
+    remove("select")  # of a value that it did not have at first: as if it had been left at that
+    with pytest.raises(ValueError, match=r"other options.*\n  select: 'last' -> 'best_val'$"):
+        train(make_config(), tmp_path / "w")
+
+
 def test_best_val_takes_the_highest_accuracy_then_the_lowest_loss_then_the_earliest():
+    run = build(make_config(), sharding.make_parallel())
     rows = [
         {"step": s, "val/accuracy": a, "val/loss": v}
         for s, a, v in [(1, 0.5, 1.0), (2, 0.9, 0.5), (3, 0.9, 0.4), (4, 0.9, 0.4)]
     ]
-    assert trainer.best_step([{"step": 9, "train/loss": 0.1}, *rows]) == 3
-    assert trainer.best_step([]) is None
+    assert best_step(run, [{"step": 9, "train/loss": 0.1}, *rows]) == 3
+    assert best_step(run, []) is None
 
 
 @pytest.mark.parametrize(
@@ -265,7 +281,7 @@ def test_best_val_takes_the_highest_accuracy_then_the_lowest_loss_then_the_earli
         ({"model.weights": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"data.source": "folder:/nowhere"}, "/nowhere"),
         ({"data.card": {"mean": (0.5, 0.5, 0.5)}}, "contradicts the weight card"),
-        ({"data.card": {"maen": 1}}, "data.card sets .'maen'."),
+        ({"data.card": {"maen": 1}}, r"data.card has no parameter 'maen' \(did you mean 'mean'"),
         ({"method.name": "rules", "method.rules": (("haed/.*", "head"), (".*", "frozen"))}, "haed"),
         ({"select": "best"}, "expected one of last, best_val"),
         ({"batch_size": 30}, "use a multiple of 4"),
@@ -281,11 +297,6 @@ def test_best_val_takes_the_highest_accuracy_then_the_lowest_loss_then_the_earli
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_error_before_any_training(tmp_path, changes, message):
-    nested = {key: changes.pop(key) for key in ("data.card", "groups") if key in changes}
-    config = make_config(**changes)
-    with config.unlocked():
-        for key, value in nested.items():
-            (config.data if key == "data.card" else config)[key.rpartition(".")[2]] = value
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        train(config, tmp_path / "w")
+        train(make_config(**changes), tmp_path / "w")
     assert not (tmp_path / "w" / "checkpoints").exists()

@@ -29,7 +29,7 @@ SIDE = 1024  # of the matrices whose product measures the machine
 
 
 class Work(NamedTuple):
-    """What one run computes; flops: of all its steps as traced, None where it takes none (probes without gradient)."""
+    """What one run computes; flops: of all its steps as traced, None for a probe without gradient."""
 
     steps: int
     images: int

@@ -1,13 +1,11 @@
 """Averages of the weights of finished runs: interpolation (WiSE-FT) and model soups, chosen on val.
 
-python -m tl_jax.studies.soups wise_ft RUN_A RUN_B --out FOLDER    RUN_A may be `start`: the weights RUN_B began with
-python -m tl_jax.studies.soups soup RUN RUN ... --out FOLDER
+python -m tl_jax wise_ft RUN_A RUN_B --out FOLDER    RUN_A may be `start`: the weights RUN_B began with
+python -m tl_jax soup RUN RUN ... --out FOLDER
 """
 
-import argparse
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -131,7 +129,7 @@ def load(folder: str | pathlib.Path) -> Weights:
 
 
 def load_start(end: Weights) -> Weights:
-    """The network as a run began, parts drawn anew by model.reinit included, under the head that the run ended with."""
+    """The network as a run began, with the random parts of model.reinit, under the head that the run ended with."""
     if not end.settings.model.weights:
         raise ValueError(f"{end.name} began with random weights, to which no interpolation leads; give a run instead")
     begun = build.load_model(end.settings, end.card.num_classes, end.card.class_names, end.card.columns)
@@ -155,7 +153,7 @@ def check_same(runs: Sequence[Weights]) -> None:
 def make_scorer(weights: Weights) -> Scorer:
     """The evaluation of the run's config on val, test and data.extra_eval."""
     settings, card = weights.settings, weights.card
-    parallel = sharding.make_parallel(settings.parallel, fsdp=settings.fsdp)
+    parallel = sharding.make_parallel(settings.loop.parallel, fsdp=settings.loop.fsdp)
     found = inputs.load_sources(settings)
     data = {name: found[name] for name in inputs.scored_names(found, settings)}
     if any(source.class_names != card.class_names for source in data.values()):
@@ -212,10 +210,10 @@ def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11
 
 
 def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> dict[str, Any]:
-    """The greedy soup of finished runs, beside the uniform one and the best single run; writes soup.json and the rest.
+    """The greedy soup of finished runs, with the uniform one and the best single run; writes soup.json and the rest.
 
     Ingredients are tried and kept by val alone; then the three are scored on test, once. Returns what it writes to
-    soup.json. One run at a time is held beside the soup.
+    soup.json. Memory: one run at a time, and the soup.
     """
     runs = [load(path)._replace(variables=None) for path in folders]
     if len(runs) < 2:
@@ -279,7 +277,7 @@ def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
                 axes[1].plot(x[end], y[end], marker, color=colours[split], markersize=6)
                 axes[1].annotate(name, (x[end], y[end]), xytext=(4, 4), textcoords="offset points", fontsize=7)
         if further:
-            axes[1].set(xlabel=f"{metric}, {scored}", ylabel=f"{metric}, further sets", title="one point per alpha")
+            axes[1].set(xlabel=f"{metric}, {scored}", ylabel=f"{metric}, extra_eval", title="one point per alpha")
             axes[1].grid(True)
             axes[1].legend(loc="best")
 
@@ -332,38 +330,4 @@ def _write(scorer: Scorer, variables: Variables, weights: Weights, folder: pathl
         tasks.save_predictions(folder / f"predictions{suffix}.npz", predictions)
         summaries[split] = tasks.summarize(predictions, resamples=weights.settings.loop.resamples)
     pretrained.export(variables, weights.settings.model.name, folder / "model.safetensors", card=weights.card)
-    return {"split": scorer.scored, "metrics": summaries.pop(scorer.scored), "also": summaries}
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for bad input."""
-    parser = argparse.ArgumentParser("python -m tl_jax.studies.soups", description="Average the weights of runs.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    curve = commands.add_parser("wise_ft", help="interpolate between two runs")
-    curve.add_argument("a", help=f"a run's folder, or {START!r} for the weights that the other began with")
-    curve.add_argument("b", help="a run's folder")
-    curve.add_argument("--alphas", type=int, default=11, help="number of points on the curve, both ends included")
-    pot = commands.add_parser("soup", help="average runs greedily")
-    pot.add_argument("runs", nargs="+", help="folders of runs")
-    for command in (curve, pot):
-        command.add_argument("--out", required=True, help="the folder to write to")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "wise_ft":
-            b = load(args.b)
-            report = wise_ft(load_start(b) if args.a == START else load(args.a), b, args.out, args.alphas)
-            print(f"alpha {report['chosen']:g}", end=", ")
-        else:
-            report = soup(args.runs, args.out)
-            print(", ".join(f"{'+' if row['kept'] else '-'} {row['run']}" for row in report["ingredients"]), end=", ")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    metric, entry = next((name, entry) for name, entry in report["metrics"].items() if isinstance(entry, dict))
-    value = "undefined" if entry["value"] is None else f"{entry['value']:.4f}"
-    print(f"{report['split']} {metric} {value}; wrote {args.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return {"split": scorer.scored, "metrics": summaries.pop(scorer.scored), "extra_eval": summaries}

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from tl_jax import config
 from tl_jax.core.files import read_json, write_json
-from tl_jax.studies.study import RunSpec, Study, grid, title
+from tl_jax.studies.study import RunSpec, Study, grid, metrics_of, title
 
 ATTEMPTS = 3  # of a run whose process dies: more would be the same again
 LINES = 20  # of a run's log that its failure keeps
@@ -30,7 +30,7 @@ STATES = ("done", "failed", "running", "stale", "todo")
 def plan(workdir: pathlib.Path, name: str, question: str, study: Study) -> list[RunSpec]:
     """Writes W/study.json and the config.json of every run that is not done; finished runs stay finished.
 
-    Raises ValueError for a study that cannot be meant (see `grid`), and where the workdir holds something else: a
+    Raises ValueError for an invalid study (see `grid`), and where the workdir holds something else: a
     lone run, another study, or finished runs that this grid no longer has.
     """
     runs = grid(study)
@@ -55,7 +55,7 @@ def _table(name: str, question: str, study: Study, runs: list[RunSpec]) -> dict[
         "factors": factors,
         "baseline": dict(study.baseline),
         "seeds": list(study.seeds),
-        "metrics": list(study.metrics),
+        "metrics": list(metrics_of(study)),
         "design": study.design,
         "together": study.together,
         "runs": [{"key": run.key, "levels": run.levels, "seed": run.seed, "fold": run.fold} for run in runs],
@@ -173,9 +173,9 @@ def open_runs(workdir: pathlib.Path) -> list[str]:
 
 
 def score(result: Mapping[str, Any], metric: str) -> float | None:
-    """A metric of a result.json, "accuracy" or "NAME/accuracy"; None where it is undefined."""
+    """A metric of a result.json, or NAME/METRIC of a set of data.extra_eval; None where it is undefined."""
     name, _, own = metric.rpartition("/")
-    summary = result["also"][name] if name else result["metrics"]
+    summary = result["extra_eval"][name] if name else result["metrics"]
     return summary[own]["value"]
 
 

@@ -2,8 +2,8 @@
 
 Which ones is the study's field `together`:
   heads  runs that train nothing but a head, and differ in lr, weight_decay and groups;
-  all    any that take steps and differ in options.REPLICABLE: an added part is small, but a backbone that trains is
-         held once for each of them, and other seeds or shots are other images;
+  all    any that take steps and differ in options.REPLICABLE: added parameters are few, but a backbone that trains is
+         there once for each of them, and other seeds or shots are other images;
   none   every run by itself.
 A set that was begun is W/together/KEY: runs.json names its runs, checkpoints/ is what it has saved. Its runs are
 claimed, done and failed like any other. Where a set cannot be trained, runs.json says why, and its runs are done one by

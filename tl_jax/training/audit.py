@@ -127,9 +127,9 @@ def frozen_hashes(variables: Mapping[str, Any], audits: Sequence[Mapping[str, An
     return trees.leaf_hashes({path: flat[path] for path in sorted(set.intersection(*map(frozen, audits)))})
 
 
-def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> None:
+def check_frozen(start: Mapping[str, str], end: Mapping[str, str]) -> None:
     """Raises RuntimeError that names the frozen leaves whose sha256 has changed."""
-    if moved := messages.difference(before, after):
+    if moved := messages.difference(start, end):
         raise RuntimeError(
             "frozen leaves changed during training, so this result must not be used:\n" + "\n".join(moved)
         )
@@ -147,17 +147,17 @@ def join(audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"totals": totals(audits), "phases": list(audits)}
 
 
-def prove(audits: Sequence[Mapping[str, Any]], before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
+def prove(audits: Sequence[Mapping[str, Any]], start: Mapping[str, str], end: Mapping[str, str]) -> dict[str, Any]:
     """The audit of a run with its proof: each leaf that no phase trains has the sha256 that it was loaded with.
 
     Raises RuntimeError otherwise.
     """
-    check_frozen(before, after)
+    check_frozen(start, end)
     proof = {
-        "frozen_leaves": len(before),
+        "frozen_leaves": len(start),
         "bit_equal": True,
-        "sha256": messages.fingerprint(after),
-        "hashes": dict(after),
+        "sha256": messages.fingerprint(end),
+        "hashes": dict(end),
     }
     return {**join(audits), "proof": proof}
 
@@ -182,12 +182,12 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
         table.add_column(name, justify=justify, no_wrap=True)
     policies = {}
     for row in audit["statistics"]:
-        policies.setdefault(_part(row["path"]), set()).add(row["policy"])
+        policies.setdefault(_block_of(row["path"]), set()).add(row["policy"])
     parts: dict[str, list] = {}
     paths = [row["path"] for row in audit["parameters"]]
     order = places([path for path in paths if path.startswith("backbone/")], cuts)
     for row in sorted(audit["parameters"], key=lambda row: _order(row["path"], order)):
-        parts.setdefault(_part(row["path"]), []).append(row)
+        parts.setdefault(_block_of(row["path"]), []).append(row)
     # Neighbours that differ in nothing but their size share a line.
     for cells, run in itertools.groupby(parts, key=lambda part: _cells(parts[part], policies.get(part, {"-"}))):
         names = list(run)
@@ -208,7 +208,7 @@ def _cells(rows: list[dict], policies: set[str]) -> tuple[str, ...]:
     )
 
 
-def _part(path: str) -> str:
+def _block_of(path: str) -> str:
     folders = path.split("/")[:-1]
     return "/".join(folders[: 3 if len(folders) > 2 and folders[1].startswith("stage") else 2])
 

@@ -19,7 +19,8 @@ def predict(
     """The task's outputs, labels and features of every example of the source, in its order, on every process.
 
     eval_fn: from `Parallel.evaluate`; field: of a batch, what it reads. The last batch is padded and its
-    padding dropped by a mask; raises RuntimeError unless each example was seen exactly once, FloatingPointError for outputs that are not finite.
+    padding dropped by a mask; raises RuntimeError unless each example was seen exactly once, FloatingPointError for
+    outputs that are not finite.
     """
     outputs, labels = collect(lambda x: eval_fn(variables, x), batches, field, parallel)
     return make_predictions(outputs, labels, list(batches.source.ids), spec, outputs.pop(FEATURES))

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tl_jax import tasks
+from tl_jax import config, tasks
 from tl_jax.core import messages
 from tl_jax.methods.term import MAIN
 from tl_jax.runtime import roofline, sharding
@@ -111,7 +111,7 @@ class Loop:
                 self.state = step_fn(self.state, batch)
                 if done == start + 1:
                     self.checkpoints.prepare(self.state)  # while the device is busy
-                if self._after_step(i, done, val) or self._over():
+                if self._after_step(i, done, val):
                     return done
         return phase.stop
 
@@ -124,7 +124,7 @@ class Loop:
             self.state, self.line = self.program.take_line(i, self.state, done)
         self._write_line(wait=evaluates or stopping)
         if not (evaluates or stopping):
-            return False
+            return self._all_failed()
         self._find_failed(done)
         if stopping:  # a checkpoint leaves out what is frozen: prove it while it is there
             audit.check_frozen(self.frozen, self.program.frozen_hashes(i, self.state))
@@ -136,7 +136,7 @@ class Loop:
             self._save(done)
         if stopping:
             raise Preempted(f"stopped after step {done} of {self.first.total_steps}")
-        return False
+        return self._over()
 
     def _evaluate(self, i: int, done: int, val: Any) -> None:
         """Scores every run that goes on on val."""
@@ -166,7 +166,10 @@ class Loop:
 
     def _over(self) -> bool:
         """Whether nothing is left to train: every run diverged, or stopped early."""
-        return len(self.failed) == len(self.logs) or stopped_early(self.first, next(iter(self.logs.values())).rows)
+        return self._all_failed() or stopped_early(self.first, self.logs[0].rows)
+
+    def _all_failed(self) -> bool:
+        return len(self.failed) == len(self.logs)
 
     def _going(self) -> dict[int, RunLog]:
         return {j: log for j, log in self.logs.items() if j not in self.failed}
@@ -241,10 +244,12 @@ def resume(checkpoints: Checkpoints, identity: Mapping[str, Any], initial: Any) 
             saved = checkpoints.meta(step)
         except ValueError:
             continue  # unreadable: restore_latest passes over it and says so
-        changed = {part: messages.difference(saved.get(part, {}), new) for part, new in identity.items()}
-        if listing := [
-            line for part, lines in changed.items() if lines for line in (f"{part} (saved -> now):", *lines)
-        ]:
+        listing = []
+        for part, now in identity.items():
+            difference = config.difference if part == "options" else messages.difference
+            if lines := difference(saved.get(part, {}), now):
+                listing += [f"{part} (saved -> now):", *lines]
+        if listing:
             raise ValueError("the checkpoints are of another run; choose another workdir:\n" + "\n".join(listing))
     restored = checkpoints.restore_latest(initial)
     if restored is None:
@@ -288,15 +293,16 @@ def best_step(run: Run, rows: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def stopped_early(run: Run, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the monitored score has not improved by more than min_delta in the last `patience` evaluations."""
+    """Whether `patience` evaluations in a row did not improve the best monitored score by more than min_delta."""
     loop, (name, side) = run.settings.loop, run.task.monitor[0]
-    values = [row[f"val/{name}"] for row in rows if row.get(f"val/{name}") is not None]
-    if not loop.patience or len(values) <= loop.patience:
+    if not loop.patience:
         return False
-    signed = [value if side == "max" else -value for value in values]
     best, since = -math.inf, 0
-    for value in signed:
-        best, since = (value, 0) if value > best + loop.min_delta else (best, since + 1)
+    for row in rows:
+        if (value := row.get(f"val/{name}")) is None:
+            continue
+        signed = value if side == "max" else -value
+        best, since = (signed, 0) if signed > best + loop.min_delta else (best, since + 1)
         if since >= loop.patience:
             return True
     return False

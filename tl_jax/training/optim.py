@@ -275,20 +275,20 @@ def scale_by_relative_gradient_norm(
 
 
 def offsets_after(
-    before: tuple[Mapping[str, str], Mapping[str, Group], Mapping[str, int], int] | None,
+    previous: tuple[Mapping[str, str], Mapping[str, Group], Mapping[str, int], int] | None,
     labels: Mapping[str, str],
     groups: Mapping[str, Group],
 ) -> dict[str, int]:
     """The step offset of each trainable path where a phase begins: for how many steps it has its optimizer values.
 
-    before: labels, groups, offsets and length of the phase that ends, None before the first. A path that stays
+    previous: labels, groups, offsets and length of the phase that ends, None before the first. A path that stays
     trainable under the same kind of optimizer keeps its values and adds the length; any other starts at 0 with fresh
     ones.
     """
     trainable = {path: label for path, label in labels.items() if label != FROZEN}
-    if before is None:
+    if previous is None:
         return dict.fromkeys(trainable, 0)
-    old_labels, old_groups, old_offsets, length = before
+    old_labels, old_groups, old_offsets, length = previous
 
     def kind(group: Group):
         return group.optimizer, tuple(sorted(dict(group.args).items())), group.weight_decay > 0
@@ -318,7 +318,8 @@ def migrate(fresh: Any, old: Any, length: int) -> Any:
             return leaf
         if place not in kept or kept[place].shape != leaf.shape:
             raise RuntimeError(f"the optimizer state {jax.tree_util.keystr(keys)} was not found in the phase before")
-        return kept[place]
+        # Groups of one offset share their count, and a step that donates its state cannot hold one buffer twice.
+        return kept[place] if leaf.ndim else jnp.array(kept[place])
 
     return jax.tree_util.tree_map_with_path(carry, fresh)
 

@@ -81,9 +81,9 @@ def make_phase(
     phase_terms: terms.Terms,
     material: Material,
     parallel: sharding.Parallel,
-    before: Phase | None,
+    previous: Phase | None,
 ) -> Phase:
-    """One phase behind the one before it."""
+    """One phase after the previous one."""
     networks, variables, method = material.networks, material.variables, phase.method
     params = variables["params"]
     paths = list(trees.flatten(params))
@@ -95,7 +95,7 @@ def make_phase(
     matches = trees.match_rules(paths, rules.auxiliary(paths, groups_of) + own_rules)
     labels = {path: match.value for path, match in matches.items()}
     policies = _norm_policies(variables["batch_stats"], labels, networks, method.norm)
-    groups, offsets, lengths = _make_groups(settings.loop, phase, labels, material.facts, before)
+    groups, offsets, lengths = _make_groups(settings.loop, phase, labels, material.facts, previous)
     multipliers = rules.layer_multipliers(own, cuts, phase.layer_decay) if phase.layer_decay < 1 else {}
     trained = (path for path in own if labels[path] != trees.FROZEN)
     blocks = rules.parts(trained) if method.auto_rgn else {}
@@ -103,7 +103,7 @@ def make_phase(
 
     def make_schedule(lr):
         args = dict(phase.schedule_args)
-        return optim.make_schedule(phase.schedule, lr, total_steps=lengths[0], warmup_steps=lengths[1], args=args)
+        return optim.make_schedule(phase.schedule_name, lr, total_steps=lengths[0], warmup_steps=lengths[1], args=args)
 
     def make_optimizer(schedule, groups, values=None):
         more = {"multipliers": multipliers, "offsets": offsets, "blocks": blocks, "values": values, "apart": apart}
@@ -117,7 +117,7 @@ def make_phase(
         auxiliary=tuple(networks),
     )  # fmt: skip
     report["weights"] = material.base
-    start = before.stop if before else 0
+    start = previous.stop if previous else 0
     plan = _make_plan(settings, phase, phase_terms, material, parallel, labels, policies)
     return Phase(
         start, start + lengths[0], plan._replace(start=start, length=lengths[0]), schedule, tx, report,
@@ -132,15 +132,15 @@ def _norm_policies(batch_stats: Any, labels: Mapping[str, str], networks, norm: 
     return audit.norm_policies(own, labels, norm) | audit.norm_policies(further, labels, ())
 
 
-def _make_groups(loop: LoopSettings, phase: PhaseSettings, labels, facts, before: Phase | None):
+def _make_groups(loop: LoopSettings, phase: PhaseSettings, labels, facts, previous: Phase | None):
     """The optimizer groups, the steps that each path has been trained for, and (length, warm-up) in steps."""
     sizes = {"batch_size": loop.batch_size, "train_size": facts[MAIN]["examples"]}
-    lengths = tuple(optim.to_steps(duration, **sizes) for duration in (phase.total, phase.warmup))
+    lengths = tuple(optim.to_steps(duration, **sizes) for duration in (phase.total, phase.schedule_warmup))
     default = optim.Group(
         phase.optimizer, tuple(phase.optimizer_args.items()), weight_decay=phase.weight_decay, decay=phase.decay
     )
     groups = optim.make_groups(labels, default, phase.groups)
-    known = before and (before.plan.labels, before.groups, before.offsets, before.length)
+    known = previous and (previous.plan.labels, previous.groups, previous.offsets, previous.length)
     return groups, optim.offsets_after(known, labels, groups), lengths
 
 
@@ -180,7 +180,7 @@ def _make_plan(
 def _task_args(settings: Settings, material: Material) -> dict[str, tuple[float, ...]]:
     """The arguments of the task as numbers; "balanced" weighs a class by N / (K N_class), 1 on average."""
     found = {}
-    for name, value in settings.task_args.items():
+    for name, value in settings.loop.task_args.items():
         if value == "balanced":
             counts = np.bincount(material.data[MAIN].labels, minlength=len(material.spec.class_names))
             value = tuple((counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist())

@@ -1,52 +1,31 @@
-"""A config taken apart, once: what each part of a run is told, typed."""
+"""A config taken apart, once: what each piece of a run is told. Fields and types are those of core/options.py."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tl_jax import config as options
+from tl_jax.core.options import OPTIONS, Option
 
-Duration = tuple[float, str]
 Pairs = tuple[tuple[str, Mapping[str, Any]], ...]
 
 
-class ModelSettings(NamedTuple):
-    """Options `model.*`."""
-
-    name: str
-    weights: str
-    image_size: int
-    keep_head: bool
-    reinit: tuple[str, ...]
-    head: Pairs
-    head_init: str
-    dtype: str
-    prefix_dtype: str
-    dropout: float
-    drop_path: float
-    remat: str
-    attention: str
+def _fields(chosen: Mapping[str, Option], prefix: str = "") -> list[tuple[str, type]]:
+    return [(name.removeprefix(prefix).replace(".", "_"), type(option.initial)) for name, option in chosen.items()]
 
 
-class DataSettings(NamedTuple):
-    """Options `data.*`."""
+def _section(prefix: str) -> dict[str, Option]:
+    return {name: option for name, option in OPTIONS.items() if name.startswith(prefix)}
 
-    source: str | tuple[str, ...]
-    train: str
-    val: str
-    test: str
-    extra_eval: tuple[tuple[str, str, str], ...]
-    resample: str
-    shots: int
-    split_seed: int
-    labels: tuple[str, ...]
-    sampling: str
-    transductive: bool
-    augment: Pairs
-    on_error: str
-    data_dir: str
-    workers: int
-    card: Mapping[str, Any]
-    override_card: bool
+
+RUN = {name: option for name, option in OPTIONS.items() if "." not in name and not option.phase}
+PHASE = {name: option for name, option in OPTIONS.items() if option.phase and not name.startswith("method.")}
+
+ModelSettings = NamedTuple("ModelSettings", _fields(_section("model."), "model."))  # options model.*
+DataSettings = NamedTuple("DataSettings", _fields(_section("data."), "data."))  # options data.*
+MethodSettings = NamedTuple("MethodSettings", _fields(_section("method."), "method."))  # options method.*
+LoopSettings = NamedTuple("LoopSettings", _fields(RUN))  # options without a section that no phase changes
+# Options that a phase may change; schedule.name is schedule_name.
+PhaseSettings = NamedTuple("PhaseSettings", [("method", MethodSettings), *_fields(PHASE)])
 
 
 class StreamSettings(NamedTuple):
@@ -62,7 +41,7 @@ class StreamSettings(NamedTuple):
 
 
 class NetworkSettings(NamedTuple):
-    """One further network with weights of its own, `networks.NAME`; cache: its logits are computed once per example."""
+    """One further network, `networks.NAME`; cache "features": its logits are computed once per example and view."""
 
     name: str
     weights: str = ""
@@ -70,82 +49,22 @@ class NetworkSettings(NamedTuple):
     cache: str = ""
 
 
-class MethodSettings(NamedTuple):
-    """Options `method.*`."""
-
-    name: str
-    k: int
-    blocks: tuple[str, ...]
-    rules: tuple[tuple[str, str], ...]
-    norm: tuple[tuple[str, str], ...]
-    add: Pairs
-    stoch_norm: float
-    auto_rgn: bool
-    grid: tuple[float, ...]
-    label_smoothing: float
-    mixup: float
-    cutmix: float
-
-
-class PhaseSettings(NamedTuple):
-    """What holds for one phase. terms: {name: {"weight", arguments}}; schedule: name, arguments."""
-
-    method: MethodSettings
-    terms: Mapping[str, Mapping[str, Any]]
-    total: Duration
-    warmup: Duration
-    schedule: str
-    schedule_args: Mapping[str, Any]
-    lr: float
-    optimizer: str
-    optimizer_args: Mapping[str, Any]
-    weight_decay: float
-    decay: str
-    clip: float
-    groups: Mapping[str, Mapping[str, Any]]
-    layer_decay: float
-
-
-class LoopSettings(NamedTuple):
-    """Options of the whole run; durations as given."""
-
-    seed: int
-    batch_size: int
-    eval_batch_size: int
-    accumulate: int
-    norm_batches: str
-    cache: str
-    views: int
-    cache_dir: str
-    ema: float
-    log_every: Duration
-    eval_every: Duration
-    select: str
-    patience: int
-    min_delta: float
-    resamples: int
-
-
 class Settings(NamedTuple):
     """A whole run. table: every option, for config.json; identity: those that decide its numbers."""
 
-    task: str
-    task_args: Mapping[str, Any]
     model: ModelSettings
     data: DataSettings
+    loop: LoopSettings
     streams: Mapping[str, StreamSettings]
     networks: Mapping[str, NetworkSettings]
     phases: Sequence[PhaseSettings]
-    loop: LoopSettings
-    parallel: str
-    fsdp: int
     table: Mapping[str, Any]
     identity: Mapping[str, Any]
 
     @property
-    def phased(self) -> bool:
-        """Whether the run has several phases."""
-        return len(self.phases) > 1
+    def task(self) -> str:
+        """The name of the task."""
+        return self.loop.task
 
 
 def read(config: Any) -> Settings:
@@ -157,29 +76,23 @@ def read(config: Any) -> Settings:
     flat = _plain(config)
     batch = {"batch_size": flat["batch_size"], "augment": flat["data.augment"]}
     return Settings(
-        task=flat["task"],
-        task_args=flat["task_args"],
-        model=_section(ModelSettings, flat, "model."),
-        data=_section(DataSettings, flat, "data."),
+        model=_pick(ModelSettings, flat, _section("model.")),
+        data=_pick(DataSettings, flat, _section("data.")),
+        loop=_pick(LoopSettings, flat, RUN),
         streams={name: StreamSettings(**{**batch, **given}) for name, given in flat["streams"].items()},
         networks={name: NetworkSettings(**given) for name, given in flat["networks"].items()},
         phases=[_phase(_plain(phase)) for phase in changed],
-        loop=_section(LoopSettings, flat, ""),
-        parallel=flat["parallel"],
-        fsdp=flat["fsdp"],
         table=options.flatten(config),
         identity=options.identity(config),
     )
 
 
 def _phase(flat: Mapping[str, Any]) -> PhaseSettings:
-    named = {"warmup": "schedule.warmup", "schedule": "schedule.name", "schedule_args": "schedule.args"}
-    values = {field: flat[named.get(field, field)] for field in PhaseSettings._fields if field != "method"}
-    return PhaseSettings(method=_section(MethodSettings, flat, "method."), **values)
+    return PhaseSettings(_pick(MethodSettings, flat, _section("method.")), *(flat[name] for name in PHASE))
 
 
-def _section(kind: Any, flat: Mapping[str, Any], prefix: str) -> Any:
-    return kind(**{field: flat[prefix + field] for field in kind._fields})
+def _pick(kind: Any, flat: Mapping[str, Any], chosen: Mapping[str, Option]) -> Any:
+    return kind(*(flat[name] for name in chosen))
 
 
 def _plain(config: Any) -> dict[str, Any]:

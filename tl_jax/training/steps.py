@@ -16,7 +16,7 @@ from tl_jax.tasks import Task
 from tl_jax.training import optim
 
 NEVER = jnp.iinfo(jnp.int32).max
-SUMS = ("loss", "examples", "grad_norm", "steps")  # beside those of the task and of the terms
+SUMS = ("loss", "examples", "grad_norm", "steps")  # and those of the task and of the terms
 
 
 class TrainState(NamedTuple):
@@ -193,16 +193,16 @@ def _accumulated(plan: Plan, trainable, state: TrainState, batch_stats, memory, 
     count = plan.accumulate
     parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
 
-    def of_part(batch_stats, memory, part, key):
-        return _gradients(plan, trainable, state, batch_stats, memory, part, total, key)
+    def of_piece(batch_stats, memory, piece, key):
+        return _gradients(plan, trainable, state, batch_stats, memory, piece, total, key)
 
-    def body(carry, part_and_key):
+    def body(carry, piece_and_key):
         grads, batch_stats, memory, sums = carry
-        found = of_part(batch_stats, memory, *part_and_key)
+        found = of_piece(batch_stats, memory, *piece_and_key)
         return (_add(grads, found[0]), found[1], found[2], _add(sums, found[3])), None
 
     zeros = jax.tree.map(jnp.zeros_like, trainable)
-    shapes = jax.eval_shape(of_part, batch_stats, memory, jax.tree.map(lambda x: x[0], parts), key)[3]
+    shapes = jax.eval_shape(of_piece, batch_stats, memory, jax.tree.map(lambda x: x[0], parts), key)[3]
     sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     carry = (zeros, batch_stats, memory, sums)
     (grads, batch_stats, memory, sums), _ = jax.lax.scan(body, carry, (parts, jax.random.split(key, count)))

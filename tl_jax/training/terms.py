@@ -17,7 +17,7 @@ NEEDS: dict[str, tuple[Callable[[Settings], bool], str]] = {
         "something random in the network: model.dropout, model.drop_path or method.stoch_norm above 0",
     ),
     "whole_batch": (
-        lambda s: s.loop.accumulate == 1 and s.parallel == "jit",
+        lambda s: s.loop.accumulate == 1 and s.loop.parallel == "jit",
         "the whole batch at once: accumulate = 1 and parallel = 'jit'",
     ),
     "average": (lambda s: s.loop.ema > 0, "the moving average: ema above 0"),
@@ -64,14 +64,14 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
         for stream in term.on:
             if stream not in streams:
                 problems.append(f"{name} is on the stream {stream!r}{nearest(stream, streams)}: add streams.{stream}")
-        if settings.parallel == "pmap" and (term.on != (MAIN,) or term.reads):
+        if settings.loop.parallel == "pmap" and (term.on != (MAIN,) or term.reads):
             problems.append(f"{name} has a further stream or network: parallel = 'pmap' runs one of each, use 'jit'")
         for network in term.reads:
             cached = network in settings.networks and settings.networks[network].cache
             if settings.loop.cache and not cached:
                 hint = f", or set networks.{network}.cache" if network in settings.networks else ""
                 problems.append(f"{name} runs {network!r} on the inputs, which cache replaces: leave out cache{hint}")
-    if settings.networks and settings.parallel == "pmap":
+    if settings.networks and settings.loop.parallel == "pmap":
         problems.append("parallel = 'pmap' runs one network: use 'jit', or leave out networks")
     return problems
 

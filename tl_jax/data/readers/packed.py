@@ -69,7 +69,7 @@ def load_packed(path: str, split: str) -> Source:
         begun = f"; {split} was begun, start its command again" if (root / f".{split}.partial").is_dir() else ""
         raise FileNotFoundError(
             f"no packed split {split!r} in {root}; there: {', '.join(found) or 'none'}{begun}. "
-            f"Pack one: python -m tl_jax.data pack SOURCE {path} --split {split}"
+            f"Pack one: python -m tl_jax pack SOURCE {path} --split {split}"
         )
     store = _opened(str((root / split).resolve()))
     return Source(

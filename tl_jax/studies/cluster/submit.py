@@ -29,7 +29,7 @@ def launch(
     folder here and there. Returns the exit code. Raises ValueError for settings that do not fit or a missing program.
     """
     keys = [] if command else store.open_runs(workdir)
-    report = f"python -m tl_jax.studies.report.report {workdir}"
+    report = f"python -m tl_jax report {workdir}"
     if not command and not keys:
         print(f"{workdir}: nothing to do, see {report}", flush=True)
         return 0

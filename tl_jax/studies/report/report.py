@@ -1,15 +1,13 @@
-"""The report of a study, from its files alone: `python -m tl_jax.studies.report.report W`.
+"""The report of a study, from its files alone: `python -m tl_jax report W`.
 
 It can be written at any time, whatever runs are finished; the same files give the same bytes. Only the columns
 "wall time" (report.md, .html, .tex) and "seconds" (report.csv) differ between two executions of one study.
 """
 
-import argparse
 import csv
 import io
 import json
 import pathlib
-import sys
 from typing import Any
 
 from tl_jax import tasks
@@ -296,20 +294,3 @@ def to_csv(results: Results) -> str:
         values = [*map(run.scores.get, metrics), *map(run.cost.get, read.COSTS)]
         rows.writerow([run.key, *run.cell, *run.unit, run.state, run.error, *values])
     return file.getvalue()
-
-
-def main(argv=None) -> None:
-    """Writes the report of a study from the files of its workdir."""
-    parser = argparse.ArgumentParser(prog="python -m tl_jax.studies.report.report", description=main.__doc__)
-    parser.add_argument("workdir", type=pathlib.Path, help="of the study: the folder of study.json")
-    workdir = parser.parse_args(argv).workdir
-    try:
-        summary = write(workdir)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    print("\n".join(summary["reading"]))
-    print(f"{workdir}/report.md, .html, .tex, .csv and {len(summary['figures'])} figures")
-
-
-if __name__ == "__main__":
-    main()

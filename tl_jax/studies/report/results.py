@@ -72,10 +72,10 @@ def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
             return empty
         result = read_json(folder / "result.json")
         cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
-    except ValueError as error:  # a run whose numbers cannot be read is shown as that, beside those that can
+    except ValueError as error:  # a run whose numbers cannot be read is shown as failed, the others as they are
         return empty._replace(state="failed", error=last_line(str(error), workdir))
     scores = _scalars(result.get("metrics", {}))
-    for name, further in result.get("also", {}).items():
+    for name, further in result.get("extra_eval", {}).items():
         scores |= {f"{name}/{metric}": value for metric, value in _scalars(further).items()}
     costs = {name: _finite(cost.get(name)) for name in COSTS}
     if costs["trainable_parameters"] is None:
