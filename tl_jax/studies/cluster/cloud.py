@@ -12,8 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from tl_jax.core import messages
-from tl_jax.studies.cluster import submit
-from tl_jax.studies.cluster.submit import Plan, parse_settings
+from tl_jax.studies.cluster.launchers import Plan, hand_out, parse_settings
 
 PORT = 12321  # of process 0 in a JobSet, where every pod has its own address
 INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -116,4 +115,4 @@ def _prefixed(given: dict[str, str], prefix: str) -> dict[str, str]:
     return {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
 
 
-launch_tpu, launch_gke = functools.partial(submit.launch, tpu), functools.partial(submit.launch, gke)
+launch_tpu, launch_gke = functools.partial(hand_out, tpu), functools.partial(hand_out, gke)

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from tl_jax.core.files import write_text
-from tl_jax.studies.cluster import submit
-from tl_jax.studies.cluster.submit import Plan, parse_settings
+from tl_jax.studies.cluster.launchers import Plan, hand_out, parse_settings
 
 LARGEST_ARRAY = 1000  # SLURM's default MaxArraySize is 1001
 GRACE = 120  # seconds before the time limit at which a job is asked to save and end
@@ -44,4 +43,4 @@ def plan(arguments: Sequence[str], keys: Sequence[str], settings: str, workdir: 
     ])  # fmt: skip
 
 
-launch = functools.partial(submit.launch, plan)
+launch = functools.partial(hand_out, plan)

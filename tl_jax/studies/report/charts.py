@@ -144,7 +144,7 @@ def pareto(path, points: Sequence[dict], best: Sequence[int], label: str, *, ord
             style, x = look(point["group"], order), point["x"]
             if point["low"] is not None:
                 axis.plot([x, x], [point["low"], point["high"]], color=style["color"], linewidth=1.6, alpha=0.55)
-            axis.plot(x, point["mean"], **style, markersize=6.5, markeredgecolor="white", zorder=3)
+            axis.plot(x, point["mean"], linestyle="", **style, markersize=6.5, markeredgecolor="white", zorder=3)
         for group in order if several else ():
             axis.plot([], [], linestyle="", **look(group, order), label=short(group, 30))
         named = points if len(points) <= 8 else joined

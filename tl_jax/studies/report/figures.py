@@ -1,14 +1,14 @@
 """The figures of a study: what its results allow is drawn, and what a reader would miss is named.
 
-A maker takes the results, the numbers of the report and the reduced predictions, and yields figures, or a sentence that
-says why there is none.
+A maker takes the results, {metric: what report.analyse found} and {key of a run: its reduced predictions}, and yields
+figures, (name, caption, path -> None), or a sentence that says why there is none.
 """
 
 import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,20 +22,8 @@ from tl_jax.tasks.intervals import mean_defined
 PANELS = 12
 
 
-class Figure(NamedTuple):
-    name: str
-    caption: str
-    draw: Callable[[pathlib.Path], None]
-
-
-class Material(NamedTuple):
-    """numbers: {metric: what report.analyse found}. outputs: {key of a run: its reduced predictions}."""
-
-    results: Results
-    numbers: Mapping[str, Any]
-    outputs: Mapping[str, read.Outputs]
-
-
+Numbers, Outputs = Mapping[str, Any], Mapping[str, read.Outputs]
+Figure = tuple[str, str, Callable[[pathlib.Path], None]]
 Made = Iterator[Figure | str]
 
 
@@ -44,21 +32,21 @@ def draw(results: Results, numbers: Mapping[str, Any], folder: pathlib.Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
     outputs, notes = read.read_outputs(results)
     pictures = []
-    for made in (made for maker in MAKERS for made in maker(Material(results, numbers, outputs))):
+    for made in (made for maker in MAKERS for made in maker(results, numbers, outputs)):
         if isinstance(made, str):
             notes.append(made)
             continue
+        name, caption, drawn = made
         for suffix in (".png", ".svg"):
-            made.draw(folder / f"{made.name}{suffix}")
-        pictures.append(Picture(made.name, made.caption))
+            drawn(folder / f"{name}{suffix}")
+        pictures.append(Picture(name, caption))
     return pictures, notes
 
 
-def cells(material: Material) -> Made:
+def cells(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     """Each metric per cell, with its interval and its single values."""
-    results = material.results
     for metric in results.metrics:
-        if any(mean["n"] for mean in material.numbers[metric]["means"].values()):
+        if any(mean["n"] for mean in numbers[metric]["means"].values()):
             yield _cell_dots(results, "cells" if metric == results.metrics[0] else f"cells-{_file(metric)}", metric)
         else:
             yield f"{metric} per cell: no run has a value of it"
@@ -75,7 +63,7 @@ def _cell_dots(results: Results, name: str, metric: str) -> Figure:
     caption = f"{metric} of each cell: mean and 95 % interval over {units}; small dots are single {units}."
     style = {"order": list(results.factors.get(factor, ())), "legend": factor}
     label = f"{metric}, 95 % interval"
-    return Figure(name, caption, partial(charts.dots, rows=rows, series=marks, label=label, **style))
+    return name, caption, partial(charts.dots, rows=rows, series=marks, label=label, **style)
 
 
 def _cell_mark(results: Results, cell: Cell, metric: str) -> dict:
@@ -89,9 +77,9 @@ def _mark(results: Results, values: list[float], text: str) -> dict:
     return {**read.interval(results, values), "values": values, "text": text}
 
 
-def differences(material: Material) -> Made:
+def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     """Paired differences from the baseline, a figure for each factor that has one."""
-    results, metric = material.results, material.results.metrics[0]
+    metric = results.metrics[0]
 
     def mark(row):
         a, b = (read.scores_of(results, row[name], metric) for name in ("cell", "base"))
@@ -100,7 +88,7 @@ def differences(material: Material) -> Made:
         return {**row, "values": values, "sure": sure, "text": "" if values else "no pair"}
 
     for factor, against in results.baseline.items():
-        rows = [row for row in material.numbers[metric]["differences"] if row["factor"] == factor]
+        rows = [row for row in numbers[metric]["differences"] if row["factor"] == factor]
         if not any(row["n"] for row in rows):
             yield f"differences from {factor}={against}: no level has a {read.unit_noun(results, 1)} in common with it"
             continue
@@ -119,12 +107,12 @@ def differences(material: Material) -> Made:
         style = {"order": list(results.factors[factor]), "legend": legend, "reference": 0}
         style["label"] = f"difference in {metric}, 95 % interval"
         name = "differences" if len(results.baseline) == 1 else f"differences-{_file(factor)}"
-        yield Figure(name, caption, partial(charts.dots, rows=names, series=series, **style))
+        yield name, caption, partial(charts.dots, rows=names, series=series, **style)
 
 
-def budget(material: Material) -> Made:
+def budget(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     """Score against the number of shots, where a factor sets it."""
-    results, metric = material.results, material.results.metrics[0]
+    metric = results.metrics[0]
     for factor, levels in results.factors.items():
         shots = {level: options.get("data.shots") for level, options in levels.items()}
         if len(shots) < 2 or None in shots.values() or max(shots.values()) == 0:
@@ -144,7 +132,7 @@ def budget(material: Material) -> Made:
 def _line_figure(name: str, caption: str, results: Results, panels: dict, lines: str | None, label: str, **style):
     order = list(results.factors[lines]) if lines else [""]
     drawn = partial(charts.lines, panels=panels, y_label=label, order=order, legend=lines or "", **style)
-    return Figure(name, caption, drawn)
+    return name, caption, drawn
 
 
 def _line_factor(results: Results, along: str) -> str | None:
@@ -191,12 +179,11 @@ def _means_along(results: Results, metric: str, along: str, place: Mapping, cell
     return dict(zip(("x", "mean", "low", "high"), zip(*points, strict=True), strict=True)) if points else None
 
 
-def parameters(material: Material) -> Made:
+def parameters(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     """Score against trainable parameters, where these vary."""
-    results, metric = material.results, material.results.metrics[0]
-    factor, points = _colour_factor(results), []
+    metric, factor, points = results.metrics[0], _colour_factor(results), []
     for row in analysis.costs(results):
-        mean, x = material.numbers[metric]["means"][row["cell"]], row["trainable_parameters"]
+        mean, x = numbers[metric]["means"][row["cell"]], row["trainable_parameters"]
         if mean["n"] and x is not None:
             group = read.level_of(results, row["cell"], factor) if factor else ""
             name = read.name_of(results, row["cell"], without=[factor])
@@ -207,12 +194,12 @@ def parameters(material: Material) -> Made:
     best = statistics.pareto([point["x"] for point in points], scores)
     caption = f"{metric} against trainable parameters; no other cell has both fewer and a better mean than the front's."
     style = {"label": metric, "order": list(results.factors[factor]) if factor else [""], "legend": factor}
-    yield Figure("parameters", caption, partial(charts.pareto, points=points, best=best, **style))
+    yield "parameters", caption, partial(charts.pareto, points=points, best=best, **style)
 
 
-def interaction(material: Material) -> Made:
+def interaction(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     """The means of two factors as lines: parallel where the factors do not interact."""
-    results, metric = material.results, material.results.metrics[0]
+    metric = results.metrics[0]
     if len(results.factors) != 2:
         return
     shots = {name for name, levels in results.factors.items() if any("data.shots" in o for o in levels.values())}
@@ -231,10 +218,10 @@ def interaction(material: Material) -> Made:
         yield _line_figure("interaction", caption, results, {"": panel}, lines, metric, **style)
 
 
-def ranks(material: Material) -> Made:
+def ranks(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     """A critical-difference diagram for each factor of three levels or more."""
-    results, metric = material.results, material.results.metrics[0]
-    for factor, found in material.numbers[metric]["ranks"].items():
+    metric = results.metrics[0]
+    for factor, found in numbers[metric]["ranks"].items():
         if isinstance(found, str):
             if len(results.factors[factor]) > 2:
                 yield f"mean ranks of {found}"
@@ -249,12 +236,12 @@ def ranks(material: Material) -> Made:
         names = found["levels"] if len(results.factors) == 1 else [f"{factor}={level}" for level in found["levels"]]
         style = {"distance": distance, "groups": statistics.groups_not_different(mean_ranks, distance)}
         drawn = partial(charts.ranks, names=names, mean_ranks=mean_ranks, **style)
-        yield Figure(f"ranks-{_file(factor)}", caption, drawn)
+        yield f"ranks-{_file(factor)}", caption, drawn
 
 
-def learning(material: Material) -> Made:
+def learning(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     """The metric that selects against the step, mean over units on the steps that all of a cell's runs have reached."""
-    results, column = material.results, read.curve_column(material.results)
+    column = read.curve_column(results)
     panels = _panels(results, "", lambda cells: analysis.mean_curve(results, cells[0], column) if cells else None)
     if isinstance(panels, str):
         yield f"learning curves: {panels}"
@@ -265,10 +252,10 @@ def learning(material: Material) -> Made:
         yield f"learning curves: no finished run has {column} in its metrics.jsonl"
 
 
-def calibration(material: Material) -> Made:
+def calibration(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     """Reliability lines of a factor's levels, pooled over all else, and the calibration error of each cell."""
-    results, error = material.results, tasks.CALIBRATION
-    if not material.outputs:
+    error = tasks.CALIBRATION
+    if not outputs:
         if read.count_states(results)["done"]:
             yield "reliability and changes per class: no finished run has a predictions.npz of classes"
         return
@@ -277,36 +264,31 @@ def calibration(material: Material) -> Made:
     if len(levels) > charts.LINES:
         yield f"reliability: {factor} has {len(levels)} levels, too many lines to read"
     else:
-        lines = {level: analysis.pooled(results, material.outputs, factor, level) for level in levels}
-        lines, axes = {level: bins for level, bins in lines.items() if bins}, _any_output(material).axes
+        lines = {level: analysis.pooled(results, outputs, factor, level) for level in levels}
+        lines, axes = {level: bins for level, bins in lines.items() if bins}, next(iter(outputs.values())).axes
         also = " and all other factors" if len(results.factors) > 1 else ""
         caption = f"Reliability of each {factor}: {' by '.join(axes)}, pooled over {read.unit_noun(results)}{also}."
         drawn = partial(charts.reliability, series=lines, axes=axes, order=levels, legend=factor)
-        yield Figure("calibration", caption, drawn)
+        yield "calibration", caption, drawn
     if error not in results.metrics and any(read.scores_of(results, cell, error) for cell in results.grid):
         yield _cell_dots(results, f"calibration-{error}", error)
 
 
-def _any_output(material: Material) -> read.Outputs:
-    return next(iter(material.outputs.values()))
-
-
-def classes(material: Material) -> Made:
+def classes(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     """How the recall of each class changes against the baseline, averaged over the settings of the other factors."""
-    results = material.results
-    if not results.baseline or not material.outputs:
+    if not results.baseline or not outputs:
         return
     factor, against = next(iter(results.baseline.items()))
     levels = [level for level in results.factors[factor] if level != against][: charts.LINES]
-    if len({out.class_names for out in material.outputs.values()}) > 1:
+    if len({out.class_names for out in outputs.values()}) > 1:
         yield "changes per class: the runs have different classes"
         return
-    changes = {level: analysis.class_changes(results, material.outputs, factor, level, against) for level in levels}
+    changes = {level: analysis.class_changes(results, outputs, factor, level, against) for level in levels}
     changes = {level: change for level, change in changes.items() if len(change)}
     if not changes:
         yield f"changes per class: no run has its counterpart of {factor}={against}"
         return
-    names = _any_output(material).class_names
+    names = next(iter(outputs.values())).class_names
     mean = np.nan_to_num(np.mean([mean_defined(change, axis=0) for change in changes.values()], axis=0))
     order = np.argsort(mean, kind="stable")
     order, cut = (order, "") if len(order) <= 24 else (np.r_[order[:12], order[-12:]], "; the 12 at either end")
@@ -316,7 +298,7 @@ def classes(material: Material) -> Made:
     )
     style = {"order": list(results.factors[factor]), "legend": factor, "reference": 0}
     style["label"] = f"difference in recall from {factor}={against}"
-    yield Figure("classes", caption, partial(charts.dots, rows=[names[k] for k in order], series=marks, **style))
+    yield "classes", caption, partial(charts.dots, rows=[names[k] for k in order], series=marks, **style)
 
 
 def _class_mark(results: Results, values: np.ndarray) -> dict:
