@@ -32,10 +32,10 @@ class Slot(NamedTuple):
 
 
 def launch(workdir: pathlib.Path, *, jobs: int = 0, stop_requested: Callable[[], bool] = lambda: False) -> int:
-    """Starts workers until no run is left to take, writes the report, and returns the exit code.
+    """Starts workers until no run is left to take, and writes the report.
 
-    jobs: workers at once; 0 chooses. Exit codes: 0 nothing failed; 1 a run failed, or workers could not run; 75
-    stopped, with everything saved.
+    jobs: workers at once; 0 chooses. Returns 0: nothing failed; 1: a run failed, or workers could not run; 75: stopped,
+    with everything saved.
     """
     began, words = time.monotonic(), store.states(workdir)
     keys = store.open_runs(workdir)

@@ -35,10 +35,7 @@ Variables = dict[str, Any]
 
 
 class Weights(NamedTuple):
-    """What model.safetensors of a run's folder holds, with the options of the run.
-
-    name: the folder, or START. saved: the predictions in the run's folder; None for START.
-    """
+    """A run's model.safetensors, options and predictions; name is its folder, or START, which has no predictions."""
 
     name: str
     method: str
@@ -162,8 +159,7 @@ def make_scorer(weights: Weights) -> Scorer:
 def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11) -> dict[str, Any]:
     """Scores `alphas` networks from a (alpha 0) to b (alpha 1) on every split, and writes the curve and the chosen one.
 
-    Alpha is chosen on val as training selects, then by nearness to b; where there is no val it is UNTUNED. Returns what
-    it writes to curve.json.
+    Alpha is chosen on val as training selects, then by nearness to b; without val it is UNTUNED. Returns curve.json.
     """
     if alphas < 2:
         raise ValueError(f"alphas={alphas}: expected at least the two ends")
@@ -195,10 +191,9 @@ def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11
 
 
 def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> dict[str, Any]:
-    """The greedy soup of finished runs, with the uniform one and the best single run; writes soup.json and the rest.
+    """The greedy soup of finished runs, with the uniform one and the best single run; writes soup.json and returns it.
 
-    Ingredients are tried and kept by val alone; then the three are scored on test, once. Returns what it writes to
-    soup.json. Memory: one run at a time, and the soup.
+    Ingredients are tried and kept by val alone; then the three are scored on test, once. Memory: one run, and the soup.
     """
     runs = [load(path)._replace(variables=None) for path in folders]
     if len(runs) < 2:

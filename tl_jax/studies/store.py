@@ -124,9 +124,8 @@ def state(folder: pathlib.Path) -> str:
 def claim(folder: pathlib.Path, home: pathlib.Path | None = None) -> Iterator[int | None]:
     """Claims a run for this process and yields which attempt this is, or None where the run is not to be had.
 
-    An attempt counts when its process died without leaving a newer checkpoint; after ATTEMPTS of them the run is
-    marked as failed instead. The claim ends with the block. home: where the checkpoints are of a run that is not done
-    by itself.
+    An attempt counts when its process died without leaving a newer checkpoint (in `home`, for a run of a set); after
+    ATTEMPTS of them the run is marked as failed instead. The claim ends with the block.
     """
     with (folder / ".claim").open("a+") as file:
         if not _take(file) or (folder / "result.json").exists() or (folder / "failed.json").exists():

@@ -2,12 +2,10 @@
 
 Which ones is the study's field `together`:
   heads  runs that train nothing but a head, and differ in lr, weight_decay and groups;
-  all    any that take steps and differ in options.REPLICABLE: added parameters are few, but a backbone that trains is
-         there once for each of them, and other seeds or shots are other images;
+  all    any that take steps and differ in config.REPLICABLE: a backbone that trains is there once for each of them;
   none   every run by itself.
 A set that was begun is W/together/KEY: runs.json names its runs, checkpoints/ is what it has saved. Its runs are
-claimed, done and failed like any other. Where a set cannot be trained, runs.json says why, and its runs are done one by
-one.
+claimed, done and failed like any other; where it cannot be trained, runs.json says why, and they are done one by one.
 """
 
 import json
@@ -28,7 +26,7 @@ DURATIONS = ("total", "log_every", "eval_every", "schedule.warmup")
 def members(workdir: pathlib.Path, key: str, only: Collection[str] = ()) -> tuple[list[str], pathlib.Path | None]:
     """The runs to train together with a run, itself among them, and the set's folder; ([key], None): by itself.
 
-    A set that was begun stays as it is, whatever the plan has become, so that its checkpoints serve it.
+    A set that was begun stays as it is, so that its checkpoints serve it.
     """
     plan = store.read_plan(workdir)
     begun = {path.parent: read_json(path) for path in sorted(workdir.glob("together/*/runs.json"))}

@@ -36,10 +36,9 @@ class Predictions(NamedTuple):
 
 
 def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None) -> Predictions:
-    """Checks and types the arrays.
+    """Checks and types the arrays; one ValueError lists everything wrong with them.
 
-    Raises one ValueError that lists everything wrong with them; where nothing is wrong but that outputs are not finite,
-    a FloatingPointError that names the rows.
+    FloatingPointError names the rows where nothing is wrong but that outputs are not finite.
     """
     if spec.name not in OUTPUT:
         raise ValueError(f"there is no task {spec.name!r}{nearest(spec.name, OUTPUT)}; known: {', '.join(OUTPUT)}")

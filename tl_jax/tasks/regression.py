@@ -55,10 +55,7 @@ def _weighted_ranks(predictions, weights) -> dict:
 
 
 def _spearman(a, b, weights):
-    """Spearman's rank correlation in each resample [B], ties by mean ranks; NaN where one side is constant.
-
-    Ranks are those of the resample itself: multiples of one half, so that their sums are exact.
-    """
+    """Spearman's rank correlation in each resample [B], ties by mean ranks; NaN where one side is constant."""
     a, b = _centred_ranks(a, weights), _centred_ranks(b, weights)
     product = (a * b * weights).sum(axis=0)
     scale = (a * a * weights).sum(axis=0) * (b * b * weights).sum(axis=0)

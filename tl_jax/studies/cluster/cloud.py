@@ -1,4 +1,4 @@
-"""The launchers "tpu" (all hosts of a TPU VM, by ssh) and "gke" (a JobSet): which command starts the same run there.
+"""The launchers "tpu" (all hosts of a TPU VM, by ssh) and "gke" (a JobSet).
 
 Both need the checkout and its environment in place: in the VM's folder, or in the container image.
 """

@@ -1,7 +1,4 @@
-"""From the command line to a study under way: load it, plan it, and hand it to a launcher.
-
-What slurm.py and cloud.py share stands here too: settings, what would be run, and running it.
-"""
+"""From the command line to a study under way; and what slurm.py and cloud.py share: settings, and running a command."""
 
 import pathlib
 import pkgutil
@@ -32,8 +29,8 @@ def start(
 ) -> int:  # fmt: skip
     """Plans the study `experiments/NAME[:argument]` in its workdir (default: workdirs/NAME) and launches it.
 
-    Returns the launcher's exit code; a dry run prints the grid and what it would cost, and writes nothing. Raises
-    ValueError for an invalid study, or a workdir that holds something else.
+    Returns the exit code; a dry run prints the grid and its cost, and writes nothing. ValueError for an invalid study,
+    or a workdir that holds something else.
     """
     own = _cluster_options(launcher, settings, submit) or {"stop_requested": stop_requested}
     name, question, study = studies.load(text)
@@ -105,10 +102,7 @@ def hand_out(
 
 
 def parse_settings(text: str) -> dict[str, str]:
-    """ "key=value,key=value" as a table; a comma that no `key=` follows belongs to the value.
-
-    Raises ValueError that lists every part that is no key=value.
-    """
+    """ "key=value,key=value" as a table; a value may hold commas. ValueError lists what is no key=value."""
     parts = [part for part in re.split(r",(?=[\w./-]+=)", text) if part]
     if wrong := [part for part in parts if not re.match(r"[\w./-]+=", part)]:
         raise ValueError(f"expected key=value,key=value; these are not: {wrong}")

@@ -1,7 +1,6 @@
 """The launcher "slurm": a study as a job array, one run as a job; requeued when stopped with everything saved.
 
-No text is put into the script, assets/job.sh: what differs from job to job is an argument of sbatch, so nothing needs
-quoting twice.
+The script, assets/job.sh, is the same for all: what differs are arguments of sbatch, so nothing is quoted twice.
 """
 
 import functools
@@ -21,9 +20,8 @@ def plan(arguments: Sequence[str], keys: Sequence[str], settings: str, workdir: 
     """The sbatch command for `python ARGUMENTS... KEYS...`; writes its script to workdir/slurm/job.sh.
 
     keys: of the runs of a study, shared among `jobs` array tasks (0: one task for each, up to LARGEST_ARRAY); none for
-    a single job. settings: "partition=gpu,time=2:00:00,gres=gpu:1", options of sbatch word for word, an empty value
-    for one that takes none; with ntasks or nodes every run has several processes. Raises ValueError for options that
-    the launcher decides.
+    a single job. settings: "partition=gpu,time=2:00:00", options of sbatch word for word, an empty value for one that
+    takes none; with ntasks or nodes every run has several processes. ValueError for options that the launcher decides.
     """
     options = parse_settings(settings)
     if taken := [name for name in options if name in OURS]:

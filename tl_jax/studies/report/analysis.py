@@ -29,8 +29,8 @@ def means(results: Results, metric: str) -> dict[Cell, dict]:
 def differences(results: Results, metric: str) -> list[dict[str, Any]]:
     """Every level of a factor with a baseline against that baseline, all other factors equal, paired by seed and fold.
 
-    Rows hold factor, level, against, cell, base, those of `statistics.paired`, better and worse (pairs), and
-    `adjusted`: Holm's p-value over all rows of the metric.
+    Rows: factor, level, against, cell, base, those of `statistics.paired`, better and worse (pairs), and `adjusted`,
+    Holm's p-value over all rows of the metric.
     """
     rows = []
     for factor, against in results.baseline.items():

@@ -82,8 +82,7 @@ def lines(path, panels: Mapping[str, Mapping[str, dict]], x_label: str, y_label:
           legend="", log=False, ticks=None, bars=False):  # fmt: skip
     """Lines of means with their intervals, a panel each for {title: {line: {"x", "mean", "low", "high"}}}.
 
-    ticks: [(x, text)], which a logarithmic axis needs. bars: intervals as bars, the lines set apart a little, instead
-    of bands.
+    ticks: [(x, text)]. bars: intervals as bars, the lines set apart a little, instead of bands.
     """
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows, several = -(-len(panels) // columns), len(order) > 1
@@ -125,8 +124,7 @@ def _line(axis, name, order, line, bars=False):
 def pareto(path, points: Sequence[dict], best: Sequence[int], label: str, *, order: Sequence[str], legend=""):
     """Score against trainable parameters (log); the points of the Pareto set `best` are joined and named.
 
-    A point is {"x", "mean", "low", "high", "name", "group"}; those of a group share a colour. Zero parameters have
-    their own place at the left end.
+    A point is {"x", "mean", "low", "high", "name", "group"}; those of a group share a colour. x may be 0.
     """
     positive, several = [point["x"] for point in points if point["x"] > 0], len(order) > 1
     at_zero = min(positive) / 4

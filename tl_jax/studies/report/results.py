@@ -22,7 +22,7 @@ Unit = tuple[int, str]  # seed and fold: the same unit means the same data, so t
 class Run(NamedTuple):
     """One run: scores are the scalar metrics of its result, cost the numbers of cost.json; both empty unless done.
 
-    state: done | failed, or missing: todo | running | stale.
+    state: done | failed | todo | running | stale.
     """
 
     key: str

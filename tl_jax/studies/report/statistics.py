@@ -34,11 +34,10 @@ def mean_interval(values: Sequence, level: float = 0.95, test_share: float | Non
 def paired(a: Sequence, b: Sequence, level: float = 0.95, test_share: float | None = None) -> dict:
     """a minus b, position by position: {"mean", "low", "high", "p", "effect", "n", "wins", "losses", "ties", "why"}.
 
-    Student's paired t-test, two-sided, on n - 1 degrees of freedom, with the interval that belongs to it. `effect` is
-    Cohen's d_z = mean / sd (Cohen 1988). A win is a > b. Assumes independent pairs with normal differences.
-
-    One pair has a mean only. Differences that are all zero give p = 1 and effect 0; all equal but not zero, they have
-    no spread to test against: p and effect are None.
+    Student's paired t-test, two-sided, on n - 1 degrees of freedom, with its interval. `effect` is Cohen's d_z = mean /
+    sd (Cohen 1988). A win is a > b. Assumes independent pairs with normal differences. One pair has a mean only.
+    Differences that are all zero give p = 1 and effect 0; all equal but not zero, they have no spread to test against:
+    both are None.
     """
     a, b = _numbers(a, "a"), _numbers(b, "b")
     if a.ndim != 1 or a.shape != b.shape:
@@ -89,13 +88,11 @@ def anova(table: Sequence, factors: Sequence[str], test_share: float | None = No
     "why"}, F = (SS_effect / df) / (SS_effect x seed / df_error), df_error = df (seeds - 1), eta2 = SS_effect / SS_total
     (Winer, Brown & Michels 1991). With `test_share`, F is divided by 1 + n test_share: the corrected t-test if F = t^2.
 
-    Seeds are random blocks: the same seed is the same split, shots and head in every cell. Each effect is tested
-    against its own interaction with the seed, as the residual pooled over all of them rejects too often where a lucky
-    draw of shots matters more with fewer shots. Assumes normal errors and, for df > 1, equal variance of all contrasts
-    over seeds. `p_gg` does not: both degrees of freedom are multiplied by `epsilon` (Greenhouse & Geisser 1959).
-
-    F is None where effect x seed is zero; p is then 1 if the effect is zero too, otherwise None.
-    Returns the reason, a text, where there is nothing to compute: a missing cell, or fewer than two seeds.
+    Seeds are random blocks, and each effect is tested against its own interaction with them: the residual pooled over
+    all rejects too often where a lucky draw of shots matters more with fewer of them. Assumes normal errors and, for df
+    > 1, equal variance of all contrasts over seeds; `p_gg` does not, df and df_error are times `epsilon` (Greenhouse &
+    Geisser 1959). F is None where effect x seed is zero; p is then 1 if the effect is zero too. Returns the reason, a
+    text, for a missing cell or fewer than two seeds.
     """
     table = _numbers(table, "table")
     _check(test_share=test_share)
@@ -143,11 +140,10 @@ def _test_effect(table: np.ndarray, axes: tuple[int, ...], total: float, test_sh
 def friedman(scores: Sequence, level: float = 0.95) -> dict:
     """Ranks k treatments within N blocks: {"ranks", "statistic", "p", "critical_difference", "n"}; higher is better.
 
-    `scores` [blocks, treatments]; ties share their mean rank. The statistic is 12 N / (k (k + 1)) sum (R_j - (k + 1) /
-    2)^2, divided by 1 - sum (t^3 - t) / (N (k^3 - k)) over groups of t ties (Friedman 1937), p from chi-squared with
-    k - 1 degrees of freedom (rough for N < 10). Mean ranks further apart than the critical difference
-    q sqrt(k (k + 1) / (6 N)) differ by Nemenyi's test (Demsar 2006, section 3.2.2). Assumes independent blocks: data
-    sets, not seeds of one. Blocks with a missing score do not count in n; all None where none is left.
+    `scores` [blocks, treatments]; ties share their mean rank. The statistic, corrected for ties (Friedman 1937), has p
+    from chi-squared with k - 1 degrees of freedom (rough for N < 10). Mean ranks further apart than the critical
+    difference q sqrt(k (k + 1) / (6 N)) differ by Nemenyi's test (Demsar 2006, section 3.2.2). Assumes independent
+    blocks: data sets, not seeds of one. Blocks with a missing score do not count in n; all None where none is left.
     """
     scores = _numbers(scores, "scores")
     if scores.ndim != 2 or scores.shape[1] < 2:
@@ -177,10 +173,7 @@ def nemenyi_quantile(treatments: int, level: float = 0.95) -> float:
 
 
 def groups_not_different(ranks: Sequence[float], critical_difference: float) -> list[tuple[int, ...]]:
-    """The bars of a critical-difference diagram (Demsar 2006, figure 1): largest groups of mean ranks closer than that.
-
-    Tuples of two or more positions in `ranks`, best rank first.
-    """
+    """The bars of a critical-difference diagram (Demsar 2006, figure 1): largest groups of positions in `ranks`."""
     order = np.argsort(ranks, kind="stable")
     ordered = np.asarray(ranks, np.float64)[order]
     groups, reached = [], 0
