@@ -59,11 +59,7 @@ class Scorer(NamedTuple):
 
 
 def interpolate(a: Variables, b: Variables, alpha: float) -> Variables:
-    """(1 - alpha) a + alpha b (Wortsman et al. 2022a, Robust fine-tuning of zero-shot models, equation 1).
-
-    Leaf by leaf and for all collections, the running statistics of batch_stats too. Computed in float64, given in the
-    type of a's leaf.
-    """
+    """(1 - alpha) a + alpha b, of all collections, in float64 (Wortsman et al. 2022a, Robust fine-tuning, eq. 1)."""
 
     def between(x, y):
         mixed = (1 - alpha) * np.asarray(x, np.float64) + alpha * np.asarray(y, np.float64)

@@ -97,10 +97,7 @@ def save_predictions(path, predictions: Predictions) -> None:
 
 
 def load_predictions(path) -> Predictions:
-    """Reads and checks a predictions.npz; FileNotFoundError or ValueError name the file and what is wrong.
-
-    A file without `task` is of a classification.
-    """
+    """Reads and checks a predictions.npz; errors name the file and what is wrong. Without `task`: a classification."""
     try:
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):

@@ -15,7 +15,6 @@ from tl_jax.core import messages
 from tl_jax.studies.cluster.launchers import Plan, hand_out, parse_settings
 
 PORT = 12321  # of process 0 in a JobSet, where every pod has its own address
-INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 TPU = (("name", "zone", "directory"), ("project", "python"))
 GKE = (
     ("name", "image", "processes", "claim", "mount"),
@@ -81,34 +80,27 @@ def _settings(text: str, jobs: int, needed: Collection[str], known: Collection[s
 
 
 def _job_set(arguments: Sequence[str], given: dict[str, str]) -> dict[str, Any]:
-    """The JobSet as JSON data, and so as YAML."""
-    name, processes = given["name"], int(given["processes"])
+    """assets/job_set.json with what is given filled in; JSON data, and so YAML."""
+    job_set = json.loads((pathlib.Path(__file__).parents[2] / "assets" / "job_set.json").read_text())
+    name, processes, spec = given["name"], int(given["processes"]), job_set["spec"]
     together = ["--coordinator", f"{name}-run-0-0.{name}:{PORT}", "--num-processes", str(processes), "--process-id",
                 "$(PROCESS_ID)"]  # fmt: skip
-    words = [given.get("python", "python3"), *arguments]
-    container = {
-        "name": "run",
-        "image": given["image"],
-        # Kubernetes replaces $(NAME) in a command, and $$ by $.
-        "command": [word.replace("$", "$$") for word in words] + (together if processes > 1 else []),
-        "env": [{"name": "PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": INDEX}}}],
-        "resources": {"limits": _prefixed(given, "limit.")},
-        "volumeMounts": [{"name": "work", "mountPath": given["mount"]}],
-        **({"workingDir": given["directory"]} if "directory" in given else {}),
-    }
-    pod = {
-        "restartPolicy": "Never",
-        "nodeSelector": _prefixed(given, "selector."),
-        "containers": [container],
-        "volumes": [{"name": "work", "persistentVolumeClaim": {"claimName": given["claim"]}}],
-    }
-    job = {"parallelism": processes, "completions": processes, "completionMode": "Indexed", "backoffLimit": 0,
-           "template": {"spec": pod}}  # fmt: skip
-    spec = {
-        "failurePolicy": {"maxRestarts": int(given.get("restarts", "3"))},
-        "replicatedJobs": [{"name": "run", "replicas": 1, "template": {"spec": job}}],
-    }
-    return {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": {"name": name}, "spec": spec}
+    words = [word.replace("$", "$$") for word in (given.get("python", "python3"), *arguments)]
+    job_set["metadata"]["name"] = name
+    spec["failurePolicy"]["maxRestarts"] = int(given.get("restarts", "3"))
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    job["parallelism"] = job["completions"] = processes
+    pod = job["template"]["spec"]
+    pod["nodeSelector"] = _prefixed(given, "selector.")
+    pod["volumes"][0]["persistentVolumeClaim"]["claimName"] = given["claim"]
+    container = pod["containers"][0]
+    # Kubernetes replaces $(NAME) in a command, and $$ by $.
+    container |= {"image": given["image"], "command": words + (together if processes > 1 else [])}
+    container["resources"]["limits"] = _prefixed(given, "limit.")
+    container["volumeMounts"][0]["mountPath"] = given["mount"]
+    if "directory" in given:
+        container["workingDir"] = given["directory"]
+    return job_set
 
 
 def _prefixed(given: dict[str, str], prefix: str) -> dict[str, str]:

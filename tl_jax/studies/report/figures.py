@@ -70,10 +70,7 @@ def _cell_mark(results: Results, cell: Cell, metric: str) -> dict:
     values, planned = list(read.scores_of(results, cell, metric).values()), results.grid.get(cell, {})
     states = dict.fromkeys(read.word_of(run) for run in planned.values() if run.state != "done")
     few = f"  n = {len(values)}" if len(values) < len(planned) else ""
-    return _mark(results, values, few if values else ", ".join(states) or "no value")
-
-
-def _mark(results: Results, values: list[float], text: str) -> dict:
+    text = few if values else ", ".join(states) or "no value"
     return {**read.interval(results, values), "values": values, "text": text}
 
 
@@ -292,18 +289,18 @@ def classes(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     mean = np.nan_to_num(np.mean([mean_defined(change, axis=0) for change in changes.values()], axis=0))
     order = np.argsort(mean, kind="stable")
     order, cut = (order, "") if len(order) <= 24 else (np.r_[order[:12], order[-12:]], "; the 12 at either end")
-    marks = {level: [_class_mark(results, change[:, k]) for k in order] for level, change in changes.items()}
+
+    def mark(values):
+        values = values[~np.isnan(values)].tolist()
+        return {**read.interval(results, values), "values": values, "text": "" if values else "no example"}
+
+    marks = {level: [mark(change[:, k]) for k in order] for level, change in changes.items()}
     caption = (
         f"Change of each class's recall against {factor}={against}, paired, with 95 % intervals of each alone{cut}."
     )
     style = {"order": list(results.factors[factor]), "legend": factor, "reference": 0}
     style["label"] = f"difference in recall from {factor}={against}"
     yield "classes", caption, partial(charts.dots, rows=[names[k] for k in order], series=marks, **style)
-
-
-def _class_mark(results: Results, values: np.ndarray) -> dict:
-    values = values[~np.isnan(values)].tolist()
-    return _mark(results, values, "" if values else "no example")
 
 
 def _file(name: str) -> str:

@@ -88,6 +88,9 @@ def make_blocks(
         if found["differences"]
     }
     cost, several = _cost_table(results), len(results.factors) > 1
+    devices = sorted({run.device for run in read.runs(results) if run.device})
+    mixed = "; runs of different devices cannot be compared in time" if len(devices) > 1 else ""
+    measured = [Text(f"Measured on {', '.join(devices)}{mixed}.")] if devices else []
     sections: dict[str, list[Block] | None] = {
         "Answer": _answer(results, numbers),
         "Design": _design(results),
@@ -98,7 +101,7 @@ def make_blocks(
         ),
         "Main effects and interactions": [*_effects(results, numbers), *drawn("interaction")] if several else None,
         "Ranks": drawn("ranks") or None,
-        "Cost": [*_devices(results), cost, *drawn("parameters")],
+        "Cost": [*measured, cost, *drawn("parameters")],
         "Learning and calibration": drawn("learning", "calibration") or None,
         "Figures left out": [Items(notes)] if notes else None,
         "Methods": [Items(_methods(results, numbers))],
@@ -113,13 +116,13 @@ def _answer(results: Results, numbers: dict) -> list[Block]:
     counts = read.count_states(results)
     total = sum(counts.values())
     runs = ", ".join(f"{count} {state}" for state, count in counts.items())
-    blocks: list[Block] = [Items(numbers[results.metrics[0]]["reading"]), Text(f"{total} runs planned: {runs}.")]
+    lines = [f"{total} runs planned: {runs}."]
     if counts["done"] < total:
-        blocks.append(Text("Not all runs are finished: everything here is over those that are, n says how many."))
+        lines.append("Not all runs are finished: everything here is over those that are, n says how many.")
     if max(map(len, results.grid.values()), default=0) == 1:
         unit = read.unit_noun(results, 1)
-        blocks.append(Text(f"One {unit} in each cell: there are no intervals, and nothing can be tested."))
-    return blocks
+        lines.append(f"One {unit} in each cell: there are no intervals, and nothing can be tested.")
+    return [Items(numbers[results.metrics[0]]["reading"]), *map(Text, lines)]
 
 
 def _design(results: Results) -> list[Block]:
@@ -223,12 +226,6 @@ def _effects(results: Results, numbers: dict) -> list[Block]:
         over += f" of {planned}: those that every cell has" if used < planned else ""
         blocks.append(Table(f"{metric}: main effects and interactions of two factors, {over}.", headers, rows))
     return blocks
-
-
-def _devices(results: Results) -> list[Block]:
-    devices = sorted({run.device for run in read.runs(results) if run.device})
-    mixed = "; runs of different devices cannot be compared in time" if len(devices) > 1 else ""
-    return [Text(f"Measured on {', '.join(devices)}{mixed}.")] if devices else []
 
 
 def _cost_table(results: Results) -> Table:
