@@ -84,10 +84,10 @@ def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[
     workdir = pathlib.Path(args.workdir or f"workdirs/{pathlib.Path(args.config.partition(':')[0]).stem}")
     settings = args.slurm or args.cloud
     if args.launcher != "local" or settings or args.submit:
-        from tl_jax.studies.cluster import launchers, submit
+        from tl_jax.studies.cluster import launchers
 
         return launchers.hand_over(
-            [*program, *submit.own_arguments(argv)], workdir, args.launcher, settings, args.submit
+            [*program, *launchers.own_arguments(argv)], workdir, args.launcher, settings, args.submit
         )
     from tl_jax.runtime import distributed
     from tl_jax.studies import inprocess

@@ -1,7 +1,4 @@
-"""What a head predicts, and what follows from it: the loss, the log, metrics with intervals, the metric that selects.
-
-No other room names a metric. Scoring needs no jax; `make` does.
-"""
+"""What a head predicts, and what follows from it; no other room names a metric. Scoring needs no jax; `make` does."""
 
 import numpy as np
 
@@ -37,11 +34,10 @@ def make(
     class_weight: tuple[float, ...] = (),
     pos_weight: tuple[float, ...] = (),
 ) -> Task:
-    """The task of a spec.
+    """The task of a spec; one ValueError for a spec or weights that do not fit.
 
-    class_weight: of a classification, one number a class; the loss stays a plain mean over the examples, see
-    `losses.classification`. pos_weight: of the positives of a binary task (one number) or of each label (multilabel).
-    Raises one ValueError for a spec or weights that do not fit.
+    class_weight: of a classification, one number a class, see `losses.classification`. pos_weight: of the positives of
+    a binary task (one number) or of each label (multilabel).
     """
     _check_name(spec.name)
     problems, labels = spec_problems(spec), len(spec.class_names)
@@ -142,9 +138,8 @@ def paired_difference(
 ) -> dict:
     """A scalar metric of a minus that of b on the same examples (matched by id): {"value", "low", "high"}.
 
-    Both models see the same resamples, so what makes an example hard for both cancels: the interval is narrower than
-    two separate ones suggest. metric: "" is the monitored one. Raises ValueError for different examples, labels or
-    classes, or an unknown metric.
+    Both models see the same resamples, so what is hard for both cancels. metric: "" is the monitored one. ValueError
+    for different examples, labels or classes, or an unknown metric.
     """
     _check(resamples, level)
     order = dict(zip(b.ids.tolist(), range(len(b.ids)), strict=True))
@@ -171,8 +166,7 @@ def direction(metric: str) -> int:
 
 
 def share_interval(name: str, value: float | None, count: int) -> dict[str, float]:
-    """{"low", "high"}: the 95 % score interval of the monitored metric on `count` examples, where it is a share of them
-    (Wilson 1927); else {}."""
+    """{"low", "high"}: the 95 % score interval (Wilson 1927) of the monitored metric if it is a share, otherwise {}."""
     if METRICS[name].monitor[0][0] != "accuracy" or value is None:
         return {}
     return dict(zip(("low", "high"), wilson(value, count), strict=True))

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from tl_jax.tasks.binary import THRESHOLD
+from tl_jax.tasks.binary import threshold_of
 from tl_jax.tasks.predictions import OUTPUT
 from tl_jax.tasks.task import Spec
 
@@ -34,8 +34,8 @@ def answers(spec: Spec, outputs: Mapping[str, np.ndarray]) -> list[Row]:
     p = np.exp(-np.logaddexp(0, -values)).tolist()
     if spec.name == "multilabel":
         rows = [dict(zip(names, row, strict=True)) for row in p]
-        return [{"labels": [n for n in row if row[n] >= THRESHOLD], "probabilities": row} for row in rows]
-    threshold = THRESHOLD if spec.threshold is None else spec.threshold
+        return [{"labels": [n for n in row if row[n] >= 0.5], "probabilities": row} for row in rows]
+    threshold = threshold_of(spec)
     return [{"class": names[int(x >= threshold)], "positive": names[1], "probability": x} for x in p]
 
 

@@ -21,10 +21,9 @@ def draw(predictions: Predictions, folder) -> None:
 
 
 def confusion_matrix(predictions: Predictions, path) -> None:
-    """Confusion matrix, coloured by the share of the true class.
+    """Confusion matrix, coloured by the share of the true class; beyond 200 classes the cells are blocks of classes.
 
-    To 20 classes the counts are written in, beyond it the commonest confusions next to it; beyond 200 the cells are
-    blocks of neighbouring classes.
+    To 20 classes the counts are written in, beyond it the commonest confusions next to it.
     """
     counts, class_names = tasks.confusion(predictions), predictions.spec.class_names
     classes = len(counts)
@@ -103,8 +102,7 @@ def reliability(predictions: Predictions, path) -> None:
 def feature_map(predictions: Predictions, path) -> None:
     """The two leading principal components of the features, coloured by class, with the misclassified examples ringed.
 
-    Classes are named at their medians up to 10, in a legend up to 40, and drawn alike beyond. ValueError without
-    features.
+    Classes are named at their medians up to 10, in a legend up to 40. ValueError without features.
     """
     features, labels, names = predictions.features, predictions.labels, predictions.spec.class_names
     if features is None or min(features.shape) < 2:

@@ -36,10 +36,9 @@ class Predictions(NamedTuple):
 
 
 def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None) -> Predictions:
-    """Checks and types the arrays.
+    """Checks and types the arrays; one ValueError lists everything wrong with them.
 
-    Raises one ValueError that lists everything wrong with them; where nothing is wrong but that outputs are not finite,
-    a FloatingPointError that names the rows.
+    FloatingPointError names the rows where nothing is wrong but that outputs are not finite.
     """
     if spec.name not in OUTPUT:
         raise ValueError(f"there is no task {spec.name!r}{nearest(spec.name, OUTPUT)}; known: {', '.join(OUTPUT)}")
@@ -98,10 +97,7 @@ def save_predictions(path, predictions: Predictions) -> None:
 
 
 def load_predictions(path) -> Predictions:
-    """Reads and checks a predictions.npz; FileNotFoundError or ValueError name the file and what is wrong.
-
-    A file without `task` is of a classification.
-    """
+    """Reads and checks a predictions.npz; errors name the file and what is wrong. Without `task`: a classification."""
     try:
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):

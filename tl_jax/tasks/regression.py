@@ -21,20 +21,17 @@ def fit_targets(labels: np.ndarray, names: tuple[str, ...]) -> tuple[tuple[float
 
 def scores(predictions: Predictions) -> dict[str, float]:
     """Squared error of the standardised targets and RMSE in their units, both means over the targets, in float64."""
-    squared = _errors(predictions) ** 2
+    squared = (predictions.values.astype(np.float64) - predictions.labels) ** 2
     return {
         "loss": float((squared / np.square(predictions.spec.target_std)).mean()),
         "rmse": float(np.sqrt(squared.mean(axis=0)).mean()),
     }
 
 
-def _errors(predictions):
-    return predictions.values.astype(np.float64) - predictions.labels
-
-
 def _weighted(predictions, weights) -> dict:
     """RMSE, MAE and R2 of each target, [B, T]. R2 is undefined in a resample whose target is constant."""
-    error, labels, total = _errors(predictions), predictions.labels.astype(np.float64), weights.sum(axis=0)
+    labels, total = predictions.labels.astype(np.float64), weights.sum(axis=0)
+    error = predictions.values.astype(np.float64) - labels
     squared = (error.T**2) @ weights
     spread = np.stack([_spread(column, weights, total) for column in labels.T])
     mae = np.abs(error).T @ weights / total
@@ -55,10 +52,7 @@ def _weighted_ranks(predictions, weights) -> dict:
 
 
 def _spearman(a, b, weights):
-    """Spearman's rank correlation in each resample [B], ties by mean ranks; NaN where one side is constant.
-
-    Ranks are those of the resample itself: multiples of one half, so that their sums are exact.
-    """
+    """Spearman's rank correlation in each resample [B], ties by mean ranks; NaN where one side is constant."""
     a, b = _centred_ranks(a, weights), _centred_ranks(b, weights)
     product = (a * b * weights).sum(axis=0)
     scale = (a * a * weights).sum(axis=0) * (b * b * weights).sum(axis=0)

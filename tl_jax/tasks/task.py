@@ -40,16 +40,14 @@ class Rows(NamedTuple):
 class Metrics(NamedTuple):
     """How predictions of a task are scored; numpy alone.
 
-    scalars: the names that `summarize` can give one number for. less: those of them of which less is better.
-    monitor: (name of a score, "max" | "min"): the first selects, the others break ties.
-    scores: Predictions -> {"loss", monitored metric}, float64 and fast: for every evaluation on val.
-    parts: functions (Predictions, weights [N, B]) -> {name: [B] or [B, rows]} that share the metrics among them;
-    weights say how often each of B resamples holds an example; NaN where undefined.
-    differ: two Predictions of the same examples -> whether the answer to each is another one, bool [N].
-    point: Predictions -> {name: scalar or [rows]}; None: as `parts` with every example once.
-    loss_label: the loss with its unit. answer: Predictions -> the predicted class [N]; None where there is no such.
+    scalars: the names that `summarize` can give one number for. less: those of them of which less is better. monitor:
+    (name of a score, "max" | "min"): the first selects, the others break ties. scores: Predictions -> {"loss",
+    monitored metric}, float64 and fast: for every evaluation on val. parts: functions (Predictions, weights [N, B]) ->
+    {name: [B] or [B, rows]}; weights say how often each of B resamples holds an example; NaN where undefined. point:
+    Predictions -> the same with every example once, by default from `parts`. differ: two Predictions of the same
+    examples -> whether the answer to each is another one, bool [N]. answer: Predictions -> the predicted class [N].
     reliability: Predictions -> count, observed and expected share of each bin; and what these two are called.
-    calibrate: Predictions on val -> Spec; None where there is nothing to calibrate.
+    calibrate: Predictions on val -> Spec. None: the task has no such.
     """
 
     scalars: tuple[str, ...]
@@ -67,13 +65,12 @@ class Metrics(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a head predicts, and how it is trained and scored.
+    """What a head predicts, and how it is trained and scored (scores, monitor: see `Metrics`).
 
     outputs: size of the head. encode: labels -> what the loss takes, float32; batches are mixed after it.
     loss: (outputs of the network, encoded) -> [B] float32, whose plain mean over the examples is minimised.
     count: labels -> [B], the weight of an example in means. running: (outputs, labels) -> {name: [B]}, the training
-    log, of labels before any mixing. keep: outputs -> {name: [B, ...] float32}, what predictions hold.
-    scores, monitor: as in `Metrics`. calibrate: Predictions on val -> Spec.
+    log. keep: outputs -> {name: [B, ...] float32}, what predictions hold. calibrate: Predictions on val -> Spec.
     """
 
     spec: Spec
