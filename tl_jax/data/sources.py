@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax.core.messages import listed
 from tl_jax.data import labels as label_columns
-from tl_jax.data.examples import Source, find_unreadable, join, join_domains, listed, overlap
+from tl_jax.data.examples import Source, find_unreadable, join, join_domains, overlap
 from tl_jax.data.readers import builtin
 from tl_jax.data.readers.arrays import load_arrays
 from tl_jax.data.readers.folder import load_folder

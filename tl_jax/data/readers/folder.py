@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tl_jax.data.examples import FileImages, Source, listed
+from tl_jax.core.messages import listed
+from tl_jax.data.examples import FileImages, Source
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SPLITS |= {"test": "test", "testing": "test"}  # names of split folders, in any case

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tl_jax.data.examples import Source, listed
+from tl_jax.core.messages import listed
+from tl_jax.data.examples import Source
 from tl_jax.data.readers.folder import natural_key
 
 FORMAT = "tl_jax packed 2"
