@@ -5,13 +5,13 @@ import pathlib
 
 import numpy as np
 import pytest
+from tl_jax.training.sweep import sweep
 
 from configs import transfer
 from tl_jax import config as options
 from tl_jax import models
 from tl_jax.studies import command
 from tl_jax.training.train import train
-from tl_jax.training.sweep import sweep
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py"))
 
@@ -69,7 +69,8 @@ def test_arguments_take_the_type_of_the_default():
 
 def test_flags_set_options_of_every_kind():
     given = {
-        "data.shots": "10", "lr": "0.5", "clip": "2", "total": "(3, 'steps')", "data.source": "('folder:a', 'folder:b')",
+        "data.shots": "10", "lr": "0.5", "clip": "2", "total": "(3, 'steps')",
+        "data.source": "('folder:a', 'folder:b')",
         "terms": "{'l2_sp': {'weight': 1.0}}", "model.keep_head": "true", "schedule.name": "linear",
     }  # fmt: skip
     config = command.read_config("configs/smoke.py", [f"{key}={value}" for key, value in given.items()])
