@@ -96,10 +96,10 @@ def _strided_backward(saved, dy):
         dx = jax.linear_transpose(lambda x: plain(x, kernel, 2), x)(dy)[0]
         return dx, gradient.reshape(kernel.shape)
 
-    def part(dy):
+    def piece(dy):
         return _unpatched([[dy @ kernel[i, j].T for j in range(3)] for i in range(3)], height, width)
 
-    return _by_chunks(part, chunks, dy), gradient.reshape(kernel.shape)
+    return _by_chunks(piece, chunks, dy), gradient.reshape(kernel.shape)
 
 
 strided.defvjp(lambda x, kernel: (strided(x, kernel), (x, kernel)), _strided_backward)
@@ -168,11 +168,11 @@ def max_pool(x: jax.Array) -> jax.Array:
 def _max_pool_backward(saved, dy):
     winner, (height, width) = saved
 
-    def part(winner, dy):
+    def piece(winner, dy):
         parts = [[jnp.where(winner == 3 * i + j, dy, 0) for j in range(3)] for i in range(3)]
         return _unpatched(parts, height, width)
 
-    return (_by_chunks(part, _chunks(winner, 32 * winner[0].size), winner, dy),)
+    return (_by_chunks(piece, _chunks(winner, 32 * winner[0].size), winner, dy),)
 
 
 def _max_pool_forward(x):
@@ -237,7 +237,7 @@ def _winograd(x: jax.Array, weights: jax.Array, turned: bool = False) -> jax.Arr
     order = (3, 1, 2, 0) if turned else (0, 1, 2, 3)
     weights = [[weights[i, j].T if turned else weights[i, j] for j in order] for i in order]
 
-    def part(x):
+    def piece(x):
         batch, height, width, _ = x.shape
         tiles = _tiles(x)
         products = [[tiles[j][i] @ weights[i][j] for i in range(4)] for j in range(4)]
@@ -246,11 +246,11 @@ def _winograd(x: jax.Array, weights: jax.Array, turned: bool = False) -> jax.Arr
         y = jnp.stack([jnp.stack([y[0][i], y[1][i]], axis=3) for i in range(2)], axis=2)
         return y.reshape(batch, height + height % 2, width + width % 2, features)[:, :height, :width]
 
-    return _by_chunks(part, _chunks(x, _bytes_of_tiles(x, features)), x)
+    return _by_chunks(piece, _chunks(x, _bytes_of_tiles(x, features)), x)
 
 
 def _winograd_kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-    def part(x, dy):
+    def piece(x, dy):
         height, width = dy.shape[1:3]
         dy = jnp.pad(dy, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
         tiles = _tiles(x)
@@ -258,7 +258,7 @@ def _winograd_kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
         spread = [_back_transposed([spread[i][j] for i in range(2)]) for j in range(4)]
         return [_outer(tiles[j][i], spread[j][i]) for i in range(4) for j in range(4)]
 
-    sums = jnp.stack(_sum_of_chunks(part, _chunks(x, _bytes_of_tiles(x, dy.shape[-1])), x, dy))
+    sums = jnp.stack(_sum_of_chunks(piece, _chunks(x, _bytes_of_tiles(x, dy.shape[-1])), x, dy))
     return _transform(KERNEL.T, sums.reshape(4, 4, *sums.shape[1:]))
 
 
@@ -308,7 +308,7 @@ def _split(x: jax.Array, parts: int) -> jax.Array:
 def _by_chunks(function: Callable, parts: int, *arrays: jax.Array) -> Any:
     if parts == 1:
         return function(*arrays)
-    y = jax.lax.map(lambda part: function(*part), tuple(_split(x, parts) for x in arrays))
+    y = jax.lax.map(lambda piece: function(*piece), tuple(_split(x, parts) for x in arrays))
     return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), y)
 
 
@@ -318,4 +318,4 @@ def _sum_of_chunks(function: Callable, parts: int, *arrays: jax.Array) -> Any:
     arrays = tuple(_split(x, parts) for x in arrays)
     shapes = jax.eval_shape(function, *(x[0] for x in arrays))
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, function(*part)), None), zeros, arrays)[0]
+    return jax.lax.scan(lambda sums, piece: (jax.tree.map(jnp.add, sums, function(*piece)), None), zeros, arrays)[0]
