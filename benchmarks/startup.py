@@ -30,28 +30,29 @@ PARTS = ("imports", "build", "state", "lower", "compile", "step")
 def measured() -> None:
     """launch.py with a clock: notes the time behind each part, and ends behind the first step."""
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-    import launch
+    from tl_jax.runtime.malloc import keep_memory
+    from tl_jax.studies import command
 
-    launch.keep_memory()
+    keep_memory()
     times = [float(os.environ[CHILD])]
-    real = launch.run_config
+    real = command.run_config
 
-    def run_config(stop_requested):
+    def run_config(*given):
         import jax
 
         from tl_jax.runtime import sharding
-        from tl_jax.studies import compare  # noqa: F401 (as launch.py does)
-        from tl_jax.training import loop
+        from tl_jax.studies import inprocess  # noqa: F401 (as launch.py does)
+        from tl_jax.training import train
 
         times.append(time.monotonic())
-        build = loop.build
+        assemble = train.assemble
 
-        def timed_build(*args):
-            run = build(*args)
+        def timed_assemble(*args):
+            run = assemble(*args)
             times.append(time.monotonic())
             return run
 
-        def timed_compile(parallel, train_step, state, batch, unlooped=None):
+        def timed_compile(parallel, train_step, state, batch):
             jax.block_until_ready((state, batch))
             times.append(time.monotonic())
             lowered = parallel.train(train_step).lower(state, batch)
@@ -64,11 +65,11 @@ def measured() -> None:
             print(json.dumps([after - before for before, after in itertools.pairwise(times)]), flush=True)
             os._exit(0)
 
-        loop.build, sharding.Parallel.compile = timed_build, timed_compile
-        return real(stop_requested)
+        train.assemble, sharding.Parallel.compile = timed_assemble, timed_compile
+        return real(*given)
 
-    launch.run_config = run_config
-    app.run(launch.main, flags_parser=launch.parse_flags)
+    command.run_config = run_config
+    sys.exit(command.main(sys.argv[1:]))
 
 
 def first_step(options: list[str], home: pathlib.Path) -> dict[str, float]:

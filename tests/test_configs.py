@@ -5,14 +5,13 @@ import pathlib
 
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
+from tl_jax.training.sweep import sweep
 
 from configs import transfer
 from tl_jax import config as options
 from tl_jax import models
+from tl_jax.studies import command
 from tl_jax.training.train import train
-from tl_jax.training.sweep import sweep
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py"))
 
@@ -68,26 +67,16 @@ def test_arguments_take_the_type_of_the_default():
     assert (config.lr, config.batch_size, config.total, config.data.shots) == (0.5, 64, (3, "epochs"), 5)
 
 
-@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
-def test_flags_set_options_of_every_kind(monkeypatch):
+def test_flags_set_options_of_every_kind():
     given = {
-        "data.shots": "10", "lr": "0.5", "total": "(3, 'steps')", "data.source": "('folder:a', 'folder:b')",
+        "data.shots": "10", "lr": "0.5", "clip": "2", "total": "(3, 'steps')",
+        "data.source": "('folder:a', 'folder:b')",
         "terms": "{'l2_sp': {'weight': 1.0}}", "model.keep_head": "true", "schedule.name": "linear",
     }  # fmt: skip
-    argv = ["launch.py", "--config", "configs/smoke.py", *(f"--config.{key}={value}" for key, value in given.items())]
-    monkeypatch.setattr("sys.argv", argv)
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-    values(argv)
-    config = values["config"].value
+    config = command.read_config("configs/smoke.py", [f"{key}={value}" for key, value in given.items()])
     assert (config.data.shots, config.lr, config.total, config.schedule.name) == (10, 0.5, (3, "steps"), "linear")
     assert config.data.source == ("folder:a", "folder:b") and config.model.keep_head is True
-    assert config.terms.to_dict() == {"l2_sp": {"weight": 1.0}}
+    assert config.clip == 2.0 and config.terms.to_dict() == {"l2_sp": {"weight": 1.0}}
     options.check(config)
     assert options.identity(config)["terms"] == {"l2_sp": {"weight": 1.0}}
-    one = [*argv[:3], "--config.data.source=folder:photos"]
-    monkeypatch.setattr("sys.argv", one)
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-    values(one)
-    assert values["config"].value.data.source == "folder:photos"
+    assert command.read_config("configs/smoke.py", ["data.source=folder:photos"]).data.source == "folder:photos"

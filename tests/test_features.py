@@ -1,5 +1,6 @@
 """Cached features of what is frozen: the numbers of live training, checked when read, never computed twice."""
 
+import collections
 import dataclasses
 import json
 import shutil
@@ -8,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from counting import add_counted
+from plans import make_reader
 
 from configs import smoke
 from tl_jax import config as options
+from tl_jax import tasks
 from tl_jax.methods import rules
 from tl_jax.models import MODELS, peft
 from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.training import build, feature_cache, steps
+from tl_jax.training import build, single, steps
 from tl_jax.training.train import train
 from tl_jax.weights import formats
 
@@ -56,14 +60,13 @@ def numbers(folder):
     return rows, arrays, formats.read(folder / "model.safetensors")[0]
 
 
-def refuse(*_):
-    raise AssertionError("features were computed")
+COMPUTING = "computing the features of"  # what is logged before features are computed
 
 
 @pytest.mark.parametrize(
     "way", [way if way == "last block" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
 )
-def test_cached_training_has_the_numbers_of_live_training(tmp_path, monkeypatch, way):
+def test_cached_training_has_the_numbers_of_live_training(tmp_path, way):
     views = 40  # more than the epochs: what is seen is what a live run sees
     train(make_config(WAYS[way]), tmp_path / "live", verbose=False)
     train(cached(WAYS[way], tmp_path / "cache", views=views), tmp_path / "cached", verbose=False)
@@ -88,9 +91,9 @@ def store(tmp_path_factory):
     return folder, numbers(folder / "run")
 
 
-def test_the_same_features_are_never_computed_twice(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_cache, "_compute", refuse)
+def test_the_same_features_are_never_computed_twice(store, tmp_path, capsys):
     train(cached(PROBE, store[0], lr=1e-4), tmp_path / "w", verbose=False)
+    assert COMPUTING not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -106,10 +109,12 @@ def test_the_same_features_are_never_computed_twice(store, tmp_path, monkeypatch
     ],
     ids=str,
 )
-def test_whatever_the_features_depend_on_makes_others(store, tmp_path, monkeypatch, change):
-    monkeypatch.setattr(feature_cache, "_compute", refuse)
-    with pytest.raises(AssertionError, match="features were computed"):
-        train(cached({**PROBE, **change}, store[0]), tmp_path / "w", verbose=False)
+def test_whatever_the_features_depend_on_makes_others(store, tmp_path, capsys, change):
+    shutil.copytree(store[0], tmp_path / "cache", ignore=shutil.ignore_patterns("run"))
+    with pytest.raises(Preempted, match="stopped after the features of"):
+        config = cached({**PROBE, **change}, tmp_path / "cache")
+        train(config, tmp_path / "w", verbose=False, stop_requested=lambda step: True)
+    assert COMPUTING in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "other key", "no file"])
@@ -137,27 +142,37 @@ def test_damaged_features_are_computed_anew(store, tmp_path, capsys, damage):
     np.testing.assert_array_equal(arrays["logits"], store[1][1]["logits"])
 
 
-def test_a_computation_that_was_stopped_goes_on_where_it_was(store, tmp_path, monkeypatch):
-    asked = []
+def test_a_computation_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Of the 40 images in batches of 16 the first two batches are there, and are not read again."""
+    reads, asked = add_counted(monkeypatch), []
 
     def stop(step):
         asked.append(step)
         return len(asked) == 2
 
-    config = cached(PROBE, tmp_path / "cache", eval_batch_size=16)
+    def config(folder):
+        return cached(PROBE, tmp_path / folder, **{"data.source": "counted", "eval_batch_size": 16})
+
     with pytest.raises(Preempted, match=r"after the features of 32 of 40 images"):
-        train(config, tmp_path / "w", verbose=False, stop_requested=stop)
+        train(config("cache"), tmp_path / "w", verbose=False, stop_requested=stop)
     assert not list((tmp_path / "cache").glob("*/meta.json"))
-    batches = []
-    whole = feature_cache.TrainBatches.make
-    monkeypatch.setattr(
-        feature_cache.TrainBatches, "make", lambda self, i, *out: batches.append(i) or whole(self, i, *out)
-    )
+    reads.clear()
+    train(config("cache"), tmp_path / "w", verbose=False)
+    resumed = collections.Counter(reads)
+    reads.clear()
+    train(config("other"), tmp_path / "whole", verbose=False)
+    assert (collections.Counter(reads) - resumed).total() == 32 == len(reads) - resumed.total()
+    assert numbers(tmp_path / "w")[0] == numbers(tmp_path / "whole")[0]
+
+
+def test_what_is_on_disk_is_taken_without_reading_an_image(tmp_path, monkeypatch):
+    reads = add_counted(monkeypatch)
+    config = cached(PROBE, tmp_path / "cache", **{"data.source": "counted"})
     train(config, tmp_path / "w", verbose=False)
-    assert batches[0] == 2  # of train, the third batch of 16; the first two were there
-    reference = numbers(tmp_path / "w")[0]
-    for row, row_store in zip(reference, store[1][0], strict=True):
-        assert row == pytest.approx(row_store, rel=1e-5)
+    assert {split for split, _ in reads} == {"train", "test"}
+    reads.clear()
+    train(config, tmp_path / "again", verbose=False)
+    assert not reads
 
 
 def test_views_repeat_after_the_last_one(tmp_path):
@@ -165,7 +180,7 @@ def test_views_repeat_after_the_last_one(tmp_path):
     metas = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*/meta.json")]
     assert sorted(meta["shape"] for meta in metas) == [[1, 103, 64], [1, 154, 64], [2, 40, 64]]
     values = np.arange(2 * 40, dtype=np.float32).reshape(2, 40, 1)
-    batches = build.build(make_config(PROBE), sharding.make_parallel()).batches
+    batches = build.build(make_config(PROBE), sharding.make_parallel()).material.streams["train"]
     batches = dataclasses.replace(batches, prepared={"image": values})
     seen = np.concatenate([batches[step]["image"] for step in range(10)])[:, 0]
     index = np.concatenate([batches[step]["index"] for step in range(10)])
@@ -174,12 +189,12 @@ def test_views_repeat_after_the_last_one(tmp_path):
         np.testing.assert_array_equal(seen[counters], epoch % 2 * 40 + index[counters])
 
 
-def test_no_room_is_said_before_anything_is_computed(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_cache, "_compute", refuse)
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 5_000))
+def test_no_room_is_said_before_anything_is_computed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 5_000))
     with pytest.raises(OSError, match=r"they need 36,608 bytes, 5,000 are free.*cache_dir") as caught:
         train(cached(PROBE, tmp_path / "cache"), tmp_path / "w", verbose=False)
     assert "train: 40 examples x 64, float32, 10,240 bytes" in str(caught.value)
+    assert COMPUTING not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -187,8 +202,8 @@ def test_no_room_is_said_before_anything_is_computed(tmp_path, monkeypatch):
     [
         ({"method.name": "full", "method.k": 0, "cache": "features"}, r"'cache': 'features'.*the stem trains"),
         ({"method.name": "full", "method.k": 0, "model.prefix_dtype": "bfloat16"}, r"the stem trains"),
-        ({"cache": "features", "method.mixup": 0.2}, r"phase 0 mixes images, {'mixup': 0.2}"),
-        ({"cache": "features", "terms": {"delta": {}}}, r"phase 0 has the penalty delta"),
+        ({"cache": "features", "method.mixup": 0.2}, r"phase 0 mixes inputs, {'mixup': 0.2}"),
+        ({"cache": "features", "terms": {"delta": {}}}, r"delta runs 'reference' on the inputs, which cache replaces"),
         ({"cache": "features", "views": 3, "data.augment": ()}, r"views=3, but data.augment is empty"),
         ({"views": 3}, r"views = 3.* belong to cache = 'features'"),
         ({"cache": "feature"}, r"cache = 'feature': expected one of '', features"),
@@ -201,12 +216,13 @@ def test_what_cannot_be_cached_is_refused_at_once(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("name", ["knn", "logistic"])
-def test_probes_without_gradient_read_the_same_features(store, tmp_path, monkeypatch, name):
+def test_probes_without_gradient_read_the_same_features(tmp_path, capsys, name):
     form = {"method.name": name, "method.k": 0, "select": "last", "data.augment": ()}
     live = train(make_config(form), tmp_path / "live", verbose=False)
     held = train(cached(form, tmp_path / "cache"), tmp_path / "held", verbose=False)
-    monkeypatch.setattr(feature_cache, "_compute", refuse)
+    assert COMPUTING in capsys.readouterr().out
     again = train(cached(form, tmp_path / "cache", seed=0), tmp_path / "again", verbose=False)
+    assert COMPUTING not in capsys.readouterr().out
     assert live["metrics"] == held["metrics"] == again["metrics"]
     for way in ("held", "again"):
         with np.load(tmp_path / way / "predictions.npz") as ours, np.load(tmp_path / "live/predictions.npz") as theirs:
@@ -217,32 +233,42 @@ CUTS = ("stem", "stage1/block0", "stage1", "stage2", "pre_logits")  # stage1 end
 
 
 @pytest.mark.parametrize(
-    "trained, drop_path, frozen",
+    "trained, frozen",
     [
-        ([], 0.0, 5),
-        (["head/kernel"], 0.0, 5),
-        (["backbone/norm/scale"], 0.0, 4),
-        (["backbone/stage2/block0/norm1"], 0.0, 3),
-        (["lora/backbone/stage1/block1/x/a", "backbone/norm/scale"], 0.0, 2),
-        (["backbone/stem/norm"], 0.0, 0),
-        (["head/kernel"], 0.1, 2),
-        (["backbone/stem/x/kernel"], 0.1, 0),
+        ([], 5),
+        (["head/kernel"], 5),
+        (["backbone/norm/scale"], 4),
+        (["backbone/stage2/block0/norm1"], 3),
+        (["lora/backbone/stage1/block1/x/a", "backbone/norm/scale"], 2),
+        (["backbone/stem/norm"], 0),
     ],
 )
-def test_the_frozen_prefix_ends_where_something_trains_or_is_random(trained, drop_path, frozen):
-    assert rules.frozen_cuts(trained, CUTS, drop_path) == frozen
+def test_the_frozen_prefix_ends_where_something_trains(trained, frozen):
+    assert rules.frozen_cuts(trained, CUTS) == frozen
+
+
+@pytest.mark.parametrize(
+    "changes, cut",
+    [
+        (PROBE, "pre_logits"),
+        (LAST, "stage2"),
+        ({**PROBE, "model.drop_path": 0.1}, "stage1"),  # the rate of the first block is 0
+        ({"method.name": "full", "method.k": 0, "model.drop_path": 0.1}, None),
+    ],
+)
+def test_the_frozen_prefix_of_a_run_ends_where_something_trains_or_is_random(changes, cut):
+    (phase,) = build.build(make_config(changes), sharding.make_parallel()).phases
+    assert (phase.plan.prefix and phase.plan.prefix.cut) == cut
 
 
 @pytest.mark.parametrize("name", ["resnet8_cifar", pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow)])
-def test_a_bfloat16_front_computes_in_bfloat16_and_the_rest_does_not(name):
+def test_a_bfloat16_prefix_computes_in_bfloat16_and_the_rest_does_not(name):
     make = MODELS[name].module
     model = peft.Adapted(make(num_classes=3, **({"image_size": 32, "depth": 2} if "vit" in name else {})))
     image = jnp.zeros((2, 32, 32, 3), jnp.uint8)
     variables = model.model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    cut = model.cuts[-3]
-    step = steps.make_eval_step(
-        model, mean=(0.5,) * 3, std=(0.5,) * 3, prefix=steps.Prefix(model.clone(dtype=jnp.bfloat16), cut)
-    )
+    prefix = steps.Prefix(model.clone(dtype=jnp.bfloat16), model.cuts[-3])
+    step = steps.make_eval_step(make_reader(model, 3), tasks.make(tasks.Spec(class_names=("a", "b", "c"))), prefix)
     kinds = [
         str(equation.invars[0].aval.dtype)
         for equation in jax.make_jaxpr(step)(variables, image).eqns
@@ -250,3 +276,37 @@ def test_a_bfloat16_front_computes_in_bfloat16_and_the_rest_does_not(name):
     ]
     switch = kinds.index("float32")
     assert switch > 1 and set(kinds[:switch]) == {"bfloat16"} and set(kinds[switch:]) == {"float32"}
+
+
+class Recorded:
+    """A network that notes the type of what enters it behind a cut."""
+
+    def __init__(self, module, seen):
+        self.module, self.seen = module, seen
+
+    def apply(self, variables, x, **arguments):
+        self.seen.append((arguments.get("start"), x.dtype.name))
+        return self.module.apply(variables, x, **arguments)
+
+
+def test_cached_bfloat16_features_enter_the_rest_of_the_network_as_live_ones_do(tmp_path):
+    """In one type: float32 in its place would add a residual branch to numbers that live training has rounded."""
+    entered = {}
+    for way, config in (
+        ("live", make_config(LAST, **{"model.dtype": "bfloat16"})),
+        ("cached", cached(LAST, tmp_path / "cache", **{"model.dtype": "bfloat16", "views": 40})),
+    ):
+        parallel = sharding.make_parallel()
+        run = build.build(config, parallel)
+        (phase,), program = run.phases, single.Single(run, parallel)
+        state = program.initial(0)
+        sets = program.batches(0, state, ["train"], lambda step: False)
+        batch, seen = next(program.iterate(sets, 0, 1)), []
+        readers = {name: r._replace(module=Recorded(r.module, seen)) for name, r in phase.plan.readers.items()}
+        step = steps.make_train_step(phase.plan._replace(readers=readers), phase.tx)
+        after = jax.device_get(parallel.train(step)(state, batch))
+        entered[way] = seen, after.sums, batch["train"]["image"].dtype.name
+    assert entered["live"][0] == entered["cached"][0] == [("stage2", "bfloat16")]
+    assert (entered["live"][2], entered["cached"][2]) == ("uint8", "bfloat16")
+    for name, value in entered["live"][1].items():
+        np.testing.assert_allclose(entered["cached"][1][name], value, rtol=1e-5, err_msg=name)

@@ -121,9 +121,10 @@ def test_norm_only_trains_the_parameters_of_every_norm_layer_and_nothing_else():
         assert trained_of(name, "norm_only") == sorted([*HEAD, *expected])
 
 
-def test_what_stands_beside_the_network_has_its_own_group():
-    paths = [*RESNET, "reference/params/backbone/stem/conv/kernel", "source_head/kernel", "lora/backbone/stem/conv/a"]
-    matches = trees.match_rules(paths, rules.beside(paths) + rules.make_rules("full", paths, RESNET_CUTS))
+def test_further_networks_and_added_parameters_have_groups_of_their_own():
+    paths = [*RESNET, "reference/backbone/stem/conv/kernel", "source_head/kernel", "lora/backbone/stem/conv/a"]
+    auxiliary = rules.auxiliary(paths, {"reference": "frozen", "source_head": "head"})
+    matches = trees.match_rules(paths, auxiliary + rules.make_rules("full", paths, RESNET_CUTS))
     assert [matches[path].value for path in paths[-3:]] == ["frozen", "head", "lora"]
     assert {matches[path].value for path in RESNET} == {"backbone", "head"}
 
@@ -156,8 +157,9 @@ def test_added_parameters_have_the_multiplier_of_their_block():
 def test_the_cuts_of_every_variant_are_its_parts_in_the_order_in_which_they_run():
     for name, variant in models.MODELS.items():
         model = variant.module(num_classes=3)
-        if hasattr(model, "depth"):
-            blocks = [f"block{i}" for i in range(model.depth)]
+        if hasattr(model, "depth") or (hasattr(model, "widths") and not hasattr(model, "depths")):
+            depth = model.depth if hasattr(model, "depth") else len(model.widths) - 1  # of an MLP the first is the stem
+            blocks = [f"block{i}" for i in range(depth)]
             ends = blocks
         else:
             blocks = [f"stage{i}/block{j}" for i, depth in enumerate(model.depths, 1) for j in range(depth)]
@@ -187,7 +189,7 @@ def test_cuts_and_blocks_follow_the_order_in_which_the_network_computes_them(nam
         return variables
 
     paths = list(trees.flatten(jax.eval_shape(init, jax.random.key(0), image)["params"]))
-    assert tuple(ran) == (*model.cuts, "logits")
+    assert tuple(ran) == (*model.cuts, "embedding", "logits")
     last = {block.rpartition("/")[0]: block for block in rules.block_names(paths, model.cuts)}
     inverse = {block: stage for stage, block in last.items() if stage}
     assert [inverse.get(b, b) for b in rules.block_names(paths, model.cuts)] == list(model.cuts[1:-1])

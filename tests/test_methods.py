@@ -11,13 +11,16 @@ from test_pretrained import TINY_VIT, add_variants
 
 from configs import methods, smoke
 from tl_jax import config as options
+from tl_jax import tasks
 from tl_jax.core import trees
 from tl_jax.data import pipeline, sources
+from tl_jax.methods import probes
 from tl_jax.models import vit
 from tl_jax.runtime import sharding
+from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.tasks import load_predictions
-from tl_jax.training import loop as trainer
-from tl_jax.training import optim, steps
+from tl_jax.training import build, optim, single, steps
+from tl_jax.training.train import train
 from tl_jax.weights import delta, formats, load
 
 STEPS = 4
@@ -60,7 +63,7 @@ class Trained(NamedTuple):
     """A run that has ended: what was built, the last state, and the folder."""
 
     config: object
-    run: object
+    run: build.Run
     state: dict
     opt_state: object
     result: dict
@@ -81,26 +84,17 @@ def make_config(name, **changes):
 
 
 def run_method(name, folder, monkeypatch, **changes):
-    """Trains, and keeps what the trainer built and the state that it ended with."""
+    """Trains; the run built once more, and the last state as its checkpoint has it."""
     add_variants(monkeypatch, vit.vit_variants("small_vit", TINY_VIT, 3, 48))
-    seen = {}
-    build, finish = trainer.build, trainer.finish
-    one_device = sharding.make_parallel("jit", jax.devices()[:1])  # less to compile
-
-    def keep_run(*args):
-        seen["run"] = build(*args)
-        return seen["run"]
-
-    def keep_state(config, run, folder, state, *rest):
-        seen.update(state=jax.device_get(trainer.variables_of(state)), opt_state=state.opt_state)
-        return finish(config, run, folder, state, *rest)
-
-    monkeypatch.setattr(sharding, "make_parallel", lambda mode, fsdp=0: one_device)
-    monkeypatch.setattr(trainer, "build", keep_run)
-    monkeypatch.setattr(trainer, "finish", keep_state)
-    config = make_config(name, **changes)
-    result = trainer.train(config, folder, verbose=False)
-    return Trained(config, seen["run"], seen.get("state"), seen.get("opt_state"), result, folder)
+    config, parallel = make_config(name, **changes), sharding.make_parallel()
+    result = train(config, folder, verbose=False)
+    run = build.build(config, parallel)
+    if name in probes.NAMES:
+        return Trained(config, run, {}, None, result, folder)
+    program = single.Single(run, parallel)
+    with Checkpoints(folder / "checkpoints", program.constant_hashes()) as checkpoints:
+        state = checkpoints.restore(run.total_steps, program.initial(len(run.phases) - 1))
+    return Trained(config, run, jax.device_get(single.current_variables(state)), state.opt_state, result, folder)
 
 
 def flat(variables):
@@ -109,7 +103,7 @@ def flat(variables):
 
 def moved_leaves(trained):
     """The leaves whose bytes are not those that were loaded."""
-    before, after = trees.leaf_hashes(trained.run.variables), trees.leaf_hashes(trained.state)
+    before, after = trees.leaf_hashes(trained.run.material.variables), trees.leaf_hashes(trained.state)
     assert before.keys() == after.keys()
     return {path for path in before if before[path] != after[path]}
 
@@ -118,8 +112,9 @@ def logits_of(model, variables, card):
     """The logits of the run's test images, without the code that scored them."""
     source = sources.load("digits", "test[:8%]")
     batches = pipeline.eval_batches(source, {"image": pipeline.View(card)}, len(source))
-    step = jax.jit(steps.make_eval_step(model, mean=card.mean, std=card.std))
-    return np.asarray(step(variables, batches[0]["image"])[0])
+    task = tasks.make(tasks.Spec(class_names=source.class_names))
+    step = jax.jit(steps.make_eval_step(steps.Reader(model, card, "image"), task))
+    return np.asarray(step(variables, batches[0]["image"])["logits"])
 
 
 def read(trained, name):
@@ -130,7 +125,7 @@ def check_what_moved(name, trained):
     """The leaves that moved are those that the method names, and the audit says so leaf by leaf."""
     moved = moved_leaves(trained)
     pattern = re.compile(f"head/.*|{MOVES[name]}")
-    paths = list(trees.flatten(trained.run.variables["params"]))
+    paths = list(trees.flatten(trained.run.material.variables["params"]))
     intended = {path for path in paths if pattern.fullmatch(path)}
     assert len(intended) > 2 or name == "linear_probe"
     assert {path.removeprefix("params/") for path in moved if path.startswith("params/")} == intended
@@ -152,7 +147,7 @@ def check_files(trained, moved):
         np.testing.assert_array_equal(tensor, state[path], err_msg=path)
     scored = load_predictions(trained.folder / "predictions.npz").values
     loaded = delta.load(trained.folder / "trained.safetensors")
-    np.testing.assert_allclose(logits_of(*loaded), scored, atol=1e-5)
+    np.testing.assert_allclose(logits_of(loaded.model, loaded.variables, loaded.card), scored, atol=1e-5)
     exported, added = trained.folder / "model.safetensors", {name for name, _ in trained.config.method.add}
     assert exported.exists() == (not added & {"adapter", "prompt"})
     if exported.exists():
@@ -178,8 +173,11 @@ def check_cost(trained, intended):
 def check_method(name, trained):
     """What a method adds to plain steps has reached them."""
     rows = [json.loads(line) for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
-    assert any(row.get("train/penalty", 0.0) > 0 for row in rows) == bool(trained.config.terms)
-    assert trained.run.phases[-1].model.stoch_norm == (0.5 if name == "stoch_norm" else 0.0)
+    added, keys = set(trained.config.terms), {key for row in rows for key in row if key.startswith("train/")}
+    assert all(any(row.get(f"train/{term}", 0.0) > 0 for row in rows) for term in added)
+    plain = {"train/loss", "train/accuracy", "train/grad_norm", "train/lr"}
+    assert keys == plain | {f"train/{term}" for term in added | ({"task"} if added else set())}
+    assert trained.run.phases[-1].plan.readers["model"].module.stoch_norm == (0.5 if name == "stoch_norm" else 0.0)
     ratios = [x for x in jax.tree.leaves(trained.opt_state, is_leaf=is_auto_rgn) if is_auto_rgn(x)]
     assert [sorted(state.ratios) for state in ratios] == ([PARTS] if name == "auto_rgn" else [])
     rates = {row["lr_mult"] for row in read(trained, "audit.json")["phases"][-1]["parameters"] if row["trainable"]}
@@ -215,7 +213,7 @@ def test_exactly_what_the_method_names_moves_and_its_files_compute_what_it_score
 @pytest.mark.parametrize("name", [name for name in MOVES if MOVES[name] is None])
 def test_a_probe_without_gradient_changes_the_head_alone(name, tmp_path, monkeypatch):
     trained = run_method(name, tmp_path / "w", monkeypatch, **{"data.val": "train[80%:]"})
-    loaded, cost = flat(trained.run.variables), read(trained, "cost.json")
+    loaded, cost = flat(trained.run.material.variables), read(trained, "cost.json")
     assert (tmp_path / "w" / "model.safetensors").exists() == (name != "knn")
     assert cost["steps"] == 0 and cost["trainable_parameters"] == (0 if name == "knn" else 650)
     assert read(trained, "audit.json")["proof"]["hashes"] == {

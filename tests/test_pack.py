@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from tl_jax import __main__ as command
 from tl_jax.core.card import Card
-from tl_jax.data import __main__ as command
 from tl_jax.data import pipeline, sources
 from tl_jax.data.pipeline import View
 from tl_jax.data.readers import pack, packed

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tl_jax import tasks
-from tl_jax.tasks import classification, figures
+from tl_jax.tasks import figures
 from tl_jax.training import plots
 
 CURVES = {"loss": "loss (nats)", "accuracy": "accuracy"}
@@ -84,7 +84,7 @@ def test_any_number_of_classes_can_be_drawn(tmp_path, classes):
 def test_confusion_matrix_shows_every_count(tmp_path):
     predictions = draw(classes=3)
     figures.confusion_matrix(predictions, tmp_path / "figure.svg")
-    text, counts = svg_text(tmp_path / "figure.svg"), classification.confusion(predictions)
+    text, counts = svg_text(tmp_path / "figure.svg"), tasks.confusion(predictions)
     for count in counts[counts > 0]:
         assert str(count) in text
     assert f"{counts.trace()} of 200 correct" in text

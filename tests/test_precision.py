@@ -7,14 +7,13 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from plans import as_batch, make_plan, make_tx
 from scipy.special import erf
 
 from tl_jax import models
 from tl_jax.core import trees
 from tl_jax.core.options import OPTIONS
-from tl_jax.methods import rules as finetune
 from tl_jax.models import layers
 from tl_jax.models.vit import ViT
 from tl_jax.runtime import roofline, sharding
@@ -96,22 +95,12 @@ def test_why_there_is_no_fused_attention_is_said(monkeypatch):
 def abstract_step(model, size, accumulate=1, batch_size=4):
     """A full train step of a network with Adam and clipping, and the shapes of its state and batch."""
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-    paths = list(trees.flatten(variables["params"]))
-    rules = finetune.make_rules("full", paths, model.cuts)
-    labels = {path: match.value for path, match in trees.match_rules(paths, rules).items()}
-    tx = optim.make_optimizer(
-        labels, optim.make_groups(labels, optim.Group(), {}), optax.constant_schedule(1e-3), clip=1.0
-    )
-    method = finetune.make_method(num_classes=CLASSES)
-    step = steps.make_train_step(
-        model, method, tx, labels, mean=(0.5,) * 3, std=(0.25,) * 3, accumulate=accumulate, ema=0.9
-    )
-    state = jax.eval_shape(lambda v: steps.init_state(v, tx, labels, 0, ema=True), variables)
-    batch = {
-        "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-    }
-    return step, state, batch
+    parallel = sharding.make_parallel("jit", jax.devices()[:1])
+    plan = make_plan(model, variables, parallel, CLASSES, accumulate=accumulate, ema=0.9)
+    tx, shape = make_tx(plan, optim.Group(), 1e-3), jax.ShapeDtypeStruct
+    state = jax.eval_shape(lambda v: steps.init_state(plan, tx, v, {}, 0), variables)
+    batch = as_batch(shape((batch_size, size, size, 3), jnp.uint8), shape((batch_size,), jnp.int32))
+    return steps.make_train_step(plan, tx), state, batch
 
 
 def equations(jaxpr):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tl_jax import __main__ as command
 from tl_jax import models
 from tl_jax.core import trees
 from tl_jax.core.card import Card
@@ -282,8 +283,8 @@ def test_command_line_converts_and_inspects(tmp_path, capsys):
     name, source, out = "resnet8_cifar", tmp_path / "a.npz", tmp_path / "b.safetensors"
     card = models.get(name).card
     np.savez(source, **trees.flatten(random_variables(name)))
-    assert load.main(["convert", name, str(source), str(out)]) == 0
-    assert load.main(["inspect", str(out)]) == 0
+    assert command.main(["convert", name, str(source), str(out)]) == 0
+    assert command.main(["inspect", str(out)]) == 0
     printed = capsys.readouterr().out
     for text in (
         "resnet8_cifar, 10 classes, 32 px",
@@ -307,7 +308,7 @@ def test_command_line_converts_and_inspects(tmp_path, capsys):
 )
 def test_command_line_answers_bad_input_in_one_line_with_exit_code_2(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert load.main(arguments) == 2
+    assert command.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
 

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from counting import add_counted
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
@@ -13,37 +14,47 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from configs import quickstart
 from tl_jax import config as options
+from tl_jax import tasks
 from tl_jax.data import pipeline, sources
 from tl_jax.runtime import sharding
+from tl_jax.runtime.preemption import Preempted
 from tl_jax.tasks import load_predictions
-from tl_jax.training import build, evaluate, probe, steps
+from tl_jax.training import build, probe, steps
 from tl_jax.weights import load
+
+PARALLEL = sharding.make_parallel()
 
 
 def make_config(name, grid=(), **changes):
-    config = quickstart.get_config()
-    with config.unlocked():
-        config.update_from_flattened_dict({
-            "method.name": name, "method.grid": grid, "method.k": 0, "groups": {}, "data.shots": 0, "resamples": 20,
-            "data.train": "train[:20%]", "data.val": "train[90%:]", "data.test": "test[:20%]", **changes,
-        })  # fmt: skip
-    return config, build.build(config, sharding.make_parallel())
+    return options.override(quickstart.get_config(), {
+        "method.name": name, "method.grid": grid, "method.k": 0, "groups": {}, "data.shots": 0, "resamples": 20,
+        "data.train": "train[:20%]", "data.val": "train[90%:]", "data.test": "test[:20%]", **changes,
+    })  # fmt: skip
+
+
+def make_run(name, grid=(), **changes):
+    return build.build(make_config(name, grid, **changes), PARALLEL)
+
+
+def fit(run, folder, verbose=False, stop_requested=lambda step: False):
+    folder.mkdir(exist_ok=True)
+    return probe.probe(run, PARALLEL, folder, verbose, stop_requested)
 
 
 def run_probe(name, folder, grid=(), **changes):
-    config, built = make_config(name, grid, **changes)
-    folder.mkdir()
-    return probe.probe(config, built, sharding.make_parallel(), folder), built
+    run = make_run(name, grid, **changes)
+    return fit(run, folder, verbose=True), run
 
 
 def features(split, variables=None):
     """Labels, features and logits of the embedded network (or of other variables) without the code under test."""
     model, loaded, card = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
     source = sources.load("digits", split)
-    step = jax.jit(steps.make_eval_step(model, mean=card.mean, std=card.std))
-    batches = pipeline.eval_batches(source, card=card, batch_size=len(source))
-    logits, out = step(variables or loaded, batches[0]["image"])
-    return source.labels, np.asarray(out, np.float64), np.asarray(logits)
+    task = tasks.make(tasks.Spec(class_names=source.class_names))
+    step = jax.jit(steps.make_eval_step(steps.Reader(model, card, "image"), task))
+    batches = pipeline.eval_batches(source, {"image": pipeline.View(card)}, len(source))
+    out = step(variables or loaded, batches[0]["image"])
+    return source.labels, np.asarray(out["features"], np.float64), np.asarray(out["logits"])
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +80,7 @@ def test_neighbours_give_the_accuracy_that_scikit_learn_gives_on_the_features(tm
     saved = load_predictions(tmp_path / "w" / "predictions.npz")
     np.testing.assert_array_equal(saved.labels, labels)
     np.testing.assert_allclose(saved.features, test, atol=1e-4)
-    np.testing.assert_array_equal(saved.ids, built.data["test"].ids)
+    np.testing.assert_array_equal(saved.ids, built.material.data["test"].ids)
 
 
 def test_a_linear_probe_is_a_network_with_that_head_and_nothing_else_changed(tmp_path, by_hand):
@@ -80,15 +91,15 @@ def test_a_linear_probe_is_a_network_with_that_head_and_nothing_else_changed(tmp
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(train, train_labels)
     assert result["metrics"]["accuracy"]["value"] == pytest.approx(model.score(test, labels))
     rest_labels, rest, _ = features("test[80%:]")
-    assert result["also"]["rest"]["accuracy"]["value"] == pytest.approx(model.score(rest, rest_labels))
+    assert result["extra_eval"]["rest"]["accuracy"]["value"] == pytest.approx(model.score(rest, rest_labels))
     assert (result["chosen"], result["trainable_parameters"], result["step"]) == (0.1, 650, 0)
     exported = load.load("resnet8_cifar", tmp_path / "w" / "model.safetensors")
     saved = load_predictions(tmp_path / "w" / "predictions.npz")
     np.testing.assert_allclose(features("test[:20%]", exported.variables)[2], saved.values, atol=1e-4)
     rest_saved = load_predictions(tmp_path / "w" / "predictions-rest.npz")
-    assert (rest_saved.values.argmax(1) == rest_labels).mean() == result["also"]["rest"]["accuracy"]["value"]
+    assert (rest_saved.values.argmax(1) == rest_labels).mean() == result["extra_eval"]["rest"]["accuracy"]["value"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(exported.variables["params"]["backbone"]):
-        loaded = built.variables["params"]["backbone"]
+        loaded = built.material.variables["params"]["backbone"]
         for key in path:
             loaded = loaded[key.key]
         np.testing.assert_array_equal(leaf, loaded)
@@ -100,31 +111,24 @@ def test_a_linear_probe_is_a_network_with_that_head_and_nothing_else_changed(tmp
 
 
 def test_without_test_the_choice_is_said_to_be_made_on_the_scored_split(tmp_path):
-    config, built = make_config("ridge", **{"data.test": ""})
-    result = probe.probe(config, built, sharding.make_parallel(), tmp_path, verbose=False)
+    changes = {"data.test": ""}
+    result = fit(make_run("ridge", **changes), tmp_path)
     assert result["split"] == "val" and result["chosen_on_scored_split"]
     row = next(row for row in result["tried"] if row["value"] == result["chosen"])
     assert row["val/accuracy"] == pytest.approx(result["metrics"]["accuracy"]["value"])
     assert row["val/nll"] == pytest.approx(result["metrics"]["nll"]["value"], rel=1e-5)
-    given = options.override(config, {"method.grid": (1.0,)})
-    result = probe.probe(given, built, sharding.make_parallel(), tmp_path, verbose=False)
+    result = fit(make_run("ridge", (1.0,), **changes), tmp_path)
     assert not result["chosen_on_scored_split"]
 
 
-def test_a_bootstrap_draw_counts_its_repeated_examples(tmp_path):
-    config, built = make_config("logistic", (1.0,))
+def test_a_bootstrap_draw_counts_its_repeated_examples(tmp_path, monkeypatch):
+    reads = add_counted(monkeypatch)
+    run = make_run("logistic", (1.0,), **{"data.source": "counted"})
     drawn = np.array([0, 0, 0, *range(1, 100), 50, 50])
-    built.data["train"] = built.data["train"].select(drawn)
-    seen = []
-    real = evaluate.predict
-
-    def predict(eval_fn, variables, batches, parallel):
-        seen.append(len(batches.source))
-        return real(eval_fn, variables, batches, parallel)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "predict", predict)
-        probe.probe(config, built, sharding.make_parallel(), tmp_path, verbose=False)
+    data = {**run.material.data, "train": run.material.data["train"].select(drawn)}
+    reads.clear()
+    fit(run._replace(material=run.material._replace(data=data)), tmp_path)
+    assert len(reads) == len(set(reads)) == 100 + len(data["val"]) + len(data["test"])  # each image is shown once
     labels, train, _ = features("train[:20%]")
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=1000)).fit(train[drawn], labels[drawn])
     _, test, _ = features("test[:20%]")
@@ -132,23 +136,20 @@ def test_a_bootstrap_draw_counts_its_repeated_examples(tmp_path):
     np.testing.assert_allclose(
         saved.values - saved.values.mean(1, keepdims=True), model.decision_function(test), atol=5e-3
     )
-    assert 100 in seen and len(drawn) not in seen  # each image is shown to the network once
 
 
 def test_leave_one_out_scores_the_pool_by_all_others(tmp_path):
     changes = {"data.resample": "loo", "data.val": "", "data.test": "", "data.train": "train[:10%]"}
-    config, built = make_config("knn", (3,), **changes)
-    result = probe.probe(config, built, sharding.make_parallel(), tmp_path, verbose=False)
+    run = make_run("knn", (3,), **changes)
+    result = fit(run, tmp_path)
     labels, pool, _ = features("train[:10%]")
     expected = cross_val_predict(KNeighborsClassifier(3), normalize(pool), labels, cv=LeaveOneOut())
     assert result["metrics"]["accuracy"]["value"] == pytest.approx((expected == labels).mean())
     assert (result["split"], result["metrics"]["count"], result["chosen"]) == ("test", 103, 3)
-    several = options.override(config, {"method.grid": (1, 3)})
     with pytest.raises(ValueError, match=r"method.grid=\(1, 3\)[\s\S]*set one value in method.grid"):
-        probe.probe(several, built, sharding.make_parallel(), tmp_path)
-    beside = built._replace(eval_batches={**built.eval_batches, "val": built.eval_batches["test"]})
-    with pytest.raises(ValueError, match=r"further sets \['val'\]"):
-        probe.probe(config, beside, sharding.make_parallel(), tmp_path)
+        fit(make_run("knn", (1, 3), **changes), tmp_path)
+    with pytest.raises(ValueError, match=r"further sets \['rest'\]"):
+        fit(make_run("knn", (3,), **changes, **{"data.extra_eval": (("rest", "digits", "test[80%:]"),)}), tmp_path)
 
 
 def stop_at(call=None):
@@ -162,13 +163,12 @@ def stop_at(call=None):
     return calls, stop_requested
 
 
-def run_until(built, config, folder, call=None):
+def run_until(run, folder, call=None):
     """Runs a probe that is stopped at a call of stop_requested; the number of calls, and result.json."""
     calls, stop_requested = stop_at(call)
-    folder.mkdir(exist_ok=True)
     stopped = ""
     try:
-        probe.probe(config, built, sharding.make_parallel(), folder, False, stop_requested)
+        fit(run, folder, stop_requested=stop_requested)
     except Preempted as stop:
         stopped = str(stop)
     result = folder / "result.json"
@@ -177,34 +177,38 @@ def run_until(built, config, folder, call=None):
 
 
 def test_a_probe_stops_between_batches_and_between_fits_and_the_same_command_finishes(tmp_path):
-    config, built = make_config("logistic", (0.01, 0.1, 1.0), eval_batch_size=64)
-    count, whole = run_until(built, config, tmp_path / "whole")
-    batches = sum(-(-len(built.data[name]) // 64) for name in ("train", "val", "test"))
+    run = make_run("logistic", (0.01, 0.1, 1.0), eval_batch_size=64)
+    count, whole = run_until(run, tmp_path / "whole")
+    batches = sum(-(-len(run.material.data[name]) // 64) for name in ("train", "val", "test"))
     assert count >= batches + 3  # once for each batch and each value of the grid
-    for call, message in ((1, "between two batches of"), (4, "between two batches of"), (count, "between two fits")):
-        asked, stopped = run_until(built, config, tmp_path / "broken", call)
+    for call, message in (
+        (1, "while the features are computed"),
+        (4, "while the features are"),
+        (count, "between two fits"),
+    ):
+        asked, stopped = run_until(run, tmp_path / "broken", call)
         assert asked == call and message in stopped
-    assert run_until(built, config, tmp_path / "broken") == (count, whole)
+    assert run_until(run, tmp_path / "broken") == (count, whole)
 
 
 def test_a_stopped_probe_keeps_the_features_that_it_has_computed(tmp_path):
     def cached(folder):
         changes = {"cache": "features", "cache_dir": str(folder), "eval_batch_size": 64}
-        return make_config("ridge", (1.0, 10.0), **changes)
+        return make_run("ridge", (1.0, 10.0), **changes)
 
-    config, built = cached(tmp_path / "other")
-    count, whole = run_until(built, config, tmp_path / "whole")
-    config, built = cached(tmp_path / "cache")
-    asked, stopped = run_until(built, config, tmp_path / "broken", 3)
+    run = cached(tmp_path / "other")
+    count, whole = run_until(run, tmp_path / "whole")
+    run = cached(tmp_path / "cache")
+    asked, stopped = run_until(run, tmp_path / "broken", 3)
     assert asked == 3 and "after the features of" in stopped
-    assert run_until(built, config, tmp_path / "broken") == (count - 3, whole)  # three batches fewer
+    assert run_until(run, tmp_path / "broken") == (count - 3, whole)  # three batches fewer
 
 
 def test_leave_one_out_stops_between_fits(tmp_path):
     changes = {"data.resample": "loo", "data.val": "", "data.test": "", "data.train": "train[:10%]"}
-    config, built = make_config("ridge", (1.0,), **changes)
-    batches = len(list(built.eval_batches["test"]))
-    asked, stopped = run_until(built, config, tmp_path / "w", batches + 4)
+    run = make_run("ridge", (1.0,), **changes)
+    batches = len(run.material.eval_batches["test"])
+    asked, stopped = run_until(run, tmp_path / "w", batches + 4)
     assert asked == batches + 4 and "between two fits" in stopped
 
 
@@ -213,5 +217,5 @@ def test_leave_one_out_stops_between_fits(tmp_path):
 def test_a_probe_refuses_to_update_statistics_before_any_work(name, updating):
     rules = ((updating, "update"), *((("backbone/.*", "frozen"),) if updating != ".*" else ()))
     with pytest.raises(ValueError, match=f"method.norm = .*'{name}' takes no steps and updates no statistics"):
-        make_config(name, **{"method.norm": rules, "data.source": "arrays:nowhere.npz"})
-    make_config(name, **{"method.norm": ((".*", "frozen"),)})
+        make_run(name, **{"method.norm": rules, "data.source": "arrays:nowhere.npz"})
+    options.check(make_config(name, **{"method.norm": ((".*", "frozen"),)}))

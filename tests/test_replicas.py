@@ -2,16 +2,18 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from configs import smoke
 from tl_jax import config as options
+from tl_jax import tasks
 from tl_jax.core import files
 from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.training import loop, replicas, sweep
+from tl_jax.studies import inprocess
+from tl_jax.training import artifacts, replicas, settings
+from tl_jax.training.train import train
 from tl_jax.weights import formats
 
 RATES = ((("lr", 1e-2),), (("lr", 3e-3), ("weight_decay", 0.1)), (("lr", 1e-3), ("weight_decay", 0.0)))
@@ -23,6 +25,11 @@ def make_config(changes=(), **more):
         "data.shots": 0, "batch_size": 8, "eval_batch_size": 64, "resamples": 10, "replicas": RATES,
         "weight_decay": 0.01, **dict(changes), **more,
     })  # fmt: skip
+
+
+def run(config, folder, **arguments):
+    """What is in replicas.json."""
+    return inprocess.run(config, folder, **arguments)["replicas"]
 
 
 def assert_close(ours, single):
@@ -92,6 +99,15 @@ CASES = {
 }
 
 
+# Terms whose memory is computed from the data where a phase begins; that of a later phase is each replica's own.
+FULL = {**SGD, "method.name": "full", "data.train": "train[:5%]", "replicas": SEEDS[1:3]}
+DELTA = {"delta": {"alpha": 0.5, "examples": 16}}
+CASES["delta"] = {**FULL, "terms": DELTA}
+CASES["co-tuning"] = {**FULL, "terms": {"co_tuning": {"strength": 1.0}}, "ema": 0.5}
+CASES["delta, phases"] = {
+    **FULL, "phases": ((("total", (2.0, "steps")),), (("total", (2.0, "steps")), ("terms", DELTA))),
+    "terms": {"l2_sp": {}}, "select": "last",
+}  # fmt: skip
 CASES["phases, cached features"] = {**CASES["phases"], "cache": "features", "select": "best_val"}
 CASES["seeds, cached views"] = {**CASES["seeds"], "cache": "features", "views": 2, "method.mixup": 0.0}
 FAST = ("shots, cached features",)
@@ -102,9 +118,9 @@ FAST = ("shots, cached features",)
 )
 def test_a_replica_is_the_run_by_itself(case, tmp_path):
     config = make_config(CASES[case], cache_dir=str(tmp_path / "features") if "cached" in case else "")
-    table = sweep.sweep(config, tmp_path / "w", verbose=False)
+    table = run(config, tmp_path / "w")
     for row, alone in zip(table["replicas"], options.replicas(config), strict=True):
-        loop.train(alone, tmp_path / "alone" / row["name"], verbose=False)
+        train(alone, tmp_path / "alone" / row["name"], verbose=False)
         assert_same_run(tmp_path / "w" / "replicas" / row["name"], tmp_path / "alone" / row["name"])
     assert table == json.loads((tmp_path / "w" / "replicas.json").read_text())
 
@@ -122,33 +138,33 @@ def remains(folder):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replicas") / "w"
-    return folder, sweep.sweep(make_config(), folder, verbose=False)
+    return folder, run(make_config(), folder)
 
 
 def test_replicas_that_were_stopped_and_killed_end_bit_equal_to_unbroken_ones(unbroken, tmp_path, monkeypatch):
     with pytest.raises(Preempted, match="after step 1 of 4"):
-        sweep.sweep(make_config(), tmp_path / "w", stop_requested=lambda step: True)
-    left, real = [2], loop.leave
+        run(make_config(), tmp_path / "w", stop_requested=lambda step: True)
+    left, real = [2], artifacts.finalize
 
-    def leave(*args, **kwargs):
+    def finalize(*args, **kwargs):
         if not left[0]:
             raise Crash
         left[0] -= 1
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "leave", leave)
+    monkeypatch.setattr(artifacts, "finalize", finalize)
     with pytest.raises(Crash):
-        sweep.sweep(make_config(), tmp_path / "w")
+        run(make_config(), tmp_path / "w")
     left[0] = 1  # two of three are whole: one is left to write
-    assert sweep.sweep(make_config(), tmp_path / "w") == unbroken[1]
+    assert run(make_config(), tmp_path / "w") == unbroken[1]
     assert remains(tmp_path / "w" / "replicas") == remains(unbroken[0] / "replicas")
-    monkeypatch.setattr(replicas, "build", None)
-    assert sweep.sweep(make_config(), tmp_path / "w") == unbroken[1]  # shown again, nothing is built
+    monkeypatch.setattr(replicas, "make", None)
+    assert run(make_config(), tmp_path / "w") == unbroken[1]  # shown again, nothing is built
 
 
 def test_a_replica_that_diverges_stops_no_other(unbroken, tmp_path):
     config = make_config({"replicas": (RATES[0], (("lr", 1e38),), *RATES[1:])})
-    table = sweep.sweep(config, tmp_path / "w", verbose=False)
+    table = run(config, tmp_path / "w")
     bad = table["replicas"].pop(1)
     assert "not finite at step" in bad["error"] and bad["val"] is None
     folder = tmp_path / "w" / "replicas" / bad["name"]
@@ -159,25 +175,17 @@ def test_a_replica_that_diverges_stops_no_other(unbroken, tmp_path):
         assert_close(*(files.read_rows(path / "metrics.jsonl") for path in pair))
         assert_close(*(files.read_json(path / "result.json") for path in pair))
     with pytest.raises(FloatingPointError, match="all replicas diverged"):
-        sweep.sweep(make_config({"replicas": ((("lr", 1e38),),)}), tmp_path / "bad", verbose=False)
+        run(make_config({"replicas": ((("lr", 1e38),),)}), tmp_path / "bad")
 
 
 def test_val_chooses_the_best_and_test_never_does(unbroken):
     _, table = unbroken
     best = max(table["replicas"], key=lambda row: (row["val"]["accuracy"], -row["val"]["loss"]))
     assert table["best"] == best["name"]
-    assert "best by val" in str(list(sweep.to_table(table).columns[-1].cells))
+    assert "best by val" in str(list(inprocess.replica_table("classification", table).columns[-1].cells))
     val = best["val"]
     assert 0 <= val["low"] < val["accuracy"] <= val["high"] <= 1 and val["count"] == 51
-    assert sweep.best_of([{**best, "val": None}]) is None
-
-
-def test_wilson_intervals_are_those_of_scipy():
-    from scipy.stats import binomtest
-
-    for hits, count in ((0, 7), (3, 7), (40, 41)):
-        exact = binomtest(hits, count).proportion_ci(0.95, "wilson")
-        np.testing.assert_allclose(sweep._wilson(hits / count, count), exact, atol=1e-6)
+    assert inprocess.best_of("classification", [{**best, "val": None}]) is None
 
 
 @pytest.mark.parametrize(
@@ -196,24 +204,33 @@ def test_wilson_intervals_are_those_of_scipy():
 )
 def test_replicas_that_cannot_be_one_program_are_refused_at_once(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        sweep.sweep(make_config(changes), tmp_path / "w")
+        run(make_config(changes), tmp_path / "w")
     assert not (tmp_path / "w" / "checkpoints").exists()
 
 
+def test_the_interval_of_an_accuracy_is_that_of_wilson():
+    from scipy.stats import binomtest
+
+    for hits, count in ((0, 7), (3, 7), (40, 41)):
+        exact = binomtest(hits, count).proportion_ci(0.95, "wilson")
+        found = tasks.share_interval("classification", hits / count, count)
+        np.testing.assert_allclose([found["low"], found["high"]], exact, atol=1e-6)
+
+
 def test_train_takes_one_run_and_says_where_replicas_are_trained(tmp_path):
-    with pytest.raises(ValueError, match=r"sweep\.sweep"):
-        loop.train(make_config(), tmp_path / "w")
+    with pytest.raises(ValueError, match="replicas, which are runs of their own"):
+        train(make_config(), tmp_path / "w")
 
 
 def test_what_is_frozen_is_computed_once_for_all_replicas():
     parallel, flops = sharding.make_parallel(), {}
     for count in (1, 8):
         rates = tuple((("lr", 1e-3 * (i + 1)),) for i in range(count))
-        group = replicas.build(options.replicas(make_config({"replicas": rates})), parallel)
-        state = replicas.initial_state(group, 0, parallel)
-        batch = replicas.put_batches(group, [group.runs[0].batches[0]], parallel)
-        inputs = {"shared": group.shared, "numbers": replicas.numbers_of(group, 0)}
-        inputs["streams"] = {**group.streams, "batch": batch}
-        step = replicas.make_train_step(group, 0, parallel)
-        flops[count] = jax.jit(step).lower(state, inputs).cost_analysis()["flops"]
+        configs = options.replicas(make_config({"replicas": rates}))
+        program = replicas.make([settings.read(config) for config in configs], parallel)
+        state = program.initial(0)
+        sets = program.batches(0, state, ["train"], lambda step: False)
+        batch = next(program.iterate(sets, 0, 1))
+        _, cost = program.compile(0, state, batch)
+        flops[count] = cost["flops_per_step"]
     assert flops[8] < 1.1 * flops[1]

@@ -10,14 +10,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from plans import as_batch, make_plan, make_reader, make_tx
 
 from configs import smoke
 from tl_jax import config as options
-from tl_jax import models
+from tl_jax import models, tasks
 from tl_jax.core import trees
-from tl_jax.methods import rules as finetune
 from tl_jax.models.vit import ViT
 from tl_jax.runtime import sharding
 from tl_jax.runtime.checkpoint import Checkpoints
@@ -28,6 +27,7 @@ from tl_jax.training.train import train
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FSDP = 128
 CLASSES = 8
+TASK = tasks.make(tasks.Spec(class_names=tuple("abcdefgh")))
 # Adam divides small gradients by their size: an epsilon above rounding errors keeps the comparison one of numbers.
 ADAM = optim.Group("adamw", (("eps", 1e-3),), weight_decay=1e-2)
 
@@ -42,26 +42,18 @@ def make_resnet():
 
 def make_batch(size, seed):
     rng = np.random.default_rng(seed)
-    return {
-        "image": rng.integers(0, 256, (size, 16, 16, 3)).astype(np.uint8),
-        "label": rng.integers(0, CLASSES, size).astype(np.int32),
-    }
+    images, labels = rng.integers(0, 256, (size, 16, 16, 3)), rng.integers(0, CLASSES, size)
+    return as_batch(images.astype(np.uint8), labels.astype(np.int32))
 
 
 def setup(make, parallel, method="full", accumulate=1):
     """The train function of a network that trains whole or in part, its state, and what both are made of."""
     model = make()
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-    paths = list(trees.flatten(variables["params"]))
-    rules = finetune.make_rules(method, paths, model.cuts)
-    labels = {path: match.value for path, match in trees.match_rules(paths, rules).items()}
-    tx = optim.make_optimizer(labels, optim.make_groups(labels, ADAM, {}), optax.constant_schedule(1e-2), clip=1.0)
-    step = steps.make_train_step(
-        model, finetune.make_method(num_classes=CLASSES), tx, labels, mean=(0.5,) * 3, std=(0.25,) * 3,
-        accumulate=accumulate, ema=0.9, whole=parallel.whole,
-    )  # fmt: skip
-    state = steps.init_state(variables, tx, labels, 0, ema=True)
-    return model, step, parallel.place(jax.tree.map(jnp.array, state))
+    plan = make_plan(model, variables, parallel, CLASSES, method, accumulate=accumulate, ema=0.9)
+    tx = make_tx(plan, ADAM, 1e-2)
+    state = steps.init_state(plan, tx, variables, {}, 0)
+    return model, steps.make_train_step(plan, tx), parallel.place(jax.tree.map(jnp.array, state))
 
 
 def run(make, devices, fsdp, count=3, **choices):
@@ -71,8 +63,8 @@ def run(make, devices, fsdp, count=3, **choices):
     train_fn, cost = parallel.compile(step, state, parallel.put_batch(make_batch(16, 0)))
     for seed in range(count):
         state = jax.block_until_ready(train_fn(state, parallel.put_batch(make_batch(16, seed))))
-    evaluate = parallel.evaluate(steps.make_eval_step(model, mean=(0.5,) * 3, std=(0.25,) * 3))
-    images = parallel.put_batch(make_batch(16, 9))["image"]
+    evaluate = parallel.evaluate(steps.make_eval_step(make_reader(model, CLASSES), TASK))
+    images = parallel.put_batch(make_batch(16, 9))["train"]["image"]
     return state, cost, jax.device_get(evaluate(steps.eval_variables(state), images))
 
 
@@ -103,7 +95,7 @@ def compare(make, others, rtol=1e-5, atol=1e-6, **choices):
         other, cost, logits = run(make, devices, fsdp, **choices)
         assert_close(other.sums, divided.sums, rtol=1e-5)
         assert_close(other._replace(sums={}), divided._replace(sums={}), rtol, atol)
-        np.testing.assert_allclose(divided_logits[0], logits[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(divided_logits["logits"], logits["logits"], rtol=1e-4, atol=1e-5)
         # The work of all devices; Adam's is done once where it is divided, and by every device where it is not.
         if devices == 1:
             assert divided_cost["flops_per_step"] == pytest.approx(cost["flops_per_step"], rel=0.1)

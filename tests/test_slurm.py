@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tl_jax.studies.cluster import slurm, submit
+from tl_jax.studies.cluster import launchers, slurm
 
 HOSTILE = ["a b", "it's", '"quoted"', "$(touch /tmp/never)", "`id`", "line\nbreak", "%j", "*", "\\", "--flag=x y", ""]
 STEP = ["--kill-on-bad-exit=0", "--wait=12"]  # of srun
@@ -166,4 +166,4 @@ def test_the_command_that_is_handed_over_has_no_flags_of_the_handing_over():
         "--workdir",
         "w",
     ]
-    assert submit.own_arguments(argv) == ["launch.py", "--config=c.py", "--workdir", "w"]
+    assert launchers.own_arguments(argv) == ["launch.py", "--config=c.py", "--workdir", "w"]

@@ -5,8 +5,10 @@ import json
 import jax
 import numpy as np
 import pytest
+from counting import add_counted
 
 from configs import quickstart
+from tl_jax import __main__ as command
 from tl_jax import config as options
 from tl_jax import tasks
 from tl_jax.core import files, trees
@@ -14,26 +16,21 @@ from tl_jax.data import pipeline, sources
 from tl_jax.methods import probes
 from tl_jax.runtime import sharding
 from tl_jax.studies import soups
-<<<<<<< HEAD:tests/test_soups.py
-from tl_jax.tasks import metrics
-from tl_jax.training import build, evaluate, steps
-=======
-from tl_jax.training import evaluate, steps
->>>>>>> wt_tasks:tests/test_weight_space.py
+from tl_jax.training import build, steps
 from tl_jax.weights import load
 
 SPLITS = {"val": "train[90%:]", "test": "test[:10%]", "rest": "test[90%:]"}
 MODEL, LOADED, CARD = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
-STEP = jax.jit(steps.make_eval_step(MODEL, mean=CARD.mean, std=CARD.std))
+SPEC = tasks.Spec(class_names=tuple("0123456789"))
+STEP = jax.jit(steps.make_eval_step(steps.Reader(MODEL, CARD, "image"), tasks.make(SPEC)))
 
 
 def forward(variables, split):
     """Predictions of the embedded network without the code under test."""
     source = sources.load("digits", split)
     batch = pipeline.eval_batches(source, {"image": pipeline.View(CARD)}, len(source))[0]
-    logits, features = STEP(jax.device_get(variables), batch["image"])
-    spec = tasks.Spec(class_names=source.class_names)
-    return tasks.make_predictions({"logits": logits}, source.labels, source.ids, spec, features)
+    found = STEP(jax.device_get(variables), batch["image"])
+    return tasks.make_predictions({"logits": found["logits"]}, source.labels, source.ids, SPEC, found["features"])
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +119,7 @@ def test_the_curve_between_two_runs_is_what_the_interpolated_networks_score(ends
     best = max(range(5), key=lambda i: (val["accuracy"][i], -val["loss"][i]))
     assert report["chosen"] == report["alphas"][best] and not report["chosen_on_scored_split"]
     assert report["metrics"]["accuracy"]["value"] == report["curves"]["test"]["accuracy"][best]
-    assert report["also"]["rest"]["accuracy"]["value"] == report["curves"]["rest"]["accuracy"][best]
+    assert report["extra_eval"]["rest"]["accuracy"]["value"] == report["curves"]["rest"]["accuracy"][best]
     assert len({*val["loss"]}) == 5 and report["a"]["method"] == "linear_probe"
     files = {"curve.json", "curve.png", "model.safetensors", "predictions.npz", "predictions-rest.npz"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
@@ -138,7 +135,7 @@ def test_the_start_of_a_run_is_its_weight_file_under_its_own_head(ends, tmp_path
     flat, loaded, ended = map(trees.flatten, (begun.variables, LOADED, second))
     for path, leaf in flat.items():
         np.testing.assert_array_equal(leaf, (ended if path.startswith("params/head") else loaded)[path])
-    assert soups.main(["wise_ft", "start", str(b), "--out", str(tmp_path / "out"), "--alphas", "2"]) == 0
+    assert command.main(["wise_ft", "start", str(b), "--out", str(tmp_path / "out"), "--alphas", "2"]) == 0
     assert "test accuracy" in capsys.readouterr().out
     report = files.read_json(tmp_path / "out" / "curve.json")
     assert report["a"]["run"] == "start" and report["alphas"] == [0, 1]
@@ -151,7 +148,8 @@ def test_the_start_of_a_run_has_the_parts_that_it_drew_anew(head, tmp_path):
     changes = {"model.reinit": ("stage3", "stage2/block0"), "data.extra_eval": ()}
     end = soups.load(finish(tmp_path / "run", with_head(head), **changes))
     flat, loaded = trees.flatten(soups.load_start(end).variables), trees.flatten(LOADED)
-    built = trees.flatten(build.build(end.config, sharding.make_parallel()).variables)
+    parallel = sharding.make_parallel()
+    built = trees.flatten(build.prepare(end.settings, parallel).variables)
     kept = {path for path in flat if "/head/" not in path and not ("/stage3/" in path or "/stage2/" in path)}
     assert {path for path in flat if np.array_equal(flat[path], loaded[path])} >= kept
     kernels = [path for path in flat if path.endswith("kernel") and "/backbone/" in path]
@@ -162,26 +160,21 @@ def test_the_start_of_a_run_has_the_parts_that_it_drew_anew(head, tmp_path):
 
 
 def test_a_soup_is_chosen_on_val_and_read_on_test_when_nothing_is_left_to_choose(ends, head, tmp_path, monkeypatch):
-    (a, first), second = ends[0], with_head(head, 2.0)
-    b, bad = finish(tmp_path / "b", second), finish(tmp_path / "bad", with_head(head, -9.0))
-    read = []
-    real = evaluate.predict
-
-    def predict(eval_fn, variables, batches, parallel):
-        read.append(batches.source.name)
-        return real(eval_fn, variables, batches, parallel)
-
-    monkeypatch.setattr(evaluate, "predict", predict)
-    assert soups.main(["soup", str(bad), str(a), str(b), "--out", str(tmp_path / "out")]) == 0
+    reads, (first, second, third) = add_counted(monkeypatch), (ends[0][1], with_head(head, 2.0), with_head(head, -9.0))
+    a, b, bad = (
+        finish(tmp_path / name, variables, **{"data.source": "counted"})
+        for name, variables in (("a", first), ("b", second), ("bad", third))
+    )
+    reads.clear()
+    assert command.main(["soup", str(bad), str(a), str(b), "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "soup.json").read_text())
     assert [(row["run"] == str(bad), row["kept"]) for row in report["ingredients"]] == [
         (False, True), (False, True), (True, False),
     ]  # fmt: skip
     assert report["val"]["greedy"]["accuracy"] >= report["val"]["best"]["accuracy"]
     assert report["val"]["uniform"]["accuracy"] < report["val"]["best"]["accuracy"]
-    for_val = [i for i, name in enumerate(read) if name == f"digits {SPLITS['val']}"]
-    for_test = [i for i, name in enumerate(read) if name == f"digits {SPLITS['test']}"]
-    assert len(for_test) == 3 and min(for_test) > max(for_val)
+    splits = [split for split, _ in reads]  # val is cut from train
+    assert splits == ["train"] * splits.count("train") + ["test"] * 3 * 77 and splits.count("train")
     kept = [{str(a): first, str(b): second}[row["run"]] for row in report["ingredients"] if row["kept"]]
     mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *kept)
     written = load.load("resnet8_cifar", tmp_path / "out" / "model.safetensors").variables
@@ -203,8 +196,8 @@ def test_without_val_alpha_is_the_middle_and_a_soup_is_refused(head, tmp_path):
 def test_runs_that_cannot_be_averaged_are_refused_with_all_that_differs(ends, head, tmp_path, capsys):
     (a, variables), (b, _) = ends
     other = finish(tmp_path / "other", variables, **{"data.split_seed": 3, "data.train": "train[:30%]"})
-    for command in (["wise_ft", str(a), str(other)], ["soup", str(b), str(a), str(other)]):
-        assert soups.main([*command, "--out", str(tmp_path / "out")]) == 2
+    for form in (["wise_ft", str(a), str(other)], ["soup", str(b), str(a), str(other)]):
+        assert command.main([*form, "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert "data.split_seed: 0 -> 3" in error and "data.train: 'train[:20%]' -> 'train[:30%]'" in error
     (other / "predictions.npz").unlink(), (other / "model.safetensors").unlink()

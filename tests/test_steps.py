@@ -7,22 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from plans import as_batch, make_plan, make_reader, make_tx
 
-from tl_jax import models
+from tl_jax import models, tasks
 from tl_jax.core import trees
-from tl_jax.methods import rules as finetune
 from tl_jax.runtime import sharding
-from tl_jax.training import audit, optim, steps
+from tl_jax.training import optim, steps
 
-IMAGE = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+TASK = tasks.make(tasks.Spec(class_names=tuple("abcd")))
 
 
 def make_batch(size=8, side=16, classes=4, seed=0):
     rng = np.random.default_rng(seed)
-    return {
-        "image": rng.integers(0, 256, (size, side, side, 3)).astype(np.uint8),
-        "label": rng.integers(0, classes, size).astype(np.int32),
-    }
+    images, labels = rng.integers(0, 256, (size, side, side, 3)), rng.integers(0, classes, size)
+    return as_batch(images.astype(np.uint8), labels.astype(np.int32))
 
 
 @functools.cache
@@ -37,35 +35,15 @@ def initial_variables(name, classes, image_size):
 
 
 def setup(
-    method="full",
-    name="resnet8_cifar",
-    classes=4,
-    image_size=16,
-    last_k=0,
-    clip=1.0,
-    optimizer=None,
-    mode="jit",
-    rules=(),
-    **step_options,
-):
+    method="full", name="resnet8_cifar", classes=4, image_size=16, clip=1.0, optimizer=None, mode="jit", devices=None,
+    **choices,
+):  # fmt: skip
     model, variables = initial_variables(name, classes, image_size)
-    paths = list(trees.flatten(variables["params"]))
-    rules = finetune.make_rules(method, paths, model.cuts, last_k, (), rules)
-    labels = {path: match.value for path, match in trees.match_rules(paths, rules).items()}
-    policies = audit.norm_policies(variables.get("batch_stats", {}), labels, ())
-    parallel = sharding.make_parallel(mode, step_options.pop("devices", None))
-    model = model.clone(
-        frozen_norms=tuple(p for p, policy in policies.items() if policy == "frozen"), axis_name=parallel.axis_name
-    )
-    groups = optim.make_groups(labels, optimizer or optim.Group("sgd", (("momentum", 0.9),), weight_decay=1e-3), {})
-    tx = optim.make_optimizer(labels, groups, optax.constant_schedule(0.05), clip)
-    loss_options = {key: step_options.pop(key) for key in ("mixup", "cutmix", "label_smoothing") if key in step_options}
-    step = steps.make_train_step(
-        model, finetune.make_method(num_classes=classes, **loss_options), tx, labels,
-        axis_name=parallel.axis_name, **IMAGE, **step_options,
-    )  # fmt: skip
-    state = steps.init_state(variables, tx, labels, 0, step_options.get("ema", 0) > 0, model.frozen_norms)
-    return jax.tree.map(jnp.array, state), parallel.train(step), parallel, labels, step
+    parallel = sharding.make_parallel(mode, devices)
+    plan = make_plan(model, variables, parallel, classes, method, **choices)
+    tx = make_tx(plan, optimizer or optim.Group("sgd", (("momentum", 0.9),), weight_decay=1e-3), clip=clip)
+    step, state = steps.make_train_step(plan, tx), steps.init_state(plan, tx, variables, {}, 0)
+    return jax.tree.map(jnp.array, state), parallel.train(step), parallel, plan.labels, step
 
 
 def run(count, batches=None, **options):
@@ -111,9 +89,10 @@ def test_a_step_equals_optax_written_by_hand():
     batch = make_batch()
 
     def loss(params):
-        images = (batch["image"] / np.float32(255) - np.float32(0.5)) / np.float32(0.25)
+        images = (batch["train"]["image"] / np.float32(255) - np.float32(0.5)) / np.float32(0.25)
         (logits, _), updates = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), updates["batch_stats"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["train"]["label"])
+        return losses.mean(), updates["batch_stats"]
 
     (value, batch_stats), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     expected = jax.tree.map(lambda p, g: p - 0.05 * g, variables["params"], grads)
@@ -197,15 +176,16 @@ def test_mixing_changes_the_loss_and_is_a_function_of_seed_and_step(mixing):
 
 def test_evaluation_does_not_depend_on_devices_or_mode():
     model, variables = initial_variables("resnet8_cifar", 4, 16)
-    images = make_batch(8)["image"]
+    images = make_batch(8)["train"]["image"]
     outputs = []
     for mode, devices in [("jit", 1), ("jit", 4), ("pmap", 4)]:
         parallel = sharding.make_parallel(mode, jax.devices()[:devices])
-        evaluate = parallel.evaluate(steps.make_eval_step(model, **IMAGE))
-        outputs.append(jax.device_get(evaluate(parallel.place(variables), parallel.put_batch({"x": images})["x"])))
-    for logits, features in outputs[1:]:
-        np.testing.assert_allclose(logits, outputs[0][0], rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(features, outputs[0][1], rtol=1e-5, atol=1e-6)
+        evaluate = parallel.evaluate(steps.make_eval_step(make_reader(model, 4), TASK))
+        outputs.append(jax.device_get(evaluate(parallel.place(variables), parallel.put_batch(images))))
+    assert outputs[0].keys() == {"logits", "features"}
+    for found in outputs[1:]:
+        for name, values in outputs[0].items():
+            np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def compiled_cost(method, last_k=0):
@@ -213,14 +193,11 @@ def compiled_cost(method, last_k=0):
     model = models.get("vit_base_patch16_224").module(num_classes=1000)
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    paths = list(trees.flatten(variables["params"]))
-    rules = finetune.make_rules(method, paths, model.cuts, last_k)
-    labels = {path: match.value for path, match in trees.match_rules(paths, rules).items()}
-    groups = optim.make_groups(labels, optim.Group("adamw"), {})
-    tx = optim.make_optimizer(labels, groups, optax.constant_schedule(1e-3), clip=1.0)
-    state = jax.eval_shape(lambda v: steps.init_state(v, tx, labels, 0, ema=False), variables)
-    step = steps.make_train_step(model, finetune.make_method(num_classes=1000), tx, labels, **IMAGE)
-    batch = {"image": jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((2,), jnp.int32)}
+    plan = make_plan(model, variables, sharding.make_parallel("jit", jax.devices()[:1]), 1000, method, last_k)
+    tx = make_tx(plan, optim.Group("adamw"), 1e-3)
+    state = jax.eval_shape(lambda v: steps.init_state(plan, tx, v, {}, 0), variables)
+    step, shape = steps.make_train_step(plan, tx), jax.ShapeDtypeStruct
+    batch = as_batch(shape((2, 224, 224, 3), jnp.uint8), shape((2,), jnp.int32))
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 

@@ -13,7 +13,7 @@ from tl_jax.core.files import read_json, write_json
 from tl_jax.studies import store
 from tl_jax.studies.study import grid
 
-RESULT = {"metrics": {"accuracy": {"value": 0.5}}, "also": {"rotated": {"accuracy": {"value": None}}}}
+RESULT = {"metrics": {"accuracy": {"value": 0.5}}, "extra_eval": {"rotated": {"accuracy": {"value": None}}}}
 
 
 def plan(workdir, **changes):

@@ -11,8 +11,8 @@ import pytest
 from configs import smoke
 from tl_jax import config as options
 from tl_jax.data import resample
-from tl_jax.studies.study import Study, grid, load
-from tl_jax.training.build import load_data
+from tl_jax.studies.study import Study, grid, load, metrics_of
+from tl_jax.training import inputs, settings
 from tl_jax.weights import load as pretrained
 
 FACTORS = {
@@ -59,20 +59,22 @@ def test_the_same_seed_gives_every_cell_the_same_split_shots_order_and_new_head(
         tables = [options.flatten(run.config) for run in runs if run.seed == seed]
         shared = [{key: value for key, value in table.items() if key not in varied} for table in tables]
         assert all(table == shared[0] for table in shared) and shared[0]["seed"] == seed
-    drawn, heads = {}, {}
+    sampled, heads = {}, {}
     for run in runs:
-        data = load_data(run.config)
-        drawn[tuple(run.levels.values()), run.seed] = set(data["train"].ids), data["test"].ids
+        data = inputs.load_sources(settings.read(run.config))
+        sampled[tuple(run.levels.values()), run.seed] = set(data["train"].ids), data["test"].ids
         variables = pretrained.load_with_origins(
             "resnet8_cifar", "builtin:glyphs", 10, head_init=run.config.model.head_init, seed=run.config.seed
         ).variables
         heads.setdefault(run.seed, []).append(np.asarray(variables["params"]["head"]["kernel"]))
     for seed in (0, 1):
-        few, test = drawn[("head", "2"), seed]
-        assert drawn[("last", "2"), seed][0] == few < drawn[("head", "4"), seed][0] == drawn[("last", "4"), seed][0]
-        assert all(drawn[cell, seed][1] == test for cell, s in drawn if s == seed)
+        few, test = sampled[("head", "2"), seed]
+        assert (
+            sampled[("last", "2"), seed][0] == few < sampled[("head", "4"), seed][0] == sampled[("last", "4"), seed][0]
+        )
+        assert all(sampled[cell, seed][1] == test for cell, s in sampled if s == seed)
         assert all(np.array_equal(head, heads[seed][0]) for head in heads[seed])
-    assert not np.array_equal(heads[0][0], heads[1][0]) and drawn[("head", "2"), 0][0] != drawn[("head", "2"), 1][0]
+    assert not np.array_equal(heads[0][0], heads[1][0]) and sampled[("head", "2"), 0][0] != sampled[("head", "2"), 1][0]
 
 
 def test_the_key_of_a_run_is_decided_by_its_options_alone():
@@ -120,16 +122,22 @@ def test_a_design_gives_every_cell_and_seed_the_same_folds(design, folds, repeat
         ({"seeds": ()}, "at least one"),
         ({"metrics": ("acuracy",)}, "did you mean 'accuracy'"),
         ({"metrics": ("shifted/accuracy",)}, "data.extra_eval has no set 'shifted'"),
-        ({"metrics": ()}, "at least one"),
+        ({"metrics": ("nll", "nll")}, "none twice"),
         ({"design": "kfold:1"}, "kfold:1"),
         ({"base": {"seeds": (1,)}}, "the base config sets seeds"),
         ({"base": {"phases": ((("lr", 0.1),), (("lr", 0.2),))}, "factors": {"a": {"x": {"lr": 0.5}}}, "baseline": {}},
          "every phase"),
     ],
 )  # fmt: skip
-def test_studies_that_cannot_be_meant_are_refused(changes, message):
+def test_invalid_studies_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         grid(make_study(**changes))
+
+
+def test_the_metric_is_by_default_the_one_that_the_task_monitors():
+    assert metrics_of(make_study()) == ("accuracy",)
+    assert metrics_of(make_study({"task": "regression"})) == ("rmse",)
+    assert metrics_of(make_study(metrics=("nll", "ece"))) == ("nll", "ece")
 
 
 def test_all_that_is_wrong_is_said_at_once():
@@ -178,7 +186,7 @@ def test_files_that_are_no_study_are_refused(tmp_path, text, message):
 @pytest.mark.parametrize(
     "path", sorted(pathlib.Path("experiments").glob("*/study.py")), ids=lambda path: path.parent.name
 )
-def test_every_study_of_the_experiments_can_be_meant(path):
+def test_every_study_of_the_experiments_is_valid(path):
     name, question, study = load(str(path.parent))
     runs = grid(study)
     assert name == path.parent.name and question

@@ -9,9 +9,10 @@ import pytest
 import sklearn.metrics as sk
 from scipy import special, stats
 
+from tl_jax import __main__ as command
 from tl_jax import tasks
 from tl_jax.core.card import Card
-from tl_jax.tasks import figures, intervals, metrics, tables
+from tl_jax.tasks import figures, intervals, tables
 
 NAMES = ("cat", "dog", "owl")
 
@@ -375,7 +376,7 @@ def test_figures_of_each_task_are_drawn_and_the_command_prints_them(tmp_path, ca
     figures.draw(predictions, tmp_path)
     assert {path.stem for path in tmp_path.iterdir()} == set(figures.FIGURES[predictions.spec.name])
     tasks.save_predictions(tmp_path / "p.npz", predictions)
-    metrics.main([str(tmp_path / "p.npz"), "--resamples", "5"])
+    command.main(["metrics", str(tmp_path / "p.npz"), "--resamples", "5"])
     text = capsys.readouterr().out
     assert all(name in text for name in tasks.scalar_names(predictions.spec.name))
     assert (tables.format_classes(tasks.summarize(predictions, resamples=2)) is None) == (make is binary)

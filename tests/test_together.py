@@ -60,7 +60,7 @@ def test_a_set_that_was_begun_stays_as_it_is_and_can_be_parted(tmp_path):
     more = plan(tmp_path, {**RATES, "higher": {"lr": 0.1}}, seeds=(0,))
     assert together.members(tmp_path, runs[1].key) == (keys, home)
     assert together.members(tmp_path, more[3].key) == ([more[3].key], None)
-    together.part(home, "too large")
+    together.separate(home, "too large")
     assert together.members(tmp_path, runs[1].key) == ([runs[1].key], None)
 
 
@@ -115,7 +115,7 @@ def stopper(steps):
 @pytest.fixture
 def outcomes(monkeypatch):
     """Sets that take no time: a function of the folders that gives their outcomes, by default a result each."""
-    made = {"function": lambda folders: [{"metrics": {"accuracy": {"value": 0.5}}, "also": {}} for _ in folders]}
+    made = {"function": lambda folders: [{"metrics": {"accuracy": {"value": 0.5}}, "extra_eval": {}} for _ in folders]}
 
     def train_runs(folders, wanted, home, stop_requested):
         found = [outcome if folder else None for outcome, folder in zip(made["function"](folders), wanted, strict=True)]
@@ -138,7 +138,7 @@ def fail(folders):
 
 
 def test_a_run_that_diverges_fails_and_the_others_are_done(tmp_path, outcomes):
-    runs, result = plan(tmp_path, seeds=(0,)), {"metrics": {"accuracy": {"value": 0.5}}, "also": {}}
+    runs, result = plan(tmp_path, seeds=(0,)), {"metrics": {"accuracy": {"value": 0.5}}, "extra_eval": {}}
     outcomes["function"] = lambda folders: [result, FloatingPointError("not finite"), result]
     worker.work(tmp_path)
     assert list(store.states(tmp_path).values()) == ["done", "failed", "done"]

@@ -131,14 +131,14 @@ def _option_of(key: str) -> str:
     return next((name for name in OPTIONS if key == name or (name in WHOLE and key.startswith(f"{name}."))), "")
 
 
-def parse(config: ConfigDict, arg: str) -> ConfigDict:
-    """A locked copy of the config with "key=value,key=value" set; a key is one of SHORT or a dotted option.
+def parse(config: ConfigDict, arg: str | Sequence[str]) -> ConfigDict:
+    """A locked copy of the config with "key=value,key=value", or a sequence of such items, set.
 
-    Raises ValueError that lists every key that does not exist, with its nearest neighbour, and every value of a type
-    that the option does not have.
+    A key is one of SHORT or a dotted option. Raises ValueError that lists every key that does not exist, with its
+    nearest neighbour, and every value of a type that the option does not have.
     """
     changes, problems = {}, []
-    for item in _items(arg):
+    for item in _items(arg) if isinstance(arg, str) else arg:
         key, equals, text = item.partition("=")
         name = SHORT.get(key, key)
         node = _owner(config, name)
@@ -149,13 +149,14 @@ def parse(config: ConfigDict, arg: str) -> ConfigDict:
         value = node[name.rpartition(".")[2]]
         try:
             plain = isinstance(value, str) and not (name in SEVERAL_TYPES and text.startswith("("))
+            text = text.capitalize() if isinstance(value, bool) else text
             changes[name] = text if plain else ast.literal_eval(text)
             override(config, {name: changes[name]})
         except (ValueError, SyntaxError):
             default = value.to_dict() if isinstance(value, ConfigDict) else value
             problems.append(f"{item!r} does not have the type of the default, {default!r}")
     if problems:
-        raise ValueError(f"config argument {arg!r}: {'; '.join(problems)}; short keys: {', '.join(SHORT)}")
+        raise ValueError(f"options of the config: {'; '.join(problems)}; short keys: {', '.join(SHORT)}")
     return override(config, changes).lock()
 
 
@@ -275,7 +276,7 @@ def _method_problems(flat: Mapping[str, Any]) -> list[str]:
     name, terms = flat["method.name"], flat["terms"]
     if name in PROBES:
         takes = {"phases": [], "method.add": [], "method.auto_rgn": False, "method.stoch_norm": 0.0, "terms": {}}
-        takes |= {"streams": {}, "networks": {}, "select": "last", "patience": 0, "views": 1}
+        takes |= {"streams": {}, "networks": {}, "select": "last", "patience": 0, "views": 1, "model.head": []}
         problems = [
             f"{key} = {flat[key]!r}: method.name = {name!r} takes no steps, expected {value!r}"
             for key, value in takes.items()

@@ -105,7 +105,7 @@ def study_as_a_job_array(place):
     logs = "\n".join(path.read_text() for path in workdir.glob("slurm/*.log"))
     assert len(results) == 4, logs
     assert len(list(workdir.glob("slurm/*.log"))) == 4
-    run(sys.executable, "-m", "tl_jax.studies.report.report", workdir)
+    run(sys.executable, "-m", "tl_jax", "report", workdir)
     return "4 runs, 4 array tasks, one report"
 
 

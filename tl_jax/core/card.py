@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+from tl_jax.core import checks
+
 INPUTS = ("image", "table")
 # The fields that decide what the network sees.
 PIXELS = ("input", "input_size", "mean", "std", "interpolation", "crop", "columns")
@@ -46,11 +48,10 @@ class Card:
     head: tuple = ()
 
     def __post_init__(self):
-        numbers = [x for x in (*self.mean, *self.std, self.crop) if not isinstance(x, Real)]
-        size = isinstance(self.input_size, int) and self.input_size > 0
         channels = 3 if self.input == "image" else len(self.columns)
-        wrong = numbers or not size or not len(self.mean) == len(self.std) == channels
-        if self.input not in INPUTS or wrong or min((*self.std, self.crop)) <= 0:
+        size = checks.integer(1).fits(self.input_size) and len(self.mean) == len(self.std) == channels
+        positive = all(isinstance(x, Real) and x > 0 for x in (*self.std, self.crop))
+        if self.input not in INPUTS or not (size and positive and all(isinstance(x, Real) for x in self.mean)):
             raise ValueError(
                 f"invalid weight card: input={self.input!r}, input_size={self.input_size!r}, mean={self.mean}, "
                 f"std={self.std}, crop={self.crop!r}; expected an input of {', '.join(INPUTS)}, a whole number of "
@@ -58,24 +59,22 @@ class Card:
             )
 
     def to_json(self) -> str:
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in LATER}
         table = dataclasses.asdict(self)
-        kept = {key: x for key, x in table.items() if key not in LATER or x != defaults[key]}
-        return json.dumps(kept, sort_keys=True)
+        return json.dumps({key: x for key, x in table.items() if defaults.get(key, ...) != x}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Card":
         """Reads `to_json`'s text back; raises ValueError on unknown or missing fields."""
         fields = json.loads(text)
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise ValueError(f"weight card has unknown fields {unknown}; known: {sorted(known)}")
+        known = sorted(field.name for field in dataclasses.fields(cls))
+        if unknown := sorted(set(fields).difference(known)):
+            raise ValueError(f"weight card has unknown fields {unknown}; known: {known}")
         if missing := sorted({"model", "num_classes"} - set(fields)):
             raise ValueError(f"weight card lacks {missing}")
         return cls(**{key: _as_tuples(value) for key, value in fields.items()})
 
     def replace(self, **fields: Any) -> "Card":
-        """A copy with some fields changed."""
         return dataclasses.replace(self, **fields)
 
     def override(self, fields: Mapping[str, Any], allowed: bool) -> "Card":

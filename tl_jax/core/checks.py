@@ -1,4 +1,4 @@
-"""What a value must be, said once beside the parameter: `alpha: Annotated[float, checks.number(0)] = 0.01`.
+"""What a value must be, said once at the parameter: `alpha: Annotated[float, checks.number(0)] = 0.01`.
 
 Options, terms, added parameters, augmentations, schedules and head layers are checked by these, in the same words.
 """
@@ -8,11 +8,12 @@ import inspect
 import math
 import re
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
-from tl_jax.core.messages import nearest
+from tl_jax.core.messages import nearest, shorten
 
 UNITS = ("epochs", "steps", "examples")
 
@@ -45,7 +46,6 @@ def integer(low: int, high: float = math.inf) -> Check:
 
 
 def one_of(*names: Any) -> Check:
-    """One of the given values."""
     return Check(lambda value: value in names, f"one of {', '.join(str(name) or repr(name) for name in names)}")
 
 
@@ -59,7 +59,6 @@ def sequence(of: Check, expected: str, length: int | None = None) -> Check:
 
 
 def either(one: Check, other: Check) -> Check:
-    """What fits one check or the other."""
     return Check(lambda value: one.fits(value) or other.fits(value), f"{one.expected}, or {other.expected}")
 
 
@@ -100,8 +99,10 @@ ANY = Check(lambda value: True, "any value")
 def parameters(function: Callable) -> dict[str, Check]:
     """The parameters of a function that are checked: those annotated with a Check."""
     hints = typing.get_type_hints(function, include_extras=True)
-    found = {name: getattr(hints.get(name), "__metadata__", ()) for name in inspect.signature(function).parameters}
-    return {name: extras[0] for name, extras in found.items() if extras and isinstance(extras[0], Check)}
+    found = {
+        name: getattr(hints.get(name), "__metadata__", (None,))[0] for name in inspect.signature(function).parameters
+    }
+    return {name: check for name, check in found.items() if isinstance(check, Check)}
 
 
 def table_problems(what: str, given: Any, known: Mapping[str, Check]) -> list[str]:
@@ -127,20 +128,17 @@ def call_problems(kind: str, name: Any, given: Any, registry: Mapping[str, Calla
 
 def pairs_problems(kind: str, pairs: Sequence, registry: Mapping[str, Callable]) -> list[str]:
     """The same for pairs, in which each name may occur once."""
-    problems, names = [], []
+    problems, counts = [], Counter()
     for pair in pairs:
         if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str):
             problems += call_problems(kind, *pair, registry)
-            names.append(pair[0])
+            counts[pair[0]] += 1
         else:
             problems.append(f"{pair!r} is not a pair (name, {{parameter: value}})")
-    twice = dict.fromkeys(name for name in names if names.count(name) > 1)
-    return problems + [f"{kind} {name!r} is given {names.count(name)} times" for name in twice]
+    return problems + [f"{kind} {name!r} is given {count} times" for name, count in counts.items() if count > 1]
 
 
 def refuse(what: str, problems: Iterable[str], shown: int = 20) -> None:
     """Raises one ValueError that lists the problems, if there are any."""
-    found = list(dict.fromkeys(problems))
-    if found:
-        more = [f"... and {len(found) - shown} more"] if len(found) > shown else []
-        raise ValueError("\n  ".join([f"{what}:", *found[:shown], *more]))
+    if found := list(dict.fromkeys(problems)):
+        raise ValueError("\n  ".join([f"{what}:", *shorten(found, shown)]))

@@ -23,25 +23,22 @@ def atomic_write(path):
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the whole new one, never a part."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """As `write_json`, for any text."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Reads what `write_json` wrote; raises ValueError that names the file where it is something else."""
     try:
         value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("no table in it")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); move the file away, or take another workdir") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged (no table in it); move the file away, or take another workdir")
     return value
 
 

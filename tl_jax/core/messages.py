@@ -1,8 +1,8 @@
-"""Texts that errors are made of: the nearest known name, the entries in which two tables differ."""
+"""Texts that errors are made of: the nearest known name, lists cut short, how two tables differ."""
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -10,6 +10,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A hint ` (did you mean 'x'?)` for an error message, or nothing where no known name is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def shorten(offenders: Sequence[str], shown: int) -> list[str]:
+    """The first offenders, and how many more there are."""
+    more = [f"and {len(offenders) - shown} more"] if len(offenders) > shown else []
+    return [*offenders[:shown], *more]
+
+
+def listed(offenders: Sequence[str], shown: int = 10) -> str:
+    """As `shorten`, one to a line."""
+    return "\n".join(f"  {offender}" for offender in shorten(offenders, shown))
 
 
 def fingerprint(table: Mapping[str, Any]) -> str:
@@ -20,10 +31,6 @@ def fingerprint(table: Mapping[str, Any]) -> str:
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 20) -> list[str]:
     """The entries in which two flat tables differ, one readable line each."""
-    missing = "(absent)"
-    lines = [
-        f"  {key}: {old.get(key, missing)!r} -> {new.get(key, missing)!r}"
-        for key in sorted({*old, *new})
-        if old.get(key, missing) != new.get(key, missing)
-    ]
-    return lines if len(lines) <= limit else [*lines[:limit], f"  ... and {len(lines) - limit} more"]
+    pairs = {key: (old.get(key, "(absent)"), new.get(key, "(absent)")) for key in sorted({*old, *new})}
+    lines = [f"{key}: {before!r} -> {after!r}" for key, (before, after) in pairs.items() if before != after]
+    return [f"  {line}" for line in shorten(lines, limit)]

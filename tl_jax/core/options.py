@@ -6,29 +6,17 @@ A name with dots is in a section: `model.name` is `config.model.name`, and the f
 from typing import Any, NamedTuple
 
 from tl_jax.core import checks
-from tl_jax.core.checks import (
-    FLAG,
-    NAMED,
-    RULES,
-    TABLE,
-    TEXT,
-    TEXTS,
-    duration,
-    either,
-    integer,
-    number,
-    one_of,
-    sequence,
-)
+from tl_jax.core.checks import FLAG, NAMED, RULES, TABLE, TEXT, TEXTS, integer, number, one_of, sequence
 
 
 class Option(NamedTuple):
     """One option.
 
-    default: its value in a new config. initial: its default when it was introduced, never edited, and its value in a
-    config.json that does not have it; the identity of a run leaves out what has it, so that neither a new option nor a
-    changed default changes the meaning of an old config. phase: a phase may change it. replica: replicas may differ in
-    it. numbers: it changes numbers; False where it only changes the speed.
+    default: its value in a new config; another than the initial one by `_option(...)._replace(default=...)`. initial:
+    its default when it was introduced, never edited, and its value in a config.json that does not have it; the identity
+    of a run leaves out what has it, so that neither a new option nor a changed default changes the meaning of an old
+    config. phase: a phase may change it. replica: replicas may differ in it. numbers: False where it only changes the
+    speed.
     """
 
     name: str
@@ -41,12 +29,8 @@ class Option(NamedTuple):
     numbers: bool = True
 
 
-UNCHANGED = object()
-
-
-def _option(name, initial, check, doc, *, default=UNCHANGED, phase=False, replica=False, numbers=True) -> Option:
-    default = initial if default is UNCHANGED else default
-    return Option(name, default, initial, check, doc, phase, replica, numbers)
+def _option(name, initial, check, doc, *, phase=False, replica=False, numbers=True) -> Option:
+    return Option(name, initial, initial, check, doc, phase, replica, numbers)
 
 
 def _are_sets(value: Any) -> bool:
@@ -54,22 +38,22 @@ def _are_sets(value: Any) -> bool:
     return rows and all(isinstance(x, str) for row in value for x in row) and len({n for n, *_ in value}) == len(value)
 
 
-SOURCE = either(TEXT, sequence(TEXT, "a sequence of strings, one for each domain"))
+SOURCE = checks.either(TEXT, sequence(TEXT, "a sequence of strings, one for each domain"))
 SAMPLING = one_of("shuffled", "class_balanced")
 SETS = checks.Check(_are_sets, "triples of strings (name, source, split), each name once")
 SEVERAL = sequence(checks.CHANGES, "a sequence, each pairs (dotted option, value)")
-TABLES = checks.Check(
-    lambda value: TABLE.fits(value) and all(map(TABLE.fits, value.values())), "{name: {parameter: value}}"
-)
-WEIGHT = either(number(), checks.Check(lambda value: NAMED.fits([value]), "a pair (schedule, {parameter: value})"))
+TABLES = checks.Check(lambda x: TABLE.fits(x) and all(map(TABLE.fits, x.values())), "{name: {parameter: value}}")
+_SCHEDULE = checks.Check(lambda value: NAMED.fits([value]), "a pair (schedule, {parameter: value})")
+WEIGHT = checks.either(number(), _SCHEDULE)
 POSITIVE = sequence(number(0, above=True), "a sequence of numbers above 0")
 
 # The fields of options that are tables.
 TASK_ARGS = {
-    "class_weight": either(one_of("balanced"), POSITIVE),
-    "pos_weight": either(number(0, above=True), POSITIVE),
+    "class_weight": checks.either(one_of("balanced"), POSITIVE),
+    "pos_weight": checks.either(number(0, above=True), POSITIVE),
 }
-TASKS = {  # each with its task_args
+# Each with its task_args.
+TASKS = {
     "classification": ("class_weight",),
     "binary": ("pos_weight",),
     "multilabel": ("pos_weight",),
@@ -164,7 +148,7 @@ _ROWS = (
 
     # Optimization; durations are (amount, epochs | steps | examples)
     _option("batch_size", 32, integer(1), "over all devices"),
-    _option("total", (10.0, "epochs"), duration(), "the length of the run, or of a phase", phase=True),
+    _option("total", (10.0, "epochs"), checks.duration(), "the length of the run, or of a phase", phase=True),
     _option("accumulate", 1, integer(1), "pieces that a batch is cut into, to save memory; BatchNorm sees the pieces"),
     _option("lr", 1e-3, number(0, above=True), "the peak of the learning rate", phase=True, replica=True),
     _option("optimizer", "adamw", TEXT, "the name of any optimizer of optax", phase=True),
@@ -176,7 +160,7 @@ _ROWS = (
     _option("layer_decay", 1.0, number(0, 1, above=True), "the factor on the learning rate from each block to the one "
             "before it", phase=True),
     _option("schedule.name", "cosine", TEXT, "constant | cosine | linear | step | inverse_sqrt", phase=True),
-    _option("schedule.warmup", (0.0, "epochs"), duration(zero=True), "of the learning rate, linear", phase=True),
+    _option("schedule.warmup", (0.0, "epochs"), checks.duration(zero=True), "of the learning rate, linear", phase=True),
     _option("schedule.args", {}, TABLE, "such as final, milestones, factor, timescale", phase=True),
     _option("ema", 0.0, number(0, 1, below=True), "decay of the moving average of parameters and statistics; 0: off"),
     _option("phases", (), SEVERAL, "phases one after the other, each pairs (dotted option, value); their lengths add "
@@ -184,8 +168,8 @@ _ROWS = (
 
     # Evaluation
     _option("eval_batch_size", 128, integer(1), "over all devices"),
-    _option("log_every", (10.0, "steps"), duration(), "lines of metrics.jsonl"),
-    _option("eval_every", (1.0, "epochs"), duration(), "exact evaluation on val, then a checkpoint"),
+    _option("log_every", (10.0, "steps"), checks.duration(), "lines of metrics.jsonl"),
+    _option("eval_every", (1.0, "epochs"), checks.duration(), "exact evaluation on val, then a checkpoint"),
     _option("select", "last", one_of("last", "best_val"), "the checkpoint that is scored at the end"),
     _option("patience", 0, integer(0), "evaluations without improvement of the monitored score before the run stops; "
             "0: off"),

@@ -56,31 +56,24 @@ def match_rules(paths: Iterable[str], rules: Rules, what: str = "parameter") -> 
 
     Raises one ValueError that lists every path without a rule, every rule without a path and every broken regex.
     """
-    paths = list(paths)
-    problems, compiled = [], []
+    paths, problems, compiled, matches = list(paths), [], [], {}
     for pattern, value in rules:
         try:
             compiled.append((re.compile(pattern), Match(pattern, value)))
         except re.error as error:
-            problems.append(f"  {pattern!r} is not a regular expression: {error}")
-    matches, used = {}, set()
+            problems.append(f"{pattern!r} is not a regular expression: {error}")
     for path in paths:
-        for regex, match in compiled:
-            if regex.fullmatch(path):
-                matches[path] = match
-                used.add(match)
-                break
+        if found := next((match for regex, match in compiled if regex.fullmatch(path)), None):
+            matches[path] = found
     if not problems:
-        unmatched = [path for path in paths if path not in matches]
-        problems += [f"  no rule matches {what} {path!r}" for path in unmatched[:10]]
-        if len(unmatched) > 10:
-            problems.append(f"  ... and {len(unmatched) - 10} more without a rule")
-        dead = [match for _, match in compiled if match not in used]
-        problems += [f"  rule {tuple(match)} decides no {what}{_why_dead(match, paths)}" for match in dead]
+        problems = messages.shorten([f"no rule matches {what} {path!r}" for path in paths if path not in matches], 10)
+        dead = [match for _, match in compiled if match not in matches.values()]
+        problems += [f"rule {tuple(match)} decides no {what}{_why_dead(match, paths)}" for match in dead]
     if problems:
-        listing = "\n".join([*problems, f"rules, in order: {[tuple(rule) for rule in rules]}"])
         raise ValueError(
-            f"the rules do not fit the {what}s (a rule must match a whole path; the first match wins):\n{listing}"
+            f"the rules do not fit the {what}s (a rule must match a whole path; the first match wins):\n"
+            + "".join(f"  {problem}\n" for problem in problems)
+            + f"rules, in order: {[tuple(rule) for rule in rules]}"
         )
     return matches
 

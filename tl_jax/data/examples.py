@@ -14,7 +14,6 @@ import numpy as np
 from tl_jax.data.image import ops
 
 HEAD = 2**14  # bytes of each encoded image that a fingerprint reads
-SHOWN = 10  # offenders named in one message; the rest are counted
 
 
 class FileImages(NamedTuple):
@@ -239,9 +238,3 @@ def find_unreadable(source: Source, *, fully: bool) -> dict[int, str]:
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
         reasons = pool.map(problem, range(len(source)))
         return {index: reason for index, reason in enumerate(reasons) if reason}
-
-
-def listed(offenders: Sequence[str], shown: int = SHOWN) -> str:
-    """The first offenders one to a line, and how many more there are."""
-    more = [f"  ... and {len(offenders) - shown} more"] if len(offenders) > shown else []
-    return "\n".join([f"  {offender}" for offender in offenders[:shown]] + more)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tl_jax.core.messages import nearest
-from tl_jax.data.examples import Source, listed
+from tl_jax.core.messages import listed, nearest
+from tl_jax.data.examples import Source
 from tl_jax.data.readers.folder import natural_key
 
 KINDS = {"classification": "classes", "binary": "classes", "multilabel": "multilabel", "regression": "targets"}

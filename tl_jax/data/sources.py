@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax.core.messages import listed
 from tl_jax.data import labels as label_columns
-from tl_jax.data.examples import Source, find_unreadable, join, join_domains, listed, overlap
+from tl_jax.data.examples import Source, find_unreadable, join, join_domains, overlap
 from tl_jax.data.readers import builtin
 from tl_jax.data.readers.arrays import load_arrays
 from tl_jax.data.readers.folder import load_folder
@@ -93,13 +94,20 @@ def _names(parts: Sequence["Part"]) -> list[str]:
     return list(dict.fromkeys(part.name for part in parts))
 
 
-def list_split(source: str, split: str, data_dir: str | None = None) -> Source:
+def list_split(
+    source: str,
+    split: str,
+    data_dir: str | None = None,
+    *,
+    task: str = "classification",
+    labels: Sequence[str] = (),
+) -> Source:
     """A whole split of a source as it lies there, without a look at the images; raises as `load` does."""
     if not re.fullmatch(r"\w+", split):
         raise ValueError(
             f"expected the name of a whole split such as train, found {split!r}; slices are cut when loaded"
         )
-    return _list_split(source, split, "classification", (), data_dir)
+    return _list_split(source, split, task, labels, data_dir)
 
 
 def _parse(source: str) -> tuple[str, str]:

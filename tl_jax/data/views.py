@@ -9,8 +9,9 @@ import numpy as np
 
 from tl_jax.core.card import Card
 from tl_jax.core.checks import refuse
+from tl_jax.core.messages import listed
 from tl_jax.data import order
-from tl_jax.data.examples import Source, listed
+from tl_jax.data.examples import Source
 from tl_jax.data.image import ops
 from tl_jax.data.image.augment import Preprocess, make_preprocess
 

@@ -150,7 +150,7 @@ def co_tuning(
     def refresh(start: Start) -> jax.Array:
         if np.any(start.memory):  # of the network as it was loaded, so never computed again
             return start.memory
-        probabilities, labels = precompute.source_probabilities(start, start.variables["params"][name], temperature)
+        probabilities, labels = precompute.source_probabilities(start, start.loaded["params"][name], temperature)
         if approach == "direct":
             rows = precompute.direct(probabilities, labels)
         else:

@@ -43,7 +43,7 @@ def choose_cuts(known: Sequence[str], cuts: Sequence[str]) -> list[str]:
 
 def losses_without(start: Start, network: str, cuts: Sequence[str], examples: int) -> dict[str, np.ndarray]:
     """The mean loss of a logistic regression on pre_logits with each channel of each cut at zero: {cut: [C]}."""
-    images, labels = _sample(start.batches(MAIN), examples)
+    images, labels = sample(start.batches(MAIN), examples)
     forward = jax.jit(lambda variables, x: start.apply(network, variables, x, stop="pre_logits"))
     variables = start.variables
     features = np.concatenate([forward(variables, x)["pre_logits"] for (x,) in _chunks(images)])
@@ -73,7 +73,7 @@ def _make_losses_without(apply: Callable, network: str, cut: str) -> Callable:
     return jax.jit(losses_without)
 
 
-def _sample(batches: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> tuple[np.ndarray, np.ndarray]:
+def sample(batches: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> tuple[np.ndarray, np.ndarray]:
     """Up to `size` examples of a stream, drawn uniformly (a reservoir): the first ones may all be of one class."""
     rng, kept = np.random.default_rng(0), []
     pairs = (pair for images, labels in batches for pair in zip(images, labels, strict=True))
@@ -119,7 +119,7 @@ def checked_source_head(start: Start) -> Mapping[str, jax.Array]:
 
 
 def source_probabilities(start: Start, head: Any, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """The network's probabilities over its source classes on every training example, [N, S], and the labels."""
+    """The loaded network's probabilities over its source classes on every training example, [N, S], and the labels."""
 
     @jax.jit
     def probabilities(variables, x):
@@ -129,7 +129,7 @@ def source_probabilities(start: Start, head: Any, temperature: float) -> tuple[n
 
     rows, labels = [], []
     for x, some in start.batches(MAIN):
-        rows.append(np.asarray(probabilities(start.variables, np.asarray(x, np.float32))))
+        rows.append(np.asarray(probabilities(start.loaded, np.asarray(x, np.float32))))
         labels.append(np.asarray(some))
     return np.concatenate(rows), np.concatenate(labels)
 

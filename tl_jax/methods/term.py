@@ -86,7 +86,7 @@ class Start(NamedTuple):
     data. apply(network, variables, x, start=None, stop=None) -> Outputs in eval mode, of the model or of a network that
     computes as it does; x is what it reads, or the output of the cut `start`; variables as `variables`. model: the
     module, for its cuts. shapes: of the model's outputs for one example, [1, ...]. source_head(): the weight file's own
-    classifier {"kernel" [D, S], "bias" [S]}, or None.
+    classifier {"kernel" [D, S], "bias" [S]}, or None. loaded: `variables` as training began (None in `init`).
     """
 
     variables: Mapping[str, Any]
@@ -98,6 +98,7 @@ class Start(NamedTuple):
     apply: Callable
     source_head: Callable[[], Mapping[str, jax.Array] | None]
     key: jax.Array
+    loaded: Mapping[str, Any] | None = None
 
 
 def no_networks(start: Start) -> tuple[dict[str, Network], Any]:

@@ -17,6 +17,11 @@ def get(name: str) -> Variant:
     return MODELS[name]
 
 
+def list_models(text: str = "") -> tuple[str, ...]:
+    """The names of the models that there are, of those alone that contain a text."""
+    return tuple(name for name in MODELS if text in name)
+
+
 def deterministic_cuts(model: Any) -> tuple[str, ...]:
     """The cuts of a module whose output draws no random numbers in training; a frozen prefix may end at these."""
     if isinstance(model, mlp.MLP):
@@ -24,4 +29,4 @@ def deterministic_cuts(model: Any) -> tuple[str, ...]:
     return model.cuts[:2] if model.drop_path and len(model.cuts) > 3 else model.cuts  # the first block's rate is 0
 
 
-__all__ = ["MODELS", "Variant", "deterministic_cuts", "get"]
+__all__ = ["MODELS", "Variant", "deterministic_cuts", "get", "list_models"]

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tl_jax.core.messages import shorten
+
 SHOWN = 5  # offenders that a message names per kind
 KINDS = ("unused keys", "unfilled leaves", "wrong shapes", "no floats", "non-finite values")
-
-
 Shapes = Mapping[str, tuple[int, ...]]  # per target path
 
 
@@ -35,11 +35,9 @@ class Rule(NamedTuple):
 class Layout(NamedTuple):
     """The table of one (family, file format) pair.
 
-    Attributes:
-      rules: the first rule whose regex matches a whole path applies.
-      ignore: regex of source keys that hold no weights of the model, such as step counters.
-      head: regex of source keys that belong to the classifier, which a new head replaces.
-      aliases: (regex, replacement) pairs that bring other spellings of the same format to the table's spelling.
+    rules: the first rule whose regex matches a whole path applies. head: regex of source keys that belong to the
+    classifier, which a new head replaces. ignore: regex of source keys that are no weights of the model, such as step
+    counters. aliases: (regex, replacement) pairs that bring other spellings of the same format to the table's.
     """
 
     rules: tuple[Rule, ...]
@@ -62,21 +60,17 @@ def conv(target: str, source: str) -> list[Rule]:
 
 def dense(target: str, source: str) -> list[Rule]:
     """The rows of a torch linear layer."""
-    return [
-        Rule(f"params/{target}/kernel", (f"{source}.weight",), DENSE),
-        Rule(f"params/{target}/bias", (f"{source}.bias",), SAME),
-    ]
+    rows = {"kernel": ("weight", DENSE), "bias": ("bias", SAME)}
+    return [Rule(f"params/{target}/{leaf}", (f"{source}.{key}",), how) for leaf, (key, how) in rows.items()]
 
 
 def norm(target: str, source: str) -> list[Rule]:
     """The rows of a torch normalisation layer; the statistics' rows serve only BatchNorm."""
-    pairs = (
-        ("params", "scale", "weight"),
-        ("params", "bias", "bias"),
-        ("batch_stats", "mean", "running_mean"),
-        ("batch_stats", "var", "running_var"),
-    )
-    return [Rule(f"{kind}/{target}/{leaf}", (f"{source}.{key}",), SAME) for kind, leaf, key in pairs]
+    params = {"scale": "weight", "bias": "bias"}
+    stats = {"mean": "running_mean", "var": "running_var"}
+    rows = [(f"params/{target}/{leaf}", key) for leaf, key in params.items()]
+    rows += [(f"batch_stats/{target}/{leaf}", key) for leaf, key in stats.items()]
+    return [Rule(path, (f"{source}.{key}",), SAME) for path, key in rows]
 
 
 # Our own paths as keys: what a checkpoint export with slashes holds.
@@ -109,7 +103,6 @@ def source_shapes(transform: Transform, shape: tuple[int, ...]) -> list[tuple[in
 
 
 def is_head(layout: Layout, key: str) -> bool:
-    """Whether a file's key belongs to the classifier."""
     return re.fullmatch(layout.head, canonical(layout, key)) is not None
 
 
@@ -167,8 +160,5 @@ def _defect(key: str, array: np.ndarray, shape: tuple[int, ...]) -> tuple[str, s
 
 def listing(problems: Mapping[str, Sequence[str]]) -> str:
     """One line such as `2 unused keys [a, b]; 9 unfilled leaves [a, b, c, d, e, and 4 more]`."""
-    parts = []
-    for kind, offenders in problems.items():
-        more = [f"and {len(offenders) - SHOWN} more"] if len(offenders) > SHOWN else []
-        parts += [f"{len(offenders)} {kind} [{', '.join([*offenders[:SHOWN], *more])}]"] if offenders else []
-    return "; ".join(parts)
+    found = {kind: offenders for kind, offenders in problems.items() if offenders}
+    return "; ".join(f"{len(found[kind])} {kind} [{', '.join(shorten(found[kind], SHOWN))}]" for kind in found)

@@ -21,60 +21,31 @@ READS_MAP = ("pool", "flatten")  # layers that take the output of the last cut b
 Layers = Sequence[tuple[str, Mapping[str, Any]]]
 
 
-def dense(head: nn.Module, i: int, x: jax.Array, train: bool, features: Annotated[int, checks.integer(1)] = 256):
-    """A dense layer with bias."""
+def _dense(head, i, x, train, features: Annotated[int, checks.integer(1)] = 256):
     return nn.Dense(features, kernel_init=HE, name=f"dense{i}")(x)
 
 
-def relu(head: nn.Module, i: int, x: jax.Array, train: bool):
-    """max(x, 0)."""
-    return nn.relu(x)
-
-
-def gelu(head: nn.Module, i: int, x: jax.Array, train: bool):
-    """x times the normal distribution function of x."""
-    return layers.gelu(x)
-
-
-def batch_norm(head: nn.Module, i: int, x: jax.Array, train: bool):
-    """BatchNorm over all axes but the last, with the policy of the backbone's, see layers.batch_norm."""
-    return layers.batch_norm(head, f"norm{i}", train)(x)
-
-
-def layer_norm(head: nn.Module, i: int, x: jax.Array, train: bool):
-    """LayerNorm over the last axis, with torch's epsilon."""
-    return nn.LayerNorm(epsilon=1e-5, name=f"norm{i}")(x)
-
-
-def dropout(
-    head: nn.Module, i: int, x: jax.Array, train: bool, rate: Annotated[float, checks.number(0, 1, below=True)] = 0.5
-):
-    """Sets values to zero with probability `rate` in training, and scales the others by 1 / (1 - rate)."""
+def _dropout(head, i, x, train, rate: Annotated[float, checks.number(0, 1, below=True)] = 0.5):
     return nn.Dropout(rate, deterministic=not train)(x)
 
 
-def pool(head: nn.Module, i: int, x: jax.Array, train: bool):
+def _pool(head, i, x, train):
     """The mean over all positions, of pixels [B, H, W, C] or tokens [B, N, C] (the class token is one of them)."""
     if x.ndim < 3:
         raise ValueError(f"model.head begins with pool, but the backbone's output {x.shape} has no positions")
     return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
 
 
-def flatten(head: nn.Module, i: int, x: jax.Array, train: bool):
-    """All values of an example in one row, [B, ...] -> [B, D], the channels last."""
-    return x.reshape(x.shape[0], -1)
-
-
 # (the Head, position in the list, x, train, parameters) -> x
 LAYERS: dict[str, Callable[..., jax.Array]] = {
-    "dense": dense,
-    "relu": relu,
-    "gelu": gelu,
-    "batch_norm": batch_norm,
-    "layer_norm": layer_norm,
-    "dropout": dropout,
-    "pool": pool,
-    "flatten": flatten,
+    "dense": _dense,
+    "relu": lambda head, i, x, train: nn.relu(x),
+    "gelu": lambda head, i, x, train: layers.gelu(x),
+    "batch_norm": lambda head, i, x, train: layers.batch_norm(head, f"norm{i}", train)(x),
+    "layer_norm": lambda head, i, x, train: nn.LayerNorm(epsilon=1e-5, name=f"norm{i}")(x),  # torch's epsilon
+    "dropout": _dropout,
+    "pool": _pool,
+    "flatten": lambda head, i, x, train: x.reshape(x.shape[0], -1),
 }
 
 
@@ -82,13 +53,13 @@ def problems(pairs: Any) -> list[str]:
     """What is wrong with the list of layers; one sentence for each."""
     if not isinstance(pairs, list | tuple):
         return [f"{pairs!r} is no sequence of pairs (name, {{parameter: value}})"]
-    found = [text for pair in pairs for text in checks.pairs_problems("head layer", [pair], LAYERS)]
-    late = [(i, pair[0]) for i, pair in enumerate(pairs) if i and isinstance(pair, list | tuple) and pair]
-    return found + [
-        f"{name} is layer {i} of the head; it reads the backbone's feature map, so it must be the first layer"
-        for i, name in late
-        if name in READS_MAP
-    ]
+    found = []
+    for i, pair in enumerate(pairs):
+        found += checks.pairs_problems("head layer", [pair], LAYERS)
+        if i and isinstance(pair, list | tuple) and pair and pair[0] in READS_MAP:
+            what = f"{pair[0]} is layer {i} of the head"
+            found.append(f"{what}; it reads the backbone's feature map, so it must be the first layer")
+    return found
 
 
 def check(pairs: Any) -> tuple[tuple[str, dict[str, Any]], ...]:
@@ -126,11 +97,10 @@ def reads(model: nn.Module) -> str:
 def classify(
     module: nn.Module, x: jax.Array, out: dict[str, jax.Array], train: bool, start: str | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Runs the head inside a module with fields num_classes, head, dropout and head_init.
+    """Runs the head inside a network: (logits, out with "embedding" and "logits").
 
-    x: the input of the module, of which the cut `start` is read; out: the outputs of the cuts behind it. Returns
-    (logits, out with "embedding", what the last dense layer reads, and "logits"). Raises ValueError where the head
-    reads a cut before `start`.
+    x: the network's input, which is the cut `start`; out: the outputs of the cuts behind it. Raises ValueError where
+    the head reads a cut before `start`.
     """
     cut = reads(module)
     if cut not in out and start != cut:

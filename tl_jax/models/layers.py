@@ -1,4 +1,4 @@
-"""What the families share: convolution, BatchNorm policy, stochastic depth, the walk along the parts."""
+"""What the families share: convolution, BatchNorm policy, stochastic depth, attention, running from cut to cut."""
 
 import functools
 import math
@@ -59,22 +59,14 @@ class BatchNorm(nn.BatchNorm):
 
 
 def batch_norm(module: nn.Module, name: str, train: bool, scale_init: Callable = nn.initializers.ones) -> BatchNorm:
-    """Makes the BatchNorm `name` inside `module` (which has fields dtype, frozen_norms and axis_name).
+    """Makes the BatchNorm `name` inside `module`, which has fields dtype, frozen_norms and axis_name.
 
-    Statistics are float32. A layer whose path is in `frozen_norms` uses its running statistics and leaves them alone
-    even in training. Momentum 0.9 is torch's 0.1; the running variance collects the biased batch variance, where torch
-    collects the unbiased one (a factor n/(n-1), n = B*H*W), so only training differs, never inference.
+    A layer whose path is in `frozen_norms` uses its running statistics, unchanged, even in training. Momentum 0.9 is
+    torch's 0.1. The running variance is of biased batch variances, torch's of unbiased ones: only training differs.
     """
     frozen = "/".join((*module.path, name)) in module.frozen_norms
-    return BatchNorm(
-        use_running_average=frozen or not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        dtype=module.dtype,
-        scale_init=scale_init,
-        axis_name=module.axis_name,
-        name=name,
-    )
+    settings = {"momentum": 0.9, "epsilon": 1e-5, "dtype": module.dtype, "axis_name": module.axis_name}
+    return BatchNorm(use_running_average=frozen or not train, scale_init=scale_init, name=name, **settings)
 
 
 def conv_norm(
@@ -82,16 +74,13 @@ def conv_norm(
 ) -> jax.Array:
     """norm(conv(x)) + shortcut, then relu if asked for, for two children of `module`, which has a field fold.
 
-    A norm that uses its running statistics is a scale and a shift per channel: the scale goes into the kernel, and no
-    pass over the activations is spent on it. `fold` must be off where something stands between the two or behind them
-    by intercepting their calls, which are not made then.
+    The scale of a norm that uses its running statistics goes into the kernel. `fold` must be off where calls of the two
+    are intercepted: they are not made then.
     """
-    by_batch = not norm.use_running_average
-    if not module.fold or module.is_initializing():
-        y = norm(conv(x))
-    elif by_batch and norm.axis_name is None and convolve.by_hand(norm.dtype):
+    fold, by_batch = module.fold and not module.is_initializing(), not norm.use_running_average
+    if fold and by_batch and norm.axis_name is None and convolve.by_hand(norm.dtype):
         return norm.joined(conv(x), shortcut, relu)
-    elif by_batch:
+    if by_batch or not fold:
         y = norm(conv(x))
     else:
         params, stats = module.variables["params"], module.variables["batch_stats"][norm.name]
@@ -128,7 +117,7 @@ def drop_path_rates(drop_path: float, blocks: int) -> list[float]:
 def max_pool(x: jax.Array) -> jax.Array:
     """3x3 maximum with stride 2 over [B, H, W, C], one row and column of -inf on every side, as in torch.
 
-    Nine shifted maxima rather than reduce_window, whose gradient (select-and-scatter) is four times slower on CPU.
+    Nine shifted maxima: the gradient of reduce_window is four times slower on CPU.
     """
     if convolve.by_hand(x.dtype):
         return convolve.max_pool(x)
@@ -141,9 +130,8 @@ def max_pool(x: jax.Array) -> jax.Array:
 def recomputed(block: type[nn.Module], remat: str) -> type[nn.Module]:
     """The class of a block, called with (x, train), whose backward pass recomputes what `remat` says.
 
-    "": nothing, every activation is kept. "block": all of the block, from its input. "dots": what is cheap to compute,
-    such as norms and activations; outputs of convolutions and matmuls are kept, attention scores are not. Raises
-    ValueError for another name.
+    "": nothing. "block": all of the block, from its input. "dots": all but outputs of convolutions and matmuls;
+    attention scores are recomputed. Raises ValueError for another name.
     """
     policies = {"block": None, "dots": _is_product}
     if not remat:
@@ -162,8 +150,7 @@ def _is_product(primitive, *_, **parameters) -> bool:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = "xla") -> jax.Array:
     """softmax(q k^T / sqrt(D)) v of each head, [B, N, H, D]; the softmax is float32, the matmuls have q's type.
 
-    attention: "xla", or "cudnn" for its fused kernel where there is one, see `unfused`; elsewhere XLA computes the
-    same, so that what was trained on a GPU can be used without one.
+    attention: "xla", or "cudnn" for its fused kernel where there is one, see `unfused`; elsewhere XLA computes it.
     """
     size = q.shape[-1]
     if attention == "cudnn" and not unfused(q.dtype, size):
@@ -175,10 +162,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = "xla") -> 
 
 
 def _attend_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """With heads before tokens, so that every matmul reads rows, and divided by the sums once they are short rows.
-
-    Left to itself XLA runs the matmuls over strided rows: four times as long at 197 tokens.
-    """
+    """With heads before tokens: XLA's matmuls over strided rows take four times as long at 197 tokens."""
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q / math.sqrt(q.shape[-1]), k, v))
     scores = jnp.einsum("bhqd,bhkd->bhqk", q, k)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
@@ -200,14 +184,13 @@ def unfused(dtype: Any, size: int) -> str:
 
 def _attend_fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """By cuDNN. jax refuses its gradient for odd numbers of tokens, so these get one more, which is masked."""
+    fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     batch, tokens = q.shape[:2]
     if tokens % 2 == 0:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        return fused(q, k, v)
     q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
     lengths = jnp.full((batch,), tokens, jnp.int32)
-    return jax.nn.dot_product_attention(
-        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
-    )[:, :tokens]
+    return fused(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)[:, :tokens]
 
 
 @jax.custom_vjp
@@ -229,7 +212,7 @@ _scores.defvjp(lambda q, k: (_scores(q, k), (q, k)), _scores_backward)
 def gelu(x: jax.Array) -> jax.Array:
     """x times the normal distribution function of x (Hendrycks & Gimpel 2016), computed in float32 as in torch.
 
-    By erf: the erfc of jax.nn.gelu takes XLA's CPU code 2.5 times as long. Only x is kept for the backward pass.
+    By erf: the erfc of jax.nn.gelu takes 2.5 times as long on a CPU. Only x is kept for the backward pass.
     """
     y = x.astype(jnp.float32)
     return (0.5 * y * (1.0 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
@@ -238,10 +221,7 @@ def gelu(x: jax.Array) -> jax.Array:
 def run_parts(
     parts: dict[str, Callable], x: jax.Array, start: str | None = None, stop: str | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Runs the named parts in order and keeps every output.
-
-    With `start`, x is that part's output and those behind it run; with `stop`, none behind that part runs.
-    """
+    """Runs the named parts behind `start` up to `stop`, in order: (the last output, all outputs by name)."""
     names = list(parts)
     for argument, name in {"start": start, "stop": stop}.items():
         if name is not None and name not in names:

@@ -35,28 +35,12 @@ class Block(nn.Module):
 
 
 class MLP(nn.Module):
-    """Multi-layer perceptron: `logits, out = apply(variables, x, train, start, stop)`.
+    """Multi-layer perceptron on x [B, F]; see models/variant.py for what all networks share.
 
-    Takes x [B, F] (normalised); F is set by the input at init. `out` holds stem (the first hidden layer), block0,
-    block1, ... (the others) [B, width], pre_logits (the last of them in float32), embedding (what the last dense layer
-    reads) and logits [B, K]. With `start=NAME` the input is out[NAME] and only the rest runs; with `stop=NAME` nothing
-    behind out[NAME] runs, which is returned in place of the logits. Training needs mutable=["batch_stats"] with norm
-    and rngs={"dropout": key} with dropout.
-
-    Attributes:
-      num_classes: size of the head; 0 for none, then logits are the pre_logits.
-      widths: of the hidden layers, at least one.
-      activation: "relu" or "gelu" (exact).
-      norm: BatchNorm between each hidden dense layer and its activation.
-      dtype: of the computation (float32 or bfloat16); parameters and statistics are float32.
-      dropout: behind every hidden layer; that of the last one acts before the last dense layer of the head.
-      drop_path: there are no residual branches here; anything but 0 is refused.
-      remat: what the backward pass of a layer recomputes: "", "block" or "dots", see layers.recomputed.
-      attention: there is none here; accepted so that every family is built alike.
-      frozen_norms: paths of BatchNorm layers that keep their running statistics in training.
-      axis_name: pmap axis over which BatchNorm averages.
-      head_init: "zeros" or "lecun", of the last dense layer.
-      head: the layers before the last dense one, see models/head.py.
+    The cuts: stem (the first hidden layer), block0, block1, ... (the others), pre_logits (the last of them in float32),
+    each [B, width]. widths: of the hidden layers, at least one. activation: "relu" or "gelu" (exact). norm: BatchNorm
+    between each hidden dense layer and its activation. dropout: behind every hidden layer; that of the last one acts
+    before the last dense layer of the head. Anything but drop_path = 0 is refused.
     """
 
     num_classes: int
@@ -75,7 +59,6 @@ class MLP(nn.Module):
 
     @property
     def cuts(self) -> tuple[str, ...]:
-        """The outputs at which the network can be cut, in order."""
         return ("stem", *(f"block{i}" for i in range(len(self.widths) - 1)), "pre_logits")
 
     @nn.compact
@@ -87,13 +70,11 @@ class MLP(nn.Module):
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
-        policy = {"dtype": self.dtype, "frozen_norms": self.frozen_norms, "axis_name": self.axis_name}
-        make = functools.partial(
-            layers.recomputed(Block, self.remat), activation=self.activation, norm=self.norm, **policy
-        )
-        parts = {}
+        make, parts = layers.recomputed(Block, self.remat), {}
         for name, width in zip(self.cuts[:-1], self.widths, strict=True):
-            block = make(width, dropout=0.0 if name == "stem" else self.dropout, name=name)
+            dropout = 0.0 if name == "stem" else self.dropout
+            policy = (self.dtype, self.frozen_norms, self.axis_name)
+            block = make(width, self.activation, self.norm, dropout, *policy, name=name)
             parts[name] = functools.partial(lambda block, x: block(x, train), block)
         parts["pre_logits"] = lambda x: x.astype(jnp.float32)
         return layers.run_parts(parts, x, start, stop)

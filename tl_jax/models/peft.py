@@ -1,11 +1,12 @@
 """Parameters added to a network whose files know nothing of it: LoRA, adapters, prompts, SSF; stochastic normalisation.
 
-`init` makes the parameters, `Adapted` computes with them in place of the model, `merge` folds what can be folded. All
-happens in one interceptor around the calls of flax modules: a module finds what is added to it by its path. The
-parameters lie beside the network's, `lora/backbone/block0/attn/qkv/a`, so that rules decide about them as about any
-other. At their start they leave the network's function as it was loaded; prompts alone change it.
+`init` makes the parameters, `Adapted` computes with them in place of the model, `merge` folds what can be folded. One
+interceptor around the calls of flax modules does it: a module finds what is added to it by its path. The parameters
+have paths such as `lora/backbone/block0/attn/qkv/a`, so rules decide about them as about any other. At their start they
+leave the network's function as it was loaded; prompts alone change it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -27,24 +28,27 @@ REFUSED = "the added parameters cannot be made"
 MODEL = ("backbone", "head")  # what belongs to the model; further networks have keys of their own (teacher, ...)
 BRANCHES = {"both": ("attn", "mlp"), "mlp": ("mlp",)}
 ATTENTION = r"backbone/.*/attn/(qkv|proj)/kernel"
+# The kinds of parameters of several additions.
+Count = Annotated[int, checks.integer(1)]
+Regex = Annotated[str, checks.REGEX]
+Positive = Annotated[float, checks.number(0, above=True)]
 
 
 def check(additions: Additions) -> dict[str, dict[str, Any]]:
     """`{name: {parameter: value}}` with the defaults filled in; raises one ValueError for all that is invalid."""
     checks.refuse(REFUSED, checks.pairs_problems("addition", additions, MAKERS))
-    return {name: {**_defaults(name), **given} for name, given in additions}
-
-
-def _defaults(name: str) -> dict[str, Any]:
-    signature = inspect.signature(MAKERS[name]).parameters
-    return {parameter: signature[parameter].default for parameter in checks.parameters(MAKERS[name])}
+    checked = {}
+    for name, given in additions:
+        signature = inspect.signature(MAKERS[name]).parameters
+        defaults = {parameter: signature[parameter].default for parameter in checks.parameters(MAKERS[name])}
+        checked[name] = {**defaults, **given}
+    return checked
 
 
 def init(model: nn.Module, variables: Mapping[str, Any], additions: Additions, key: jax.Array) -> dict[str, Any]:
     """The added parameters of a network at their start, nested float32, one top-level key per addition.
 
-    A leaf is drawn from the key and its own path alone. Raises one ValueError for unknown names and parameters, targets
-    that match nothing, ranks that are not low, and networks that an addition does not fit.
+    A leaf depends on the key and its own path alone. Raises one ValueError for everything that does not fit.
     """
     params = trees.flatten(_network(variables)["params"])
     added, problems = {}, []
@@ -62,19 +66,13 @@ def _uniform(bound: float) -> Callable:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def _lora(
-    model,
-    params,
-    rank: Annotated[int, checks.integer(1)] = 8,
-    alpha: Annotated[float, checks.number(0, above=True)] = 16.0,
-    targets: Annotated[str, checks.REGEX] = "",
-):
+def _lora(model, params, rank: Count = 8, alpha: Positive = 16.0, targets: Regex = ""):
     """LoRA, y = W x + (alpha / rank) B A x (Hu et al. 2022, arXiv:2106.09685, equation 3).
 
-    It acts on activations, so no gradient of the size of W is ever computed. A is the layer itself (size, stride,
-    groups) with `rank` outputs, B a matrix [rank, outputs]; in a grouped convolution every group has its own pair. A
-    starts uniform within 1 / sqrt(fan in), as in the authors' code, B at zero. targets: a regex over kernel paths; the
-    default takes the attention kernels (qkv is one kernel) where there are any, all 3x3 convolutions otherwise.
+    A is the layer itself (size, stride, groups) with `rank` outputs, B a matrix [rank, outputs]; in a grouped
+    convolution every group has its own pair. A starts uniform within 1 / sqrt(fan in), as in the authors' code, B at
+    zero. targets: a regex over kernel paths; by default the attention kernels (qkv is one kernel) where there are any,
+    else all 3x3 convolutions.
     """
     kernels = {path: leaf.shape for path, leaf in params.items() if path.endswith("/kernel")}
     chosen = [path for path in kernels if re.fullmatch(targets or ATTENTION, path)]
@@ -93,29 +91,25 @@ def _lora(
     return leaves, problems
 
 
-def _adapter(
-    model,
-    params,
-    bottleneck: Annotated[int, checks.integer(1)] = 16,
-    where: Annotated[str, checks.one_of(*BRANCHES)] = "both",
-):
+def _adapter(model, params, bottleneck: Count = 16, where: Annotated[str, checks.one_of(*BRANCHES)] = "both"):
     """Adapters, y + up(gelu(down(y))) on a branch before its residual sum (Houlsby et al. 2019, section 2.1).
 
-    arXiv:1902.00751. where: after attention and MLP of every block (both), or after the MLP alone (mlp). The GELU is
-    exact; down starts as a normal of deviation 0.01 cut at two deviations, up at zero.
+    arXiv:1902.00751. where: after attention and MLP of every block (both), or after the MLP alone (mlp). down starts as
+    a normal of deviation 0.01 cut at two deviations, up at zero.
     """
     if not isinstance(model, vit.ViT):
         return {}, [_no_vit("adapter", model)]
-    leaves = {}
-    for path in (f"backbone/block{i}/{branch}" for i in range(model.depth) for branch in BRANCHES[where]):
-        leaves[f"{path}/down/kernel"] = (model.width, bottleneck), nn.initializers.truncated_normal(0.01)
-        leaves[f"{path}/down/bias"] = (bottleneck,), nn.initializers.zeros
-        leaves[f"{path}/up/kernel"] = (bottleneck, model.width), nn.initializers.zeros
-        leaves[f"{path}/up/bias"] = (model.width,), nn.initializers.zeros
-    return leaves, []
+    own = {
+        "down/kernel": ((model.width, bottleneck), nn.initializers.truncated_normal(0.01)),
+        "down/bias": ((bottleneck,), nn.initializers.zeros),
+        "up/kernel": ((bottleneck, model.width), nn.initializers.zeros),
+        "up/bias": ((model.width,), nn.initializers.zeros),
+    }
+    places = [f"backbone/block{i}/{branch}" for i in range(model.depth) for branch in BRANCHES[where]]
+    return {f"{place}/{leaf}": start for place in places for leaf, start in own.items()}, []
 
 
-def _prompt(model, params, tokens: Annotated[int, checks.integer(1)] = 10, deep: Annotated[bool, checks.FLAG] = False):
+def _prompt(model, params, tokens: Count = 10, deep: Annotated[bool, checks.FLAG] = False):
     """Visual prompt tuning, learned tokens behind the class token (Jia et al. 2022, arXiv:2203.12119, section 3.2).
 
     Shallow prompts enter behind the stem, after the position embedding, and stay in the sequence; with `deep`, every
@@ -128,17 +122,18 @@ def _prompt(model, params, tokens: Annotated[int, checks.integer(1)] = 10, deep:
     return {f"backbone/{place}/tokens": ((1, tokens, model.width), draw) for place in places}, []
 
 
-def _ssf(model, params, targets: Annotated[str, checks.REGEX] = "backbone/.*/bias"):
+def _ssf(model, params, targets: Regex = "backbone/.*/bias"):
     """Scaling and shifting of features, y * scale + shift (Lian et al. 2022, arXiv:2210.08823, section 3.2).
 
-    After every layer whose bias matches `targets`: dense layers, norms, the patch embedding. The paper draws scale and
-    shift around one and zero with deviation 0.02; here they start there exactly: step 0 is the network as loaded.
+    After every layer whose bias matches `targets`. In the paper scale and shift start around one and zero with
+    deviation 0.02; here exactly there: step 0 is the network as loaded.
     """
     biases = {path: leaf.shape for path, leaf in params.items() if path.endswith("/bias")}
     leaves = {}
-    for path in (path for path in biases if re.fullmatch(targets, path)):
-        leaves[f"{path.removesuffix('/bias')}/scale"] = biases[path], nn.initializers.ones
-        leaves[f"{path.removesuffix('/bias')}/shift"] = biases[path], nn.initializers.zeros
+    for path, shape in biases.items():
+        if re.fullmatch(targets, path):
+            leaves[f"{path.removesuffix('/bias')}/scale"] = shape, nn.initializers.ones
+            leaves[f"{path.removesuffix('/bias')}/shift"] = shape, nn.initializers.zeros
     return leaves, [] if leaves else [_no_match("ssf", targets, biases)]
 
 
@@ -163,8 +158,7 @@ def _groups(model: nn.Module) -> dict[str, int]:
     def record(next_fun, args, kwargs, context):
         module = context.module
         if isinstance(module, nn.Conv | layers.Conv):
-            count = getattr(module, "feature_group_count", getattr(module, "groups", 1))
-            groups["/".join(module.path)] = count
+            groups["/".join(module.path)] = getattr(module, "feature_group_count", getattr(module, "groups", 1))
         return next_fun(*args, **kwargs)
 
     size = getattr(model, "image_size", 64)
@@ -198,17 +192,14 @@ def _by_layer(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict
 class Adapted:
     """A model with additions, used in its place: `logits, out = apply(variables, images, train, start, stop)`.
 
-    variables["params"] holds the network's parameters and those of `init`, and may hold further networks. Without
-    additions and stochastic normalisation it computes what the model computes. Prompts are part of out["stem"] and of
-    every block's output, [B, 1 + P + N, D] with the class token first; with `start` the input must hold them too.
+    variables["params"] has the network's parameters and those of `init`, and may have further networks. Prompts are
+    part of out["stem"] and of every block's output, [B, 1 + P + N, D] with the class token first; with `start` the
+    input must have them too.
 
-    Attributes:
-      model: the network, a flax module of this package.
-      additions: pairs (name, {parameter: value}), the same as given to `init`.
-      stoch_norm: in training, the probability that a channel of a BatchNorm layer that is not frozen is normalised by
-        the running statistics, as they were before this batch, instead of the batch's; drawn for each channel from
-        rngs["dropout"]. The statistics are updated as usual (Kou et al. 2020, StochNorm, section 3.2; the authors' p is
-        the probability of the batch's statistics, 1 - stoch_norm).
+    model: the network, a flax module of this package. additions: pairs (name, {parameter: value}) as given to `init`.
+    stoch_norm: in training, the probability that a channel of a BatchNorm layer that is not frozen is normalised by the
+    running statistics before this batch instead of the batch's, sampled by rngs["dropout"] (Kou et al. 2020, StochNorm,
+    section 3.2; the authors' p is the probability of the batch's statistics, 1 - stoch_norm).
     """
 
     model: Any
@@ -233,7 +224,7 @@ class Adapted:
         return self.model.cuts
 
     def clone(self, **fields: Any) -> "Adapted":
-        """The same additions around `model.clone(**fields)`."""
+
         return dataclasses.replace(self, model=self.model.clone(**fields))
 
     def apply(
@@ -254,15 +245,11 @@ class Adapted:
         plain = not table and not self.stoch_norm
         # What is folded into its neighbour is not called, and so cannot be intercepted.
         model = self.model if plain or not hasattr(self.model, "fold") else self.model.clone(fold=False)
-        call = functools.partial(
-            model.apply, _network(variables), images,
-            train=train, start=start, stop=stop, mutable=mutable, rngs=rngs,
-        )  # fmt: skip
-        if plain:
-            return call()
         alpha = options.get("lora", {}).get("alpha", 0.0)
-        with nn.intercept_methods(functools.partial(_intercept, table, alpha, self.stoch_norm)):
-            return call()
+        intercept = functools.partial(_intercept, table, alpha, self.stoch_norm)
+        with contextlib.nullcontext() if plain else nn.intercept_methods(intercept):
+            options = {"train": train, "start": start, "stop": stop, "mutable": mutable, "rngs": rngs}
+            return model.apply(_network(variables), images, **options)
 
 
 def _check_tokens(model: vit.ViT, prompt: Mapping[str, Any], x: jax.Array, start: str) -> None:
@@ -279,15 +266,16 @@ def _intercept(table, alpha, stoch_norm, next_fun, args, kwargs, context):
     """One call of a module: stochastic normalisation, then LoRA, SSF, adapter and prompt, in this order."""
     module = context.module
     own = table.get("/".join(module.path), {}) if context.method_name == "__call__" else {}
-    drawn = stoch_norm and isinstance(module, nn.BatchNorm) and not module.use_running_average
-    if not own and not drawn:
+    mixed = stoch_norm and isinstance(module, nn.BatchNorm) and not module.use_running_average
+    if not own and not mixed:
         return next_fun(*args, **kwargs)
     x, *rest = args
     if "prompt" in own and isinstance(module, vit.Block):
         x = _with_prompts(x, own["prompt"]["tokens"], behind=own["prompt"]["tokens"].shape[1])
-    running = _by_running_statistics(module, x) if drawn else None  # before the call, which updates them
+    if mixed:  # before the call, which updates the statistics
+        running = module.clone(use_running_average=True, parent=None, name=None).apply(module.variables, x)
     y = next_fun(x, *rest, **kwargs)
-    if drawn:
+    if mixed:
         by_running = jax.random.bernoulli(module.make_rng("dropout"), stoch_norm, y.shape[-1:])
         y = jnp.where(_as_channels(by_running, y), running, y)
     if "lora" in own:
@@ -317,10 +305,6 @@ def _dense(x: jax.Array, leaves: Mapping[str, jax.Array], name: str) -> jax.Arra
     return nn.Dense(leaves[f"{name}/bias"].shape[0], dtype=x.dtype, parent=None).apply(variables, x)
 
 
-def _by_running_statistics(module: nn.BatchNorm, x: jax.Array) -> jax.Array:
-    return module.clone(use_running_average=True, parent=None, name=None).apply(module.variables, x)
-
-
 def _low_rank(module: nn.Module, x: jax.Array, a: jax.Array, b: jax.Array, alpha: float) -> jax.Array:
     """(alpha / rank) B A x, where A is `module` itself with other outputs, so that size, stride and dtype agree."""
     fields = {"features": a.shape[-1], "parent": None, "name": None}
@@ -340,19 +324,18 @@ def _up(low: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
 
 
 def can_merge(additions: Additions) -> bool:
-    """Whether a plain network can hold what is added."""
-    return not {"adapter", "prompt"} & set(check(additions))
+    """Whether a plain network can compute the same."""
+    return set(check(additions)) <= {"lora", "ssf"}
 
 
 def merge(variables: Mapping[str, Any], additions: Additions) -> dict[str, Any]:
     """The variables of the plain network that computes the same: lora and ssf folded into its weights, in float32.
 
-    LoRA: W + (alpha / rank) B A. SSF: the kernel or norm scale times scale, bias * scale + shift. Further networks
-    are left out. Raises ValueError for adapter and prompt, which no plain network can hold, and for parameters of
-    another network.
+    LoRA: W + (alpha / rank) B A. SSF: the kernel or norm scale times scale, bias * scale + shift. Further networks are
+    left out. Raises ValueError for adapter and prompt, and for parameters of another network.
     """
     options = check(additions)
-    if kept := [name for name in options if name in ("adapter", "prompt")]:
+    if kept := [name for name in options if name not in ("lora", "ssf")]:
         raise ValueError(
             f"{' and '.join(kept)} cannot be merged: no plain network holds them; only lora and ssf fold in"
         )
@@ -367,7 +350,7 @@ def merge(variables: Mapping[str, Any], additions: Additions) -> dict[str, Any]:
             delta = _up(jnp.asarray(a), jnp.asarray(b), jax.lax.Precision.HIGHEST)
             params[weight] = params[weight] + options["lora"]["alpha"] / b.shape[0] * delta
         if "ssf" in own:
-            scale, shift = jnp.asarray(own["ssf"]["scale"]), own["ssf"]["shift"]
+            scale = jnp.asarray(own["ssf"]["scale"])
             params[weight] = params[weight] * _as_channels(scale, params[weight])
-            params[f"{path}/bias"] = params[f"{path}/bias"] * scale + shift
+            params[f"{path}/bias"] = params[f"{path}/bias"] * scale + own["ssf"]["shift"]
     return {**network, "params": trees.unflatten(params)}

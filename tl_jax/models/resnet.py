@@ -16,16 +16,7 @@ import jax.numpy as jnp
 from tl_jax.core.card import Card
 from tl_jax.models import conversion
 from tl_jax.models.head import classify
-from tl_jax.models.layers import (  # fmt: skip
-    Conv,
-    DropPath,
-    batch_norm,
-    conv_norm,
-    drop_path_rates,
-    max_pool,
-    recomputed,
-    run_parts,
-)
+from tl_jax.models.layers import Conv, DropPath, batch_norm, conv_norm, drop_path_rates, max_pool, recomputed, run_parts
 from tl_jax.models.variant import Variant
 
 
@@ -75,8 +66,7 @@ class Block(nn.Module):
             conv = Conv(features, size, stride, groups, self.dtype, name=f"conv{i}")
             # The last scale starts at zero: every block starts as the identity (Goyal et al. 2017, section 5.1).
             norm = batch_norm(self, f"norm{i}", train, nn.initializers.zeros if last else nn.initializers.ones)
-            beside = {"shortcut": shortcut} if last and not dropped else {}
-            y = conv_norm(self, conv, norm, y, **beside, relu=not (last and dropped))
+            y = conv_norm(self, conv, norm, y, shortcut if last and not dropped else None, not (last and dropped))
         return nn.relu(shortcut + DropPath(self.drop_path)(y, train)) if dropped else y
 
     def shortcut_of(self, x: jax.Array, features: int, train: bool) -> jax.Array:
@@ -104,29 +94,13 @@ class Stage(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual network: `logits, out = apply(variables, images, train, start, stop)`.
+    """Residual network on images [B, H, W, 3] of any size; see models/variant.py for what all networks share.
 
-    Takes images [B, H, W, 3] (normalised), any size. `out` holds stem, stage1/block0, ..., stage1 (its last block),
-    stage2/block0, ... [B, h, w, C], pre_logits [B, D], embedding (what the last dense layer reads) and logits [B, K],
-    these three float32. With `start=NAME` the input is out[NAME] and only the rest runs; with `stop=NAME` nothing
-    behind out[NAME] runs, which is returned in place of the logits. Training needs mutable=["batch_stats"] and, with
-    dropout or drop_path, rngs={"dropout": key}.
-
-    Attributes:
-      num_classes: size of the head; 0 for none, then logits are the pre_logits.
-      depths, widths: blocks and base channels per stage.
-      bottleneck, groups, base_width: the kind of block; groups and base_width make ResNeXt and Wide ResNet.
-      cifar: 3x3 stem without pooling and parameter-free (option A) shortcuts, He et al. 2016, section 4.2.
-      dtype: of the computation (float32 or bfloat16); parameters and statistics are float32.
-      dropout: before the last dense layer.
-      drop_path: stochastic depth at the last block, rising linearly from 0.
-      remat: what the backward pass of a block recomputes: "", "block" or "dots", see layers.recomputed.
-      attention: there is none here; accepted so that every family is built alike.
-      frozen_norms: paths of BatchNorm layers that keep their running statistics in training.
-      axis_name: pmap axis over which BatchNorm averages.
-      head_init: "zeros" or "lecun", of the last dense layer.
-      head: the layers before the last dense one, see models/head.py.
-      fold: put a BatchNorm that uses its running statistics into the convolution before it; the numbers are the same.
+    The cuts: stem, stage1/block0, ..., stage1 (its last block), stage2/block0, ... [B, h, w, C], pre_logits [B, D].
+    depths, widths: blocks and base channels per stage. bottleneck, groups, base_width: the kind of block; groups and
+    base_width make ResNeXt and Wide ResNet. cifar: 3x3 stem without pooling and parameter-free (option A) shortcuts, He
+    et al. 2016, section 4.2. fold: put a BatchNorm that uses its running statistics into the convolution before it; the
+    numbers are the same.
     """
 
     num_classes: int
@@ -149,12 +123,9 @@ class ResNet(nn.Module):
 
     @property
     def cuts(self) -> tuple[str, ...]:
-        """The outputs at which the network can be cut, in order; that of a stage is the output of its last block."""
-        blocks = [
-            f"stage{i}" if j == depth - 1 else f"stage{i}/block{j}"
-            for i, depth in enumerate(self.depths, 1)
-            for j in range(depth)
-        ]
+        blocks = []
+        for i, depth in enumerate(self.depths, 1):
+            blocks += [*(f"stage{i}/block{j}" for j in range(depth - 1)), f"stage{i}"]
         return ("stem", *blocks, "pre_logits")
 
     @nn.compact
@@ -164,21 +135,9 @@ class ResNet(nn.Module):
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
-        policy = {
-            "dtype": self.dtype,
-            "frozen_norms": self.frozen_norms,
-            "axis_name": self.axis_name,
-            "fold": self.fold,
-        }
-        block_class = recomputed(Block, self.remat)
-        block = functools.partial(
-            block_class,
-            bottleneck=self.bottleneck,
-            groups=self.groups,
-            base_width=self.base_width,
-            cifar=self.cifar,
-            **policy,
-        )
+        policy = {name: getattr(self, name) for name in ("dtype", "frozen_norms", "axis_name", "fold")}
+        kind = {name: getattr(self, name) for name in ("bottleneck", "groups", "base_width", "cifar")}
+        block = functools.partial(recomputed(Block, self.remat), **kind, **policy)
         rates = drop_path_rates(self.drop_path, sum(self.depths))
 
         def stem(x):
@@ -188,56 +147,45 @@ class ResNet(nn.Module):
 
         parts = [stem]
         for i, depth in enumerate(self.depths):
-            before = sum(self.depths[:i])
-            stage = Stage(
-                functools.partial(block, width=self.widths[i]),
-                stride=1 if i == 0 else 2,
-                drop_paths=tuple(rates[before : before + depth]),
-                name=f"stage{i + 1}",
-            )
+            own = tuple(rates[sum(self.depths[:i]) :][:depth])
+            stage = Stage(functools.partial(block, width=self.widths[i]), 2 if i else 1, own, name=f"stage{i + 1}")
             parts += [functools.partial(stage, j, train=train) for j in range(depth)]
         # XLA (jaxlib 0.11.2, CPU) returns NaN where it fuses a convolution in bfloat16 into this mean.
         parts.append(lambda x: jnp.mean(jax.lax.optimization_barrier(x), axis=(1, 2), dtype=jnp.float32))
         return run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
 
 
+# Of our blocks, and of other files' counters.
+_BLOCK, _COUNTERS = r"backbone/stage(\d)/block(\d+)", r".*\.num_batches_tracked"
 # torchvision and timm use the same names.
-_BLOCK = r"backbone/stage(\d)/block(\d+)"
-TIMM = conversion.Layout(
-    rules=(
-        *conversion.conv("backbone/stem/conv", "conv1"),
-        *conversion.norm("backbone/stem/norm", "bn1"),
-        *conversion.conv(rf"{_BLOCK}/conv(\d)", r"layer\1.\2.conv\3"),
-        *conversion.norm(rf"{_BLOCK}/norm(\d)", r"layer\1.\2.bn\3"),
-        *conversion.conv(rf"{_BLOCK}/shortcut/conv", r"layer\1.\2.downsample.0"),
-        *conversion.norm(rf"{_BLOCK}/shortcut/norm", r"layer\1.\2.downsample.1"),
-        *conversion.dense("head", "fc"),
-    ),
-    head=r"fc\..+",
-    ignore=r".*\.num_batches_tracked",
+_TIMM = (
+    *conversion.conv("backbone/stem/conv", "conv1"),
+    *conversion.norm("backbone/stem/norm", "bn1"),
+    *conversion.conv(rf"{_BLOCK}/conv(\d)", r"layer\1.\2.conv\3"),
+    *conversion.norm(rf"{_BLOCK}/norm(\d)", r"layer\1.\2.bn\3"),
+    *conversion.conv(rf"{_BLOCK}/shortcut/conv", r"layer\1.\2.downsample.0"),
+    *conversion.norm(rf"{_BLOCK}/shortcut/norm", r"layer\1.\2.downsample.1"),
 )
+TIMM = conversion.Layout((*_TIMM, *conversion.dense("head", "fc")), r"fc\..+", _COUNTERS)
 # The names of akamaster's pytorch_resnet_cifar10; option A leaves no shortcut to convert.
-CIFAR = TIMM._replace(rules=(*TIMM.rules[:-2], *conversion.dense("head", "linear")), head=r"linear\..+")
+CIFAR = conversion.Layout((*_TIMM, *conversion.dense("head", "linear")), r"linear\..+", _COUNTERS)
 
 
 def _hf_layout() -> conversion.Layout:
     """ResNetForImageClassification counts stages and convolutions from 0; a bare ResNetModel has no prefix."""
-    rules = [
-        *conversion.conv("backbone/stem/conv", "resnet.embedder.embedder.convolution"),
-        *conversion.norm("backbone/stem/norm", "resnet.embedder.embedder.normalization"),
-    ]
+    places = [("backbone/stem/{}", "resnet.embedder.embedder")]
     for stage in range(4):
-        block = rf"backbone/stage{stage + 1}/block(\d+)"
-        layers = rf"resnet.encoder.stages.{stage}.layers.\1"
-        pairs = [("shortcut/conv", "shortcut/norm", "shortcut")]
-        pairs += [(f"conv{i + 1}", f"norm{i + 1}", f"layer.{i}") for i in range(3)]
-        for conv, norm, source in pairs:
-            rules += conversion.conv(f"{block}/{conv}", f"{layers}.{source}.convolution")
-            rules += conversion.norm(f"{block}/{norm}", f"{layers}.{source}.normalization")
+        block, layers = rf"backbone/stage{stage + 1}/block(\d+)", rf"resnet.encoder.stages.{stage}.layers.\1"
+        places += [(f"{block}/shortcut/{{}}", f"{layers}.shortcut")]
+        places += [(f"{block}/{{}}{i + 1}", f"{layers}.layer.{i}") for i in range(3)]
+    rules = []
+    for path, source in places:
+        rules += conversion.conv(path.format("conv"), f"{source}.convolution")
+        rules += conversion.norm(path.format("norm"), f"{source}.normalization")
     return conversion.Layout(
         (*rules, *conversion.dense("head", "classifier.1")),
         head=r"classifier\..+",
-        ignore=r".*\.num_batches_tracked",
+        ignore=_COUNTERS,
         aliases=((r"^(embedder|encoder)\.", r"resnet.\1."),),
     )
 
@@ -257,25 +205,22 @@ _MODULES = {
 }
 
 
-def _variants(name: str, module: Callable[..., ResNet]) -> dict[str, Variant]:
-    """A ResNet with torchvision's first preprocessing; transformers has the plain ones, with bicubic resizing."""
-    card = Card(name, 1000, interpolation="bilinear")
-    if not re.fullmatch(r"resnet\d+", name):
-        return {name: Variant(module, card, {key: LAYOUTS[key] for key in ("timm", "native")}, {})}
-    hf_card = card.replace(model=f"{name}.hf", interpolation="bicubic")
-    return {
-        name: Variant(module, card, LAYOUTS, {"hf": hf_card.model}),
-        hf_card.model: Variant(module, hf_card, LAYOUTS, {}),
-    }
+def _all_variants() -> dict[str, Variant]:
+    """All with torchvision's first preprocessing; transformers has the plain ones, with bicubic resizing."""
+    variants = {}
+    for name, module in _MODULES.items():
+        card = Card(name, 1000, interpolation="bilinear")
+        if not re.fullmatch(r"resnet\d+", name):
+            variants[name] = Variant(module, card, {key: LAYOUTS[key] for key in ("timm", "native")}, {})
+            continue
+        variants[name] = Variant(module, card, LAYOUTS, {"hf": f"{name}.hf"})
+        hf_card = card.replace(model=f"{name}.hf", interpolation="bicubic")
+        variants[hf_card.model] = Variant(module, hf_card, LAYOUTS, {})
+    for n in (1, 2, 3, 5, 7, 9):
+        card = Card(f"resnet{6 * n + 2}_cifar", 10, input_size=32, crop=1.0)
+        module = functools.partial(ResNet, depths=(n, n, n), widths=(16, 32, 64), cifar=True)
+        variants[card.model] = Variant(module, card, CIFAR_LAYOUTS, {})
+    return variants
 
 
-VARIANTS: dict[str, Variant] = {}
-for _name, _module in _MODULES.items():
-    VARIANTS |= _variants(_name, _module)
-for _n in (1, 2, 3, 5, 7, 9):  # 6n + 2 layers
-    VARIANTS[f"resnet{6 * _n + 2}_cifar"] = Variant(
-        functools.partial(ResNet, depths=(_n, _n, _n), widths=(16, 32, 64), cifar=True),
-        Card(f"resnet{6 * _n + 2}_cifar", 10, input_size=32, crop=1.0),
-        CIFAR_LAYOUTS,
-        {},
-    )
+VARIANTS: dict[str, Variant] = _all_variants()

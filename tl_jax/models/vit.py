@@ -12,7 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from tl_jax.core.card import Card
-from tl_jax.models import conversion
+from tl_jax.models.conversion import (
+    DENSE,
+    NATIVE,
+    QKV_BIAS,
+    QKV_DENSE,
+    SAME,
+    Layout,
+    Rule,
+    Transform,
+    conv,
+    dense,
+    norm,
+)
 from tl_jax.models.head import classify
 from tl_jax.models.layers import Dense, DropPath, attend, drop_path_rates, gelu, recomputed, run_parts
 from tl_jax.models.variant import Variant
@@ -108,27 +120,11 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer: `logits, out = apply(variables, images, train, start, stop)`.
+    """Vision transformer on images [B, S, S, 3], S = image_size; see models/variant.py for what all networks share.
 
-    Takes images [B, S, S, 3] (normalised), S = image_size. `out` holds stem, block0, block1, ... [B, N, D] (class token
-    first), pre_logits [B, D] (the normalised class token), embedding (what the last dense layer reads) and logits
-    [B, K], these three float32. With `start=NAME` the input is out[NAME] and only the rest runs; with `stop=NAME`
-    nothing behind out[NAME] runs, which is returned in place of the logits. Training with dropout or drop_path needs
-    rngs={"dropout": key}.
-
-    Attributes:
-      num_classes: size of the head; 0 for none, then logits are the pre_logits.
-      patch_size, width, depth, heads, image_size: the geometry.
-      norm_eps: of every LayerNorm.
-      gelu_tanh: GELU by its tanh approximation (JAX releases) instead of the error function (PyTorch releases).
-      dtype: of the computation (float32 or bfloat16); parameters are float32.
-      dropout: before the last dense layer.
-      drop_path: stochastic depth at the last block, rising linearly from 0.
-      remat: what the backward pass of a block recomputes: "", "block" or "dots", see layers.recomputed.
-      attention: who computes it, "xla" or "cudnn", see layers.attend.
-      frozen_norms, axis_name: there is no BatchNorm here; accepted so that every family is built alike.
-      head_init: "zeros" or "lecun", of the last dense layer.
-      head: the layers before the last dense one, see models/head.py.
+    The cuts: stem, block0, block1, ... [B, N, D] (class token first), pre_logits [B, D] (the class token, normalised).
+    patch_size, width, depth, heads, image_size: the geometry. norm_eps: of every LayerNorm. gelu_tanh: GELU by its tanh
+    approximation (JAX releases) instead of the error function (PyTorch releases).
     """
 
     num_classes: int
@@ -151,7 +147,6 @@ class ViT(nn.Module):
 
     @property
     def cuts(self) -> tuple[str, ...]:
-        """The outputs at which the network can be cut, in order."""
         return ("stem", *(f"block{i}" for i in range(self.depth)), "pre_logits")
 
     @nn.compact
@@ -196,97 +191,55 @@ def resample_pos_embed(pos_embed: np.ndarray, tokens: int) -> np.ndarray:
 
 
 _BLOCK = r"backbone/block(\d+)"
+_TV, _HF = r"encoder.layers.encoder_layer_\1", r"vit.encoder.layer.\1"
+# Our path: the keys of timm, torchvision and transformers. The fused qkv has rows of its own.
+_KEYS = {
+    "backbone/stem/cls_token": ("cls_token", "class_token", "vit.embeddings.cls_token"),
+    "backbone/stem/pos_embed": ("pos_embed", "encoder.pos_embedding", "vit.embeddings.position_embeddings"),
+    "backbone/stem/patch_embed": ("patch_embed.proj", "conv_proj", "vit.embeddings.patch_embeddings.projection"),
+    f"{_BLOCK}/norm1": (r"blocks.\1.norm1", f"{_TV}.ln_1", f"{_HF}.layernorm_before"),
+    f"{_BLOCK}/attn/proj": (r"blocks.\1.attn.proj", f"{_TV}.self_attention.out_proj", f"{_HF}.attention.output.dense"),
+    f"{_BLOCK}/norm2": (r"blocks.\1.norm2", f"{_TV}.ln_2", f"{_HF}.layernorm_after"),
+    f"{_BLOCK}/mlp/fc1": (r"blocks.\1.mlp.fc1", f"{_TV}.mlp.0", f"{_HF}.intermediate.dense"),
+    f"{_BLOCK}/mlp/fc2": (r"blocks.\1.mlp.fc2", f"{_TV}.mlp.3", f"{_HF}.output.dense"),
+    "backbone/norm": ("norm", "encoder.ln", "vit.layernorm"),
+    "head": ("head", "heads.head", "classifier"),
+}
 
 
-def _torch_rules(tokens: tuple[str, str], patches: str, block: str, parts: dict[str, str], norm: str, head: str):
-    """The rows all torch formats have; `block` is the key prefix of a block, `parts` the rest of the key per layer."""
-    rules = [
-        conversion.Rule(f"params/backbone/stem/{leaf}", (key,), conversion.SAME)
-        for leaf, key in zip(("cls_token", "pos_embed"), tokens, strict=True)
-    ]
-    rules += [
-        conversion.Rule("params/backbone/stem/patch_embed/kernel", (f"{patches}.weight",), conversion.CONV),
-        conversion.Rule("params/backbone/stem/patch_embed/bias", (f"{patches}.bias",), conversion.SAME),
-    ]
-    for ours, theirs in parts.items():
-        rows = conversion.norm if ours.startswith("norm") else conversion.dense
-        rules += rows(f"{_BLOCK}/{ours}", f"{block}.{theirs}")
-    return (*rules, *conversion.norm("backbone/norm", norm), *conversion.dense("head", head))
+def _qkv(kernel: tuple[str, ...], bias: tuple[str, ...], of_kernel: Transform, of_bias: Transform) -> list[Rule]:
+    path = f"params/{_BLOCK}/attn/qkv"
+    return [Rule(f"{path}/kernel", kernel, of_kernel), Rule(f"{path}/bias", bias, of_bias)]
 
 
-TIMM = conversion.Layout(
-    _torch_rules(
-        ("cls_token", "pos_embed"),
-        "patch_embed.proj",
-        r"blocks.\1",
-        {
-            "norm1": "norm1",
-            "attn/qkv": "attn.qkv",
-            "attn/proj": "attn.proj",
-            "norm2": "norm2",
-            "mlp/fc1": "mlp.fc1",
-            "mlp/fc2": "mlp.fc2",
-        },
-        "norm",
-        "head",
-    ),
-    head=r"head\..+",
-)
+def _torch_rules(column: int) -> list[Rule]:
+    """The rows of a column of _KEYS."""
+    rules = []
+    for path, keys in _KEYS.items():
+        leaf, key = path.rpartition("/")[2], keys[column]
+        if leaf in ("cls_token", "pos_embed"):
+            rules.append(Rule(f"params/{path}", (key,), SAME))
+        elif leaf == "patch_embed":
+            rules += [*conv(path, key), Rule(f"params/{path}/bias", (f"{key}.bias",), SAME)]
+        else:
+            rules += (norm if leaf.startswith("norm") else dense)(path, key)
+    return rules
 
-# in_proj_weight and in_proj_bias have no dot, so they have rows of their own. Early files say linear_1 and linear_2.
-_TV_BLOCK = r"encoder.layers.encoder_layer_\1"
-TORCHVISION = conversion.Layout(
-    (
-        conversion.Rule(
-            f"params/{_BLOCK}/attn/qkv/kernel", (f"{_TV_BLOCK}.self_attention.in_proj_weight",), conversion.DENSE
-        ),
-        conversion.Rule(
-            f"params/{_BLOCK}/attn/qkv/bias", (f"{_TV_BLOCK}.self_attention.in_proj_bias",), conversion.SAME
-        ),
-        *_torch_rules(
-            ("class_token", "encoder.pos_embedding"),
-            "conv_proj",
-            _TV_BLOCK,
-            {
-                "norm1": "ln_1",
-                "attn/proj": "self_attention.out_proj",
-                "norm2": "ln_2",
-                "mlp/fc1": "mlp.0",
-                "mlp/fc2": "mlp.3",
-            },
-            "encoder.ln",
-            "heads.head",
-        ),
-    ),
+
+TIMM = Layout((*_torch_rules(0), *dense(f"{_BLOCK}/attn/qkv", r"blocks.\1.attn.qkv")), head=r"head\..+")
+# Early files say linear_1 and linear_2.
+_TV_QKV = f"{_TV}.self_attention.in_proj"
+TORCHVISION = Layout(
+    (*_torch_rules(1), *_qkv((f"{_TV_QKV}_weight",), (f"{_TV_QKV}_bias",), DENSE, SAME)),
     head=r"heads\..+",
     aliases=((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),
 )
-
-# q, k and v lie apart. A bare ViTModel has no prefix and may have a pooler. transformers 5 renamed its modules, but its
-# save_pretrained still writes the names of this table; the aliases serve a state dict saved directly.
-_HF_BLOCK = r"vit.encoder.layer.\1"
-_HF_QKV = [f"{_HF_BLOCK}.attention.attention.{name}" for name in ("query", "key", "value")]
-HF = conversion.Layout(
-    (
-        conversion.Rule(
-            f"params/{_BLOCK}/attn/qkv/kernel", tuple(f"{key}.weight" for key in _HF_QKV), conversion.QKV_DENSE
-        ),
-        conversion.Rule(f"params/{_BLOCK}/attn/qkv/bias", tuple(f"{key}.bias" for key in _HF_QKV), conversion.QKV_BIAS),
-        *_torch_rules(
-            ("vit.embeddings.cls_token", "vit.embeddings.position_embeddings"),
-            "vit.embeddings.patch_embeddings.projection",
-            _HF_BLOCK,
-            {
-                "norm1": "layernorm_before",
-                "attn/proj": "attention.output.dense",
-                "norm2": "layernorm_after",
-                "mlp/fc1": "intermediate.dense",
-                "mlp/fc2": "output.dense",
-            },
-            "vit.layernorm",
-            "classifier",
-        ),
-    ),
+# A bare ViTModel has no prefix and may have a pooler. transformers 5 renamed its modules, but its save_pretrained still
+# writes the names of this table; the aliases serve a state dict saved directly.
+_HF_QKV = [f"{_HF}.attention.attention.{name}" for name in ("query", "key", "value")]
+_HF_KERNELS, _HF_BIASES = (tuple(f"{key}.{leaf}" for key in _HF_QKV) for leaf in ("weight", "bias"))
+HF = Layout(
+    (*_torch_rules(2), *_qkv(_HF_KERNELS, _HF_BIASES, QKV_DENSE, QKV_BIAS)),
     head=r"classifier\..+",
     ignore=r"vit\.pooler\..+|vit\.embeddings\.position_ids",
     aliases=(
@@ -302,43 +255,39 @@ HF = conversion.Layout(
 )
 
 
-def jax_layout(heads: int) -> conversion.Layout:
+def jax_layout(heads: int) -> Layout:
     """The .npz files of the original JAX release: [in, out] kernels, attention kernels [D, heads, D / heads]."""
-    qkv_kernel = conversion.Transform(
+    qkv_kernel = Transform(
         lambda *w: np.concatenate([x.reshape(len(x), -1) for x in w], axis=1),
         lambda w: tuple(x.reshape(len(x), heads, -1) for x in np.split(w, 3, axis=1)),
     )
-    qkv_bias = conversion.Transform(
+    qkv_bias = Transform(
         lambda *b: np.concatenate([x.reshape(-1) for x in b]),
         lambda b: tuple(x.reshape(heads, -1) for x in np.split(b, 3)),
     )
-    proj = conversion.Transform(lambda w: w.reshape(-1, w.shape[-1]), lambda w: (w.reshape(heads, -1, w.shape[-1]),))
-    block, same = r"Transformer/encoderblock_\1", conversion.SAME
+    proj = Transform(lambda w: w.reshape(-1, w.shape[-1]), lambda w: (w.reshape(heads, -1, w.shape[-1]),))
+    block = r"Transformer/encoderblock_\1"
     attention = f"{block}/MultiHeadDotProductAttention_1"
-    qkv = [f"{attention}/{name}" for name in ("query", "key", "value")]
-    layers = (
-        ("norm1", f"{block}/LayerNorm_0"),
-        ("norm2", f"{block}/LayerNorm_2"),
-        ("mlp/fc1", f"{block}/MlpBlock_3/Dense_0"),
-        ("mlp/fc2", f"{block}/MlpBlock_3/Dense_1"),
+    kernels, biases = (
+        tuple(f"{attention}/{x}/{leaf}" for x in ("query", "key", "value")) for leaf in ("kernel", "bias")
     )
-    return conversion.Layout(
-        (
-            conversion.Rule("params/backbone/stem/cls_token", ("cls",), same),
-            conversion.Rule("params/backbone/stem/pos_embed", ("Transformer/posembed_input/pos_embedding",), same),
-            conversion.Rule(r"params/backbone/stem/patch_embed/(\w+)", (r"embedding/\1",), same),
-            conversion.Rule(f"params/{_BLOCK}/attn/qkv/kernel", tuple(f"{key}/kernel" for key in qkv), qkv_kernel),
-            conversion.Rule(f"params/{_BLOCK}/attn/qkv/bias", tuple(f"{key}/bias" for key in qkv), qkv_bias),
-            conversion.Rule(f"params/{_BLOCK}/attn/proj/kernel", (f"{attention}/out/kernel",), proj),
-            conversion.Rule(f"params/{_BLOCK}/attn/proj/bias", (f"{attention}/out/bias",), same),
-            *(conversion.Rule(rf"params/{_BLOCK}/{ours}/(\w+)", (rf"{theirs}/\2",), same) for ours, theirs in layers),
-            conversion.Rule(r"params/backbone/norm/(\w+)", (r"Transformer/encoder_norm/\1",), same),
-            conversion.Rule(r"params/head/(\w+)", (r"head/\1",), same),
-        ),
-        # The ImageNet-21k files have a dense layer before the head, which goes with it.
-        head=r"(head|pre_logits)/.+",
-        aliases=((r"^opt/target/", ""),),
-    )
+    same = {
+        "backbone/stem/cls_token": "cls",
+        "backbone/stem/pos_embed": "Transformer/posembed_input/pos_embedding",
+        r"backbone/stem/patch_embed/(\w+)": r"embedding/\1",
+        rf"{_BLOCK}/norm1/(\w+)": rf"{block}/LayerNorm_0/\2",
+        rf"{_BLOCK}/attn/proj/bias": f"{attention}/out/bias",
+        rf"{_BLOCK}/norm2/(\w+)": rf"{block}/LayerNorm_2/\2",
+        rf"{_BLOCK}/mlp/fc1/(\w+)": rf"{block}/MlpBlock_3/Dense_0/\2",
+        rf"{_BLOCK}/mlp/fc2/(\w+)": rf"{block}/MlpBlock_3/Dense_1/\2",
+        r"backbone/norm/(\w+)": r"Transformer/encoder_norm/\1",
+        r"head/(\w+)": r"head/\1",
+    }
+    rules = [Rule(f"params/{path}", (key,), SAME) for path, key in same.items()]
+    rules += [Rule(f"params/{_BLOCK}/attn/proj/kernel", (f"{attention}/out/kernel",), proj)]
+    # The ImageNet-21k files have a dense layer before the head, which goes with it.
+    head, aliases = r"(head|pre_logits)/.+", ((r"^opt/target/", ""),)
+    return Layout((*rules, *_qkv(kernels, biases, qkv_kernel, qkv_bias)), head, aliases=aliases)
 
 
 HALF = (0.5, 0.5, 0.5)
@@ -349,31 +298,23 @@ def vit_variants(name: str, module: Callable[..., ViT], heads: int, image_size: 
     low = image_size <= 224  # timm and torchvision crop the centre at 224 only
     timm = Card(name, 1000, image_size, mean=HALF, std=HALF, crop=0.9 if low else 1.0)
     whole = Card(name, 1000, image_size, mean=HALF, std=HALF, interpolation="bilinear", crop=1.0)
-    torchvision = Card(
-        name, 1000, image_size, interpolation="bilinear" if low else "bicubic", crop=0.875 if low else 1.0
-    )
-    layouts = {
-        "timm": TIMM,
-        "torchvision": TORCHVISION,
-        "hf": HF,
-        "jax": jax_layout(heads),
-        "native": conversion.NATIVE,
-    }
+    its = {"interpolation": "bilinear", "crop": 0.875} if low else {"interpolation": "bicubic", "crop": 1.0}
+    layouts = {"timm": TIMM, "torchvision": TORCHVISION, "hf": HF, "jax": jax_layout(heads), "native": NATIVE}
     flavours = {
         "hf": (f"{name}.hf", functools.partial(module, norm_eps=1e-12), whole),
         "jax": (f"{name}.jax", functools.partial(module, gelu_tanh=True), whole),
-        "torchvision": (f"{name}.tv", module, torchvision),
+        "torchvision": (f"{name}.tv", module, Card(name, 1000, image_size, **its)),
     }
     variants = {name: Variant(module, timm, layouts, {key: flavour for key, (flavour, _, _) in flavours.items()})}
     for key, (flavour, its_module, card) in flavours.items():
-        its_layouts = {"timm": TIMM, key: layouts[key], "native": conversion.NATIVE}
+        its_layouts = {"timm": TIMM, key: layouts[key], "native": NATIVE}
         variants[flavour] = Variant(its_module, card.replace(model=flavour), its_layouts, {})
     return variants
 
 
 def deit_variants(name: str, module: Callable[..., ViT], image_size: int) -> dict[str, Variant]:
     """A DeiT: a ViT with ImageNet's own mean and deviation; its .hf flavour has epsilon 1e-12 and a wider resize."""
-    low, layouts = image_size <= 224, {"timm": TIMM, "hf": HF, "native": conversion.NATIVE}
+    low, layouts = image_size <= 224, {"timm": TIMM, "hf": HF, "native": NATIVE}
     card = Card(name, 1000, image_size, crop=0.9 if low else 1.0)
     hf_card = card.replace(model=f"{name}.hf", crop=0.875 if low else 1.0)
     return {

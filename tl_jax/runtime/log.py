@@ -7,6 +7,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -18,6 +19,11 @@ from tl_jax.core.files import write_text
 CONSOLE = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 UNSHOWN, SHOWN = ("train/grad_norm", "train/lr"), 4  # of a line of metrics, on the console
 SHOWN_WAIT = 0.02  # share of the time from which on the wait for data is shown
+
+
+def shows_bar(console: Console) -> bool:
+    """Whether a progress bar can be drawn: on a terminal, and in a notebook that has ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
 
 
 def log(message: Any) -> None:
@@ -57,7 +63,7 @@ class RunLog:
         # Further columns of timing.jsonl, from the steps per second.
         self.rates: Callable[[float], Mapping[str, Any]] = lambda steps_per_second: {}
         self._verbose = verbose and self._writes
-        self._progress = self._make_progress(start) if CONSOLE.is_terminal and self._verbose else None
+        self._progress = self._make_progress(start) if self._verbose and shows_bar(CONSOLE) else None
 
     def __enter__(self) -> "RunLog":
         if self._progress:

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import time
+import timeit
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ SIDE = 1024  # of the matrices whose product measures the machine
 
 
 class Work(NamedTuple):
-    """What one run computes; flops: of all its steps as traced, None where they cannot be counted (closed forms)."""
+    """What one run computes; flops: of all its steps as traced, None for a probe without gradient."""
 
     steps: int
     images: int
@@ -50,25 +51,22 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
     for column in (*study.factors, "runs", *present, "steps", "images", "FLOPs", "s"):
         table.add_column(column, justify="left" if column in study.factors else "right", no_wrap=True)
     for cell, members in cells.items():
-        counts = [sum(words[run.key] == word for run in members) for word in present]
-        row = [str(len(members)), *(str(count or "-") for count in counts), *_describe(works.get(cell))]
+        counts, work = [sum(words[run.key] == word for run in members) for word in present], works.get(cell)
+        row = [str(len(members)), *(str(count or "-") for count in counts)]
+        row += ["-"] * 3 if work is None else [f"{work.steps:,}", f"{work.images:,}", _si(work.flops)]
         row.append(f"{np.mean(seconds[cell]):.1f}" if cell in seconds else "-")
         table.add_row(*members[0].levels.values(), *row)
     CONSOLE.print(table)
     CONSOLE.print("steps, images to train on, FLOPs of all steps (as traced) and seconds (as measured) are of one run")
-    if len(works) < len(cells):
-        CONSOLE.print(
-            f"{len(cells) - len(works)} cells were not built: {BUDGET:.0f} s were over; totals scale the others"
-        )
+    if left_out := len(cells) - len(works):
+        CONSOLE.print(f"{left_out} cells were not built: {BUDGET:.0f} s were over; totals scale the others")
     left = {cell: sum(words[run.key] != "done" for run in members) for cell, members in cells.items()}
-    if study.together != "none":
-        sets = together.group({run.key: options.flatten(run.config) for run in runs}, study.together)
-        shared = [keys for keys in sets if len(keys) > 1]
-        if shared:
-            CONSOLE.print(
-                f"{sum(map(len, shared))} runs are trained together in {len(shared)} programs, which compute what is "
-                "frozen once: FLOPs and seconds of runs by themselves are more than they take"
-            )
+    sets = together.group({run.key: options.flatten(run.config) for run in runs}, study.together)
+    if shared := [keys for keys in sets if len(keys) > 1]:
+        CONSOLE.print(
+            f"{sum(map(len, shared))} runs are trained together in {len(shared)} programs, which compute what is "
+            "frozen once: FLOPs and seconds of runs by themselves are more than they take"
+        )
     for line in totals(left, works, seconds, jobs or local.default_jobs()):
         CONSOLE.print(line)
 
@@ -139,8 +137,7 @@ def totals(
     left: Mapping[str, int], works: Mapping[str, Work], seconds: Mapping[str, list[float]], jobs: int
 ) -> list[str]:
     """Sentences on the cost of the runs that are left, `{cell: runs}`."""
-    count = sum(left.values())
-    if not count:
+    if not (count := sum(left.values())):
         return ["all runs are done"]
     scale = count / max(sum(left[cell] for cell in works), 1)
     total_steps, images, flops = (
@@ -150,17 +147,15 @@ def totals(
     if uncounted := sum(left[cell] for cell, work in works.items() if work.flops is None):
         lines.append(f"the FLOPs of {uncounted} of them cannot be counted")
     if seconds:
-        mean = float(np.mean([value for values in seconds.values() for value in values]))
-        whole = sum(runs * (float(np.mean(seconds[cell])) if cell in seconds else mean) for cell, runs in left.items())
-        known = sum(map(len, seconds.values()))
-        lines.append(f"about {_clock(whole / jobs)} with {jobs} at once, by the {known} finished runs here")
-    else:
-        rate = matmul_rate()
-        lines.append(
-            f"at least {_clock(flops / rate)}, at the {_si(rate)} FLOP/s of a matrix product on all of this machine's "
-            "devices; starting, compiling and evaluating come on top"
-        )
-    return lines
+        every = [value for values in seconds.values() for value in values]
+        whole = sum(runs * float(np.mean(seconds.get(cell, every))) for cell, runs in left.items())
+        return [*lines, f"about {_clock(whole / jobs)} with {jobs} at once, by the {len(every)} finished runs here"]
+    rate = matmul_rate()
+    return [
+        *lines,
+        f"at least {_clock(flops / rate)}, at the {_si(rate)} FLOP/s of a matrix product on all of this machine's "
+        "devices; starting, compiling and evaluating come on top",
+    ]
 
 
 def matmul_rate() -> float:
@@ -168,17 +163,9 @@ def matmul_rate() -> float:
     x = jnp.ones((SIDE, SIDE), jnp.float32)
     multiply = jax.jit(lambda a, b: a @ b)
     multiply(x, x).block_until_ready()
-    best, began = float("inf"), time.monotonic()
-    while time.monotonic() - began < 0.5:
-        start = time.perf_counter()
-        multiply(x, x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
+    seconds = min(timeit.repeat(lambda: multiply(x, x).block_until_ready(), number=1, repeat=20))
     devices = 1 if jax.default_backend() == "cpu" else jax.local_device_count()
-    return 2 * SIDE**3 / best * devices
-
-
-def _describe(work: Work | None) -> tuple[str, str, str]:
-    return ("-", "-", "-") if work is None else (f"{work.steps:,}", f"{work.images:,}", _si(work.flops))
+    return 2 * SIDE**3 / seconds * devices
 
 
 def _si(value: float | None) -> str:

@@ -17,7 +17,7 @@ from tl_jax.runtime import workdir as workdirs
 from tl_jax.runtime.log import log
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies.report.statistics import mean_interval
-from tl_jax.studies.study import RunSpec, Study, grid
+from tl_jax.studies.study import RunSpec, Study, grid, metrics_of
 from tl_jax.training.train import Outcome, Stop, never, train, train_together
 
 ARM, TRANSFER, BASELINE, REPLICA = "arm", "transfer", "baseline", "replica"
@@ -27,10 +27,9 @@ def study_of(config: ConfigDict) -> Study:
     """What a config with seeds, baseline or replicas asks for; ValueError where that does not fit together."""
     options.check(config)
     base = options.override(config, {"seeds": (), "baseline": (), "replicas": ()})
-    metric = tasks.METRICS[config.task].monitor[0][0]
     if config.replicas:
         levels = {name_of(i, dict(changes)): dict(changes) for i, changes in enumerate(config.replicas)}
-        return Study(base, {REPLICA: levels}, seeds=(config.seed,), metrics=(metric,), together="all")
+        return Study(base, {REPLICA: levels}, seeds=(config.seed,), together="all")
     arms = {TRANSFER: {}} | ({BASELINE: dict(config.baseline)} if config.baseline else {})
     problems = [f"baseline sets {key!r}, which every arm shares" for key in ("seed", "seeds", "baseline")
                 if key in arms.get(BASELINE, {})]  # fmt: skip
@@ -41,7 +40,7 @@ def study_of(config: ConfigDict) -> Study:
     if problems:
         raise ValueError("; ".join(problems))
     against = {ARM: BASELINE} if config.baseline else {}
-    return Study(base, {ARM: arms}, against, (config.seed, *config.seeds), (metric,), together="none")
+    return Study(base, {ARM: arms}, against, (config.seed, *config.seeds), together="none")
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never) -> dict[str, Any]:
@@ -53,11 +52,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never)
     not run again. Raises FloatingPointError where all replicas diverged, Preempted as `train` does.
     """
     workdir, study = pathlib.Path(workdir), study_of(config)
-    runs = grid(study)
+    runs = grid(study, free=("seed",) if config.replicas else ())
     if config.replicas:
         return {"replicas": _run_replicas(config, runs, workdir, stop_requested)}
     runs = [run for arm in study.factors[ARM] for run in runs if run.levels[ARM] == arm]
-    several, results, folders, metric = len(runs) > 1, {}, {}, study.metrics[0]
+    several, results, folders, metric = len(runs) > 1, {}, {}, metrics_of(study)[0]
     for i, spec in enumerate(runs):
         key = arm, seed = spec.levels[ARM], spec.seed
         if stop_requested(0):
@@ -83,6 +82,10 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
         return
     result = found["result"]
     log(tasks.format_table(result["metrics"], of=f"seed {config.seed}, {result['data']}"))
+    if sets := result["extra_eval"]:
+        log(tasks.format_sets(sets, tasks.METRICS[config.task].monitor[0][0]))
+    if text := _how_scored(result):
+        log(text)
     if result["chosen_on_scored_split"]:
         log("The checkpoint was chosen on the split scored here: these numbers are optimistic (name a data.test)")
     if found["comparison"]:
@@ -90,9 +93,21 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
     log(f"everything of this run: {workdir.resolve()}")
 
 
+def _how_scored(result: Mapping[str, Any]) -> str:
+    """Which step was scored, and with what threshold, where that was chosen."""
+    parts = []
+    if stopped := result.get("stopped_early_at"):
+        parts.append(f"stopped early after step {stopped} of {result['total_steps']}")
+    if result["select"] == "best_val":
+        parts.append(f"scored at step {result['step']}, the best on val")
+    if "threshold" in result:
+        parts.append(f"positive from a probability of {result['threshold']:.3g}, chosen on val")
+    return "; ".join(parts)
+
+
 def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping, workdir: pathlib.Path) -> dict:
     """comparison.json: the monitored metric of each arm over the seeds, and their difference, paired by seed."""
-    metric, first = study.metrics[0], results[TRANSFER, config.seed]
+    metric, first = metrics_of(study)[0], results[TRANSFER, config.seed]
     table = {
         arm: [results[arm, seed]["metrics"][metric]["value"] for seed in study.seeds] for arm in study.factors[ARM]
     }

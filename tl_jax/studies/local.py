@@ -32,13 +32,13 @@ class Slot(NamedTuple):
 
 
 def launch(workdir: pathlib.Path, *, jobs: int = 0, stop_requested: Callable[[], bool] = lambda: False) -> int:
-    """Starts workers until no run is left to take, writes the report, and returns the exit code.
+    """Starts workers until no run is left to take, and writes the report.
 
-    jobs: workers at once; 0 chooses. Exit codes: 0 nothing failed; 1 a run failed, or workers could not run; 75
-    stopped, with everything saved.
+    jobs: workers at once; 0 chooses. Returns 0: nothing failed; 1: a run failed, or workers could not run; 75: stopped,
+    with everything saved.
     """
     began, words = time.monotonic(), store.states(workdir)
-    keys = [key for key, word in words.items() if word in ("todo", "stale")]
+    keys = store.open_runs(workdir)
     programs = len(together.sets(workdir, keys, store.read_plan(workdir).get("together", "none")))
     slots = divide(min(jobs or default_jobs(), programs), os.environ)
     shape = f"{len(slots)} at once, logs in {workdir / 'runs'}/*/log.txt" if slots else "nothing to do"
@@ -81,7 +81,7 @@ def supervise(workdir: pathlib.Path, slots: list[Slot], stop_requested: Callable
                 run = run_of(workdir, process.pid)
                 deaths[index] += not run
                 print(f"a worker ended with code {process.returncode}" + (f" in {run}" if run else ""), flush=True)
-                if deaths[index] < EMPTY_HANDED and {"todo", "stale"} & set(store.states(workdir).values()):
+                if deaths[index] < EMPTY_HANDED and store.open_runs(workdir):
                     workers[index] = start_worker(workdir, slots[index])
             time.sleep(POLL)
     finally:
@@ -93,16 +93,15 @@ def supervise(workdir: pathlib.Path, slots: list[Slot], stop_requested: Callable
 
 def start_worker(workdir: pathlib.Path, slot: Slot) -> subprocess.Popen:
     """A worker process in a session of its own, so that Ctrl-C reaches it once: through its launcher."""
-    root = str(pathlib.Path(tl_jax.__file__).resolve().parents[1])
-    environment = {**os.environ, **slot.environment}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    path = [str(pathlib.Path(tl_jax.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    environment = {**os.environ, **slot.environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     command = [sys.executable, "-m", "tl_jax.studies.worker", str(workdir), "--parent", str(os.getpid())]
-    before = _cores()
+    own = _cores()
     try:
         _use_cores(slot.cores)  # a process starts with the cores of the thread that starts it
         return subprocess.Popen(command, env=environment, start_new_session=True)
     finally:
-        _use_cores(before)
+        _use_cores(own)
 
 
 def run_of(workdir: pathlib.Path, pid: int) -> str:
@@ -116,17 +115,16 @@ def run_of(workdir: pathlib.Path, pid: int) -> str:
 
 def tell_failures(workdir: pathlib.Path) -> None:
     """Prints every failed run with its error, and for each kind of error the end of one log."""
-    alike: dict[str, list[tuple[str, pathlib.Path]]] = {}
+    alike: dict[str, list[pathlib.Path]] = {}
+    lines = {}
     for row in store.read_plan(workdir)["runs"]:
         folder = store.run_folder(workdir, row["key"])
         if store.state(folder) == "failed":
-            run = title(row["levels"], row["seed"], row["fold"])
-            alike.setdefault(read_json(folder / "failed.json")["error"], []).append((run, folder))
-    for error, runs in alike.items():
-        print(f"\nfailed: {error}")
-        for run, folder in runs:
-            print(f"  {run}: {folder / 'log.txt'}")
-        print("\n".join(f"    | {line}" for line in read_json(runs[0][1] / "failed.json")["log"]), flush=True)
+            lines[folder] = f"  {title(row['levels'], row['seed'], row['fold'])}: {folder / 'log.txt'}"
+            alike.setdefault(read_json(folder / "failed.json")["error"], []).append(folder)
+    for error, folders in alike.items():
+        log = [f"    | {line}" for line in read_json(folders[0] / "failed.json")["log"]]
+        print("\n".join([f"\nfailed: {error}", *map(lines.get, folders), *log]), flush=True)
     if alike:
         print("--retry tries again what failed", flush=True)
 
@@ -137,13 +135,12 @@ def tell_answer(workdir: pathlib.Path) -> None:
 
     summary = report.write(workdir)
     metric, numbers = next(iter(summary["metrics"].items()))
+    factors = numbers["cells"][0]["levels"]
     table = Table(title=metric, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in (*numbers["cells"][0]["levels"], "mean", "95 % interval", "n"):
-        table.add_column(name, justify="left" if name in numbers["cells"][0]["levels"] else "right", no_wrap=True)
+    for name in (*factors, "mean", "95 % interval", "n"):
+        table.add_column(name, justify="left" if name in factors else "right", no_wrap=True)
     for cell in numbers["cells"]:
-        mean, low, high = (
-            cell[name] if cell[name] is None else f"{cell[name]:.3f}" for name in ("mean", "low", "high")
-        )
+        mean, low, high = (None if cell[name] is None else f"{cell[name]:.3f}" for name in ("mean", "low", "high"))
         table.add_row(*cell["levels"].values(), mean or "-", f"{low} .. {high}" if low else "-", str(cell["n"]))
     CONSOLE.print(table)
     CONSOLE.print("\n".join(summary["reading"]))
@@ -163,23 +160,19 @@ def divide(jobs: int, environment: Mapping[str, str]) -> list[Slot]:
     cores, gpus = _cores(), _gpus(environment)
     slots = []
     for i in range(jobs):
-        first = i * len(cores) // jobs
-        own = cores[first : max((i + 1) * len(cores) // jobs, first + 1)]
-        variables = {}
+        first, variables = i * len(cores) // jobs, {}
         if gpus:
             variables["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
-            sharing = len(range(i % len(gpus), jobs, len(gpus)))
-            if sharing > 1:
+            if (sharing := len(range(i % len(gpus), jobs, len(gpus)))) > 1:
                 variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / sharing:.3f}"
-        slots.append(Slot(own, variables))
+        slots.append(Slot(cores[first : max((i + 1) * len(cores) // jobs, first + 1)], variables))
     return slots
 
 
 def _cores() -> tuple[int, ...]:
     """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
+    every = range(os.cpu_count() or 1)
+    return tuple(sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every))
 
 
 def _use_cores(cores: tuple[int, ...]) -> None:

@@ -1,13 +1,11 @@
 """Averages of the weights of finished runs: interpolation (WiSE-FT) and model soups, chosen on val.
 
-python -m tl_jax.studies.soups wise_ft RUN_A RUN_B --out FOLDER    RUN_A may be `start`: the weights RUN_B began with
-python -m tl_jax.studies.soups soup RUN RUN ... --out FOLDER
+python -m tl_jax wise_ft RUN_A RUN_B --out FOLDER    RUN_A may be `start`: the weights RUN_B began with
+python -m tl_jax soup RUN RUN ... --out FOLDER
 """
 
-import argparse
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,10 +35,7 @@ Variables = dict[str, Any]
 
 
 class Weights(NamedTuple):
-    """What model.safetensors of a run's folder holds, with the options of the run.
-
-    name: the folder, or START. saved: the predictions in the run's folder; None for START.
-    """
+    """A run's model.safetensors, options and predictions; name is its folder, or START, which has no predictions."""
 
     name: str
     method: str
@@ -54,29 +49,17 @@ class Weights(NamedTuple):
 class Scorer(NamedTuple):
     """The evaluation that several weights share.
 
-    predict: (variables, split) -> predictions. splits: those of val, test and data.extra_eval that there are.
+    predict: (variables, split) -> predictions. splits: those of val, test and data.extra_eval that there are. scored:
+    the one that the result is about, test or else val.
     """
 
     predict: Callable[[Variables, str], tasks.Predictions]
     splits: tuple[str, ...]
-
-    @property
-    def scored(self) -> str:
-        """The split that the result is about: "test", or "val" where there is no test."""
-        return "test" if "test" in self.splits else "val"
-
-    @property
-    def further(self) -> list[str]:
-        """The names of data.extra_eval."""
-        return [split for split in self.splits if split not in ("val", "test")]
+    scored: str
 
 
 def interpolate(a: Variables, b: Variables, alpha: float) -> Variables:
-    """(1 - alpha) a + alpha b (Wortsman et al. 2022a, Robust fine-tuning of zero-shot models, equation 1).
-
-    Leaf by leaf and for all collections: the running statistics of batch_stats go the same way as the parameters, and
-    are not measured anew. Computed in float64, given in the type of a's leaf.
-    """
+    """(1 - alpha) a + alpha b, of all collections, in float64 (Wortsman et al. 2022a, Robust fine-tuning, eq. 1)."""
 
     def between(x, y):
         mixed = (1 - alpha) * np.asarray(x, np.float64) + alpha * np.asarray(y, np.float64)
@@ -94,16 +77,14 @@ def average(ingredients: Iterable[Variables]) -> Variables:
 
 
 def greedy(
-    alone: Sequence[dict[str, float]],
-    load: Callable[[int], Variables],
-    score: Callable[[Variables], dict[str, float]],
-    monitor: Monitor,
-) -> tuple[list[int], Variables]:
+    alone: Sequence[dict[str, float]], load: Callable[[int], Variables],
+    score: Callable[[Variables], dict[str, float]], monitor: Monitor,
+) -> tuple[list[int], Variables]:  # fmt: skip
     """The greedy soup (Wortsman et al. 2022b, Model soups, recipe 1): what went in, in order, and its variables.
 
-    alone: the scores of each ingredient on val. They are tried from the best down by `monitor`, see `tasks.Metrics`,
-    among equals as given; one is kept where the first metric of score(average with it), on val, is not worse than that
-    of the soup without it. load(i): the variables of ingredient i.
+    alone: the scores of each ingredient on val, whose variables are load(i). They are tried from the best down by
+    `monitor`, among equals as given; one is kept where the first metric of score(average with it) is not worse than
+    that of the soup without it.
     """
     first, *rest = sorted(range(len(alone)), key=lambda i: tasks.preference(monitor, alone[i]), reverse=True)
     kept, soup, best = [first], load(first), tasks.preference(monitor[:1], alone[first])
@@ -131,7 +112,7 @@ def load(folder: str | pathlib.Path) -> Weights:
 
 
 def load_start(end: Weights) -> Weights:
-    """The network as a run began, parts drawn anew by model.reinit included, under the head that the run ended with."""
+    """The network as a run began, with the random parts of model.reinit, under the head that the run ended with."""
     if not end.settings.model.weights:
         raise ValueError(f"{end.name} began with random weights, to which no interpolation leads; give a run instead")
     begun = build.load_model(end.settings, end.card.num_classes, end.card.class_names, end.card.columns)
@@ -146,10 +127,8 @@ def check_same(runs: Sequence[Weights]) -> None:
         if lines := messages.difference(first, _facts(other)):
             problems.append("\n".join([f"{runs[0].name} -> {other.name}:", *lines]))
     if problems:
-        raise ValueError(
-            "weights can be averaged between runs of the same model, classes and data alone; these differ\n"
-            + "\n".join(problems)
-        )
+        expected = "weights can be averaged between runs of the same model, classes and data alone; these differ"
+        raise ValueError("\n".join([expected, *problems]))
 
 
 def make_scorer(weights: Weights) -> Scorer:
@@ -162,24 +141,21 @@ def make_scorer(weights: Weights) -> Scorer:
         raise ValueError(f"the data of {weights.name} have other classes by now than when it ran: {card.class_names}")
     size = parallel.round_up(min(settings.loop.eval_batch_size, max(map(len, data.values()))))
     views, spec = {card.input: pipeline.View(card)}, tasks.spec_of(card)
-    batches = {
-        split: pipeline.eval_batches(source, views, size, num_workers=settings.data.workers)
-        for split, source in data.items()
-    }
+    batches = {split: pipeline.eval_batches(source, views, size, num_workers=settings.data.workers)
+               for split, source in data.items()}  # fmt: skip
     reader = steps.Reader(weights.model, card, card.input)
     eval_fn = parallel.evaluate(steps.make_eval_step(reader, tasks.make(spec)))
 
     def predict(variables: Variables, split: str) -> tasks.Predictions:
         return evaluate.predict(eval_fn, parallel.place(variables), batches[split], card.input, spec, parallel)
 
-    return Scorer(predict, tuple(data))
+    return Scorer(predict, tuple(data), _scored(data))
 
 
 def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11) -> dict[str, Any]:
     """Scores `alphas` networks from a (alpha 0) to b (alpha 1) on every split, and writes the curve and the chosen one.
 
-    Alpha is chosen on val as training selects, then by nearness to b; where there is no val it is UNTUNED. The curve on
-    test and data.extra_eval is to be looked at, not chosen from. Returns what it writes to curve.json.
+    Alpha is chosen on val as training selects, then by nearness to b; without val it is UNTUNED. Returns curve.json.
     """
     if alphas < 2:
         raise ValueError(f"alphas={alphas}: expected at least the two ends")
@@ -194,15 +170,14 @@ def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11
                 _check_saved(b if alpha else a, predictions)
             for name, value in tasks.scores(predictions).items():
                 curves[split][name].append(value)
-    chosen = _best(values, curves["val"], monitor) if "val" in curves else UNTUNED
-    report = {
-        "a": {"run": a.name, "method": a.method},
-        "b": {"run": b.name, "method": b.method},
-        "alphas": values,
-        "curves": curves,
-        "chosen": chosen,
-        "chosen_on_scored_split": scorer.scored == "val",
-    }
+    chosen = UNTUNED
+    if "val" in curves:
+        points = [dict(zip(curves["val"], point, strict=True)) for point in zip(*curves["val"].values(), strict=True)]
+        preferences = [tasks.preference(monitor, point) for point in points]
+        _, chosen = max(zip(preferences, values, strict=True))
+    ends = {name: {"run": end.name, "method": end.method} for name, end in (("a", a), ("b", b))}
+    report = {**ends, "alphas": values, "curves": curves, "chosen": chosen,
+              "chosen_on_scored_split": scorer.scored == "val"}  # fmt: skip
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     draw_curve(report, folder / "curve.png")
@@ -212,10 +187,9 @@ def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11
 
 
 def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> dict[str, Any]:
-    """The greedy soup of finished runs, beside the uniform one and the best single run; writes soup.json and the rest.
+    """The greedy soup of finished runs, with the uniform one and the best single run; writes soup.json and returns it.
 
-    Ingredients are tried and kept by val alone; then the three are scored on test, once. Returns what it writes to
-    soup.json. One run at a time is held beside the soup.
+    Ingredients are tried and kept by val alone; then the three are scored on test, once. Memory: one run, and the soup.
     """
     runs = [load(path)._replace(variables=None) for path in folders]
     if len(runs) < 2:
@@ -233,12 +207,11 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
 
     alone = [score(load_variables(i)) for i in range(len(runs))]
     kept, chosen = greedy(alone, load_variables, score, monitor_of(runs[0]))
-    uniform, best = average(map(load_variables, range(len(runs)))), load_variables(kept[0])
-    others = {"uniform": uniform, "best": best}
+    others = {"uniform": average(map(load_variables, range(len(runs)))), "best": load_variables(kept[0])}
     order = [*kept, *(i for i in range(len(runs)) if i not in kept)]
     report = {
         "ingredients": [{"run": runs[i].name, "val": alone[i], "kept": i in kept} for i in order],
-        "val": {"greedy": score(chosen), "uniform": score(uniform), "best": alone[kept[0]]},
+        "val": {"greedy": score(chosen), "uniform": score(others["uniform"]), "best": alone[kept[0]]},
         "chosen_on_scored_split": scorer.scored == "val",
     }
     folder = pathlib.Path(folder)
@@ -246,11 +219,10 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
     report |= _write(scorer, chosen, runs[0], folder)
     predictions = {name: scorer.predict(variables, scorer.scored) for name, variables in others.items()}
     _check_saved(runs[kept[0]], predictions["best"])
-    resamples = runs[0].settings.loop.resamples
+    resamples, metric = runs[0].settings.loop.resamples, monitor_of(runs[0])[0][0]
     report |= {name: tasks.summarize(other, resamples=resamples) for name, other in predictions.items()}
-    named = {"best run": report["best"], "uniform soup": report["uniform"], "greedy soup": report["metrics"]}
-    metric = monitor_of(runs[0])[0][0]
-    rows = {name: summary[metric] for name, summary in named.items()}
+    named = {"best run": "best", "uniform soup": "uniform", "greedy soup": "metrics"}
+    rows = {name: report[key][metric] for name, key in named.items()}
     plots.comparison(rows, folder / "soup.png", f"{scorer.scored} {metric}")
     files.write_json(folder / "soup.json", report)
     return report
@@ -260,9 +232,8 @@ def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
     """The first metric of every split against alpha; next to it that of data.extra_eval against that of the data."""
     alphas, curves = report["alphas"], report["curves"]
     metric = next(iter(next(iter(curves.values()))))
-    scored = "test" if "test" in curves else "val"
-    further = [split for split in curves if split not in ("val", "test")]
-    columns, names = 1 + bool(further), [_named(report[end]) for end in "ab"]
+    scored, extra = _scored(curves), _extra(curves)
+    columns, names = 1 + bool(extra), [_named(report[end]) for end in "ab"]
     with plotting.figure_at(path, (4.4 * columns, 3.4), columns=columns) as (_, axes):
         colours = {split: plotting.PALETTE[i % len(plotting.PALETTE)] for i, split in enumerate(curves)}
         for split, colour in colours.items():
@@ -272,14 +243,14 @@ def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
         axes[0].set_xticks([0, 0.5, 1], [f"0\n{names[0]}", "0.5", f"1\n{names[1]}"])
         axes[0].grid(True)
         axes[0].legend(loc="best")
-        for split in further:
+        for split in extra:
             x, y = curves[scored][metric], curves[split][metric]
             axes[1].plot(x, y, "o-", color=colours[split], markersize=3, linewidth=1.2, label=split)
             for end, marker, name in ((0, "s", names[0]), (-1, "D", names[1])):
                 axes[1].plot(x[end], y[end], marker, color=colours[split], markersize=6)
                 axes[1].annotate(name, (x[end], y[end]), xytext=(4, 4), textcoords="offset points", fontsize=7)
-        if further:
-            axes[1].set(xlabel=f"{metric}, {scored}", ylabel=f"{metric}, further sets", title="one point per alpha")
+        if extra:
+            axes[1].set(xlabel=f"{metric}, {scored}", ylabel=f"{metric}, extra_eval", title="one point per alpha")
             axes[1].grid(True)
             axes[1].legend(loc="best")
 
@@ -290,11 +261,18 @@ def _named(end: dict[str, str]) -> str:
 
 def _facts(weights: Weights) -> dict[str, Any]:
     """What two runs must share, as a flat table."""
-    flat, card = weights.settings.table, dataclasses.asdict(weights.card)
+    flat, card = weights.settings.table, dataclasses.asdict(weights.card.replace(source="", licence="", sha256=""))
     data = {key: value for key, value in flat.items() if key.startswith("data.") and key not in OWN}
-    about_files = ("source", "licence", "sha256")
-    pixels = {f"card {key}": value for key, value in card.items() if key not in about_files}
-    return {key: flat[key] for key in SHARED} | data | pixels
+    return {key: flat[key] for key in SHARED} | data | {f"card {key}": value for key, value in card.items()}
+
+
+def _scored(splits: Iterable[str]) -> str:
+    return "test" if "test" in splits else "val"
+
+
+def _extra(splits: Iterable[str]) -> list[str]:
+    """The names of data.extra_eval."""
+    return [split for split in splits if split not in ("val", "test")]
 
 
 def monitor_of(weights: Weights) -> Monitor:
@@ -302,16 +280,9 @@ def monitor_of(weights: Weights) -> Monitor:
     return tasks.METRICS[weights.card.task].monitor
 
 
-def _best(alphas: Sequence[float], curve: dict[str, list], monitor: Monitor) -> float:
-    points = [dict(zip(curve, values, strict=True)) for values in zip(*curve.values(), strict=True)]
-    ranked = [(tasks.preference(monitor, point), alpha) for point, alpha in zip(points, alphas, strict=True)]
-    return max(ranked)[1]
-
-
 def _check_saved(weights: Weights, predictions: tasks.Predictions) -> None:
     """Raises ValueError where a run's file predicts otherwise than the run did: it is not the whole of the network."""
-    saved = weights.saved
-    if saved is None:
+    if (saved := weights.saved) is None:
         return
     same = saved.ids.shape == predictions.ids.shape and (saved.ids == predictions.ids).all()
     changed = int(tasks.METRICS[saved.spec.name].differ(saved, predictions).sum()) if same else len(saved.ids)
@@ -326,44 +297,10 @@ def _check_saved(weights: Weights, predictions: tasks.Predictions) -> None:
 def _write(scorer: Scorer, variables: Variables, weights: Weights, folder: pathlib.Path) -> dict[str, Any]:
     """Scores the chosen network at last, and writes it with its predictions; returns the numbers."""
     summaries = {}
-    for split in (scorer.scored, *scorer.further):
+    for split in (scorer.scored, *_extra(scorer.splits)):
         predictions = scorer.predict(variables, split)
         suffix = "" if split == scorer.scored else f"-{split}"
         tasks.save_predictions(folder / f"predictions{suffix}.npz", predictions)
         summaries[split] = tasks.summarize(predictions, resamples=weights.settings.loop.resamples)
     pretrained.export(variables, weights.settings.model.name, folder / "model.safetensors", card=weights.card)
-    return {"split": scorer.scored, "metrics": summaries.pop(scorer.scored), "also": summaries}
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for bad input."""
-    parser = argparse.ArgumentParser("python -m tl_jax.studies.soups", description="Average the weights of runs.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    curve = commands.add_parser("wise_ft", help="interpolate between two runs")
-    curve.add_argument("a", help=f"a run's folder, or {START!r} for the weights that the other began with")
-    curve.add_argument("b", help="a run's folder")
-    curve.add_argument("--alphas", type=int, default=11, help="number of points on the curve, both ends included")
-    pot = commands.add_parser("soup", help="average runs greedily")
-    pot.add_argument("runs", nargs="+", help="folders of runs")
-    for command in (curve, pot):
-        command.add_argument("--out", required=True, help="the folder to write to")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "wise_ft":
-            b = load(args.b)
-            report = wise_ft(load_start(b) if args.a == START else load(args.a), b, args.out, args.alphas)
-            print(f"alpha {report['chosen']:g}", end=", ")
-        else:
-            report = soup(args.runs, args.out)
-            print(", ".join(f"{'+' if row['kept'] else '-'} {row['run']}" for row in report["ingredients"]), end=", ")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    metric, entry = next((name, entry) for name, entry in report["metrics"].items() if isinstance(entry, dict))
-    value = "undefined" if entry["value"] is None else f"{entry['value']:.4f}"
-    print(f"{report['split']} {metric} {value}; wrote {args.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return {"split": scorer.scored, "metrics": summaries.pop(scorer.scored), "extra_eval": summaries}

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from tl_jax import config
 from tl_jax.core.files import read_json, write_json
-from tl_jax.studies.study import RunSpec, Study, grid, title
+from tl_jax.studies.study import RunSpec, Study, grid, metrics_of, title
 
 ATTEMPTS = 3  # of a run whose process dies: more would be the same again
 LINES = 20  # of a run's log that its failure keeps
@@ -30,14 +30,14 @@ STATES = ("done", "failed", "running", "stale", "todo")
 def plan(workdir: pathlib.Path, name: str, question: str, study: Study) -> list[RunSpec]:
     """Writes W/study.json and the config.json of every run that is not done; finished runs stay finished.
 
-    Raises ValueError for a study that cannot be meant (see `grid`), and where the workdir holds something else: a
+    Raises ValueError for an invalid study (see `grid`), and where the workdir holds something else: a
     lone run, another study, or finished runs that this grid no longer has.
     """
     runs = grid(study)
     check_workdir(workdir, name, runs)
     for run in runs:
         run_folder(workdir, run.key).mkdir(parents=True, exist_ok=True)
-    with _waiting_lock(workdir / ".plan"):  # two launchers may start at once
+    with waiting_lock(workdir / ".plan"):  # two launchers may start at once
         for run in runs:
             folder, flat = run_folder(workdir, run.key), config.flatten(run.config)
             path = folder / "config.json"
@@ -48,16 +48,14 @@ def plan(workdir: pathlib.Path, name: str, question: str, study: Study) -> list[
 
 
 def _table(name: str, question: str, study: Study, runs: list[RunSpec]) -> dict[str, Any]:
+    factors = {name: {level: dict(o) for level, o in levels.items()} for name, levels in study.factors.items()}
     return {
         "name": name,
         "question": question,
-        "factors": {
-            factor: {level: dict(changes) for level, changes in levels.items()}
-            for factor, levels in study.factors.items()
-        },
+        "factors": factors,
         "baseline": dict(study.baseline),
         "seeds": list(study.seeds),
-        "metrics": list(study.metrics),
+        "metrics": list(metrics_of(study)),
         "design": study.design,
         "together": study.together,
         "runs": [{"key": run.key, "levels": run.levels, "seed": run.seed, "fold": run.fold} for run in runs],
@@ -79,12 +77,12 @@ def check_workdir(workdir: pathlib.Path, name: str, runs: list[RunSpec]) -> None
     lost = [row for row in lost if state(run_folder(workdir, row["key"])) in ("done", "running")]
     if not lost:
         return
-    now = {(title(run.levels), run.seed, run.fold): run for run in runs}
+    now = {title(run.levels, run.seed, run.fold): run for run in runs}
     lines: list[str] = []
     for row in lost:
-        run = now.get((title(row["levels"]), row["seed"], row["fold"]))
+        run = now.get(name := title(row["levels"], row["seed"], row["fold"]))
         if run is None:
-            lines.append(f"  {title(row['levels'], row['seed'], row['fold'])}: not in this grid")
+            lines.append(f"  {name}: not in this grid")
         else:
             there = read_json(run_folder(workdir, row["key"]) / "config.json")
             lines += config.difference(there, config.flatten(run.config))
@@ -116,31 +114,28 @@ def states(workdir: pathlib.Path) -> dict[str, str]:
 def state(folder: pathlib.Path) -> str:
     """One of STATES."""
     held = _is_held(folder)  # first: a run that ends meanwhile then has its result
-    if (folder / "result.json").exists():
-        return "done"
-    if (folder / "failed.json").exists():
-        return "failed"
-    if held:
-        return "running"
-    return "stale" if (folder / "claim.json").exists() else "todo"
+    for name, word in (("result.json", "done"), ("failed.json", "failed")):
+        if (folder / name).exists():
+            return word
+    return "running" if held else "stale" if (folder / "claim.json").exists() else "todo"
 
 
 @contextlib.contextmanager
 def claim(folder: pathlib.Path, home: pathlib.Path | None = None) -> Iterator[int | None]:
-    """Holds a run for this process and yields which attempt this is, or None where the run is not to be had.
+    """Claims a run for this process and yields which attempt this is, or None where the run is not to be had.
 
-    An attempt counts when its process died without leaving a newer checkpoint; after ATTEMPTS of them the run is
-    marked as failed instead. However the block is left, the claim ends with it. home: where the checkpoints are of a
-    run that is not done by itself.
+    An attempt counts when its process died without leaving a newer checkpoint (in `home`, for a run of a set); after
+    ATTEMPTS of them the run is marked as failed instead. The claim ends with the block.
     """
     with (folder / ".claim").open("a+") as file:
         if not _take(file) or (folder / "result.json").exists() or (folder / "failed.json").exists():
             yield None
             return
-        path, step, attempts = folder / "claim.json", _newest_checkpoint(home or folder), 1
+        saved = [int(path.name) for path in (home or folder).glob("checkpoints/*") if path.name.isdigit()]
+        path, step, attempts = folder / "claim.json", max(saved, default=-1), 1
         if path.exists():
-            before = read_json(path)
-            attempts = 1 if before["step"] < step else before["attempts"] + 1
+            last = read_json(path)
+            attempts = 1 if last["step"] < step else last["attempts"] + 1
         if attempts > ATTEMPTS:
             fail(folder, f"its process died {ATTEMPTS} times", ATTEMPTS)
             yield None
@@ -152,43 +147,35 @@ def claim(folder: pathlib.Path, home: pathlib.Path | None = None) -> Iterator[in
             path.unlink(missing_ok=True)
 
 
-def taking(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
-    """While one worker chooses and claims runs the others wait, so that a set of runs is claimed by one of them."""
-    return _waiting_lock(workdir / ".take")
-
-
 def fail(folder: pathlib.Path, error: str, attempts: int) -> None:
     """Marks a run as failed, with the last lines of its log."""
-    write_json(folder / "failed.json", {"error": error, "log": last_lines(folder / "log.txt"), "attempts": attempts})
+    log, lines = folder / "log.txt", []
+    if log.exists():
+        with log.open(errors="replace") as file:
+            lines = [line.rstrip("\n") for line in collections.deque(file, LINES)]
+    write_json(folder / "failed.json", {"error": error, "log": lines, "attempts": attempts})
     (folder / "claim.json").unlink(missing_ok=True)
 
 
 def retry(workdir: pathlib.Path) -> int:
     """Turns every failed run into one to do, and says how many; what it had saved it goes on from."""
-    failed = [key for key, word in states(workdir).items() if word == "failed"]
-    for key in failed:
-        (run_folder(workdir, key) / "claim.json").unlink(missing_ok=True)
-        (run_folder(workdir, key) / "failed.json").unlink()
+    failed = [run_folder(workdir, key) for key, word in states(workdir).items() if word == "failed"]
+    for folder in failed:
+        (folder / "claim.json").unlink(missing_ok=True)
+        (folder / "failed.json").unlink()
     return len(failed)
 
 
-def last_lines(path: pathlib.Path, count: int = LINES) -> list[str]:
-    """The end of a text file; nothing where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(errors="replace") as file:
-        return [line.rstrip("\n") for line in collections.deque(file, count)]
+def open_runs(workdir: pathlib.Path) -> list[str]:
+    """The keys of the runs that are still to be taken."""
+    return [key for key, word in states(workdir).items() if word in ("todo", "stale")]
 
 
 def score(result: Mapping[str, Any], metric: str) -> float | None:
-    """A metric of a result.json, "accuracy" or "NAME/accuracy"; None where it is undefined."""
+    """A metric of a result.json, or NAME/METRIC of a set of data.extra_eval; None where it is undefined."""
     name, _, own = metric.rpartition("/")
-    summary = result["also"][name] if name else result["metrics"]
+    summary = result["extra_eval"][name] if name else result["metrics"]
     return summary[own]["value"]
-
-
-def _newest_checkpoint(folder: pathlib.Path) -> int:
-    return max((int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()), default=-1)
 
 
 def _is_held(folder: pathlib.Path) -> bool:
@@ -200,11 +187,10 @@ def _is_held(folder: pathlib.Path) -> bool:
 
 
 def _take(file: IO) -> bool:
-    """The lock of a run for this process. Whoever only looks whether it is held shares it for a moment: try again."""
-    while not _try_lock(file, fcntl.LOCK_EX):
-        if not _try_lock(file, fcntl.LOCK_SH):
-            return False
-    return True
+    """The lock of a run for this process. Whoever only looks whether it is locked shares it for a moment: try again."""
+    while not (taken := _try_lock(file, fcntl.LOCK_EX)) and _try_lock(file, fcntl.LOCK_SH):
+        pass
+    return taken
 
 
 def _try_lock(file: IO, kind: int) -> bool:
@@ -216,7 +202,8 @@ def _try_lock(file: IO, kind: int) -> bool:
 
 
 @contextlib.contextmanager
-def _waiting_lock(path: pathlib.Path) -> Iterator[None]:
+def waiting_lock(path: pathlib.Path) -> Iterator[None]:
+    """Holds a lock file, for which others wait."""
     with path.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

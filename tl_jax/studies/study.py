@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 import itertools
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ class Study(NamedTuple):
 
     base: a full config. factors: `{factor: {level: {dotted option: value}}}`; a value replaces the option whole.
     baseline: `{factor: level}`, what the other levels of that factor are compared with, the other factors being equal.
-    metrics: the first decides; "NAME/accuracy" is that of a set of data.extra_eval.
+    metrics: the first decides; "NAME/METRIC" is that of a set of data.extra_eval; (): what the base's task monitors.
     design: holdout | kfold:K | kfold:KxR | loo | bootstrap:N, see tl_jax/data/resample.py.
     together: which runs are trained in one program, see tl_jax/studies/together.py: heads | all | none.
     """
@@ -33,7 +33,7 @@ class Study(NamedTuple):
     factors: Mapping[str, Mapping[str, Mapping[str, Any]]]
     baseline: Mapping[str, str] = {}
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
-    metrics: Sequence[str] = ("accuracy",)
+    metrics: Sequence[str] = ()
     design: str = "holdout"
     together: str = "heads"
 
@@ -46,6 +46,11 @@ class RunSpec(NamedTuple):
     fold: str
     config: ConfigDict
     key: str
+
+
+def metrics_of(study: Study) -> tuple[str, ...]:
+    """The metrics of a study, by default the one that its base config's task monitors."""
+    return tuple(study.metrics) or (tasks.METRICS[study.base.task].monitor[0][0],)
 
 
 def title(levels: Mapping[str, str], seed: int | None = None, fold: str = "") -> str:
@@ -84,13 +89,14 @@ def load(text: str) -> tuple[str, str, Study]:
     return file.resolve().parent.name, inspect.cleandoc(module.__doc__), study
 
 
-def grid(study: Study) -> list[RunSpec]:
+def grid(study: Study, free: Collection[str] = ()) -> list[RunSpec]:
     """Every run, seed by seed, so that the first results are of all cells.
 
     The same seed (and fold) has the same split, shots, order and new head in every cell, so that cells are paired.
-    Raises one ValueError that lists all that cannot be meant: options, levels, baseline, seeds, metrics, equal cells.
+    free: options of SHARED that levels may set all the same, as replicas do their seed. Raises one ValueError that
+    lists all invalid options, levels, baselines, seeds, metrics and equal cells.
     """
-    _refuse([*_problems_of_study(study), *_problems_of_levels(study)])
+    _refuse([*_problems_of_study(study), *_problems_of_levels(study, [key for key in SHARED if key not in free])])
     folds = resample.folds(study.design)
     runs, problems = [], []
     for seed, (fold, repeat), cell in itertools.product(study.seeds, folds, itertools.product(*study.factors.values())):
@@ -102,7 +108,7 @@ def grid(study: Study) -> list[RunSpec]:
         config = options.override(study.base, changes)
         problems += _problems_of_run(study, levels, config)
         name = f"{fold}, repeat {repeat}" if repeat else fold
-        runs.append(RunSpec(levels, seed, name, config, options.fingerprint(config)[:12]))
+        runs.append(RunSpec(levels, config.seed, name, config, options.fingerprint(config)[:12]))
     first: dict[str, RunSpec] = {}
     for run in runs:
         same = first.setdefault(run.key, run)
@@ -116,7 +122,7 @@ def _refuse(problems: Iterable[str]) -> None:
     found = list(dict.fromkeys(problems))
     if found:
         more = [f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-        raise ValueError("the study cannot be meant:\n  " + "\n  ".join([*found[:SHOWN], *more]))
+        raise ValueError("invalid study:\n  " + "\n  ".join([*found[:SHOWN], *more]))
 
 
 def _problems_of_study(study: Study) -> list[str]:
@@ -140,12 +146,12 @@ def _problems_of_study(study: Study) -> list[str]:
         name = metric.rpartition("/")[2]
         if name not in known:
             problems.append(f"metric {metric!r} is unknown{messages.nearest(name, known)}; known: {', '.join(known)}")
-    if not study.metrics or len(set(study.metrics)) < len(study.metrics):
-        problems.append(f"metrics={tuple(study.metrics)}: expected at least one, and none twice")
+    if len(set(study.metrics)) < len(study.metrics):
+        problems.append(f"metrics={tuple(study.metrics)}: expected none twice")
     return problems
 
 
-def _problems_of_levels(study: Study) -> list[str]:
+def _problems_of_levels(study: Study, shared: Collection[str]) -> list[str]:
     problems: list[str] = []
     owner: dict[str, str] = {}
     for factor, levels in study.factors.items():
@@ -153,10 +159,10 @@ def _problems_of_levels(study: Study) -> list[str]:
             if not isinstance(level, str) or not isinstance(changes, Mapping):
                 problems.append(f"{factor}: level {level!r} should be a string, with a table {{option: value}}")
                 continue
-            if taken := [option for option in changes if option in SHARED]:
+            if taken := [option for option in changes if option in shared]:
                 problems.append(f"{factor}={level} sets {', '.join(taken)}, which the study decides for all runs")
             try:
-                options.override(study.base, {key: value for key, value in changes.items() if key not in SHARED})
+                options.override(study.base, {key: value for key, value in changes.items() if key not in shared})
             except ValueError as error:
                 problems.append(f"{factor}={level}: {error}")
             problems += [

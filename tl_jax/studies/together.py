@@ -2,12 +2,10 @@
 
 Which ones is the study's field `together`:
   heads  runs that train nothing but a head, and differ in lr, weight_decay and groups;
-  all    any that take steps and differ in options.REPLICABLE: an added part is small, but a backbone that trains is
-         held once for each of them, and other seeds or shots are other images;
+  all    any that take steps and differ in config.REPLICABLE: a backbone that trains is there once for each of them;
   none   every run by itself.
 A set that was begun is W/together/KEY: runs.json names its runs, checkpoints/ is what it has saved. Its runs are
-claimed, done and failed like any other. Where a set cannot be trained, runs.json says why, and its runs are done one by
-one.
+claimed, done and failed like any other; where it cannot be trained, runs.json says why, and they are done one by one.
 """
 
 import json
@@ -28,7 +26,7 @@ DURATIONS = ("total", "log_every", "eval_every", "schedule.warmup")
 def members(workdir: pathlib.Path, key: str, only: Collection[str] = ()) -> tuple[list[str], pathlib.Path | None]:
     """The runs to train together with a run, itself among them, and the set's folder; ([key], None): by itself.
 
-    A set that was begun stays as it is, whatever the plan has become, so that its checkpoints serve it.
+    A set that was begun stays as it is, so that its checkpoints serve it.
     """
     plan = store.read_plan(workdir)
     begun = {path.parent: read_json(path) for path in sorted(workdir.glob("together/*/runs.json"))}
@@ -36,8 +34,7 @@ def members(workdir: pathlib.Path, key: str, only: Collection[str] = ()) -> tupl
         if key in table["runs"]:
             return ([key], None) if table["alone"] else (table["runs"], home)
     taken = {other for table in begun.values() for other in table["runs"]}
-    words = {other: word for other, word in store.states(workdir).items() if word in ("todo", "stale")}
-    choice = [other for other in words if other not in taken and (not only or other in only)]
+    choice = [other for other in store.open_runs(workdir) if other not in taken and (not only or other in only)]
     found = next(runs for runs in sets(workdir, choice, plan.get("together", "none")) if key in runs)
     if len(found) == 1:
         return found, None
@@ -47,7 +44,7 @@ def members(workdir: pathlib.Path, key: str, only: Collection[str] = ()) -> tupl
     return found, home
 
 
-def part(home: pathlib.Path, reason: str) -> None:
+def separate(home: pathlib.Path, reason: str) -> None:
     """Lets the runs of a set be done one by one."""
     write_json(home / "runs.json", {**read_json(home / "runs.json"), "alone": reason})
 
@@ -70,7 +67,7 @@ def group(flats: Mapping[str, Mapping[str, Any]], which: str) -> list[list[str]]
 def form_of(flat: Mapping[str, Any], which: str) -> str | None:
     """What two runs must have alike to be one program, as a text; None for a run that has to be by itself.
 
-    flat: the options of a run. What only shows when data and network are there is found in tl_jax/training/replicas.py.
+    flat: the options of a run. What depends on data and network is checked in tl_jax/training/replicas.py.
     """
     heads = flat["method.name"] == "linear_probe" and not flat["method.add"] and not flat["phases"]
     if flat["method.name"] in config.PROBES or flat["parallel"] != "jit" or (which == "heads" and not heads):
@@ -80,9 +77,8 @@ def form_of(flat: Mapping[str, Any], which: str) -> str | None:
     spans += [value for phase in flat["phases"] for name, value in phase if name in DURATIONS]
     if any(amount and unit == "epochs" for amount, unit in spans):
         free.discard("data.shots")  # an epoch is as long as there are examples
-    kinds = {
-        name: {field: value for field, value in fields.items() if field not in ("lr_mult", "weight_decay")}
-        for name, fields in flat["groups"].items()
-    }
-    alike = {key: value for key, value in flat.items() if key not in free}
-    return json.dumps([alike, {name: kind for name, kind in kinds.items() if kind}], sort_keys=True)
+    alike, kinds = {key: value for key, value in flat.items() if key not in free}, {}
+    for name, fields in flat["groups"].items():
+        if kind := {field: value for field, value in fields.items() if field not in ("lr_mult", "weight_decay")}:
+            kinds[name] = kind
+    return json.dumps([alike, kinds], sort_keys=True)

@@ -1,9 +1,8 @@
 """Takes the runs of a planned study one after the other: python -m tl_jax.studies.worker W
 
-Any number of workers, on any number of machines that share W, do each run once. A worker can also be several processes
-that do each of its runs together, see distributed.py; the first of them chooses the runs and writes their states. Exit
-codes: 0 nothing left to take (a run that failed is in its failed.json); 75 stopped by SIGTERM or Ctrl-C with everything
-saved; 2 no study in W.
+Any number of workers, on any machines that share W, do each run once. A worker can also be several processes that do
+each run together, see distributed.py. Exit codes: 0 nothing left to take (a run that failed is in its failed.json); 75
+stopped by SIGTERM or Ctrl-C with everything saved; 2 no study in W.
 """
 
 import argparse
@@ -18,6 +17,7 @@ from typing import Any
 
 import jax
 
+from tl_jax import config
 from tl_jax.core.files import read_json
 from tl_jax.runtime import distributed, preemption
 from tl_jax.runtime.compile_cache import keep_compiled_programs
@@ -71,44 +71,33 @@ def work(workdir: pathlib.Path, only: Collection[str] = (), stop_requested: Call
                 take_together(workdir, rows, attempts, pathlib.Path(home), agreed)
             elif attempts[0] is not None:
                 take(workdir, rows[0], attempts[0], agreed)
-            elif distributed.is_first():
-                tell_if_failed(workdir, rows[0])
-
-
-def tell_if_failed(workdir: pathlib.Path, row: Mapping[str, Any]) -> None:
-    """A run that was not to be had may have failed for good."""
-    folder = store.run_folder(workdir, row["key"])
-    if store.state(folder) == "failed":
-        say(workdir, row, f"failed: {read_json(folder / 'failed.json')['error']}")
+            elif store.state(folder := store.run_folder(workdir, rows[0]["key"])) == "failed":  # for good, meanwhile
+                log_run(workdir, rows[0], f"failed: {read_json(folder / 'failed.json')['error']}")
 
 
 def choose(workdir: pathlib.Path, only: Collection[str], claims: contextlib.ExitStack):
-    """Claims the next run, or the next set of runs that are one program: their rows, which attempt each is, and the
-    set's folder ("": a run by itself); None where nothing is left. A claim that is not to be had is None."""
-    with store.taking(workdir):
+    """Claims the next run, or set of runs that are one program; None where nothing is left.
+
+    Returns their rows, which attempt each is (None: not to be had), and the set's folder ("": a run by itself).
+    """
+    with store.waiting_lock(workdir / ".take"):  # so that a set of runs is claimed by one worker
         if (row := next_run(workdir, only)) is None:
             return None
         keys, home = ([row["key"]], None) if jax.process_count() > 1 else together.members(workdir, row["key"], only)
         rows = [row for row in store.read_plan(workdir)["runs"] if row["key"] in keys]
-        held = [not only or row["key"] in only for row in rows]
         attempts = [
-            claims.enter_context(store.claim(store.run_folder(workdir, row["key"]), home)) if wanted else None
-            for row, wanted in zip(rows, held, strict=True)
-        ]
+            claims.enter_context(store.claim(store.run_folder(workdir, row["key"]), home))
+            if not only or row["key"] in only else None
+            for row in rows
+        ]  # fmt: skip
         return rows, attempts, str(home or "")
 
 
 def next_run(workdir: pathlib.Path, only: Collection[str] = ()) -> dict[str, Any] | None:
     """The next run that nobody works on, as its row of study.json: those whose process died come last."""
-    stale = None
-    for row in store.read_plan(workdir)["runs"]:  # read again each time: another launcher may have added runs
-        if only and row["key"] not in only:
-            continue
-        word = store.state(store.run_folder(workdir, row["key"]))
-        if word == "todo":
-            return row
-        stale = row if word == "stale" and stale is None else stale
-    return stale
+    plan = store.read_plan(workdir)["runs"]  # read again each time: another launcher may have added runs
+    found = ((word, row) for word in ("todo", "stale") for row in plan if not only or row["key"] in only)
+    return next((row for word, row in found if store.state(store.run_folder(workdir, row["key"])) == word), None)
 
 
 def take(workdir: pathlib.Path, row: Mapping[str, Any], attempt: int, stop_requested: Callable[..., bool]) -> None:
@@ -116,94 +105,93 @@ def take(workdir: pathlib.Path, row: Mapping[str, Any], attempt: int, stop_reque
     folder, began = store.run_folder(workdir, row["key"]), time.monotonic()
     log = folder / ("log.txt" if distributed.is_first() else f"log-{jax.process_index()}.txt")
     if attempt > 1:
-        say(workdir, row, f"attempt {attempt} of {store.ATTEMPTS}, its process died")
+        log_run(workdir, row, f"attempt {attempt} of {store.ATTEMPTS}, its process died")
     try:
         with output_into(log):
             result = train_run(folder, stop_requested)
     except preemption.Preempted as stop:
-        say(workdir, row, str(stop))
+        log_run(workdir, row, str(stop))
         raise
     except Exception as error:  # of any kind: the other runs do not depend on this one
         distributed.wait_for_cause(error)  # a run whose other process was killed has not failed
-        if distributed.is_first():
-            store.fail(folder, f"{type(error).__name__}: {error}", attempt)
-        say(workdir, row, f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        finish(workdir, row, error, attempt)
         distributed.fail(error, 1)  # several processes cannot know that they all failed: they end together
         return
+    finish(workdir, row, result, attempt, f"{time.monotonic() - began:.1f} s")
+
+
+def finish(workdir: pathlib.Path, row: Mapping[str, Any], outcome: Any, attempt: int, took: str = "") -> None:
+    """Marks a run whose outcome is an exception as failed, and prints what became of it."""
+    if isinstance(outcome, Exception):
+        error = f"{type(outcome).__name__}: {outcome}"
+        if distributed.is_first():
+            store.fail(store.run_folder(workdir, row["key"]), error, attempt)
+        log_run(workdir, row, f"failed: {error.partition(chr(10))[0]}")
+        return
     metric = store.read_plan(workdir)["metrics"][0]
-    value = store.score(result, metric)
-    text = "undefined" if value is None else f"{value:.3f}"
-    say(workdir, row, f"{metric} {text} ({time.monotonic() - began:.1f} s)")
+    value = store.score(outcome, metric)
+    log_run(workdir, row, f"{metric} {'undefined' if value is None else f'{value:.3f}'} ({took})")
 
 
 def take_together(
-    workdir: pathlib.Path,
-    rows: Sequence[Mapping[str, Any]],
-    attempts: Sequence[int | None],
-    home: pathlib.Path,
+    workdir: pathlib.Path, rows: Sequence[Mapping[str, Any]], attempts: Sequence[int | None], home: pathlib.Path,
     stop_requested: Callable[..., bool],
-) -> None:
+) -> None:  # fmt: skip
     """Does a set of runs, of which those with an attempt are claimed; where it cannot be, they are done one by one."""
+    wanted = [row for row, attempt in zip(rows, attempts, strict=True) if attempt]
     folders, began = [store.run_folder(workdir, row["key"]) for row in rows], time.monotonic()
-    claimed = [(row, folder) for row, folder, attempt in zip(rows, folders, attempts, strict=True) if attempt]
-    if max((attempt for attempt in attempts if attempt), default=0) >= store.ATTEMPTS:
-        together.part(home, "its process died")
-    if not claimed or read_json(home / "runs.json")["alone"]:
+    claimed = [folder if attempt else None for folder, attempt in zip(folders, attempts, strict=True)]
+    if max(filter(None, attempts), default=0) >= store.ATTEMPTS:
+        together.separate(home, "its process died")
+    if not wanted or read_json(home / "runs.json")["alone"]:
         return
-    for _, folder in claimed:
+    for folder in filter(None, claimed):
         with (folder / "log.txt").open("a") as file:
             file.write(f"trained together with {len(rows) - 1} other runs: {home / 'log.txt'}\n")
+    others = f"and {len(rows) - 1} runs with it"
     try:
         with output_into(home / "log.txt"):
-            wanted = [folder if attempt else None for folder, attempt in zip(folders, attempts, strict=True)]
-            outcomes = train_runs(folders, wanted, home, stop_requested)
+            outcomes = train_runs(folders, claimed, home, stop_requested)
     except preemption.Preempted as stop:
-        say(workdir, claimed[0][0], f"and {len(rows) - 1} runs with it: {stop}")
+        log_run(workdir, wanted[0], f"{others}: {stop}")
         raise
     except Exception as error:  # perhaps it is too large, or one run does not fit: each by itself says what is wrong
-        together.part(home, f"{type(error).__name__}: {error}")
-        reason = str(error).partition(chr(10))[0]
-        say(workdir, claimed[0][0], f"and {len(rows) - 1} runs with it are done one by one: {reason}")
+        together.separate(home, f"{type(error).__name__}: {error}")
+        log_run(workdir, wanted[0], f"{others} are done one by one: {str(error).partition(chr(10))[0]}")
         return
-    metric = store.read_plan(workdir)["metrics"][0]
-    for row, folder, outcome in zip(rows, folders, outcomes, strict=True):
-        if isinstance(outcome, Exception):
-            store.fail(folder, f"{type(outcome).__name__}: {outcome}", 1)
-            say(workdir, row, f"failed: {type(outcome).__name__}: {str(outcome).partition(chr(10))[0]}")
-        elif outcome is not None:
-            value = store.score(outcome, metric)
-            text = "undefined" if value is None else f"{value:.3f}"
-            say(workdir, row, f"{metric} {text} ({len(rows)} runs together in {time.monotonic() - began:.1f} s)")
+    took = f"{len(rows)} runs together in {time.monotonic() - began:.1f} s"
+    for row, outcome in zip(rows, outcomes, strict=True):
+        if outcome is not None:
+            finish(workdir, row, outcome, 1, took)
 
 
-def train_runs(folders, wanted, home: pathlib.Path, stop_requested: Callable[..., bool]):
-    from tl_jax.training.train import train_together
+def train_runs(folders, claimed, home: pathlib.Path, stop_requested: Callable[..., bool]):
+    from tl_jax.training.train import train_together  # the imports that take seconds wait until there is work
 
-    try:
-        configs = [read_config(folder) for folder in folders]
-        return train_together(configs, wanted, home, stop_requested=stop_requested)
-    except Exception:
-        traceback.print_exc()
-        raise
-
-
-def read_config(folder: pathlib.Path):
-    from tl_jax import config  # the imports that take seconds wait until there is something to do
-
-    return config.from_flat(read_json(folder / "config.json"))
+    with traced():
+        configs = [config.from_flat(read_json(folder / "config.json")) for folder in folders]
+        return train_together(configs, claimed, home, stop_requested=stop_requested)
 
 
 def train_run(folder: pathlib.Path, stop_requested: Callable[..., bool]) -> dict[str, Any]:
     from tl_jax.training.train import train
 
+    with traced():
+        flat = read_json(folder / "config.json")
+        return train(config.from_flat(flat), folder, verbose=False, stop_requested=stop_requested)
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """Prints the traceback of an error that goes through."""
     try:
-        return train(read_config(folder), folder, verbose=False, stop_requested=stop_requested)
+        yield
     except Exception:
         traceback.print_exc()
         raise
 
 
-def say(workdir: pathlib.Path, row: Mapping[str, Any], text: str) -> None:
+def log_run(workdir: pathlib.Path, row: Mapping[str, Any], text: str) -> None:
     """One line on the console: how many runs are over, which run this is, and what became of it."""
     if not distributed.is_first():
         return

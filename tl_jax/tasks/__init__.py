@@ -1,20 +1,18 @@
-"""What a head predicts, and what follows from it: the loss, the log, metrics with intervals, the metric that selects.
-
-No other room names a metric. Scoring needs no jax; `make` does.
-"""
+"""What a head predicts, and what follows from it; no other room names a metric. Scoring needs no jax; `make` does."""
 
 import numpy as np
 
 from tl_jax.core.messages import nearest
-from tl_jax.tasks import binary, classification, intervals, multilabel, regression
-from tl_jax.tasks.predictions import LEAST, Predictions, load_predictions, make_predictions, save_predictions
-from tl_jax.tasks.tables import format_classes, format_table
-from tl_jax.tasks.task import Metrics, Spec, Task, card_fields, preference, spec_of, spec_problems
+from tl_jax.tasks import binary, classification, multilabel, regression
+from tl_jax.tasks.intervals import interval, resample, wilson
+from tl_jax.tasks.predictions import Predictions, load_predictions, make_predictions, save_predictions
+from tl_jax.tasks.tables import format_classes, format_sets, format_table
+from tl_jax.tasks.task import Metrics, Spec, Task, card_fields, preference, spec_of, spec_problems, unchanged
 
 __all__ = [
-    "CALIBRATION", "CONFUSION", "METRICS", "NAMES", "RELIABILITY", "Metrics", "Predictions", "Spec", "Task",
-    "card_fields", "direction", "fit_spec", "format_classes", "format_table", "load_predictions", "make",
-    "make_predictions", "paired_difference", "preference", "save_predictions", "scalar_names", "scores",
+    "CALIBRATION", "METRICS", "NAMES", "Metrics", "Predictions", "Spec", "Task", "card_fields", "confusion",
+    "direction", "fit_spec", "format_classes", "format_sets", "format_table", "load_predictions", "make",
+    "make_predictions", "paired_difference", "point", "preference", "save_predictions", "scalar_names", "scores",
     "share_interval", "spec_of", "summarize",
 ]  # fmt: skip
 
@@ -26,12 +24,6 @@ METRICS = {
 }
 NAMES = tuple(METRICS)
 CALIBRATION = "ece"  # the scalar that belongs to a reliability diagram
-# Predictions -> count, observed share and expected share of each bin; and what these two are called.
-RELIABILITY = {
-    "classification": (classification.reliability, ("accuracy", "confidence")),
-    "binary": (binary.reliability, ("share of positives", "probability of the positive")),
-}
-CONFUSION = {name: metrics.confusion for name, metrics in METRICS.items() if metrics.confusion}
 _LESS = {"loss", *(name for metrics in METRICS.values() for name in metrics.less)}
 
 
@@ -42,27 +34,25 @@ def make(
     class_weight: tuple[float, ...] = (),
     pos_weight: tuple[float, ...] = (),
 ) -> Task:
-    """The task of a spec.
+    """The task of a spec; one ValueError for a spec or weights that do not fit.
 
-    class_weight: of a classification, one number a class; the loss stays a plain mean over the examples, see
-    `classification.make`. pos_weight: of the positives of a binary task (one number) or of each label (multilabel).
-    Raises one ValueError for a spec or weights that do not fit.
+    class_weight: of a classification, one number a class, see `losses.classification`. pos_weight: of the positives of
+    a binary task (one number) or of each label (multilabel).
     """
     _check_name(spec.name)
-    problems = spec_problems(spec, LEAST)
-    sizes = {"binary": 1, "multilabel": len(spec.class_names)}
-    problems += _weight_problems("class_weight", class_weight, {"classification": len(spec.class_names)}, spec.name)
-    problems += _weight_problems("pos_weight", pos_weight, sizes, spec.name)
+    problems, labels = spec_problems(spec), len(spec.class_names)
+    problems += _weight_problems("class_weight", class_weight, {"classification": labels}, spec.name)
+    problems += _weight_problems("pos_weight", pos_weight, {"binary": 1, "multilabel": labels}, spec.name)
     if label_smoothing and (spec.name == "regression" or not 0 <= label_smoothing < 1):
         problems.append(f"label_smoothing={label_smoothing}: expected 0 .. 1, below 1; 0 for a regression")
     if problems:
         raise ValueError(f"this {spec.name} task cannot be made: {'; '.join(problems)}")
-    if spec.name == "classification":
-        return classification.make(spec, label_smoothing, tuple(class_weight))
-    if spec.name == "regression":
-        return regression.make(spec)
-    module = binary if spec.name == "binary" else multilabel
-    return module.make(spec, label_smoothing, tuple(pos_weight))
+    from tl_jax.tasks import losses  # here, as jax takes its time and metrics do without it
+
+    metrics, trained = METRICS[spec.name], losses.TRAINED[spec.name]
+    parts = trained(spec, label_smoothing, tuple(class_weight) or tuple(pos_weight))
+    scoring = (metrics.scores, metrics.monitor, metrics.calibrate or unchanged, metrics)
+    return Task(spec, *parts, losses.each_once, *scoring)
 
 
 def _weight_problems(option: str, weights: tuple[float, ...], sizes: dict[str, int], name: str) -> list[str]:
@@ -82,14 +72,33 @@ def fit_spec(name: str, labels: np.ndarray, class_names: tuple[str, ...] = ()) -
     Without class_names those of a binary task are "0" and "1". ValueError where labels or names do not fit the task.
     """
     _check_name(name)
-    class_names = tuple(map(str, class_names)) or (("0", "1") if name == "binary" else ())
-    spec = Spec(name, class_names)
+    spec = Spec(name, tuple(map(str, class_names)) or (("0", "1") if name == "binary" else ()))
     if name == "regression":
-        mean, std = regression.fit_targets(labels, class_names)
+        mean, std = regression.fit_targets(labels, spec.class_names)
         spec = spec._replace(target_mean=mean, target_std=std)
-    if problems := spec_problems(spec, LEAST):
+    if problems := spec_problems(spec):
         raise ValueError("; ".join(problems))
     return spec
+
+
+def scores(predictions: Predictions) -> dict[str, float]:
+    """The loss, without weights and smoothing, and the monitored metric, in float64: for model selection."""
+    return METRICS[predictions.spec.name].scores(predictions)
+
+
+def point(predictions: Predictions) -> dict:
+    """The point estimates of all metrics, {name: scalar or [rows]}; NaN where undefined."""
+    metrics = METRICS[predictions.spec.name]
+    if metrics.point:
+        return metrics.point(predictions)
+    once = np.ones((len(predictions.labels), 1), np.float32)
+    return {name: x[0] for part in metrics.parts for name, x in part(predictions, once).items()}
+
+
+def confusion(predictions: Predictions) -> np.ndarray:
+    """Counts [K, K] of a task that predicts one class; rows are true classes, columns predicted ones."""
+    classes, answer = len(predictions.spec.class_names), METRICS[predictions.spec.name].answer(predictions)
+    return np.bincount(classes * predictions.labels + answer, minlength=classes**2).reshape(classes, classes)
 
 
 def summarize(predictions: Predictions, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> dict:
@@ -99,8 +108,29 @@ def summarize(predictions: Predictions, *, resamples: int = 1000, level: float =
     Each of `scalar_names` is {"value", "low", "high"}; also count; a list of rows per_class, per_label or per_target;
     confusion (rows: true, columns: predicted); level, resamples, seed. docs/metrics.md has the definitions.
     """
-    metrics = METRICS[predictions.spec.name]
-    return intervals.summarize(metrics, predictions, resamples=resamples, level=level, seed=seed)
+    _check(resamples, level)
+    metrics, value = METRICS[predictions.spec.name], point(predictions)
+    chunks = [
+        {name: sample for part in metrics.parts for name, sample in part(predictions, weights).items()}
+        for weights in resample(len(predictions.labels), resamples, seed)
+    ]
+    samples = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in value}
+    found = {name: interval(value[name], samples[name], level) for name in value if np.ndim(value[name]) == 0}
+    if metrics.rows:
+        found[f"per_{metrics.rows.noun}"] = _table(predictions, value, samples, level)
+    if metrics.answer:
+        found["confusion"] = confusion(predictions).tolist()
+    return {"count": len(predictions.labels), **found, "level": level, "resamples": resamples, "seed": seed}
+
+
+def _table(predictions, value, samples, level) -> list[dict]:
+    noun, columns, support, suffix = METRICS[predictions.spec.name].rows
+    rows = [{noun: name} for name in predictions.spec.class_names]
+    for k, row in enumerate(rows):
+        if support:
+            row["support"] = int(support(predictions)[k])
+        row |= {name: interval(value[name + suffix][k], samples[name + suffix][:, k], level) for name in columns}
+    return rows
 
 
 def paired_difference(
@@ -108,31 +138,38 @@ def paired_difference(
 ) -> dict:
     """A scalar metric of a minus that of b on the same examples (matched by id): {"value", "low", "high"}.
 
-    Both models see the same resamples, so what makes an example hard for both cancels: the interval is narrower than
-    two separate ones suggest. metric: "" is the monitored one. Raises ValueError for different examples, labels or
-    classes, or an unknown metric.
+    Both models see the same resamples, so what is hard for both cancels. metric: "" is the monitored one. ValueError
+    for different examples, labels or classes, or an unknown metric.
     """
-    metrics = METRICS[a.spec.name]
+    _check(resamples, level)
+    order = dict(zip(b.ids.tolist(), range(len(b.ids)), strict=True))
+    if unmatched := sorted(set(order).symmetric_difference(a.ids.tolist())):
+        raise ValueError(f"a paired comparison needs the same examples; {len(unmatched)} are in one: {unmatched[:5]}")
+    order = [order[name] for name in a.ids.tolist()]
+    same = (a.spec.name, a.spec.class_names) == (b.spec.name, b.spec.class_names)
+    if not same or not np.array_equal(a.labels, b.labels[order]):
+        raise ValueError("a paired comparison needs the same classes and labels; these two runs disagree about them")
+    b = b._replace(outputs={name: x[order] for name, x in b.outputs.items()}, labels=a.labels, ids=a.ids)
+    metrics, once = METRICS[a.spec.name], np.ones((len(order), 1), np.float32)
     metric = metric or metrics.monitor[0][0]
-    return intervals.paired_difference(metrics, a, b, metric=metric, resamples=resamples, level=level, seed=seed)
-
-
-def scores(predictions: Predictions) -> dict[str, float]:
-    """The loss, without weights and smoothing, and the monitored metric, in float64: for model selection."""
-    return METRICS[predictions.spec.name].scores(predictions)
+    parts = {name: part for part in metrics.parts for name, x in part(a, once).items() if x.ndim == 1}
+    if metric not in parts:
+        raise ValueError(f"unknown metric {metric!r}{nearest(metric, parts)}; known: {', '.join(parts)}")
+    samples = [np.subtract(*(parts[metric](p, weights)[metric] for p in (a, b)))
+               for weights in resample(len(order), resamples, seed)]  # fmt: skip
+    return interval(point(a)[metric] - point(b)[metric], np.concatenate(samples), level)
 
 
 def direction(metric: str) -> int:
-    """1 where more of a metric is better, -1 where less is; "NAME/metric" is that of a further set."""
+    """1 where more of a metric is better, -1 where less is; "NAME/metric" is that of a set of data.extra_eval."""
     return -1 if metric.rpartition("/")[2] in _LESS else 1
 
 
 def share_interval(name: str, value: float | None, count: int) -> dict[str, float]:
-    """{"low", "high"}: the 95 % score interval of the monitored metric on `count` examples, where it is a share of them
-    (Wilson 1927); else {}."""
+    """{"low", "high"}: the 95 % score interval (Wilson 1927) of the monitored metric if it is a share, otherwise {}."""
     if METRICS[name].monitor[0][0] != "accuracy" or value is None:
         return {}
-    return dict(zip(("low", "high"), intervals.wilson(value, count), strict=True))
+    return dict(zip(("low", "high"), wilson(value, count), strict=True))
 
 
 def scalar_names(name: str) -> tuple[str, ...]:
@@ -144,3 +181,8 @@ def scalar_names(name: str) -> tuple[str, ...]:
 def _check_name(name: str) -> None:
     if name not in METRICS:
         raise ValueError(f"there is no task {name!r}{nearest(str(name), NAMES)}; known: {', '.join(NAMES)}")
+
+
+def _check(resamples, level):
+    if resamples < 1 or not 0 < level < 1:
+        raise ValueError(f"resamples={resamples}, level={level}: expected at least 1, and a level between 0 and 1")

@@ -2,55 +2,9 @@
 
 import numpy as np
 
-from tl_jax.tasks.intervals import bin_of, binned, group_sum, mean_defined, roc_auc
+from tl_jax.tasks.intervals import binned, calibration_error, group_sum, mean_defined, roc_auc
 from tl_jax.tasks.predictions import Predictions
-from tl_jax.tasks.task import Metrics, Rows, Spec, Task, unchanged
-
-ECE_BINS = 15
-
-
-def make(spec: Spec, label_smoothing: float, class_weight: tuple[float, ...]) -> Task:
-    """Cross-entropy, weighted by class where there are weights: loss_i = w_i CE_i.
-
-    w_i is the weight of the label; of a smoothed or mixed target it is the mean weight under the target.
-    """
-    import jax.numpy as jnp  # here, as jax takes its time and metrics do without it
-
-    from tl_jax.tasks import losses
-
-    weights, classes = jnp.asarray(class_weight, jnp.float32), len(spec.class_names)
-
-    def loss(outputs, targets):
-        each = losses.cross_entropy(outputs["logits"], targets)
-        return each * jnp.dot(targets, weights, precision="highest") if class_weight else each
-
-    def running(outputs, labels):
-        return {"accuracy": (jnp.argmax(outputs["logits"], axis=-1) == labels).astype(jnp.float32)}
-
-    return Task(
-        spec=spec,
-        outputs=classes,
-        encode=lambda labels: losses.smooth_labels(labels, classes, label_smoothing),
-        loss=loss,
-        count=losses.each_once,
-        running=running,
-        keep=lambda outputs: {"logits": outputs["logits"].astype(jnp.float32)},
-        scores=scores,
-        monitor=METRICS.monitor,
-        calibrate=unchanged,
-        metrics=METRICS,
-    )
-
-
-def scores(predictions: Predictions) -> dict[str, float]:
-    """Accuracy and negative log-likelihood (natural log, mean over examples) in float64."""
-    logits = predictions.values.astype(np.float64)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return {
-        "loss": float(-log_probabilities[np.arange(len(logits)), predictions.labels].mean()),
-        "accuracy": float((logits.argmax(axis=1) == predictions.labels).mean()),
-    }
+from tl_jax.tasks.task import Metrics, Rows
 
 
 def answer(predictions: Predictions) -> np.ndarray:
@@ -58,18 +12,18 @@ def answer(predictions: Predictions) -> np.ndarray:
     return predictions.values.argmax(1)
 
 
-def confusion(predictions: Predictions) -> np.ndarray:
-    """Counts [K, K]; rows are true classes, columns predicted ones."""
-    import sklearn.metrics  # here, as it takes half a second, which the first training step should not wait for
+def scores(predictions: Predictions) -> dict[str, float]:
+    """Accuracy and negative log-likelihood (natural log, mean over examples) in float64."""
+    labels, log_p = predictions.labels, _log_probabilities(predictions)
+    return {
+        "loss": float(-log_p[np.arange(len(labels)), labels].mean()),
+        "accuracy": float((answer(predictions) == labels).mean()),
+    }
 
-    classes = range(len(predictions.spec.class_names))
-    return sklearn.metrics.confusion_matrix(predictions.labels, answer(predictions), labels=classes)
 
-
-def reliability(predictions: Predictions, bins: int = ECE_BINS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count, accuracy and mean confidence [bins] of equal-width confidence bins (Guo et al. 2017); NaN where empty."""
-    confidence, index = _confidence(predictions, bins)
-    return binned(index, answer(predictions) == predictions.labels, confidence, bins)
+def reliability(predictions: Predictions) -> tuple[np.ndarray, ...]:
+    """Count, accuracy and mean confidence of equal-width bins of the confidence (Guo et al. 2017); NaN where empty."""
+    return binned(answer(predictions) == predictions.labels, _confidence(predictions))
 
 
 def _log_probabilities(predictions):
@@ -91,36 +45,31 @@ def _log_odds(predictions):
     return log_p - rest
 
 
-def _confidence(predictions, bins):
-    confidence = np.exp(_log_probabilities(predictions).max(axis=1))
-    return confidence, bin_of(confidence, bins)
+def _confidence(predictions):
+    return np.exp(_log_probabilities(predictions).max(axis=1))
 
 
 def _point(predictions) -> dict:
     """Point estimates: scalars and [K] arrays; NaN where undefined (a class without examples, or without others)."""
-    import sklearn.metrics
+    import sklearn.metrics  # here, as it takes half a second, which the first training step should not wait for
 
-    labels, predicted, log_p = predictions.labels, answer(predictions), _log_probabilities(predictions)
-    count, classes = log_p.shape
-    rates, rate_names = sklearn.metrics.precision_recall_fscore_support, ("precision", "recall", "f1")
-    support = np.bincount(labels, minlength=classes)
-    accuracy = float(sklearn.metrics.accuracy_score(labels, predicted))
-    value = {"accuracy": accuracy}
+    labels, predicted, (count, classes) = predictions.labels, answer(predictions), predictions.values.shape
+    support, overall = _support(predictions), scores(predictions)
+    value = {"accuracy": overall["accuracy"]}
     if classes > 5:
         value["top5"] = float(_in_top(predictions, 5).mean())
+    rates = sklearn.metrics.precision_recall_fscore_support
     macro = rates(labels, predicted, labels=np.flatnonzero(support), average="macro", zero_division=0)
-    value |= {f"{name}_macro": float(rate) for name, rate in zip(rate_names, macro[:3], strict=True)}
-    value |= {f"{name}_micro": accuracy for name in rate_names}  # one label, one guess: all are the accuracy
+    value |= {f"{name}_macro": float(rate) for name, rate in zip(_RATES, macro[:3], strict=True)}
+    value |= {f"{name}_micro": overall["accuracy"] for name in _RATES}  # one label, one guess: all are the accuracy
     per_class = rates(labels, predicted, labels=range(classes), zero_division=0)
-    value |= {name: np.where(support, rate, np.nan) for name, rate in zip(rate_names, per_class[:3], strict=True)}
+    value |= {name: np.where(support, rate, np.nan) for name, rate in zip(_RATES, per_class[:3], strict=True)}
     auc, score = np.full(classes, np.nan), _log_odds(predictions)
     for k in np.flatnonzero((support > 0) & (support < count)):
         auc[k] = sklearn.metrics.roc_auc_score(labels == k, score[:, k])
     value |= {"roc_auc": auc, "roc_auc_macro": np.nanmean(auc) if support.max() < count else np.nan}
     bins, hit, confidence = reliability(predictions)
-    value["nll"] = float(-log_p[np.arange(count), labels].mean())
-    value["ece"] = float(np.nansum(bins * np.abs(hit - confidence)) / count)
-    return value
+    return value | {"nll": overall["loss"], "ece": float(np.nansum(bins * np.abs(hit - confidence)) / count)}
 
 
 def _in_top(predictions, k):
@@ -136,19 +85,16 @@ def _weighted(predictions, weights) -> dict:
     labels, predicted, log_p = predictions.labels, answer(predictions), _log_probabilities(predictions)
     classes, total, hit = log_p.shape[1], weights.sum(axis=0), predicted == labels
     accuracy = hit.astype(np.float64) @ weights / total
-    result = {"accuracy": accuracy, **{f"{name}_micro": accuracy for name in ("precision", "recall", "f1")}}
+    result = {"accuracy": accuracy, **{f"{name}_micro": accuracy for name in _RATES}}
     if classes > 5:
         result["top5"] = _in_top(predictions, 5).astype(np.float64) @ weights / total
     true_positive = group_sum(labels[hit], classes, weights, np.flatnonzero(hit)).astype(np.float64)
     support, guessed = group_sum(labels, classes, weights), group_sum(predicted, classes, weights)
-    denominators = {"precision": guessed, "recall": support, "f1": (support + guessed) / 2}
-    for name, denominator in denominators.items():  # nothing guessed means no true positive: precision 0
-        rate = np.where(support > 0, true_positive / np.maximum(denominator, 0.5), np.nan)
+    for name, denominator in zip(_RATES, (guessed, support, (support + guessed) / 2), strict=True):
+        rate = np.where(support > 0, true_positive / np.maximum(denominator, 0.5), np.nan)  # nothing guessed: 0
         result[name], result[f"{name}_macro"] = rate.T, np.nanmean(rate, axis=0)
     result["nll"] = -log_p[np.arange(len(labels)), labels] @ weights / total
-    confidence, bins = _confidence(predictions, ECE_BINS)
-    result["ece"] = np.abs(group_sum(bins, ECE_BINS, weights, values=hit - confidence)).sum(axis=0) / total
-    return result
+    return result | {"ece": calibration_error(hit, _confidence(predictions), weights)}
 
 
 def _weighted_auc(predictions, weights) -> dict:
@@ -171,9 +117,10 @@ METRICS = Metrics(
     less=("nll", "ece"),
     monitor=(("accuracy", "max"), ("loss", "min")),
     scores=scores,
-    point=_point,
     parts=(_weighted, _weighted_auc),
     differ=lambda a, b: answer(a) != answer(b),
+    point=_point,
     rows=Rows("class", (*_RATES, "roc_auc"), _support),
-    confusion=confusion,
+    answer=answer,
+    reliability=(reliability, ("accuracy", "confidence")),
 )  # fmt: skip

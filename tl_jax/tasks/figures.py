@@ -6,10 +6,8 @@ from matplotlib.patheffects import withStroke
 
 from tl_jax import tasks
 from tl_jax.core.plotting import BLUE, BLUES, GREY, MARKERS, PALETTE, VERMILION, figure_at, short
-from tl_jax.tasks import binary, classification
 from tl_jax.tasks.predictions import Predictions
 
-ANSWER = {"classification": classification.answer, "binary": binary.answer}  # the predicted class
 LABELS, TARGETS = 40, 6  # so many labels, targets are drawn
 
 
@@ -17,42 +15,43 @@ def draw(predictions: Predictions, folder) -> None:
     """All figures of a task, as PNG files in the folder."""
     for name, figure in FIGURES[predictions.spec.name].items():
         figure(predictions, folder / f"{name}.png")
-    features = predictions.features
-    if predictions.spec.name in ANSWER and features is not None and min(features.shape) >= 2:  # a plane needs two
+    classes, features = tasks.METRICS[predictions.spec.name].answer, predictions.features
+    if classes and features is not None and min(features.shape) >= 2:  # a plane needs two
         feature_map(predictions, folder / "feature_map.png")
 
 
 def confusion_matrix(predictions: Predictions, path) -> None:
-    """Confusion matrix, coloured by the share of the true class.
+    """Confusion matrix, coloured by the share of the true class; beyond 200 classes the cells are blocks of classes.
 
-    To 20 classes the counts are written in, beyond it the commonest confusions beside it; beyond 200 the cells are
-    blocks of neighbouring classes.
+    To 20 classes the counts are written in, beyond it the commonest confusions next to it.
     """
-    counts = tasks.CONFUSION[predictions.spec.name](predictions)
+    counts, class_names = tasks.confusion(predictions), predictions.spec.class_names
     classes = len(counts)
     side, listed = min(2.8 + 0.34 * classes, 7.2), classes > 20
     grid = {"columns": 2, "ratios": [side, 3.2]} if listed else {}
-    with figure_at(path, (side + (4.0 if listed else 0.6), side), **grid) as (figure, axes):
+    with figure_at(path, (side + (4.0 if listed else 0.6), side), **grid) as (figure, (axis, *others)):
         share, block = _share(counts)
-        image = axes[0].imshow(
-            share, cmap=BLUES, norm=PowerNorm(0.5, 0, 1), interpolation="nearest", extent=(0, classes, classes, 0)
-        )
+        style = {"cmap": BLUES, "norm": PowerNorm(0.5, 0, 1), "interpolation": "nearest"}
+        image = axis.imshow(share, extent=(0, classes, classes, 0), **style)
         blocks = f"; cells are blocks of {block} classes" if block > 1 else ""
-        axes[0].set(xlabel="predicted class", ylabel="true class")
-        axes[0].set_title(f"{counts.trace():,} of {counts.sum():,} correct{blocks}")
-        axes[0].spines[:].set_visible(True)
-        axes[0].tick_params(length=0)
-        bar = figure.colorbar(image, ax=axes[0], shrink=0.8, ticks=[0, 0.05, 0.2, 0.5, 1])
+        title = f"{counts.trace():,} of {counts.sum():,} correct{blocks}"
+        axis.set(xlabel="predicted class", ylabel="true class", title=title)
+        axis.spines[:].set_visible(True)
+        axis.tick_params(length=0)
+        bar = figure.colorbar(image, ax=axis, shrink=0.8, ticks=[0, 0.05, 0.2, 0.5, 1])
         bar.set_label("share of the true class", fontsize=8)
         bar.outline.set_visible(False)
         if classes <= 50:
-            _name_classes(axes[0], predictions.spec.class_names)
+            names, centres = [short(name) for name in class_names], np.arange(classes) + 0.5
+            size, rotation = 6 if listed else 9, 90 if max(map(len, names)) > 2 else 0
+            axis.set_xticks(centres, names, rotation=rotation, fontsize=size)
+            axis.set_yticks(centres, names, fontsize=size)
         if listed:
-            _list_confusions(axes[1], counts, predictions.spec.class_names)
+            _list_confusions(others[0], counts, class_names)
             return
         for (i, j), count in np.ndenumerate(counts):
             colour = "white" if share[i, j] > 0.3 else "black"
-            axes[0].text(j + 0.5, i + 0.5, count or "", ha="center", va="center", fontsize=8, color=colour)
+            axis.text(j + 0.5, i + 0.5, count or "", ha="center", va="center", fontsize=8, color=colour)
 
 
 def _share(counts):
@@ -61,13 +60,6 @@ def _share(counts):
     start = np.arange(0, len(counts), block)
     pooled = np.add.reduceat(np.add.reduceat(counts, start, axis=0), start, axis=1)
     return pooled / np.maximum(pooled.sum(axis=1, keepdims=True), 1), block
-
-
-def _name_classes(axis, class_names):
-    names, size = [short(name) for name in class_names], 9 if len(class_names) <= 20 else 6
-    centres = np.arange(len(names)) + 0.5
-    axis.set_xticks(centres, names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
-    axis.set_yticks(centres, names, fontsize=size)
 
 
 def _list_confusions(axis, counts, class_names, limit=25):
@@ -85,7 +77,7 @@ def _list_confusions(axis, counts, class_names, limit=25):
 
 def reliability(predictions: Predictions, path) -> None:
     """Reliability diagram (Guo et al. 2017): observed by expected share, the gap, and the share of each bin."""
-    measure, (observed, expected) = tasks.RELIABILITY[predictions.spec.name]
+    measure, (observed, expected) = tasks.METRICS[predictions.spec.name].reliability
     count, share, probability = measure(predictions)
     total, bins = count.sum(), len(count)
     ece = np.nansum(count * np.abs(share - probability)) / total
@@ -110,18 +102,17 @@ def reliability(predictions: Predictions, path) -> None:
 def feature_map(predictions: Predictions, path) -> None:
     """The two leading principal components of the features, coloured by class, with the misclassified examples ringed.
 
-    Classes are named at their medians up to 10, in a legend up to 40, and drawn alike beyond. ValueError where the
-    predictions carry no features.
+    Classes are named at their medians up to 10, in a legend up to 40. ValueError without features.
     """
     features, labels, names = predictions.features, predictions.labels, predictions.spec.class_names
     if features is None or min(features.shape) < 2:
         found = "no features" if features is None else f"features {features.shape}"
         raise ValueError(f"the predictions carry {found}; a feature map needs [N >= 2, D >= 2]")
-    import sklearn.decomposition
+    import sklearn.decomposition  # here, as it takes half a second
 
     pca = sklearn.decomposition.PCA(2, random_state=0)
     points = pca.fit_transform(features.astype(np.float64))
-    wrong = ANSWER[predictions.spec.name](predictions) != labels
+    wrong = tasks.METRICS[predictions.spec.name].answer(predictions) != labels
     legend = 10 < len(names) <= 40
     with figure_at(path, (7.4 if legend else 5.4, 4.8)) as (figure, (axis,)):
         size = float(np.clip(6000 / len(labels), 3, 16))
@@ -148,7 +139,7 @@ def threshold_curves(predictions: Predictions, path) -> None:
     """ROC and precision-recall curve of a binary task, with the point of the threshold in use."""
     import sklearn.metrics  # here, as it takes half a second
 
-    point, labels, logits = tasks.METRICS["binary"].point(predictions), predictions.labels, predictions.values
+    point, labels, logits = tasks.point(predictions), predictions.labels, predictions.values
     with figure_at(path, (7.2, 3.5), columns=2) as (_, (left, right)):
         if labels.min() < labels.max():
             fall_out, hit, _ = sklearn.metrics.roc_curve(labels, logits)
@@ -170,17 +161,15 @@ def threshold_curves(predictions: Predictions, path) -> None:
 
 def label_bars(predictions: Predictions, path) -> None:
     """F1 and average precision of each label, the best first; of many labels those with the lowest precision."""
-    point, names = tasks.METRICS["multilabel"].point(predictions), predictions.spec.class_names
+    point, names = tasks.point(predictions), predictions.spec.class_names
     order = np.argsort(-np.nan_to_num(point["average_precision"]), kind="stable")[-LABELS:]
     support = predictions.labels.sum(axis=0)
     few = f"; the {LABELS} lowest of {len(names)} labels" if len(order) < len(names) else ""
     with figure_at(path, (6.0, 1.3 + 0.34 * len(order))) as (figure, (axis,)):
         rows, height = np.arange(len(order)), 0.38
-        for offset, name, label, colour in (
-            (-0.5, "average_precision", "average precision", BLUE),
-            (0.5, "f1", "F1", VERMILION),
-        ):
-            axis.barh(rows + offset * height, point[name][order], height, color=colour, label=label)
+        precision, f1 = point["average_precision"][order], point["f1"][order]
+        axis.barh(rows - 0.5 * height, precision, height, color=BLUE, label="average precision")
+        axis.barh(rows + 0.5 * height, f1, height, color=VERMILION, label="F1")
         axis.set_yticks(rows, [f"{short(names[k])} ({support[k]:,})" for k in order])
         axis.set(xlim=(0, 1), ylim=(len(order) - 0.4, -0.6), xlabel=f"positives in brackets{few}")
         mean, macro = point["mean_average_precision"], point["f1_macro"]
@@ -192,7 +181,7 @@ def label_bars(predictions: Predictions, path) -> None:
 
 def predicted_and_true(predictions: Predictions, path) -> None:
     """Predicted against true values, and the residuals against the predicted: a row for each target."""
-    point, names = tasks.METRICS["regression"].point(predictions), predictions.spec.class_names
+    point, names = tasks.point(predictions), predictions.spec.class_names
     shown = names[:TARGETS]
     style = {"s": float(np.clip(6000 / len(predictions.labels), 3, 16)), "color": BLUE, "alpha": 0.5, "linewidths": 0}
     with figure_at(path, (7.2, 3.2 * len(shown)), rows=len(shown), columns=2) as (_, axes):
@@ -212,13 +201,10 @@ def predicted_and_true(predictions: Predictions, path) -> None:
                 axis.grid(True)
 
 
+_OF_CLASSES = {"confusion_matrix": confusion_matrix, "reliability": reliability}
 FIGURES = {
-    "classification": {"confusion_matrix": confusion_matrix, "reliability": reliability},
-    "binary": {
-        "confusion_matrix": confusion_matrix,
-        "reliability": reliability,
-        "threshold_curves": threshold_curves,
-    },
+    "classification": _OF_CLASSES,
+    "binary": {**_OF_CLASSES, "threshold_curves": threshold_curves},
     "multilabel": {"labels": label_bars},
     "regression": {"predicted_and_true": predicted_and_true},
 }

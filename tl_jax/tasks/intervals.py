@@ -1,100 +1,19 @@
 """The one bootstrap over examples that all metrics share (Efron 1979), and the weighted sums that they are made of."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import scipy  # loads its parts when they are used
 
-from tl_jax.core.messages import nearest
 from tl_jax.tasks.predictions import Predictions
-from tl_jax.tasks.task import Metrics
 
-CHUNK = 2**22  # weights held at a time: 16 MiB in float32
-
-
-def summarize(
-    metrics: Metrics, predictions: Predictions, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
-) -> dict:
-    """Every metric with its interval; see `tl_jax.tasks.summarize`."""
-    _check(resamples, level)
-    value = metrics.point(predictions)
-    chunks = [
-        {name: sample for part in metrics.parts for name, sample in part(predictions, weights).items()}
-        for weights in resample(len(predictions.labels), resamples, seed)
-    ]
-    samples = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in value}
-    scalars = {name: interval(value[name], samples[name], level) for name in value if np.ndim(value[name]) == 0}
-    tables = {f"per_{metrics.rows.noun}": _table(metrics, predictions, value, samples, level)} if metrics.rows else {}
-    tables |= {"confusion": metrics.confusion(predictions).tolist()} if metrics.confusion else {}
-    return {
-        "count": len(predictions.labels),
-        **scalars,
-        **tables,
-        "level": level,
-        "resamples": resamples,
-        "seed": seed,
-    }
-
-
-def _table(metrics, predictions, value, samples, level) -> list[dict]:
-    rows = [{metrics.rows.noun: name} for name in predictions.spec.class_names]
-    if metrics.rows.support:
-        for row, count in zip(rows, metrics.rows.support(predictions), strict=True):
-            row["support"] = int(count)
-    for name in metrics.rows.metrics:
-        full = f"{name}{metrics.rows.suffix}"
-        for k, row in enumerate(rows):
-            row[name] = interval(value[full][k], samples[full][:, k], level)
-    return rows
-
-
-def paired_difference(
-    metrics: Metrics,
-    a: Predictions,
-    b: Predictions,
-    *,
-    metric: str,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> dict:
-    """A scalar metric of a minus that of b on the same resamples; see `tl_jax.tasks.paired_difference`."""
-    _check(resamples, level)
-    order = dict(zip(b.ids.tolist(), range(len(b.ids)), strict=True))
-    if unmatched := sorted(set(order).symmetric_difference(a.ids.tolist())):
-        raise ValueError(f"a paired comparison needs the same examples; {len(unmatched)} are in one: {unmatched[:5]}")
-    order = [order[name] for name in a.ids.tolist()]
-    same = (a.spec.name, a.spec.class_names) == (b.spec.name, b.spec.class_names)
-    if not same or not np.array_equal(a.labels, b.labels[order]):
-        raise ValueError("a paired comparison needs the same classes and labels; these two runs disagree about them")
-    b = b._replace(outputs={name: x[order] for name, x in b.outputs.items()}, labels=a.labels, ids=a.ids)
-    part = _part_with(metrics, a, metric)
-    samples = [part(a, weights)[metric] - part(b, weights)[metric] for weights in resample(len(order), resamples, seed)]
-    return interval(metrics.point(a)[metric] - metrics.point(b)[metric], np.concatenate(samples), level)
-
-
-def _part_with(metrics: Metrics, predictions: Predictions, metric: str) -> Callable:
-    """The one of `metrics.parts` that gives a scalar metric."""
-    once = np.ones((len(predictions.labels), 1), np.float32)
-    found = {name: part for part in metrics.parts for name, x in part(predictions, once).items() if x.ndim == 1}
-    if metric not in found:
-        raise ValueError(f"unknown metric {metric!r}{nearest(metric, found)}; known: {', '.join(found)}")
-    return found[metric]
-
-
-def point_of(*parts: Callable) -> Callable:
-    """The point estimates of `Metrics.parts`: every example once."""
-
-    def point(predictions: Predictions) -> dict:
-        once = np.ones((len(predictions.labels), 1), np.float32)
-        return {name: x[0] for part in parts for name, x in part(predictions, once).items()}
-
-    return point
+CHUNK = 2**22  # weights in memory at a time: 16 MiB in float32
+BINS = 15  # of probabilities, for calibration
 
 
 def resample(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yields [N, B] float32: how often each example is drawn in B resamples of N, in chunks that fit the memory."""
+    """Yields [N, B] float32: how often each example is in each of B resamples of N, in chunks that fit the memory."""
     rng = np.random.default_rng(seed)
     size = max(1, CHUNK // count)
     for start in range(0, resamples, size):
@@ -110,11 +29,6 @@ def interval(value: float, samples: np.ndarray, level: float) -> dict:
     tails = [(1 - level) / 2, (1 + level) / 2]
     low, high = np.quantile(samples, tails).tolist() if len(samples) else (None, None)
     return {"value": None if np.isnan(value) else float(value), "low": low, "high": high}
-
-
-def bin_of(probability: np.ndarray, bins: int) -> np.ndarray:
-    """The place of each probability among equal bins (m/M, (m+1)/M]."""
-    return np.clip(np.ceil(probability * bins).astype(int) - 1, 0, bins - 1)
 
 
 def group_sum(index, groups, weights, columns=None, values=None) -> np.ndarray:
@@ -153,11 +67,28 @@ def average_precision(score: np.ndarray, positive: np.ndarray, weights: np.ndarr
     return np.where(total > 0, gained / np.maximum(total, 1), np.nan)
 
 
-def binned(index: np.ndarray, observed: np.ndarray, expected: np.ndarray, bins: int) -> tuple[np.ndarray, ...]:
-    """Count, mean observed and mean expected value [bins] of the examples of each bin; NaN where it is empty."""
-    count = np.bincount(index, minlength=bins)
+def _bins_of(probability):
+    """The place of each probability among BINS equal bins (m/M, (m+1)/M]."""
+    return np.clip(np.ceil(probability * BINS).astype(int) - 1, 0, BINS - 1)
+
+
+def binned(observed: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Count, mean observed and mean expected value of the examples of each bin of the expected; NaN where empty."""
+    index = _bins_of(expected)
+    count = np.bincount(index, minlength=BINS)
     total = np.where(count, count, np.nan)
-    return count, *(np.bincount(index, x, minlength=bins) / total for x in (observed, expected))
+    return count, *(np.bincount(index, x, minlength=BINS) / total for x in (observed, expected))
+
+
+def calibration_error(observed: np.ndarray, expected: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The expected calibration error over the bins of the expected [B] (Guo et al. 2017, equation 3)."""
+    gaps = group_sum(_bins_of(expected), BINS, weights, values=observed - expected)
+    return np.abs(gaps).sum(axis=0) / weights.sum(axis=0)
+
+
+def sigmoid_losses(predictions: Predictions) -> np.ndarray:
+    """Binary cross-entropy of each logit in float64, unclipped."""
+    return np.logaddexp(0, np.where(predictions.labels == 1, -1.0, 1.0) * predictions.values.astype(np.float64))
 
 
 def mean_defined(values: np.ndarray, axis: int) -> np.ndarray:
@@ -165,11 +96,6 @@ def mean_defined(values: np.ndarray, axis: int) -> np.ndarray:
     defined = ~np.isnan(values)
     with np.errstate(invalid="ignore"):  # 0 / 0
         return np.where(defined, values, 0).sum(axis=axis) / defined.sum(axis=axis)
-
-
-def _check(resamples, level):
-    if resamples < 1 or not 0 < level < 1:
-        raise ValueError(f"resamples={resamples}, level={level}: expected at least 1, and a level between 0 and 1")
 
 
 def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:

@@ -2,38 +2,9 @@
 
 import numpy as np
 
-from tl_jax.tasks.intervals import average_precision, mean_defined, point_of
+from tl_jax.tasks.intervals import average_precision, mean_defined, sigmoid_losses
 from tl_jax.tasks.predictions import Predictions
-from tl_jax.tasks.task import Metrics, Rows, Spec, Task, unchanged
-
-
-def make(spec: Spec, label_smoothing: float, pos_weight: tuple[float, ...]) -> Task:
-    """Binary cross-entropy of each label, its positives weighted by `pos_weight` [K]; the mean over the labels."""
-    import jax.numpy as jnp  # here, as jax takes its time and metrics do without it
-
-    from tl_jax.tasks import losses
-
-    weights = jnp.asarray(pos_weight, jnp.float32) if pos_weight else 1.0
-
-    def loss(outputs, targets):
-        return losses.binary_cross_entropy(outputs["logits"], targets, weights).mean(axis=-1)
-
-    def running(outputs, labels):
-        return {"hamming_loss": ((outputs["logits"] > 0) != (labels > 0)).astype(jnp.float32).mean(axis=-1)}
-
-    return Task(
-        spec=spec,
-        outputs=len(spec.class_names),
-        encode=lambda labels: losses.smooth_binary(labels, label_smoothing),
-        loss=loss,
-        count=losses.each_once,
-        running=running,
-        keep=lambda outputs: {"logits": outputs["logits"].astype(jnp.float32)},
-        scores=scores,
-        monitor=METRICS.monitor,
-        calibrate=unchanged,
-        metrics=METRICS,
-    )
+from tl_jax.tasks.task import Metrics, Rows
 
 
 def answer(predictions: Predictions) -> np.ndarray:
@@ -43,10 +14,10 @@ def answer(predictions: Predictions) -> np.ndarray:
 
 def scores(predictions: Predictions) -> dict[str, float]:
     """Cross-entropy (natural log, mean over examples and labels) and mean average precision, in float64."""
-    once, signs = np.ones((len(predictions.labels), 1), np.float32), np.where(predictions.labels == 1, -1.0, 1.0)
+    precision = _weighted_precision(predictions, np.ones((len(predictions.labels), 1), np.float32))
     return {
-        "loss": float(np.logaddexp(0, signs * predictions.values.astype(np.float64)).mean()),
-        "mean_average_precision": float(_weighted_precision(predictions, once)["mean_average_precision"][0]),
+        "loss": float(sigmoid_losses(predictions).mean()),
+        "mean_average_precision": float(precision["mean_average_precision"][0]),
     }
 
 
@@ -80,7 +51,6 @@ METRICS = Metrics(
     less=("hamming_loss",),
     monitor=(("mean_average_precision", "max"), ("loss", "min")),
     scores=scores,
-    point=point_of(_weighted, _weighted_precision),
     parts=(_weighted, _weighted_precision),
     differ=lambda a, b: (answer(a) != answer(b)).any(axis=1),
     rows=Rows("label", ("precision", "recall", "f1", "average_precision"), lambda p: p.labels.sum(axis=0)),

@@ -12,8 +12,7 @@ from tl_jax.core.messages import nearest
 from tl_jax.tasks.task import Spec, spec_problems
 
 OUTPUT = {"classification": "logits", "binary": "logits", "multilabel": "logits", "regression": "values"}
-LEAST = {"classification": 2, "binary": 2, "multilabel": 1, "regression": 1}  # class names
-ARRAYS = ("labels", "ids", "class_names", "task", "features")  # of the file, beside the outputs
+ARRAYS = ("labels", "ids", "class_names", "task", "features")  # of the file, with the outputs
 
 
 class Predictions(NamedTuple):
@@ -37,10 +36,9 @@ class Predictions(NamedTuple):
 
 
 def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None) -> Predictions:
-    """Checks and types the arrays.
+    """Checks and types the arrays; one ValueError lists everything wrong with them.
 
-    Raises one ValueError that lists everything wrong with them; where nothing is wrong but that outputs are not finite,
-    a FloatingPointError that names the rows.
+    FloatingPointError names the rows where nothing is wrong but that outputs are not finite.
     """
     if spec.name not in OUTPUT:
         raise ValueError(f"there is no task {spec.name!r}{nearest(spec.name, OUTPUT)}; known: {', '.join(OUTPUT)}")
@@ -55,7 +53,7 @@ def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None) -
         expected = "[N >= 1]" if dimensions == 1 else f"[N >= 1, K >= {least}]"
         raise ValueError(f"{output} have shape {values.shape}, expected {expected}")
     count = len(values)
-    wrong = spec_problems(spec, LEAST) + _label_problems(values, labels, spec)
+    wrong = spec_problems(spec) + _label_problems(values, labels, spec)
     if ids.shape != (count,) or len(np.unique(ids)) != count:
         wrong.append(f"{len(np.unique(ids))} different ids of shape {ids.shape}, expected {count}: each example once")
     if dimensions == 2 and len(spec.class_names) != values.shape[1]:
@@ -91,18 +89,15 @@ def _label_problems(values: np.ndarray, labels: np.ndarray, spec: Spec) -> list[
 def save_predictions(path, predictions: Predictions) -> None:
     """Writes checked predictions atomically; see `make_predictions` for the errors."""
     outputs, labels, ids, spec, features = make_predictions(*predictions)
-    rest = {key: value for key, value in spec._asdict().items() if key != "class_names"}
-    arrays = {**outputs, "labels": labels, "ids": ids, "class_names": np.asarray(spec.class_names, str)}
+    rest = spec._asdict()
+    arrays = {**outputs, "labels": labels, "ids": ids, "class_names": np.asarray(rest.pop("class_names"), str)}
     arrays |= {"task": np.asarray(json.dumps(rest))} | ({} if features is None else {"features": features})
     with files.atomic_write(path) as file:
         np.savez(file, **arrays)
 
 
 def load_predictions(path) -> Predictions:
-    """Reads and checks a predictions.npz; FileNotFoundError or ValueError name the file and what is wrong.
-
-    A file without `task` is of a classification.
-    """
+    """Reads and checks a predictions.npz; errors name the file and what is wrong. Without `task`: a classification."""
     try:
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):

@@ -2,44 +2,11 @@
 
 import numpy as np
 
-from tl_jax.tasks.intervals import group_sum, mean_defined, point_of
+from tl_jax.tasks.intervals import group_sum, mean_defined
 from tl_jax.tasks.predictions import Predictions
-from tl_jax.tasks.task import Metrics, Rows, Spec, Task, unchanged
+from tl_jax.tasks.task import Metrics, Rows
 
 CHANGED = 0.01  # standard deviations of a target from which on two predictions differ
-
-
-def make(spec: Spec) -> Task:
-    """Squared error of the standardised targets, the mean over them."""
-    import jax.numpy as jnp  # here, as jax takes its time and metrics do without it
-
-    from tl_jax.tasks import losses
-
-    mean, std = (jnp.asarray(x, jnp.float32)[None] for x in (spec.target_mean, spec.target_std))
-    targets = len(spec.class_names)
-
-    def decode(outputs):
-        return outputs["logits"].astype(jnp.float32) * std + mean
-
-    def loss(outputs, encoded):
-        return jnp.square(outputs["logits"].astype(jnp.float32) - encoded).mean(axis=-1)
-
-    def running(outputs, labels):
-        return {"mae": jnp.abs(decode(outputs) - labels.reshape(-1, targets)).mean(axis=-1)}
-
-    return Task(
-        spec=spec,
-        outputs=targets,
-        encode=lambda labels: (labels.reshape(-1, targets).astype(jnp.float32) - mean) / std,
-        loss=loss,
-        count=losses.each_once,
-        running=running,
-        keep=lambda outputs: {"values": decode(outputs)},
-        scores=scores,
-        monitor=METRICS.monitor,
-        calibrate=unchanged,
-        metrics=METRICS,
-    )
 
 
 def fit_targets(labels: np.ndarray, names: tuple[str, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -54,31 +21,25 @@ def fit_targets(labels: np.ndarray, names: tuple[str, ...]) -> tuple[tuple[float
 
 def scores(predictions: Predictions) -> dict[str, float]:
     """Squared error of the standardised targets and RMSE in their units, both means over the targets, in float64."""
-    squared = _errors(predictions) ** 2
+    squared = (predictions.values.astype(np.float64) - predictions.labels) ** 2
     return {
         "loss": float((squared / np.square(predictions.spec.target_std)).mean()),
         "rmse": float(np.sqrt(squared.mean(axis=0)).mean()),
     }
 
 
-def _errors(predictions):
-    return predictions.values.astype(np.float64) - predictions.labels
-
-
 def _weighted(predictions, weights) -> dict:
     """RMSE, MAE and R2 of each target, [B, T]. R2 is undefined in a resample whose target is constant."""
-    error, labels, total = _errors(predictions), predictions.labels.astype(np.float64), weights.sum(axis=0)
+    labels, total = predictions.labels.astype(np.float64), weights.sum(axis=0)
+    error = predictions.values.astype(np.float64) - labels
     squared = (error.T**2) @ weights
     spread = np.stack([_spread(column, weights, total) for column in labels.T])
-    return _with_means(
-        rmse_each=np.sqrt(squared / total).T,
-        mae_each=(np.abs(error).T @ weights / total).T,
-        r2_each=(1 - squared / spread).T,
-    )
+    mae = np.abs(error).T @ weights / total
+    return _with_means(rmse_each=np.sqrt(squared / total).T, mae_each=mae.T, r2_each=(1 - squared / spread).T)
 
 
 def _spread(values, weights, total):
-    """The weighted sum of squared deviations from the mean [B]; NaN where all drawn values are the same."""
+    """The weighted sum of squared deviations from the mean [B]; NaN where all sampled values are the same."""
     mean = values @ weights / total
     spread = (np.square(values[:, None] - mean) * weights).sum(axis=0)
     rounding = total * (8 * np.finfo(np.float64).eps * np.abs(values).max()) ** 2
@@ -91,10 +52,7 @@ def _weighted_ranks(predictions, weights) -> dict:
 
 
 def _spearman(a, b, weights):
-    """Spearman's rank correlation in each resample [B], ties by mean ranks; NaN where one side is constant.
-
-    Ranks are those of the resample itself: multiples of one half, so that their sums are exact.
-    """
+    """Spearman's rank correlation in each resample [B], ties by mean ranks; NaN where one side is constant."""
     a, b = _centred_ranks(a, weights), _centred_ranks(b, weights)
     product = (a * b * weights).sum(axis=0)
     scale = (a * a * weights).sum(axis=0) * (b * b * weights).sum(axis=0)
@@ -119,7 +77,6 @@ METRICS = Metrics(
     less=("rmse", "mae"),
     monitor=(("rmse", "min"), ("loss", "min")),
     scores=scores,
-    point=point_of(_weighted, _weighted_ranks),
     parts=(_weighted, _weighted_ranks),
     differ=lambda a, b: (np.abs(a.values - b.values) > CHANGED * np.asarray(a.spec.target_std)).any(axis=1),
     loss_label="loss (squared error, standardised)",

@@ -1,5 +1,7 @@
 """Summaries as tables for the console."""
 
+from collections.abc import Mapping
+
 import rich.box
 import rich.markup
 import rich.table
@@ -22,30 +24,36 @@ def format_table(summary: dict, of: str = "") -> rich.table.Table:
     return table
 
 
+def format_sets(summaries: Mapping[str, dict], metric: str) -> rich.table.Table:
+    """One metric of several sets, a row each: {name of the set: its summary}."""
+    table = rich.table.Table("further set", box=rich.box.SIMPLE_HEAD)
+    for header in ("examples", metric, "interval"):
+        table.add_column(header, justify="right")
+    for name, summary in summaries.items():
+        table.add_row(rich.markup.escape(name), f"{summary['count']:,}", *_cells(summary[metric]))
+    return table
+
+
 def format_classes(summary: dict, limit: int = 20) -> rich.table.Table | None:
     """The metrics per class, label or target; of more than `limit` those that are worst. None where there are none."""
     noun = next((noun for noun in ORDER if f"per_{noun}" in summary), None)
     if noun is None:
         return None
-    rows, order = summary[f"per_{noun}"], ORDER[noun]
-    worst = sorted(rows, key=lambda row: row[order]["value"] if row[order]["value"] is not None else 2)[:limit]
-    shown = worst if len(rows) > limit else rows
-    title = f"per {noun}"
+    rows, order, title = summary[f"per_{noun}"], ORDER[noun], f"per {noun}"
     if len(rows) > limit:
         title = f"the {limit} of {len(rows)} {PLURAL[noun]} with the lowest {HEADERS[order]}"
+        rows = sorted(rows, key=lambda row: 2 if row[order]["value"] is None else row[order]["value"])[:limit]
     table = rich.table.Table(noun, box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
     columns = [name for name in rows[0] if name != noun]
     for name in columns:
         table.add_column(HEADERS.get(name, name), justify="right")
         if name == order:
             table.add_column("interval", justify="right")
-    for row in shown:
+    for row in rows:
         cells = [rich.markup.escape(row[noun])]
         for name in columns:
-            if not isinstance(row[name], dict):
-                cells.append(str(row[name]))
-            else:
-                cells += _cells(row[name])[: 2 if name == order else 1]
+            of_metric = isinstance(row[name], dict)
+            cells += _cells(row[name])[: 2 if name == order else 1] if of_metric else [str(row[name])]
         table.add_row(*cells)
     return table
 

@@ -13,9 +13,9 @@ Monitor = tuple[tuple[str, str], ...]
 class Spec(NamedTuple):
     """What the outputs of a network mean; it stands on the card and in predictions.npz.
 
-    name: one of `tl_jax.tasks.NAMES`. class_names: of the classes, labels or targets; of a binary task the negative
-    and the positive class. target_mean, target_std: of each target, in its unit; a network predicts the standardised
-    target. threshold: the probability from which a binary prediction is positive (None: 0.5).
+    name: one of `tl_jax.tasks.NAMES`. class_names: of the classes (binary: negative, positive), labels or targets.
+    target_mean, target_std: of each target, in its unit; a network predicts the standardised target. threshold: the
+    probability from which a binary prediction is positive (None: 0.5).
     """
 
     name: str = "classification"
@@ -26,10 +26,9 @@ class Spec(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The table "per_NOUN" of a summary, with one row per class, label or target.
+    """The table "per_NOUN" of a summary, a row for each class, label or target.
 
-    metrics: the columns; suffix: what their names have behind them in point and parts, where a scalar has the plain
-    name. support: Predictions -> examples of each row [rows].
+    metrics: the columns, which `parts` names with the suffix. support: Predictions -> examples of each row [rows].
     """
 
     noun: str
@@ -41,45 +40,46 @@ class Rows(NamedTuple):
 class Metrics(NamedTuple):
     """How predictions of a task are scored; numpy alone.
 
-    scalars: the names that `summarize` can give one number for. less: those of them of which less is better.
-    monitor: (name of a score, "max" | "min"): the first selects, the others break ties.
-    scores: Predictions -> {"loss", monitored metric}, float64 and fast: for every evaluation on val.
-    point: Predictions -> {name: scalar or [rows]}; NaN where undefined.
-    parts: functions (Predictions, weights [N, B]) -> {name: [B] or [B, rows]} that share the metrics among them;
-    weights say how often each of B resamples holds an example.
-    differ: two Predictions of the same examples -> whether the answer to each is another one, bool [N].
-    loss_label: the loss with its unit. rows, confusion: Predictions -> counts [K, K]; None where there is none.
+    scalars: the names that `summarize` can give one number for. less: those of them of which less is better. monitor:
+    (name of a score, "max" | "min"): the first selects, the others break ties. scores: Predictions -> {"loss",
+    monitored metric}, float64 and fast: for every evaluation on val. parts: functions (Predictions, weights [N, B]) ->
+    {name: [B] or [B, rows]}; weights say how often each of B resamples holds an example; NaN where undefined. point:
+    Predictions -> the same with every example once, by default from `parts`. differ: two Predictions of the same
+    examples -> whether the answer to each is another one, bool [N]. answer: Predictions -> the predicted class [N].
+    reliability: Predictions -> count, observed and expected share of each bin; and what these two are called.
+    calibrate: Predictions on val -> Spec. None: the task has no such.
     """
 
     scalars: tuple[str, ...]
     less: tuple[str, ...]
     monitor: Monitor
     scores: Callable
-    point: Callable
     parts: tuple[Callable, ...]
     differ: Callable
+    point: Callable | None = None
     loss_label: str = "loss (nats)"
     rows: Rows | None = None
-    confusion: Callable | None = None
+    answer: Callable | None = None
+    reliability: tuple[Callable, tuple[str, str]] | None = None
+    calibrate: Callable | None = None
 
 
 class Task(NamedTuple):
-    """What a head predicts, and how it is trained and scored.
+    """What a head predicts, and how it is trained and scored (scores, monitor: see `Metrics`).
 
     outputs: size of the head. encode: labels -> what the loss takes, float32; batches are mixed after it.
     loss: (outputs of the network, encoded) -> [B] float32, whose plain mean over the examples is minimised.
     count: labels -> [B], the weight of an example in means. running: (outputs, labels) -> {name: [B]}, the training
-    log, of labels before any mixing. keep: outputs -> {name: [B, ...] float32}, what predictions hold.
-    scores, monitor: as in `Metrics`. calibrate: Predictions on val -> Spec.
+    log. keep: outputs -> {name: [B, ...] float32}, what predictions hold. calibrate: Predictions on val -> Spec.
     """
 
     spec: Spec
     outputs: int
     encode: Callable
     loss: Callable
-    count: Callable
     running: Callable
     keep: Callable
+    count: Callable
     scores: Callable
     monitor: Monitor
     calibrate: Callable
@@ -97,11 +97,11 @@ def card_fields(spec: Spec) -> dict[str, Any]:
     return {"task": fields.pop("name"), **fields}
 
 
-def spec_problems(spec: Spec, least: dict[str, int]) -> list[str]:
-    """What is wrong with a spec; least: {task: how many class names it needs at least}."""
-    names, problems = len(spec.class_names), []
-    if names < least[spec.name] or (spec.name == "binary" and names != 2):
-        expected = "2: the negative and the positive class" if spec.name == "binary" else f"{least[spec.name]} or more"
+def spec_problems(spec: Spec) -> list[str]:
+    """What is wrong with a spec of a known task."""
+    names, problems, least = len(spec.class_names), [], 2 if spec.name in ("classification", "binary") else 1
+    if names < least or (spec.name == "binary" and names != 2):
+        expected = "2: the negative and the positive class" if spec.name == "binary" else f"{least} or more"
         problems.append(f"{names} class names for a {spec.name} task, expected {expected}")
     if spec.name == "regression":
         mean, std = np.asarray(spec.target_mean, float), np.asarray(spec.target_std, float)

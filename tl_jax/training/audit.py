@@ -171,8 +171,7 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
         caption=(
             f"{totals['trainable']:,} of {totals['parameters']:,} parameters train ({share:.2f} %), "
             f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values\n"
-            f"input {card['input_size']} px, {card['interpolation']}, crop {card['crop']:g}, "
-            f"mean {card['mean']}, std {card['std']}\n"
+            f"{_input(card)}\n"
             + ", ".join(f"{split} {facts['examples']:,} examples" for split, facts in audit["data"].items())
         ),
         box=box.SIMPLE_HEAD,
@@ -196,6 +195,16 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
         trains = any(row["trainable"] for row in parts[names[0]])
         table.add_row(name, f"{values:,}", *cells, style=None if trains else "dim")
     return table
+
+
+def _input(card: Mapping[str, Any]) -> str:
+    """What the network reads, in a line."""
+    if columns := card.get("columns"):
+        return f"input {len(columns)} columns, standardised: {', '.join(columns[:10])}{', ...' * (len(columns) > 10)}"
+    return (
+        f"input {card['input_size']} px, {card['interpolation']}, crop {card['crop']:g}, "
+        f"mean {card['mean']}, std {card['std']}"
+    )
 
 
 def _cells(rows: list[dict], policies: set[str]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from tl_jax import tasks
 from tl_jax.core import trees
 from tl_jax.core.card import Card
 from tl_jax.data.examples import Source
+from tl_jax.methods import probes
 from tl_jax.methods.term import MAIN, MODEL, Network, Start
 from tl_jax.models import peft
 from tl_jax.models.layers import unfused
@@ -128,6 +129,12 @@ def load_model(
             f"model.keep_head=True, but the classifier of {model.weights or 'a random network'} knows "
             f"{loaded.card.num_classes} classes {list(known)[:5]} and the data has {len(class_names)} "
             f"{list(class_names)[:5]}; they must be the same in the same order, or take a new head"
+        )
+    name = settings.phases[0].method.name
+    if model.keep_head and loaded.model.head and name in probes.NAMES:
+        raise ValueError(
+            f"model.keep_head=True keeps a head with the layers {loaded.model.head}, and method.name = {name!r} fits a "
+            "linear classifier on pre_logits; leave out model.keep_head"
         )
     if not model.reinit:
         return loaded

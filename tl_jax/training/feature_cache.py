@@ -22,6 +22,7 @@ import numpy as np
 
 from tl_jax.core import files, messages, trees
 from tl_jax.core.card import PIXELS
+from tl_jax.data import pipeline
 from tl_jax.data.pipeline import EvalBatches, TrainBatches
 from tl_jax.data.views import IN_MEMORY
 from tl_jax.methods import rules
@@ -169,8 +170,9 @@ def _describe(root: pathlib.Path, column: Column, batches: Batches, variables: A
     source = dataclasses.replace(
         source, renders=own, prepared={k: x for k, x in source.prepared.items() if k == column.view}
     )
-    example = source[0][column.view][:1]
-    row = jax.eval_shape(column.compute, variables, jax.ShapeDtypeStruct(example.shape, example.dtype))
+    kept = source.prepared.get(column.view)
+    shape, dtype = (kept.shape[1:], kept.dtype) if kept is not None else pipeline.shapes(source)[column.view]
+    row = jax.eval_shape(column.compute, variables, jax.ShapeDtypeStruct((1, *shape[1:]), dtype))
     views = views if augmented else 1
     key = {
         **column.key,

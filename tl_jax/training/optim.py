@@ -311,7 +311,6 @@ def migrate(fresh: Any, old: Any, length: int) -> Any:
         if place := _place(keys):
             offset, suffix = place
             kept[offset + length, suffix] = leaf
-    given = set()
 
     def carry(keys, leaf):
         place = _place(keys)
@@ -319,10 +318,8 @@ def migrate(fresh: Any, old: Any, length: int) -> Any:
             return leaf
         if place not in kept or kept[place].shape != leaf.shape:
             raise RuntimeError(f"the optimizer state {jax.tree_util.keystr(keys)} was not found in the phase before")
-        if place in given:  # groups of one offset count alike, but a step takes over the memory of each count
-            return jnp.copy(kept[place])
-        given.add(place)
-        return kept[place]
+        # Groups of one offset share their count, and a step that donates its state cannot hold one buffer twice.
+        return kept[place] if leaf.ndim else jnp.array(kept[place])
 
     return jax.tree_util.tree_map_with_path(carry, fresh)
 

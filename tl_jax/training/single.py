@@ -222,7 +222,9 @@ def refreshed(
 
     variables, memory = jax.device_get((variables, new))
     for name in names:
-        start: Start = material.start._replace(variables=variables, memory=memory[name], batches=batches)
+        start: Start = material.start._replace(
+            variables=variables, loaded=material.variables, memory=memory[name], batches=batches
+        )
         new[name] = phase.plan.method.terms[name][1].refresh(start)
     return new
 

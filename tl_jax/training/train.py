@@ -116,7 +116,10 @@ def _train(
     """Trains a program and writes what its runs leave; the result or the error of each run that has a folder."""
     with Checkpoints(home / "checkpoints", program.constant_hashes()) as checkpoints:
         loop = Loop(program, checkpoints, folders, parallel, verbose, stop)
-        ended = loop.run()
+        try:
+            ended = loop.run()
+        except FloatingPointError as error:  # of the only run, which ends at once
+            return dict.fromkeys(folders, error)
         outcomes: dict[int, Outcome] = {j: error for j, error in ended.failed.items() if j in folders}
         left = [j for j in folders if j not in outcomes]
         selected = selected_steps(program.runs[0], ended, left)

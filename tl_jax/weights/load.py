@@ -1,9 +1,7 @@
 """Foreign weight files to variables and back: strict both ways, with the card that says how to feed them."""
 
-import argparse
 import functools
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -363,34 +361,3 @@ def inspect(path: str | pathlib.Path) -> str:
             f"fits {name} (layout {layout}), which takes {card.input_size} px with mean {card.mean}, std {card.std}"
         ]
     return "\n".join([*lines, "no card" if lines[-1].startswith("fits") else "fits no known model; no card"])
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for bad input."""
-    parser = argparse.ArgumentParser("python -m tl_jax.weights.load", description="Convert or inspect weight files.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    convert = commands.add_parser("convert", help="write a weight file as safetensors with a card")
-    convert.add_argument("name", help="the model, such as resnet50")
-    convert.add_argument("source", help="a file, builtin:NAME or hf://owner/name[/file]@revision")
-    convert.add_argument("out", help="the .safetensors file to write")
-    convert.add_argument("--layout", help="names of the tensors written (default: timm's)")
-    convert.add_argument("--num-classes", type=int, choices=[0], help="0 leaves the classifier out")
-    convert.add_argument("--image-size", type=int, help="resample the position embeddings for this input size")
-    commands.add_parser("inspect", help="list a file's tensors and the models it fits").add_argument("source")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "inspect":
-            print(inspect(args.source))
-        else:
-            _, variables, card = load(args.name, args.source, args.num_classes, image_size=args.image_size)
-            export(variables, card.model, args.out, card=card, layout=args.layout)
-            size = f"{card.input_size} px" if card.input == "image" else f"{len(card.columns)} columns"
-            print(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {size}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

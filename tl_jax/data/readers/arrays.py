@@ -22,7 +22,8 @@ def load_arrays(path: str, split: str) -> Source:
     """Reads one split of an .npz file, or the file `{split}.npz` of a folder.
 
     Keys: `image` (uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]), or `bytes` (uint8) with `offsets` (int [N + 1]) for
-    encoded images; `label` or `labels` (int [N], from 0); optionally `classes` (names). With a prefix (`train_image`,
+    encoded images; `label` or `labels` (classes int [N], from 0; labels of 0 and 1 [N, K]; numbers float [N] or
+    [N, T]); optionally `classes` (names). With a prefix (`train_image`,
     `train_label`, ...) one file holds several splits; without, it is the train split. Raises FileNotFoundError, or
     ValueError that lists what is wrong with the arrays.
     """
@@ -35,7 +36,7 @@ def load_arrays(path: str, split: str) -> Source:
     prefix = _prefix(file, list(arrays), split, single="train" if file == root else split)
     keys = ("image", "bytes", "offsets", "label", "labels")
     found = {key: arrays[prefix + key] for key in keys if prefix + key in arrays}
-    return _checked(file, f"arrays:{path}", split, found, arrays.get("classes"))
+    return check_arrays(file, f"arrays:{path}", split, found, arrays.get("classes"))
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:
@@ -58,20 +59,30 @@ def _prefix(file: Path, keys: list[str], split: str, *, single: str) -> str:
     return ""
 
 
-def _checked(file: Path, name: str, split: str, found: dict, classes: np.ndarray | None) -> Source:
+def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: np.ndarray | None) -> Source:
+    """A source of arrays with the keys of `load_arrays`; file: what messages call them."""
     labels = found.get("label", found.get("labels"))
     if labels is None or not ("image" in found or {"bytes", "offsets"} <= set(found)):
         raise ValueError(f"{file} has {sorted(found)} for {split}; expected image, or bytes and offsets, and label")
     count = len(found["image"]) if "image" in found else len(found["offsets"]) - 1
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{file}: expected integer labels [{count}]; found {labels.dtype} {labels.shape}")
-    highest = int(labels.max(initial=0))
-    class_names = tuple(map(str, range(highest + 1)) if classes is None else classes.astype(str).tolist())
-    if labels.min(initial=0) < 0 or highest >= len(class_names):
+    labels = labels[:, None] if labels.dtype.kind == "f" and labels.ndim == 1 else labels
+    kind = {("i", 1): "classes", ("u", 1): "classes", ("i", 2): "labels", ("u", 2): "labels", ("f", 2): "targets"}.get(
+        (labels.dtype.kind, labels.ndim)
+    )
+    if kind is None or len(labels) != count or (kind == "labels" and labels.max(initial=0) > 1):
         raise ValueError(
-            f"{file}: labels run from {labels.min()} to {highest}, outside 0 .. {len(class_names) - 1} "
+            f"{file}: expected integer labels [{count}], labels of 0 and 1 [{count}, K] or numbers [{count}, T]; found "
+            f"{labels.dtype} {labels.shape}"
+        )
+    highest = int(labels.max(initial=0)) if kind == "classes" else labels.shape[1] - 1
+    class_names = tuple(map(str, range(highest + 1)) if classes is None else classes.astype(str).tolist())
+    lowest = 0 if kind == "targets" else labels.min(initial=0)
+    if lowest < 0 or highest >= len(class_names):
+        raise ValueError(
+            f"{file}: labels run from {lowest} to {highest}, outside 0 .. {len(class_names) - 1} "
             f"({len(class_names)} classes); labels count from 0"
         )
+    labels = labels.astype(np.float32 if kind == "targets" else np.int32)
     if "image" in found:
         return array_source(name, split, _rgb_stack(file, found["image"]), labels, class_names)
     offsets, data = found["offsets"].astype(np.int64), found["bytes"]
@@ -80,10 +91,10 @@ def _checked(file: Path, name: str, split: str, found: dict, classes: np.ndarray
                          f"{offsets[-1]}, bytes of type {data.dtype}")  # fmt: skip
     ids = tuple(f"{split}/{i}" for i in range(count))
     images = EncodedImages(data, offsets[:-1], offsets[1:])
-    return Source(f"{name} {split}", images, labels.astype(np.int32), class_names, ids, np.diff(offsets))
+    return Source(f"{name} {split}", images, labels, class_names, ids, np.diff(offsets))
 
 
-def _rgb_stack(file: Path, images: np.ndarray) -> np.ndarray:
+def _rgb_stack(file: Path | str, images: np.ndarray) -> np.ndarray:
     """Images [N, H, W], [N, H, W, 1] or [N, H, W, 3] as [N, H, W, 3]."""
     stack = images[..., None] if images.ndim == 3 else images
     if stack.dtype != np.uint8 or stack.ndim != 4 or stack.shape[-1] not in (1, 3):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tl_jax.data.examples import FileImages, Source, listed
+from tl_jax.core.messages import listed
+from tl_jax.data.examples import FileImages, Source
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SPLITS |= {"test": "test", "testing": "test"}  # names of split folders, in any case
@@ -32,7 +33,7 @@ def load_folder(path: str, split: str) -> Source:
     classes = _class_folders(splits[split])
     if "train" in splits and split != "train":
         _check_same_classes(root, split, classes, _class_folders(splits["train"]))
-    files = {name: _files(splits[split] / name) for name in classes}
+    files = {name: list_files(splits[split] / name) for name in classes}
     if empty := [name for name in classes if not files[name]]:
         raise ValueError(
             f"{len(empty)} of {len(classes)} class folders of {splits[split]} are empty:\n{listed(empty)}\n"
@@ -93,7 +94,7 @@ def _check_same_classes(root: Path, split: str, classes: list[str], train: list[
         raise ValueError(f"classes of {split} in {root} differ from train's: missing {missing}, not in train {extra}")
 
 
-def _files(folder: Path) -> list[str]:
+def list_files(folder: Path) -> list[str]:
     """Every visible file at any depth, links followed once, in natural order."""
     files, seen = [], set()
     for where, subfolders, names in os.walk(folder, followlinks=True):

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax.core.messages import listed
 from tl_jax.data import workers
-from tl_jax.data.examples import FileImages, Source, listed
+from tl_jax.data.examples import FileImages, Source
 from tl_jax.data.image import ops
 from tl_jax.data.readers.packed import FORMAT
 from tl_jax.data.sources import list_split, without

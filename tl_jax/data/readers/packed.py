@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tl_jax.data.examples import Source, listed
+from tl_jax.core.messages import listed
+from tl_jax.data.examples import Source
 from tl_jax.data.readers.folder import natural_key
 
 FORMAT = "tl_jax packed 2"
@@ -69,7 +70,7 @@ def load_packed(path: str, split: str) -> Source:
         begun = f"; {split} was begun, start its command again" if (root / f".{split}.partial").is_dir() else ""
         raise FileNotFoundError(
             f"no packed split {split!r} in {root}; there: {', '.join(found) or 'none'}{begun}. "
-            f"Pack one: python -m tl_jax.data pack SOURCE {path} --split {split}"
+            f"Pack one: python -m tl_jax pack SOURCE {path} --split {split}"
         )
     store = _opened(str((root / split).resolve()))
     return Source(

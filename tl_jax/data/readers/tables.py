@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tl_jax.core.messages import nearest
+from tl_jax.core.messages import listed, nearest
 from tl_jax.data import labels as label_columns
-from tl_jax.data.examples import FileImages, Source, listed
+from tl_jax.data.examples import FileImages, Source
 from tl_jax.data.readers.folder import SPLITS, natural_key
 
 log = logging.getLogger(__name__)

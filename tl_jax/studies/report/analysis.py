@@ -1,5 +1,6 @@
 """What the numbers of a study say: means, paired differences, effects, ranks and costs, as plain data and sentences."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from tl_jax import tasks
 from tl_jax.studies.report import results as read
 from tl_jax.studies.report import statistics
 from tl_jax.studies.report.results import Cell, Results
+from tl_jax.tasks.intervals import mean_defined
 
 ALPHA = 0.05
 FEW = 5  # with fewer pairs a t-test sees large differences only
@@ -27,8 +29,8 @@ def means(results: Results, metric: str) -> dict[Cell, dict]:
 def differences(results: Results, metric: str) -> list[dict[str, Any]]:
     """Every level of a factor with a baseline against that baseline, all other factors equal, paired by seed and fold.
 
-    Rows hold factor, level, against, cell, base, those of `statistics.paired`, better and worse (pairs), and
-    `adjusted`: Holm's p-value over all rows of the metric.
+    Rows: factor, level, against, cell, base, those of `statistics.paired`, better and worse (pairs), and `adjusted`,
+    Holm's p-value over all rows of the metric.
     """
     rows = []
     for factor, against in results.baseline.items():
@@ -72,31 +74,27 @@ def _read_one(results: Results, metric: str, row: dict[str, Any]) -> str:
     units = read.unit_noun(results, n)
     if n == 0:
         return f"{a} cannot be compared with {b}: there is no {read.unit_noun(results, 1)} that both have finished."
+    told = f"{a} minus {b} is {row['mean']:+.4f} in {metric}"
     if n == 1:
-        return (
-            f"{a} minus {b} is {row['mean']:+.4f} in {metric} with the only {units} that both have: no test from one."
-        )
-    span = f"{row['mean']:+.4f} on average, 95 % interval {row['low']:+.4f} to {row['high']:+.4f}"
+        return f"{told} with the only {units} that both have: no test from one."
     if row["adjusted"] is None:
-        return f"{a} minus {b} is {row['mean']:+.4f} in {metric}; no test: {row['why']}."
+        return f"{told}; no test: {row['why']}."
+    span = f"{row['mean']:+.4f} on average, 95 % interval {row['low']:+.4f} to {row['high']:+.4f}"
     span += f", adjusted {p_equals(row['adjusted'])}"
-    few = f"; with {n} {units} only large differences can be seen" if n < FEW else ""
     if row["adjusted"] >= ALPHA:
-        return f"No difference in {metric} can be seen between {a} and {b} ({span}){few}."
+        return f"No difference in {metric} can be seen between {a} and {b} ({span}){_few(results, [n])}."
     side, share = _direction(metric, row["mean"]), max(row["wins"], row["losses"])
-    rests = f"; this rests on {n} {units} alone" if n < FEW else ""
-    return f"{a} has a {side} {metric} than {b} ({span}; {side} with {share} of {n} {units}){rests}."
+    few = f"; this rests on {n} {units} alone" if n < FEW else ""
+    return f"{a} has a {side} {metric} than {b} ({span}; {side} with {share} of {n} {units}){few}."
 
 
 def _read_unseen(results: Results, metric: str, rows: list[dict[str, Any]]) -> str:
     """The levels of which nothing can be said, in one sentence."""
-    levels = _listed([f"{row['level']} {row['mean']:+.4f}" for row in rows], limit=len(rows))
-    n = min(row["n"] for row in rows)
-    few = f"; with {n} {read.unit_noun(results, n)} only large differences can be seen" if n < FEW else ""
+    levels = "; ".join(f"{row['level']} {row['mean']:+.4f}" for row in rows)
     smallest = p_equals(min(row["adjusted"] for row in rows))
     return (
         f"No difference in {metric} can be seen between {rows[0]['against']} and {len(rows)} levels ({levels}; the "
-        f"smallest adjusted {smallest}){few}."
+        f"smallest adjusted {smallest}){_few(results, [min(row['n'] for row in rows)])}."
     )
 
 
@@ -113,26 +111,27 @@ def _read_several(results: Results, metric: str, rows: list[dict[str, Any]]) -> 
         else:
             kind = f"{metric} is {_direction(metric, row['mean'])}"
         kinds.setdefault(kind, []).append(setting if row["mean"] is None else f"{setting}: {row['mean']:+.4f}")
-    parts = [f"{kind} in {len(names)} ({_listed(names)})" for kind, names in kinds.items()]
-    tested = [row["n"] for row in rows if row["adjusted"] is not None]
-    few = ""
-    if tested and min(tested) < FEW:
-        count, most = min(tested), max(tested)
-        span = f"{count}" if count == most else f"{count} to {most}"
-        few = f"; with {span} {read.unit_noun(results, most)} only large differences can be seen"
+    parts = "; ".join(f"{kind} in {len(names)} ({_listed(names)})" for kind, names in kinds.items())
+    few = _few(results, [row["n"] for row in rows if row["adjusted"] is not None])
     settings = "setting" if len(rows) == 1 else "settings"
-    return f"{factor}={level} against {factor}={against}, in {len(rows)} {settings}: {'; '.join(parts)}{few}."
+    return f"{factor}={level} against {factor}={against}, in {len(rows)} {settings}: {parts}{few}."
+
+
+def _few(results: Results, counts: list[int]) -> str:
+    """A warning where some test has fewer than FEW pairs."""
+    if not counts or min(counts) >= FEW:
+        return ""
+    span = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    return f"; with {span} {read.unit_noun(results, max(counts))} only large differences can be seen"
 
 
 def _listed(names: list[str], limit: int = 8) -> str:
-    more = f"; and {len(names) - limit} more" if len(names) > limit else ""
-    return "; ".join(names[:limit]) + more
+    return "; ".join(names[:limit]) + (f"; and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _direction(metric: str, mean: float) -> str:
-    better = "better" if mean * tasks.direction(metric) > 0 else "worse"
-    side = "higher" if mean > 0 else "lower"
-    return side if tasks.direction(metric) > 0 else f"{side} ({better})"
+    side, more = "higher" if mean > 0 else "lower", tasks.direction(metric)
+    return side if more > 0 else f"{side} ({'better' if mean * more > 0 else 'worse'})"
 
 
 def p_equals(p: float) -> str:
@@ -142,7 +141,7 @@ def p_equals(p: float) -> str:
 def effects(results: Results, metric: str) -> tuple[list[dict[str, Any]] | str, int]:
     """Main effects and interactions (or why there are none), over the units that every cell has; and how many."""
     shape = [len(levels) for levels in results.factors.values()]
-    cells = read.combinations(results, list(results.factors))
+    cells = list(itertools.product(*results.factors.values()))
     scores = [read.scores_of(results, cell, metric) for cell in cells]
     units = [unit for unit in next(iter(results.grid.values()), {}) if all(unit in column for column in scores)]
     if not units:
@@ -171,32 +170,27 @@ def ranks(results: Results, factor: str, metric: str) -> dict[str, Any] | str:
 
 def costs(results: Results) -> list[dict[str, Any]]:
     """The mean cost of each cell over its finished runs, and its ratio to the cell of the baseline levels."""
-    mean = {cell: {name: _mean(units, name) for name in read.COSTS} for cell, units in results.grid.items()}
-    rows = []
-    for cell, own in mean.items():
+
+    def mean(units: Mapping[Any, read.Run], name: str) -> float | None:
+        found = [run.cost[name] for run in units.values() if run.cost.get(name) is not None]
+        return float(np.mean(found)) if found else None
+
+    means, rows = {cell: {name: mean(units, name) for name in read.COSTS} for cell, units in results.grid.items()}, []
+    for cell, own in means.items():
         base = cell
         for factor, level in results.baseline.items():
             base = read.with_level(results, base, factor, level)
-        of_base = mean.get(base, {}) if results.baseline else {}
-        ratios = {f"{name}_ratio": _ratio(own[name], of_base.get(name)) for name in read.COSTS}
+        of_base = means.get(base, {}) if results.baseline else {}
+        ratios = {f"{name}_ratio": own[name] / of_base[name] if of_base.get(name) and own[name] is not None else None
+                  for name in read.COSTS}  # fmt: skip
         rows.append({"cell": cell, **own, **ratios})
     return rows
-
-
-def _mean(units: Mapping[Any, read.Run], name: str) -> float | None:
-    found = [run.cost[name] for run in units.values() if run.cost.get(name) is not None]
-    return float(np.mean(found)) if found else None
-
-
-def _ratio(value: float | None, base: float | None) -> float | None:
-    return None if value is None or not base else value / base
 
 
 def mean_curve(results: Results, cell: Cell, column: str) -> dict | None:
     """A column of metrics.jsonl of a cell: mean and interval over the steps that all its runs have reached, or None."""
     curves = [read.read_curve(run, column) for run in results.grid.get(cell, {}).values()]
-    curves = [curve for curve in curves if len(curve)]
-    if not curves:
+    if not (curves := [curve for curve in curves if len(curve)]):
         return None
     first, last = max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves)
     steps = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
@@ -228,10 +222,4 @@ def class_changes(
             if unit in other and run.key in outputs and other[unit].key in outputs:
                 change = outputs[other[unit].key].recall - outputs[run.key].recall
                 found.setdefault(unit, []).append(change)
-    return np.array([column_means(np.array(changes)) for changes in found.values()])
-
-
-def column_means(table: np.ndarray) -> np.ndarray:
-    """Means [columns] of what is not NaN; NaN where nothing is."""
-    known = ~np.isnan(table)
-    return np.where(known.any(axis=0), np.where(known, table, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1), np.nan)
+    return np.array([mean_defined(np.array(changes), axis=0) for changes in found.values()])

@@ -1,15 +1,13 @@
-"""The report of a study, from its files alone: `python -m tl_jax.studies.report.report W`.
+"""The report of a study, from its files alone: `python -m tl_jax report W`.
 
-It can be written at any time, before, during and after the runs; the same files give the same bytes. Only the columns
+It can be written at any time, whatever runs are finished; the same files give the same bytes. Only the columns
 "wall time" (report.md, .html, .tex) and "seconds" (report.csv) differ between two executions of one study.
 """
 
-import argparse
 import csv
 import io
 import json
 import pathlib
-import sys
 from typing import Any
 
 from tl_jax import tasks
@@ -47,19 +45,16 @@ def write(workdir: pathlib.Path) -> dict[str, Any]:
     write_text(workdir / "report.html", tables.to_html(title, blocks, images))
     write_text(workdir / "report.tex", tables.to_latex(for_latex))
     write_text(workdir / "report.csv", to_csv(results))
+    metrics = {}
+    for metric, found in numbers.items():
+        cells = [{"levels": dict(zip(results.factors, cell, strict=True)), **mean}
+                 for cell, mean in found["means"].items()]  # fmt: skip
+        metrics[metric] = {"cells": cells, **{name: found[name] for name in ("differences", "effects", "ranks")}}
     return {
         "name": results.name,
         "runs": read.count_states(results),
         "reading": numbers[results.metrics[0]]["reading"],
-        "metrics": {
-            metric: {
-                "cells": [{**_levels(results, cell), **mean} for cell, mean in found["means"].items()],
-                "differences": found["differences"],
-                "effects": found["effects"],
-                "ranks": found["ranks"],
-            }
-            for metric, found in numbers.items()
-        },
+        "metrics": metrics,
         "figures": [picture.name for picture in pictures],
     }
 
@@ -82,56 +77,52 @@ def make_blocks(
     results: Results, numbers: dict, pictures: list[Picture], notes: list[str]
 ) -> tuple[list[Block], dict[str, Table]]:
     """The report from top to bottom, and those of its tables that a paper would show."""
-    shown = {picture.name: picture for picture in pictures}
-    cells = {f"{metric}": _mean_table(results, metric, found["means"]) for metric, found in numbers.items()}
+
+    def drawn(*kinds: str) -> list[Picture]:
+        return [picture for kind in kinds for picture in pictures if picture.name.partition("-")[0] == kind]
+
+    cells = {metric: _mean_table(results, metric, found["means"]) for metric, found in numbers.items()}
     compared = {
         f"differences in {metric}": _difference_table(results, metric, found["differences"])
         for metric, found in numbers.items()
         if found["differences"]
     }
-    cost = _cost_table(results)
+    cost, several = _cost_table(results), len(results.factors) > 1
+    devices = sorted({run.device for run in read.runs(results) if run.device})
+    mixed = "; runs of different devices cannot be compared in time" if len(devices) > 1 else ""
+    measured = [Text(f"Measured on {', '.join(devices)}{mixed}.")] if devices else []
+    sections: dict[str, list[Block] | None] = {
+        "Answer": _answer(results, numbers),
+        "Design": _design(results),
+        "Failed and missing runs": _unfinished(results),
+        "Results": [*cells.values(), *drawn("cells", "budget")],
+        "Differences from the baseline": (
+            [*compared.values(), *drawn("differences", "classes")] if results.baseline else None
+        ),
+        "Main effects and interactions": [*_effects(results, numbers), *drawn("interaction")] if several else None,
+        "Ranks": drawn("ranks") or None,
+        "Cost": [*measured, cost, *drawn("parameters")],
+        "Learning and calibration": drawn("learning", "calibration") or None,
+        "Figures left out": [Items(notes)] if notes else None,
+        "Methods": [Items(_methods(results, numbers))],
+    }
     blocks: list[Block] = [Text(results.question)] if results.question.strip() else []
-    blocks += [Heading("Answer"), *_answer(results, numbers)]
-    blocks += [Heading("Design"), *_design(results)]
-    if unfinished := _unfinished_table(results):
-        blocks += [Heading("Failed and missing runs"), unfinished]
-    blocks += [Heading("Results"), *cells.values(), *_pick(shown, "cells", "budget")]
-    if results.baseline:
-        blocks += [
-            Heading("Differences from the baseline"),
-            *compared.values(),
-            *_pick(shown, "differences", "classes"),
-        ]
-    if len(results.factors) > 1:
-        blocks += [Heading("Main effects and interactions"), *_effects(results, numbers), *_pick(shown, "interaction")]
-    if ranked := _pick(shown, "ranks"):
-        blocks += [Heading("Ranks"), *ranked]
-    blocks += [Heading("Cost"), *_devices(results), cost, *_pick(shown, "parameters")]
-    if curves := _pick(shown, "learning", "calibration"):
-        blocks += [Heading("Learning and calibration"), *curves]
-    if notes:
-        blocks += [Heading("Figures left out"), Items(notes)]
-    blocks += [Heading("Methods"), Items(_methods(results, numbers))]
+    for title, section in sections.items():
+        blocks += [] if section is None else [Heading(title), *section]
     return blocks, {**cells, **compared, "cost": cost}
-
-
-def _pick(shown: dict[str, Picture], *kinds: str) -> list[Picture]:
-    return [picture for kind in kinds for name, picture in shown.items() if name.partition("-")[0] == kind]
 
 
 def _answer(results: Results, numbers: dict) -> list[Block]:
     counts = read.count_states(results)
     total = sum(counts.values())
     runs = ", ".join(f"{count} {state}" for state, count in counts.items())
-    blocks: list[Block] = [Items(numbers[results.metrics[0]]["reading"]), Text(f"{total} runs planned: {runs}.")]
+    lines = [f"{total} runs planned: {runs}."]
     if counts["done"] < total:
-        blocks.append(Text("Not all runs are finished: everything here is over those that are, n says how many."))
-    planned = max((len(units) for units in results.grid.values()), default=0)
-    if planned == 1:
-        blocks.append(
-            Text(f"One {read.unit_noun(results, 1)} in each cell: there are no intervals, and nothing can be tested.")
-        )
-    return blocks
+        lines.append("Not all runs are finished: everything here is over those that are, n says how many.")
+    if max(map(len, results.grid.values()), default=0) == 1:
+        unit = read.unit_noun(results, 1)
+        lines.append(f"One {unit} in each cell: there are no intervals, and nothing can be tested.")
+    return [Items(numbers[results.metrics[0]]["reading"]), *map(Text, lines)]
 
 
 def _design(results: Results) -> list[Block]:
@@ -152,24 +143,21 @@ def _design(results: Results) -> list[Block]:
     return [Table(caption, ("factor", "level", "options"), rows, 3), Items(lines)]
 
 
-def _unfinished_table(results: Results) -> Table | None:
+def _unfinished(results: Results) -> list[Block] | None:
     """Every run without a result, gathered by what became of it."""
     gathered: dict[tuple, list] = {}
     for run in read.runs(results):
         if run.state != "done":
             gathered.setdefault((run.cell, read.word_of(run), run.error), []).append(run.unit)
     rows = [
-        (read.name_of(results, cell), state, _units(results, units), error or NONE)
+        (read.name_of(results, cell), state, _units(units), error or NONE)
         for (cell, state, error), units in gathered.items()
     ]
-    if not rows:
-        return None
-    return Table(
-        "Runs without a result, with the last line of their error.", ("cell", "state", "runs", "error"), rows, 4
-    )
+    caption = "Runs without a result, with the last line of their error."
+    return [Table(caption, ("cell", "state", "runs", "error"), rows, 4)] if rows else None
 
 
-def _units(results: Results, units: list[read.Unit]) -> str:
+def _units(units: list[read.Unit]) -> str:
     if not any(fold for _, fold in units):
         return ("seed " if len(units) == 1 else "seeds ") + ", ".join(str(seed) for seed, _ in units)
     folds: dict[int, list[str]] = {}
@@ -180,53 +168,40 @@ def _units(results: Results, units: list[read.Unit]) -> str:
 
 def _mean_table(results: Results, metric: str, means: dict) -> Table:
     """Two factors as a matrix, otherwise a list."""
-    caption = f"{metric}: mean over {read.unit_noun(results)} [95 % interval]"
+    units, factors = read.unit_noun(results), list(results.factors)
+    caption = f"{metric}: mean over {units} [95 % interval]"
     if any(mean["n"] < mean["planned"] for mean in means.values()):
-        caption += f"; n where fewer than the planned {read.unit_noun(results)} have a value"
-    factors = list(results.factors)
+        caption += f"; n where fewer than the planned {units} have a value"
+    shown = {cell: _mean_cell(results, cell, mean) for cell, mean in means.items()}
     if len(factors) != 2:
-        rows = [(*cell, _mean_cell(results, cell, mean)) for cell, mean in means.items()]
-        return Table(f"{caption}.", (*factors, metric), rows, len(factors))
+        return Table(f"{caption}.", (*factors, metric), [(*cell, text) for cell, text in shown.items()], len(factors))
     levels = [list(results.factors[factor]) for factor in factors]
     across = 1 if len(levels[1]) <= max(5, len(levels[0])) else 0
     rows = []
     for down in levels[1 - across]:
         cells = [(down, level) if across else (level, down) for level in levels[across]]
-        rows.append((down, *(_mean_cell(results, cell, means[cell]) if cell in means else NONE for cell in cells)))
-    corner = f"{factors[1 - across]} \\ {factors[across]}"
-    return Table(f"{caption}.", (corner, *levels[across]), rows)
+        rows.append((down, *(shown.get(cell, NONE) for cell in cells)))
+    return Table(f"{caption}.", (f"{factors[1 - across]} \\ {factors[across]}", *levels[across]), rows)
 
 
 def _mean_cell(results: Results, cell: read.Cell, mean: dict) -> str:
     if mean["n"] == 0:
         states = dict.fromkeys(read.word_of(run) for run in results.grid[cell].values())
         return ", ".join("no value" if state == "done" else state for state in states)
-    text = number(mean["mean"])
-    if mean["low"] is not None:
-        text += f" [{number(mean['low'])}, {number(mean['high'])}]"
+    text, low, high = (mean[name] if mean[name] is None else number(mean[name]) for name in ("mean", "low", "high"))
+    text += "" if low is None else f" [{low}, {high}]"
     return text if mean["n"] == mean["planned"] else f"{text} (n = {mean['n']} of {mean['planned']})"
 
 
 def _difference_table(results: Results, metric: str, rows: list[dict]) -> Table:
-    headers = (
-        "cell",
-        "against",
-        "difference",
-        "95 % interval",
-        "p",
-        "p (Holm)",
-        "d_z",
-        "better",
-        "worse",
-        "equal",
-        "n",
-    )
+    headers = ("cell", "against", "difference", "95 % interval", "p", "p (Holm)", "d_z", "better", "worse", "equal",
+               "n")  # fmt: skip
     lines = []
     for row in rows:
         span = NONE if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
         lines.append((
-            read.name_of(results, row["cell"]), row["against"], signed(row["mean"]), span, p_value(row["p"]),
-            p_value(row["adjusted"]), NONE if row["effect"] is None else f"{row['effect']:+.2f}",
+            read.name_of(results, row["cell"]), row["against"], text_of(row["mean"], "+.4f"), span, p_value(row["p"]),
+            p_value(row["adjusted"]), text_of(row["effect"], "+.2f"),
             *(str(row[name]) for name in ("better", "worse", "ties", "n")),
         ))  # fmt: skip
     side = "" if tasks.direction(metric) > 0 else ", less is better"
@@ -235,70 +210,55 @@ def _difference_table(results: Results, metric: str, rows: list[dict]) -> Table:
 
 def _effects(results: Results, numbers: dict) -> list[Block]:
     blocks: list[Block] = []
+    headers = ("effect", "sum of squares", "df", "F", "p", "p (GG)", "eta squared")
+    planned = max(map(len, results.grid.values()), default=0)
     for metric, found in numbers.items():
         if isinstance(found["effects"], str):
             blocks.append(Text(f"{metric}: not computed, because {found['effects']}."))
             continue
         rows = [
-            (" x ".join(row["effect"]), *(_plain(row[name]) for name in ("ss", "df", "F")), p_value(row["p"]),
-             p_value(row["p_gg"]), _plain(row["eta2"]))
+            (" x ".join(row["effect"]), *(text_of(row[name]) for name in ("ss", "df", "F")), p_value(row["p"]),
+             p_value(row["p_gg"]), text_of(row["eta2"]))
             for row in found["effects"]
         ]  # fmt: skip
-        planned = max(len(units) for units in results.grid.values())
         used = found["effect_units"]
-        over = f"over {used} {read.unit_noun(results, used)}" + (
-            f" of {planned}: those that every cell has" if used < planned else ""
-        )
-        headers = ("effect", "sum of squares", "df", "F", "p", "p (GG)", "eta squared")
+        over = f"over {used} {read.unit_noun(results, used)}"
+        over += f" of {planned}: those that every cell has" if used < planned else ""
         blocks.append(Table(f"{metric}: main effects and interactions of two factors, {over}.", headers, rows))
     return blocks
 
 
-def _devices(results: Results) -> list[Block]:
-    devices = sorted({run.device for run in read.runs(results) if run.device})
-    if not devices:
-        return []
-    mixed = "; runs of different devices cannot be compared in time" if len(devices) > 1 else ""
-    return [Text(f"Measured on {', '.join(devices)}{mixed}.")]
-
-
 def _cost_table(results: Results) -> Table:
-    headers = ("cell", "trainable parameters", "FLOPs a step", "peak memory", "wall time")
-    ratio = ("parameters ratio", "FLOPs ratio", "memory ratio", "wall time ratio") if results.baseline else ()
-    rows = []
+    headers = ["cell", "trainable parameters", "FLOPs a step", "peak memory", "wall time"]
+    caption, rows = "Means over the finished runs", []
+    if results.baseline:
+        headers += ["parameters ratio", "FLOPs ratio", "memory ratio", "wall time ratio"]
+        caption += "; ratios to the cell of the baseline levels"
     for row in analysis.costs(results):
-        parameters = row["trainable_parameters"]
-        cells = [NONE if parameters is None else f"{parameters:,.0f}", scaled(row["flops_per_step"], 1000)]
-        cells += [_suffixed(scaled(row["memory_bytes"], 1024), "B"), _suffixed(_plain(row["seconds"]), " s")]
-        ratios = [_plain(row[f"{name}_ratio"], 3) for name in read.COSTS] if results.baseline else []
+        cells = [text_of(row["trainable_parameters"], ",.0f"), scaled(row["flops_per_step"], 1000)]
+        cells += [_with_unit(scaled(row["memory_bytes"], 1024), "B"), _with_unit(text_of(row["seconds"]), " s")]
+        ratios = [text_of(row[f"{name}_ratio"], ".3g") for name in read.COSTS] if results.baseline else []
         rows.append((read.name_of(results, row["cell"]), *cells, *ratios))
-    return Table("Means over the finished runs; ratios to the cell of the baseline levels." if ratio else
-                 "Means over the finished runs.", (*headers, *ratio), rows)  # fmt: skip
+    return Table(f"{caption}.", headers, rows)
 
 
 def _methods(results: Results, numbers: dict) -> list[str]:
     share, count = read.test_share(results), len(numbers[results.metrics[0]]["differences"])
-    lines = [METHODS["interval"].format(units=read.unit_noun(results))]
-    lines += [METHODS["folds"].format(share=share)] if share else []
-    lines += [METHODS["paired"].format(count=count)] if count else []
-    lines += [METHODS["anova"]] if len(results.factors) > 1 else []
-    return [*lines, METHODS["scope"]]
+    told = {"interval": True, "folds": share, "paired": count, "anova": len(results.factors) > 1, "scope": True}
+    facts = {"units": read.unit_noun(results), "share": share, "count": count}
+    return [METHODS[name].format_map(facts) for name, applies in told.items() if applies]
 
 
 def number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
 
-def signed(value: float | None) -> str:
-    return NONE if value is None else f"{value:+.4f}"
+def text_of(value: float | None, form: str = ".4g") -> str:
+    return NONE if value is None else format(value, form)
 
 
 def p_value(p: float | None) -> str:
-    return NONE if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
-
-
-def _plain(value: float | None, digits: int = 4) -> str:
-    return NONE if value is None else f"{value:.{digits}g}"
+    return NONE if p is None else analysis.p_equals(p).removeprefix("p ").removeprefix("= ")
 
 
 def scaled(value: float | None, base: int) -> str:
@@ -313,7 +273,8 @@ def scaled(value: float | None, base: int) -> str:
     return f"{digits} {prefixes[power]}".strip()
 
 
-def _suffixed(text: str, unit: str) -> str:
+def _with_unit(text: str, unit: str) -> str:
+    """ "256 Mi" as 256 MiB, "12" as 12 B."""
     if text == NONE:
         return text
     return f"{text}{unit}" if text[-1].isalpha() or unit.startswith(" ") else f"{text} {unit}"
@@ -321,33 +282,12 @@ def _suffixed(text: str, unit: str) -> str:
 
 def to_csv(results: Results) -> str:
     """One row per planned run, with unrounded numbers; an empty field is a number that does not exist."""
-    further = dict.fromkeys(name for run in read.runs(results) for name in run.scores)
-    metrics = list(dict.fromkeys([*results.metrics, *sorted(further)]))
+    others = sorted({name for run in read.runs(results) for name in run.scores})
+    metrics = list(dict.fromkeys([*results.metrics, *others]))
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow(["key", *results.factors, "seed", "fold", "state", "error", *metrics, *read.COSTS])
     for run in read.runs(results):
-        values = [*(run.scores.get(name) for name in metrics), *(run.cost.get(name) for name in read.COSTS)]
+        values = [*map(run.scores.get, metrics), *map(run.cost.get, read.COSTS)]
         rows.writerow([run.key, *run.cell, *run.unit, run.state, run.error, *values])
     return file.getvalue()
-
-
-def _levels(results: Results, cell: read.Cell) -> dict[str, Any]:
-    return {"levels": dict(zip(results.factors, cell, strict=True))}
-
-
-def main(argv=None) -> None:
-    """Writes the report of a study from the files of its workdir."""
-    parser = argparse.ArgumentParser(prog="python -m tl_jax.studies.report.report", description=main.__doc__)
-    parser.add_argument("workdir", type=pathlib.Path, help="of the study: the folder of study.json")
-    workdir = parser.parse_args(argv).workdir
-    try:
-        summary = write(workdir)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    print("\n".join(summary["reading"]))
-    print(f"{workdir}/report.md, .html, .tex, .csv and {len(summary['figures'])} figures")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,5 @@
 """What a study has left on disk, read back: its grid, and the state, numbers and cost of every run."""
 
-import itertools
-import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,23 +8,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tl_jax import tasks
-from tl_jax.core.files import read_json
+from tl_jax.core.files import read_json, read_rows
 from tl_jax.studies import store
 from tl_jax.studies.report import statistics
 
 FIELDS = ("name", "question", "factors", "baseline", "seeds", "metrics", "design", "runs")
 COSTS = ("trainable_parameters", "flops_per_step", "memory_bytes", "seconds")
+WORDS = {"todo": "missing", "running": "missing (running)", "stale": "missing (its process died)"}
 Cell = tuple[str, ...]  # one level of every factor
 Unit = tuple[int, str]  # seed and fold: the same unit means the same data, so this is what runs are paired by
 
 
 class Run(NamedTuple):
-    """One run: scores are the scalar metrics of its result, cost the numbers of cost.json; both empty unless done."""
+    """One run: scores are the scalar metrics of its result, cost the numbers of cost.json; both empty unless done.
+
+    state: done | failed | todo | running | stale.
+    """
 
     key: str
     cell: Cell
     unit: Unit
-    state: str  # done | failed, or missing: todo | running | stale
+    state: str
     error: str
     scores: Mapping[str, float | None]
     cost: Mapping[str, float | None]
@@ -70,10 +72,10 @@ def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
             return empty
         result = read_json(folder / "result.json")
         cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
-    except ValueError as error:  # a run whose numbers cannot be read is shown as that, beside those that can
+    except ValueError as error:  # a run whose numbers cannot be read is shown as failed, the others as they are
         return empty._replace(state="failed", error=last_line(str(error), workdir))
     scores = _scalars(result.get("metrics", {}))
-    for name, further in result.get("also", {}).items():
+    for name, further in result.get("extra_eval", {}).items():
         scores |= {f"{name}/{metric}": value for metric, value in _scalars(further).items()}
     costs = {name: _finite(cost.get(name)) for name in COSTS}
     if costs["trainable_parameters"] is None:
@@ -82,9 +84,8 @@ def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
 
 
 def last_line(error: str, workdir: pathlib.Path) -> str:
-    """The last line of an error that says something, without the place where the study happens to lie."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[-1] if lines else "no message"
+    """The last line of an error that is not blank, without the path of the study."""
+    text = ([line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"])[-1]
     for place in (str(workdir.resolve()), str(workdir)):
         text = text.replace(f"{place}/", "") if len(place) > 1 else text
     return text
@@ -114,9 +115,7 @@ def count_states(results: Results) -> dict[str, int]:
 
 def word_of(run: Run) -> str:
     """The state of a run for a reader: everything that is neither done nor failed is missing."""
-    return {"todo": "missing", "running": "missing (running)", "stale": "missing (its process died)"}.get(
-        run.state, run.state
-    )
+    return WORDS.get(run.state, run.state)
 
 
 def scores_of(results: Results, cell: Cell, metric: str) -> dict[Unit, float]:
@@ -127,10 +126,8 @@ def scores_of(results: Results, cell: Cell, metric: str) -> dict[Unit, float]:
 
 def name_of(results: Results, cell: Cell, without: Sequence[str] = ()) -> str:
     """A cell in words: its level in a study of one factor, "blocks=1, shots=5" in others."""
-    pairs = [(factor, level) for factor, level in zip(results.factors, cell, strict=True) if factor not in without]
-    if len(results.factors) == 1:
-        return "".join(level for _, level in pairs)
-    return ", ".join(f"{factor}={level}" for factor, level in pairs)
+    pairs = [pair for pair in zip(results.factors, cell, strict=True) if pair[0] not in without]
+    return ", ".join(pair[1] if len(results.factors) == 1 else "=".join(pair) for pair in pairs)
 
 
 def level_of(results: Results, cell: Cell, factor: str) -> str:
@@ -143,22 +140,15 @@ def with_level(results: Results, cell: Cell, factor: str, level: str) -> Cell:
     return (*cell[:index], level, *cell[index + 1 :])
 
 
-def combinations(results: Results, factors: Sequence[str]) -> list[Cell]:
-    """Every combination of the levels of some factors, in the order of the plan."""
-    return list(itertools.product(*(results.factors[factor] for factor in factors)))
-
-
 def cells_where(results: Results, fixed: Mapping[str, str]) -> list[Cell]:
     """The planned cells that have these levels."""
-    names = list(results.factors)
-    return [cell for cell in results.grid if all(cell[names.index(f)] == level for f, level in fixed.items())]
+    return [cell for cell in results.grid if all(level_of(results, cell, f) == level for f, level in fixed.items())]
 
 
 def test_share(results: Results) -> float | None:
-    """n_test / n_train of a resampling design, which the corrected interval needs; None for independent values.
+    """n_test / n_train of a resampling design, see `statistics`; None for independent values, as the one run of loo.
 
-    kfold:K tests on one fold and trains on K - 1. A bootstrap draws 1 - 1/e of the examples for training, counting each
-    once, and tests on the others. The one run of loo has a score over all examples, so its values are those of seeds.
+    kfold:K tests on one fold and trains on K - 1; a bootstrap trains on 1 - 1/e of the examples, tests on the others.
     """
     name, _, argument = results.design.partition(":")
     if name == "kfold":
@@ -170,8 +160,7 @@ def test_share(results: Results) -> float | None:
 
 def unit_noun(results: Results, count: int = 2) -> str:
     """What a value of a cell comes from: a seed, or a fold of a resampling design."""
-    noun = "seed" if test_share(results) is None else "fold"
-    return noun if count == 1 else f"{noun}s"
+    return ("seed" if test_share(results) is None else "fold") + ("" if count == 1 else "s")
 
 
 def interval(results: Results, values: Sequence[float]) -> dict:
@@ -194,26 +183,19 @@ class Outputs(NamedTuple):
 
 
 def read_outputs(results: Results) -> tuple[dict[str, Outputs], list[str]]:
-    """{key: Outputs} of the finished runs, one file in memory at a time; and what could not be read, as sentences.
-
-    Of tasks that predict one class for each example.
-    """
+    """{key: Outputs} of the finished runs whose task predicts one class, and what could not be read, as sentences."""
     found, problems = {}, []
-    for run in runs(results):
-        path = run.folder / "predictions.npz"
-        if run.state != "done" or not path.exists():
-            continue
+    for run in (run for run in runs(results) if run.state == "done" and (run.folder / "predictions.npz").exists()):
         try:
-            predictions = tasks.load_predictions(path)
+            predictions = tasks.load_predictions(run.folder / "predictions.npz")
         except ValueError as error:
             problems.append(last_line(str(error), run.folder.parents[1]))
             continue
-        task = predictions.spec.name
-        if task not in tasks.RELIABILITY:
+        if not (measured := tasks.METRICS[predictions.spec.name].reliability):
             continue
-        reliability, axes = tasks.RELIABILITY[task]
+        reliability, axes = measured
         count, *means = reliability(predictions)
-        confusion = tasks.CONFUSION[task](predictions)
+        confusion = tasks.confusion(predictions)
         support = confusion.sum(axis=1)
         recall = np.where(support > 0, confusion.diagonal() / np.maximum(support, 1), np.nan)
         sums = (np.nan_to_num(count * mean) for mean in means)
@@ -230,8 +212,6 @@ def curve_column(results: Results) -> str:
 
 def read_curve(run: Run, name: str) -> np.ndarray:
     """Steps and values [points, 2] of a column of metrics.jsonl; empty where there are none."""
-    path = run.folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if run.state == "done" and path.exists() else []
-    rows = [json.loads(line) for line in lines if line.strip()]
+    rows = read_rows(run.folder / "metrics.jsonl") if run.state == "done" else []
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return np.array(sorted(points), np.float64).reshape(-1, 2)

@@ -1,7 +1,10 @@
 """The statistics of studies: what several seeds, folds or data sets say about a difference; numpy and scipy alone.
 
 Everything takes arrays of scores and returns plain data for JSON. A number that the data do not determine is None,
-with the reason beside it. Missing scores are NaN or None; infinite ones are an error.
+with the reason in `why`. Missing scores are NaN or None and left out; infinite ones are an error.
+
+test_share: folds of one data set share training examples and are not independent. With it, n_test / n_train, the
+variance of a mean is sd^2 (1/n + n_test/n_train), the corrected resampled t-test (Nadeau & Bengio 2003).
 """
 
 import functools
@@ -18,30 +21,23 @@ def mean_interval(values: Sequence, level: float = 0.95, test_share: float | Non
     """The mean over n seeds and its Student-t interval: {"mean", "low", "high", "n"}.
 
     mean -+ t(n - 1) sd / sqrt(n), sd with n - 1 (Student 1908). Assumes independent, normal values: seeds of one
-    data set, so it speaks of other seeds and not of other data. Folds share training examples: for them `test_share`
-    as in `paired`. Missing values are left out; None for the bounds of fewer than two, and for the mean of none.
+    data set, so it speaks of other seeds and not of other data. None: the bounds of fewer than two, the mean of none.
     """
     values = _numbers(values, "values")
     if values.ndim != 1:
         raise ValueError(f"values have shape {values.shape}, expected [seeds]")
     values = values[~np.isnan(values)]
-    mean, half, _ = _student(values, level, test_share)
-    bounds = {"low": None, "high": None} if half is None else {"low": mean - half, "high": mean + half}
-    return {"mean": mean, **bounds, "n": len(values)}
+    mean, low, high, _ = _student(values, level, test_share)
+    return {"mean": mean, "low": low, "high": high, "n": len(values)}
 
 
 def paired(a: Sequence, b: Sequence, level: float = 0.95, test_share: float | None = None) -> dict:
     """a minus b, position by position: {"mean", "low", "high", "p", "effect", "n", "wins", "losses", "ties", "why"}.
 
-    Student's paired t-test, two-sided: t = mean / (sd sqrt(1/n)) of the differences, n - 1 degrees of freedom, and the
-    interval that belongs to it. `effect` is Cohen's d_z = mean / sd (Cohen 1988). A win is a > b: for a
-    metric where less is better, exchange them. Assumes that the pairs are independent and their differences normal.
-
-    Repeated folds of one data set are not independent: with `test_share` = n_test / n_train the variance of the mean
-    is sd^2 (1/n + n_test/n_train), the corrected resampled t-test (Nadeau & Bengio 2003); 1 / (K - 1) for K folds.
-
-    Pairs with a missing member are left out. One pair has a mean only. Differences that are all zero give p = 1 and
-    effect 0; all equal but not zero, they have no spread to test against: p and effect are None, and `why` says so.
+    Student's paired t-test, two-sided, on n - 1 degrees of freedom, with its interval. `effect` is Cohen's d_z = mean /
+    sd (Cohen 1988). A win is a > b. Assumes independent pairs with normal differences. One pair has a mean only.
+    Differences that are all zero give p = 1 and effect 0; all equal but not zero, they have no spread to test against:
+    both are None.
     """
     a, b = _numbers(a, "a"), _numbers(b, "b")
     if a.ndim != 1 or a.shape != b.shape:
@@ -53,7 +49,7 @@ def paired(a: Sequence, b: Sequence, level: float = 0.95, test_share: float | No
     constant = n > 1 and not _without_residue(difference - difference[0], a, b).any()
     if constant:
         difference = np.full(n, difference.mean())
-    mean, half, error = _student(difference, level, test_share)
+    mean, low, high, error = _student(difference, level, test_share)
     p = effect = why = None
     if n < 2:
         why = f"{n} complete pairs: a test needs two"
@@ -64,23 +60,14 @@ def paired(a: Sequence, b: Sequence, level: float = 0.95, test_share: float | No
     else:
         p, effect = float(2 * scipy.stats.t.sf(abs(mean) / error, n - 1)), float(mean / difference.std(ddof=1))
     signs = {"wins": difference > 0, "losses": difference < 0, "ties": difference == 0}
-    return {
-        "mean": mean,
-        "low": None if half is None else mean - half,
-        "high": None if half is None else mean + half,
-        "p": p,
-        "effect": effect,
-        "n": n,
-        **{name: int(np.count_nonzero(which)) for name, which in signs.items()},
-        "why": why,
-    }
+    counts = {name: int(np.count_nonzero(which)) for name, which in signs.items()}
+    return {"mean": mean, "low": low, "high": high, "p": p, "effect": effect, "n": n, **counts, "why": why}
 
 
 def holm(p_values: Sequence) -> list[float | None]:
-    """Adjusted p-values that keep the family-wise error: reject those <= alpha; None stays None and is not counted.
+    """Adjusted p-values that keep the family-wise error under any dependence; None stays None and is not counted.
 
-    With p_(1) <= ... <= p_(m), the i-th is max over j <= i of min(1, (m - j + 1) p_(j)) (Holm 1979). Holds for any
-    dependence between the tests. The family is what is handed over: every comparison that might have been reported.
+    With p_(1) <= ... <= p_(m), the i-th is max over j <= i of min(1, (m - j + 1) p_(j)) (Holm 1979).
     """
     p = _numbers(p_values, "p_values")
     if p.ndim != 1 or (p < 0).any() or (p > 1).any():
@@ -96,26 +83,19 @@ def holm(p_values: Sequence) -> list[float | None]:
 def anova(table: Sequence, factors: Sequence[str], test_share: float | None = None) -> list[dict] | str:
     """Repeated-measures analysis of variance of `table` [levels of factor 1, ..., of factor m, seeds].
 
-    One row per main effect and interaction of two factors (higher ones are neither tested nor used as error):
-    {"effect": ("blocks", "shots"), "ss", "df", "df_error", "F", "p", "eta2", "epsilon", "p_gg", "why"}, with
-    F = (SS_effect / df) / (SS_effect x seed / df_error), df_error = df (seeds - 1), eta2 = SS_effect / SS_total
-    (Winer, Brown & Michels 1991). A factor of one level has no effect and no row.
+    One row per main effect and interaction of two factors (higher ones are neither tested nor error; a factor of
+    one level has none): {"effect": ("blocks", "shots"), "ss", "df", "df_error", "F", "p", "eta2", "epsilon", "p_gg",
+    "why"}, F = (SS_effect / df) / (SS_effect x seed / df_error), df_error = df (seeds - 1), eta2 = SS_effect / SS_total
+    (Winer, Brown & Michels 1991). With `test_share`, F is divided by 1 + n test_share: the corrected t-test if F = t^2.
 
-    Seeds are random blocks: the same seed is the same split, shots and head in every cell. Each effect is tested
-    against its own interaction with the seed rather than the residual pooled over all of them, because that
-    interaction is to be expected (a lucky draw of shots matters more where there are fewer) and the pooled residual
-    then rejects too often. The price is few degrees of freedom: with two levels it is the paired t-test, F = t^2.
-
-    Assumes normal errors and, for df > 1, sphericity: equal variance of all contrasts over seeds. `p_gg` does not:
-    both degrees of freedom are multiplied by `epsilon`, in 1/df .. 1 (Greenhouse & Geisser 1959); conservative for
-    few seeds. Folds in the place of seeds are not independent: with `test_share` as in `paired`, F is divided by
-    1 + n test_share, which is the corrected t-test where F = t^2.
-
-    F is None where effect x seed is zero; p is then 1 if the effect is zero too, otherwise None (`why`).
-    Returns the reason, a text, where there is nothing to compute: a missing cell, or fewer than two seeds.
+    Seeds are random blocks, and each effect is tested against its own interaction with them: the residual pooled over
+    all rejects too often where a lucky draw of shots matters more with fewer of them. Assumes normal errors and, for df
+    > 1, equal variance of all contrasts over seeds; `p_gg` does not, df and df_error are times `epsilon` (Greenhouse &
+    Geisser 1959). F is None where effect x seed is zero; p is then 1 if the effect is zero too. Returns the reason, a
+    text, for a missing cell or fewer than two seeds.
     """
     table = _numbers(table, "table")
-    _check_share(test_share)
+    _check(test_share=test_share)
     if table.ndim != len(factors) + 1 or not factors or not table.size:
         raise ValueError(f"table has shape {table.shape}, expected {len(factors)} factors {tuple(factors)}, then seeds")
     if missing := int(np.isnan(table).sum()):
@@ -145,8 +125,8 @@ def _test_effect(table: np.ndarray, axes: tuple[int, ...], total: float, test_sh
     ss, ss_error = float(copies * seeds * np.sum(effect**2)), float(copies * np.sum(noise**2))
     df = int(np.prod([table.shape[axis] - 1 for axis in axes]))
     df_error = df * (seeds - 1)
-    row = {"ss": ss, "df": df, "df_error": df_error, "F": None, "p": None, "eta2": ss / total if total else None}
-    row |= {"epsilon": None, "p_gg": None, "why": None}
+    row = {"ss": ss, "df": df, "df_error": df_error, "F": None, "p": None, "eta2": ss / total if total else None,
+           "epsilon": None, "p_gg": None, "why": None}  # fmt: skip
     if ss_error == 0:
         same = "the effect is the same with every seed: no spread to test against"
         return row | ({"p": 1.0, "p_gg": 1.0} if ss == 0 else {"why": same})
@@ -160,19 +140,15 @@ def _test_effect(table: np.ndarray, axes: tuple[int, ...], total: float, test_sh
 def friedman(scores: Sequence, level: float = 0.95) -> dict:
     """Ranks k treatments within N blocks: {"ranks", "statistic", "p", "critical_difference", "n"}; higher is better.
 
-    `scores` [blocks, treatments]; the best of a block has rank 1, ties share their mean rank. The statistic is
-    12 N / (k (k + 1)) sum (R_j - (k + 1) / 2)^2, divided by 1 - sum (t^3 - t) / (N (k^3 - k)) over groups of t ties
-    (Friedman 1937), p from chi-squared with k - 1 degrees of freedom (an approximation: p is rough for N < 10).
-    Mean ranks further apart than the critical difference q sqrt(k (k + 1) / (6 N)) differ by Nemenyi's test, q the
-    studentised range over sqrt(2) (Demsar 2006, section 3.2.2).
-
-    Assumes independent blocks: data sets, not seeds of one. Blocks with a missing score are left out, n counts the
-    others; all None where none is left.
+    `scores` [blocks, treatments]; ties share their mean rank. The statistic, corrected for ties (Friedman 1937), has p
+    from chi-squared with k - 1 degrees of freedom (rough for N < 10). Mean ranks further apart than the critical
+    difference q sqrt(k (k + 1) / (6 N)) differ by Nemenyi's test (Demsar 2006, section 3.2.2). Assumes independent
+    blocks: data sets, not seeds of one. Blocks with a missing score do not count in n; all None where none is left.
     """
     scores = _numbers(scores, "scores")
     if scores.ndim != 2 or scores.shape[1] < 2:
         raise ValueError(f"scores have shape {scores.shape}, expected [blocks, treatments >= 2]")
-    _check_level(level)
+    _check(level)
     scores = scores[~np.isnan(scores).any(axis=1)]
     n, k = scores.shape
     if n == 0:
@@ -197,10 +173,7 @@ def nemenyi_quantile(treatments: int, level: float = 0.95) -> float:
 
 
 def groups_not_different(ranks: Sequence[float], critical_difference: float) -> list[tuple[int, ...]]:
-    """The bars of a critical-difference diagram: largest groups of two or more whose mean ranks lie closer than that.
-
-    Tuples of positions in `ranks`, best rank first; a group inside another is not listed (Demsar 2006, figure 1).
-    """
+    """The bars of a critical-difference diagram (Demsar 2006, figure 1): largest groups of positions in `ranks`."""
     order = np.argsort(ranks, kind="stable")
     ordered = np.asarray(ranks, np.float64)[order]
     groups, reached = [], 0
@@ -213,22 +186,18 @@ def groups_not_different(ranks: Sequence[float], critical_difference: float) -> 
 
 
 def pareto(cost: Sequence, score: Sequence) -> list[int]:
-    """Positions of the points that no other beats, by rising cost; a missing cost or score is no point.
-
-    One point beats another if it costs no more, scores no less, and is better in one of them; equal points both stay.
-    """
+    """Positions of the points that no other beats in both, by rising cost; equal points stay, incomplete do not."""
     cost, score = _numbers(cost, "cost"), _numbers(score, "score")
     if cost.ndim != 1 or cost.shape != score.shape:
         raise ValueError(f"cost has shape {cost.shape}, score {score.shape}: expected two of [points]")
-    front: list[int] = []
+    kept: list[int] = []
     for index in np.lexsort((-score, cost)).tolist():
         if np.isnan(cost[index]) or np.isnan(score[index]):
             continue
-        last = front[-1] if front else None
-        equal = last is not None and (cost[index], score[index]) == (cost[last], score[last])
-        if last is None or score[index] > score[last] or equal:
-            front.append(index)
-    return front
+        last = kept[-1] if kept else index
+        if score[index] > score[last] or (cost[index], score[index]) == (cost[last], score[last]):
+            kept.append(index)
+    return kept
 
 
 def _numbers(values, name: str) -> np.ndarray:
@@ -239,12 +208,9 @@ def _numbers(values, name: str) -> np.ndarray:
     return array
 
 
-def _check_level(level: float) -> None:
+def _check(level: float = 0.95, test_share: float | None = None) -> None:
     if not 0 < level < 1:
         raise ValueError(f"level={level}: expected a number between 0 and 1, as 0.95")
-
-
-def _check_share(test_share: float | None) -> None:
     if test_share is not None and not test_share > 0:
         raise ValueError(f"test_share={test_share}: expected n_test / n_train, above 0, or None for independent values")
 
@@ -259,15 +225,15 @@ def _without_residue(deviations: np.ndarray, *scores: np.ndarray) -> np.ndarray:
     return np.where(np.abs(deviations) <= ROUNDING * _largest(*scores), 0.0, deviations)
 
 
-def _student(values: np.ndarray, level: float, test_share: float | None) -> tuple[float | None, float | None, float]:
-    """Mean, half width of its interval and standard error of values without gaps; None where too few."""
-    _check_level(level)
-    _check_share(test_share)
+def _student(values: np.ndarray, level: float, test_share: float | None) -> tuple:
+    """Mean, its interval and its standard error of values without gaps; None where too few."""
+    _check(level, test_share)
     n = len(values)
     if n < 2:
-        return (float(values[0]) if n else None), None, 0.0
+        return (float(values[0]) if n else None), None, None, 0.0
     error = float(values.std(ddof=1) * np.sqrt(1 / n + (test_share or 0.0)))
-    return float(values.mean()), float(scipy.stats.t.ppf(0.5 + level / 2, n - 1)) * error, error
+    mean, half = float(values.mean()), float(scipy.stats.t.ppf(0.5 + level / 2, n - 1)) * error
+    return mean, mean - half, mean + half, error
 
 
 def _without_rounding(scores: np.ndarray) -> np.ndarray:

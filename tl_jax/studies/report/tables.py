@@ -2,9 +2,12 @@
 
 import base64
 import html
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+import tl_jax
 
 
 class Heading(NamedTuple):
@@ -42,27 +45,23 @@ Block = Heading | Text | Items | Table | Picture
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
     """GitHub's Markdown; pictures are linked, relative to the report."""
-    parts = [f"# {_md(title)}"]
-    for block in blocks:
-        match block:
-            case Heading(text):
-                parts.append(f"## {_md(text)}")
-            case Text(text):
-                parts.append("\n\n".join(_md(paragraph) for paragraph in _paragraphs(text)))
-            case Items(lines):
-                parts.append("\n".join(f"- {_md(line)}" for line in lines))
-            case Table():
-                parts.append(_markdown_table(block))
-            case Picture(name, caption):
-                parts.append(f"![{name}](figures/{name}.png)\n\n*{_md(caption)}*")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([f"# {_md(title)}", *map(_markdown_block, blocks)]) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
-    rules = ["---" if i < table.text_columns else "---:" for i in range(len(table.headers))]
-    lines = [[_md(cell) for cell in row] for row in (table.headers, *table.rows)]
-    lines.insert(1, rules)
-    return f"{_md(table.caption)}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _markdown_block(block: Block) -> str:
+    match block:
+        case Heading(text):
+            return f"## {_md(text)}"
+        case Text(text):
+            return "\n\n".join(_md(paragraph) for paragraph in _paragraphs(text))
+        case Items(lines):
+            return "\n".join(f"- {_md(line)}" for line in lines)
+        case Table():
+            head, *rows = ([_md(cell) for cell in row] for row in (block.headers, *block.rows))
+            rules = ["---" if i < block.text_columns else "---:" for i in range(len(head))]
+            return f"{_md(block.caption)}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in (head, rules, *rows))
+        case Picture(name, caption):
+            return f"![{name}](figures/{name}.png)\n\n*{_md(caption)}*"
 
 
 def _md(text: str) -> str:
@@ -84,27 +83,24 @@ LATEX = {
 
 def to_latex(tables: Mapping[str, Table]) -> str:
     """booktabs tables to paste into a paper, {label: table}."""
-    parts = [r"% \usepackage{booktabs}", *(_latex_table(label, table) for label, table in tables.items())]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([r"% \usepackage{booktabs}", *map(_latex_table, tables, tables.values())]) + "\n"
 
 
 def _latex_table(label: str, table: Table) -> str:
     columns = "".join("l" if i < table.text_columns else "r" for i in range(len(table.headers)))
-    head, *rows = (" & ".join(latex(cell) for cell in row) + r" \\" for row in (table.headers, *table.rows))
-    return "\n".join([
-        r"\begin{table}",
-        r"  \centering",
-        rf"  \caption{{{latex(table.caption)}}}",
-        rf"  \label{{tab:{re.sub('[^a-z0-9]+', '-', label.lower())}}}",
-        rf"  \begin{{tabular}}{{{columns}}}",
-        r"    \toprule",
-        f"    {head}",
-        r"    \midrule",
-        *(f"    {row}" for row in rows),
-        r"    \bottomrule",
-        r"  \end{tabular}",
-        r"\end{table}",
-    ])  # fmt: skip
+    head, *rows = (" & ".join(map(latex, row)) + r" \\" for row in (table.headers, *table.rows))
+    body = "".join(f"\n    {row}" for row in rows)
+    return rf"""\begin{{table}}
+  \centering
+  \caption{{{latex(table.caption)}}}
+  \label{{tab:{re.sub("[^a-z0-9]+", "-", label.lower())}}}
+  \begin{{tabular}}{{{columns}}}
+    \toprule
+    {head}
+    \midrule{body}
+    \bottomrule
+  \end{{tabular}}
+\end{{table}}"""
 
 
 def latex(text: str) -> str:
@@ -115,40 +111,16 @@ def latex(text: str) -> str:
     return re.sub(r"^\[", "{[}", escaped)  # at the start of a row a bracket would be an argument of the row's end
 
 
-CSS = """
-:root { --ink: #1d2329; --soft: #5d6873; --rule: #d9dee3; --wash: #f5f7f9; --mark: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0; color: var(--ink); background: white; font: 16px/1.55 system-ui, "Segoe UI", Helvetica, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 1rem; }
-h2 { font-size: 1.25rem; margin: 3rem 0 .75rem; padding-top: .75rem; border-top: 2px solid var(--mark); }
-p, li { max-width: 46rem; }
-nav { color: var(--soft); font-size: .9rem; margin: 1.5rem 0; }
-nav a { color: var(--mark); text-decoration: none; margin-right: 1.1rem; white-space: nowrap; }
-.table { overflow-x: auto; margin: 1.25rem 0 1.75rem; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); padding-bottom: .5rem; }
-th { text-align: left; font-weight: 600; border-bottom: 1.5px solid var(--ink); vertical-align: bottom; }
-th, td { padding: .3rem .9rem .3rem 0; }
-td { border-bottom: 1px solid var(--rule); vertical-align: top; }
-.n { text-align: right; white-space: nowrap; padding-left: .6rem; }
-tbody tr:hover { background: var(--wash); }
-figure { margin: 1.75rem 0; }
-figure img { max-width: 100%; height: auto; }
-figcaption { color: var(--soft); font-size: .9rem; max-width: 46rem; margin-top: .4rem; }
-@media print { nav { display: none; } main { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } }
-""".strip()
-
-
 def to_html(title: str, blocks: Sequence[Block], images: Mapping[str, bytes]) -> str:
     """One page that needs nothing else: `images` {name: PNG bytes} are inlined."""
+    css = (pathlib.Path(tl_jax.__file__).parent / "assets" / "report.css").read_text().strip()
     headings = [block.text for block in blocks if isinstance(block, Heading)]
     links = "".join(f'<a href="#{_anchor(text)}">{html.escape(text)}</a>' for text in headings)
     body = "\n".join(_html_block(block, images) for block in blocks)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
-        f"<style>\n{CSS}\n</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n<nav>{links}</nav>\n"
+        f"<style>\n{css}\n</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n<nav>{links}</nav>\n"
         f"{body}\n</main>\n</body>\n</html>\n"
     )
 
@@ -162,7 +134,12 @@ def _html_block(block: Block, images: Mapping[str, bytes]) -> str:
         case Items(lines):
             return "<ul>\n" + "\n".join(f"<li>{html.escape(line)}</li>" for line in lines) + "\n</ul>"
         case Table():
-            return _html_table(block)
+            head, *rows = (f"<tr>{_html_row(block, i)}</tr>" for i in range(-1, len(block.rows)))
+            body = "\n".join(rows)
+            return (
+                f'<div class="table"><table>\n<caption>{html.escape(block.caption)}</caption>\n'
+                f"<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
+            )
         case Picture(name, caption):
             data, text = base64.b64encode(images[name]).decode(), html.escape(caption)
             return (
@@ -171,16 +148,11 @@ def _html_block(block: Block, images: Mapping[str, bytes]) -> str:
             )
 
 
-def _html_table(table: Table) -> str:
-    def line(cells, tag):
-        style = ["" if i < table.text_columns else ' class="n"' for i in range(len(cells))]
-        return "".join(f"<{tag}{s}>{html.escape(c)}</{tag}>" for c, s in zip(cells, style, strict=True))
-
-    body = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in table.rows)
-    return (
-        f'<div class="table"><table>\n<caption>{html.escape(table.caption)}</caption>\n'
-        f"<thead><tr>{line(table.headers, 'th')}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
-    )
+def _html_row(table: Table, i: int) -> str:
+    """The cells of row i; of the headers where it is -1."""
+    tag, cells = ("th", table.headers) if i < 0 else ("td", table.rows[i])
+    style = ["" if k < table.text_columns else ' class="n"' for k in range(len(cells))]
+    return "".join(f"<{tag}{s}>{html.escape(c)}</{tag}>" for c, s in zip(cells, style, strict=True))
 
 
 def _anchor(text: str) -> str:

@@ -1,0 +1,274 @@
+"""python -m tl_jax COMMAND ...; `python -m tl_jax COMMAND --help` says what a command takes.
+
+Exit codes: 0 done; 1 some inputs cannot be read; 2 bad input, in one message; 75 stopped, see train; 130 Ctrl-C.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+from tl_jax.core import files
+
+Args = argparse.Namespace
+
+
+def train(args: Args) -> int:
+    from tl_jax.runtime.malloc import keep_memory
+    from tl_jax.studies import command
+
+    keep_memory()
+    given = args.rest if args.rest and args.rest[0].startswith("-") else ["--config", *args.rest]
+    return command.main(given if args.rest else [], ("-m", "tl_jax", "train"))
+
+
+def predict(args: Args) -> int:
+    from tl_jax.api import model, run
+    from tl_jax.tasks import answers
+
+    formats = {"": answers.write_csv, ".csv": answers.write_csv, ".jsonl": answers.write_jsonl}
+    if (suffix := pathlib.Path(args.out).suffix) not in formats or (args.out and not suffix):
+        raise ValueError(f"--out {args.out}: expected a .csv or .jsonl file")
+    network, unreadable = run.load_run(args.run, args.weights).model, []
+    data = args.inputs if network.card.input == "image" else args.inputs[0]
+
+    def readable():
+        for row in model.stream(network, data, args.batch_size):
+            if "error" in row:
+                unreadable.append(f"{row['file']}: {row['error']}")
+            else:
+                yield row
+
+    with _output(args.out) as file:
+        formats[suffix](readable(), file)
+    if unreadable:
+        print("\n  ".join([f"{len(unreadable)} files cannot be read:", *unreadable]), file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+@contextlib.contextmanager
+def _output(path: str):
+    """Standard output, or a text file that appears when it is complete."""
+    if not path:
+        yield sys.stdout
+        return
+    with files.atomic_write(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        yield text
+        text.detach()
+
+
+def evaluate(args: Args) -> None:
+    from tl_jax import tasks
+    from tl_jax.api import model, run
+
+    alone = args.weights or args.model
+    if len(args.what) != (1 if alone else 2):
+        raise ValueError("expected RUN DATA, or --model NAME --weights FILE DATA")
+    size = args.image_size
+    network = model.load(args.model, args.weights, image_size=size) if alone else run.load_run(args.what[0])
+    labels = args.labels.split(",") if args.labels else ()
+    found = model.score(network, args.what[-1], args.split, labels=labels, batch_size=args.batch_size)
+    if args.out:
+        tasks.save_predictions(args.out, found)
+    _print_metrics(tasks.summarize(found, resamples=args.resamples), args.json)
+
+
+def metrics(args: Args) -> None:
+    from tl_jax import tasks
+
+    predictions = tasks.load_predictions(args.file)
+    summary = tasks.summarize(predictions, resamples=args.resamples, level=args.level, seed=args.seed)
+    _print_metrics(summary, args.json)
+
+
+def _print_metrics(summary: dict[str, Any], as_json: bool) -> None:
+    import rich.console
+
+    from tl_jax import tasks
+
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        rich.console.Console().print(*filter(None, (tasks.format_table(summary), tasks.format_classes(summary))))
+
+
+def inspect(args: Args) -> None:
+    from tl_jax.weights import load
+
+    print(load.inspect(args.source))
+
+
+def convert(args: Args) -> None:
+    from tl_jax.weights import load
+
+    _, variables, card = load.load(args.name, args.source, args.num_classes, image_size=args.image_size)
+    load.export(variables, card.model, args.out, card=card, layout=args.layout)
+    size = f"{card.input_size} px" if card.input == "image" else f"{len(card.columns)} columns"
+    print(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {size}")
+
+
+def pack(args: Args) -> None:
+    from tl_jax.data.readers import pack as packing
+
+    packing.pack(
+        args.source, args.folder, args.split.split(","), size=args.size, interpolation=args.interpolation,
+        num_workers=args.workers, on_error=args.on_error, data_dir=args.data_dir,
+    )  # fmt: skip
+
+
+def verify(args: Args) -> None:
+    from tl_jax.data.readers import packed
+
+    for split, count in packed.verify(args.folder).items():
+        print(f"{split}: {count:,} images are as they were packed")
+
+
+def report(args: Args) -> None:
+    from tl_jax.studies.report import report as reports
+
+    summary = reports.write(args.workdir)
+    print("\n".join(summary["reading"]))
+    print(f"{args.workdir}/report.md, .html, .tex, .csv and {len(summary['figures'])} figures")
+
+
+def wise_ft(args: Args) -> None:
+    from tl_jax.studies import soups
+
+    b = soups.load(args.b)
+    found = soups.wise_ft(
+        soups.load_start(b) if args.a == soups.START else soups.load(args.a), b, args.out, args.alphas
+    )
+    _print_averaged(f"alpha {found['chosen']:g}", found, args.out)
+
+
+def soup(args: Args) -> None:
+    from tl_jax.studies import soups
+
+    found = soups.soup(args.runs, args.out)
+    _print_averaged(
+        ", ".join(f"{'+' if row['kept'] else '-'} {row['run']}" for row in found["ingredients"]), found, args.out
+    )
+
+
+def _print_averaged(chosen: str, found: dict[str, Any], out: str) -> None:
+    metric, entry = next((name, entry) for name, entry in found["metrics"].items() if isinstance(entry, dict))
+    value = "undefined" if entry["value"] is None else f"{entry['value']:.4f}"
+    print(f"{chosen}, {found['split']} {metric} {value}; wrote {out}")
+
+
+class Argument(NamedTuple):
+    """What `add_argument` takes."""
+
+    names: tuple[str, ...]
+    options: dict[str, Any]
+
+
+def arg(*names: str, **options: Any) -> Argument:
+    return Argument(names, options)
+
+
+_SHOWN = (
+    arg("--resamples", type=int, default=1000, help="of the bootstrap behind the intervals"),
+    arg("--json", action="store_true", help="print JSON instead of tables"),
+)
+_BATCH = arg("--batch-size", type=int, default=128, help="over all devices")
+_OUT = arg("--out", required=True, help="the folder to write to")
+COMMANDS = {
+    train: ("train a config file; flags as of launch.py", (
+        arg("rest", nargs=argparse.REMAINDER, metavar="FILE[:ARGUMENT] [--config.OPTION=VALUE ...] [--workdir W]"),
+    )),
+    predict: ("what a finished run answers for images, or for the rows of a table", (
+        arg("run", help="the folder of the run"),
+        arg("inputs", nargs="+", help="files, and folders, of which every visible file counts; a .csv file of a table"),
+        arg("--out", default="", help="a .csv or .jsonl file; without it CSV goes to the standard output"),
+        arg("--weights", help="where the weights that the run began with lie now, for adapters and prompts"),
+        _BATCH,
+    )),
+    evaluate: ("the metrics of a finished run, or of a weight file, on labelled data; nothing is trained", (
+        arg("what", nargs="+", metavar="[RUN] DATA", help="a run's folder, and a source, folder or .npz file"),
+        arg("--model", default="", help="instead of RUN: the model of --weights; not needed where its card names it"),
+        arg("--weights", default="", help="instead of RUN: a weight file, with its own head"),
+        arg("--image-size", type=int, default=0, help="pixels, instead of those on the card"),
+        arg("--split", default="", help="such as test or train[:10%%]; default: test, else val, else train"),
+        arg("--labels", default="", help="label columns, with commas, of csv: and table: sources"),
+        arg("--out", default="", help="write the predictions to this .npz file too"),
+        *_SHOWN, _BATCH,
+    )),
+    metrics: ("the metrics of a predictions.npz", (
+        arg("file", help="predictions.npz of a run"),
+        *_SHOWN,
+        arg("--level", type=float, default=0.95, help="of the intervals"),
+        arg("--seed", type=int, default=0, help="of the bootstrap"),
+    )),
+    inspect: ("list a weight file's tensors and the models it fits", (
+        arg("source", help="a file, builtin:NAME or hf://owner/name[/file]@revision"),
+    )),
+    convert: ("write a weight file as safetensors with a card", (
+        arg("name", help="the model, such as resnet50"),
+        arg("source", help="a file, builtin:NAME or hf://owner/name[/file]@revision"),
+        arg("out", help="the .safetensors file to write"),
+        arg("--layout", help="names of the tensors written (default: timm's)"),
+        arg("--num-classes", type=int, choices=[0], help="0 leaves the classifier out"),
+        arg("--image-size", type=int, help="resample the position embeddings for this input size"),
+    )),
+    pack: ("decode and resize images once, for the source packed:FOLDER", (
+        arg("source", help="such as folder:PATH, see docs/data.md"),
+        arg("folder", help="where to pack; splits lie side by side in it"),
+        arg("--split", default="train", help="one or several names, with commas: train,val"),
+        arg("--size", type=int, default=256, help="pixels of the short side; smaller images stay"),
+        arg("--interpolation", default="bicubic", help="bicubic | bilinear | ..."),
+        arg("--workers", type=int, default=os.cpu_count(), help="processes that decode; 0: threads"),
+        arg("--on_error", choices=["fail", "skip"], default="fail", help="damaged images"),
+        arg("--data_dir", help="of tfds"),
+    )),
+    verify: ("hash every packed image", (arg("folder"),)),
+    report: ("write the report of a study from its files", (
+        arg("workdir", type=pathlib.Path, help="of the study: the folder of study.json"),
+    )),
+    wise_ft: ("interpolate between the weights of two runs, chosen on val", (
+        arg("a", help="a run's folder, or `start` for the weights that the other began with"),
+        arg("b", help="a run's folder"),
+        arg("--alphas", type=int, default=11, help="number of points on the curve, both ends included"),
+        _OUT,
+    )),
+    soup: ("average the weights of runs greedily, chosen on val", (
+        arg("runs", nargs="+", help="folders of runs"),
+        _OUT,
+    )),
+}  # fmt: skip
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m tl_jax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function, (text, arguments) in COMMANDS.items():
+        command = commands.add_parser(function.__name__, help=text, description=text, add_help=function is not train)
+        command.set_defaults(function=function)
+        for names, options in arguments:
+            command.add_argument(*names, **options)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = Args(function=train, rest=argv[1:]) if argv[:1] == ["train"] else make_parser().parse_args(argv)
+    try:
+        return args.function(args) or 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was complete is kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

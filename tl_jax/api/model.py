@@ -1,0 +1,235 @@
+"""Networks in use: answers, outputs and features for given inputs, and scores on labelled data, without training."""
+
+import dataclasses
+import functools
+import io
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from tl_jax import tasks
+from tl_jax.api import inputs
+from tl_jax.core.card import Card
+from tl_jax.data.examples import Source, listed
+from tl_jax.data.image import ops
+from tl_jax.data.image.augment import make_preprocess
+from tl_jax.data.pipeline import THREADS
+from tl_jax.runtime import sharding
+from tl_jax.runtime.compile_cache import keep_compiled_programs
+from tl_jax.runtime.log import shows_bar
+from tl_jax.tasks import answers
+from tl_jax.training.steps import FEATURES, normalise
+from tl_jax.weights import load as pretrained
+
+
+class Metrics(dict):
+    """Metrics by name, each {"value", "low", "high"}, as `tasks.summarize` gives them; shown as a table."""
+
+    def __repr__(self) -> str:
+        console = Console(file=io.StringIO(), width=100)
+        console.print(tasks.format_table(self))
+        return console.file.getvalue().rstrip()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A network with its variables and the card that says how its input is made and what its outputs mean.
+
+    name: of the architecture. weights: where they were read, "" for random ones. image_size: as given to `load`.
+    """
+
+    name: str
+    weights: str
+    module: Any
+    variables: Mapping[str, Any]
+    card: Card
+    image_size: int = 0
+
+    @property
+    def spec(self) -> tasks.Spec:
+        """What the outputs mean; classes without names are called "0", "1", ..."""
+        spec = tasks.spec_of(self.card)
+        count = 2 if spec.name == "binary" else self.card.num_classes
+        return spec if spec.class_names else spec._replace(class_names=tuple(map(str, range(count))))
+
+    @functools.cached_property
+    def _compiled(self):
+        """(the devices, the variables on them, the function of a batch): made once."""
+        keep_compiled_programs()
+        parallel = sharding.make_parallel()
+        keep = tasks.make(self.spec).keep if self.card.num_classes else lambda out: {}
+
+        def apply(variables, x):
+            _, out = self.module.apply(variables, normalise(x, self.card), train=False)
+            return {**keep(out), FEATURES: out["pre_logits"].astype(jnp.float32)}
+
+        return parallel, parallel.place(self.variables), parallel.evaluate(apply)
+
+
+def load(
+    name: str, weights: str | os.PathLike = "", *, num_classes: int | None = None, image_size: int = 0, seed: int = 0
+) -> Model:
+    """Loads a weight file of any known layout into the named model; without a file its weights are random.
+
+    name "" takes the model that the file's card names. weights: a file, the folder of a finished run, "builtin:NAME" or
+    "hf://owner/name[/file]@revision". num_classes 0 loads a file that has no head, an integer makes a new head.
+    Raises one ValueError that lists every tensor that does not fit.
+    """
+    weights = os.fspath(weights)
+    loaded = pretrained.load_with_origins(name, weights, num_classes, image_size=image_size or None, seed=seed)
+    return Model(name or loaded.card.model, weights, loaded.model, loaded.variables, loaded.card, image_size)
+
+
+class Done(NamedTuple):
+    """One batch: the positions of the inputs that were read, the outputs for them, and why others were not read."""
+
+    positions: list[int]
+    outputs: dict[str, np.ndarray]
+    unreadable: dict[int, str]
+
+
+def run(model: Model, items: Any, count: int, batch_size: int) -> Iterator[Done]:
+    """Applies the network to items[0], ..., items[count - 1], batch by batch.
+
+    Of images: arrays, encoded bytes or paths of files; else rows of a table."""
+    parallel, variables, apply = model._compiled
+    size, preprocess = parallel.round_up(min(batch_size, count)), make_preprocess(model.card)
+
+    def read(i: int) -> np.ndarray | str:
+        try:
+            if model.card.input == "table":
+                return np.asarray(items[i], np.float32)
+            item = items[i].read_bytes() if isinstance(items[i], pathlib.Path) else items[i]
+            return np.asarray(preprocess(ops.as_rgb(item)))
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    console = Console(stderr=True)
+    progress = Progress(console=console, transient=True, disable=not shows_bar(console))
+    with ThreadPoolExecutor(THREADS) as pool, progress:
+        bar, ahead = progress.add_task("predict", total=count), [pool.map(read, chunk) for chunk in chunks[:1]]
+        for i, chunk in enumerate(chunks):
+            ahead += [pool.map(read, following) for following in chunks[i + 1 : i + 2]]
+            found = dict(zip(chunk, ahead.pop(0), strict=True))
+            bad = {position: x for position, x in found.items() if isinstance(x, str)}
+            good = [position for position in chunk if position not in bad]
+            outputs = {}
+            if good:
+                rows = np.stack([found[position] for position in good])
+                batch = np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
+                outputs = {
+                    k: x[: len(good)] for k, x in jax.device_get(apply(variables, parallel.put_batch(batch))).items()
+                }
+            progress.update(bar, completed=chunk.stop)
+            yield Done(good, outputs, bad)
+
+
+def stream(model: Model, data: Any, batch_size: int = 128) -> Iterator[answers.Row]:
+    """What `predict` gives, row by row; only one batch is held."""
+    if not model.card.num_classes:
+        raise ValueError(f"{model.name} was loaded without a head: it has features, and no outputs")
+    names, items = inputs.list_inputs(data, model.card)
+    for positions, outputs, unreadable in run(model, items, len(names), batch_size):
+        outputs = {name: x for name, x in outputs.items() if name != FEATURES}
+        found = dict(zip(positions, answers.answers(model.spec, outputs) if positions else [], strict=True))
+        found |= {position: {"error": reason} for position, reason in unreadable.items()}
+        yield from ({"file": names[position], **found[position]} for position in sorted(found))
+
+
+def predict(model: Any, data: Any, *, batch_size: int = 128) -> list[answers.Row]:
+    """One row {"file", "class", "probability", "top5"} for each input; see `tasks.answers` for the other tasks.
+
+    model: a Model or a Run. data: a folder, a file or a sequence of them, images uint8 [N, H, W, 3] or a list of them,
+    or a Dataset; of a network that reads a table, a .csv file or rows [N, F]. What cannot be read has a row {"file",
+    "error"}.
+    """
+    return list(stream(as_model(model), data, batch_size))
+
+
+def outputs(model: Any, data: Any, *, batch_size: int = 128) -> np.ndarray:
+    """Logits float32 [N, K], [N] of a binary task, or values [N, T] of a regression, for inputs as in `predict`."""
+    found = _whole(as_model(model), data, batch_size)
+    found.pop(FEATURES)
+    return next(iter(found.values()))
+
+
+def features(model: Any, data: Any, *, batch_size: int = 128) -> np.ndarray:
+    """What the network's head reads, float32 [N, D], for inputs as in `predict`; ValueError names the unreadable."""
+    return _whole(as_model(model), data, batch_size)[FEATURES]
+
+
+def _whole(model: Model, data: Any, batch_size: int) -> dict[str, np.ndarray]:
+    names, items = inputs.list_inputs(data, model.card)
+    done = list(run(model, items, len(names), batch_size))
+    if bad := [f"{names[i]}: {reason}" for each in done for i, reason in each.unreadable.items()]:
+        raise ValueError(f"{len(bad)} of {len(names)} inputs cannot be read:\n{listed(bad)}")
+    return {name: np.concatenate([each.outputs[name] for each in done]) for name in done[0].outputs}
+
+
+def score(
+    model: Any, data: Any, split: str = "", *, labels: Sequence[str] = (), batch_size: int = 128
+) -> tasks.Predictions:
+    """The outputs of a network for labelled data, with the labels in the order of its own classes; see `evaluate`."""
+    own = as_model(model)
+    source = inputs.load_labelled(data, split, task=own.card.task, labels=labels or getattr(model, "labels", ()))
+    found = _whole(own, source, batch_size)
+    if len(found) == 1:
+        raise ValueError(f"{own.name} was loaded without a head: it has features, and no outputs to score")
+    matched, read = match_labels(source, own.spec, named=bool(own.card.class_names)), found.pop(FEATURES)
+    return tasks.make_predictions(found, matched, source.ids, own.spec, read)
+
+
+def evaluate(
+    model: Any,
+    data: Any,
+    split: str = "",
+    *,
+    labels: Sequence[str] = (),
+    batch_size: int = 128,
+    resamples: int = 1000,
+) -> Metrics:
+    """Every metric with its 95 % interval on labelled data, each example once; nothing is trained.
+
+    model: a Model or a Run. data: as for `fit`. split: without it test, else val, else train. labels: the label
+    columns of csv: and table: sources. Classes are matched by name; by position, with a note, where the card or the
+    data name none. Raises ValueError where they do not fit.
+    """
+    predictions = score(model, data, split, labels=labels, batch_size=batch_size)
+    return Metrics(tasks.summarize(predictions, resamples=resamples))
+
+
+def match_labels(source: Source, spec: tasks.Spec, named: bool) -> np.ndarray:
+    """The labels of a source as a network with these outputs counts them; named: whether its card names them."""
+    theirs, ours = source.class_names, spec.class_names
+    if theirs == ours:
+        return source.labels
+    subset = source.label_kind == "classes" and set(theirs) <= set(ours)
+    numbered = theirs == tuple(map(str, range(len(theirs))))
+    if not subset and (len(theirs) != len(ours) or (named and not numbered)):
+        raise ValueError(
+            f"{source.name} has {len(theirs)} classes, labels or targets ({', '.join(theirs[:5])}, ...), the network "
+            f"{len(ours)} ({', '.join(ours[:5])}, ...); expected the same names"
+        )
+    if not (subset and named):
+        without, order = ("the data name", "the card names") if named else ("the card names", "the data name")
+        shown = ", ".join((ours if named else theirs)[:10]) + (", ..." if len(theirs) > 10 else "")
+        print(f"{without} no classes: outputs are taken by position, as {order} them: {shown}", file=sys.stderr)
+    return np.array([ours.index(name) for name in theirs], np.int32)[source.labels] if subset else source.labels
+
+
+def as_model(model: Any) -> Model:
+    """The network of a Run, or the Model itself."""
+    found = getattr(model, "model", model)
+    if not isinstance(found, Model):
+        raise ValueError(f"expected a model, as `load` gives it, or a run, as `fit` and `load_run` do; found {model!r}")
+    return found

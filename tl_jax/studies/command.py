@@ -1,0 +1,167 @@
+"""The command line of training: one experiment, or a study of many runs. launch.py and `python -m tl_jax train` are it.
+
+Exit codes: 0 done; 2 the config, the data or the workdir does not fit (one message says how); 75 stopped by SIGTERM or
+Ctrl-C with everything saved, start the same command again; 1 anything else, such as a run of a study that failed.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from tl_jax import config as options
+from tl_jax.runtime import preemption
+from tl_jax.runtime.compile_cache import keep_compiled_programs
+
+INVALID = (ValueError, TypeError, AttributeError, KeyError, OSError)  # what a config file or a flag may raise
+
+
+def main(argv: Sequence[str], program: Sequence[str] = ("launch.py",)) -> int:
+    """Runs a command line; returns the exit code. program: the arguments of python that start it on another machine."""
+    stop_requested = preemption.watch()  # before the imports that take seconds
+    logging.set_verbosity(logging.WARNING)
+    try:
+        args, items = _parse(argv)
+        config = None if args.study else read_config(args.config, items)
+    except INVALID as error:
+        if "--traceback" in argv:
+            raise
+        return bad_input(error.args[0] if isinstance(error, KeyError) else error)
+    from tl_jax.runtime import distributed
+
+    keep_compiled_programs()
+    try:
+        return (
+            run_study(args, stop_requested) if args.study else run_config(args, config, argv, program, stop_requested)
+        )
+    except (ValueError, OSError, FloatingPointError) as error:
+        if args.traceback:
+            raise
+        distributed.fail(error, 2)
+        return bad_input(error)
+    except preemption.Preempted as stop:
+        if distributed.is_first():
+            print(f"{stop}; everything is saved, the same command goes on from there", flush=True)
+        return preemption.EXIT_CODE
+
+
+def read_config(text: str, items: Sequence[str] = ()) -> ConfigDict:
+    """The locked config of "FILE" or "FILE:ARGUMENT", a python file with get_config, with items "option=value" set.
+
+    Raises FileNotFoundError with the nearest name, and ValueError that lists every item that does not fit.
+    """
+    name, colon, argument = text.partition(":")
+    path = pathlib.Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(name, map(str, path.parent.glob("*.py")), n=1)
+        raise FileNotFoundError(f"there is no config {name}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    spec = importlib.util.spec_from_file_location("tl_jax_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{name} has no function get_config, which makes the config")
+    return options.parse(module.get_config(argument) if colon else module.get_config(), items)
+
+
+def run_study(args: argparse.Namespace, stop_requested: Callable[..., bool]) -> int:
+    """Plans and launches a study, or shows what it would be."""
+    from tl_jax.studies.cluster import launchers
+
+    return launchers.start(
+        args.study, args.workdir, launcher=args.launcher, settings=args.slurm or args.cloud, submit=args.submit,
+        jobs=args.jobs, dry_run=args.dry_run, retry=args.retry, stop_requested=stop_requested,
+    )  # fmt: skip
+
+
+def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[str], stop: Callable[..., bool]) -> int:
+    """Runs an experiment with its seeds and its baseline and prints the result, or hands it to a cluster."""
+    workdir = pathlib.Path(args.workdir or f"workdirs/{pathlib.Path(args.config.partition(':')[0]).stem}")
+    settings = args.slurm or args.cloud
+    if args.launcher != "local" or settings or args.submit:
+        from tl_jax.studies.cluster import launchers
+
+        return launchers.hand_over(
+            [*program, *launchers.own_arguments(argv)], workdir, args.launcher, settings, args.submit
+        )
+    from tl_jax.runtime import distributed
+    from tl_jax.studies import inprocess
+
+    distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    inprocess.show(inprocess.run(config, workdir, distributed.agreed(stop)), config, workdir)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the items "option=value" of --config.OPTION=VALUE; ValueError for what does not fit together."""
+    args, rest = make_parser().parse_known_args(argv)
+    items, unknown = [], []
+    words = iter(rest)
+    for word in words:
+        if found := re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", word, re.DOTALL):
+            items.append(f"{found[1]}={next(words, '') if found[2] is None else found[2]}")
+        else:
+            unknown.append(word)
+    if not args.config and not args.study:
+        raise ValueError("which experiment? give --config configs/NAME.py, or --study experiments/NAME")
+    if args.config and args.study:
+        raise ValueError("--config and --study are two things to run; a study's base config is in its study.py")
+    if unknown:
+        raise ValueError(f"{unknown} are no flags; write options of the config as --config.NAME=VALUE")
+    if args.dry_run and (args.retry or args.submit):
+        raise ValueError("--dry-run runs nothing: leave out --retry and --submit")
+    several, studies = ("coordinator", "num_processes", "process_id"), ("jobs", "dry_run", "retry")
+    given = [f"--{name.replace('_', '-')}" for name in (several if args.study else studies) if getattr(args, name)]
+    if given and args.study:
+        raise ValueError(
+            f"{', '.join(given)}: these are of one run in several processes, --config; a study has workers"
+        )
+    if given:
+        raise ValueError(f"{', '.join(given)}: only a study has these, see --study")
+    return args, items
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all flags but --config.OPTION=VALUE; what it refuses is a ValueError."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog="--config.OPTION=VALUE sets an option of the config; tl_jax/core/options.py lists all.",
+    )  # fmt: skip
+    parser.error = _refuse
+    add = parser.add_argument
+    add("--config", metavar="FILE[:ARGUMENT]", help="the experiment: a python file with get_config, and its argument")
+    add("--study", metavar="FOLDER[:ARGUMENT]", help="the study: the folder of a study.py with get_study")
+    add("--workdir", help="where everything is written; default: workdirs/NAME")
+    add("--launcher", default="local", choices=["local", "slurm", "tpu", "gke"], help="where the work is done")
+    add("--slurm", default="", help="options of sbatch for --launcher slurm: partition=gpu,time=2:00:00,...")
+    add("--cloud", default="", help="where --launcher tpu or gke works: name=...,zone=..., see its file")
+    add("--jobs", type=_count, default=0, help="runs of a study at once; 0: what suits the machine")
+    add("--dry-run", action="store_true", help="check a study, print its runs and their cost, run nothing")
+    add("--retry", action="store_true", help="do the failed runs of a study again")
+    add("--submit", action="store_true", help="run the command that hands the work to a cluster, do not only print it")
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, for one run in several processes")
+    add("--num-processes", type=int, help="how many processes there are; SLURM and others tell by themselves")
+    add("--process-id", type=int, help="which of them this is, from 0")
+    add("--traceback", action="store_true", help="show where in the code an error came from")
+    return parser
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, found {value}")
+    return value
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+def bad_input(message: object) -> int:
+    """Prints what is wrong and returns the exit code that says so."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2
