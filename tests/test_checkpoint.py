@@ -21,9 +21,10 @@ from tl_jax.core import trees
 from tl_jax.runtime import checkpoint, leaves, sharding
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.training import loop as trainer
 from tl_jax.training.build import build
-from tl_jax.training.loop import resting_hashes, train
+from tl_jax.training.loop import Loop
+from tl_jax.training.single import Single
+from tl_jax.training.train import train
 
 
 def state(value: float):
@@ -254,94 +255,96 @@ def test_an_error_in_the_background_is_raised_at_the_next_save_and_the_run_can_b
     assert sorted(path.name for path in folder.iterdir()) == ["3", "4"]  # and nothing temporary
 
 
-RESTING = {"params/a": trees.leaf_hash(state(7)["params"]["a"])}
+CONSTANT = {"params/a": trees.leaf_hash(state(7)["params"]["a"])}
 
 
-def with_resting(step, value=7):
+def with_constant(step, value=7):
     """The state of a step, of which a leaf is as it was when it began."""
     return {**state(step), "params": {**state(step)["params"], "a": state(value)["params"]["a"]}}
 
 
-def test_what_rests_is_not_saved_and_comes_from_the_state_that_a_run_begins_with(tmp_path):
-    with Checkpoints(tmp_path, RESTING) as checkpoints:
-        checkpoints.prepare(with_resting(0))
+def test_what_is_constant_is_not_saved_and_comes_from_the_state_that_a_run_begins_with(tmp_path):
+    with Checkpoints(tmp_path, CONSTANT) as checkpoints:
+        checkpoints.prepare(with_constant(0))
         for step in (1, 2):
-            checkpoints.save(step, with_resting(step), {})
+            checkpoints.save(step, with_constant(step), {})
         checkpoints.wait()
-        restored = checkpoints.restore_latest(lambda step: with_resting(0))
-        assert restored.step == 2 and trees.leaf_hashes(restored.state) == trees.leaf_hashes(with_resting(2))
-        assert checkpoints.meta(2)["hashes"] == trees.leaf_hashes(with_resting(2))
+        restored = checkpoints.restore_latest(lambda step: with_constant(0))
+        assert restored.step == 2 and trees.leaf_hashes(restored.state) == trees.leaf_hashes(with_constant(2))
+        assert checkpoints.meta(2)["hashes"] == trees.leaf_hashes(with_constant(2))
     assert (tmp_path / "2" / "state" / "leaves").stat().st_size == 5 * 4 + 4
     with Checkpoints(tmp_path) as checkpoints:  # what the file says counts, not what this run would leave out
-        assert trees.leaf_hashes(checkpoints.restore(2, with_resting(0))) == trees.leaf_hashes(with_resting(2))
+        assert trees.leaf_hashes(checkpoints.restore(2, with_constant(0))) == trees.leaf_hashes(with_constant(2))
 
 
-def test_other_values_of_what_rests_are_named_and_no_damage_to_pass_over(tmp_path):
-    with Checkpoints(tmp_path, RESTING) as checkpoints:
+def test_other_values_of_what_is_constant_are_named_and_no_damage_to_pass_over(tmp_path):
+    with Checkpoints(tmp_path, CONSTANT) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, with_resting(step), {})
+            checkpoints.save(step, with_constant(step), {})
     found = trees.leaf_hash(state(8)["params"]["a"])
-    with Checkpoints(tmp_path, RESTING) as checkpoints:
+    with Checkpoints(tmp_path, CONSTANT) as checkpoints:
         with pytest.raises(checkpoint.OtherValues, match="/2 leaves out") as error:
-            checkpoints.restore_latest(lambda step: with_resting(0, 8))
-        assert f"params/a: '{RESTING['params/a']}' -> '{found}'" in str(error.value)
+            checkpoints.restore_latest(lambda step: with_constant(0, 8))
+        assert f"params/a: '{CONSTANT['params/a']}' -> '{found}'" in str(error.value)
         assert checkpoints.steps() == [1, 2]
 
 
 def test_a_checkpoint_that_holds_everything_is_read_by_a_run_that_would_leave_something_out(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, with_resting(1), {})
-    with Checkpoints(tmp_path, RESTING) as checkpoints:
-        back = checkpoints.restore(1, with_resting(0, 8))
-    assert trees.leaf_hashes(back) == trees.leaf_hashes(with_resting(1))
+        checkpoints.save(1, with_constant(1), {})
+    with Checkpoints(tmp_path, CONSTANT) as checkpoints:
+        back = checkpoints.restore(1, with_constant(0, 8))
+    assert trees.leaf_hashes(back) == trees.leaf_hashes(with_constant(1))
 
 
 def build_of(config):
     return build(config, sharding.make_parallel("jit"))
 
 
-def rests(**changes):
+def constant(**changes):
+    """The hashes of what checkpoints of a run leave out, and of all of its variables and memory."""
     run = build_of(options.override(smoke.get_config(), changes))
-    return resting_hashes(run), trees.leaf_hashes(run.variables)
+    hashes = Single(run, sharding.make_parallel("jit")).constant_hashes()
+    return hashes, trees.leaf_hashes({**run.material.variables, "memory": run.material.memory})
 
 
-def test_what_rests_in_all_phases_and_is_in_the_file_is_left_out():
-    left_out, everything = rests(**{"method.norm": (("backbone/stage1/.*", "update"), (".*", "frozen"))})
+def test_what_is_frozen_in_all_phases_and_is_in_the_file_is_left_out():
+    left_out, everything = constant(**{"method.norm": (("backbone/stage1/.*", "update"), (".*", "frozen"))})
     moving = {path for path in everything if path.startswith(("params/head", "batch_stats/backbone/stage1"))}
     assert left_out == {path: sha256 for path, sha256 in everything.items() if path not in moving}
     last = {"method.name": "last_k", "method.k": 1}.items()
-    both, _ = rests(phases=tuple((("total", (2.0, "steps")), *part) for part in ((), last)))
+    both, _ = constant(phases=tuple((("total", (2.0, "steps")), *more) for more in ((), last)))
     assert both.keys() == {path for path in everything if "head" not in path and "stage3" not in path}
-    assert rests(**{"model.weights": ""})[0] == {}  # drawn at random, perhaps otherwise on another device
-    new, _ = rests(**{"model.reinit": ("stage3",)})
+    assert constant(**{"model.weights": ""})[0] == {}  # sampled, perhaps otherwise on another device
+    new, _ = constant(**{"model.reinit": ("stage3",)})
     assert new.keys() == both.keys()
 
 
 def test_a_copy_that_a_penalty_keeps_of_the_file_is_left_out_and_what_it_computed_is_not():
-    left_out, everything = rests(**{"method.name": "full", "terms": {"delta": {"examples": 4}}})
+    left_out, everything = constant(**{"method.name": "full", "terms": {"delta": {"examples": 4}}})
     reference = {path for path in everything if "/reference/" in path}
-    computed = {path for path in reference if "/reference/delta/" in path}
-    assert left_out.keys() == reference - computed and left_out and computed
+    computed = {path for path in everything if path.startswith("memory/delta/")}
+    assert left_out.keys() == reference and left_out and computed
 
 
-def test_a_run_on_another_backbone_than_its_checkpoints_is_one_error(tmp_path, monkeypatch):
+def test_a_run_on_another_backbone_than_its_checkpoints_is_one_error(tmp_path):
     config = options.override(smoke.get_config(), {"method.name": "linear_probe", "resamples": 10})
     with pytest.raises(Preempted):
         train(config, tmp_path / "w", verbose=False, stop_requested=lambda done: done == 2)
+    run = build_of(config)
     size = (tmp_path / "w" / "checkpoints" / "2" / "state" / "leaves").stat().st_size
-    assert size < 10_000 < sum(leaf.nbytes for leaf in jax.tree.leaves(build_of(config).variables))
+    assert size < 10_000 < sum(leaf.nbytes for leaf in jax.tree.leaves(run.material.variables))
 
-    def other(*args):
-        run = build(*args)
-        kernel = "params/backbone/stem/conv/kernel"
-        changed = {kernel: trees.flatten(run.variables)[kernel].at[0, 0, 0, 0].add(1e-3)}
-        return run._replace(variables=trees.merge(run.variables, changed))
-
-    monkeypatch.setattr(trainer, "build", other)
-    with pytest.raises(
-        checkpoint.OtherValues, match=r"/2 leaves out[\s\S]*stem/conv/kernel: '\w{64}' -> '\w{64}'\nLikely"
-    ):
-        train(config, tmp_path / "w", verbose=False)
+    kernel = "params/backbone/stem/conv/kernel"
+    changed = {kernel: trees.flatten(run.material.variables)[kernel].at[0, 0, 0, 0].add(1e-3)}
+    variables, parallel = trees.merge(run.material.variables, changed), sharding.make_parallel("jit")
+    program = Single(run._replace(material=run.material._replace(variables=variables)), parallel)
+    with Checkpoints(tmp_path / "w" / "checkpoints", program.constant_hashes()) as checkpoints:
+        loop = Loop(program, checkpoints, {}, parallel, False, lambda done: False)
+        with pytest.raises(
+            checkpoint.OtherValues, match=r"/2 leaves out[\s\S]*stem/conv/kernel: '\w{64}' -> '\w{64}'\nLikely"
+        ):
+            loop.run()
 
 
 KILLED = """

@@ -24,9 +24,11 @@ from tl_jax.runtime import sharding
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.training import loop as trainer
 from tl_jax.training import steps
+from tl_jax.training import train as trainer
 from tl_jax.training.build import build
+from tl_jax.training.loop import Loop
+from tl_jax.training.single import Single
 
 
 def make_config(**changes):
@@ -69,9 +71,9 @@ def train(config, folder, **kwargs):
 
 WAYS = {
     "everything trains": {"method.name": "full"},
-    "frozen in front in another type": {"model.prefix_dtype": "bfloat16"},
-    "frozen in front": {},
-    "frozen in front and cached": {"cache": "features"},
+    "a frozen prefix in another type": {"model.prefix_dtype": "bfloat16"},
+    "a frozen prefix": {},
+    "a cached frozen prefix": {"cache": "features"},
 }
 
 
@@ -83,7 +85,7 @@ def test_a_run_compiles_one_train_step_and_one_eval_step_and_nothing_after_its_f
     seen, config = {}, make_config(**WAYS[way], **({"cache_dir": str(tmp_path / "c")} if "cache" in way else {}))
     train(config, tmp_path / "w", stop_requested=lambda done: bool(seen.setdefault(done, len(compiled)) and 0))
     assert compiled.count("train_step") == compiled.count("eval_step") == 1
-    assert compiled.count("prefix_step") == ("cached" in way)
+    assert compiled.count("compute") == ("cached" in way)
     assert seen[8] == seen[3], compiled[seen[3] : seen[8]]  # step 2 logged, evaluated and saved
 
 
@@ -119,73 +121,87 @@ def test_between_the_first_and_the_last_step_nothing_moves_unasked(tmp_path):
 
 
 def test_a_step_takes_over_the_memory_of_the_state_before_it(one_device):
-    config = make_config(optimizer="adamw")
-    run = build(config, one_device)
-    state = trainer.initial_state(config, run, 0, one_device)
-    batch = one_device.put_batch(next(run.batches.iterate(0, 1)))
-    step = jax.jit(_train_step(config, run), donate_argnums=0).lower(state, batch).compile()
+    run = build(make_config(optimizer="adamw"), one_device)
+    program, phase = Single(run, one_device), run.phases[0]
+    state = program.initial(0)
+    batch = next(program.iterate(run.material.streams, 0, 1))
+    step = jax.jit(steps.make_train_step(phase.plan, phase.tx), donate_argnums=0).lower(state, batch).compile()
     training = [state.params, state.batch_stats, state.opt_state, state.ema]
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(training))
     assert step.memory_analysis().alias_size_in_bytes >= nbytes > 0
-    train_fn, _ = trainer.compile_step(config, run, run.phases[0], one_device, state, batch)
+    train_fn, _ = program.compile(0, state, batch)
     after = train_fn(state, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(training))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, run.variables)))
-
-
-def _train_step(config, run):
-    phase = run.phases[0]
-    return steps.make_train_step(
-        phase.model, phase.method, phase.tx, phase.labels, mean=run.card.mean, std=run.card.std, ema=config.ema
-    )
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, run.material.variables)))
 
 
 def test_a_state_made_by_one_program_is_the_state_made_leaf_by_leaf(one_device):
     config = make_config()
     run = build(config, one_device)
-    phase = run.phases[0]
-    variables = jax.tree.map(jax.numpy.array, run.variables)
-    plain = steps.init_state(variables, phase.tx, phase.labels, config.seed, True, phase.model.frozen_norms)
-    made = trainer.initial_state(config, run, 0, one_device)
+    phase, variables = run.phases[0], jax.tree.map(jax.numpy.array, run.material.variables)
+    plain = steps.init_state(phase.plan, phase.tx, variables, run.material.memory, config.seed)
+    made = Single(run, one_device).initial(0)
     assert jax.tree.structure(made) == jax.tree.structure(plain)
     assert trees.leaf_hashes(made) == trees.leaf_hashes(plain)
 
 
 class Late:
-    """Sums that are on their way for the first `polls` looks."""
+    """A sum that is on its way for the first `polls` looks."""
 
-    def __init__(self, polls):
-        self.polls = polls
+    def __init__(self, value, polls):
+        self.value, self.polls = value, polls
 
     def is_ready(self):
         self.polls -= 1
         return self.polls < 0
 
 
-def test_the_loop_does_not_wait_for_a_line_whose_sums_are_on_their_way():
-    line = trainer.Line(3, {"loss": Late(2)}, None)
-    assert trainer.write_line(line, None, None, None, wait=False) is line
-    assert trainer.write_line(line, None, None, None, wait=False) is line
-    assert trainer.write_line(None, None, None, None) is None
+class LateLines(Single):
+    """A run whose lines come late; `read` holds {step of a line: after how many steps it was read}."""
+
+    def __init__(self, run, parallel, polls):
+        super().__init__(run, parallel)
+        self.polls, self.done, self.read = polls, 0, {}
+
+    def stop_requested(self, done):
+        self.done = done
+        return False
+
+    def take_line(self, i, state, done):
+        state, line = super().take_line(i, state, done)
+        return state, line._replace(sums={**line.sums, "loss": Late(line.sums["loss"], self.polls)})
+
+    def read_line(self, line):
+        self.read.setdefault(line.step, self.done)
+        return super().read_line(line._replace(sums={**line.sums, "loss": line.sums["loss"].value}))
 
 
-@pytest.mark.parametrize("ready", [True, False])
-def test_metrics_are_whole_and_in_order_however_late_their_sums_come(tmp_path, monkeypatch, ready):
-    write = trainer.write_line
+def train_late(run, parallel, folder, polls):
+    program, folders = LateLines(run, parallel, polls), {0: folder}
+    folder.mkdir()
+    with Checkpoints(folder / "checkpoints", program.constant_hashes()) as checkpoints:
+        Loop(program, checkpoints, folders, parallel, False, program.stop_requested).run()
+    return program
 
-    def write_line(line, *rest, wait=True):
-        return line if not (wait or ready) else write(line, *rest, wait=True)
 
-    monkeypatch.setattr(trainer, "write_line", write_line)
-    config = make_config(seed=2)
-    train(config, tmp_path / "w")
+@pytest.mark.parametrize(("polls", "steps_later"), [(0, 0), (1, 1), (2, 2), (99, 3)])
+def test_the_loop_does_not_wait_for_a_line_whose_sums_are_on_their_way(tmp_path, one_device, polls, steps_later):
+    """It looks once a step, and waits where the next line or an evaluation comes."""
+    run = build(make_config(log_every=(3.0, "steps"), eval_every=(8.0, "steps")), one_device)
+    read = train_late(run, one_device, tmp_path / "w", polls).read
+    assert read == {3: 3 + steps_later, 6: min(6 + steps_later, 8), 8: 8}
+
+
+@pytest.mark.parametrize("polls", [0, 99])
+def test_metrics_are_whole_and_in_order_however_late_their_sums_come(tmp_path, one_device, polls):
+    train_late(build(make_config(seed=2), one_device), one_device, tmp_path / "w", polls)
     rows = [json.loads(row) for row in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], "val/loss" in row) for row in rows] == [
         pair for step in range(1, 9) for pair in ([(step, False)] + [(step, True)] * (step % 2 == 0))
     ]
     with Checkpoints(tmp_path / "w" / "checkpoints") as checkpoints:
         for step in checkpoints.steps():
-            assert checkpoints.meta(step)["rows"] == [row for row in rows if row["step"] <= step]
+            assert checkpoints.meta(step)["rows"] == [[row for row in rows if row["step"] <= step]]
 
 
 @pytest.mark.parametrize("eval_every", [2.0, 8.0])
@@ -287,7 +303,8 @@ LONG = """
 import ctypes, gc, json, sys
 import jax
 from configs import smoke
-from tl_jax import options, train as trainer
+from tl_jax import config as options
+from tl_jax.training import train as trainer
 
 class Mallinfo(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
