@@ -40,18 +40,18 @@ def measured() -> None:
         import jax
 
         from tl_jax.runtime import sharding
-        from tl_jax.studies import compare  # noqa: F401 (as launch.py does)
-        from tl_jax.training import loop
+        from tl_jax.studies import inprocess  # noqa: F401 (as launch.py does)
+        from tl_jax.training import train
 
         times.append(time.monotonic())
-        build = loop.build
+        assemble = train.assemble
 
-        def timed_build(*args):
-            run = build(*args)
+        def timed_assemble(*args):
+            run = assemble(*args)
             times.append(time.monotonic())
             return run
 
-        def timed_compile(parallel, train_step, state, batch, unlooped=None):
+        def timed_compile(parallel, train_step, state, batch):
             jax.block_until_ready((state, batch))
             times.append(time.monotonic())
             lowered = parallel.train(train_step).lower(state, batch)
@@ -64,7 +64,7 @@ def measured() -> None:
             print(json.dumps([after - before for before, after in itertools.pairwise(times)]), flush=True)
             os._exit(0)
 
-        loop.build, sharding.Parallel.compile = timed_build, timed_compile
+        train.assemble, sharding.Parallel.compile = timed_assemble, timed_compile
         return real(stop_requested)
 
     launch.run_config = run_config
