@@ -1,9 +1,9 @@
-"""What caching the features of the frozen front saves: an epoch on them against an epoch through the whole network.
+"""What caching the features of the frozen prefix saves: an epoch on them against an epoch through the whole network.
 
 python benchmarks/cache.py [--model deit_tiny_patch16_224] [--weights FILE] [--data folder:PATH]
 
 Both epochs are those of training: batches made ahead, put on the device, the compiled step with clip and logging, from
-the same state. The time to fill the cache is given beside them: it is paid once for all runs on the same images.
+the same state. The time to fill the cache is given too: it is paid once for all runs on the same images.
 """
 
 import shutil
@@ -33,7 +33,8 @@ def prepare(way: dict, cache_dir: str):
     from configs import transfer
     from tl_jax import config as options
     from tl_jax.runtime import sharding
-    from tl_jax.training import build, loop
+    from tl_jax.training.build import build
+    from tl_jax.training.single import Single
 
     config = options.override(
         transfer.get_config(f"model={MODEL.value},weights={WEIGHTS.value},data={DATA.value}"),
@@ -41,20 +42,21 @@ def prepare(way: dict, cache_dir: str):
         | ({"cache": "features", "cache_dir": cache_dir} if cache_dir else {}),
     )
     parallel = sharding.make_parallel()
-    built = build.build(config, parallel)
-    phase, kept = built.phases[0], [loop.initial_state(config, built, 0, parallel)]
+    run = build(config, parallel)
+    program = Single(run, parallel)
+    kept = [program.initial(0)]
     began = time.perf_counter()
-    sets = loop.batches_of(config, built, phase, ["train"], kept[0], parallel, lambda step: False)
-    filled, batches = time.perf_counter() - began, sets["train"]
-    steps = -(-len(built.data["train"]) // config.batch_size)
-    step, _ = loop.compile_step(config, built, phase, parallel, kept[0], parallel.put_batch(batches[0]))
+    sets = program.batches(0, kept[0], ["train"], lambda step: False)
+    filled, steps = time.perf_counter() - began, -(-len(run.material.data["train"]) // config.batch_size)
+    step, _ = program.compile(0, kept[0], next(program.iterate(sets, 0, 1)))
 
     def epoch():
-        for batch in batches.iterate(0, steps):
-            kept[0] = step(kept[0], parallel.put_batch(batch))
+        for batch in program.iterate(sets, 0, steps):
+            kept[0] = step(kept[0], batch)
         return jax.block_until_ready(kept[0])
 
-    return epoch, filled, batches.prepared.nbytes if cache_dir else 0, steps * config.batch_size
+    size = sum(values.nbytes for values in sets["train"].prepared.values())
+    return epoch, filled, size, steps * config.batch_size
 
 
 def main(argv: list[str]) -> None:

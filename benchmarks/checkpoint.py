@@ -40,7 +40,7 @@ def make_training():
 
     from tl_jax import models
     from tl_jax.core import trees
-    from tl_jax.methods import rules
+    from tl_jax.models import peft
     from tl_jax.runtime import sharding
     from tl_jax.runtime.compile_cache import keep_compiled_programs
     from tl_jax.training import audit, optim, steps
@@ -55,17 +55,15 @@ def make_training():
         path: "all" if TRAIN.value == "all" or path.startswith("head/") else trees.FROZEN
         for path in trees.flatten(variables["params"])
     }
-    frozen = audit.norm_policies(variables.get("batch_stats", {}), labels, ())
-    model = model.clone(frozen_norms=tuple(path for path, policy in frozen.items() if policy == trees.FROZEN))
+    policies = audit.norm_policies(variables.get("batch_stats", {}), labels, ())
+    plan = common.make_plan(peft.Adapted(model), card, labels, policies)
     groups = optim.make_groups(labels, optim.Group("adamw"), {})
     tx = optim.make_optimizer(labels, groups, optax.constant_schedule(1e-5), clip=1.0)
     parallel = sharding.make_parallel("jit", jax.devices()[:1])
-    state = parallel.place(jax.jit(lambda v: steps.init_state(v, tx, labels, 0, ema=False))(variables))
-    method = rules.make_method(num_classes=card.num_classes)
-    train_step = steps.make_train_step(model, method, tx, labels, mean=card.mean, std=card.std)
+    state = parallel.place(jax.jit(lambda v: steps.init_state(plan, tx, v, {}, 0))(variables))
     images = np.random.default_rng(0).integers(0, 256, size, np.uint8)
-    batch = parallel.put_batch({"image": images, "label": np.zeros(size[0], np.int32)})
-    step, _ = parallel.compile(train_step, state, batch)
+    batch = parallel.put_batch({"train": {"image": images, "label": np.zeros(size[0], np.int32)}})
+    step, _ = parallel.compile(steps.make_train_step(plan, tx), state, batch)
     state = step(state, batch)  # a new optimizer is zeros, which are no fair load for a disk
     frozen = {f"params/{path}": leaf for path, leaf in trees.split(variables["params"], labels)[1].items()}
     return step, jax.block_until_ready(state), batch, trees.leaf_hashes(frozen)
@@ -131,11 +129,11 @@ def time_saves(folder: pathlib.Path, state) -> list[dict]:
     return rows
 
 
-def time_parts(folder: pathlib.Path, state, resting) -> list[dict]:
-    """Rows of seconds of a checkpoint that holds all of a state, and of one that leaves out what rests."""
+def time_parts(folder: pathlib.Path, state, frozen) -> list[dict]:
+    """Rows of seconds of a checkpoint that holds all of a state, and of one that leaves out what is frozen."""
     from tl_jax.runtime.checkpoint import Checkpoints
 
-    ways, parts = {"all of it": {}, "what trains": resting}, ("save returns", "committed", "restored")
+    ways, parts = {"all of it": {}, "what trains": frozen}, ("save returns", "committed", "restored")
     seconds = {f"{way}: {part}": [] for way in ways for part in parts}
     sizes = {}
     for _ in range(common.ROUNDS.value):
@@ -160,7 +158,7 @@ def time_parts(folder: pathlib.Path, state, resting) -> list[dict]:
     return [{"what": name, **common.summary(seconds[name]), "MB": megabytes[name]} for name in seconds]
 
 
-def time_steps(folder: pathlib.Path, step, state, batch, resting) -> list[dict]:
+def time_steps(folder: pathlib.Path, step, state, batch, frozen) -> list[dict]:
     """Rows of seconds per step, without a save and with one in flight."""
     import jax
 
@@ -168,7 +166,7 @@ def time_steps(folder: pathlib.Path, step, state, batch, resting) -> list[dict]:
 
     seconds: dict[str, list[float]] = {"step": [], "step, save in flight": []}
     behind, number = [], 0
-    with Checkpoints(folder / "ours", resting) as checkpoints:
+    with Checkpoints(folder / "ours", frozen) as checkpoints:
         checkpoints.prepare(state)
         while min(map(len, seconds.values())) < STEPS.value:
             for name, times in seconds.items():
@@ -198,17 +196,17 @@ def time_steps(folder: pathlib.Path, step, state, batch, resting) -> list[dict]:
 def main(argv: list[str]) -> None:
     del argv
     out = common.start("checkpoint")
-    step, state, batch, resting = make_training()
+    step, state, batch, frozen = make_training()
     with tempfile.TemporaryDirectory(dir=DISK.value or out) as name:
         folder = pathlib.Path(name)
-        if resting:
+        if frozen:
             title = f"{MODEL.value}, the head trains by adamw: seconds per checkpoint"
-            common.report(out, time_parts(folder, state, resting), title, ("what", "median", "seconds"))
+            common.report(out, time_parts(folder, state, frozen), title, ("what", "median", "seconds"))
         else:
             title = f"{MODEL.value}, adamw: seconds per GB"
             common.report(out, time_saves(folder, state), title, ("what", "median", "seconds per GB"))
         if STEPS.value:
-            rows = time_steps(folder, step, state, batch, resting)
+            rows = time_steps(folder, step, state, batch, frozen)
             common.report(out / "steps", rows, f"{MODEL.value}, batch {BATCH_SIZE.value}: seconds per step")
 
 

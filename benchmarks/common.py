@@ -63,6 +63,23 @@ def plain_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in {"LD_PRELOAD", *malloc.SETTINGS}}
 
 
+def make_plan(model: Any, card: Any, labels: Mapping[str, str], policies: Mapping[str, str]) -> Any:
+    """What a training step of a classification computes; labels, policies: of parameters and of BatchNorm layers."""
+    from tl_jax import tasks
+    from tl_jax.core import trees
+    from tl_jax.methods import schedules
+    from tl_jax.methods.term import MODEL, TASK, Method, make_task_term
+    from tl_jax.training import steps
+
+    frozen_norms = tuple(path for path, policy in policies.items() if policy == trees.FROZEN)
+    return steps.Plan(
+        readers={MODEL: steps.Reader(model.clone(frozen_norms=frozen_norms), card, card.input)},
+        method=Method((), {TASK: (schedules.make(1.0), make_task_term())}),
+        task=tasks.make(tasks.Spec(class_names=tuple(map(str, range(card.num_classes))))),
+        labels=labels, frozen_norms=frozen_norms, sums=(*steps.SUMS, "accuracy"),
+    )  # fmt: skip
+
+
 def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each call, way by way within every round; what a way returns is waited for."""
     import jax

@@ -5,7 +5,7 @@ python benchmarks/input.py --data folder:PATH --what train    (fine-tunes all of
 
 Every rate is that of a stream of training batches whose consumer takes them and does nothing else. Of JPEGs: decoded,
 random-resized crop to 224, mirrored at random; in turns with torch's DataLoader and timm's transform, where these are
-installed. Beside them what one core does of each piece alone, which bounds all of it. Of packed images (short side
+installed. With them what one core does of each piece alone, which bounds all of it. Of packed images (short side
 256): random crop of 224, mirrored at random. The wait is that of timing.jsonl, without its first line, which compiles.
 """
 
@@ -238,7 +238,7 @@ def train_row(out: pathlib.Path, source: str, workers: int) -> dict:
         "wait of the time": waited / seconds,
         "highest of a line": max(line["data_wait"] for line in lines),
         "target": TARGETS["wait"],
-        "images/s": float(np.median([line["images_per_second"] for line in lines])),
+        "images/s": float(np.median([line["examples_per_second"] for line in lines])),
     }
 
 

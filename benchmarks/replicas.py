@@ -1,4 +1,4 @@
-"""What K heads cost beside one: a step on a live frozen network, whole runs, and that all of them are right.
+"""What K heads cost against one: a step on a live frozen network, whole runs, and that all of them are right.
 
 python benchmarks/replicas.py [--model NAME] [--weights FILE]           steps of 1 and of 52 heads, on the same images
 python benchmarks/replicas.py --data folder:PATH [--epochs 2] [--cache features]      whole runs, to the last file
@@ -45,21 +45,19 @@ def make_step(heads: int, images: str):
 
     from tl_jax import config as options
     from tl_jax.runtime import sharding
-    from tl_jax.training import replicas
+    from tl_jax.training import replicas, settings
 
     parallel = sharding.make_parallel(devices=jax.devices()[:1])
     config = make_config(heads, **{
         "data.source": f"arrays:{images}", "data.train": "train", "data.val": "val", "total": (1000, "steps")
     })  # fmt: skip
-    group = replicas.build(options.replicas(config), parallel)
-    kept = [replicas.initial_state(group, 0, parallel)]
-    batch = replicas.put_batches(group, [group.runs[0].batches[0]], parallel)
-    numbers = parallel.place(replicas.numbers_of(group, 0))
-    inputs = {"shared": group.shared, "streams": {**group.streams, "batch": batch}, "numbers": numbers}
-    step, cost = parallel.compile(replicas.make_train_step(group, 0, parallel), kept[0], inputs)
+    program = replicas.make([settings.read(each) for each in options.replicas(config)], parallel)
+    kept = [program.initial(0)]
+    batch = next(program.iterate(program.batches(0, kept[0], ["train"], lambda step: False), 0, 1))
+    step, cost = program.compile(0, kept[0], batch)
 
     def call():
-        kept[0] = step(kept[0], inputs)
+        kept[0] = step(kept[0], batch)
         return kept[0]
 
     return call, cost["flops_per_step"]
@@ -81,7 +79,7 @@ def time_steps(folder: pathlib.Path) -> None:
 
 
 def time_runs(folder: pathlib.Path) -> None:
-    from tl_jax.training import sweep
+    from tl_jax.studies import inprocess
 
     def run(heads):
         config = make_config(heads, **{
@@ -89,7 +87,7 @@ def time_runs(folder: pathlib.Path) -> None:
             "total": (EPOCHS.value, "epochs"),
         })  # fmt: skip
         with tempfile.TemporaryDirectory() as place:
-            sweep.sweep(config, pathlib.Path(place) / "w", verbose=False)
+            inprocess.run(config, pathlib.Path(place) / "w")
 
     seconds = common.take_turns({heads: lambda heads=heads: run(heads) for heads in HEADS.value}, common.ROUNDS.value)
     how = "on cached features" if CACHE.value else "live"
@@ -111,7 +109,8 @@ def check(folder: pathlib.Path) -> None:
     import numpy as np
 
     from tl_jax import config as options
-    from tl_jax.training import loop, sweep
+    from tl_jax.studies import inprocess
+    from tl_jax.training.train import train
     from tl_jax.weights import formats
 
     largest: dict[str, float] = {}
@@ -129,10 +128,10 @@ def check(folder: pathlib.Path) -> None:
     })  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         home, began = pathlib.Path(place), time.perf_counter()
-        names = [row["name"] for row in sweep.sweep(config, home / "w", verbose=False)["replicas"]]
+        names = [row["name"] for row in inprocess.run(config, home / "w")["replicas"]["replicas"]]
         together, began = time.perf_counter() - began, time.perf_counter()
         for name, alone in zip(names, options.replicas(config), strict=True):
-            loop.train(alone, home / "alone" / name, verbose=False)
+            train(alone, home / "alone" / name, verbose=False)
         one_by_one = time.perf_counter() - began
         for name in names:
             pair = [home / "w" / "replicas" / name, home / "alone" / name]

@@ -30,14 +30,13 @@ PARTS = ("imports", "build", "state", "lower", "compile", "step")
 def measured() -> None:
     """launch.py with a clock: notes the time behind each part, and ends behind the first step."""
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-    from tl_jax.runtime.malloc import keep_memory
-    from tl_jax.studies import command
+    import launch
 
-    keep_memory()
+    launch.keep_memory()
     times = [float(os.environ[CHILD])]
-    real = command.run_config
+    real = launch.run_config
 
-    def run_config(*given):
+    def run_config(stop_requested):
         import jax
 
         from tl_jax.runtime import sharding
@@ -66,10 +65,10 @@ def measured() -> None:
             os._exit(0)
 
         train.assemble, sharding.Parallel.compile = timed_assemble, timed_compile
-        return real(*given)
+        return real(stop_requested)
 
-    command.run_config = run_config
-    sys.exit(command.main(sys.argv[1:]))
+    launch.run_config = run_config
+    app.run(launch.main, flags_parser=launch.parse_flags)
 
 
 def first_step(options: list[str], home: pathlib.Path) -> dict[str, float]:

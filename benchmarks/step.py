@@ -5,9 +5,10 @@ python benchmarks/step.py --models vit_base_patch16_224 --batch_size 64 --compil
 python benchmarks/step.py --device gpu --attention xla,cudnn
 
 The ways: the forward pass alone, the head, the last block, LoRA (ViTs), everything with frozen BatchNorm (ResNets), and
-everything, each as the trainer runs it: what is frozen in front keeps nothing, clipping and the logged gradient norm
-are on. The images are made on the device. Times are medians over rounds in which the ways take turns, so that a noisy
-machine troubles them alike, with the lowest and the highest. MFU is against the matmul measured on this machine.
+everything, each as the trainer runs it: the frozen prefix keeps nothing for a backward pass, clipping and the logged
+gradient norm are on. The images are made on the device. Times are medians over rounds in which the ways take turns, so
+that a noisy machine troubles them alike, with the lowest and the highest. MFU is against the matmul measured on this
+machine.
 """
 
 import itertools
@@ -26,6 +27,7 @@ from tl_jax import models
 from tl_jax.core import messages, trees
 from tl_jax.methods import rules as finetune
 from tl_jax.models import layers, peft
+from tl_jax.models.head import reads
 from tl_jax.runtime import roofline, sharding
 from tl_jax.training import audit, optim, steps
 
@@ -89,29 +91,31 @@ def make_way(name: str, way: str, attention: str, parallel: sharding.Parallel):
     )
     model = peft.Adapted(network, (("lora", {"rank": 8}),) if way == "lora" else ())
     images = jax.ShapeDtypeStruct((batch_size(), card.input_size, card.input_size, 3), jnp.uint8)
-    batch = {"image": images, "label": jax.ShapeDtypeStruct((batch_size(),), jnp.int32)}
+    batch = {"train": {"image": images, "label": jax.ShapeDtypeStruct((batch_size(),), jnp.int32)}}
     variables = jax.eval_shape(network.init, key, jnp.zeros((1, *images.shape[1:])))
     added = jax.eval_shape(lambda variables: peft.init(network, variables, model.additions, key), variables)
     variables = {**variables, "params": {**variables["params"], **added}}
     if way == "forward":
-        evaluate = steps.make_eval_step(model, mean=card.mean, std=card.std)
-        return (lambda variables, batch: evaluate(variables, batch["image"])), variables, batch
+        plan = common.make_plan(model, card, {}, {})
+        evaluate = steps.make_eval_step(plan.readers["model"], plan.task)
+        return (lambda variables, batch: evaluate(variables, batch["train"]["image"])), variables, batch
     paths = list(trees.flatten(variables["params"]))
-    rules = finetune.beside(paths) + finetune.make_rules(METHODS[way], paths, model.cuts, int(way == "last block"))
+    rules = finetune.auxiliary(paths, {}) + finetune.make_rules(
+        METHODS[way], paths, model.cuts, int(way == "last block")
+    )
     labels = {path: match.value for path, match in trees.match_rules(paths, rules).items()}
     norms = [(".*", "frozen")] if way == "frozen norms" else ()
     policies = audit.norm_policies(variables.get("batch_stats", {}), labels, norms)
-    model = model.clone(frozen_norms=tuple(path for path, policy in policies.items() if policy == trees.FROZEN))
     groups = optim.make_groups(labels, optim.Group("adamw"), {})
     tx = optim.make_optimizer(labels, groups, optax.constant_schedule(1e-3), clip=1.0)
-    moving = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
-    length = finetune.frozen_cuts(moving, model.cuts)
-    step = steps.make_train_step(
-        model, finetune.make_method(num_classes=card.num_classes), tx, labels, mean=card.mean, std=card.std,
-        accumulate=ACCUMULATE.value, whole=parallel.whole,
-        prefix=steps.Prefix(model.clone(remat=""), model.cuts[length - 1]) if length else None,
-    )  # fmt: skip
-    return step, jax.eval_shape(lambda v: steps.init_state(v, tx, labels, 0, ema=False), variables), batch
+    trained = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
+    length = min(finetune.frozen_cuts(trained, model.cuts), model.cuts.index(reads(network)) + 1)
+    plan = common.make_plan(model, card, labels, policies)._replace(accumulate=ACCUMULATE.value, whole=parallel.whole)
+    if length:
+        module = plan.readers["model"].module
+        plan = plan._replace(prefix=steps.Prefix(module.clone(remat=""), model.cuts[length - 1]))
+    state = jax.eval_shape(lambda v: steps.init_state(plan, tx, v, {}, 0), variables)
+    return steps.make_train_step(plan, tx), state, batch
 
 
 def compile_way(name: str, way: str, attention: str, parallel: sharding.Parallel):
@@ -261,7 +265,7 @@ def draw(rows: list[dict], path) -> None:
 
 
 def check() -> None:
-    """Ends with one message where a flag cannot be meant; says where cuDNN's attention is not used."""
+    """Ends with one message where a flag is invalid; says where cuDNN's attention is not used."""
     known = {"models": models.MODELS, "ways": ["forward", *METHODS], "attention": ["xla", "cudnn"]}
     given = {"models": MODELS.value, "ways": WAYS.value, "attention": ATTENTION.value}
     wrong = [(flag, value) for flag, values in given.items() for value in values if value not in known[flag]]

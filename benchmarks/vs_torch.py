@@ -4,7 +4,7 @@ python benchmarks/vs_torch.py [--models resnet18,resnet50,vit_small_patch16_224]
 python benchmarks/vs_torch.py --device gpu --batch_size 128 --steps 20
 python benchmarks/vs_torch.py --end_to_end --models deit_tiny_patch16_224 --weights FILE --data folder:PATH
 
-Ours is the step that a run with these options takes: labels, clipping, logged gradient norm, frozen front. PyTorch has
+Ours is the step that a run with these options takes: labels, clipping, logged gradient norm, frozen prefix. PyTorch has
 the same weights, images, AdamW (fused), clip and frozen parts: what is frozen needs no gradient, and only what trains
 is in train mode. It runs channels_last (ResNets) in float32 on a CPU, in bfloat16 and compiled on a GPU, where ours is
 in bfloat16 too. Both take uint8 images and normalise them. Before anything is timed, the losses of the first step must
@@ -90,8 +90,8 @@ def make_ours(name: str, way: str, folder: pathlib.Path) -> tuple[Callable[[], o
     from configs import transfer
     from tl_jax import config as options
     from tl_jax.runtime import sharding
-    from tl_jax.training import build
-    from tl_jax.training import loop as train
+    from tl_jax.training import single
+    from tl_jax.training.build import build
     from tl_jax.weights import load
 
     config = options.override(
@@ -101,30 +101,28 @@ def make_ours(name: str, way: str, folder: pathlib.Path) -> tuple[Callable[[], o
          "schedule.name": "constant", "lr": LR, "clip": CLIP, **METHODS[way]},
     )  # fmt: skip
     parallel = sharding.make_parallel()
-    built = build.build(config, parallel)
-    card = built.card
+    run = build(config, parallel)
+    card, program = run.material.card, single.Single(run, parallel)
     facts = {"num_classes": card.num_classes, "mean": list(card.mean), "std": list(card.std)}
-    load.export(built.variables, name, folder / WEIGHTS_FILE, card=card, layout="timm")
-    host_batch = next(iter(built.batches.iterate(0, 1)))
+    load.export(run.material.variables, name, folder / WEIGHTS_FILE, card=card, layout="timm")
+    host_batch = run.material.streams["train"][0]
     np.savez(folder / BATCH_FILE, image=host_batch["image"], label=host_batch["label"])
-    batch, phase = parallel.put_batch(host_batch), built.phases[0]
-    kept = [train.initial_state(config, built, 0, parallel)]
+    batch, kept = parallel.put_batch({"train": host_batch}), [program.initial(0)]
     if way == "forward":
-        variables = train.variables_of(kept.pop())
-        evaluate = parallel.evaluate(train.make_eval_step(built))
-        traced = evaluate.trace(variables, batch["image"])
+        variables, images = single.current_variables(kept.pop()), batch["train"]["image"]
+        traced = parallel.evaluate(single.make_eval_step(run)).trace(variables, images)
         compiled = traced.lower().compile()
 
         def call():
             for _ in range(STEPS.value):
-                outputs = compiled(variables, batch["image"])
+                outputs = compiled(variables, images)
             return jax.block_until_ready(outputs)
 
-        logits = jax.numpy.asarray(call()[0])
+        logits = jax.numpy.asarray(call()["logits"])
         loss = float(-jax.nn.log_softmax(logits)[jax.numpy.arange(len(logits)), host_batch["label"]].mean())
         flops = parallel.cost(compiled, traced.jaxpr)["flops_per_step"]
         return call, {**facts, "loss": loss, "trained": 0, "flops": flops}
-    step, cost = train.compile_step(config, built, phase, parallel, kept[0], batch)
+    step, cost = program.compile(0, kept[0], batch)
     kept[0] = step(kept[0], batch)
     loss = float(kept[0].sums["loss"]) / BATCH_SIZE.value
 
@@ -133,7 +131,7 @@ def make_ours(name: str, way: str, folder: pathlib.Path) -> tuple[Callable[[], o
             kept[0] = step(kept[0], batch)
         return jax.block_until_ready(kept[0])
 
-    trained = phase.audit["totals"]["trainable"]
+    trained = run.phases[0].audit["totals"]["trainable"]
     return call, {**facts, "loss": loss, "trained": trained, "flops": cost["flops_per_step"]}
 
 

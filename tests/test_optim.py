@@ -338,6 +338,15 @@ def test_optimizer_values_are_kept_under_the_same_optimizer_alone(second, kept):
         assert all((x == 0).all() for x in values)
 
 
+def test_no_two_migrated_values_are_one_array():
+    """A step that donates its state cannot hold a buffer twice."""
+    moved = {"a/kernel": "slow", "a/bias": "all", "b/kernel": "all"}
+    made = make_phases((moved, ADAMW, SCHEDULES[0]), (moved, ADAMW, SCHEDULES[1]), lengths=(3, 4))
+    _, old = follow(made[0], PARAMS, made[0].init(PARAMS), range(3))
+    leaves = jax.tree.leaves(optim.migrate(made[1].init(PARAMS), old, 3))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
 def test_a_leaf_may_change_its_group_and_keep_its_values():
     moved = {"a/kernel": "slow", "a/bias": "all", "b/kernel": "all"}
     ours = run_phases((ALL, ADAMW, SCHEDULES[0]), (moved, ADAMW, SCHEDULES[1]), lengths=(3, 4))
