@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 from tl_jax.core import files
 
@@ -161,15 +161,8 @@ def _print_averaged(chosen: str, found: dict[str, Any], out: str) -> None:
     print(f"{chosen}, {found['split']} {metric} {value}; wrote {out}")
 
 
-class Argument(NamedTuple):
-    """What `add_argument` takes."""
-
-    names: tuple[str, ...]
-    options: dict[str, Any]
-
-
-def arg(*names: str, **options: Any) -> Argument:
-    return Argument(names, options)
+def arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, options
 
 
 _SHOWN = (
@@ -178,6 +171,7 @@ _SHOWN = (
 )
 _BATCH = arg("--batch-size", type=int, default=128, help="over all devices")
 _OUT = arg("--out", required=True, help="the folder to write to")
+_WEIGHTS = arg("source", help="a file, builtin:NAME or hf://owner/name[/file]@revision")
 COMMANDS = {
     train: ("train a config file; flags as of launch.py", (
         arg("rest", nargs=argparse.REMAINDER, metavar="FILE[:ARGUMENT] [--config.OPTION=VALUE ...] [--workdir W]"),
@@ -205,12 +199,10 @@ COMMANDS = {
         arg("--level", type=float, default=0.95, help="of the intervals"),
         arg("--seed", type=int, default=0, help="of the bootstrap"),
     )),
-    inspect: ("list a weight file's tensors and the models it fits", (
-        arg("source", help="a file, builtin:NAME or hf://owner/name[/file]@revision"),
-    )),
+    inspect: ("list a weight file's tensors and the models it fits", (_WEIGHTS,)),
     convert: ("write a weight file as safetensors with a card", (
         arg("name", help="the model, such as resnet50"),
-        arg("source", help="a file, builtin:NAME or hf://owner/name[/file]@revision"),
+        _WEIGHTS,
         arg("out", help="the .safetensors file to write"),
         arg("--layout", help="names of the tensors written (default: timm's)"),
         arg("--num-classes", type=int, choices=[0], help="0 leaves the classifier out"),
