@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tl_jax import tasks
+from tl_jax.studies.report import charts
 from tl_jax.tasks import figures
 from tl_jax.training import plots
 
@@ -36,7 +37,7 @@ DRAWINGS = {
     "confusion_matrix": lambda path: figures.confusion_matrix(draw(), path),
     "reliability": lambda path: figures.reliability(draw(), path),
     "feature_map": lambda path: figures.feature_map(draw(), path),
-    "comparison": lambda path: plots.comparison({"a": [0.8, 0.9], "b": [0.5]}, path, "accuracy"),
+    "comparison": lambda path: charts.comparison(path, {"a": [0.8, 0.9], "b": [0.5]}, "accuracy"),
 }
 
 
@@ -128,7 +129,7 @@ def test_comparison_shows_students_interval_of_seeds_and_a_given_interval(tmp_pa
     seeds = [0.81, 0.83, 0.86]
     low, high = stats.ttest_1samp(seeds, 0).confidence_interval(0.95)
     named = {"seeds": seeds, "bootstrap": {"value": 0.7, "low": 0.65, "high": 0.74}, "single": [0.5]}
-    plots.comparison(named, tmp_path / "figure.svg", label="top-1")
+    charts.comparison(tmp_path / "figure.svg", named, label="top-1")
     text = " ".join(svg_text(tmp_path / "figure.svg"))
     for part in (f"{np.mean(seeds):.4f}  [{low:.4f}, {high:.4f}]", "0.7000  [0.6500, 0.7400]", "0.5000", "top-1"):
         assert part in text
@@ -145,5 +146,5 @@ def test_comparison_shows_students_interval_of_seeds_and_a_given_interval(tmp_pa
 )
 def test_comparison_refuses_what_it_cannot_draw(tmp_path, named, message):
     with pytest.raises(ValueError, match=message):
-        plots.comparison(named, tmp_path / "figure.png", "accuracy")
+        charts.comparison(tmp_path / "figure.png", named, "accuracy")
     assert not list(tmp_path.iterdir())

@@ -129,9 +129,9 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
         }
     if jax.process_index() == 0:
         write_json(workdir / "comparison.json", report)
-        from tl_jax.training import plots  # here, as matplotlib takes its time
+        from tl_jax.studies.report import charts  # here, as matplotlib takes its time
 
-        plots.comparison(table, workdir / "comparison.png", f"{metric} on {report['data']}, {len(study.seeds)} seeds")
+        charts.comparison(workdir / "comparison.png", table, f"{metric} on {report['data']}, {len(study.seeds)} seeds")
     return report
 
 

@@ -19,8 +19,9 @@ from tl_jax.core import files, messages, plotting
 from tl_jax.core.card import Card
 from tl_jax.data import pipeline
 from tl_jax.runtime import sharding
+from tl_jax.studies.report import charts
 from tl_jax.tasks.task import Monitor
-from tl_jax.training import build, evaluate, inputs, plots, steps
+from tl_jax.training import build, evaluate, inputs, steps
 from tl_jax.training.settings import Settings, read
 from tl_jax.weights import load as pretrained
 
@@ -223,7 +224,7 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
     report |= {name: tasks.summarize(other, resamples=resamples) for name, other in predictions.items()}
     named = {"best run": "best", "uniform soup": "uniform", "greedy soup": "metrics"}
     rows = {name: report[key][metric] for name, key in named.items()}
-    plots.comparison(rows, folder / "soup.png", f"{scorer.scored} {metric}")
+    charts.comparison(folder / "soup.png", rows, f"{scorer.scored} {metric}")
     files.write_json(folder / "soup.json", report)
     return report
 

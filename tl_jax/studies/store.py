@@ -49,17 +49,10 @@ def plan(workdir: pathlib.Path, name: str, question: str, study: Study) -> list[
 
 def _table(name: str, question: str, study: Study, runs: list[RunSpec]) -> dict[str, Any]:
     factors = {name: {level: dict(o) for level, o in levels.items()} for name, levels in study.factors.items()}
-    return {
-        "name": name,
-        "question": question,
-        "factors": factors,
-        "baseline": dict(study.baseline),
-        "seeds": list(study.seeds),
-        "metrics": list(metrics_of(study)),
-        "design": study.design,
-        "together": study.together,
-        "runs": [{"key": run.key, "levels": run.levels, "seed": run.seed, "fold": run.fold} for run in runs],
-    }
+    plain = study._asdict() | {"factors": factors, "baseline": dict(study.baseline), "seeds": list(study.seeds)}
+    rows = [{"key": run.key, "levels": run.levels, "seed": run.seed, "fold": run.fold} for run in runs]
+    del plain["base"]
+    return {"name": name, "question": question, **plain, "metrics": list(metrics_of(study)), "runs": rows}
 
 
 def check_workdir(workdir: pathlib.Path, name: str, runs: list[RunSpec]) -> None:

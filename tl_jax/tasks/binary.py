@@ -2,7 +2,15 @@
 
 import numpy as np
 
-from tl_jax.tasks.intervals import average_precision, binned, calibration_error, group_sum, roc_auc, sigmoid_losses
+from tl_jax.tasks.intervals import (
+    average_precision,
+    binned,
+    calibration_error,
+    group_sum,
+    rates,
+    roc_auc,
+    sigmoid_losses,
+)
 from tl_jax.tasks.predictions import Predictions
 from tl_jax.tasks.task import Metrics, Spec
 
@@ -58,16 +66,14 @@ def _weighted(predictions, weights) -> dict:
     labels, p = predictions.labels, probability(predictions)
     counts = group_sum(2 * labels + answer(predictions), 4, weights).astype(np.float64)
     (tn, fp, fn, tp), total = counts, weights.sum(axis=0)
-    positives, negatives = tp + fn, tn + fp
-    recall = np.where(positives > 0, tp / np.maximum(positives, 1), np.nan)
-    specificity = np.where(negatives > 0, tn / np.maximum(negatives, 1), np.nan)
+    of_positives, specificity = rates(tp, tp + fn, tp + fp), rates(tn, tn + fp, tn + fn)["recall"]
     return {
         "accuracy": (tp + tn) / total,
-        "balanced_accuracy": (recall + specificity) / 2,
-        "precision": np.where(positives > 0, tp / np.maximum(tp + fp, 1), np.nan),  # nothing predicted positive: 0
-        "recall": recall,
+        "balanced_accuracy": (of_positives["recall"] + specificity) / 2,
+        "precision": of_positives["precision"],
+        "recall": of_positives["recall"],
         "specificity": specificity,
-        "f1": np.where(positives > 0, 2 * tp / np.maximum(2 * tp + fp + fn, 1), np.nan),
+        "f1": of_positives["f1"],
         "nll": sigmoid_losses(predictions) @ weights / total,
         "ece": calibration_error(labels, p, weights),
     }

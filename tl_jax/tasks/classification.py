@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tl_jax.tasks.intervals import binned, calibration_error, group_sum, mean_defined, roc_auc
+from tl_jax.tasks.intervals import binned, calibration_error, group_sum, mean_defined, rates, roc_auc
 from tl_jax.tasks.predictions import Predictions
 from tl_jax.tasks.task import Metrics, Rows
 
@@ -58,11 +58,11 @@ def _point(predictions) -> dict:
     value = {"accuracy": overall["accuracy"]}
     if classes > 5:
         value["top5"] = float(_in_top(predictions, 5).mean())
-    rates = sklearn.metrics.precision_recall_fscore_support
-    macro = rates(labels, predicted, labels=np.flatnonzero(support), average="macro", zero_division=0)
+    each = sklearn.metrics.precision_recall_fscore_support
+    macro = each(labels, predicted, labels=np.flatnonzero(support), average="macro", zero_division=0)
     value |= {f"{name}_macro": float(rate) for name, rate in zip(_RATES, macro[:3], strict=True)}
     value |= {f"{name}_micro": overall["accuracy"] for name in _RATES}  # one label, one guess: all are the accuracy
-    per_class = rates(labels, predicted, labels=range(classes), zero_division=0)
+    per_class = each(labels, predicted, labels=range(classes), zero_division=0)
     value |= {name: np.where(support, rate, np.nan) for name, rate in zip(_RATES, per_class[:3], strict=True)}
     auc, score = np.full(classes, np.nan), _log_odds(predictions)
     for k in np.flatnonzero((support > 0) & (support < count)):
@@ -90,8 +90,7 @@ def _weighted(predictions, weights) -> dict:
         result["top5"] = _in_top(predictions, 5).astype(np.float64) @ weights / total
     true_positive = group_sum(labels[hit], classes, weights, np.flatnonzero(hit)).astype(np.float64)
     support, guessed = group_sum(labels, classes, weights), group_sum(predicted, classes, weights)
-    for name, denominator in zip(_RATES, (guessed, support, (support + guessed) / 2), strict=True):
-        rate = np.where(support > 0, true_positive / np.maximum(denominator, 0.5), np.nan)  # nothing guessed: 0
+    for name, rate in rates(true_positive, support, guessed).items():
         result[name], result[f"{name}_macro"] = rate.T, np.nanmean(rate, axis=0)
     result["nll"] = -log_p[np.arange(len(labels)), labels] @ weights / total
     return result | {"ece": calibration_error(hit, _confidence(predictions), weights)}

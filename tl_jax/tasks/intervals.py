@@ -91,6 +91,12 @@ def sigmoid_losses(predictions: Predictions) -> np.ndarray:
     return np.logaddexp(0, np.where(predictions.labels == 1, -1.0, 1.0) * predictions.values.astype(np.float64))
 
 
+def rates(hit: np.ndarray, support: np.ndarray, guessed: np.ndarray) -> dict[str, np.ndarray]:
+    """Precision, recall and F1 of counts; NaN without support, and precision 0 where nothing is guessed."""
+    denominators = {"precision": guessed, "recall": support, "f1": (support + guessed) / 2}
+    return {name: np.where(support > 0, hit / np.maximum(x, 0.5), np.nan) for name, x in denominators.items()}
+
+
 def mean_defined(values: np.ndarray, axis: int) -> np.ndarray:
     """The mean over an axis of what is not NaN; NaN where nothing is."""
     defined = ~np.isnan(values)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tl_jax.tasks.intervals import average_precision, mean_defined, sigmoid_losses
+from tl_jax.tasks.intervals import average_precision, mean_defined, rates, sigmoid_losses
 from tl_jax.tasks.predictions import Predictions
 from tl_jax.tasks.task import Metrics, Rows
 
@@ -25,16 +25,11 @@ def _weighted(predictions, weights) -> dict:
     """Rates of each label [B, K] and over all; a label without positives has none, and is left out of the macro F1."""
     labels, guess, total = predictions.labels == 1, answer(predictions), weights.sum(axis=0)
     hit, support, guessed = (x.astype(np.float64).T @ weights for x in (labels & guess, labels, guess))
-    denominators = {"precision": guessed, "recall": support, "f1": (support + guessed) / 2}
-    rates = {
-        name: np.where(support > 0, hit / np.maximum(denominator, 0.5), np.nan).T
-        for name, denominator in denominators.items()
-    }
-    pooled = (support.sum(axis=0) + guessed.sum(axis=0)) / 2
+    each = {name: rate.T for name, rate in rates(hit, support, guessed).items()}
     wrong = labels != guess
-    return rates | {
-        "f1_macro": mean_defined(rates["f1"], axis=1),
-        "f1_micro": np.where(support.sum(axis=0) > 0, hit.sum(axis=0) / np.maximum(pooled, 0.5), np.nan),
+    return each | {
+        "f1_macro": mean_defined(each["f1"], axis=1),
+        "f1_micro": rates(*(x.sum(axis=0) for x in (hit, support, guessed)))["f1"],
         "subset_accuracy": (~wrong.any(axis=1)).astype(np.float64) @ weights / total,
         "hamming_loss": wrong.mean(axis=1) @ weights / total,
     }

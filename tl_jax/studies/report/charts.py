@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.ticker import EngFormatter
 
 from tl_jax.core.plotting import BLUE, GREY, MARKERS, PALETTE, figure_at, short
+from tl_jax.studies.report.statistics import mean_interval
 
 INK = "#222222"
 LINES = len(PALETTE)  # more than its colours cannot be told apart
@@ -76,6 +77,26 @@ def _dot(axis, y, mark, style, step, written):
     axis.plot(mark["mean"], y, style["marker"], color=face, markersize=6.5, zorder=3, **edge)
     if written:
         axis.text(1.01, y, f" {text}{mark['text']}", fontsize=8, **at_edge)
+
+
+def comparison(path, named: Mapping[str, Sequence[float] | Mapping], label: str) -> None:
+    """Several runs or arms, a row each in the given order.
+
+    A value is a list of numbers, one per seed, or an interval {"value", "low", "high"} of `tasks.summarize`.
+    """
+    marks = []
+    for name, entry in named.items():
+        if isinstance(entry, Mapping):
+            if None in entry.values():
+                raise ValueError(f"{name!r}: the metric is undefined there, found {entry}")
+            marks.append({**entry, "mean": entry["value"], "values": (), "text": ""})
+        elif np.ndim(entry) != 1 or not len(entry) or not np.isfinite(entry).all():
+            raise ValueError(f"{name!r}: expected a list of finite numbers, found {entry!r}")
+        else:
+            marks.append({**mean_interval(entry), "values": entry, "text": ""})
+    if not marks:
+        raise ValueError("nothing to compare: expected at least one name with its numbers")
+    dots(path, list(named), {"": marks}, f"{label}, 95 % interval")
 
 
 def lines(path, panels: Mapping[str, Mapping[str, dict]], x_label: str, y_label: str, *, order: Sequence[str],

@@ -236,7 +236,7 @@ def _cost_table(results: Results) -> Table:
         caption += "; ratios to the cell of the baseline levels"
     for row in analysis.costs(results):
         cells = [text_of(row["trainable_parameters"], ",.0f"), scaled(row["flops_per_step"], 1000)]
-        cells += [_with_unit(scaled(row["memory_bytes"], 1024), "B"), _with_unit(text_of(row["seconds"]), " s")]
+        cells += [scaled(row["memory_bytes"], 1024, "B"), text_of(row["seconds"], ".4g", " s")]
         ratios = [text_of(row[f"{name}_ratio"], ".3g") for name in read.COSTS] if results.baseline else []
         rows.append((read.name_of(results, row["cell"]), *cells, *ratios))
     return Table(f"{caption}.", headers, rows)
@@ -253,15 +253,15 @@ def number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
 
-def text_of(value: float | None, form: str = ".4g") -> str:
-    return NONE if value is None else format(value, form)
+def text_of(value: float | None, form: str = ".4g", unit: str = "") -> str:
+    return NONE if value is None else format(value, form) + unit
 
 
 def p_value(p: float | None) -> str:
     return NONE if p is None else analysis.p_equals(p).removeprefix("p ").removeprefix("= ")
 
 
-def scaled(value: float | None, base: int) -> str:
+def scaled(value: float | None, base: int, unit: str = "") -> str:
     """Three digits and a prefix, k M G T for powers of 1000 and Ki Mi Gi Ti for powers of 1024."""
     if value is None:
         return NONE
@@ -270,14 +270,7 @@ def scaled(value: float | None, base: int) -> str:
     while abs(value) >= base and power < len(prefixes) - 1:
         value, power = value / base, power + 1
     digits = f"{value:.0f}" if power == 0 or value >= 100 else f"{value:.1f}"
-    return f"{digits} {prefixes[power]}".strip()
-
-
-def _with_unit(text: str, unit: str) -> str:
-    """ "256 Mi" as 256 MiB, "12" as 12 B."""
-    if text == NONE:
-        return text
-    return f"{text}{unit}" if text[-1].isalpha() or unit.startswith(" ") else f"{text} {unit}"
+    return f"{digits} {prefixes[power]}{unit}".strip()
 
 
 def to_csv(results: Results) -> str:
