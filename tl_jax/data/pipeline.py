@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tl_jax.core.fields import DOMAIN, INDEX, LABEL, MASK
 from tl_jax.core.messages import nearest
 from tl_jax.data import order as orders
 from tl_jax.data import workers
@@ -31,7 +32,7 @@ class StreamFacts(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The examples of a batch: index into the source, how often each came before, its domain, counter in the domain."""
+    """The examples of a batch: index (-1: padding), how often each came before, domain, counter in the domain."""
 
     index: np.ndarray
     epoch: np.ndarray
@@ -47,7 +48,7 @@ class TrainBatches:
     int32 [b]; "label", where the stream is labelled; "domain" int32 [b], where the source has domains.
 
     The examples are numbered by a counter c; the order is one shuffle per epoch of the source, epoch after epoch, so
-    batches run on across epochs and a source smaller than a batch repeats. Step s holds c = s * batch_size ...
+    batches run on across epochs and a source smaller than a batch repeats. Step s has c = s * batch_size ...
     (s + 1) * batch_size - 1, and process p the p-th run of b of them: the slices of all processes, concatenated, are
     the batch of a single one. Augmentation draws from a stream keyed by (seed, c). With D domains each has its own
     seed, counter and epochs; a batch on every process is D equal parts, in the order of the domains.
@@ -79,7 +80,7 @@ class TrainBatches:
 
     def make(self, step: int, out: Batch | None = None) -> Batch:
         """`batches[step]`; out: arrays of `shapes(batches)`, where the images are written."""
-        return {**self.render(step, out), **self.known(step)}
+        return {**_render(self, step, out), **_known(self, step)}
 
     def rows(self, step: int) -> Rows:
         """The examples of a whole batch, process by process and within these domain by domain; each [batch_size]."""
@@ -88,42 +89,11 @@ class TrainBatches:
         domains = len(self._orders)
         size = self.batch_size // domains
         counters = np.arange(step * size, (step + 1) * size)
-        found = [order(counters) for order in self._orders]
-        columns = (
-            [index for index, _ in found],
-            [epoch for _, epoch in found],
-            [np.full(size, domain) for domain in range(domains)],
-            [counters] * domains,
-        )
+        indices, epochs = zip(*(order(counters) for order in self._orders), strict=True)
+        of_domain = [np.full(size, domain) for domain in range(domains)]
         share = (domains, self.process_count, -1)
+        columns = (indices, epochs, of_domain, [counters] * domains)
         return Rows(*(np.stack(column).reshape(share).swapaxes(0, 1).reshape(-1) for column in columns))
-
-    def render(self, step: int, out: Batch | None = None) -> Batch:
-        """The views of `batches[step]` that are not prepared."""
-        todo = unprepared(self)
-        if not todo:
-            return {}
-        out = _empty(shapes(self)) if out is None else out
-        seeds = [
-            {field: draws_seed(seed, render.draws) for field, render in todo.items()}
-            for seed in orders.seeds_of(self.source, self.seed)
-        ]
-        rows = self._local(step)
-        columns = rows.index.tolist(), rows.domain.tolist(), rows.counter.tolist()
-        for row, (index, domain, counter) in enumerate(zip(*columns, strict=True)):
-            write_example(self.source, todo, out, row, index, seeds[domain], counter)
-        return out
-
-    def known(self, step: int) -> Batch:
-        """Everything of `batches[step]` that needs no rendering."""
-        rows = self._local(step)
-        batch = {field: values[rows.epoch % len(values), rows.index] for field, values in self.prepared.items()}
-        batch["index"] = rows.index.astype(np.int32)
-        if self.labelled:
-            batch["label"] = self.source.labels[rows.index]
-        if self.source.domains is not None:
-            batch["domain"] = rows.domain.astype(np.int32)
-        return batch
 
     def iterate(self, start: int, stop: int, num_workers: int = 0) -> Iterator[Batch]:
         """Yields the batches of steps start ... stop - 1, made ahead of time; see the function `iterate`."""
@@ -133,10 +103,6 @@ class TrainBatches:
     def _orders(self) -> tuple[orders.Order, ...]:
         """Of each domain; each keeps its own permutations, so that streams do not evict those of others."""
         return orders.make_orders(self.source, self.order, self.seed)
-
-    def _local(self, step: int) -> Rows:
-        rows, size = self.rows(step), self.batch_size // self.process_count
-        return Rows(*(column[self.process_index * size : (self.process_index + 1) * size] for column in rows))
 
 
 def train_batches(
@@ -154,9 +120,7 @@ def train_batches(
     """Builds the training batches of one stream; the seed of a stream that is not "train" comes from (seed, name).
 
     order: "shuffled", or "class_balanced": every round of as many counters as there are classes visits each class once,
-    and within a class the examples are shuffled epoch by epoch. Raises ValueError on views that do not fit the source,
-    unusable augmentations, a negative seed, an order that the labels do not allow, or a batch size that processes and
-    domains cannot share.
+    and within a class the examples are shuffled epoch by epoch. Raises ValueError for everything that does not fit.
     """
     domains = 1 if source.domains is None else len(source.domain_names)
     _check_sizes(batch_size, process_index, process_count, domains)
@@ -171,9 +135,8 @@ def train_batches(
         raise ValueError(f"{source.name}: the order 'class_balanced' needs the classes of examples, found {found}")
     renders, prepared = make_views(source, views, augmented=True)
     seed = seed if name == "train" else orders.derive(seed, name)
-    batches = TrainBatches(
-        source, renders, prepared, batch_size, seed, order, labelled, process_index, process_count
-    )  # fmt: skip
+    stream = (source, renders, prepared, batch_size, seed, order, labelled, process_index, process_count)
+    batches = TrainBatches(*stream)
     batches.rows(0)  # raises where a class or a domain is empty
     return batches
 
@@ -182,9 +145,8 @@ def train_batches(
 class EvalBatches:
     """Evaluation batches: every example once, in order, `len(batches)` batches on every process.
 
-    `batches[i]` has the fields of `TrainBatches` and "mask" bool [b], with b the batch size over the processes. The
-    last batch is padded: there the mask is False, the index -1, everything else 0. Process p holds the p-th run of b
-    rows of each global batch. Of what is `prepared`, [V, N, ...], the first is taken.
+    `batches[i]` has the fields of `TrainBatches` and "mask" bool [b]. The last batch is padded: there the mask is
+    False, the index -1, everything else 0. Process p has the p-th run of b rows of each global batch.
     """
 
     source: Source
@@ -204,44 +166,16 @@ class EvalBatches:
 
     def make(self, i: int, out: Batch | None = None) -> Batch:
         """`batches[i]`; out: arrays of `shapes(batches)`, where the images are written."""
-        return {**self.render(i, out), **self.known(i)}
+        return {**_render(self, i, out), **_known(self, i)}
 
-    def render(self, i: int, out: Batch | None = None) -> Batch:
-        """The views of `batches[i]` that are not prepared."""
-        todo, real = unprepared(self), self._real(i)
-        if not todo:
-            return {}
-        out = _empty(shapes(self)) if out is None else out
-        for row, example in enumerate(real.tolist()):
-            write_example(self.source, todo, out, row, example)
-        for images in out.values():
-            images[len(real) :] = 0
-        return out
-
-    def known(self, i: int) -> Batch:
-        """Everything of `batches[i]` that needs no rendering."""
-        real, local = self._real(i), self.batch_size // self.process_count
-
-        def padded(values: np.ndarray, fill: int = 0) -> np.ndarray:
-            full = np.full((local, *values.shape[1:]), fill, values.dtype)
-            full[: len(real)] = values
-            return full
-
-        batch = {field: padded(values[0, real]) for field, values in self.prepared.items()}
-        batch |= {"index": padded(real, -1), "mask": np.arange(local) < len(real)}
-        if self.labelled:
-            batch["label"] = padded(self.source.labels[real])
-        if self.source.domains is not None:
-            batch["domain"] = padded(self.source.domains[real])
-        return batch
-
-    def _real(self, i: int) -> np.ndarray:
-        """The indices of the examples of a batch on this process; empty where all is padding."""
+    def rows(self, i: int) -> Rows:
+        """The examples of a whole batch, padded; each [batch_size]."""
         if not 0 <= i < len(self):
             raise IndexError(f"batch must be 0 .. {len(self) - 1}, found {i}")
-        local = self.batch_size // self.process_count
-        first = i * self.batch_size + self.process_index * local
-        return np.arange(first, min(first + local, len(self.source)), dtype=np.int32)
+        index, domains = np.arange(i * self.batch_size, (i + 1) * self.batch_size), self.source.domains
+        index[index >= len(self.source)] = -1
+        zeros = np.zeros_like(index)
+        return Rows(index, zeros, zeros if domains is None else domains[index], zeros)
 
     def __iter__(self) -> Iterator[Batch]:
         worth = len(self.source) >= WORTH_WORKERS
@@ -258,24 +192,59 @@ def eval_batches(
     process_count: int = 1,
     num_workers: int = 0,
 ) -> EvalBatches:
-    """Builds evaluation batches, each view with its card's preprocessing alone: without augmentations and draws.
-
-    Raises ValueError where a view does not fit the source, or the processes cannot share a batch.
-    """
+    """Builds evaluation batches, each view with its card's preprocessing alone; raises as `train_batches`."""
     _check_sizes(batch_size, process_index, process_count)
     renders, prepared = make_views(source, views, augmented=False)
     for preprocess in dict.fromkeys((r.preprocess.resize_size, r.preprocess.interpolation) for r in renders.values()):
-        for packed in source.made_smaller:
-            if packed != preprocess:
-                log.warning(
-                    "%s: images were resized to %d %s when packed, and are now to %d %s: their pixels differ a little "
-                    "from those of the files; packed with --size %d --interpolation %s they are equal",
-                    source.name, *packed, *preprocess, *preprocess,
-                )  # fmt: skip
+        for packed in (packed for packed in source.made_smaller if packed != preprocess):
+            log.warning(
+                "%s: images were resized to %d %s when packed, and are now to %d %s: their pixels differ a little "
+                "from those of the files; packed with --size %d --interpolation %s they are equal",
+                source.name, *packed, *preprocess, *preprocess,
+            )  # fmt: skip
     return EvalBatches(source, renders, prepared, batch_size, labelled, process_index, process_count, num_workers)
 
 
 Batches = TrainBatches | EvalBatches
+
+
+def _rows_here(batches: Batches, step: int) -> Rows:
+    """The examples of this process."""
+    size = batches.batch_size // batches.process_count
+    here = slice(batches.process_index * size, (batches.process_index + 1) * size)
+    return Rows(*(column[here] for column in batches.rows(step)))
+
+
+def _render(batches: Batches, step: int, out: Batch | None = None) -> Batch:
+    """The views of `batches[step]` that are not prepared."""
+    todo = unprepared(batches)
+    if not todo:
+        return {}
+    out = {field: np.empty(shape, dtype) for field, (shape, dtype) in shapes(batches).items()} if out is None else out
+    seeds = orders.seeds_of(batches.source, batches.seed) if isinstance(batches, TrainBatches) else ()
+    seeds = [{field: draws_seed(seed, render.draws) for field, render in todo.items()} for seed in seeds]
+    rows = _rows_here(batches, step)
+    columns = rows.index.tolist(), rows.domain.tolist(), rows.counter.tolist()
+    for row, (index, domain, counter) in enumerate(zip(*columns, strict=True)):
+        if index >= 0:
+            write_example(batches.source, todo, out, row, index, seeds[domain] if seeds else None, counter)
+    for images in out.values():
+        images[rows.index < 0] = 0
+    return out
+
+
+def _known(batches: Batches, step: int) -> Batch:
+    """Everything of `batches[step]` that needs no rendering."""
+    rows, source = _rows_here(batches, step), batches.source
+    batch = {field: values[rows.epoch % len(values), rows.index] for field, values in batches.prepared.items()}
+    if batches.labelled:
+        batch[LABEL] = source.labels[rows.index]
+    if source.domains is not None:
+        batch[DOMAIN] = rows.domain.astype(np.int32)
+    for values in batch.values():
+        values[rows.index < 0] = 0
+    batch[INDEX] = rows.index.astype(np.int32)
+    return batch | {MASK: rows.index >= 0} if isinstance(batches, EvalBatches) else batch
 
 
 def unprepared(batches: Batches) -> dict[str, Render]:
@@ -290,17 +259,12 @@ def shapes(batches: Batches) -> dict[str, tuple[tuple[int, ...], str]]:
     return {field: ((local, size, size, 3), "uint8") for field, size in sizes.items()}
 
 
-def _empty(wanted: Mapping[str, tuple[tuple[int, ...], str]]) -> Batch:
-    return {field: np.empty(shape, dtype) for field, (shape, dtype) in wanted.items()}
-
-
 def iterate(batches: Batches, start: int, stop: int, num_workers: int = 0) -> Iterator[Batch]:
     """Yields batches[start], ..., batches[stop - 1], made ahead of time by threads (0 workers) or worker processes.
 
-    The batches are the same for every number of workers. The workers end when the iterator is exhausted, closed or
-    collected, and when the main process dies. An error while making a batch is raised where that batch is due;
-    RuntimeError if a worker was killed. Worker processes import the main module anew: guard its start with
-    `if __name__ == "__main__"`.
+    The batches are the same for every number of workers, which end with the iterator and the main process. An error
+    while making a batch is raised where that batch is due; RuntimeError if a worker was killed. Worker processes import
+    the main module anew: guard its start with `if __name__ == "__main__"`.
     """
     in_processes = bool(num_workers) and bool(unprepared(batches))  # what is prepared is only indexed
     steps = iter(range(start, stop))
@@ -319,7 +283,7 @@ def iterate(batches: Batches, start: int, stop: int, num_workers: int = 0) -> It
 
 # Pillow decodes outside the interpreter's lock, so a few threads help; more only contend for it.
 THREADS = min(4, os.cpu_count() or 1)
-SPARE = 3  # batches in shared memory beside those being made: with the consumer, on their way to the device
+SPARE = 3  # batches in shared memory besides those being made: with the consumer, on their way to the device
 WORTH_WORKERS = 1024  # examples below which threads have made all batches before a worker process has started
 
 
@@ -341,7 +305,7 @@ def _in_processes(batches: Batches, num_workers: int, ahead: int) -> Iterator[Ca
 
     def due(step: int, future: Future) -> Batch:
         images, slot = future.result()
-        return {**(images if slot is None else slots.view(slot)), **batches.known(step)}
+        return {**(images if slot is None else slots.view(slot)), **_known(batches, step)}
 
     with workers.pool(num_workers, (lean, slots)) as pool:
         yield lambda step: functools.partial(due, step, pool.submit(workers.apply, _make, step, slots.take()))
@@ -350,8 +314,8 @@ def _in_processes(batches: Batches, num_workers: int, ahead: int) -> Iterator[Ca
 def _make(state: tuple, step: int, slot: int | None) -> tuple[Batch | None, int | None]:
     batches, slots = state
     if slot is None:
-        return batches.render(step), None
-    batches.render(step, slots.arrays(slot))
+        return _render(batches, step), None
+    _render(batches, step, slots.arrays(slot))
     return None, slot
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from tl_jax.core.card import Card
 from tl_jax.core.checks import refuse
+from tl_jax.core.fields import DOMAIN, INDEX, LABEL, MASK
 from tl_jax.core.messages import listed
 from tl_jax.data import order
 from tl_jax.data.examples import Source
@@ -16,7 +17,6 @@ from tl_jax.data.image import ops
 from tl_jax.data.image.augment import Preprocess, make_preprocess
 
 IN_MEMORY = 2**28  # bytes of input pixels that may be made once and kept, where they do not change from epoch to epoch
-FACTS = ("index", "label", "domain", "mask")  # fields of a batch that are no views
 
 
 class View(NamedTuple):
@@ -42,10 +42,7 @@ _local = threading.local()
 
 
 def _draws(seed: int, counter: int) -> np.random.Generator:
-    """The stream keyed by (seed, counter), which the next call in this thread ends.
-
-    One generator is set anew for each example; making one each time takes as long as cutting a packed image.
-    """
+    """The stream keyed by (seed, counter), by one generator a thread: making one takes as long as cutting an image."""
     if not hasattr(_local, "rng"):
         _local.rng = np.random.Generator(np.random.Philox(key=(0, 0)))
         _local.start = _local.rng.bit_generator.state
@@ -67,10 +64,7 @@ def write_example(
     seeds: Mapping[str, int] | None = None,
     counter: int = 0,
 ) -> None:
-    """Writes one example into a row of each view; an image that cannot be used is named in the error.
-
-    seeds: of the draws of each view, where there are any.
-    """
+    """Writes one example into a row of each view; seeds: of the draws of each view, where there are any."""
     try:
         image = ops.as_rgb(source.inputs[index])
     except ValueError as error:
@@ -91,7 +85,7 @@ def make_views(
     """(renders, prepared) of the views; raises one ValueError for all that do not fit the source."""
     problems = [] if views else ["there is none"]
     for field, (card, augment, _) in views.items():
-        if field in FACTS:
+        if field in (INDEX, LABEL, DOMAIN, MASK):
             problems.append(f"{field!r} is the name of another field of the batch")
         if card.input != source.input:
             problems.append(f"{field}: the network {card.model} reads an input {card.input!r}, found {source.input!r}")
@@ -107,7 +101,12 @@ def make_views(
             prepared[field] = source.inputs[None]
             continue
         preprocess = make_preprocess(card, augment if augmented else ())
-        _check_large_enough(source, preprocess)
+        if small := [size for size, _ in source.made_smaller if size < preprocess.resize_size]:
+            raise ValueError(
+                f"{source.name} was packed with --size {min(small)}, but the card (input {card.input_size}) resizes "
+                f"images to a short side of {preprocess.resize_size}: pack it again, with --size "
+                f"{preprocess.resize_size} or more, or take the images themselves"
+            )
         renders[field] = Render(preprocess, draws)
         if (pixels := _prepare(source, renders[field])) is not None:
             prepared[field] = pixels[None]
@@ -126,13 +125,3 @@ def _prepare(source: Source, render: Render) -> np.ndarray | None:
     for i in range(len(source)):
         write_example(source, {"": render}, {"": pixels}, i, i)
     return pixels
-
-
-def _check_large_enough(source: Source, preprocess: Preprocess) -> None:
-    """Raises ValueError for images that were made smaller than the network is to see them."""
-    if small := [size for size, _ in source.made_smaller if size < preprocess.resize_size]:
-        raise ValueError(
-            f"{source.name} was packed with --size {min(small)}, but the card (input {preprocess.input_size}) resizes "
-            f"images to a short side of {preprocess.resize_size}: pack it again, with --size {preprocess.resize_size} "
-            "or more, or take the images themselves"
-        )

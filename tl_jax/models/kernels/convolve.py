@@ -1,9 +1,9 @@
 """Convolutions as XLA runs them fastest on a CPU; on every other device they are XLA's own.
 
-XLA reaches a CPU's peak in matrix products but not in every convolution, and each pass over activations that have left
-the cache costs as much as the arithmetic. So a 3x3 convolution of stride 1 becomes sixteen matrix products with
-2.25 times fewer multiplications (Winograd's F(2x2, 3x3); Lavin and Gray 2016, arXiv:1509.09308, section 4.1), a few
-images at a time. Everything here is float32 and equal to the plain convolution to about 1e-6 of the largest value.
+XLA reaches a CPU's peak in matrix products but not in every convolution. So a 3x3 convolution of stride 1 becomes
+sixteen matrix products with 2.25 times fewer multiplications (Winograd's F(2x2, 3x3); Lavin and Gray 2016,
+arXiv:1509.09308, section 4.1), a few images at a time so that they stay in the cache. Everything here is float32 and
+equal to the plain convolution to about 1e-6 of the largest value.
 """
 
 import functools
@@ -34,16 +34,11 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> j
 
 
 def by_hand(dtype: jnp.dtype) -> bool:
-    """Whether the forms of this file are used: float32 on one CPU device.
-
-    Several devices on one CPU are simulated ones, and a loop over parts of a batch that is cut over devices would move
-    it between them.
-    """
+    """Whether the forms of this file are used: float32 on one CPU device; over several, their loops would move data."""
     return jax.default_backend() == "cpu" and jax.device_count() == 1 and dtype == jnp.float32
 
 
 def plain(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
-    """XLA's convolution."""
     padding = [(kernel.shape[0] // 2,) * 2] * 2
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=LAYOUT, feature_group_count=groups
@@ -60,12 +55,9 @@ def _pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
 
 
-def _pointwise_backward(saved, dy):
-    x, kernel = saved
-    return dy @ kernel.T, _outer(x, dy)
-
-
-_pointwise.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _pointwise_backward)
+_pointwise.defvjp(
+    lambda x, kernel: (x @ kernel, (x, kernel)), lambda saved, dy: (dy @ saved[1].T, _outer(saved[0], dy))
+)
 
 
 def _outer(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -122,10 +114,14 @@ def _patches(x: jax.Array, size: int) -> jax.Array:
 def norm(x: jax.Array, scale: jax.Array, bias: jax.Array, shortcut: jax.Array | None, relu: bool, epsilon: float):
     """BatchNorm by the batch's statistics, plus `shortcut`, then relu: the result, and mean and biased variance [C].
 
-    The gradient is that of the result alone. In closed form (Ioffe and Szegedy 2015, section 3) it takes two sums per
-    channel and one more pass, half the passes over the activations that one derivative per operation takes.
+    The gradient is that of the result alone, by the formulas of Ioffe and Szegedy 2015, section 3: half the passes over
+    the activations that one derivative per operation takes.
     """
     return _norm_forward(x, scale, bias, shortcut, relu, epsilon)[0]
+
+
+_mean = functools.partial(jnp.mean, axis=(0, 1, 2))
+_channels = functools.partial(jnp.expand_dims, axis=(0, 1, 2))
 
 
 def _norm_forward(x, scale, bias, shortcut, relu, epsilon):
@@ -149,14 +145,6 @@ def _norm_backward(relu, epsilon, saved, gradients):
 
 
 norm.defvjp(_norm_forward, _norm_backward)
-
-
-def _mean(x: jax.Array) -> jax.Array:
-    return jnp.mean(x, axis=(0, 1, 2))
-
-
-def _channels(vector: jax.Array) -> jax.Array:
-    return jnp.expand_dims(vector, (0, 1, 2))
 
 
 @jax.custom_vjp
@@ -202,13 +190,8 @@ def _unpatched(parts: list[list[jax.Array]], height: int, width: int) -> jax.Arr
 
 def _interleave(before: jax.Array, at: jax.Array, behind: jax.Array, axis: int) -> jax.Array:
     """Adds up windows of three with stride 2 and one pixel of padding: from [n] thrice to [2 n]."""
-    next_before = jnp.concatenate(
-        [
-            jax.lax.slice_in_dim(before, 1, None, axis=axis),
-            jnp.zeros_like(jax.lax.slice_in_dim(before, 0, 1, axis=axis)),
-        ],
-        axis=axis,
-    )
+    first, others = jnp.split(before, [1], axis=axis)
+    next_before = jnp.concatenate([others, jnp.zeros_like(first)], axis=axis)
     both = jnp.stack([at, behind + next_before], axis=axis + 1)
     return both.reshape(*at.shape[:axis], -1, *at.shape[axis + 1 :])
 
@@ -219,16 +202,12 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _winograd(x, _transform(KERNEL, kernel))
 
 
-def _winograd_forward(x, kernel):
-    return winograd(x, kernel), (x, kernel)
-
-
 def _winograd_backward(saved, dy):
     x, kernel = saved
     return _winograd(dy, _transform(KERNEL, kernel), turned=True), _winograd_kernel_gradient(x, dy)
 
 
-winograd.defvjp(_winograd_forward, _winograd_backward)
+winograd.defvjp(lambda x, kernel: (winograd(x, kernel), (x, kernel)), _winograd_backward)
 
 
 def _winograd(x: jax.Array, weights: jax.Array, turned: bool = False) -> jax.Array:
@@ -301,21 +280,17 @@ def _chunks(x: jax.Array, bytes_of_one: int) -> int:
     return next(n for n in parts if n == len(x) or len(x) // n * bytes_of_one <= CHUNK_BYTES)
 
 
-def _split(x: jax.Array, parts: int) -> jax.Array:
-    return x.reshape(parts, -1, *x.shape[1:])
-
-
 def _by_chunks(function: Callable, parts: int, *arrays: jax.Array) -> Any:
     if parts == 1:
         return function(*arrays)
-    y = jax.lax.map(lambda piece: function(*piece), tuple(_split(x, parts) for x in arrays))
+    y = jax.lax.map(lambda piece: function(*piece), tuple(x.reshape(parts, -1, *x.shape[1:]) for x in arrays))
     return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), y)
 
 
 def _sum_of_chunks(function: Callable, parts: int, *arrays: jax.Array) -> Any:
     if parts == 1:
         return function(*arrays)
-    arrays = tuple(_split(x, parts) for x in arrays)
+    arrays = tuple(x.reshape(parts, -1, *x.shape[1:]) for x in arrays)
     shapes = jax.eval_shape(function, *(x[0] for x in arrays))
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     return jax.lax.scan(lambda sums, piece: (jax.tree.map(jnp.add, sums, function(*piece)), None), zeros, arrays)[0]
