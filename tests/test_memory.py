@@ -10,10 +10,10 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAM = """
 import os, pathlib, sys
-from tl_jax import memory
+from tl_jax.runtime import malloc
 print("begun", flush=True)
-memory.FOLDERS = (sys.argv[1] + "/",)
-memory.keep_memory()
+malloc.FOLDERS = (sys.argv[1] + "/",)
+malloc.keep_memory()
 print(os.environ["LD_PRELOAD"], sys.argv[2:], os.getpid(), sep="|")
 """
 

@@ -105,7 +105,8 @@ def load_with_origins(
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
-    card = _with_columns(_with_head(card, num_classes, head, table, tensors, path), columns, path)
+    own = table if card.head else variant.layouts[layout]  # the file's own head
+    card = _with_columns(_with_head(card, num_classes, head, own, tensors, path), columns, path)
     card = card.replace(input_size=image_size or card.input_size)
     table = table if card.head else variant.layouts[layout]
     model = _make(variant, card, head_init)
