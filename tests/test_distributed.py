@@ -231,7 +231,7 @@ def test_what_is_no_process_of_the_run_is_not_let_in():
 
 MEMBER = """
 import os, sys, time
-from tl_jax import rollcall
+from tl_jax.runtime import rollcall
 rollcall.BEAT, rollcall.SILENCE = 0.2, 3.0
 address, index, action = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 meet = rollcall.join(address, index, 3) if index else rollcall.gather(address, 3, str)
@@ -297,7 +297,7 @@ def test_a_failure_ends_all_with_its_code_and_name(failing):
 TRAINER = """
 import os, sys
 import numpy as np
-from tl_jax import distributed, preemption
+from tl_jax.runtime import distributed, preemption
 asked = preemption.watch()
 distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 stop_requested = distributed.agreed(asked)
