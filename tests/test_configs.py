@@ -5,43 +5,61 @@ import pathlib
 
 import numpy as np
 import pytest
-from tl_jax.training.sweep import sweep
 
 from configs import transfer
 from tl_jax import config as options
 from tl_jax import models
-from tl_jax.studies import command
+from tl_jax.data import sources
+from tl_jax.studies import command, inprocess
 from tl_jax.training.train import train
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py"))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_config_trains_one_step_on_made_up_data(name, tmp_path):
-    rng = np.random.default_rng(0)
-    arrays = {}
+def make_up(path):
+    """Two classes of random images in three splits."""
+    rng, arrays = np.random.default_rng(0), {}
     for split in ("train", "val", "test"):
         arrays[f"{split}_image"] = rng.integers(0, 256, (16, 32, 32, 3)).astype(np.uint8)
         arrays[f"{split}_label"] = np.arange(16, dtype=np.int32) % 2
-    np.savez(tmp_path / "made_up.npz", **arrays)
-    config = importlib.import_module(f"configs.{name}").get_config(f"data=arrays:{tmp_path / 'made_up.npz'}")
-    with config.unlocked():
+    np.savez(path, **arrays)
+    return f"arrays:{path}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_trains_one_step_on_made_up_data(name, tmp_path):
+    source = make_up(tmp_path / "made_up.npz")
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    config, small = get_config(f"data={source}"), {"batch_size": 8, "eval_batch_size": 16, "resamples": 20}
+    if config.task == "classification":
+        small |= {"data.train": "train", "data.val": "val", "data.test": "test"}
+        small |= {"data.shots": min(config.data.shots, 2)}
         # The networks of the data sets are large: a small one of the same family stands in.
         if not config.model.weights:
-            config.model.name = "deit_tiny_patch16_224" if config.model.name.startswith("deit") else "resnet8_cifar"
-            config.model.image_size = 32
-        config.data.train, config.data.val, config.data.test = "train", "val", "test"
-        config.data.shots, config.data.workers = min(config.data.shots, 2), 0
-        config.batch_size, config.eval_batch_size = 8, 16
-        config.total, config.schedule.warmup = (1.0, "steps"), (0.0, "steps")
-        config.seeds, config.baseline, config.resamples = (), (), 20
+            deit = config.model.name.startswith("deit")
+            small["model.name"] = "deit_tiny_patch16_224" if deit else "resnet8_cifar"
+            small["model.image_size"] = 32
+    else:  # the labels of its own data, which are with the package
+        config = get_config()
+    small["networks"] = {key: {**network, "weights": ""} for key, network in config.networks.items()}
+    small["streams"] = {key: {**stream, "source": source, "batch_size": 8} for key, stream in config.streams.items()}
+    small["data.extra_eval"] = tuple((key, source, split) for key, _, split in config.data.extra_eval)
+    small |= {"total": (1.0, "steps"), "schedule.warmup": (0.0, "steps"), "seeds": (), "baseline": ()}
+    small |= {"data.workers": 0, "data.transductive": bool(config.streams), "replicas": config.replicas[::17]}
+    if any("cache" in network for network in small["networks"].values()):
+        small["cache_dir"] = str(tmp_path / "cache")
+    config = options.override(config, small)
     if config.replicas:
-        config = options.override(config, {"replicas": config.replicas[::17]})
-        table = sweep(config, tmp_path / "w", verbose=False)
+        table = inprocess.run(config, tmp_path / "w")["replicas"]
         assert table["best"] in [row["name"] for row in table["replicas"]]
         return
     result = train(config, tmp_path / "w")
-    assert result["metrics"]["count"] == 16 and result["split"] == "test"
+    assert result["split"] == "test"
+    assert result["metrics"]["count"] == (16 if config.task == "classification" else len(test_of(config)))
+
+
+def test_of(config):
+    return sources.load(config.data.source, config.data.test, task=config.task)
 
 
 def test_the_models_that_configs_name_exist():

@@ -154,7 +154,8 @@ def test_the_program_of_one_device_with_all_optimisations_computes_what_numpy_an
     assert exported.keys() == base.keys() and moved == {"linear.weight", "linear.bias"}
 
     # The predictions: a torch network that reads the exported file.
-    run = build.build(options_of(smoke.get_config(), options), sharding.make_parallel())
+    material = build.build(options_of(smoke.get_config(), options), sharding.make_parallel()).material
+    card = material.card
     network = cifar_resnet(torch, 1)
     network.linear = torch.nn.Linear(64, 10)
     network.load_state_dict(exported, strict=False)
@@ -163,12 +164,12 @@ def test_the_program_of_one_device_with_all_optimisations_computes_what_numpy_an
 
     def see(images):
         """Logits and features by torch of images [B, H, W, C] in 0..255."""
-        scaled = (images.astype(np.float32) / 255 - np.float32(run.card.mean)) / np.float32(run.card.std)
+        scaled = (images.astype(np.float32) / 255 - np.float32(card.mean)) / np.float32(card.std)
         with torch.no_grad():
             return network(torch.from_numpy(scaled.transpose(0, 3, 1, 2))).numpy(), seen[-1]
 
     with np.load(tmp_path / "predictions.npz") as saved:
-        batches = list(run.eval_batches["test"])
+        batches = list(material.eval_batches["test"])
         logits, features = map(np.concatenate, zip(*(see(b["image"][b["mask"]]) for b in batches), strict=True))
         np.testing.assert_allclose(saved["logits"], logits, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(saved["features"], features, rtol=1e-4, atol=1e-4)
@@ -181,7 +182,7 @@ def test_the_program_of_one_device_with_all_optimisations_computes_what_numpy_an
     rows = [row for row in rows if "train/loss" in row]
     kernel, bias = np.zeros((64, 10)), np.zeros(10)
     for step, row in enumerate(rows):
-        batch = run.batches[step]
+        batch = material.streams["train"][step]
         x, onehot = np.float64(see(batch["image"])[1]), np.eye(10)[batch["label"]]
         log_p = scipy.special.log_softmax(x @ kernel + bias, axis=1)
         assert row["train/loss"] == pytest.approx(-(log_p * onehot).sum(1).mean(), rel=1e-4)

@@ -1,4 +1,4 @@
-"""What a config stands for: where the parts of the network come from, and what is train, test and further sets."""
+"""What a config stands for: where the parts of the network come from, and what is train, test and extra_eval."""
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from tl_jax.core import trees
 from tl_jax.data import sources
 from tl_jax.runtime import sharding
 from tl_jax.training import build as run
+from tl_jax.training import inputs, settings
 from tl_jax.training.train import train
 from tl_jax.weights import load
 
@@ -23,13 +24,17 @@ def build(**changes):
     return run.build(make_config(**changes), sharding.make_parallel())
 
 
+def load_data(config):
+    return inputs.load_sources(settings.read(config))
+
+
 def test_parts_that_are_reinitialised_are_random_and_the_rest_is_the_files():
     built = build(**{"model.reinit": ("stage3",), "data.train": "train[:20%]"})
     _, file, _ = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
     _, other, *_ = load.load_with_origins("resnet8_cifar", "", 10, image_size=16, seed=0)
     loaded, random = trees.flatten(file), trees.flatten(other)
     origins = {row["path"]: row["origin"] for row in built.phases[0].audit["parameters"]}
-    for path, leaf in trees.flatten(built.variables).items():
+    for path, leaf in trees.flatten(built.material.variables).items():
         inside = "/stage3/" in path
         np.testing.assert_array_equal(leaf, (random if inside else loaded)[path])
         if path.startswith("params/backbone"):
@@ -48,7 +53,7 @@ def test_a_kept_head_of_other_classes_is_refused():
 
 def test_a_fold_is_scikit_learns_and_no_example_is_on_both_sides():
     config = make_config(**{"data.train": "train", "data.test": "", "data.resample": "kfold:5:3"})
-    data, pool = run.load_data(config), sources.load("digits", "train")
+    data, pool = load_data(config), sources.load("digits", "train")
     folds = StratifiedKFold(5, shuffle=True, random_state=0).split(pool.labels, pool.labels)
     _, held_out = list(folds)[3]
     assert data["test"].ids == tuple(pool.ids[i] for i in held_out)
@@ -59,7 +64,7 @@ def test_a_fold_is_scikit_learns_and_no_example_is_on_both_sides():
 @pytest.mark.parametrize("changes", [{"data.test": "test"}, {"data.test": "", "data.shots": 5}])
 def test_a_fold_beside_a_test_split_or_shots_is_refused(changes):
     with pytest.raises(ValueError, match=r"expected data.test='' and data.shots=0"):
-        run.load_data(make_config(**{"data.resample": "kfold:5:0", **changes}))
+        load_data(make_config(**{"data.resample": "kfold:5:0", **changes}))
 
 
 def test_a_further_set_is_scored_and_may_share_no_example_with_train(tmp_path):
@@ -70,6 +75,10 @@ def test_a_further_set_is_scored_and_may_share_no_example_with_train(tmp_path):
     }
     result = train(make_config(**further, **{"data.shots": 5}), tmp_path / "w", verbose=False)
     count = len(sources.load("digits", "test[50%:]"))
-    assert result["also"]["rest"]["count"] == count == len(np.load(tmp_path / "w" / "predictions-rest.npz")["labels"])
+    assert (
+        result["extra_eval"]["rest"]["count"]
+        == count
+        == len(np.load(tmp_path / "w" / "predictions-rest.npz")["labels"])
+    )
     with pytest.raises(ValueError, match="are also in train"):
-        run.load_data(make_config(**{"data.extra_eval": (("rest", "digits", "train[70%:]"),)}))
+        load_data(make_config(**{"data.extra_eval": (("rest", "digits", "train[70%:]"),)}))
