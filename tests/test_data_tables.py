@@ -167,6 +167,10 @@ def test_other_forms_of_the_digits_are_made_of_the_digits():
     np.testing.assert_array_equal(inverted.labels, digits.labels)
     difference = inverted.inputs[..., 1].astype(int) - (255 - grey)
     assert abs(difference).max() == 32 and abs(difference[(grey > 40) & (grey < 215)].mean()) < 1
+    faded = sources.load("digits:faded", "test")
+    np.testing.assert_array_equal(faded.labels, digits.labels)
+    difference = faded.inputs[..., 1] - (80 + grey * 175 / 255)
+    assert abs(difference).max() <= 49 and abs(difference[grey < 150].mean()) < 1
     parity = sources.load("digits:parity", "test", task="binary")
     assert parity.labels.tolist() == (digits.labels % 2).tolist() and parity.class_names == ("even", "odd")
     ink = sources.load("digits:ink", "test", task="regression")

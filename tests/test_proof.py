@@ -3,8 +3,14 @@
 Each of the configs that show them runs here in a few steps of a small network.
 """
 
+import importlib
 import json
+import os
 import pathlib
+import random
+import subprocess
+import sys
+import time
 from typing import NamedTuple
 
 import jax
@@ -15,14 +21,14 @@ import scipy.special
 
 from configs import distill_digits, ink_regression
 from tl_jax import config as options
-from tl_jax.core import trees
+from tl_jax.core import files, trees
 from tl_jax.methods import TERMS, distill, domain
 from tl_jax.methods.term import MAIN, Context, Result, Term, reverse
 from tl_jax.runtime import sharding
 from tl_jax.training import build, replicas, single, steps
 from tl_jax.training.settings import read
 from tl_jax.training.train import never, train
-from tl_jax.weights import load
+from tl_jax.weights import formats, load
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHORT = {
@@ -441,3 +447,102 @@ def test_photos_with_columns_of_counts_are_a_regression(shared, tmp_path):
     card = json.loads((tmp_path / "w" / "audit.json").read_text())["phases"][0]["card"]
     assert card["class_names"] == ["red_cells", "white_cells"] and len(card["target_mean"]) == 2
     assert [row["target"] for row in result["metrics"]["per_target"]] == ["red_cells", "white_cells"]
+
+
+# The same in processes of their own, as users start them: with optimised programs, on other devices, and killed.
+PROGRAM = """
+import json, sys
+from tl_jax import config
+from tl_jax.training.train import train
+train(config.from_flat(json.load(open(sys.argv[1]))), sys.argv[2], verbose=False)
+"""
+
+
+def start(config, folder, devices=1):
+    """Begins a run in a process of its own."""
+    path = folder.parent / f"{folder.name}.json"
+    path.write_text(json.dumps(options.flatten(config)))
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROGRAM, str(path), str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process):
+    output = process.communicate()[0].decode()
+    assert process.returncode == 0, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", [kind if kind in KINDS[:2] else pytest.param(kind, marks=pytest.mark.exhaustive) for kind in KINDS]
+)
+def test_a_run_killed_at_random_moments_ends_bit_equal_to_an_unbroken_one(kind, tables, teacher, tmp_path):
+    config = kind_of(kind, tables, teacher, total=(60.0, "steps"), eval_every=(4.0, "steps"))
+    began = time.monotonic()
+    finish(start(config, tmp_path / "whole"))
+    seconds, draw, kills = time.monotonic() - began, random.Random(0), 0
+    while kills < 4 and not (tmp_path / "w" / "result.json").exists():
+        process = start(config, tmp_path / "w")
+        try:
+            process.wait(draw.uniform(0.3, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            kills += 1
+        process.kill()
+        process.communicate()
+    finish(start(config, tmp_path / "w"))
+    assert kills and remains(tmp_path / "w") == remains(tmp_path / "whole")
+
+
+# Small runs of the configs themselves, with convolutions, BatchNorm and heads of several layers.
+SGD = {"optimizer": "sgd", "optimizer_args": {"momentum": 0.9}, "lr": 1e-2}
+IMAGES = {
+    "dann_digits": {
+        "streams": {"target": {"source": "digits:faded", "split": "train[:20%]"}},
+        "terms": {"dann": {"width": 16, "strength": 0.5}},
+    },
+    "distill_digits": {"data.shots": 0, "networks": {"teacher": {"name": "resnet8_cifar", "weights": ""}}},
+    "ink_regression": {},
+    "digit_pairs": {},
+    "parity": {},
+}
+
+
+def image_config(name, **changes):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    return options.override(config, {**SHORT, **SGD, **IMAGES[name], **changes})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm_batches", ["joint", "per_stream"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_eight_devices_train_the_configs_as_one_does(name, norm_batches, tmp_path):
+    if norm_batches == "per_stream" and name != "dann_digits":
+        pytest.skip("one stream")
+    config = image_config(name, norm_batches=norm_batches)
+    folders = {devices: tmp_path / f"{devices}" for devices in (1, 8)}
+    for devices, folder in folders.items():
+        finish(start(config, folder, devices))
+    rows = [files.read_rows(folder / "metrics.jsonl") for folder in folders.values()]
+    for one, other in zip(*rows, strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
+    weights = [formats.read(folder / "trained.safetensors")[0] for folder in folders.values()]
+    assert weights[0].keys() == weights[1].keys()
+    for path, leaf in weights[0].items():
+        np.testing.assert_allclose(leaf, weights[1][path], rtol=1e-5, atol=1e-5, err_msg=path)
+    results = [files.read_json(folder / "result.json")["metrics"]["count"] for folder in folders.values()]
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMAGES)
+def test_the_configs_move_what_they_train_and_nothing_else(name):
+    walked = walk(image_config(name))
+    hashes = [trees.leaf_hashes(variables_of(state)) for state in (walked.before, walked.after)]
+    report = walked.run.phases[0].audit
+    trained = {f"params/{row['path']}" for row in report["parameters"] if row["trainable"]}
+    updated = {f"batch_stats/{row['path']}" for row in report["statistics"] if row["policy"] == "update"}
+    assert {path for path in hashes[0] if hashes[0][path] != hashes[1][path]} == trained | updated
+    assert not any(path.split("/")[1] == "teacher" for path in trained | updated)
+    if name == "dann_digits":
+        assert {path for path in updated if path.startswith("batch_stats/discriminator/")}

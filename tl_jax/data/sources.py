@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 BUILTIN = {
     "digits": builtin.load_digits,
     "digits:inverted": builtin.load_inverted,
+    "digits:faded": builtin.load_faded,
     "digits:pairs": builtin.load_pairs,
     "digits:parity": builtin.load_parity,
     "digits:ink": builtin.load_ink,

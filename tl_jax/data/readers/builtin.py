@@ -14,6 +14,7 @@ from tl_jax.data.readers.tables import Table, table_source
 # The digits' labels repeat about every 130 rows, most likely one writer's form; at row 1029 one such period ends.
 DIGITS_TRAIN = 1029
 NOISE = 32  # grey levels, at most, of the noise on inverted digits
+PAPER, GRAIN = 80, 48  # grey level of the paper of faded digits, and at most of its noise
 MARGIN = 2  # black pixels beside a pair of digits, so that a centre crop of 0.875 cuts neither
 DIABETES = ("age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6")
 
@@ -33,6 +34,14 @@ def load_inverted(split: str) -> Source:
     noise = _generator("inverted", split).integers(-NOISE, NOISE, grey.shape, endpoint=True)
     images = np.clip(255 - grey.astype(np.int64) + noise, 0, 255).astype(np.uint8)
     return array_source("digits:inverted", split, _rgb(images), labels, tuple(str(i) for i in range(10)))
+
+
+def load_faded(split: str) -> Source:
+    """A nearer domain: white ink on grey paper, with coarser noise, and the same labels."""
+    grey, labels = _digits(split)
+    noise = _generator("faded", split).integers(-GRAIN, GRAIN, grey.shape, endpoint=True)
+    images = np.clip(PAPER + grey * ((255 - PAPER) / 255) + noise, 0, 255).astype(np.uint8)
+    return array_source("digits:faded", split, _rgb(images), labels, tuple(str(i) for i in range(10)))
 
 
 def load_pairs(split: str) -> Source:
