@@ -80,12 +80,12 @@ def test_running_from_any_cut_gives_the_same_logits():
 def test_rules_places_and_layer_decay_know_its_parts():
     model = WIDE(norm=True)
     paths = list(trees.flatten(random_variables(model)["params"]))
-    matches = trees.match_rules(paths, rules.make_rules("last_k", paths, 1))
+    matches = trees.match_rules(paths, rules.make_rules("last_k", paths, model.cuts, 1))
     trained = {path.rpartition("/")[0] for path, match in matches.items() if match.value != "frozen"}
     assert trained == {"backbone/block1/dense", "backbone/block1/norm", "head"}
-    place = rules.places(paths)
+    place = rules.places(paths, model.cuts)
     assert [place[f"backbone/{part}/dense/kernel"] for part in ("stem", "block0", "block1")] == [0, 1, 2]
-    factor = rules.layer_multipliers(paths, 0.5)
+    factor = rules.layer_multipliers(paths, model.cuts, 0.5)
     assert [factor[f"{path}/kernel"] for path in ("backbone/stem/dense", "backbone/block1/dense", "head")] == [
         0.125, 0.5, 1.0,
     ]  # fmt: skip

@@ -119,7 +119,7 @@ def test_all_needs_that_are_not_met_are_in_one_error(monkeypatch):
         monkeypatch.setitem(TERMS, f"with_{need}", needing(needs=frozenset({need})))
     settings = settings_of(accumulate=2, terms={f"with_{need}": {} for need in terms.NEEDS})
     with pytest.raises(ValueError) as error:
-        terms.make_terms(settings._replace(task="regression"))
+        terms.make_terms(settings._replace(loop=settings.loop._replace(task="regression")))
     for need, (_, sentence) in terms.NEEDS.items():
         assert f"with_{need} needs {sentence}" in str(error.value)
 
