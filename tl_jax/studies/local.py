@@ -106,25 +106,23 @@ def start_worker(workdir: pathlib.Path, slot: Slot) -> subprocess.Popen:
 
 def run_of(workdir: pathlib.Path, pid: int) -> str:
     """The run that a process of this machine died in, in words; "" where it held none."""
-    for row in store.read_plan(workdir)["runs"]:
-        folder = store.run_folder(workdir, row["key"])
-        if store.state(folder) == "stale" and read_json(folder / "claim.json")["pid"] == pid:
+    for row, folder in store.runs_in(workdir, "stale"):
+        if read_json(folder / "claim.json")["pid"] == pid:
             return title(row["levels"], row["seed"], row["fold"])
     return ""
 
 
 def tell_failures(workdir: pathlib.Path) -> None:
     """Prints every failed run with its error, and for each kind of error the end of one log."""
-    alike: dict[str, list[pathlib.Path]] = {}
-    lines = {}
-    for row in store.read_plan(workdir)["runs"]:
-        folder = store.run_folder(workdir, row["key"])
-        if store.state(folder) == "failed":
-            lines[folder] = f"  {title(row['levels'], row['seed'], row['fold'])}: {folder / 'log.txt'}"
-            alike.setdefault(read_json(folder / "failed.json")["error"], []).append(folder)
-    for error, folders in alike.items():
-        log = [f"    | {line}" for line in read_json(folders[0] / "failed.json")["log"]]
-        print("\n".join([f"\nfailed: {error}", *map(lines.get, folders), *log]), flush=True)
+    alike: dict[str, list[str]] = {}
+    logs = {}
+    for row, folder in store.runs_in(workdir, "failed"):
+        found = read_json(folder / "failed.json")
+        run = f"  {title(row['levels'], row['seed'], row['fold'])}: {folder / 'log.txt'}"
+        alike.setdefault(found["error"], []).append(run)
+        logs.setdefault(found["error"], [f"    | {line}" for line in found["log"]])
+    for error, runs in alike.items():
+        print("\n".join([f"\nfailed: {error}", *runs, *logs[error]]), flush=True)
     if alike:
         print("--retry tries again what failed", flush=True)
 

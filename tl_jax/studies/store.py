@@ -152,16 +152,22 @@ def fail(folder: pathlib.Path, error: str, attempts: int) -> None:
 
 def retry(workdir: pathlib.Path) -> int:
     """Turns every failed run into one to do, and says how many; what it had saved it goes on from."""
-    failed = [run_folder(workdir, key) for key, word in states(workdir).items() if word == "failed"]
-    for folder in failed:
+    failed = runs_in(workdir, "failed")
+    for _, folder in failed:
         (folder / "claim.json").unlink(missing_ok=True)
         (folder / "failed.json").unlink()
     return len(failed)
 
 
+def runs_in(workdir: pathlib.Path, *words: str) -> list[tuple[dict[str, Any], pathlib.Path]]:
+    """Row of study.json and folder of every planned run in one of these states."""
+    found = [(row, run_folder(workdir, row["key"])) for row in read_plan(workdir)["runs"]]
+    return [(row, folder) for row, folder in found if state(folder) in words]
+
+
 def open_runs(workdir: pathlib.Path) -> list[str]:
     """The keys of the runs that are still to be taken."""
-    return [key for key, word in states(workdir).items() if word in ("todo", "stale")]
+    return [row["key"] for row, _ in runs_in(workdir, "todo", "stale")]
 
 
 def score(result: Mapping[str, Any], metric: str) -> float | None:
