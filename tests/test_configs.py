@@ -55,10 +55,10 @@ def test_every_config_trains_one_step_on_made_up_data(name, tmp_path):
         return
     result = train(config, tmp_path / "w")
     assert result["split"] == "test"
-    assert result["metrics"]["count"] == (16 if config.task == "classification" else len(test_of(config)))
+    assert result["metrics"]["count"] == (16 if config.task == "classification" else len(scored_source(config)))
 
 
-def test_of(config):
+def scored_source(config):
     return sources.load(config.data.source, config.data.test, task=config.task)
 
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from tl_jax.core import files, messages
 from tl_jax.core.card import Card
+from tl_jax.core.messages import listed
 from tl_jax.data import sources
-from tl_jax.data.examples import Source, listed
+from tl_jax.data.examples import Source
 from tl_jax.data.labels import number_columns
 from tl_jax.data.readers import arrays, folder, tables
 

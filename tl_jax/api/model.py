@@ -19,7 +19,8 @@ from rich.progress import Progress
 from tl_jax import tasks
 from tl_jax.api import inputs
 from tl_jax.core.card import Card
-from tl_jax.data.examples import Source, listed
+from tl_jax.core.messages import listed
+from tl_jax.data.examples import Source
 from tl_jax.data.image import ops
 from tl_jax.data.image.augment import make_preprocess
 from tl_jax.data.pipeline import THREADS
