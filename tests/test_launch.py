@@ -45,7 +45,7 @@ def launch(*args, **kwargs):
 def test_the_smoke_config_runs_and_prints_audit_progress_and_result(tmp_path):
     code, output = launch(*SMOKE, "--workdir", tmp_path / "w")
     assert code == 0, output
-    for part in ("transfer audit", "650 of", "step 4/4", "val accuracy", "images/s", "seed 0, digits test[:20%]"):
+    for part in ("transfer audit", "650 of", "step 4/4", "val accuracy", "examples/s", "seed 0, digits test[:20%]"):
         assert part in output
     assert "Warning" not in output and "Traceback" not in output
 

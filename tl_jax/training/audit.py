@@ -89,7 +89,7 @@ def make_audit(
             "parameters": sum(sizes.values()),
             "trainable": sum(sizes[path] for path in trainable),
             "frozen": sum(sizes.values()) - sum(sizes[path] for path in trainable),
-            "new": sum(sizes[row["path"]] for row in parameters if row["origin"] == "new"),
+            "new": sum(sizes[row["path"]] for row in counted if row["origin"] == "new"),
             "optimizer_values": sum(moments.values()),
         },
         "card": json.loads(card.to_json()),
