@@ -12,6 +12,7 @@ from tl_jax import models
 from tl_jax.data import sources
 from tl_jax.studies import command, inprocess
 from tl_jax.training.train import train
+from tl_jax.weights import load
 
 NAMES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py"))
 
@@ -24,6 +25,13 @@ def make_up(path):
         arrays[f"{split}_label"] = np.arange(16, dtype=np.int32) % 2
     np.savez(path, **arrays)
     return f"arrays:{path}"
+
+
+def make_up_weights(name, path):
+    """A network of random weights that tells the two classes apart."""
+    _, variables, card = load.load(name, "", 2)
+    load.export(variables, name, path, card=card)
+    return str(path)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,7 +49,10 @@ def test_every_config_trains_one_step_on_made_up_data(name, tmp_path):
             small["model.image_size"] = 32
     else:  # the labels of its own data, which are with the package
         config = get_config()
-    small["networks"] = {key: {**network, "weights": ""} for key, network in config.networks.items()}
+    small["networks"] = {
+        key: {**network, "weights": make_up_weights(network["name"], tmp_path / f"{key}.safetensors")}
+        for key, network in config.networks.items()
+    }
     small["streams"] = {key: {**stream, "source": source, "batch_size": 8} for key, stream in config.streams.items()}
     small["data.extra_eval"] = tuple((key, source, split) for key, _, split in config.data.extra_eval)
     small |= {"total": (1.0, "steps"), "schedule.warmup": (0.0, "steps"), "seeds": (), "baseline": ()}

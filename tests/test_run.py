@@ -82,3 +82,12 @@ def test_a_further_set_is_scored_and_may_share_no_example_with_train(tmp_path):
     )
     with pytest.raises(ValueError, match="are also in train"):
         load_data(make_config(**{"data.extra_eval": (("rest", "digits", "train[70%:]"),)}))
+
+
+def test_a_frozen_teacher_counts_in_no_total_of_the_audit():
+    plain = build(**{"data.train": "train[:20%]"})
+    teacher = {"networks": {"teacher": {"name": "resnet8_cifar", "weights": ""}}, "terms": {"kd": {}}}
+    taught = build(**{"data.train": "train[:20%]", **teacher})
+    reports = [run.phases[0].audit for run in (plain, taught)]
+    assert reports[0]["totals"] == reports[1]["totals"]
+    assert len(reports[0]["parameters"]) < len(reports[1]["parameters"])
