@@ -12,6 +12,6 @@ def get_config(arg: str = ""):
         config.task, config.data.test = "multilabel", "test"
         config.model.image_size = 20
         config.model.head = (("flatten", {}), ("dense", {"features": 64}), ("batch_norm", {}), ("relu", {}))
-        config.batch_size, config.total, config.lr = 64, (400.0, "steps"), 1e-2
-        config.log_every, config.eval_every = (50.0, "steps"), (100.0, "steps")
+        config.batch_size, config.total, config.lr = 64, (150.0, "steps"), 1e-2
+        config.log_every, config.eval_every = (25.0, "steps"), (50.0, "steps")
     return transfer.parse(config, arg)

@@ -12,6 +12,6 @@ def get_config(arg: str = ""):
         config.model.image_size, config.model.head_init = 16, "lecun"
         config.data.test = "test"
         config.data.augment = (("translation", {"fraction": 0.1}), ("rotation", {"degrees": 10.0}))
-        config.batch_size, config.total, config.lr = 64, (400.0, "steps"), 1e-2
-        config.log_every, config.eval_every = (50.0, "steps"), (100.0, "steps")
+        config.batch_size, config.total, config.lr = 64, (200.0, "steps"), 1e-2
+        config.log_every, config.eval_every = (25.0, "steps"), (50.0, "steps")
     return transfer.parse(config, arg)
