@@ -63,7 +63,7 @@ def main(folder: pathlib.Path) -> None:
     write(folder)
     result = train_source(folder)
     print(f"source network, accuracy on test: {result['metrics']['accuracy']['value']:.3f}")
-    for name, scores in result["also"].items():
+    for name, scores in result["extra_eval"].items():
         print(f"  with {name}: {scores['accuracy']['value']:.3f}")
 
 
