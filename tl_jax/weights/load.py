@@ -109,7 +109,7 @@ def load_with_origins(
     card = _with_columns(_with_head(card, num_classes, head, own, tensors, path), columns, path)
     card = card.replace(input_size=image_size or card.input_size)
     table = table if card.head else variant.layouts[layout]
-    model = _make(variant, card, head_init)
+    model = _make(variant.module, card, head_init)
     shapes, features = _shapes(model, card)
     resampled = _resample(table, shapes, kept) if image_size else {}
     wanted = {leaf: shape for leaf, shape in shapes.items() if num_classes is None or not leaf.startswith(HEAD)}
@@ -126,7 +126,7 @@ def load_with_origins(
 
 
 def _random(variant: models.Variant, card: Card, head_init: str, seed: int) -> Loaded:
-    model = _make(variant, card, head_init)
+    model = _make(variant.module, card, head_init)
     variables = jax.jit(lambda key: model.init(key, example_input(card)))(jax.random.key(seed))
     return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
 
@@ -208,7 +208,7 @@ def export(
     plain = variant.card.replace(
         num_classes=card.num_classes, class_names=(), input_size=card.input_size, head=card.head
     )
-    shapes = _exported_shapes(_with_columns(plain, card.columns, path).to_json())
+    shapes = _network_shapes(variant.module, _with_columns(plain, card.columns, path).to_json())
     flat = {leaf: np.asarray(value) for leaf, value in trees.flatten(variables).items()}
     problems = {
         "missing leaves": sorted(set(shapes) - set(flat)),
@@ -229,8 +229,8 @@ def export(
     formats.write_safetensors(path, tensors, {CARD_KEY: card.to_json()})
 
 
-def _make(variant: models.Variant, card: Card, head_init: str) -> Any:
-    model = variant.module(num_classes=card.num_classes, head_init=head_init, head=card.head)
+def _make(module: Any, card: Card, head_init: str) -> Any:
+    model = module(num_classes=card.num_classes, head_init=head_init, head=card.head)
     # Only a model with position embeddings is built for one input size.
     return model.clone(image_size=card.input_size) if hasattr(model, "image_size") else model
 
@@ -248,18 +248,17 @@ def _shapes(model: Any, card: Card) -> tuple[dict[str, tuple[int, ...]], tuple[i
     return {leaf: value.shape for leaf, value in trees.flatten(tree).items()}, out[heads.reads(model)].shape
 
 
-@functools.lru_cache(maxsize=4)  # a study writes many files of one network
-def _exported_shapes(card: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of the network of a card, given as JSON."""
+@functools.lru_cache(maxsize=64)  # a study writes many files of one network
+def _network_shapes(module: Any, card: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf of the network that `module` makes for a card, given as JSON."""
     card = Card.from_json(card)
-    return _shapes(_make(models.get(card.model), card, "zeros"), card)[0]
+    return _shapes(_make(module, card, "zeros"), card)[0]
 
 
-@functools.cache
 def _default_shapes(name: str) -> dict[str, tuple[int, ...]]:
     variant = models.get(name)
     card = _with_columns(variant.card, ("x",), "") if variant.card.input == "table" else variant.card
-    return _shapes(_make(variant, card, "zeros"), card)[0]
+    return _network_shapes(variant.module, card.to_json())
 
 
 def _backbone_shapes(name: str) -> dict[str, tuple[int, ...]]:
