@@ -160,7 +160,7 @@ def test_training_without_augmentation_sees_the_evaluation_pixels(digits):
     assert pairs[0] == pairs[1]
 
 
-@pytest.mark.parametrize("size", [16, 12])  # 16 is mirrored eight bytes at a time, 12 is not
+@pytest.mark.parametrize("size", [16, 12])
 @pytest.mark.parametrize("augment", [
     [],
     [("random_resized_crop", {}), ("flip", {})],
