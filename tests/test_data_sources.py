@@ -124,7 +124,7 @@ def test_one_array_file_may_hold_several_splits_and_a_folder_one_file_each(tmp_p
     assert len(sources.load(f"arrays:{tmp_path}", "test")) == 2
     with pytest.raises(ValueError, match="no split 'val'; it has train, test"):
         sources.load(f"arrays:{tmp_path}/both.npz", "val")
-    with pytest.raises(FileNotFoundError, match=r"no array file .*train\.npz.*both\.npz, test\.npz"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*train\.npz.*both\.npz, test\.npz"):
         sources.load(f"arrays:{tmp_path}", "train")
 
 

@@ -1,6 +1,5 @@
 """What labels each task takes: the check of a source against its task, and labels made from columns of text."""
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -33,28 +32,25 @@ def check_fit(source: Source, task: str) -> None:
         return
     word = {"classes": "classes", "multilabel": "labels of 0 or 1", "targets": "targets"}[kind]
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    fitting = [name for name, other in KINDS.items() if other == kind and name != "binary"]
+    fitting = next(name for name, other in KINDS.items() if other == kind)
     raise ValueError(
         f"{source.name} does not fit the task {task!r}: it has {len(names)} {word} ({shown}), expected "
-        f"{EXPECTED[task]}. Use the task {fitting[0]!r}, or another source"
+        f"{EXPECTED[task]}. Use the task {fitting!r}, or another source"
     )
 
 
-def parse_numbers(cells: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Values float64 [N], nan where a cell is missing, and whether a cell is no finite number, bool [N]."""
+def parse_numbers(cells: Sequence[str]) -> np.ndarray:
+    """Values float64 [N]: nan where a cell is missing, inf where it is no finite number."""
+    return np.array([_parse_number(cell) for cell in cells], np.float64)
+
+
+def _parse_number(cell: str) -> float:
     try:
-        values = np.array([float(cell) for cell in cells])
-        if np.isfinite(values).all():
-            return values, np.zeros(len(values), bool)
+        if math.isfinite(value := float(cell)):
+            return value
     except ValueError:
         pass
-    values, wrong = np.full(len(cells), np.nan), np.zeros(len(cells), bool)
-    for i, cell in enumerate(cells):
-        if cell.lower() not in MISSING:
-            with contextlib.suppress(ValueError):
-                values[i] = float(cell)
-            wrong[i] = not math.isfinite(values[i])
-    return values, wrong
+    return math.nan if cell.lower() in MISSING else math.inf
 
 
 def number_columns(
@@ -63,11 +59,10 @@ def number_columns(
     """(values float64 [len(chosen), columns], problems) of the chosen cells; a problem names row, column and cell."""
     values, problems = np.empty((len(chosen), len(columns))), []
     for j, (name, cells) in enumerate(columns.items()):
-        values[:, j], wrong = parse_numbers([cells[i] for i in chosen])
-        if expected == "0 or 1":
-            wrong |= ~np.isin(values[:, j], (0, 1)) & ~np.isnan(values[:, j])
-        for i in np.flatnonzero(wrong | np.isnan(values[:, j])).tolist():
-            found = f"is {cells[chosen[i]]!r}, expected {expected}" if wrong[i] else "is missing"
+        values[:, j] = parse_numbers([cells[i] for i in chosen])
+        good = np.isin(values[:, j], (0, 1)) if expected == "0 or 1" else np.isfinite(values[:, j])
+        for i in np.flatnonzero(~good).tolist():
+            found = "is missing" if np.isnan(values[i, j]) else f"is {cells[chosen[i]]!r}, expected {expected}"
             problems.append(f"row {rows[chosen[i]]}: {name} {found}")
     return values, problems
 
@@ -81,18 +76,17 @@ def encode(
     numbers of the rows in messages. Raises ValueError that lists the cells that do not fit the task.
     """
     if KINDS[task] == "classes":
-        return _classes(task, columns, chosen, rows, where)
-    expected = "0 or 1" if task == "multilabel" else "a number"
-    values, problems = number_columns(columns, chosen, rows, expected=expected)
-    fix = {
-        "multilabel": "A column of several values is a class: use the task 'classification' with that one column.",
-        "regression": "Fill in or remove these rows; a column of text is a class, not a target.",
-    }
-    _refuse(task, where, columns, problems, fix[task])
-    return values.astype(np.int32 if task == "multilabel" else np.float32), tuple(columns)
+        return _encode_classes(task, columns, chosen, rows, where)
+    whole = task == "multilabel"
+    values, problems = number_columns(columns, chosen, rows, expected="0 or 1" if whole else "a number")
+    fix = "Fill in or remove these rows; a column of text is a class, not a target."
+    if whole:
+        fix = "A column of several values is a class: use the task 'classification' with that one column."
+    _refuse(task, where, columns, problems, fix)
+    return values.astype(np.int32 if whole else np.float32), tuple(columns)
 
 
-def _classes(task, columns, chosen, rows, where) -> tuple[np.ndarray, tuple[str, ...]]:
+def _encode_classes(task, columns, chosen, rows, where) -> tuple[np.ndarray, tuple[str, ...]]:
     if len(columns) != 1:
         raise ValueError(
             f"{where}: the task {task!r} takes one label column, found {len(columns)}: {', '.join(columns)}. Name one "
@@ -102,16 +96,14 @@ def _classes(task, columns, chosen, rows, where) -> tuple[np.ndarray, tuple[str,
     problems = [f"row {rows[i]}: {name} is missing" for i in chosen.tolist() if not cells[i]]
     _refuse(task, where, columns, problems, "Fill in or remove these rows.")
     found = [cell for cell in dict.fromkeys(cells) if cell]
-    values, wrong = parse_numbers(found)
-    if not wrong.any() and not np.isnan(values).any():
-        if fractions := [found[i] for i in np.flatnonzero(values % 1).tolist()]:
-            raise ValueError(
-                f"{where}: column {name!r} holds numbers with fractions, such as {', '.join(fractions[:3])}; expected "
-                f"classes for the task {task!r}. Use the task 'regression', or another column"
-            )
-        class_names = [found[i] for i in np.argsort(values, kind="stable")]
-    else:
-        class_names = sorted(found, key=natural_key)
+    values = parse_numbers(found)
+    numeric = np.isfinite(values).all()
+    if numeric and (fractions := [found[i] for i in np.flatnonzero(values % 1).tolist()]):
+        raise ValueError(
+            f"{where}: column {name!r} holds numbers with fractions, such as {', '.join(fractions[:3])}; expected "
+            f"classes for the task {task!r}. Use the task 'regression', or another column"
+        )
+    class_names = [found[i] for i in np.argsort(values, kind="stable")] if numeric else sorted(found, key=natural_key)
     number = {class_name: i for i, class_name in enumerate(class_names)}
     return np.array([number[cells[i]] for i in chosen.tolist()], np.int32), tuple(class_names)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import logging
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from tl_jax.core.messages import listed
 from tl_jax.data import labels as label_columns
-from tl_jax.data.examples import Source, find_unreadable, join, join_domains, overlap
+from tl_jax.data.examples import Source, check_split, find_unreadable, join, join_domains, overlap
 from tl_jax.data.readers import builtin
 from tl_jax.data.readers.arrays import load_arrays
 from tl_jax.data.readers.folder import load_folder
@@ -22,15 +23,7 @@ from tl_jax.data.readers.tables import load_csv, load_table
 
 __all__ = ["list_split", "load", "overlap", "parse_split", "stratified_order", "without"]
 log = logging.getLogger(__name__)
-BUILTIN = {
-    "digits": builtin.load_digits,
-    "digits:inverted": builtin.load_inverted,
-    "digits:faded": builtin.load_faded,
-    "digits:pairs": builtin.load_pairs,
-    "digits:parity": builtin.load_parity,
-    "digits:ink": builtin.load_ink,
-    "glyphs": load_glyphs,
-}
+BUILTIN = {name: functools.partial(builtin.load_digits, name) for name in builtin.DIGITS} | {"glyphs": load_glyphs}
 IMAGES = {"folder": load_folder, "arrays": load_arrays, "packed": load_packed}
 COLUMNS = {"csv": load_csv, "table": load_table}  # sources with label columns
 FORMS = {
@@ -73,26 +66,27 @@ def load(
     label_columns.check_task(task)
     if not names:
         raise ValueError("no source is given; expected one, or one for each domain")
-    if on_error not in ("fail", "skip"):
-        raise ValueError(f"on_error must be 'fail' or 'skip', found {on_error!r}")
+    check_on_error(on_error)
     if min(shots, seed, split_seed) < 0:
         raise ValueError(f"shots={shots}, seed={seed}, split_seed={split_seed}: none may be negative")
     if shots and label_columns.KINDS[task] != "classes":
         raise ValueError(f"shots={shots}: shots are examples of a class, and the task {task!r} has none; use a slice")
-    parts, pieces = parse_split(split), []
+    slices, domains = parse_split(split), []
     for name in names:
-        wholes = {part: _load_whole(name, part, task, labels, on_error, data_dir) for part in _names(parts)}
-        cut = [_cut(wholes[part.name], part, split_seed) for part in parts]
-        joined = join(cut) if len(cut) > 1 else cut[0]
-        joined = _draw_shots(joined, shots, seed) if shots else joined
-        pieces.append(dataclasses.replace(joined, domain_names=(name,)))
-    loaded = join_domains(pieces) if len(pieces) > 1 else pieces[0]
+        splits = dict.fromkeys(each.split for each in slices)
+        wholes = {split: _load_whole(name, split, task, labels, on_error, data_dir) for split in splits}
+        cut = [_cut(wholes[each.split], each, split_seed) for each in slices]
+        domain = join(cut) if len(cut) > 1 else cut[0]
+        domain = _draw_shots(domain, shots, seed) if shots else domain
+        domains.append(dataclasses.replace(domain, domain_names=(name,)))
+    loaded = join_domains(domains) if len(domains) > 1 else domains[0]
     name = f"{' + '.join(names)} {split}"
     return dataclasses.replace(loaded, name=name + (f", {shots} shots" if shots else ""))
 
 
-def _names(parts: Sequence["Part"]) -> list[str]:
-    return list(dict.fromkeys(part.name for part in parts))
+def check_on_error(on_error: str) -> None:
+    if on_error not in ("fail", "skip"):
+        raise ValueError(f"on_error must be 'fail' or 'skip', found {on_error!r}")
 
 
 def list_split(
@@ -125,21 +119,21 @@ def _parse(source: str) -> tuple[str, str]:
     return kind, argument
 
 
-class Part(NamedTuple):
-    """One term of a split string: a split's name and the texts of its bounds ("", "80%", "200")."""
+class Slice(NamedTuple):
+    """One term of a split string: the name of a split and the texts of the bounds ("", "80%", "200")."""
 
-    name: str
+    split: str
     start: str
     stop: str
 
 
-def parse_split(split: str) -> list[Part]:
+def parse_split(split: str) -> list[Slice]:
     """Parses `train`, `train[:80%]`, `train[100:200]`, or several of these joined by `+`; raises ValueError."""
     bound = r"(\d+(?:\.\d+)?%|\d+)?"
     matches = [re.fullmatch(rf"\s*(\w+)(?:\[{bound}:{bound}\])?\s*", term) for term in split.split("+")]
     if not all(matches):
         raise ValueError(f"cannot read split {split!r}; write train, train[:80%], train[100:200] or train[:80%]+val")
-    return [Part(match[1], match[2] or "", match[3] or "") for match in matches]
+    return [Slice(*match.groups("")) for match in matches]
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -147,7 +141,7 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
 
     The k-th of a class's n members, shuffled, is placed at (k + 1/2) / n of the way; ties are broken at random.
     """
-    rng = np.random.default_rng([seed, 0x73706C69])  # a stream of its own, apart from that of the shots
+    rng = _slice_generator(seed)
     shuffled = rng.permutation(len(labels))
     place = np.empty(len(labels))
     for c in np.unique(labels):
@@ -156,25 +150,27 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
     return np.lexsort((rng.random(len(labels)), place))
 
 
-def _cut(source: Source, part: Part, split_seed: int) -> Source:
+def _cut(source: Source, cut: Slice, split_seed: int) -> Source:
     """The examples of a slice, in the source's own order."""
-    if not (part.start or part.stop):
+    if not (cut.start or cut.stop):
         return source
     n = len(source)
 
     def position(bound: str, default: int) -> int:
         return default if not bound else round(n * float(bound[:-1]) / 100) if bound[-1] == "%" else int(bound)
 
-    start, stop = position(part.start, 0), position(part.stop, n)
+    start, stop = position(cut.start, 0), position(cut.stop, n)
     if not 0 <= start < stop <= n:
-        raise ValueError(f"slice [{part.start}:{part.stop}] of {source.name} is empty or beyond its {n} examples")
-    return source.select(np.sort(_slice_order(source, split_seed)[start:stop]))
-
-
-def _slice_order(source: Source, seed: int) -> np.ndarray:
+        raise ValueError(f"slice [{cut.start}:{cut.stop}] of {source.name} is empty or beyond its {n} examples")
     if source.label_kind == "classes":
-        return stratified_order(source.labels, seed)
-    return np.random.default_rng([seed, 0x73706C69]).permutation(len(source))
+        order = stratified_order(source.labels, split_seed)
+    else:
+        order = _slice_generator(split_seed).permutation(n)
+    return source.select(np.sort(order[start:stop]))
+
+
+def _slice_generator(seed: int) -> np.random.Generator:
+    return np.random.default_rng([seed, 0x73706C69])  # a stream of its own, apart from that of the shots
 
 
 def _draw_shots(source: Source, shots: int, seed: int) -> Source:
@@ -262,8 +258,8 @@ def _load_tfds(name: str, split: str, data_dir: str | None) -> Source:
         near = difflib.get_close_matches(name.partition(":")[0], known, n=3)
         raise ValueError(f"tfds knows no data set {name!r}; near it: {', '.join(near) or 'none'}") from None
     splits = {{"validation": "val"}.get(known, known): known for known in builder.info.splits}
-    if splits and split not in splits:  # what is not prepared knows no splits; as_data_source will say so
-        raise ValueError(f"tfds:{name} has no split {split!r}; it has {', '.join(splits)}. Take a part: 'train[80%:]'")
+    if splits:  # what is not prepared knows no splits; as_data_source will say so
+        check_split(f"tfds:{name}", split, splits)
     image, label = _tfds_keys(tfds, name, builder.info)
     try:
         records = builder.as_data_source(split=splits.get(split, split))

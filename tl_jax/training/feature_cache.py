@@ -22,8 +22,7 @@ import numpy as np
 
 from tl_jax.core import files, messages, trees
 from tl_jax.core.card import PIXELS
-from tl_jax.data import pipeline
-from tl_jax.data.pipeline import EvalBatches, TrainBatches
+from tl_jax.data.pipeline import Batches, TrainBatches
 from tl_jax.data.views import IN_MEMORY
 from tl_jax.methods import rules
 from tl_jax.runtime import distributed
@@ -35,7 +34,6 @@ from tl_jax.training import steps
 FORMAT = 1  # raised when the same key would mean other numbers
 FOLDER = pathlib.Path.home() / ".cache" / "tl_jax" / "features"
 SAVE_EVERY = 30.0  # seconds of computing that a kill may cost
-Batches = TrainBatches | EvalBatches
 
 
 class Column(NamedTuple):
@@ -157,21 +155,21 @@ def _describe(root: pathlib.Path, column: Column, batches: Batches, variables: A
     render = batches.renders.get(column.view)
     augmented = isinstance(batches, TrainBatches) and render is not None and bool(render.preprocess.ops)
     if augmented:  # the rows of a batch are equal parts of all domains
-        parts = batches.facts.domains * batches.process_count
+        parts = batches.source.num_domains * batches.process_count
         size = max(batch_size - batch_size % parts, parts)
         source = dataclasses.replace(batches, batch_size=size, labelled=False)
     else:
         plain = dataclasses.replace(batches.source, domains=None)  # in one order, whatever that of training is
         source = TrainBatches(
-            plain, batches.renders, batches.prepared, batch_size, 0, "shuffled", False,
-            batches.process_index, batches.process_count,
+            source=plain, renders=batches.renders, prepared=batches.prepared, batch_size=batch_size, labelled=False,
+            process_index=batches.process_index, process_count=batches.process_count, seed=0,
         )  # fmt: skip
     own = {name: kept for name, kept in source.renders.items() if name == column.view}
     source = dataclasses.replace(
         source, renders=own, prepared={k: x for k, x in source.prepared.items() if k == column.view}
     )
     kept = source.prepared.get(column.view)
-    shape, dtype = (kept.shape[1:], kept.dtype) if kept is not None else pipeline.shapes(source)[column.view]
+    shape, dtype = (kept.shape[1:], kept.dtype) if kept is not None else source.shapes[column.view]
     row = jax.eval_shape(column.compute, variables, jax.ShapeDtypeStruct((1, *shape[1:]), dtype))
     views = views if augmented else 1
     key = {

@@ -24,6 +24,7 @@ from tl_jax.data.examples import Source
 from tl_jax.data.readers.folder import natural_key
 
 FORMAT = "tl_jax packed 2"
+FILES = ("pixels.bin", "index.npz", "meta.json")
 
 
 class Store(NamedTuple):
@@ -65,17 +66,18 @@ def load_packed(path: str, split: str) -> Source:
     Raises FileNotFoundError on a missing folder or split, ValueError where the files do not fit each other.
     """
     root = Path(path).expanduser()
-    found = sorted((meta.parent.name for meta in root.glob("*/meta.json")), key=natural_key)
+    found = _splits_in(root)
     if split not in found:
         begun = f"; {split} was begun, start its command again" if (root / f".{split}.partial").is_dir() else ""
         raise FileNotFoundError(
             f"no packed split {split!r} in {root}; there: {', '.join(found) or 'none'}{begun}. "
             f"Pack one: python -m tl_jax pack SOURCE {path} --split {split}"
         )
-    store = _opened(str((root / split).resolve()))
+    folder = str((root / split).resolve())
+    store = _opened(folder)
     return Source(
         name=f"packed:{path} {split}",
-        inputs=PackedImages(str((root / split).resolve()), np.arange(len(store.labels))),
+        inputs=PackedImages(folder, np.arange(len(store.labels))),
         labels=store.labels.copy(),
         class_names=tuple(store.meta["class_names"]),
         ids=tuple(store.meta["ids"]),
@@ -83,6 +85,10 @@ def load_packed(path: str, split: str) -> Source:
         skipped=tuple(store.meta["skipped"]),
         made_smaller=((store.meta["size"], store.meta["interpolation"]),) if store.meta["made_smaller"] else (),
     )
+
+
+def _splits_in(root: Path) -> list[str]:
+    return sorted((meta.parent.name for meta in root.glob("*/meta.json")), key=natural_key)
 
 
 @functools.lru_cache(maxsize=16)
@@ -112,7 +118,6 @@ def open_split(folder: Path) -> Store:
 
 
 def _problems(meta: dict, index_sha256: str, arrays: dict[str, np.ndarray], size: int) -> Iterator[str]:
-    """What does not fit; the pixels themselves are not read."""
     if meta.get("format") != FORMAT:
         yield f"meta.json: format {meta.get('format')!r}, expected {FORMAT!r}"
         return
@@ -128,21 +133,20 @@ def _problems(meta: dict, index_sha256: str, arrays: dict[str, np.ndarray], size
 def verify(folder: str) -> dict[str, int]:
     """Hashes every packed image; the number of sound ones per split. Raises ValueError that lists all that differ."""
     root = Path(folder).expanduser()
-    splits = sorted((meta.parent for meta in root.glob("*/meta.json")), key=lambda path: natural_key(path.name))
-    if not splits:
+    if not (splits := _splits_in(root)):
         raise FileNotFoundError(f"nothing packed in {root}; expected {root}/SPLIT/meta.json")
     counts, problems = {}, []
     for split in splits:
         try:
-            store = open_split(split)
+            store = open_split(root / split)
         except ValueError as error:
             problems.append(str(error))
             continue
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             found = pool.map(lambda i, s=store: hashlib.sha256(s.image(i)).digest(), range(len(store.labels)))
             differ = [i for i, digest in enumerate(found) if digest != store.sha256[i].tobytes()]
-        problems += [f"{split.name}: the pixels of {store.meta['ids'][i]} differ from those packed" for i in differ]
-        counts[split.name] = len(store.labels)
+        problems += [f"{split}: the pixels of {store.meta['ids'][i]} differ from those packed" for i in differ]
+        counts[split] = len(store.labels)
     if problems:
         raise ValueError(f"{len(problems)} problems in {root}:\n{listed(problems)}\nPack the source anew.")
     return counts

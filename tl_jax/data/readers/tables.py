@@ -1,9 +1,7 @@
 """Files of comma-separated values: images with label columns (csv:FILE), and rows of numbers (table:FILE)."""
 
 import csv
-import difflib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +10,8 @@ import numpy as np
 
 from tl_jax.core.messages import listed, nearest
 from tl_jax.data import labels as label_columns
-from tl_jax.data.examples import FileImages, Source
-from tl_jax.data.readers.folder import SPLITS, natural_key
+from tl_jax.data.examples import Source, check_split, file_source
+from tl_jax.data.readers.folder import SPLITS, check_file
 
 log = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("file", "image", "path", "filename")
@@ -36,10 +34,7 @@ class Table(NamedTuple):
 def read_table(path: str) -> Table:
     """Reads a file with a header; raises FileNotFoundError, or ValueError that says what is wrong with it."""
     file = Path(path).expanduser()
-    if not file.is_file():
-        near = sorted((other.name for other in file.parent.glob("*.csv")), key=natural_key)
-        close = difflib.get_close_matches(file.name, near, n=3) or near[:10]
-        raise FileNotFoundError(f"no file {file}; .csv files there: {', '.join(close) or 'none'}")
+    check_file(file, ".csv")
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             records = [[cell.strip() for cell in record] for record in csv.reader(stream)]
@@ -92,15 +87,7 @@ def load_csv(path: str, split: str, task: str, labels: Sequence[str] = ()) -> So
         task, {name: table.columns[name] for name in names}, chosen, table.rows, table.where
     )
     picked = tuple(paths[i] for i in chosen.tolist())
-    root = str(Path(table.where).parent)
-    return Source(
-        name=f"csv:{path} {split}",
-        inputs=FileImages(root, picked),
-        labels=values,
-        class_names=class_names,
-        ids=picked,
-        sizes=np.array([_size(os.path.join(root, p)) for p in picked], np.int64),
-    )
+    return file_source(f"csv:{path} {split}", str(Path(table.where).parent), picked, values, class_names)
 
 
 def _check_paths(table: Table, column: str) -> None:
@@ -117,18 +104,11 @@ def _check_paths(table: Table, column: str) -> None:
         )
 
 
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0  # named with the unreadable images
-
-
 def load_table(path: str, split: str, task: str, labels: Sequence[str] = ()) -> Source:
     """The rows of a file as inputs: all columns of numbers beside the labels and `split`; see `table_source`."""
     table = read_table(path)
     images = table.find(IMAGE_COLUMNS)
-    if images and label_columns.parse_numbers(table.columns[images])[1].any():
+    if images and np.isinf(label_columns.parse_numbers(table.columns[images])).any():
         raise ValueError(f"{table.where} lists image files in {images!r}; use csv:{path}, or remove the column")
     return table_source(f"table:{path} {split}", table, split, task, labels)
 
@@ -144,12 +124,11 @@ def table_source(name: str, table: Table, split: str, task: str, labels: Sequenc
     names = _label_names(table, labels, others, default=known if len(known) == 1 else [])
     chosen, inputs, text = rows_of_split(table, split), {}, []
     for column in (column for column in others if column not in names):
-        cells = table.columns[column]
-        values, wrong = label_columns.parse_numbers(cells)
-        if wrong.any() and (wrong | np.isnan(values)).all():
+        values = label_columns.parse_numbers(table.columns[column])
+        if np.isinf(values).any() and not np.isfinite(values).any():
             text.append(column)
         else:
-            inputs[column] = cells
+            inputs[column] = table.columns[column]
     if not inputs:
         raise ValueError(
             f"{table.where} has no column of numbers beside the labels {', '.join(names)}; found {', '.join(others)}"
@@ -198,8 +177,5 @@ def rows_of_split(table: Table, split: str) -> np.ndarray:
             f"{table.where}: {len(unknown)} rows have no known split:\n{listed(unknown)}\n"
             f"Expected one of {', '.join(SPLITS)}."
         )
-    chosen = np.flatnonzero(np.array(names) == split)
-    if not len(chosen):
-        there = ", ".join(dict.fromkeys(names))
-        raise ValueError(f"{table.where} has no split {split!r}; it has {there}. Take a part of one: 'train[80%:]'")
-    return chosen
+    check_split(table.where, split, list(dict.fromkeys(names)))
+    return np.flatnonzero(np.array(names) == split)
