@@ -97,7 +97,7 @@ def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Sc
 
 
 def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:
-    material, data, method = run.material, run.settings.data, run.settings.phases[0].method
+    material, method = run.material, run.settings.phases[0].method
     grid, further = tuple(method.grid), sorted(set(material.eval_batches) - {"test"})
     if len(grid) != 1 or further:
         raise ValueError(
@@ -105,7 +105,7 @@ def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) 
             "with one given value; set one value in method.grid, and leave data.val and data.extra_eval empty"
         )
     pool = _predict(run, parallel, material.eval_batches, stop_requested)["test"]
-    splits = resample.splits(pool.labels, "loo", data.split_seed)
+    splits = resample.leave_one_out(pool.labels)
     (logits,) = probes.cross_predict(
         method.name, pool.features, pool.labels, splits, run.task.outputs, grid[0],
         check_stop=_stop_between_fits(stop_requested),

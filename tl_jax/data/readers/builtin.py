@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from tl_jax.data.examples import Source, check_split
+from tl_jax.data.labels import Table
 from tl_jax.data.readers.arrays import array_source
-from tl_jax.data.readers.tables import Table, table_source
+from tl_jax.data.readers.tables import table_source
 
 # The digits' labels repeat about every 130 rows, most likely one writer's form; at row 1029 one such period ends.
 DIGITS_TRAIN = 1029

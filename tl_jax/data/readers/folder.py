@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tl_jax.core.messages import listed, shorten
+from tl_jax.core.checks import refuse
+from tl_jax.core.messages import shorten
 from tl_jax.data.examples import Source, check_split, file_source
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -33,11 +34,8 @@ def load_folder(path: str, split: str) -> Source:
     if missing or extra:
         raise ValueError(f"classes of {split} in {root} differ from train's: missing {missing}, not in train {extra}")
     files = {name: list_files(splits[split] / name) for name in classes}
-    if empty := [name for name in classes if not files[name]]:
-        raise ValueError(
-            f"{len(empty)} of {len(classes)} class folders of {splits[split]} are empty:\n{listed(empty)}\n"
-            "Add images to them or remove the folders."
-        )
+    empty, fix = [name for name in classes if not files[name]], "add images to them or remove the folders"
+    refuse(f"{len(empty)} of {len(classes)} class folders of {splits[split]} are empty; {fix}", empty)
     paths = [os.path.relpath(file, root) for name in classes for file in files[name]]
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files[name]) for name in classes])
     return file_source(f"folder:{path} {split}", str(root), paths, labels, classes)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tl_jax.core.messages import listed
+from tl_jax.core.checks import refuse
 from tl_jax.data.examples import Source
 from tl_jax.data.readers.folder import natural_key
 
@@ -107,11 +107,8 @@ def open_split(folder: Path) -> Store:
         problems = list(_problems(meta, hashlib.sha256(index).hexdigest(), arrays, size))
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         problems = [f"{type(error).__name__}: {error}"]
-    if problems:
-        raise ValueError(
-            f"the packed images in {folder} are damaged:\n{listed(problems)}\n"
-            "Copy the folder again, or remove it and pack the source anew."
-        )
+    fix = "copy the folder again, or remove it and pack the source anew"
+    refuse(f"the packed images in {folder} are damaged; {fix}", problems)
     with (folder / "pixels.bin").open("rb") as file:
         pixels = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     return Store(pixels, **arrays, meta=meta)
@@ -147,6 +144,5 @@ def verify(folder: str) -> dict[str, int]:
             differ = [i for i, digest in enumerate(found) if digest != store.sha256[i].tobytes()]
         problems += [f"{split}: the pixels of {store.meta['ids'][i]} differ from those packed" for i in differ]
         counts[split] = len(store.labels)
-    if problems:
-        raise ValueError(f"{len(problems)} problems in {root}:\n{listed(problems)}\nPack the source anew.")
+    refuse(f"{len(problems)} problems in {root}; pack the source anew", problems)
     return counts

@@ -4,31 +4,18 @@ import csv
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from tl_jax.core.messages import listed, nearest
-from tl_jax.data import labels as label_columns
+from tl_jax.core.checks import refuse
+from tl_jax.core.messages import nearest
 from tl_jax.data.examples import Source, check_split, file_source
+from tl_jax.data.labels import Table, encode, number_columns, parse_numbers
 from tl_jax.data.readers.folder import SPLITS, check_file
 
 log = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("file", "image", "path", "filename")
 LABEL_COLUMNS = ("label", "target", "y")  # of a table, where no column is named
-
-
-class Table(NamedTuple):
-    """Columns of text. where: what messages call it; rows: the number of each row, counted as in a spreadsheet."""
-
-    where: str
-    columns: dict[str, Sequence[str]]
-    rows: np.ndarray
-
-    def find(self, names: Sequence[str]) -> str | None:
-        """The first column that has one of these names, in any case."""
-        by_name = {column.lower(): column for column in reversed(self.columns)}
-        return next((by_name[name] for name in names if name in by_name), None)
 
 
 def read_table(path: str) -> Table:
@@ -47,11 +34,9 @@ def read_table(path: str) -> Table:
         raise ValueError(f"{file} has {len(numbered)} rows; expected a header and at least one row of values")
     header = numbered[0][1]
     _check_header(file, header)
-    if ragged := [f"row {n}: {len(record)} values" for n, record in numbered[1:] if len(record) != len(header)]:
-        raise ValueError(
-            f"{file}: {len(ragged)} rows do not have the {len(header)} values of the header:\n{listed(ragged)}\n"
-            'Put a value that contains a comma in quotation marks: "a, b".'
-        )
+    ragged = [f"row {n}: {len(record)} values" for n, record in numbered[1:] if len(record) != len(header)]
+    fix = 'put a value that contains a comma in quotation marks, "a, b"'
+    refuse(f"{file}: {len(ragged)} rows do not have the {len(header)} values of the header; {fix}", ragged)
     numbers, bodies = zip(*numbered[1:], strict=True)
     return Table(str(file), dict(zip(header, zip(*bodies, strict=True), strict=True)), np.array(numbers))
 
@@ -62,8 +47,7 @@ def _check_header(file: Path, header: list[str]) -> None:
     problems = [f"column {i} has no name" for i, name in enumerate(header, 1) if not name]
     twice = dict.fromkeys(name for name in header if name and header.count(name) > 1)
     problems += [f"column {name!r} occurs {header.count(name)} times" for name in twice]
-    if problems:
-        raise ValueError(f"{file}: the header {header} cannot be used:\n{listed(problems)}\nRename the columns.")
+    refuse(f"{file}: the header {header} cannot be used; rename the columns", problems)
 
 
 def load_csv(path: str, split: str, task: str, labels: Sequence[str] = ()) -> Source:
@@ -83,10 +67,8 @@ def load_csv(path: str, split: str, task: str, labels: Sequence[str] = ()) -> So
     names = _label_names(table, labels, others, default=others)
     chosen, paths = rows_of_split(table, split), table.columns[images]
     _check_paths(table, images)
-    values, class_names = label_columns.encode(
-        task, {name: table.columns[name] for name in names}, chosen, table.rows, table.where
-    )
-    picked = tuple(paths[i] for i in chosen.tolist())
+    values, class_names = encode(task, table, names, chosen)
+    picked = [paths[i] for i in chosen]
     return file_source(f"csv:{path} {split}", str(Path(table.where).parent), picked, values, class_names)
 
 
@@ -97,18 +79,15 @@ def _check_paths(table: Table, column: str) -> None:
             problems.append(f"row {row}: {column} is missing")
         elif first.setdefault(path, row) != row:
             problems.append(f"row {row}: {path} was already in row {first[path]}")
-    if problems:
-        raise ValueError(
-            f"{table.where}: {len(problems)} rows do not name an image of their own:\n{listed(problems)}\n"
-            "Keep one row for each image, with one column for each label."
-        )
+    fix = "keep one row for each image, with one column for each label"
+    refuse(f"{table.where}: {len(problems)} rows do not name an image of their own; {fix}", problems)
 
 
 def load_table(path: str, split: str, task: str, labels: Sequence[str] = ()) -> Source:
     """The rows of a file as inputs: all columns of numbers beside the labels and `split`; see `table_source`."""
     table = read_table(path)
     images = table.find(IMAGE_COLUMNS)
-    if images and np.isinf(label_columns.parse_numbers(table.columns[images])).any():
+    if images and np.isinf(parse_numbers(table.columns[images])).any():
         raise ValueError(f"{table.where} lists image files in {images!r}; use csv:{path}, or remove the column")
     return table_source(f"table:{path} {split}", table, split, task, labels)
 
@@ -122,28 +101,20 @@ def table_source(name: str, table: Table, split: str, task: str, labels: Sequenc
     known = [column for column in table.columns if column.lower() in LABEL_COLUMNS]
     others = [column for column in table.columns if column != table.find(("split",))]
     names = _label_names(table, labels, others, default=known if len(known) == 1 else [])
-    chosen, inputs, text = rows_of_split(table, split), {}, []
+    chosen, inputs, text = rows_of_split(table, split), [], []
     for column in (column for column in others if column not in names):
-        values = label_columns.parse_numbers(table.columns[column])
-        if np.isinf(values).any() and not np.isfinite(values).any():
-            text.append(column)
-        else:
-            inputs[column] = table.columns[column]
+        values = parse_numbers(table.columns[column])
+        (text if np.isinf(values).any() and not np.isfinite(values).any() else inputs).append(column)
     if not inputs:
         raise ValueError(
             f"{table.where} has no column of numbers beside the labels {', '.join(names)}; found {', '.join(others)}"
         )
-    values, problems = label_columns.number_columns(inputs, chosen, table.rows)
-    if problems:
-        raise ValueError(
-            f"{table.where}: {len(problems)} cells of the input columns are not numbers:\n{listed(problems)}\n"
-            "Fill in or remove these rows, or remove the columns."
-        )
+    values, problems = number_columns(table, inputs, chosen)
+    fix = "fill in or remove these rows, or remove the columns"
+    refuse(f"{table.where}: {len(problems)} cells of the input columns are not numbers; {fix}", problems)
     if text:
         log.warning("%s: columns of text are not read: %s", table.where, ", ".join(text))
-    targets, class_names = label_columns.encode(
-        task, {column: table.columns[column] for column in names}, chosen, table.rows, table.where
-    )
+    targets, class_names = encode(task, table, names, chosen)
     return Source(
         name=name,
         inputs=values.astype(np.float32),
@@ -172,10 +143,7 @@ def rows_of_split(table: Table, split: str) -> np.ndarray:
     """The positions of the examples of a split; without a column `split` all are train."""
     column, count = table.find(("split",)), len(table.rows)
     names = ["train"] * count if column is None else [SPLITS.get(cell.lower()) for cell in table.columns[column]]
-    if unknown := [f"row {table.rows[i]}: {table.columns[column][i]!r}" for i in range(count) if names[i] is None]:
-        raise ValueError(
-            f"{table.where}: {len(unknown)} rows have no known split:\n{listed(unknown)}\n"
-            f"Expected one of {', '.join(SPLITS)}."
-        )
+    unknown = [f"row {table.rows[i]}: {table.columns[column][i]!r}" for i in range(count) if names[i] is None]
+    refuse(f"{table.where}: {len(unknown)} rows have no known split, expected one of {', '.join(SPLITS)}", unknown)
     check_split(table.where, split, list(dict.fromkeys(names)))
     return np.flatnonzero(np.array(names) == split)
