@@ -285,7 +285,10 @@ def test_labels_belong_to_sources_with_columns():
         (b"file,split,y\na.png,dev,1\n", "(?s)1 rows have no known split, expected one of train.*:\n  row 2: 'dev'"),
         (b"file,split,y\na.png,test,1\n", r"no split 'train'; it has test. Take a slice"),
         (b"file\na.png\n", "has no label column; expected one or several different ones of none"),
-        (b"file,y\nnowhere.png,1\n", "(?s)1 of 1 files .* are not images that can be read:\n  nowhere.png: .*No such"),
+        (
+            b"file,y\nnowhere.png,1\n",
+            "(?s)1 of 1 files .* are not images that can be read; .*:\n  nowhere.png: .*No such",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path, text, message):

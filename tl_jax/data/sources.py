@@ -1,7 +1,6 @@
 """Where examples come from: `load` turns a source and a split, both strings, into a random-access `Source`."""
 
 import dataclasses
-import difflib
 import functools
 import logging
 import re
@@ -11,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tl_jax.core.messages import listed
+from tl_jax.core.checks import refuse
+from tl_jax.core.messages import listed, nearest
 from tl_jax.data import labels as label_columns
 from tl_jax.data.examples import Source, check_split, find_unreadable, join, join_domains, overlap
 from tl_jax.data.readers import builtin
-from tl_jax.data.readers.arrays import load_arrays
+from tl_jax.data.readers.arrays import array_source, load_arrays
 from tl_jax.data.readers.folder import load_folder
 from tl_jax.data.readers.glyphs import load_glyphs
 from tl_jax.data.readers.packed import load_packed
@@ -26,15 +26,8 @@ log = logging.getLogger(__name__)
 BUILTIN = {name: functools.partial(builtin.load_digits, name) for name in builtin.DIGITS} | {"glyphs": load_glyphs}
 IMAGES = {"folder": load_folder, "arrays": load_arrays, "packed": load_packed}
 COLUMNS = {"csv": load_csv, "table": load_table}  # sources with label columns
-FORMS = {
-    "folder": "folder:PATH",
-    "arrays": "arrays:FILE.npz",
-    "packed": "packed:FOLDER",
-    "csv": "csv:FILE",
-    "table": "table:FILE",
-    "tfds": "tfds:NAME or tfds:NAME:VERSION",
-}
 DIABETES = "table:diabetes"
+FORMS = ("folder:PATH", "arrays:FILE.npz", "packed:FOLDER", "csv:FILE", "table:FILE", "tfds:NAME", "tfds:NAME:VERSION")
 DECODED = (*BUILTIN, "packed", "table")  # nothing to decode; packed images have hashes
 
 
@@ -102,7 +95,21 @@ def list_split(
         raise ValueError(
             f"expected the name of a whole split such as train, found {split!r}; slices are cut when loaded"
         )
-    return _list_split(source, split, task, labels, data_dir)
+    kind, argument = _parse(source)
+    if labels and kind not in COLUMNS:
+        raise ValueError(f"data.labels={tuple(labels)} names columns of csv: and table: sources; {source} has none")
+    if source == DIABETES:
+        found = builtin.load_diabetes(split, task, labels)
+    elif kind in COLUMNS:
+        found = COLUMNS[kind](argument, split, task, labels)
+    elif kind == "tfds":
+        found = _load_tfds(argument, split, data_dir)
+    else:
+        found = BUILTIN[kind](split) if kind in BUILTIN else IMAGES[kind](argument, split)
+    if len(found) == 0:
+        raise ValueError(f"{found.name} holds no examples")
+    label_columns.check_fit(found, task)
+    return found
 
 
 def _parse(source: str) -> tuple[str, str]:
@@ -110,12 +117,9 @@ def _parse(source: str) -> tuple[str, str]:
     kind, _, argument = source.partition(":")
     if source in BUILTIN:
         return source, ""
-    if kind not in FORMS or not argument:
-        near = difflib.get_close_matches(source, [*BUILTIN, DIABETES], n=1) or difflib.get_close_matches(
-            kind, FORMS, n=1
-        )
-        hint = f"; did you mean {FORMS.get(near[0], near[0])!r}?" if near else "."
-        raise ValueError(f"unknown source {source!r}{hint} Sources: {', '.join([*BUILTIN, DIABETES, *FORMS.values()])}")
+    if kind not in (*IMAGES, *COLUMNS, "tfds") or not argument:
+        known = (*BUILTIN, DIABETES, *FORMS)
+        raise ValueError(f"unknown source {source!r}{nearest(source, known)}. Sources: {', '.join(known)}")
     return kind, argument
 
 
@@ -177,44 +181,21 @@ def _draw_shots(source: Source, shots: int, seed: int) -> Source:
     """`shots` examples of every class; each class draws from its own stream, so k shots are the first k of more."""
     members = [np.flatnonzero(source.labels == c) for c in range(len(source.class_names))]
     few = [f"{name}: {len(m)}" for name, m in zip(source.class_names, members, strict=True) if len(m) < shots]
-    if few:
-        raise ValueError(f"{shots} shots of {source.name}; {len(few)} classes have fewer examples:\n{listed(few)}")
-    drawn = [np.random.default_rng([seed, c]).permutation(m)[:shots] for c, m in enumerate(members)]
-    return source.select(np.sort(np.concatenate(drawn)))
+    refuse(f"{shots} shots of {source.name}; {len(few)} classes have fewer examples", few)
+    chosen = [np.random.default_rng([seed, c]).permutation(m)[:shots] for c, m in enumerate(members)]
+    return source.select(np.sort(np.concatenate(chosen)))
 
 
 def _load_whole(name: str, split: str, task: str, labels: Sequence[str], on_error: str, data_dir: str | None) -> Source:
-    source, kind = _list_split(name, split, task, labels, data_dir), _parse(name)[0]
-    if kind in DECODED:
-        return source
-    if on_error == "fail" and kind == "tfds":
-        return source  # its files carry checksums, and a second pass over large records is dear
+    source, kind = list_split(name, split, data_dir, task=task, labels=labels), _parse(name)[0]
+    if kind in DECODED or (kind == "tfds" and on_error == "fail"):
+        return source  # the files of tfds carry checksums, and a second pass over large records is dear
     bad = find_unreadable(source, fully=on_error == "skip")
     reasons = [f"{source.ids[i]}: {reason}" for i, reason in bad.items()]
-    if bad and on_error == "fail":
-        raise ValueError(
-            f"{len(bad)} of {len(source)} files of {source.name} are not images that can be read:\n{listed(reasons)}\n"
-            "Repair or remove them, or set on_error='skip' to leave them out."
-        )
+    if on_error == "fail":
+        what = f"{len(bad)} of {len(source)} files of {source.name} are not images that can be read"
+        refuse(f"{what}; repair or remove them, or set on_error='skip' to leave them out", reasons)
     return without(source, list(bad), reasons) if bad else source
-
-
-def _list_split(name: str, split: str, task: str, labels: Sequence[str], data_dir: str | None) -> Source:
-    kind, argument = _parse(name)
-    if labels and kind not in COLUMNS:
-        raise ValueError(f"data.labels={tuple(labels)} names columns of csv: and table: sources; {name} has none")
-    if name == DIABETES:
-        source = builtin.load_diabetes(split, task, labels)
-    elif kind in COLUMNS:
-        source = COLUMNS[kind](argument, split, task, labels)
-    elif kind == "tfds":
-        source = _load_tfds(argument, split, data_dir)
-    else:
-        source = BUILTIN[kind](split) if kind in BUILTIN else IMAGES[kind](argument, split)
-    if len(source) == 0:
-        raise ValueError(f"{source.name} holds no examples")
-    label_columns.check_fit(source, task)
-    return source
 
 
 def without(source: Source, bad: list[int], reasons: list[str]) -> Source:
@@ -255,8 +236,7 @@ def _load_tfds(name: str, split: str, data_dir: str | None) -> Source:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)  # the others are looked up on the network
-        near = difflib.get_close_matches(name.partition(":")[0], known, n=3)
-        raise ValueError(f"tfds knows no data set {name!r}; near it: {', '.join(near) or 'none'}") from None
+        raise ValueError(f"tfds knows no data set {name!r}{nearest(name.partition(':')[0], known)}") from None
     splits = {{"validation": "val"}.get(known, known): known for known in builder.info.splits}
     if splits:  # what is not prepared knows no splits; as_data_source will say so
         check_split(f"tfds:{name}", split, splits)
@@ -266,26 +246,20 @@ def _load_tfds(name: str, split: str, data_dir: str | None) -> Source:
     except (AssertionError, NotImplementedError) as error:  # not prepared; prepared in a format of TensorFlow's
         raise FileNotFoundError(f"{_how_to_prepare(name, builder.data_path)} (tfds: {error})") from None
     records.decoders = {image: tfds.decode.SkipDecoding()}  # decoded like every other source's images, by ops.decode
-    labels, sizes = _tfds_labels(records, image, label)
-    names = tuple(builder.info.features[label].names)
-    ids = tuple(f"{split}/{i}" for i in range(len(labels)))
-    return Source(f"tfds:{name} {split}", TfdsImages(records, image, np.arange(len(labels))), labels, names, ids, sizes)
-
-
-def _tfds_labels(records: Any, image: str, label: str) -> tuple[np.ndarray, np.ndarray]:
     labels, sizes = np.empty(len(records), np.int32), np.empty(len(records), np.int64)
     for i in range(len(records)):
         record = records[i]
         labels[i], sizes[i] = record[label], getattr(record[image], "nbytes", None) or len(record[image])
-    return labels, sizes
+    images, names = TfdsImages(records, image, np.arange(len(labels))), tuple(builder.info.features[label].names)
+    return array_source(f"tfds:{name}", split, images, labels, names, sizes)
 
 
 def _tfds_keys(tfds: Any, name: str, info: Any) -> tuple[str, str]:
     """The names of the image and of the label feature: the supervised pair, or the only ones of their kind."""
-    if info.supervised_keys and isinstance(info.features[info.supervised_keys[-1]], tfds.features.ClassLabel):
-        return info.supervised_keys[0], info.supervised_keys[-1]
     images = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.Image)]
     labels = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    if info.supervised_keys and info.supervised_keys[-1] in labels:
+        return info.supervised_keys[0], info.supervised_keys[-1]
     if len(images) != 1 or len(labels) != 1:
         raise ValueError(f"tfds:{name} is no classification of images: images {images}, class labels {labels}")
     return images[0], labels[0]
