@@ -51,7 +51,7 @@ class EncodedImages(NamedTuple):
         return self.data[self.starts[index] : self.stops[index]].tobytes()
 
     def select(self, indices: np.ndarray) -> "EncodedImages":
-        return EncodedImages(self.data, self.starts[indices], self.stops[indices])
+        return self._replace(starts=self.starts[indices], stops=self.stops[indices])
 
     def head(self, index: int) -> bytes:
         return self[index][:HEAD]
@@ -121,9 +121,7 @@ class Source:
     @property
     def label_kind(self) -> str:
         """ "classes", "multilabel" or "targets"."""
-        if self.labels.dtype.kind == "f":
-            return "targets"
-        return "classes" if self.labels.ndim == 1 else "multilabel"
+        return "targets" if self.labels.dtype.kind == "f" else "classes" if self.labels.ndim == 1 else "multilabel"
 
     def select(self, indices: np.ndarray) -> "Source":
         """The source of the examples at `indices`, in that order."""
@@ -141,8 +139,7 @@ class Source:
     def fingerprint(self) -> str:
         """sha256 by which a resumed run knows that it reads the same examples.
 
-        It covers class names, ids, labels, domains, sizes, and arrays whole or the first HEAD bytes of every encoded
-        image; tfds records, which have a version, are taken by their sizes.
+        It covers class names, ids, labels, domains, sizes, and arrays whole or the `head` of every encoded image.
         """
         domain_names = () if self.domains is None else self.domain_names
         facts: list = [self.class_names, self.ids]
@@ -211,10 +208,7 @@ def join_domains(sources: Sequence[Source]) -> Source:
     names = tuple(name for source in sources for name in source.domain_names)
     if len(set(names)) < len(names):
         raise ValueError(f"several domains, but one source is given twice: {', '.join(names)}")
-    renamed = [
-        dataclasses.replace(source, ids=tuple(f"{name}/{i}" for i in source.ids))
-        for name, source in zip(names, sources, strict=True)
-    ]
+    renamed = [dataclasses.replace(source, ids=tuple(_origins(source))) for source in sources]
     domains = np.repeat(np.arange(len(sources), dtype=np.int32), [len(source) for source in sources])
     return dataclasses.replace(join(renamed), domains=domains, domain_names=names)
 
@@ -225,12 +219,9 @@ def overlap(a: Source, b: Source) -> tuple[str, ...]:
     return tuple(dict.fromkeys(i for i, origin in zip(a.ids, _origins(a), strict=True) if origin in there))
 
 
-def _origins(source: Source) -> list[tuple[str, str]]:
-    """The source that each example was loaded from, and its id there."""
-    if source.domains is None:
-        return [("".join(source.domain_names), i) for i in source.ids]
-    names = [source.domain_names[d] for d in source.domains.tolist()]
-    return [(name, i.removeprefix(f"{name}/")) for name, i in zip(names, source.ids, strict=True)]
+def _origins(source: Source) -> Sequence[str]:
+    """The ids, each after the name of its source, as those of several domains are already."""
+    return source.ids if source.domains is not None else [f"{''.join(source.domain_names)}/{i}" for i in source.ids]
 
 
 def header_shape(images: Sequence, index: int) -> tuple[int, int]:

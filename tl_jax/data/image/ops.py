@@ -33,7 +33,7 @@ Ratios = Annotated[tuple[float, float], _interval()]
 
 
 def open_image(data: bytes | str) -> Image.Image:
-    """Reads the header of encoded bytes, or of the file at a path; raises ValueError with the reason if it is no image.
+    """Reads the header of encoded bytes, or of the file at a path; ValueError says why it is no image.
 
     The format is told from the content, never from the file name; only `FORMATS` up to `MAX_PIXELS` are read.
     """
@@ -53,11 +53,10 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decodes an encoded image into one of Pillow's, in mode RGB.
+    """Decodes an encoded image into a Pillow image in mode RGB; ValueError says how it is damaged.
 
     EXIF orientation is applied; of several frames the first is taken; 16-bit grey is scaled to 8 bits; transparent
-    pixels are laid on white; CMYK, grey and palette images become RGB. Raises ValueError with the reason on
-    damaged data.
+    pixels are laid on white; CMYK, grey and palette images become RGB.
     """
     image = open_image(data)
     try:
@@ -107,7 +106,7 @@ def resized(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def resize(image: np.ndarray | Image.Image, rng=None, *, size: Size, interpolation: Interpolation) -> np.ndarray:
-    """Resizes the short side to `size` pixels, the long side to `floor(size * long / short)` as torchvision does."""
+    """Resizes to `resized`, as torchvision does."""
     return _scale(image, *resized(*shape_of(image), size), interpolation)
 
 
@@ -181,10 +180,8 @@ def random_crop(
     """Adds `padding` black pixels on every side, then cuts a `size` square at a random place (He et al. 2016, 4.2)."""
     height, width = (side + 2 * padding for side in image.shape[:2])
     if min(height, width) < size:
-        raise ValueError(
-            f"random_crop of {size} pixels from an image of {height} x {width} (padding included); "
-            "put ('resize', {}) before it or raise padding"
-        )
+        what = f"random_crop of {size} pixels from an image of {height} x {width} (padding included)"
+        raise ValueError(what + "; put ('resize', {}) before it or raise padding")
     if padding:
         padded = np.zeros((height, width, 3), np.uint8)
         padded[padding : height - padding, padding : width - padding] = image
@@ -201,23 +198,17 @@ def rotation(image: np.ndarray, rng, *, degrees: Degrees = 15.0, fill: Fill = 0)
 
 def zoom(image: np.ndarray, rng, *, factor: Ratios = (0.8, 1.2), fill: Fill = 0) -> np.ndarray:
     """Enlarges (factor > 1) or shrinks about the centre by a uniform factor; bilinear, size kept, borders `fill`."""
-    height, width = image.shape[:2]
-    s = 1 / rng.uniform(*factor)
+    (height, width), s = image.shape[:2], 1 / rng.uniform(*factor)
     matrix = (s, 0, (1 - s) * width / 2, 0, s, (1 - s) * height / 2)  # Pillow maps output to input, pixel centres at .5
     affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
-    zoomed = Image.fromarray(image).transform((width, height), affine, matrix, bilinear, fillcolor=(fill,) * 3)
-    return np.asarray(zoomed)
+    image = Image.fromarray(image).transform((width, height), affine, matrix, bilinear, fillcolor=(fill,) * 3)
+    return np.asarray(image)
 
 
 def translation(image: np.ndarray, rng, *, fraction: Probability = 0.1, fill: Fill = 0) -> np.ndarray:
     """Shifts by whole pixels, uniform within +-fraction of the width and of the height; uncovered pixels are `fill`."""
-    height, width = image.shape[:2]
-    dx, dy = (round(rng.uniform(-fraction, fraction) * side) for side in (width, height))
-    shifted = np.full_like(image, fill)
-    shifted[max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)] = image[
-        max(-dy, 0) : height + min(-dy, 0), max(-dx, 0) : width + min(-dx, 0)
-    ]
-    return shifted
+    shift = tuple(round(rng.uniform(-fraction, fraction) * side) for side in image.shape[1::-1])
+    return np.asarray(Image.fromarray(image).rotate(0, translate=shift, fillcolor=(fill,) * 3))
 
 
 def colour_jitter(
@@ -231,23 +222,22 @@ def colour_jitter(
 ) -> np.ndarray:
     """Changes brightness, contrast, saturation and hue, in random order (Krizhevsky et al. 2012; torchvision's form).
 
-    The first three multiply by a factor uniform in [max(0, 1 - x), 1 + x]; hue (at most 0.5) shifts the colour circle
-    by a uniform share of it within +-hue. An amount of 0 leaves its property alone.
+    The first three multiply by a factor uniform in [max(0, 1 - x), 1 + x]; hue shifts the colour circle by a uniform
+    share of it within +-hue. An amount of 0 leaves its property alone.
     """
-    pil = Image.fromarray(image)
-    amounts = (brightness, contrast, saturation)
+    image, amounts = Image.fromarray(image), (brightness, contrast, saturation)
     factors = [rng.uniform(max(0.0, 1 - amount), 1 + amount) for amount in amounts]
     shift = rng.uniform(-hue, hue)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for k in rng.permutation(4):
-        if k < 3 and amounts[k]:
-            pil = enhancers[k](pil).enhance(factors[k])
-        elif k == 3 and hue:
-            pil = shift_hue(pil, shift)
-    return np.asarray(pil)
+        if k == 3:
+            image = _shift_hue(image, shift) if hue else image
+        elif amounts[k]:
+            image = enhancers[k](image).enhance(factors[k])
+    return np.asarray(image)
 
 
-def shift_hue(image: Image.Image, share: float) -> Image.Image:
+def _shift_hue(image: Image.Image, share: float) -> Image.Image:
     """Turns the hue of an RGB image by `share` of the colour circle, in steps of 1/256."""
     h, s, v = image.convert("HSV").split()
     turned = (np.asarray(h).astype(np.int32) + int(share * 255)) % 256

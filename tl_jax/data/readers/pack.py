@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax.core.checks import refuse
 from tl_jax.core.files import atomic_write, write_text
 from tl_jax.core.messages import listed
 from tl_jax.data import workers
@@ -34,8 +35,6 @@ class Plan(NamedTuple):
     """
 
     source: Source
-    size: int
-    interpolation: str
     folder: Path
     offsets: np.ndarray
     lengths: np.ndarray
@@ -90,19 +89,15 @@ def pack(
             meta = _finish(plan, results[split])
             os.rename(plan.folder, root / split)  # readers see the whole split or none
             _sync(root)
-            text = f"{root / split}: {meta['examples']:,} images, {meta['bytes'] / 1e9:.2f} GB, "
-            text += f"{meta['made_smaller']:,} made smaller"
-            report(f"{text}; {len(meta['skipped'])} left out:\n{listed(meta['skipped'])}" if meta["skipped"] else text)
+            text = f"{meta['examples']:,} images, {meta['bytes'] / 1e9:.2f} GB, {meta['made_smaller']:,} made smaller"
+            left_out = f"; {len(meta['skipped'])} left out:\n{listed(meta['skipped'])}" if meta["skipped"] else ""
+            report(f"{root / split}: {text}{left_out}")
 
 
 def _check_same(path: Path, wanted: dict[str, Any]) -> None:
     found = json.loads(path.read_text())
-    changed = [f"  {key}: {found.get(key)!r} -> {value!r}" for key, value in wanted.items() if found.get(key) != value]
-    if changed:
-        raise ValueError(
-            f"{path.parent} holds another packing; choose another folder or remove it (there -> now):\n"
-            + "\n".join(changed)
-        )
+    changed = [f"{key}: {found.get(key)!r} -> {value!r}" for key, value in wanted.items() if found.get(key) != value]
+    refuse(f"{path.parent} holds another packing; choose another folder or remove it (there -> now)", changed)
 
 
 @contextlib.contextmanager
@@ -135,7 +130,7 @@ def _plan(source: Source, meta: dict[str, Any], folder: Path, report: Callable[[
     targets = [ops.resized(*shape, min(size, *shape)) if all(shape) else shape for shape in shapes]
     lengths = 3 * np.array(targets, np.int64).prod(axis=1)
     smaller = np.array([min(shape) > size for shape in shapes])
-    return Plan(source, size, meta["interpolation"], folder, np.cumsum(lengths) - lengths, lengths, smaller, meta)
+    return Plan(source, folder, np.cumsum(lengths) - lengths, lengths, smaller, meta)
 
 
 def _check_room(plans: Iterable[Plan], root: Path, report: Callable[[str], None]) -> None:
@@ -147,10 +142,8 @@ def _check_room(plans: Iterable[Plan], root: Path, report: Callable[[str], None]
         needed -= path.stat().st_blocks * 512 if path.exists() else 0
         report(f"{plan.source.name}: {len(plan.lengths):,} images take {size:,} bytes; {free:,} are free")
     if needed > free:
-        raise OSError(
-            f"{root} has {free:,} bytes free, and {needed:,} more are needed; free some, choose a smaller --size, or "
-            "another disk"
-        )
+        fix = "free some, choose a smaller --size, or another disk"
+        raise OSError(f"{root} has {free:,} bytes free, and {needed:,} more are needed; {fix}")
 
 
 def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> list[list]:
@@ -204,8 +197,8 @@ def _pack_piece(plan: Plan, start: int) -> list[list]:
 def _pack_one(plan: Plan, index: int, file: int) -> list:
     try:
         image = ops.as_rgb(plan.source.inputs[index])
-        size = min(plan.size, *ops.shape_of(image))
-        image = np.ascontiguousarray(ops.resize(image, size=size, interpolation=plan.interpolation))
+        size = min(plan.meta["size"], *ops.shape_of(image))
+        image = np.ascontiguousarray(ops.resize(image, size=size, interpolation=plan.meta["interpolation"]))
     except (ValueError, OSError) as error:
         return [str(error)]
     if image.nbytes != plan.lengths[index]:
@@ -224,12 +217,10 @@ def _pack_one(plan: Plan, index: int, file: int) -> list:
 def _check_decoded(plans: dict[str, Plan], results: dict[str, list[list]]) -> None:
     """Raises ValueError that lists the images of all splits that cannot be decoded."""
     bad = [reason for split, plan in plans.items() for reason in _reasons(plan, results[split]).values()]
-    if bad:
-        raise ValueError(
-            f"{len(bad)} of {sum(map(len, results.values()))} images cannot be decoded:\n{listed(bad, len(bad))}\n"
-            "The others are packed. Leave these out with --on_error skip, which goes on from here; or repair them, "
-            f"remove {' and '.join(str(plan.folder) for plan in plans.values())}, and start again."
-        )
+    folders = " and ".join(str(plan.folder) for plan in plans.values())
+    what = f"{len(bad)} of {sum(map(len, results.values()))} images cannot be decoded; the others are packed"
+    fix = f"leave these out with --on_error skip, which goes on from here, or repair them, remove {folders}"
+    refuse(f"{what}; {fix}, and start again", bad, len(bad))
 
 
 def _reasons(plan: Plan, results: list[list]) -> dict[int, str]:
