@@ -200,9 +200,9 @@ def test_a_domain_sees_the_same_whatever_the_batch_size(both):
 
 
 def test_a_batch_that_domains_and_processes_cannot_share_is_refused(both):
-    with pytest.raises(ValueError, match=r"batch_size 9 for 2 domains and 1 processes: .* multiple of 2"):
+    with pytest.raises(ValueError, match=r"batch_size 9 for 2 domains in process 0 of 1: .* multiple of 2"):
         train_batches(both, {"image": View(SAME)}, 9, 0)
-    with pytest.raises(ValueError, match=r"batch_size 6 for 2 domains and 2 processes: .* multiple of 4"):
+    with pytest.raises(ValueError, match=r"batch_size 6 for 2 domains in process 0 of 2: .* multiple of 4"):
         train_batches(both, {"image": View(SAME)}, 6, 0, process_count=2)
 
 

@@ -279,7 +279,7 @@ def test_labels_belong_to_sources_with_columns():
             b"file,y\na.png,1\nb,c.png,2\nd.png\n",
             r"(?s)2 rows do not have the 2 values .*row 3: 3 values\n  row 4: 1 val",
         ),
-        (b"file,y\n\xff\xfe,1\n", "is not UTF-8 text"),
+        (b"file,y\n\xff\xfe,1\n", "expected UTF-8 text"),
         (b"photo,y\na.png,1\n", "no column of image files; found photo, y, expected one of file, image, .*table:"),
         (b"file,y\na.png,1\n\na.png,2\n,3\n", r"(?s)row 4: a.png was already in row 2\n  row 5: file is missing"),
         (b"file,split,y\na.png,dev,1\n", "(?s)1 rows have no known split, expected one of train.*:\n  row 2: 'dev'"),

@@ -286,13 +286,8 @@ def _make(state: tuple[Batches, workers.Slots], step: int, slot: int | None) -> 
 
 def _check_sizes(batches: Batches, domains: int = 1) -> None:
     size, index, count = batches.batch_size, batches.process_index, batches.process_count
-    if size < 1 or size % count or not 0 <= index < count:
+    if size < 1 or size % (count * domains) or not 0 <= index < count:
         raise ValueError(
-            f"batch_size {size} for process {index} of {count}: the batch size must be a positive multiple of the "
-            "process count, and the process index below it"
-        )
-    if size % (count * domains):
-        raise ValueError(
-            f"batch_size {size} for {domains} domains and {count} processes: every process takes equal slices of all "
-            f"domains, expected a multiple of {count * domains}"
+            f"batch_size {size} for {domains} domains in process {index} of {count}: expected a positive multiple of "
+            f"{count * domains}, as every process takes equal slices of all domains, and a process index below {count}"
         )

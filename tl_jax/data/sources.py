@@ -5,7 +5,6 @@ import functools
 import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,18 +82,11 @@ def check_on_error(on_error: str) -> None:
 
 
 def list_split(
-    source: str,
-    split: str,
-    data_dir: str | None = None,
-    *,
-    task: str = "classification",
-    labels: Sequence[str] = (),
+    source: str, split: str, data_dir: str | None = None, *, task: str = "classification", labels: Sequence[str] = ()
 ) -> Source:
     """A whole split of a source as it lies there, without a look at the images; raises as `load` does."""
     if not re.fullmatch(r"\w+", split):
-        raise ValueError(
-            f"expected the name of a whole split such as train, found {split!r}; slices are cut when loaded"
-        )
+        raise ValueError(f"expected the name of a split such as train, found {split!r}; slices are cut when loaded")
     kind, argument = _parse(source)
     if labels and kind not in COLUMNS:
         raise ValueError(f"data.labels={tuple(labels)} names columns of csv: and table: sources; {source} has none")
@@ -244,7 +236,12 @@ def _load_tfds(name: str, split: str, data_dir: str | None) -> Source:
     try:
         records = builder.as_data_source(split=splits.get(split, split))
     except (AssertionError, NotImplementedError) as error:  # not prepared; prepared in a format of TensorFlow's
-        raise FileNotFoundError(f"{_how_to_prepare(name, builder.data_path)} (tfds: {error})") from None
+        raise FileNotFoundError(
+            f"tfds:{name} is not prepared as array_record at {builder.data_path} (tfds: {error}). Prepare it once, in an "
+            'environment of its own where tensorflow may be installed: python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder('{name}', file_format='array_record').download_and_prepare()\"; then give the folder above the "
+            "data set's as data_dir"
+        ) from None
     records.decoders = {image: tfds.decode.SkipDecoding()}  # decoded like every other source's images, by ops.decode
     labels, sizes = np.empty(len(records), np.int32), np.empty(len(records), np.int64)
     for i in range(len(records)):
@@ -263,12 +260,3 @@ def _tfds_keys(tfds: Any, name: str, info: Any) -> tuple[str, str]:
     if len(images) != 1 or len(labels) != 1:
         raise ValueError(f"tfds:{name} is no classification of images: images {images}, class labels {labels}")
     return images[0], labels[0]
-
-
-def _how_to_prepare(name: str, path: Path) -> str:
-    return (
-        f"tfds:{name} is not prepared as array_record at {path}. Prepare it once, in an environment of its own where "
-        f'tensorflow may be installed: python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{name}', file_format='array_record').download_and_prepare()\"; "
-        "then give the folder above the data set's as data_dir"
-    )

@@ -32,8 +32,8 @@ MEMORY = "/dev/shm"  # where shared memory lies on Linux; containers often give 
 def pool(num_workers: int, state: Any, num_threads: int) -> Iterator[Callable[..., Future]]:
     """`submit(function, ...)`, the Future of `function(state, ...)` in a worker process or, with 0 workers, a thread.
 
-    Processes receive the state once. They end with the context, and when the main process dies. They start with the
-    first submits, which must be made under `signals_held`. Raises RuntimeError if one was killed.
+    Processes receive the state once, start with the first submits, which `ahead` makes, and end with the context or the
+    main process. Raises RuntimeError if one was killed.
     """
     if num_workers:
         executor = ProcessPoolExecutor(num_workers, CONTEXT, _start, (state,))
@@ -58,22 +58,15 @@ def pool(num_workers: int, state: Any, num_threads: int) -> Iterator[Callable[..
 def ahead(submit: Callable[[Any], Callable[[], Any]], items: Iterable, count: int) -> Iterator:
     """Yields `submit(item)()` of each item in order; up to `count` items are submitted before they are due."""
     waiting = iter(items)
-    with signals_held():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # workers inherit it: a signal waits until they can take it
+    try:
         pending = collections.deque(submit(item) for item in itertools.islice(waiting, count))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     while pending:
         result = pending.popleft()()
         pending.extend(submit(item) for item in itertools.islice(waiting, 1))
         yield result
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Processes started inside inherit the mask: a signal waits until the worker has its handlers."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _apply(function: Callable, *arguments: Any) -> Any:

@@ -14,59 +14,38 @@ from tl_jax.data.readers.tables import table_source
 
 # The digits' labels repeat about every 130 rows, most likely one writer's form; at row 1029 one such period ends.
 DIGITS_TRAIN = 1029
-NOISE = 32  # grey levels, at most, of the noise on inverted digits
-PAPER, GRAIN = 80, 48  # grey level of the paper of faded digits, and at most of its noise
-MARGIN = 2  # black pixels beside a pair of digits, so that a centre crop of 0.875 cuts neither
+PAPER = 80  # grey level of the paper of faded digits
 CLASSES = tuple("0123456789")
 DIABETES = ("age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6")
 
-Form = tuple[np.ndarray, np.ndarray, tuple[str, ...]]  # grey images uint8 [N, H, W], labels, class names
+
+def _add_noise(grey: np.ndarray, rng: np.random.Generator, levels: int) -> np.ndarray:
+    return np.clip(grey + rng.integers(-levels, levels, grey.shape, endpoint=True), 0, 255).astype(np.uint8)
 
 
-def _plain(grey: np.ndarray, digits: np.ndarray, rng: np.random.Generator) -> Form:
-    return grey, digits, CLASSES
+def _pair(grey: np.ndarray, digits: np.ndarray, rng: np.random.Generator):
+    """Two digits side by side in the middle of a black 20 x 20 square, and which of the ten digits occur.
 
-
-def _inverted(grey: np.ndarray, digits: np.ndarray, rng: np.random.Generator) -> Form:
-    """Another domain: 255 - image, with noise that is uniform and belongs to the example, and the same labels."""
-    noise = rng.integers(-NOISE, NOISE, grey.shape, endpoint=True)
-    return np.clip(255 - grey.astype(np.int64) + noise, 0, 255).astype(np.uint8), digits, CLASSES
-
-
-def _faded(grey: np.ndarray, digits: np.ndarray, rng: np.random.Generator) -> Form:
-    """A nearer domain: white ink on grey paper, with coarser noise, and the same labels."""
-    noise = rng.integers(-GRAIN, GRAIN, grey.shape, endpoint=True)
-    return np.clip(PAPER + grey * ((255 - PAPER) / 255) + noise, 0, 255).astype(np.uint8), digits, CLASSES
-
-
-def _pairs(grey: np.ndarray, digits: np.ndarray, rng: np.random.Generator) -> Form:
-    """Two digits side by side in the middle of a black 20 x 20 square; multi-label, which of the ten digits occur.
-
-    Every digit is on the left once, and on the right once.
+    Every digit is on the left once, and on the right once. A centre crop of 0.875 cuts neither.
     """
-    right = rng.permutation(len(digits))
-    images = np.zeros((len(digits), 16 + 2 * MARGIN, 16 + 2 * MARGIN), np.uint8)
-    images[:, 4 + MARGIN : 12 + MARGIN, MARGIN:-MARGIN] = np.concatenate([grey, grey[right]], axis=2)
-    one_hot = np.eye(10, dtype=np.int32)[digits]
+    right, one_hot = rng.permutation(len(digits)), np.eye(10, dtype=np.int32)[digits]
+    images = np.zeros((len(digits), 20, 20), np.uint8)
+    images[:, 6:14, 2:-2] = np.concatenate([grey, grey[right]], axis=2)
     return images, np.maximum(one_hot, one_hot[right]), CLASSES
 
 
-def _parity(grey: np.ndarray, digits: np.ndarray, rng: np.random.Generator) -> Form:
-    return grey, digits % 2, ("even", "odd")
-
-
-def _ink(grey: np.ndarray, digits: np.ndarray, rng: np.random.Generator) -> Form:
-    """A number to predict: of the pixels that are brighter than half."""
-    return grey, (grey > 127).sum(axis=(1, 2))[:, None].astype(np.float32), ("ink",)
-
-
+# (grey images uint8 [N, 8, 8], digits, rng) -> (grey images uint8 [N, H, W], labels, class names)
 DIGITS = {
-    "digits": _plain,
-    "digits:inverted": _inverted,
-    "digits:faded": _faded,
-    "digits:pairs": _pairs,
-    "digits:parity": _parity,
-    "digits:ink": _ink,
+    "digits": lambda grey, digits, rng: (grey, digits, CLASSES),
+    "digits:inverted": lambda grey, digits, rng: (_add_noise(255 - grey.astype(np.int64), rng, 32), digits, CLASSES),
+    "digits:faded": lambda grey, digits, rng: (
+        _add_noise(PAPER + grey * ((255 - PAPER) / 255), rng, 48),
+        digits,
+        CLASSES,
+    ),
+    "digits:pairs": _pair,
+    "digits:parity": lambda grey, digits, rng: (grey, digits % 2, ("even", "odd")),
+    "digits:ink": lambda grey, digits, rng: (grey, (grey > 127).sum(axis=(1, 2))[:, None].astype(np.float32), ("ink",)),
 }
 
 

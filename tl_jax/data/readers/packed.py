@@ -12,7 +12,6 @@ import json
 import mmap
 import os
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,14 +96,21 @@ def _opened(path: str) -> Store:
 
 
 def open_split(folder: Path) -> Store:
-    """Opens a packed split; raises ValueError where a file is missing, damaged or of another size than it should be."""
+    """Opens a packed split, without reading pixels; ValueError lists files that are missing or not as they were."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        if meta.get("format") != FORMAT:
+            raise ValueError(f"format {meta.get('format')!r}, expected {FORMAT!r}")
         index = (folder / "index.npz").read_bytes()
         with np.load(io.BytesIO(index), allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in ("offsets", "shapes", "labels", "sha256")}
-        size = (folder / "pixels.bin").stat().st_size
-        problems = list(_problems(meta, hashlib.sha256(index).hexdigest(), arrays, size))
+        counted = {f"{key}: examples": (len(value), meta["examples"]) for key, value in arrays.items()}
+        facts = {
+            "index.npz: sha256": (hashlib.sha256(index).hexdigest(), meta["index_sha256"]),
+            "pixels.bin: bytes": ((folder / "pixels.bin").stat().st_size, meta["bytes"]),
+            "meta.json: ids": (len(meta["ids"]), meta["examples"]),
+        }
+        problems = [f"{what} {a!r}, expected {b!r}" for what, (a, b) in (facts | counted).items() if a != b]
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         problems = [f"{type(error).__name__}: {error}"]
     fix = "copy the folder again, or remove it and pack the source anew"
@@ -112,19 +118,6 @@ def open_split(folder: Path) -> Store:
     with (folder / "pixels.bin").open("rb") as file:
         pixels = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     return Store(pixels, **arrays, meta=meta)
-
-
-def _problems(meta: dict, index_sha256: str, arrays: dict[str, np.ndarray], size: int) -> Iterator[str]:
-    if meta.get("format") != FORMAT:
-        yield f"meta.json: format {meta.get('format')!r}, expected {FORMAT!r}"
-        return
-    if index_sha256 != meta["index_sha256"]:
-        yield f"index.npz: sha256 {index_sha256}, expected {meta['index_sha256']}"
-    if size != meta["bytes"]:
-        yield f"pixels.bin: {size} bytes, expected {meta['bytes']}"
-    lengths = {**{key: len(value) for key, value in arrays.items()}, "ids": len(meta["ids"])}
-    if set(lengths.values()) != {meta["examples"]}:
-        yield f"expected {meta['examples']} examples, found {lengths}"
 
 
 def verify(folder: str) -> dict[str, int]:

@@ -25,10 +25,8 @@ def read_table(path: str) -> Table:
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             records = [[cell.strip() for cell in record] for record in csv.reader(stream)]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except csv.Error as error:
-        raise ValueError(f"cannot read {file}: {error}; expected values separated by commas") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read {file}: {error}; expected UTF-8 text, values separated by commas") from None
     numbered = [(number, record) for number, record in enumerate(records, 1) if any(record)]
     if len(numbered) < 2:
         raise ValueError(f"{file} has {len(numbered)} rows; expected a header and at least one row of values")
@@ -106,9 +104,8 @@ def table_source(name: str, table: Table, split: str, task: str, labels: Sequenc
         values = parse_numbers(table.columns[column])
         (text if np.isinf(values).any() and not np.isfinite(values).any() else inputs).append(column)
     if not inputs:
-        raise ValueError(
-            f"{table.where} has no column of numbers beside the labels {', '.join(names)}; found {', '.join(others)}"
-        )
+        found = f"no column of numbers beside the labels {', '.join(names)}; found {', '.join(others)}"
+        raise ValueError(f"{table.where} has {found}")
     values, problems = number_columns(table, inputs, chosen)
     fix = "fill in or remove these rows, or remove the columns"
     refuse(f"{table.where}: {len(problems)} cells of the input columns are not numbers; {fix}", problems)
@@ -130,12 +127,10 @@ def _label_names(table: Table, labels: Sequence[str], others: list[str], default
     names = list(labels) or default
     problems = [f"{name!r}{nearest(name, others)}" for name in names if name not in others]
     if problems or not names or len(set(names)) < len(names):
-        found = f"the label columns {', '.join(names)}" if names and not problems else "no label column"
-        found += f" {', '.join(problems)}" if problems else ""
-        raise ValueError(
-            f"{table.where} has {found}; expected one or several different ones of {', '.join(others) or 'none'}. Name "
-            "them with data.labels"
-        )
+        twice = names and not problems
+        found = f"the label columns {', '.join(names)}" if twice else f"no label column {', '.join(problems)}".strip()
+        expected = f"one or several different ones of {', '.join(others) or 'none'}, named with data.labels"
+        raise ValueError(f"{table.where} has {found}; expected {expected}")
     return names
 
 
