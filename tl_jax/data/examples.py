@@ -234,7 +234,7 @@ def header_shape(images: Sequence, index: int) -> tuple[int, int]:
 
 
 def find_unreadable(source: Source, *, fully: bool) -> dict[int, str]:
-    """The reason by index of each image that cannot be read: by its header, or by decoding it whole. Uses threads."""
+    """{index: id and reason} of the images that cannot be read: by their headers, or by decoding them. Uses threads."""
     if isinstance(source.inputs, np.ndarray):
         return {}
 
@@ -245,9 +245,9 @@ def find_unreadable(source: Source, *, fully: bool) -> dict[int, str]:
             elif isinstance(image := source.inputs[index], bytes):
                 ops.decode(image)
         except (ValueError, OSError) as error:
-            return str(error)
+            return f"{source.ids[index]}: {error}"
         return ""
 
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        reasons = pool.map(problem, range(len(source)))
-        return {index: reason for index, reason in enumerate(reasons) if reason}
+        problems = pool.map(problem, range(len(source)))
+        return {index: text for index, text in enumerate(problems) if text}

@@ -26,7 +26,7 @@ class Shuffle:
     """
 
     def __init__(self, n: int, seed: int, together: int = 1):
-        self.n, self.seed, self.together = n, seed, together
+        self.n, self.together = n, together
 
         def numbers(block: int) -> np.ndarray:
             rng = np.random.default_rng([seed, block])
@@ -35,9 +35,6 @@ class Shuffle:
             return rng.permuted(np.tile(np.arange(n), (together, 1)), axis=1).reshape(-1)
 
         self._numbers = functools.lru_cache(RECENT)(numbers)
-
-    def __reduce__(self):
-        return Shuffle, (self.n, self.seed, self.together)
 
     def __call__(self, counters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(number, epoch) of each counter."""
@@ -52,8 +49,8 @@ class Shuffle:
 class Order(NamedTuple):
     """Every round of as many counters as there are groups visits each group once, in an order shuffled anew.
 
-    Within a group the members are shuffled epoch by epoch. One group of all examples is the plain shuffled order.
-    groups: the members of each, indices of examples. rounds: the order of the groups. within: of the members.
+    groups: indices of the examples of each. rounds: the order of the groups. within: of the members of each group,
+    shuffled epoch by epoch. One group of all examples is the plain shuffled order.
     """
 
     groups: tuple[np.ndarray, ...]
@@ -69,10 +66,6 @@ class Order(NamedTuple):
             numbers, epochs[here] = self.within[group](visits[here])
             indices[here] = self.groups[group][numbers]
         return indices, epochs
-
-    def counters_of(self, epochs: int) -> int:
-        """How many counters there are until every example has come `epochs` times."""
-        return epochs * len(self.groups) * max(map(len, self.groups))
 
 
 def _make_order(groups: Sequence[np.ndarray], seed: int) -> Order:

@@ -58,8 +58,7 @@ class Batches:
         raise NotImplementedError
 
     def seeds(self) -> tuple[int, ...]:
-        """The seed of the random draws of each domain; empty where nothing is random."""
-        return ()
+        return ()  # of the random draws of each domain; none in evaluation
 
     def __getitem__(self, step: int) -> Batch:
         return {**self.render(step), **self.index(step)}
@@ -79,13 +78,13 @@ class Batches:
     def iterate(self, start: int, stop: int, num_workers: int = 0) -> Iterator[Batch]:
         """Yields batches[start], ..., batches[stop - 1], made ahead of time by threads (0 workers) or worker processes.
 
-        The batches are the same for every number of workers, which end with the iterator and the main process. An error
-        while making a batch is raised where that batch is due; RuntimeError if a worker was killed. Worker processes
-        import the main module anew: guard its start with `if __name__ == "__main__"`.
+        Workers change no bit, and end with the iterator or the main process. An error while making a batch is raised
+        where that batch is due; RuntimeError if a worker was killed. Worker processes import the main module anew:
+        guard its start with `if __name__ == "__main__"`.
         """
         num_workers = num_workers if self.unprepared else 0  # what is prepared is only indexed
         count = 2 * num_workers + 1 if num_workers else THREADS + 1
-        with _in_processes(self, start, num_workers, count) if num_workers else _in_threads(self) as submit:
+        with _submitting(self, start, num_workers, count) as submit:
             yield from workers.ahead(submit, range(start, stop), count)
 
     def render(self, step: int, out: Batch | None = None) -> Batch:
@@ -141,7 +140,8 @@ class TrainBatches(Batches):
 
     def steps_of(self, epochs: int) -> int:
         """The number of steps until every example has come at least `epochs` times."""
-        return max(-(-order.counters_of(epochs) * len(self._orders) // self.batch_size) for order in self._orders)
+        counters = max(epochs * len(order.groups) * max(map(len, order.groups)) for order in self._orders)
+        return -(-counters * len(self._orders) // self.batch_size)
 
     def rows(self, step: int) -> Rows:
         """The examples of a whole batch, process by process and within these domain by domain; each [batch_size]."""
@@ -250,38 +250,36 @@ WORTH_WORKERS = 1024  # examples below which threads have made all batches befor
 
 
 @contextlib.contextmanager
-def _in_threads(batches: Batches) -> Iterator[Callable]:
-    """submit(step) -> a function that waits for the batch."""
-    with workers.pool(0, batches, THREADS) as submit:
-        yield lambda step: submit(operator.getitem, step).result
+def _submitting(batches: Batches, start: int, num_workers: int, count: int) -> Iterator[Callable]:
+    """submit(step) -> a function that waits for the batch.
 
-
-@contextlib.contextmanager
-def _in_processes(batches: Batches, start: int, num_workers: int, count: int) -> Iterator[Callable]:
-    """As `_in_threads`; images come in shared memory, the rest is added here. The batch `start` is made here."""
+    From processes the images come in shared memory, the rest is added here, and the batch `start` is made here.
+    """
+    if not num_workers:
+        with workers.pool(0, batches, THREADS) as submit:
+            yield lambda step: submit(operator.getitem, step).result
+        return
     slots = workers.Slots(count + SPARE, batches.shapes)
     lean = dataclasses.replace(batches, renders=batches.unprepared, prepared={})
 
-    def wait(step: int, future: Future) -> Batch:
-        images, slot = future.result()
-        return {**(images if slot is None else slots.view(slot)), **batches.index(step)}
+    def wait(step: int, slot: int | None, images: Future) -> Batch:
+        return {**(images.result() or slots.view(slot)), **batches.index(step)}
+
+    def begin(step: int) -> Callable[[], Batch]:
+        if step == start:
+            return functools.partial(operator.getitem, batches, step)  # while the workers start
+        slot = slots.take()
+        return functools.partial(wait, step, slot, submit(_render, step, slot))
 
     with workers.pool(num_workers, (lean, slots), 0) as submit:
-        yield (
-            lambda step: (
-                functools.partial(batches.__getitem__, step)  # while the workers start
-                if step == start
-                else functools.partial(wait, step, submit(_make, step, slots.take()))
-            )
-        )
+        yield begin
 
 
-def _make(state: tuple[Batches, workers.Slots], step: int, slot: int | None) -> tuple[Batch | None, int | None]:
+def _render(state: tuple[Batches, workers.Slots], step: int, slot: int | None) -> Batch | None:
+    """Runs in a worker: the images, or None where they are in the slot."""
     batches, slots = state
-    if slot is None:
-        return batches.render(step), None
-    batches.render(step, slots.arrays(slot))
-    return None, slot
+    images = batches.render(step, None if slot is None else slots.arrays(slot))
+    return images if slot is None else None
 
 
 def _check_sizes(batches: Batches, domains: int = 1) -> None:

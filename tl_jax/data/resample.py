@@ -16,9 +16,8 @@ Split = tuple[np.ndarray, np.ndarray]
 def folds(design: str) -> list[tuple[str, int]]:
     """The runs of a design as (resample, repeat); repeat r is split with `split_seed + r`.
 
-    "holdout" -> [("", 0)], no resampling. "kfold:5" -> ("kfold:5:0", 0) ... ("kfold:5:4", 0); "kfold:5x2" repeats these
-    as repeat 1. "bootstrap:3" -> ("bootstrap:0", 0) ... ("bootstrap:2", 0). "loo" -> [("loo", 0)]. Raises ValueError
-    for any other design.
+    "holdout" -> ("", 0), no resampling. "kfold:5" -> ("kfold:5:0", 0) ... ("kfold:5:4", 0); "kfold:5x2" repeats these
+    as repeat 1. "bootstrap:3" -> ("bootstrap:0", 0) ... ("bootstrap:2", 0). "loo" -> ("loo", 0).
     """
     if design in ("", "holdout", "loo"):
         return [("loo" if design == "loo" else "", 0)]
@@ -34,10 +33,9 @@ def folds(design: str) -> list[tuple[str, int]]:
 def split(labels: np.ndarray, resample: str, split_seed: int) -> Split:
     """(train indices, held-out indices) of one fold of a pool with these labels [N, ...], both ascending.
 
-    "kfold:5:0": fold 0 of 5, stratified and shuffled by split_seed. "bootstrap:3": train is draw number 3 of N examples
-    with replacement, so indices repeat; held out is what was not drawn (out of bag). A draw that misses a class, or
-    leaves nothing out, is redrawn, deterministically. Multi-label labels and targets are not stratified. Raises
-    ValueError for anything else, for a fold out of range, and for classes with too few examples.
+    "kfold:5:0": fold 0 of 5, stratified and shuffled by split_seed. "bootstrap:3": train is sample number 3 of N
+    examples with replacement; held out is what it lacks (out of bag). A sample that misses a class, or lacks nothing,
+    is taken again, deterministically. Multi-label labels and targets are not stratified.
     """
     labels = np.asarray(labels)
     if labels.ndim > 1 or labels.dtype.kind == "f":

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from tl_jax.data.readers import builtin
 from tl_jax.data.readers.arrays import array_source, load_arrays
 from tl_jax.data.readers.folder import load_folder
 from tl_jax.data.readers.glyphs import load_glyphs
-from tl_jax.data.readers.packed import load_packed
+from tl_jax.data.readers.packed import PackedImages, load_packed
 from tl_jax.data.readers.tables import load_csv, load_table
 
 __all__ = ["list_split", "load", "overlap", "parse_split", "stratified_order", "without"]
@@ -27,7 +27,6 @@ IMAGES = {"folder": load_folder, "arrays": load_arrays, "packed": load_packed}
 COLUMNS = {"csv": load_csv, "table": load_table}  # sources with label columns
 DIABETES = "table:diabetes"
 FORMS = ("folder:PATH", "arrays:FILE.npz", "packed:FOLDER", "csv:FILE", "table:FILE", "tfds:NAME", "tfds:NAME:VERSION")
-DECODED = (*BUILTIN, "packed", "table")  # nothing to decode; packed images have hashes
 
 
 def load(
@@ -47,9 +46,8 @@ def load(
     `task` says what the labels must be: classification, binary (of two classes, the second is positive), multilabel or
     regression. `labels` names the label columns of csv: and table: sources.
 
-    Slices such as `train[:80%]` cut a permutation that depends on `split_seed` and the number of examples; of classes
-    it is stratified, and depends on the labels as well. Complementary slices are disjoint and mixed alike. `shots` > 0
-    then draws that many examples of every class (in every domain) by `seed`; a larger draw contains the smaller.
+    Slices such as `train[:80%]` cut a permutation by `split_seed`, stratified where labels are classes. `shots` > 0
+    then takes that many examples of every class (in every domain) by `seed`; more shots contain the fewer.
     `on_error="fail"` raises ValueError naming every file whose header is no image; `"skip"` decodes every image once,
     now, and drops the bad ones into `Source.skipped`. `data_dir` is where tfds keeps its data. Raises ValueError on
     unknown sources or splits and on labels that do not fit the task, FileNotFoundError on missing data.
@@ -87,7 +85,10 @@ def list_split(
     """A whole split of a source as it lies there, without a look at the images; raises as `load` does."""
     if not re.fullmatch(r"\w+", split):
         raise ValueError(f"expected the name of a split such as train, found {split!r}; slices are cut when loaded")
-    kind, argument = _parse(source)
+    kind, _, argument = source.partition(":")
+    if source not in BUILTIN and (kind not in (*IMAGES, *COLUMNS, "tfds") or not argument):
+        known = (*BUILTIN, DIABETES, *FORMS)
+        raise ValueError(f"unknown source {source!r}{nearest(source, known)}. Sources: {', '.join(known)}")
     if labels and kind not in COLUMNS:
         raise ValueError(f"data.labels={tuple(labels)} names columns of csv: and table: sources; {source} has none")
     if source == DIABETES:
@@ -97,22 +98,11 @@ def list_split(
     elif kind == "tfds":
         found = _load_tfds(argument, split, data_dir)
     else:
-        found = BUILTIN[kind](split) if kind in BUILTIN else IMAGES[kind](argument, split)
+        found = BUILTIN[source](split) if source in BUILTIN else IMAGES[kind](argument, split)
     if len(found) == 0:
         raise ValueError(f"{found.name} holds no examples")
     label_columns.check_fit(found, task)
     return found
-
-
-def _parse(source: str) -> tuple[str, str]:
-    """The kind of a source, or its name where it is built in, and its argument."""
-    kind, _, argument = source.partition(":")
-    if source in BUILTIN:
-        return source, ""
-    if kind not in (*IMAGES, *COLUMNS, "tfds") or not argument:
-        known = (*BUILTIN, DIABETES, *FORMS)
-        raise ValueError(f"unknown source {source!r}{nearest(source, known)}. Sources: {', '.join(known)}")
-    return kind, argument
 
 
 class Slice(NamedTuple):
@@ -158,10 +148,8 @@ def _cut(source: Source, cut: Slice, split_seed: int) -> Source:
     start, stop = position(cut.start, 0), position(cut.stop, n)
     if not 0 <= start < stop <= n:
         raise ValueError(f"slice [{cut.start}:{cut.stop}] of {source.name} is empty or beyond its {n} examples")
-    if source.label_kind == "classes":
-        order = stratified_order(source.labels, split_seed)
-    else:
-        order = _slice_generator(split_seed).permutation(n)
+    stratified = source.label_kind == "classes"
+    order = stratified_order(source.labels, split_seed) if stratified else _slice_generator(split_seed).permutation(n)
     return source.select(np.sort(order[start:stop]))
 
 
@@ -179,28 +167,27 @@ def _draw_shots(source: Source, shots: int, seed: int) -> Source:
 
 
 def _load_whole(name: str, split: str, task: str, labels: Sequence[str], on_error: str, data_dir: str | None) -> Source:
-    source, kind = list_split(name, split, data_dir, task=task, labels=labels), _parse(name)[0]
-    if kind in DECODED or (kind == "tfds" and on_error == "fail"):
-        return source  # the files of tfds carry checksums, and a second pass over large records is dear
-    bad = find_unreadable(source, fully=on_error == "skip")
-    reasons = [f"{source.ids[i]}: {reason}" for i, reason in bad.items()]
-    if on_error == "fail":
-        what = f"{len(bad)} of {len(source)} files of {source.name} are not images that can be read"
-        refuse(f"{what}; repair or remove them, or set on_error='skip' to leave them out", reasons)
-    return without(source, list(bad), reasons) if bad else source
+    source, fully = list_split(name, split, data_dir, task=task, labels=labels), on_error == "skip"
+    # Packed images have hashes. The files of tfds have checksums, and a second pass over large records is dear.
+    if isinstance(source.inputs, PackedImages) or (isinstance(source.inputs, TfdsImages) and not fully):
+        return source
+    bad = find_unreadable(source, fully=fully)
+    if bad and fully:
+        return without(source, bad)
+    what = f"{len(bad)} of {len(source)} files of {source.name} are not images that can be read"
+    refuse(f"{what}; repair or remove them, or set on_error='skip' to leave them out", bad.values())
+    return source
 
 
-def without(source: Source, bad: list[int], reasons: list[str]) -> Source:
-    """The source without its unreadable images, and why; raises ValueError where none is left, or none of a class."""
-    kept = source.select(np.setdiff1d(np.arange(len(source)), bad))
-    if not len(kept):
-        raise ValueError(f"no readable image is left of {source.name}:\n{listed(reasons)}")
+def without(source: Source, bad: Mapping[int, str]) -> Source:
+    """The source without bad images, {index: reason}; raises ValueError where none is left, or none of a class."""
+    kept, reasons = source.select(np.setdiff1d(np.arange(len(source)), list(bad))), tuple(bad.values())
+    refuse(f"no readable image is left of {source.name}", () if len(kept) else reasons)
     gone = np.setdiff1d(source.labels, kept.labels) if source.label_kind == "classes" else ()
-    if len(gone):
-        names = [source.class_names[c] for c in gone]
-        raise ValueError(f"no readable image is left of {len(gone)} classes of {source.name}:\n{listed(names)}")
+    names = [source.class_names[c] for c in gone]
+    refuse(f"no readable image is left of {len(gone)} classes of {source.name}", names)
     log.warning("%s: skipped %d of %d unreadable images:\n%s", source.name, len(bad), len(source), listed(reasons))
-    return dataclasses.replace(kept, skipped=tuple(reasons))
+    return dataclasses.replace(kept, skipped=reasons)
 
 
 class TfdsImages(NamedTuple):

@@ -65,18 +65,17 @@ def write_example(
     counter: int = 0,
 ) -> None:
     """Writes one example into a row of each view; seeds: of the draws of each view, where there are any."""
+    name = f"{source.ids[index]} of {source.name}"
     try:
         image = ops.as_rgb(source.inputs[index])
     except ValueError as error:
-        raise ValueError(
-            f"cannot read {source.ids[index]} of {source.name}: {error}; repair or remove it, or set on_error='skip'"
-        ) from None
+        raise ValueError(f"cannot read {name}: {error}; repair or remove it, or set on_error='skip'") from None
     try:
         for field, render in renders.items():
             rng = _draws(seeds[field], counter) if seeds else None
             ops.put(out[field][row], render.preprocess(image, rng))
     except ValueError as error:
-        raise ValueError(f"{source.ids[index]} of {source.name}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
 def make_views(
@@ -102,10 +101,10 @@ def make_views(
             continue
         preprocess = make_preprocess(card, augment if augmented else ())
         if small := [size for size, _ in source.made_smaller if size < preprocess.resize_size]:
+            wanted = preprocess.resize_size
             raise ValueError(
                 f"{source.name} was packed with --size {min(small)}, but the card (input {card.input_size}) resizes "
-                f"images to a short side of {preprocess.resize_size}: pack it again, with --size "
-                f"{preprocess.resize_size} or more, or take the images themselves"
+                f"images to a short side of {wanted}: pack it with --size {wanted} or more, or take its files"
             )
         renders[field] = Render(preprocess, draws)
         if (pixels := _prepare(source, renders[field])) is not None:
@@ -116,8 +115,7 @@ def make_views(
 def _prepare(source: Source, render: Render) -> np.ndarray | None:
     """All input pixels at once [N, S, S, 3], where they are the same in every epoch and small; else None."""
     size = render.preprocess.input_size
-    total = len(source) * size**2 * 3
-    if not isinstance(source.inputs, np.ndarray) or render.preprocess.ops or total > IN_MEMORY:
+    if not isinstance(source.inputs, np.ndarray) or render.preprocess.ops or 3 * len(source) * size**2 > IN_MEMORY:
         return None
     if source.inputs.shape[1:3] == (render.preprocess.resize_size,) * 2 == (size,) * 2:
         return source.inputs

@@ -98,7 +98,6 @@ class Slots:
         return self._free.pop() if self._free else None
 
     def arrays(self, slot: int) -> dict[str, np.ndarray]:
-        """The arrays of a slot."""
         block = np.frombuffer(self._memory, np.uint8, self._stride, slot * self._stride)
         return {
             name: block[start:stop].view(dtype).reshape(shape)

@@ -18,6 +18,7 @@ MATRICES = {
     "translate_y": lambda strength: (1, 0, 0, 0, 1, -math.trunc(strength)),
 }
 PLAIN = {"autocontrast": ImageOps.autocontrast, "equalize": ImageOps.equalize}  # without a strength
+GREATEST = {"shear_x": 0.3, "shear_y": 0.3, "rotate": 30, **dict.fromkeys(ENHANCE, 0.9)}  # strength at magnitude 30
 SIGNED = (*MATRICES, "rotate", *ENHANCE)
 NAMES = ("identity", *SIGNED, "posterize", "solarize", *PLAIN)
 
@@ -25,14 +26,10 @@ NAMES = ("identity", *SIGNED, "posterize", "solarize", *PLAIN)
 def strength(name: str, magnitude: int, size: tuple[int, int]) -> float:
     """What magnitude 0 .. 30 means for an operation; `size` is (width, height) in pixels, as in Pillow."""
     share = magnitude / 30
-    if name.startswith("shear"):
-        return 0.3 * share
+    if name in GREATEST:
+        return GREATEST[name] * share
     if name.startswith("translate"):
         return 150 / 331 * size[name.endswith("y")] * share
-    if name == "rotate":
-        return 30 * share
-    if name in ENHANCE:
-        return 0.9 * share
     if name == "posterize":
         return 8 - round(magnitude / 7.5)
     return 255 * (1 - share)  # solarize's threshold; the rest take no strength

@@ -14,7 +14,6 @@ from tl_jax.data.readers.tables import table_source
 
 # The digits' labels repeat about every 130 rows, most likely one writer's form; at row 1029 one such period ends.
 DIGITS_TRAIN = 1029
-PAPER = 80  # grey level of the paper of faded digits
 CLASSES = tuple("0123456789")
 DIABETES = ("age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6")
 
@@ -38,11 +37,7 @@ def _pair(grey: np.ndarray, digits: np.ndarray, rng: np.random.Generator):
 DIGITS = {
     "digits": lambda grey, digits, rng: (grey, digits, CLASSES),
     "digits:inverted": lambda grey, digits, rng: (_add_noise(255 - grey.astype(np.int64), rng, 32), digits, CLASSES),
-    "digits:faded": lambda grey, digits, rng: (
-        _add_noise(PAPER + grey * ((255 - PAPER) / 255), rng, 48),
-        digits,
-        CLASSES,
-    ),
+    "digits:faded": lambda grey, digits, rng: (_add_noise(80 + grey * (175 / 255), rng, 48), digits, CLASSES),
     "digits:pairs": _pair,
     "digits:parity": lambda grey, digits, rng: (grey, digits % 2, ("even", "odd")),
     "digits:ink": lambda grey, digits, rng: (grey, (grey > 127).sum(axis=(1, 2))[:, None].astype(np.float32), ("ink",)),

@@ -56,12 +56,11 @@ def check_file(file: Path, suffix: str) -> None:
 
 def _near(path: Path) -> str:
     """A hint for a missing path: entries of the deepest folder that exists whose names are close."""
-    missing = path
-    while not missing.parent.is_dir():
-        missing = missing.parent
-    entries = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir())
-    close = difflib.get_close_matches(missing.name, entries, n=3)
-    return f"; near it: {', '.join(str(missing.parent / name) for name in close)}" if close else ""
+    while not path.parent.is_dir():
+        path = path.parent
+    entries = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+    close = difflib.get_close_matches(path.name, entries, n=3)
+    return f"; near it: {', '.join(str(path.parent / name) for name in close)}" if close else ""
 
 
 def _subfolders(folder: Path) -> list[str]:

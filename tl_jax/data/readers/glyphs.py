@@ -10,8 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tl_jax.data.examples import Source, check_split
 from tl_jax.data.readers.arrays import array_source
 
-SIZES = {"train": 20_000, "val": 2_000}
-SEEDS = {"train": 1, "val": 2}
+SPLITS = {"train": (20_000, 1), "val": (2_000, 2)}  # (examples, seed)
 MERGED = "CIJKLMOPSUVWXYZ"  # letters whose two cases differ in size only (the merge of EMNIST, Cohen et al. 2017)
 CLASSES = (
     *(letter + letter.lower() if letter in MERGED else letter for letter in ascii_uppercase),
@@ -33,25 +32,23 @@ def load_glyphs(split: str) -> Source:
     """37 classes of letters as uint8 RGB [N, 8, 8, 3]: 20,000 in train, 2,000 in val; rendered in a few seconds.
 
     As the makers of the digits did: a 32 x 32 bitmap filled by the letter, ink counted in 4 x 4 blocks, 0 .. 16 scaled
-    to 0 .. 255. Font, slant, rotation, width, weight and a smooth wobble are random. The splits share the fonts and
-    differ in their random draws; an image is a function of (split, index) only.
+    to 0 .. 255. Font, slant, rotation, width, weight and a smooth wobble are random. The splits share the fonts.
     """
-    check_split("glyphs", split, SIZES)
+    check_split("glyphs", split, SPLITS)
     return array_source("glyphs", split, *_render(split), CLASSES)
 
 
 @functools.cache
 def _render(split: str) -> tuple[np.ndarray, np.ndarray]:
-    masters, owners = _masters()
-    rng = np.random.default_rng([SEEDS[split], 0x676C])
-    labels = rng.permutation(np.arange(SIZES[split]) % len(CLASSES)).astype(np.int32)
+    (masters, owners), (size, seed) = _masters(), SPLITS[split]
+    rng = np.random.default_rng([seed, 0x676C])
+    labels = rng.permutation(np.arange(size) % len(CLASSES)).astype(np.int32)
     members = [np.flatnonzero(owners == c) for c in range(len(CLASSES))]
     draws = rng.random(len(labels))
     chosen = np.array([members[c][int(draw * len(members[c]))] for c, draw in zip(labels, draws, strict=True)])
     batches = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
     ink = np.concatenate([_count_blocks(_warp(masters[batch], rng)) for batch in batches])
-    grey = np.rint(ink * (255 / 16)).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=3), labels
+    return np.repeat(np.rint(ink * (255 / 16)).astype(np.uint8)[..., None], 3, axis=3), labels
 
 
 @functools.cache

@@ -189,7 +189,6 @@ def _read_journal(journal: Path) -> dict[int, list]:
 
 
 def _pack_piece(plan: Plan, start: int) -> list[list]:
-    """Decodes, resizes and writes the images start ... start + CHUNK - 1."""
     with (plan.folder / "pixels.bin").open("rb+", buffering=0) as file:
         return [_pack_one(plan, i, file.fileno()) for i in range(start, min(start + CHUNK, len(plan.lengths)))]
 
@@ -215,7 +214,6 @@ def _pack_one(plan: Plan, index: int, file: int) -> list:
 
 
 def _check_decoded(plans: dict[str, Plan], results: dict[str, list[list]]) -> None:
-    """Raises ValueError that lists the images of all splits that cannot be decoded."""
     bad = [reason for split, plan in plans.items() for reason in _reasons(plan, results[split]).values()]
     folders = " and ".join(str(plan.folder) for plan in plans.values())
     what = f"{len(bad)} of {sum(map(len, results.values()))} images cannot be decoded; the others are packed"
@@ -230,7 +228,7 @@ def _reasons(plan: Plan, results: list[list]) -> dict[int, str]:
 def _finish(plan: Plan, results: list[list]) -> dict[str, Any]:
     """Writes the index and the meta data, and removes what only packing needs."""
     bad = _reasons(plan, results)
-    source = without(plan.source, list(bad), list(bad.values())) if bad else plan.source
+    source = without(plan.source, bad) if bad else plan.source
     good = [i for i in range(len(results)) if i not in bad]
     with atomic_write(plan.folder / "index.npz") as file:
         np.savez(
