@@ -169,7 +169,7 @@ def _draw_shots(source: Source, shots: int, seed: int) -> Source:
 def _load_whole(name: str, split: str, task: str, labels: Sequence[str], on_error: str, data_dir: str | None) -> Source:
     source, fully = list_split(name, split, data_dir, task=task, labels=labels), on_error == "skip"
     # Packed images have hashes. The files of tfds have checksums, and a second pass over large records is dear.
-    if isinstance(source.inputs, PackedImages) or (isinstance(source.inputs, TfdsImages) and not fully):
+    if name in BUILTIN or isinstance(source.inputs, PackedImages if fully else (PackedImages, TfdsImages)):
         return source
     bad = find_unreadable(source, fully=fully)
     if bad and fully:
