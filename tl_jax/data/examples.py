@@ -86,8 +86,7 @@ class Source:
     ids name the examples across runs: the path below the root, split/index, or row/number.
     sizes: int64 [N], the bytes of each input. skipped: which examples were dropped as unreadable, and why.
     made_smaller: the short side and interpolation to which images were resized before they came here.
-    domain_names: the sources as they were given to `load`. domains: int32 [N] that count into them, where there are
-    several.
+    domain_names: the sources as given to `load`. domains: int32 [N] that count into several domain_names.
     """
 
     name: str
@@ -142,9 +141,8 @@ class Source:
         It covers class names, ids, labels, domains, sizes, and arrays whole or the `head` of every encoded image.
         """
         domain_names = () if self.domains is None else self.domain_names
-        facts: list = [self.class_names, self.ids]
-        if self.columns or domain_names or self.label_kind != "classes":
-            facts += [self.label_kind, self.columns, domain_names]
+        further = self.columns or domain_names or self.label_kind != "classes"
+        facts = [self.class_names, self.ids, *((self.label_kind, self.columns, domain_names) if further else ())]
         digest = hashlib.sha256(json.dumps(facts).encode())
         digest.update(self.labels.astype("<f4" if self.label_kind == "targets" else "<i4").tobytes())
         digest.update(self.sizes.astype("<i8").tobytes())
@@ -228,9 +226,9 @@ def header_shape(images: Sequence, index: int) -> tuple[int, int]:
     """Height and width of an image up to a turn by EXIF; of an encoded one by its header, else ValueError, OSError."""
     image = images.path(index) if isinstance(images, FileImages) else images[index]
     if isinstance(image, np.ndarray):
-        return image.shape[:2]
+        return ops.shape_of(image)
     with ops.open_image(image) as header:
-        return header.height, header.width
+        return ops.shape_of(header)
 
 
 def find_unreadable(source: Source, *, fully: bool) -> dict[int, str]:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 
 from tl_jax.core.checks import refuse
-from tl_jax.core.messages import nearest
 from tl_jax.data.examples import Source
 from tl_jax.data.readers.folder import natural_key
 
@@ -32,12 +31,6 @@ class Table(NamedTuple):
         """The first column that has one of these names, in any case."""
         by_name = {column.lower(): column for column in reversed(self.columns)}
         return next((by_name[name] for name in names if name in by_name), None)
-
-
-def check_task(task: str) -> None:
-    """Raises ValueError for a task that has no labels here."""
-    if task not in KINDS:
-        raise ValueError(f"there is no task {task!r}{nearest(task, KINDS)}; known: {', '.join(KINDS)}")
 
 
 def check_fit(source: Source, task: str) -> None:

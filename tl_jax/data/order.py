@@ -22,7 +22,7 @@ def derive(seed: int, name: str) -> int:
 class Shuffle:
     """The numbers 0 .. n - 1 epoch after epoch, in a new order in each epoch.
 
-    together: how many epochs are drawn at once, where n is so small that each by itself would take too long.
+    together: how many epochs are sampled at once, where n is so small that each by itself would take too long.
     """
 
     def __init__(self, n: int, seed: int, together: int = 1):

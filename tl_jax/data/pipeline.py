@@ -18,9 +18,13 @@ from tl_jax.core.messages import nearest
 from tl_jax.data import order as orders
 from tl_jax.data import workers
 from tl_jax.data.examples import Source
-from tl_jax.data.views import Render, View, draws_seed, make_views, write_example
+from tl_jax.data.views import Render, View, make_views, write_example
 
 log = logging.getLogger(__name__)
+# Pillow decodes outside the interpreter's lock, so a few threads help; more only contend for it.
+THREADS = min(4, os.cpu_count() or 1)
+SPARE = 3  # batches in shared memory besides those being made: with the consumer, on their way to the device
+WORTH_WORKERS = 1024  # examples below which threads have made all batches before a worker process has started
 Batch = dict[str, np.ndarray]
 
 
@@ -41,7 +45,7 @@ class Batches:
     int32 [b]; "label", where the stream is labelled; "domain" int32 [b], where the source has domains.
 
     renders: of the views of images. prepared: by view, what is taken in place of rendering, [V, N, ...]: in its epoch e
-    an example has row e % V.
+    an example has row e % V. seed: of this stream; None where nothing is random.
     """
 
     source: Source
@@ -49,16 +53,14 @@ class Batches:
     prepared: Mapping[str, np.ndarray]
     batch_size: int
     _: dataclasses.KW_ONLY
+    seed: int | None = None
     labelled: bool = True
     process_index: int = 0
     process_count: int = 1
 
     def rows(self, step: int) -> Rows:
-        """The examples of a whole batch, of all processes; each [batch_size]."""
+        """The examples of a whole batch, process by process and within these domain by domain; each [batch_size]."""
         raise NotImplementedError
-
-    def seeds(self) -> tuple[int, ...]:
-        return ()  # of the random draws of each domain; none in evaluation
 
     def __getitem__(self, step: int) -> Batch:
         return {**self.render(step), **self.index(step)}
@@ -93,7 +95,10 @@ class Batches:
             return {}
         if out is None:
             out = {field: np.empty(shape, dtype) for field, (shape, dtype) in self.shapes.items()}
-        seeds = [{field: draws_seed(seed, render.draws) for field, render in todo.items()} for seed in self.seeds()]
+        seeds = [
+            {field: orders.derive(seed, f"draws {r.draws}") if r.draws else seed for field, r in todo.items()}
+            for seed in (() if self.seed is None else orders.seeds_of(self.source, self.seed))
+        ]
         rows = self._local_rows(step)
         columns = rows.index.tolist(), rows.domain.tolist(), rows.counter.tolist()
         for row, (index, domain, counter) in enumerate(zip(*columns, strict=True)):
@@ -132,11 +137,7 @@ class TrainBatches(Batches):
     seed, counter and epochs; a batch on every process is D equal slices, in the order of the domains.
     """
 
-    seed: int
     order: str = "shuffled"
-
-    def seeds(self) -> tuple[int, ...]:
-        return orders.seeds_of(self.source, self.seed)
 
     def steps_of(self, epochs: int) -> int:
         """The number of steps until every example has come at least `epochs` times."""
@@ -144,7 +145,6 @@ class TrainBatches(Batches):
         return -(-counters * len(self._orders) // self.batch_size)
 
     def rows(self, step: int) -> Rows:
-        """The examples of a whole batch, process by process and within these domain by domain; each [batch_size]."""
         if step < 0:
             raise IndexError(f"step must be at least 0, found {step}")
         domains = len(self._orders)
@@ -166,8 +166,8 @@ class TrainBatches(Batches):
 class EvalBatches(Batches):
     """Evaluation batches: every example once, in order, `len(batches)` batches on every process.
 
-    They have a field "mask" bool [b]. The last batch is padded: there the mask is False, the index -1, everything else
-    0. Process p has the p-th run of b rows of each global batch.
+    Field "mask", bool [b], is False where the last batch is padded; there the index is -1, everything else 0. Process p
+    has the p-th run of b rows of each global batch.
     """
 
     num_workers: int = 0
@@ -241,12 +241,6 @@ def eval_batches(source: Source, views: Mapping[str, View], batch_size: int, **o
                 *(source.name, *packed, *wanted, *wanted),
             )
     return batches
-
-
-# Pillow decodes outside the interpreter's lock, so a few threads help; more only contend for it.
-THREADS = min(4, os.cpu_count() or 1)
-SPARE = 3  # batches in shared memory besides those being made: with the consumer, on their way to the device
-WORTH_WORKERS = 1024  # examples below which threads have made all batches before a worker process has started
 
 
 @contextlib.contextmanager

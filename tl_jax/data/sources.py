@@ -11,8 +11,8 @@ import numpy as np
 
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import listed, nearest
-from tl_jax.data import labels as label_columns
 from tl_jax.data.examples import Source, check_split, find_unreadable, join, join_domains, overlap
+from tl_jax.data.labels import KINDS, check_fit
 from tl_jax.data.readers import builtin
 from tl_jax.data.readers.arrays import array_source, load_arrays
 from tl_jax.data.readers.folder import load_folder
@@ -53,13 +53,14 @@ def load(
     unknown sources or splits and on labels that do not fit the task, FileNotFoundError on missing data.
     """
     names = (source,) if isinstance(source, str) else tuple(source)
-    label_columns.check_task(task)
+    if task not in KINDS:
+        raise ValueError(f"there is no task {task!r}{nearest(task, KINDS)}; known: {', '.join(KINDS)}")
     if not names:
         raise ValueError("no source is given; expected one, or one for each domain")
     check_on_error(on_error)
     if min(shots, seed, split_seed) < 0:
         raise ValueError(f"shots={shots}, seed={seed}, split_seed={split_seed}: none may be negative")
-    if shots and label_columns.KINDS[task] != "classes":
+    if shots and KINDS[task] != "classes":
         raise ValueError(f"shots={shots}: shots are examples of a class, and the task {task!r} has none; use a slice")
     slices, domains = parse_split(split), []
     for name in names:
@@ -101,7 +102,7 @@ def list_split(
         found = BUILTIN[source](split) if source in BUILTIN else IMAGES[kind](argument, split)
     if len(found) == 0:
         raise ValueError(f"{found.name} holds no examples")
-    label_columns.check_fit(found, task)
+    check_fit(found, task)
     return found
 
 

@@ -11,11 +11,11 @@ from tl_jax.core.card import Card
 from tl_jax.core.checks import refuse
 from tl_jax.core.fields import DOMAIN, INDEX, LABEL, MASK
 from tl_jax.core.messages import listed
-from tl_jax.data import order
 from tl_jax.data.examples import Source
 from tl_jax.data.image import ops
 from tl_jax.data.image.augment import Preprocess, make_preprocess
 
+_local = threading.local()
 IN_MEMORY = 2**28  # bytes of input pixels that may be made once and kept, where they do not change from epoch to epoch
 
 
@@ -32,13 +32,8 @@ class View(NamedTuple):
 
 
 class Render(NamedTuple):
-    """How the images of a view are made."""
-
     preprocess: Preprocess
     draws: str
-
-
-_local = threading.local()
 
 
 def _draws(seed: int, counter: int) -> np.random.Generator:
@@ -49,10 +44,6 @@ def _draws(seed: int, counter: int) -> np.random.Generator:
     _local.start["state"]["key"][:] = seed, counter
     _local.rng.bit_generator.state = _local.start
     return _local.rng
-
-
-def draws_seed(seed: int, draws: str) -> int:
-    return order.derive(seed, f"draws {draws}") if draws else seed
 
 
 def write_example(

@@ -74,14 +74,13 @@ def _apply(function: Callable, *arguments: Any) -> Any:
 
 
 class Slots:
-    """Arrays in memory that worker processes share with the main one: a set of arrays by name, `count` times.
+    """Arrays in memory that worker processes share with the main one: `wanted`, {name: (shape, type)}, `count` times.
 
     A slot is free again when the arrays of its `view` have been collected: nothing is copied, and nothing that is in
     use is overwritten. The memory has no name, so the system reclaims it however the processes end.
     """
 
     def __init__(self, count: int, wanted: Mapping[str, tuple[tuple[int, ...], str]]):
-        """wanted: (shape, type) of each array."""
         self._places, stride = {}, 0
         for name, (shape, dtype) in wanted.items():
             size = math.prod(shape) * np.dtype(dtype).itemsize

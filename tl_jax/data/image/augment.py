@@ -12,6 +12,8 @@ from tl_jax.core import checks
 from tl_jax.core.card import Card
 from tl_jax.data.image import ops
 
+SIZING = ("random_resized_crop", "random_crop")
+
 
 class Preprocess(NamedTuple):
     """`preprocess(image, rng)` makes uint8 [input_size, input_size, 3] of uint8 RGB [H, W, 3] or a Pillow image.
@@ -32,9 +34,6 @@ class Preprocess(NamedTuple):
             return image
         image = ops.resize(image, size=self.resize_size, interpolation=self.interpolation)
         return ops.centre_crop(image, self.input_size)
-
-
-SIZING = ("random_resized_crop", "random_crop")
 
 
 def make_preprocess(card: Card, augment: Sequence[tuple[str, Mapping]] = ()) -> Preprocess:

@@ -26,7 +26,6 @@ Interpolation = Annotated[str, checks.one_of(*RESAMPLE)]
 Size = Annotated[int, checks.integer(1, 16_384)]
 Fill = Annotated[int, checks.integer(0, 255)]
 Probability = Annotated[float, checks.number(0, 1)]
-Degrees = Annotated[float, checks.number(0, 180)]
 Amount = Annotated[float, checks.number(0, 100)]
 Areas = Annotated[tuple[float, float], _interval(1)]
 Ratios = Annotated[tuple[float, float], _interval()]
@@ -95,7 +94,6 @@ def as_rgb(image: np.ndarray | bytes) -> np.ndarray | Image.Image:
 
 
 def shape_of(image: np.ndarray | Image.Image) -> tuple[int, int]:
-    """Height and width."""
     return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
 
 
@@ -190,7 +188,9 @@ def random_crop(
     return image[top : top + size, left : left + size]
 
 
-def rotation(image: np.ndarray, rng, *, degrees: Degrees = 15.0, fill: Fill = 0) -> np.ndarray:
+def rotation(
+    image: np.ndarray, rng, *, degrees: Annotated[float, checks.number(0, 180)] = 15.0, fill: Fill = 0
+) -> np.ndarray:
     """Rotates about the centre by a uniform angle within +-degrees; bilinear, size kept, corners filled with `fill`."""
     angle = rng.uniform(-degrees, degrees)
     return np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=(fill,) * 3))
@@ -293,6 +293,6 @@ def put(row: np.ndarray, image: np.ndarray) -> None:
     """Writes an image [S, S, 3] into its row of a batch; a mirrored one by channels, six times as fast as at once."""
     if image.strides[1] > 0:
         row[...] = image
-        return
-    for channel in range(3):
-        row[..., channel] = image[..., channel]
+    else:
+        for channel in range(3):
+            row[..., channel] = image[..., channel]

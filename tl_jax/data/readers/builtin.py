@@ -23,10 +23,7 @@ def _add_noise(grey: np.ndarray, rng: np.random.Generator, levels: int) -> np.nd
 
 
 def _pair(grey: np.ndarray, digits: np.ndarray, rng: np.random.Generator):
-    """Two digits side by side in the middle of a black 20 x 20 square, and which of the ten digits occur.
-
-    Every digit is on the left once, and on the right once. A centre crop of 0.875 cuts neither.
-    """
+    """Two digits side by side in a black 20 x 20 square, each digit once on either side; labels: which digits occur."""
     right, one_hot = rng.permutation(len(digits)), np.eye(10, dtype=np.int32)[digits]
     images = np.zeros((len(digits), 20, 20), np.uint8)
     images[:, 6:14, 2:-2] = np.concatenate([grey, grey[right]], axis=2)
@@ -62,8 +59,8 @@ def load_diabetes(split: str, task: str, labels: Sequence[str] = ()) -> Source:
     """scikit-learn's diabetes: ten measurements, unscaled, and `target`. Every fourth row is test, the others train."""
     data, target = _read("diabetes_data_raw.csv.gz"), _read("diabetes_target.csv.gz")
     columns = {name: cells for name, *cells in zip(DIABETES, *(line.split() for line in data), strict=True)}
-    splits = ["test" if i % 4 == 3 else "train" for i in range(len(data))]
-    table = Table("table:diabetes", columns | {"target": target, "split": splits}, np.arange(1, len(data) + 1))
+    columns |= {"target": target, "split": ["test" if i % 4 == 3 else "train" for i in range(len(data))]}
+    table = Table("table:diabetes", columns, np.arange(1, len(data) + 1))
     return table_source(f"table:diabetes {split}", table, split, task, labels)
 
 

@@ -20,8 +20,7 @@ def load_folder(path: str, split: str) -> Source:
     """Lists one split of a folder of images; labels are the positions of the class names in natural order.
 
     Files may lie at any depth below their class folder; hidden files and folders are ignored. Raises FileNotFoundError
-    on a missing folder or split, ValueError where there are no classes, empty classes, or classes that differ from
-    those of train.
+    on a missing folder, ValueError on a missing split and on classes that are empty or not those of train.
     """
     root = Path(path).expanduser()
     if not root.is_dir():

@@ -79,9 +79,9 @@ def _warp(masters: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     count = len(masters)
     masters = _weight(masters, rng)
     angle, slant = rng.normal(0, 0.12, (2, count, 1, 1)).astype(np.float32)
-    stretch = np.exp(rng.normal(0, 0.15, (count, 1, 1))).astype(np.float32)
+    width = np.exp(rng.normal(0, 0.15, (count, 1, 1))).astype(np.float32)
     y, x = (np.mgrid[:MASTER, :MASTER] - (MASTER - 1) / 2).astype(np.float32)
-    u = (np.cos(angle) * x + (np.sin(angle) + slant) * y) * stretch
+    u = (np.cos(angle) * x + (np.sin(angle) + slant) * y) * width
     v = -np.sin(angle) * x + np.cos(angle) * y
     for k in (1, 2):  # one and two waves across the letter, each way
         amplitude = rng.normal(0, 1.6 / k, (2, count, 1, 1)).astype(np.float32)

@@ -31,7 +31,7 @@ FLUSH = 10  # seconds between two times that pixels are forced to disk and enter
 class Plan(NamedTuple):
     """What is packed where: image i takes `lengths[i]` bytes of `folder`/pixels.bin from `offsets[i]` on.
 
-    smaller: bool [N], whether an image is made smaller. meta: what meta.json says of it before it is packed.
+    smaller: bool [N], whether an image is made smaller. meta: the first entries of meta.json.
     """
 
     source: Source
@@ -164,7 +164,9 @@ def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> 
             if time.perf_counter() - flushed < FLUSH and number < len(todo):
                 continue
             os.fsync(data.fileno())  # pixels first: what the journal names is there, even after a power cut
-            good = {start: rows for start, rows in fresh.items() if all(map(_is_good, rows))}  # others are tried again
+            good = {
+                start: rows for start, rows in fresh.items() if all(len(row) == 3 for row in rows)
+            }  # others are tried again
             file.writelines(json.dumps([start, rows]) + "\n" for start, rows in good.items())
             file.flush()
             os.fsync(file.fileno())
@@ -173,10 +175,6 @@ def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> 
             rate = number * CHUNK / (flushed - began)
             report(f"{min(len(pieces) * CHUNK, count):,} of {count:,} images, {rate:,.0f} images/s")
     return [row for start in range(0, count, CHUNK) for row in pieces[start]]
-
-
-def _is_good(row: list) -> bool:
-    return len(row) == 3
 
 
 def _read_journal(journal: Path) -> dict[int, list]:
@@ -222,7 +220,7 @@ def _check_decoded(plans: dict[str, Plan], results: dict[str, list[list]]) -> No
 
 
 def _reasons(plan: Plan, results: list[list]) -> dict[int, str]:
-    return {i: f"{plan.source.ids[i]}: {row[0]}" for i, row in enumerate(results) if not _is_good(row)}
+    return {i: f"{plan.source.ids[i]}: {row[0]}" for i, row in enumerate(results) if len(row) == 1}
 
 
 def _finish(plan: Plan, results: list[list]) -> dict[str, Any]:

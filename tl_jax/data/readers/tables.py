@@ -1,5 +1,6 @@
 """Files of comma-separated values: images with label columns (csv:FILE), and rows of numbers (table:FILE)."""
 
+import collections
 import csv
 import logging
 from collections.abc import Sequence
@@ -31,21 +32,17 @@ def read_table(path: str) -> Table:
     if len(numbered) < 2:
         raise ValueError(f"{file} has {len(numbered)} rows; expected a header and at least one row of values")
     header = numbered[0][1]
-    _check_header(file, header)
+    if len(header) == 1 and (separator := next((s for s in ";\t|" if s in header[0]), "")):
+        raise ValueError(f"{file} has the one column {header[0]!r}; expected commas, found {separator!r} between names")
+    problems = [f"column {i} has no name" for i, name in enumerate(header, 1) if not name]
+    counts = collections.Counter(name for name in header if name)
+    problems += [f"column {name!r} occurs {count} times" for name, count in counts.items() if count > 1]
+    refuse(f"{file}: the header {header} cannot be used; rename the columns", problems)
     ragged = [f"row {n}: {len(record)} values" for n, record in numbered[1:] if len(record) != len(header)]
     fix = 'put a value that contains a comma in quotation marks, "a, b"'
     refuse(f"{file}: {len(ragged)} rows do not have the {len(header)} values of the header; {fix}", ragged)
     numbers, bodies = zip(*numbered[1:], strict=True)
     return Table(str(file), dict(zip(header, zip(*bodies, strict=True), strict=True)), np.array(numbers))
-
-
-def _check_header(file: Path, header: list[str]) -> None:
-    if len(header) == 1 and (separator := next((s for s in ";\t|" if s in header[0]), "")):
-        raise ValueError(f"{file} has the one column {header[0]!r}; expected commas, found {separator!r} between names")
-    problems = [f"column {i} has no name" for i, name in enumerate(header, 1) if not name]
-    twice = dict.fromkeys(name for name in header if name and header.count(name) > 1)
-    problems += [f"column {name!r} occurs {header.count(name)} times" for name in twice]
-    refuse(f"{file}: the header {header} cannot be used; rename the columns", problems)
 
 
 def load_csv(path: str, split: str, task: str, labels: Sequence[str] = ()) -> Source:
