@@ -58,7 +58,7 @@ class Loop:
         self.state, meta = resume(
             self.checkpoints, self.identity, lambda step: self.program.initial(run.phase_of(step))
         )
-        start = self.program.step(self.state)
+        start = int(self.state.step)
         rows = meta.get("rows") or [[] for _ in range(count)]
         self.failed = {int(j): FloatingPointError(text) for j, text in meta.get("failed", {}).items()}
         self.frozen = meta.get("frozen")
@@ -101,7 +101,7 @@ class Loop:
         sets = program.batches(i, self.state, names, self.stop_requested)
         val = sets.pop("val", None)
         with contextlib.closing(program.iterate(sets, start, phase.stop)) as stream:
-            batches = feed(self.logs.values(), stream, lambda: program.idle(self.state))
+            batches = feed(self.logs.values(), stream, lambda: self.state.step.is_ready())
             for done, batch in enumerate(batches, start + 1):
                 if done > start + 1:
                     self._refresh(i, done - 1)
