@@ -58,6 +58,11 @@ class Card:
                 f"pixels, {channels} means, {channels} deviations > 0, a crop > 0"
             )
 
+    @property
+    def scale(self) -> float:
+        """What inputs are divided by before mean and deviation: the largest value of a pixel, 1 for a table."""
+        return 255.0 if self.input == "image" else 1.0
+
     def to_json(self) -> str:
         defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in LATER}
         table = dataclasses.asdict(self)

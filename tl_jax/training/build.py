@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from tl_jax import tasks
@@ -120,9 +121,7 @@ def load_model(
     model = settings.model
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
     arguments |= {"head": model.head, "columns": tuple(columns)}
-    loaded = load.load_with_origins(
-        model.name, model.weights, None if model.keep_head else outputs, **arguments
-    )  # fmt: skip
+    loaded = load.load_with_origins(model.name, model.weights, None if model.keep_head else outputs, **arguments)
     known = loaded.card.class_names or class_names
     if model.keep_head and (loaded.card.num_classes != outputs or tuple(known) != tuple(class_names)):
         raise ValueError(
@@ -138,12 +137,11 @@ def load_model(
         )
     if not model.reinit:
         return loaded
-    rules_ = [(f"backbone/{part}/.*", "new") for part in model.reinit]
-    flat = {path.partition("/")[2]: path for path in trees.flatten(loaded.variables)}
-    matches = trees.match_rules(flat, [*rules_, (".*", "kept")])
-    random = load.load_with_origins(model.name, "", loaded.card.num_classes, **arguments)
-    sampled = {path for path, short in ((flat[short], short) for short in flat) if matches[short].value == "new"}
-    fresh = {path: leaf for path, leaf in trees.flatten(random.variables).items() if path in sampled}
+    short = {path: path.partition("/")[2] for path in trees.flatten(loaded.variables)}
+    new = [(f"backbone/{part}/.*", "new") for part in model.reinit]
+    matches = trees.match_rules(dict.fromkeys(short.values()), [*new, (".*", "kept")])
+    random = trees.flatten(load.load_with_origins(model.name, "", loaded.card.num_classes, **arguments).variables)
+    fresh = {path: random[path] for path in short if matches[short[path]].value == "new"}
     variables = trees.merge(loaded.variables, fresh)
     return loaded._replace(variables=variables, origins={**loaded.origins, **dict.fromkeys(fresh, "new")})
 
@@ -156,10 +154,8 @@ def _finish_card(settings: Settings, card: Card, spec: Spec, train: Source) -> C
         found = "rows of a table" if train.columns else "images"
         raise ValueError(f"{card.model} takes an input of kind {card.input!r}, and {train.name} has {found}")
     if train.columns and not settings.model.weights:
-        mean, std = train.inputs.mean(axis=0, dtype="float64"), train.inputs.std(axis=0, dtype="float64")
-        card = card.replace(
-            columns=train.columns, mean=tuple(mean.tolist()), std=tuple((std + (std == 0)).tolist())
-        )  # fmt: skip
+        mean, std = (f(train.inputs, axis=0, dtype="float64") for f in (np.mean, np.std))
+        card = card.replace(columns=train.columns, mean=tuple(mean.tolist()), std=tuple((std + (std == 0)).tolist()))
     return card.replace(
         class_names=train.class_names, task=spec.name, target_mean=spec.target_mean, target_std=spec.target_std,
         source=f"{card.source or 'random weights'} -> {train.name}",
@@ -172,14 +168,8 @@ def _configure(settings: Settings, loaded: load.Loaded, parallel: sharding.Paral
     size = loaded.model.width // loaded.model.heads if hasattr(loaded.model, "heads") else 8
     if model.attention == "cudnn" and (reason := unfused(dtype, size)):
         log(f"model.attention=cudnn: XLA computes the attention in its place, as {reason}")
-    module = loaded.model.clone(
-        dtype=dtype,
-        dropout=model.dropout,
-        drop_path=model.drop_path,
-        remat=model.remat,
-        attention=model.attention,
-        axis_name=parallel.axis_name,
-    )
+    same = {name: getattr(model, name) for name in ("dropout", "drop_path", "remat", "attention")}
+    module = loaded.model.clone(dtype=dtype, axis_name=parallel.axis_name, **same)
     return peft.Adapted(module, tuple(settings.phases[0].method.add))
 
 

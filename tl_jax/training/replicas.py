@@ -1,6 +1,7 @@
 """Many runs in one program: replicas differ in learning rate, weight decay, seed or shots and share what is frozen."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -267,15 +268,9 @@ class Replicas:
             run = self.runs[j]
             sets = {name: run.material.streams[name] for name in training}
             sets |= {name: run.material.eval_batches[name] for name in scored} if d == 0 else {}
-            variables = run.material.variables
-            made = single.cached(
-                run, run.phases[i], sets, lambda v=variables: self._parallel.place(v), self._parallel, stop
-            )
-            for name, batches in made.items():
-                if name in training:
-                    found[name].append(batches)
-                else:
-                    found[name] = batches
+            place = functools.partial(self._parallel.place, run.material.variables)
+            for name, batches in single.cached(run, run.phases[i], sets, place, self._parallel, stop).items():
+                found[name] = [*found[name], batches] if name in training else batches
         return found
 
     def iterate(self, sets: Mapping[str, Sequence[Any]], start: int, stop: int) -> Iterator[Any]:

@@ -15,12 +15,10 @@ from tl_jax.core.fields import LABEL, MASK
 from tl_jax.data import pipeline
 from tl_jax.methods.term import MAIN, MODEL, Start
 from tl_jax.runtime import sharding
-from tl_jax.runtime.preemption import Preempted
+from tl_jax.runtime.preemption import Stop, check
 from tl_jax.training import audit, evaluate, feature_cache, steps
 from tl_jax.training.build import Phase, Run
 from tl_jax.training.steps import TrainState
-
-Stop = Callable[[int], bool]
 
 
 class Line(NamedTuple):
@@ -210,8 +208,7 @@ def refreshed(
 
     def batches(stream: str) -> Iterator[tuple[Any, Any]]:
         for batch in pipeline.eval_batches(material.data[stream], views, min(size, len(material.data[stream]))):
-            if stop(0):
-                raise Preempted("stopped while the memory of the terms is computed")
+            check(stop, "while the memory of the terms is computed")
             real = batch[MASK]
             yield batch[field][real], batch[LABEL][real]
 
