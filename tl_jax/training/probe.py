@@ -98,10 +98,10 @@ def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Sc
 
 def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:
     material, data, method = run.material, run.settings.data, run.settings.phases[0].method
-    grid, further = tuple(method.grid), sorted(set(material.eval_batches) - {"test"})
-    if len(grid) != 1 or further:
+    grid, extra = tuple(method.grid), sorted(set(material.eval_batches) - {"test"})
+    if len(grid) != 1 or extra:
         raise ValueError(
-            f"data.resample='loo' with method.grid={grid} and the extra sets {further}: it scores data.train itself, "
+            f"data.resample='loo' with method.grid={grid} and the extra sets {extra}: it scores data.train itself, "
             "with one given value; set one value in method.grid, and leave data.val and data.extra_eval empty"
         )
     pool = _predict(run, parallel, material.eval_batches, stop_requested)["test"]
