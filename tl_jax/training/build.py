@@ -77,20 +77,20 @@ def prepare(settings: Settings, parallel: sharding.Parallel) -> Material:
     variables = {"batch_stats": {}, **loaded.variables, "params": {**loaded.variables["params"], **added}}
     start = _make_start(settings, model, variables, card, tasks.make(spec))
     given = {name: _load_network(settings, name) for name in settings.networks}
-    own = terms.initialise(made, start, given)
-    variables, origins = _join(variables, loaded.origins, own.networks)
+    networks, memory = terms.initialise(made, start, given)
+    variables, origins = _join(variables, loaded.origins, networks)
     fields = {name: inputs.field_of(name, network.card, card) for name, network in given.items()}
     cards = {card.input: card, **{field: given[name].card for name, field in fields.items() if field != card.input}}
     streams, eval_batches = inputs.make_streams(data, settings, cards, parallel)
     readers = {MODEL: steps.Reader(model, card, card.input)}
-    for name, network in own.networks.items():
+    for name, network in networks.items():
         column = name if name in given and settings.networks[name].cache else ""
         own_card = card if network.module is model else network.card
         readers[name] = steps.Reader(network.module, own_card, fields.get(name, card.input), column)
     facts = {name: {"name": s.name, "examples": len(s), "fingerprint": s.fingerprint} for name, s in data.items()}
     base = {"file": settings.model.weights, "sha256": loaded.sha256}
     return Material(
-        data, streams, eval_batches, model, variables, origins, own.memory, own.networks, readers,
+        data, streams, eval_batches, model, variables, origins, memory, networks, readers,
         start._replace(variables=variables), spec, card, base, facts, inputs.transductive(data, settings),
     )  # fmt: skip
 
