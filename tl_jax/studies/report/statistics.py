@@ -35,9 +35,8 @@ def paired(a: Sequence, b: Sequence, level: float = 0.95, test_share: float | No
     """a minus b, position by position: {"mean", "low", "high", "p", "effect", "n", "wins", "losses", "ties", "why"}.
 
     Student's paired t-test, two-sided, on n - 1 degrees of freedom, with its interval. `effect` is Cohen's d_z = mean /
-    sd (Cohen 1988). A win is a > b. Assumes independent pairs with normal differences. One pair has a mean only.
-    Differences that are all zero give p = 1 and effect 0; all equal but not zero, they have no spread to test against:
-    both are None.
+    sd (Cohen 1988). A win is a > b. Assumes independent pairs with normal differences. Differences that are all zero
+    give p = 1 and effect 0; all equal but not zero, they have no spread to test against: both are None.
     """
     a, b = _numbers(a, "a"), _numbers(b, "b")
     if a.ndim != 1 or a.shape != b.shape:
@@ -53,12 +52,12 @@ def paired(a: Sequence, b: Sequence, level: float = 0.95, test_share: float | No
     p = effect = why = None
     if n < 2:
         why = f"{n} complete pairs: a test needs two"
-    elif constant and mean == 0:
-        p, effect = 1.0, 0.0
-    elif constant:
-        why = f"the difference is the same in all {n} pairs: no spread to test against"
-    else:
+    elif not constant:
         p, effect = float(2 * scipy.stats.t.sf(abs(mean) / error, n - 1)), float(mean / difference.std(ddof=1))
+    elif mean == 0:
+        p, effect = 1.0, 0.0
+    else:
+        why = f"the difference is the same in all {n} pairs: no spread to test against"
     signs = {"wins": difference > 0, "losses": difference < 0, "ties": difference == 0}
     counts = {name: int(np.count_nonzero(which)) for name, which in signs.items()}
     return {"mean": mean, "low": low, "high": high, "p": p, "effect": effect, "n": n, **counts, "why": why}
@@ -83,16 +82,15 @@ def holm(p_values: Sequence) -> list[float | None]:
 def anova(table: Sequence, factors: Sequence[str], test_share: float | None = None) -> list[dict] | str:
     """Repeated-measures analysis of variance of `table` [levels of factor 1, ..., of factor m, seeds].
 
-    One row per main effect and interaction of two factors (higher ones are neither tested nor error; a factor of
-    one level has none): {"effect": ("blocks", "shots"), "ss", "df", "df_error", "F", "p", "eta2", "epsilon", "p_gg",
-    "why"}, F = (SS_effect / df) / (SS_effect x seed / df_error), df_error = df (seeds - 1), eta2 = SS_effect / SS_total
-    (Winer, Brown & Michels 1991). With `test_share`, F is divided by 1 + n test_share: the corrected t-test if F = t^2.
+    A row for each main effect and interaction of two factors: {"effect": ("blocks", "shots"), "ss", "df", "df_error",
+    "F", "p", "eta2", "epsilon", "p_gg", "why"}, F = (SS_effect / df) / (SS_effect x seed / df_error), df_error =
+    df (seeds - 1), eta2 = SS_effect / SS_total (Winer, Brown & Michels 1991). With `test_share`, F is divided by
+    1 + n test_share: the corrected t-test if F = t^2. Returns the reason for a missing cell or fewer than two seeds.
 
-    Seeds are random blocks, and each effect is tested against its own interaction with them: the residual pooled over
+    Each effect is tested against its own interaction with the seeds, which are random blocks: the residual pooled over
     all rejects too often where a lucky draw of shots matters more with fewer of them. Assumes normal errors and, for df
     > 1, equal variance of all contrasts over seeds; `p_gg` does not, df and df_error are times `epsilon` (Greenhouse &
-    Geisser 1959). F is None where effect x seed is zero; p is then 1 if the effect is zero too. Returns the reason, a
-    text, for a missing cell or fewer than two seeds.
+    Geisser 1959). F is None where effect x seed is zero; p is then 1 if the effect is zero too.
     """
     table = _numbers(table, "table")
     _check(test_share=test_share)
@@ -191,9 +189,8 @@ def pareto(cost: Sequence, score: Sequence) -> list[int]:
     if cost.ndim != 1 or cost.shape != score.shape:
         raise ValueError(f"cost has shape {cost.shape}, score {score.shape}: expected two of [points]")
     kept: list[int] = []
-    for index in np.lexsort((-score, cost)).tolist():
-        if np.isnan(cost[index]) or np.isnan(score[index]):
-            continue
+    order = np.lexsort((-score, cost))
+    for index in order[~np.isnan((cost + score)[order])].tolist():
         last = kept[-1] if kept else index
         if score[index] > score[last] or (cost[index], score[index]) == (cost[last], score[last]):
             kept.append(index)
@@ -217,7 +214,7 @@ def _check(level: float = 0.95, test_share: float | None = None) -> None:
 
 def _largest(*arrays: np.ndarray) -> float:
     """The largest magnitude among the numbers present; 0 where there are none."""
-    return max((float(np.abs(array[~np.isnan(array)]).max(initial=0)) for array in arrays), default=0.0)
+    return max(float(np.abs(array[~np.isnan(array)]).max(initial=0)) for array in arrays)
 
 
 def _without_residue(deviations: np.ndarray, *scores: np.ndarray) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""A report as blocks (headings, text, lists, tables, pictures), and the same blocks as Markdown, HTML and LaTeX."""
+"""A report as blocks (headings, text, lists, tables, pictures), and the same blocks as Markdown, HTML and LaTeX.
+
+Tables are for the console, too.
+"""
 
 import base64
 import html
@@ -6,6 +9,9 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+import rich.box
+import rich.table
 
 import tl_jax
 
@@ -41,6 +47,27 @@ class Picture(NamedTuple):
 
 
 Block = Heading | Text | Items | Table | Picture
+
+
+def to_console(table: Table) -> rich.table.Table:
+    shown = rich.table.Table(title=table.caption, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    for i, header in enumerate(table.headers):
+        shown.add_column(header, justify="left" if i < table.text_columns else "right", no_wrap=True)
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def scaled(value: float | None, base: int, unit: str = "") -> str:
+    """Two to three digits and a prefix, k M G T P for powers of 1000 and Ki Mi Gi Ti Pi for powers of 1024."""
+    if value is None:
+        return "-"
+    power = 0
+    while abs(value) >= base and power < 5:
+        value, power = value / base, power + 1
+    digits = f"{value:.0f}" if power == 0 or value >= 100 else f"{value:.1f}"
+    prefix = ("", "k", "M", "G", "T", "P")[power]
+    return f"{digits} {prefix.upper() + 'i' if prefix and base == 1024 else prefix}{unit}".strip()
 
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
@@ -134,8 +161,7 @@ def _html_block(block: Block, images: Mapping[str, bytes]) -> str:
         case Items(lines):
             return "<ul>\n" + "\n".join(f"<li>{html.escape(line)}</li>" for line in lines) + "\n</ul>"
         case Table():
-            head, *rows = (f"<tr>{_html_row(block, i)}</tr>" for i in range(-1, len(block.rows)))
-            body = "\n".join(rows)
+            head, body = _html_row(block, block.headers, "th"), "\n".join(_html_row(block, row) for row in block.rows)
             return (
                 f'<div class="table"><table>\n<caption>{html.escape(block.caption)}</caption>\n'
                 f"<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
@@ -148,11 +174,9 @@ def _html_block(block: Block, images: Mapping[str, bytes]) -> str:
             )
 
 
-def _html_row(table: Table, i: int) -> str:
-    """The cells of row i; of the headers where it is -1."""
-    tag, cells = ("th", table.headers) if i < 0 else ("td", table.rows[i])
-    style = ["" if k < table.text_columns else ' class="n"' for k in range(len(cells))]
-    return "".join(f"<{tag}{s}>{html.escape(c)}</{tag}>" for c, s in zip(cells, style, strict=True))
+def _html_row(table: Table, cells: Sequence[str], tag: str = "td") -> str:
+    style = ["" if i < table.text_columns else ' class="n"' for i in range(len(cells))]
+    return f"<tr>{''.join(f'<{tag}{s}>{html.escape(c)}</{tag}>' for c, s in zip(cells, style, strict=True))}</tr>"
 
 
 def _anchor(text: str) -> str:
