@@ -9,9 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from rich import box
-from rich.table import Table
-
 import tl_jax
 from tl_jax.core.files import read_json
 from tl_jax.runtime import preemption
@@ -37,16 +34,15 @@ def launch(workdir: pathlib.Path, *, jobs: int = 0, stop_requested: Callable[[],
     jobs: workers at once; 0 chooses. Returns 0: nothing failed; 1: a run failed, or workers could not run; 75: stopped,
     with everything saved.
     """
-    began, words = time.monotonic(), store.states(workdir)
-    keys = store.open_runs(workdir)
-    programs = len(together.sets(workdir, keys, store.read_plan(workdir).get("together", "none")))
+    began, plan, keys = time.monotonic(), store.read_plan(workdir), store.open_runs(workdir)
+    programs = len(together.sets(workdir, keys, plan.get("together", "none")))
     slots = divide(min(jobs or default_jobs(), programs), os.environ)
     shape = f"{len(slots)} at once, logs in {workdir / 'runs'}/*/log.txt" if slots else "nothing to do"
-    print(f"{len(words)} runs, {len(keys)} to do: {shape}", flush=True)
+    print(f"{len(plan['runs'])} runs, {len(keys)} to do: {shape}", flush=True)
     stopped = supervise(workdir, slots, stop_requested)
-    words = store.states(workdir)
-    counts = {word: list(words.values()).count(word) for word in store.STATES}
-    text = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    states = list(store.states(workdir).values())
+    counts = {state: states.count(state) for state in store.STATES}
+    text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     print(f"{text}; {time.monotonic() - began:.0f} s", flush=True)
     if stopped:
         print("stopped; everything is saved, the same command goes on from there", flush=True)
@@ -129,18 +125,17 @@ def tell_failures(workdir: pathlib.Path) -> None:
 
 def tell_answer(workdir: pathlib.Path) -> None:
     """Writes the report, and prints the mean of every cell, what the comparisons say, and where all of it lies."""
-    from tl_jax.studies.report import report
+    from tl_jax.studies.report import report, tables
 
     summary = report.write(workdir)
     metric, numbers = next(iter(summary["metrics"].items()))
-    factors = numbers["cells"][0]["levels"]
-    table = Table(title=metric, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in (*factors, "mean", "95 % interval", "n"):
-        table.add_column(name, justify="left" if name in factors else "right", no_wrap=True)
+    rows = []
     for cell in numbers["cells"]:
-        mean, low, high = (None if cell[name] is None else f"{cell[name]:.3f}" for name in ("mean", "low", "high"))
-        table.add_row(*cell["levels"].values(), mean or "-", f"{low} .. {high}" if low else "-", str(cell["n"]))
-    CONSOLE.print(table)
+        mean, low, high = ("-" if cell[name] is None else f"{cell[name]:.3f}" for name in ("mean", "low", "high"))
+        rows.append((*cell["levels"].values(), mean, "-" if low == "-" else f"{low} .. {high}", str(cell["n"])))
+    factors = numbers["cells"][0]["levels"]
+    table = tables.Table(metric, (*factors, "mean", "95 % interval", "n"), rows, len(factors))
+    CONSOLE.print(tables.to_console(table))
     CONSOLE.print("\n".join(summary["reading"]))
     CONSOLE.print(f"the whole report: {workdir}/report.html, .md, .csv and .tex; the runs: {workdir}/runs")
 
