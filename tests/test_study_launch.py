@@ -16,8 +16,7 @@ from test_train import remains
 
 from tl_jax.core.files import read_json, write_json
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.studies import local, store, worker
-from tl_jax.studies.cluster import launchers
+from tl_jax.studies import launchers, local, store, worker
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STUDY = '''"""How many shots?"""

@@ -40,7 +40,7 @@ def main(argv: Sequence[str], program: Sequence[str] = ("launch.py",)) -> int:
     try:
         if config is not None:
             return run_config(args, config, argv, program, stop_requested)
-        from tl_jax.studies.cluster import launchers
+        from tl_jax.studies import launchers
 
         return launchers.start(
             args.study, args.workdir, launcher=args.launcher, settings=args.slurm or args.cloud, submit=args.submit,
@@ -81,10 +81,11 @@ def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[
     workdir = pathlib.Path(args.workdir or f"workdirs/{pathlib.Path(args.config.partition(':')[0]).stem}")
     settings = args.slurm or args.cloud
     if args.launcher != "local" or settings or args.submit:
-        from tl_jax.studies.cluster import launchers
+        from tl_jax.studies import launchers
 
+        launchers.check_launcher(args.launcher, settings, args.submit)
         command = [*program, *launchers.own_arguments(argv)]
-        return launchers.hand_over(command, workdir, args.launcher, settings, args.submit)
+        return launchers.hand_out(args.launcher, workdir, command=command, settings=settings, submit=args.submit)
     from tl_jax.runtime import distributed
     from tl_jax.studies import inprocess
 
