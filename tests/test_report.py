@@ -253,7 +253,7 @@ def test_html_needs_nothing_else_and_holds_every_figure(study):
 
 def test_markdown_shows_names_as_they_are():
     block = tables.Table("a|b", ("x", "y"), [("p|q", "*r*"), ("last_k", "_s_ <b>")])
-    text = tables.to_markdown("t", [block])
+    text = tables.to_markdown("t", {"": [block]})
     assert r"| p\|q | \*r\* |" in text and r"| last_k | \_s\_ \<b> |" in text
 
 

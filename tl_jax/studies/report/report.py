@@ -8,13 +8,14 @@ import csv
 import io
 import json
 import pathlib
+import re
 from typing import Any
 
 from tl_jax import tasks
 from tl_jax.core.files import write_text
 from tl_jax.studies.report import analysis, figures, tables
 from tl_jax.studies.report.results import COSTS, Cell, Results, Unit, load
-from tl_jax.studies.report.tables import Block, Heading, Items, Picture, Table, Text, scaled
+from tl_jax.studies.report.tables import Block, Picture, Sections, Table, scaled
 
 NONE = "-"
 METHODS = {
@@ -37,11 +38,11 @@ def write(workdir: pathlib.Path) -> dict[str, Any]:
     results = load(workdir)
     numbers = {metric: analyse(results, metric) for metric in results.metrics}
     pictures, notes = figures.draw(results, numbers, workdir / "figures")
-    blocks, for_latex = make_blocks(results, numbers, pictures, notes)
+    sections, for_latex = make_sections(results, numbers, pictures, notes)
     title = results.name or "Study"
     images = {picture.name: (workdir / "figures" / f"{picture.name}.png").read_bytes() for picture in pictures}
-    write_text(workdir / "report.md", tables.to_markdown(title, blocks))
-    write_text(workdir / "report.html", tables.to_html(title, blocks, images))
+    write_text(workdir / "report.md", tables.to_markdown(title, sections))
+    write_text(workdir / "report.html", tables.to_html(title, sections, images))
     write_text(workdir / "report.tex", tables.to_latex(for_latex))
     write_text(workdir / "report.csv", to_csv(results))
     metrics = {}
@@ -72,9 +73,9 @@ def analyse(results: Results, metric: str) -> dict[str, Any]:
     }
 
 
-def make_blocks(
+def make_sections(
     results: Results, numbers: dict, pictures: list[Picture], notes: list[str]
-) -> tuple[list[Block], dict[str, Table]]:
+) -> tuple[Sections, dict[str, Table]]:
     """The report from top to bottom, and those of its tables that a paper would show."""
 
     def pictures_of(*kinds: str) -> list[Picture]:
@@ -86,8 +87,10 @@ def make_blocks(
     cost = _cost_table(results)
     devices = sorted({run.device for run in results.runs() if run.device})
     mixed = "; runs of different devices cannot be compared in time" if len(devices) > 1 else ""
-    measured = [Text(f"Measured on {', '.join(devices)}{mixed}.")] if devices else []
-    sections: dict[str, list[Block]] = {  # those that are empty are left out
+    measured = [f"Measured on {', '.join(devices)}{mixed}."] if devices else []
+    question = [paragraph.strip() for paragraph in re.split(r"\n\s*\n", results.question) if paragraph.strip()]
+    sections = {
+        "": question,
         "Answer": _answer(results, numbers),
         "Design": _design(results),
         "Failed and missing runs": _unfinished(results),
@@ -97,13 +100,11 @@ def make_blocks(
         "Ranks": pictures_of("ranks"),
         "Cost": [*measured, cost, *pictures_of("parameters")],
         "Learning and calibration": pictures_of("learning", "calibration"),
-        "Figures left out": [Items(notes)] if notes else [],
-        "Methods": [Items(_methods(results, numbers))],
+        "Figures left out": [notes] if notes else [],
+        "Methods": [_methods(results, numbers)],
     }
-    blocks: list[Block] = [Text(results.question)] if results.question.strip() else []
-    for title, section in sections.items():
-        blocks += [Heading(title), *section] if section else []
-    return blocks, {**cells, **compared, "cost": cost}
+    sections = {heading: blocks for heading, blocks in sections.items() if blocks}
+    return sections, {**cells, **compared, "cost": cost}
 
 
 def _answer(results: Results, numbers: dict) -> list[Block]:
@@ -114,7 +115,7 @@ def _answer(results: Results, numbers: dict) -> list[Block]:
         lines.append("Not all runs are finished: everything here is over those that are, n says how many.")
     if max(map(len, results.grid.values()), default=0) == 1:
         lines.append(f"One {results.noun(1)} in each cell: there are no intervals, and nothing can be tested.")
-    return [Items(numbers[results.metrics[0]]["reading"]), *map(Text, lines)]
+    return [numbers[results.metrics[0]]["reading"], *lines]
 
 
 def _design(results: Results) -> list[Block]:
@@ -132,7 +133,7 @@ def _design(results: Results) -> list[Block]:
         "baseline: " + (", ".join(f"{f}={level}" for f, level in results.baseline.items()) or "none"),
     ]
     caption = f"The grid: {len(results.grid)} cells, every combination of these levels."
-    return [Table(caption, ("factor", "level", "options"), rows, 3), Items(lines)]
+    return [Table(caption, ("factor", "level", "options"), rows, 3), lines]
 
 
 def _unfinished(results: Results) -> list[Block]:
@@ -204,7 +205,7 @@ def _effects(results: Results, numbers: dict) -> list[Block]:
     planned = max(map(len, results.grid.values()), default=0)
     for metric, found in numbers.items():
         if isinstance(found["effects"], str):
-            blocks.append(Text(f"{metric}: not computed, because {found['effects']}."))
+            blocks.append(f"{metric}: not computed, because {found['effects']}.")
             continue
         rows = [
             (" x ".join(row["effect"]), *(text_of(row[name]) for name in ("ss", "df", "F")), p_value(row["p"]),
