@@ -130,7 +130,7 @@ def _design(results: Results) -> list[Block]:
         f"metrics: {first} decides" + (f"; also {', '.join(others)}" if others else ""),
         f"seeds: {', '.join(map(str, results.seeds))}",
         f"design: {results.design}",
-        "baseline: " + (", ".join(f"{f}={level}" for f, level in results.baseline.items()) or "none"),
+        f"baseline: {', '.join(map('='.join, results.baseline.items())) or 'none'}",
     ]
     caption = f"The grid: {len(results.grid)} cells, every combination of these levels."
     return [Table(caption, ("factor", "level", "options"), rows, 3), lines]
@@ -149,11 +149,11 @@ def _unfinished(results: Results) -> list[Block]:
 
 
 def _units(units: list[Unit]) -> str:
-    if not any(fold for _, fold in units):
-        return ("seed " if len(units) == 1 else "seeds ") + ", ".join(str(seed) for seed, _ in units)
     folds: dict[int, list[str]] = {}
     for seed, fold in units:
-        folds.setdefault(seed, []).append(fold)
+        folds.setdefault(seed, []).extend([fold] if fold else [])
+    if not any(folds.values()):
+        return f"{'seed' if len(units) == 1 else 'seeds'} {', '.join(map(str, folds))}"
     return "; ".join(f"seed {seed}: {', '.join(names)}" for seed, names in folds.items())
 
 
@@ -177,8 +177,9 @@ def _mean_cell(results: Results, cell: Cell, mean: dict) -> str:
     if mean["n"] == 0:
         states = dict.fromkeys(run.word for run in results.grid[cell].values())
         return ", ".join("no value" if state == "done" else state for state in states)
-    text, low, high = (mean[name] if mean[name] is None else number(mean[name]) for name in ("mean", "low", "high"))
-    text += "" if low is None else f" [{low}, {high}]"
+    form = ".4f" if abs(mean["mean"]) < 1e4 else ".4g"
+    text = format(mean["mean"], form)
+    text += "" if mean["low"] is None else f" [{mean['low']:{form}}, {mean['high']:{form}}]"
     return text if mean["n"] == mean["planned"] else f"{text} (n = {mean['n']} of {mean['planned']})"
 
 
@@ -238,10 +239,6 @@ def _methods(results: Results, numbers: dict) -> list[str]:
     told = {"interval": True, "folds": share, "paired": count, "anova": len(results.factors) > 1, "scope": True}
     facts = {"units": results.noun(), "share": share, "count": count}
     return [METHODS[name].format_map(facts) for name, applies in told.items() if applies]
-
-
-def number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
 
 def text_of(value: float | None, form: str = ".4g", unit: str = "") -> str:
