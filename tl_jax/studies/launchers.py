@@ -1,10 +1,11 @@
 """From the command line to a study under way, on this machine or on a cluster.
 
 A cluster's launcher is a function (arguments of python, keys of runs that follow them, settings, workdir, jobs) ->
-Plan; the workdir is the same folder here and there. It raises one ValueError for all settings that do not fit. tpu and
-gke need the checkout and its environment in place: in the VM's folder, or in the container image.
+Plan; the workdir is the same folder here and there. It raises one ValueError for all settings that do not fit; what
+these mean is in docs/clusters.md.
 """
 
+import fnmatch
 import json
 import pathlib
 import re
@@ -104,11 +105,10 @@ def hand_out(
 
 
 def slurm(arguments: Sequence[str], keys: Sequence[str], settings: str, workdir: pathlib.Path, jobs: int = 0) -> Plan:
-    """The sbatch command; writes its script to workdir/slurm/job.sh, which is the same for all.
+    """The sbatch command of a job that is requeued when stopped with everything saved; writes workdir/slurm/job.sh.
 
     keys: shared among `jobs` array tasks (0: one task for each, up to LARGEST_ARRAY); none for a single job. settings:
-    options of sbatch word for word, an empty value for one that takes none. A job that is stopped with everything saved
-    is requeued.
+    options of sbatch word for word, an empty value for one that takes none.
     """
     options = parse_settings(settings)
     if taken := [name for name in options if name in OURS]:
@@ -129,10 +129,7 @@ def slurm(arguments: Sequence[str], keys: Sequence[str], settings: str, workdir:
 
 
 def tpu(arguments: Sequence[str], keys: Sequence[str], settings: str, workdir: pathlib.Path, jobs: int = 0) -> Plan:
-    """The command on every host of a TPU VM, by ssh; jax finds the other hosts by itself.
-
-    settings: name, zone and project of the VM; directory: of the checkout there; python (default .venv/bin/python).
-    """
+    """The command on every host of a TPU VM, by ssh; jax finds the other hosts by itself."""
     given = _cloud_settings("tpu", settings, jobs)
     run = shlex.join([given.get("python", ".venv/bin/python"), *arguments, *keys])
     return Plan([
@@ -143,14 +140,8 @@ def tpu(arguments: Sequence[str], keys: Sequence[str], settings: str, workdir: p
 
 
 def gke(arguments: Sequence[str], keys: Sequence[str], settings: str, workdir: pathlib.Path, jobs: int = 0) -> Plan:
-    """The command in the pods of a JobSet, which starts all anew when one fails: the run resumes.
-
-    settings: name; image; processes: pods, one process each; claim: a PersistentVolumeClaim that all can write to,
-    mounted at mount, where the workdir lies; namespace; directory: of the checkout in the image; python (default
-    python3); restarts (default 3); limit.RESOURCE=N, such as limit.nvidia.com/gpu=1; selector.LABEL=VALUE, of nodes.
-    """
-    given = _cloud_settings("gke", settings, jobs)
-    given = {"restarts": "3", "python": "python3", **given}
+    """The command in the pods of a JobSet, which starts all anew when one fails: the run resumes."""
+    given = {"restarts": "3", "python": "python3", **_cloud_settings("gke", settings, jobs)}
     problems = [
         f"  {key}={given[key]}: expected a whole number of at least {least}"
         for key, least in (("processes", 1), ("restarts", 0))
@@ -173,10 +164,9 @@ def _cloud_settings(launcher: str, text: str, jobs: int) -> dict[str, str]:
     if jobs > 1:
         raise ValueError(f"--jobs {jobs}: this launcher does the runs of a study one after the other; leave --jobs out")
     given, needed, possible = parse_settings(text), NEEDED[launcher], POSSIBLE[launcher]
-    problems = [f"  {name} is missing" for name in needed if not given.get(name)]
-    names, prefixes = {*needed, *possible}, tuple(name[:-1] for name in possible if name.endswith("*"))
-    unknown = [name for name in given if name not in names and not (prefixes and name.startswith(prefixes))]
-    problems += [f"  {name} is unknown{messages.nearest(name, names)}" for name in unknown]
+    problems, known = [f"  {name} is missing" for name in needed if not given.get(name)], (*needed, *possible)
+    unknown = [name for name in given if not any(fnmatch.fnmatchcase(name, pattern) for pattern in known)]
+    problems += [f"  {name} is unknown{messages.nearest(name, known)}" for name in unknown]
     if problems:
         expected = f"needed: {', '.join(needed)}; possible: {', '.join(possible)}"
         raise ValueError("\n".join(["--cloud does not fit:", *problems, expected]))

@@ -1,12 +1,7 @@
 """The runs of a study in files: what is planned, which state each run is in, and who works on it.
 
-A run's folder W/runs/KEY is planned with its config.json, and from then on is
-  done     result.json lies there;
-  failed   failed.json does, with the error;
-  running  a process holds the lock on `.claim`;
-  stale    nobody holds it, but claim.json is left over: the process died;
-  todo     none of these.
-The lock goes with its process, however that ends, so no state can be left wrong by a crash.
+A run's folder is W/runs/KEY. A running one is locked; the lock goes with its process, however that ends, so that no
+crash leaves a wrong state. docs/studies.md has the states.
 """
 
 import collections

@@ -1,8 +1,7 @@
 """Takes the runs of a planned study one after the other: python -m tl_jax.studies.worker W
 
-Any number of workers, on any machines that share W, do each run once. A worker can also be several processes that do
-each run together, see distributed.py. Exit codes: 0 nothing left to take (a run that failed is in its failed.json); 75
-stopped by SIGTERM or Ctrl-C with everything saved; 2 no study in W.
+Any number of workers, on any machines that share W, do each run once; a worker can be several processes. Exit codes: 0
+nothing left to take (a run that failed is in its failed.json); 75 stopped with everything saved; 2 no study in W.
 """
 
 import argparse

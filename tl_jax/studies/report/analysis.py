@@ -88,7 +88,6 @@ def _read_one(results: Results, metric: str, row: dict[str, Any]) -> str:
 
 
 def _read_unseen(results: Results, metric: str, rows: list[dict[str, Any]]) -> str:
-    """The levels of which nothing can be said, in one sentence."""
     levels = "; ".join(f"{row['level']} {row['mean']:+.4f}" for row in rows)
     smallest = p_equals(min(row["adjusted"] for row in rows))
     return (
@@ -98,7 +97,6 @@ def _read_unseen(results: Results, metric: str, rows: list[dict[str, Any]]) -> s
 
 
 def _read_several(results: Results, metric: str, rows: list[dict[str, Any]]) -> str:
-    """One level over all settings of the other factors: where it differs, and where nothing can be said."""
     factor, level, against = (rows[0][name] for name in ("factor", "level", "against"))
     kinds: dict[str, list[str]] = {}
     for row in rows:
@@ -117,7 +115,6 @@ def _read_several(results: Results, metric: str, rows: list[dict[str, Any]]) -> 
 
 
 def _few(results: Results, counts: list[int]) -> str:
-    """A warning where some test has fewer than FEW pairs."""
     if not counts or min(counts) >= FEW:
         return ""
     span = " to ".join(map(str, sorted({min(counts), max(counts)})))

@@ -137,7 +137,6 @@ def _design(results: Results) -> list[Block]:
 
 
 def _unfinished(results: Results) -> list[Block]:
-    """Every run without a result, gathered by what became of it."""
     gathered: dict[tuple, list] = {}
     for run in results.runs():
         if run.state != "done":
