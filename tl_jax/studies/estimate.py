@@ -44,7 +44,11 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
         cells.setdefault(title(run.levels), []).append(run)
     works = trace_cells({cell: members[0] for cell, members in cells.items()})
     states = {run.key: store.state(store.run_folder(workdir, run.key)) for run in runs}
-    seconds = finished_seconds(workdir, [run for run in runs if states[run.key] == "done"])
+    seconds: dict[str, list[float]] = {}  # of the finished runs of each cell
+    for run in runs:
+        path = store.run_folder(workdir, run.key) / "cost.json"
+        if states[run.key] == "done" and path.exists() and (value := read_json(path).get("seconds")) is not None:
+            seconds.setdefault(title(run.levels), []).append(value)
     present = [state for state in store.STATES if state in states.values()]
     rows = []
     for cell, members in cells.items():
@@ -119,16 +123,6 @@ def example_batch(run: Run, plan: steps.Plan) -> dict[str, dict[str, jax.ShapeDt
                 column = feature_cache.logits_column(name, reader, variables)
                 fields[column.field] = jax.eval_shape(column.compute, variables, raw[column.view])
     return found
-
-
-def finished_seconds(workdir: pathlib.Path, finished: list[RunSpec]) -> dict[str, list[float]]:
-    """Seconds of the finished runs of each cell, from their cost.json."""
-    seconds: dict[str, list[float]] = {}
-    for run in finished:
-        path = store.run_folder(workdir, run.key) / "cost.json"
-        if path.exists() and (value := read_json(path).get("seconds")) is not None:
-            seconds.setdefault(title(run.levels), []).append(value)
-    return seconds
 
 
 def totals(

@@ -99,9 +99,8 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
 def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping, workdir: pathlib.Path) -> dict:
     """comparison.json: the monitored metric of each arm over the seeds, and their difference, paired by seed."""
     metric, data = metrics_of(study)[0], results[TRANSFER, config.seed]["data"]
-    table = {
-        arm: [results[arm, seed]["metrics"][metric]["value"] for seed in study.seeds] for arm in study.factors[ARM]
-    }
+    value_of = {key: result["metrics"][metric]["value"] for key, result in results.items()}
+    table = {arm: [value_of[arm, seed] for seed in study.seeds] for arm in study.factors[ARM]}
     arms = {arm: {"values": values, **mean_interval(values)} for arm, values in table.items()}
     report = {"data": data, "seeds": list(study.seeds), "metric": metric, metric: arms}
     if BASELINE in table:
@@ -157,9 +156,7 @@ def name_of(i: int, changes: Mapping[str, Any]) -> str:
     return f"{i:02}-{re.sub(r'[^-+.,=_a-zA-Z0-9]+', '_', text)[:60]}".rstrip("-_.")
 
 
-def _row(
-    task: str, changes: Sequence, folder: pathlib.Path, result: dict[str, Any] | FloatingPointError
-) -> dict[str, Any]:
+def _row(task: str, changes: Sequence, folder: pathlib.Path, result: dict | FloatingPointError) -> dict[str, Any]:
     """A line of replicas.json; val: the scores at the step that was selected, with the number of examples."""
     row = {"name": folder.name, "options": dict(changes), "error": None, "step": None, "val": None}
     if isinstance(result, FloatingPointError):
@@ -176,9 +173,8 @@ def _row(
 
 def best_of(task: str, rows: Sequence[Mapping[str, Any]]) -> str | None:
     """The name of the replica that val prefers, the earliest among equals; None without val, never by test."""
-    scored = [row for row in rows if row["val"]]
-    monitor = tasks.METRICS[task].monitor
-    return max(scored, key=lambda row: tasks.preference(monitor, row["val"]))["name"] if scored else None
+    scores = {row["name"]: tasks.preference(tasks.METRICS[task].monitor, row["val"]) for row in rows if row["val"]}
+    return max(scores, key=scores.get, default=None)
 
 
 def replica_table(task: str, table: Mapping[str, Any]) -> Table:

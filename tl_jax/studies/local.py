@@ -74,9 +74,11 @@ def supervise(workdir: pathlib.Path, slots: list[Slot], stop_requested: Callable
                 stopped |= process.returncode == preemption.EXIT_CODE
                 if stopping or process.returncode in (0, preemption.EXIT_CODE):
                     continue
-                run = run_of(workdir, process.pid)
-                deaths[index] += not run
-                print(f"a worker ended with code {process.returncode}" + (f" in {run}" if run else ""), flush=True)
+                runs = [title(row["levels"], row["seed"], row["fold"]) for row, folder in store.runs_in(workdir, "stale")
+                        if read_json(folder / "claim.json")["pid"] == process.pid]  # fmt: skip
+                deaths[index] += not runs
+                place = f" in {runs[0]}" if runs else ""
+                print(f"a worker ended with code {process.returncode}{place}", flush=True)
                 if deaths[index] < EMPTY_HANDED and store.open_runs(workdir):
                     workers[index] = start_worker(workdir, slots[index])
             time.sleep(POLL)
@@ -98,14 +100,6 @@ def start_worker(workdir: pathlib.Path, slot: Slot) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, start_new_session=True)
     finally:
         _use_cores(own)
-
-
-def run_of(workdir: pathlib.Path, pid: int) -> str:
-    """The run that a process of this machine died in, in words; "" where it held none."""
-    for row, folder in store.runs_in(workdir, "stale"):
-        if read_json(folder / "claim.json")["pid"] == pid:
-            return title(row["levels"], row["seed"], row["fold"])
-    return ""
 
 
 def tell_failures(workdir: pathlib.Path) -> None:
@@ -163,9 +157,8 @@ def divide(jobs: int, environment: Mapping[str, str]) -> list[Slot]:
 
 
 def _cores() -> tuple[int, ...]:
-    """The cores that this process may use."""
-    every = range(os.cpu_count() or 1)
-    return tuple(sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every))
+    """The cores that this process may use; macOS does not tell."""
+    return tuple(sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)))
 
 
 def _use_cores(cores: tuple[int, ...]) -> None:

@@ -13,7 +13,6 @@ from tl_jax.tasks.intervals import mean_defined
 
 ALPHA = 0.05
 FEW = 5  # with fewer pairs a t-test sees large differences only
-MANY = 3  # levels without a visible difference that still have a sentence each
 FLIPPED = {1: ("wins", "losses"), -1: ("losses", "wins")}
 
 
@@ -61,11 +60,7 @@ def reading(results: Results, metric: str, rows: list[dict[str, Any]]) -> list[s
         for row in rows:
             groups.setdefault((row["factor"], row["level"]), []).append(row)
         return [_read_several(results, metric, group) for group in groups.values()]
-    unseen = [row for row in rows if row["adjusted"] is not None and row["adjusted"] >= ALPHA]
-    if len(unseen) <= MANY:
-        return [_read_one(results, metric, row) for row in rows]
-    seen = [_read_one(results, metric, row) for row in rows if row not in unseen]
-    return [*seen, _read_unseen(results, metric, unseen)]
+    return [_read_one(results, metric, row) for row in rows]
 
 
 def _read_one(results: Results, metric: str, row: dict[str, Any]) -> str:
@@ -85,15 +80,6 @@ def _read_one(results: Results, metric: str, row: dict[str, Any]) -> str:
     side, share = _direction(metric, row["mean"]), max(row["wins"], row["losses"])
     few = f"; this rests on {n} {units} alone" if n < FEW else ""
     return f"{a} has a {side} {metric} than {b} ({span}; {side} with {share} of {n} {units}){few}."
-
-
-def _read_unseen(results: Results, metric: str, rows: list[dict[str, Any]]) -> str:
-    levels = "; ".join(f"{row['level']} {row['mean']:+.4f}" for row in rows)
-    smallest = p_equals(min(row["adjusted"] for row in rows))
-    return (
-        f"No difference in {metric} can be seen between {rows[0]['against']} and {len(rows)} levels ({levels}; the "
-        f"smallest adjusted {smallest}){_few(results, [min(row['n'] for row in rows)])}."
-    )
 
 
 def _read_several(results: Results, metric: str, rows: list[dict[str, Any]]) -> str:

@@ -58,9 +58,8 @@ def _cell_dots(results: Results, name: str, metric: str) -> Figure:
     rows = [results.title(cell, without=[factor]) for cell in next(iter(series.values()))]
     marks = {line: [_cell_mark(results, cell, metric) for cell in column] for line, column in series.items()}
     caption = f"{metric} of each cell: mean and 95 % interval over {units}; small dots are single {units}."
-    style = {"order": list(results.factors.get(factor, ())), "legend": factor}
-    label = f"{metric}, 95 % interval"
-    return name, caption, partial(charts.dots, rows=rows, series=marks, label=label, **style)
+    style = {"order": list(results.factors.get(factor, ())), "legend": factor, "label": f"{metric}, 95 % interval"}
+    return name, caption, partial(charts.dots, rows=rows, series=marks, **style)
 
 
 def _cell_mark(results: Results, cell: Cell, metric: str) -> dict:
@@ -98,8 +97,8 @@ def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
             f"Difference in {metric} from {factor}={against}, other factors equal, paired: mean and 95 % interval (of "
             f"each alone); filled where p (Holm) < {analysis.ALPHA}."
         )
-        style = {"order": list(results.factors[factor]), "legend": legend, "reference": 0}
-        style["label"] = f"difference in {metric}, 95 % interval"
+        label = f"difference in {metric}, 95 % interval"
+        style = {"order": list(results.factors[factor]), "legend": legend, "reference": 0, "label": label}
         name = "differences" if len(results.baseline) == 1 else f"differences-{_file(factor)}"
         yield name, caption, partial(charts.dots, rows=names, series=series, **style)
 
@@ -218,9 +217,8 @@ def ranks(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
         mean_ranks, distance = found["ranks"], found["critical_difference"]
         caption = (
             f"Mean ranks of {factor} in {metric} over {found['n']} blocks (a setting of the other factors and a "
-            f"{results.noun(1)}; 1 is best): bars join levels that Nemenyi's test does not tell apart. "
-            f"Friedman's {analysis.p_equals(found['p'])}. Blocks of one data set are not independent: read it as a "
-            "description."
+            f"{results.noun(1)}; 1 is best): bars join levels that Nemenyi's test does not tell apart. Friedman's "
+            f"{analysis.p_equals(found['p'])}. Blocks of one data set are not independent: read it as a description."
         )
         names = found["levels"] if len(results.factors) == 1 else [f"{factor}={level}" for level in found["levels"]]
         style = {"distance": distance, "groups": statistics.groups_not_different(mean_ranks, distance)}
@@ -267,7 +265,8 @@ def classes(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
         return
     factor, against = next(iter(results.baseline.items()))
     levels = [level for level in results.factors[factor] if level != against][: charts.LINES]
-    if len({out.class_names for out in outputs.values()}) > 1:
+    names, *others = {out.class_names for out in outputs.values()}
+    if others:
         yield "changes per class: the runs have different classes"
         return
     changes = {level: analysis.class_changes(results, outputs, factor, level, against) for level in levels}
@@ -275,7 +274,6 @@ def classes(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     if not changes:
         yield f"changes per class: no run has its counterpart of {factor}={against}"
         return
-    names = next(iter(outputs.values())).class_names
     mean = np.nan_to_num(np.mean([mean_defined(change, axis=0) for change in changes.values()], axis=0))
     order = np.argsort(mean, kind="stable")
     order, cut = (order, "") if len(order) <= 24 else (np.r_[order[:12], order[-12:]], "; the 12 at either end")
@@ -286,8 +284,8 @@ def classes(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
 
     marks = {level: [mark(change[:, k]) for k in order] for level, change in changes.items()}
     caption = f"Change of each class's recall against {factor}={against}, paired, with 95 % intervals of each alone"
-    style = {"order": list(results.factors[factor]), "legend": factor, "reference": 0}
-    style["label"] = f"difference in recall from {factor}={against}"
+    label = f"difference in recall from {factor}={against}"
+    style = {"order": list(results.factors[factor]), "legend": factor, "reference": 0, "label": label}
     yield "classes", f"{caption}{cut}.", partial(charts.dots, rows=[names[k] for k in order], series=marks, **style)
 
 

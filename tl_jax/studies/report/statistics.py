@@ -150,7 +150,7 @@ def friedman(scores: Sequence, level: float = 0.95) -> dict:
     scores = scores[~np.isnan(scores).any(axis=1)]
     n, k = scores.shape
     if n == 0:
-        return {"ranks": None, "statistic": None, "p": None, "critical_difference": None, "n": 0}
+        return {**dict.fromkeys(("ranks", "statistic", "p", "critical_difference")), "n": 0}
     ranks = scipy.stats.rankdata(-_without_rounding(scores), axis=1)
     tied = sum(float(t**3 - t) for row in ranks for t in np.unique(row, return_counts=True)[1])
     spread, correction = float(np.sum((ranks.mean(axis=0) - (k + 1) / 2) ** 2)), 1 - tied / (n * (k**3 - k))
