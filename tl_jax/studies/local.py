@@ -14,7 +14,6 @@ from tl_jax.core.files import read_json
 from tl_jax.runtime import preemption
 from tl_jax.runtime.log import CONSOLE
 from tl_jax.studies import store, together
-from tl_jax.studies.study import title
 
 POLL = 0.1  # seconds between two looks at the workers
 EMPTY_HANDED = 3  # deaths without a run in hand after which a worker is not started again: it cannot start at all
@@ -74,10 +73,9 @@ def supervise(workdir: pathlib.Path, slots: list[Slot], stop_requested: Callable
                 stopped |= process.returncode == preemption.EXIT_CODE
                 if stopping or process.returncode in (0, preemption.EXIT_CODE):
                     continue
-                runs = [title(row["levels"], row["seed"], row["fold"]) for row, folder in store.runs_in(workdir, "stale")
-                        if read_json(folder / "claim.json")["pid"] == process.pid]  # fmt: skip
-                deaths[index] += not runs
-                place = f" in {runs[0]}" if runs else ""
+                held = {read_json(folder / "claim.json")["pid"]: row for row, folder in store.runs_in(workdir, "stale")}
+                deaths[index] += process.pid not in held
+                place = f" in {store.name_of(held[process.pid])}" if process.pid in held else ""
                 print(f"a worker ended with code {process.returncode}{place}", flush=True)
                 if deaths[index] < EMPTY_HANDED and store.open_runs(workdir):
                     workers[index] = start_worker(workdir, slots[index])
@@ -108,7 +106,7 @@ def tell_failures(workdir: pathlib.Path) -> None:
     logs = {}
     for row, folder in store.runs_in(workdir, "failed"):
         found = read_json(folder / "failed.json")
-        run = f"  {title(row['levels'], row['seed'], row['fold'])}: {folder / 'log.txt'}"
+        run = f"  {store.name_of(row)}: {folder / 'log.txt'}"
         alike.setdefault(found["error"], []).append(run)
         logs.setdefault(found["error"], [f"    | {line}" for line in found["log"]])
     for error, runs in alike.items():

@@ -67,7 +67,7 @@ def check_workdir(workdir: pathlib.Path, name: str, runs: list[RunSpec]) -> None
     now = {title(run.levels, run.seed, run.fold): run for run in runs}
     lines: list[str] = []
     for row, folder in lost:
-        if run := now.get(name := title(row["levels"], row["seed"], row["fold"])):
+        if run := now.get(name := name_of(row)):
             lines += config.difference(read_json(folder / "config.json"), config.flatten(run.config))
         else:
             lines.append(f"  {name}: not in this grid")
@@ -88,6 +88,11 @@ def read_plan(workdir: pathlib.Path) -> dict[str, Any]:
 
 def run_folder(workdir: pathlib.Path, key: str) -> pathlib.Path:
     return workdir / "runs" / key
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """How messages name a run, a row of study.json."""
+    return title(row["levels"], row["seed"], row["fold"])
 
 
 def states(workdir: pathlib.Path) -> dict[str, str]:

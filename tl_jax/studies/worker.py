@@ -22,7 +22,6 @@ from tl_jax.runtime import distributed, preemption
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.runtime.malloc import keep_memory
 from tl_jax.studies import store, together
-from tl_jax.studies.study import title
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,7 +181,7 @@ def log_run(workdir: pathlib.Path, row: Mapping[str, Any], text: str) -> None:
     if distributed.is_first():
         states = list(store.states(workdir).values())
         over = f"[{states.count('done') + states.count('failed')}/{len(states)}]"
-        print(f"{over} {title(row['levels'], row['seed'], row['fold'])}: {text}", flush=True)
+        print(f"{over} {store.name_of(row)}: {text}", flush=True)
 
 
 @contextlib.contextmanager
