@@ -71,7 +71,6 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never)
 
 
 def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Prints what `run` returned."""
     if "replicas" in found:
         log(to_console(replica_table(config.task, found["replicas"])))
         log(f"each replica is a run with a folder of its own: {(workdir / 'replicas').resolve()}")
@@ -119,7 +118,6 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
 
 
 def comparison_table(report: Mapping[str, Any]) -> Table:
-    """comparison.json for the console."""
     found = dict(report[report["metric"]])
     if "difference" in report:
         found[f"{TRANSFER} - {BASELINE}"] = report["difference"]
@@ -178,7 +176,6 @@ def best_of(task: str, rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def replica_table(task: str, table: Mapping[str, Any]) -> Table:
-    """replicas.json for the console."""
     first, *others = (name for name, _ in tasks.METRICS[task].monitor)
     rows = []
     for row in table["replicas"]:

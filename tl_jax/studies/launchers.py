@@ -5,6 +5,7 @@ Plan; the workdir is the same folder here and there. It raises one ValueError fo
 these mean is in docs/clusters.md.
 """
 
+import argparse
 import fnmatch
 import json
 import pathlib
@@ -20,7 +21,6 @@ from tl_jax.core.files import write_text
 from tl_jax.studies import store
 from tl_jax.studies import study as studies
 
-HANDING_OVER = {"launcher": True, "slurm": True, "cloud": True, "submit": False}  # flags, and whether a value follows
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 LARGEST_ARRAY = 1000  # SLURM's default MaxArraySize is 1001
 GRACE = 120  # seconds before a SLURM job's time limit at which it is asked to save and end
@@ -34,8 +34,6 @@ POSSIBLE = {
 
 
 class Plan(NamedTuple):
-    """A command, as its arguments, and what it reads from its standard input."""
-
     command: list[str]
     stdin: str = ""
 
@@ -91,14 +89,12 @@ def hand_out(
     worker = ["-m", "tl_jax.studies.worker", str(workdir.absolute()), "--only"]
     words, stdin = CLUSTERS[launcher](command or worker, keys, settings, workdir, jobs)
     print(shlex.join(words) + (f" <<'EOF'\n{stdin}\nEOF" if stdin else ""), flush=True)
-    code = 0
+    try:
+        code = subprocess.run(words, input=stdin or None, text=True).returncode if submit else 0
+    except FileNotFoundError:
+        raise ValueError(f"there is no program {words[0]!r} here; run this where the scheduler is") from None
     if not submit:
         print("# not run: add --submit, or run it yourself", flush=True)
-    else:
-        try:
-            code = subprocess.run(words, input=stdin or None, text=True).returncode
-        except FileNotFoundError:
-            raise ValueError(f"there is no program {words[0]!r} here; run this where the scheduler is") from None
     if keys:
         print(f"# afterwards: {report}", flush=True)
     return code
@@ -209,12 +205,9 @@ def parse_settings(text: str) -> dict[str, str]:
 
 
 def own_arguments(argv: Sequence[str]) -> list[str]:
-    """A command line without the flags that hand it to a launcher, `--flag=value` or `--flag value`."""
-    kept, skip = [], False
-    for argument in argv:
-        name, equals, _ = argument.lstrip("-").partition("=")
-        ours = argument.startswith("-") and name in HANDING_OVER
-        if not skip and not ours:
-            kept.append(argument)
-        skip = not skip and ours and not equals and HANDING_OVER[name]
-    return kept
+    """A command line without the flags that hand it to a launcher."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--launcher", "--slurm", "--cloud"):
+        parser.add_argument(flag)
+    parser.add_argument("--submit", action="store_true")
+    return parser.parse_known_args(argv)[1]

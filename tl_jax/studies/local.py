@@ -20,9 +20,7 @@ EMPTY_HANDED = 3  # deaths without a run in hand after which a worker is not sta
 MEMORY = 2 * 2**30  # bytes of this machine for each worker; one that trains a small network takes 0.6 GB
 
 
-class Slot(NamedTuple):
-    """What one worker may use."""
-
+class Slot(NamedTuple):  # what one worker may use
     cores: tuple[int, ...]
     environment: Mapping[str, str]
 

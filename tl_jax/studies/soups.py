@@ -48,16 +48,11 @@ class Weights(NamedTuple):
 
     @property
     def monitor(self) -> Monitor:
-        """What selects among networks of this task."""
         return tasks.METRICS[self.card.task].monitor
 
 
 class Scorer(NamedTuple):
-    """The evaluation that several weights share.
-
-    predict: (variables, split) -> predictions. splits: those of val, test and data.extra_eval that there are. scored:
-    the one that the result is about, test or else val.
-    """
+    """(variables, split) -> predictions, the splits that there are, and the one that the result is about."""
 
     predict: Callable[[Variables, str], tasks.Predictions]
     splits: tuple[str, ...]
@@ -88,9 +83,8 @@ def greedy(
 ) -> tuple[list[int], Variables]:  # fmt: skip
     """The greedy soup (Wortsman et al. 2022b, Model soups, recipe 1): what went in, in order, and its variables.
 
-    alone: the scores of each ingredient on val, whose variables are load(i). They are tried from the best down by
-    `monitor`, among equals as given; one is kept where the first metric of score(average with it) is not worse than
-    that of the soup without it.
+    Ingredients load(i), whose scores on val are alone[i], are tried from the best down by `monitor`, among equals as
+    given; one is kept where the first metric of score(average with it) is not worse than without it.
     """
     first, *rest = sorted(range(len(alone)), key=lambda i: tasks.preference(monitor, alone[i]), reverse=True)
     kept, soup, best = [first], load(first), tasks.preference(monitor[:1], alone[first])
@@ -138,7 +132,7 @@ def check_same(runs: Sequence[Weights]) -> None:
 
 
 def make_scorer(weights: Weights) -> Scorer:
-    """The evaluation of the run's config on val, test and data.extra_eval."""
+    """The evaluation of the run's config on val, test (scored, where there is one) and data.extra_eval."""
     settings, card = weights.settings, weights.card
     parallel = sharding.make_parallel(settings.loop.parallel, fsdp=settings.loop.fsdp)
     found = inputs.load_sources(settings)
@@ -180,9 +174,8 @@ def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11
                 curves[split][name].append(value)
             if split == "val" and (best is None or tasks.preference(b.monitor, scores) >= best):
                 chosen, best = alpha, tasks.preference(b.monitor, scores)
-    ends = {name: {"run": end.name, "method": end.method} for name, end in (("a", a), ("b", b))}
-    report = {**ends, "alphas": values, "curves": curves, "chosen": chosen,
-              "chosen_on_scored_split": scorer.scored == "val"}  # fmt: skip
+    report = {name: {"run": end.name, "method": end.method} for name, end in (("a", a), ("b", b))}
+    report |= {"alphas": values, "curves": curves, "chosen": chosen, "chosen_on_scored_split": scorer.scored == "val"}
     folder = pathlib.Path(folder)
     report |= _write(scorer, interpolate(a.variables, b.variables, chosen), b, folder)
     metric = b.monitor[0][0]
@@ -251,8 +244,7 @@ def _check_saved(weights: Weights, predictions: tasks.Predictions) -> None:
     if changed > max(1, CHANGED * len(saved.ids)):
         raise ValueError(
             f"model.safetensors of {weights.name} predicts {changed} of {len(saved.ids)} examples otherwise than its "
-            "predictions.npz says: the file or the data have changed since the run, or the file is not all of its "
-            "network"
+            "predictions.npz says: the file or the data have changed, or the file is not all of its network"
         )
 
 

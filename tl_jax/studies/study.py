@@ -78,15 +78,14 @@ def load(text: str) -> tuple[str, str, Study]:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError, NameError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from error
-    problems = [] if (module.__doc__ or "").strip() else ["a docstring, which is the question"]
-    if not callable(getattr(module, "get_study", None)):
-        problems.append("a function get_study(arg)")
-    if problems:
-        raise ValueError(f"{file} lacks {' and '.join(problems)}")
-    study = module.get_study(argument)
+    question, make = inspect.getdoc(module), getattr(module, "get_study", None)
+    needed = {"a docstring, which is the question": question, "a function get_study(arg)": callable(make)}
+    if lacking := [what for what, found in needed.items() if not found]:
+        raise ValueError(f"{file} lacks {' and '.join(lacking)}")
+    study = make(argument)
     if not isinstance(study, Study):
         raise ValueError(f"get_study of {file} gave a {type(study).__name__}, expected a tl_jax.studies.study.Study")
-    return file.resolve().parent.name, inspect.cleandoc(module.__doc__), study
+    return file.resolve().parent.name, question, study
 
 
 def grid(study: Study, free: Collection[str] = ()) -> list[RunSpec]:

@@ -96,7 +96,7 @@ def choose(workdir: pathlib.Path, only: Collection[str], claims: contextlib.Exit
 
 
 def take(workdir: pathlib.Path, row: Mapping[str, Any], attempt: int, stop_requested: Callable[..., bool]) -> None:
-    """Does one claimed run: result.json or failed.json at the end, and a line on the console."""
+    """Does one claimed run."""
     folder, began = store.run_folder(workdir, row["key"]), time.monotonic()
     log = folder / ("log.txt" if distributed.is_first() else f"log-{jax.process_index()}.txt")
     if attempt > 1:

@@ -31,10 +31,10 @@ def _legend(figure, axes, title, names=None):
 
 def dots(path, rows: Sequence[str], series: Mapping[str, Sequence[dict]], label: str, *, order: Sequence[str] = (),
          legend="", reference=None):  # fmt: skip
-    """A mean with its interval and its single values, a row each, and several `series` side by side in a row.
+    """A mean with its interval and its values, a row each; `series` stand side by side, one alone with its numbers.
 
     A mark is {"mean", "low", "high", "values", "sure", "text"}: not `sure` is hollow, and `text` stands where there is
-    no mean. `reference`: x of a vertical line. One series has its numbers written next to it.
+    no mean. `reference`: x of a vertical line.
     """
     several, step = len(series) > 1, 0.8 / len(series)
     height = min(0.9 + len(rows) * (0.14 + max(0.2 * len(series), 0.24)), 40)

@@ -42,7 +42,6 @@ def draw(results: Results, numbers: Numbers, folder: pathlib.Path) -> tuple[list
 
 
 def cells(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
-    """Each metric per cell, with its interval and its single values."""
     for metric in results.metrics:
         if any(mean["n"] for mean in numbers[metric]["means"].values()):
             yield _cell_dots(results, "cells" if metric == results.metrics[0] else f"cells-{_file(metric)}", metric)
@@ -71,7 +70,6 @@ def _cell_mark(results: Results, cell: Cell, metric: str) -> dict:
 
 
 def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
-    """Paired differences from the baseline, a figure for each factor that has one."""
     metric = results.metrics[0]
 
     def mark(row):
@@ -170,7 +168,6 @@ def _means_along(results: Results, metric: str, along: str, place: Mapping, cell
 
 
 def parameters(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
-    """Score against trainable parameters, where these vary."""
     metric, factor, points = results.metrics[0], _colour_factor(results), []
     for row in analysis.costs(results):
         mean, x = numbers[metric]["means"][row["cell"]], row["trainable_parameters"]
@@ -207,7 +204,6 @@ def interaction(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
 
 
 def ranks(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
-    """A critical-difference diagram for each factor of three levels or more."""
     metric = results.metrics[0]
     for factor, found in numbers[metric]["ranks"].items():
         if isinstance(found, str):

@@ -82,12 +82,9 @@ class Results(NamedTuple):
 
     @property
     def test_share(self) -> float | None:
-        """n_test / n_train of a resampling design, see `statistics`; None for independent values, as the one of loo.
-
-        kfold:K tests on one fold and trains on K - 1; a bootstrap trains on 1 - 1/e of the examples, tests on the rest.
-        """
+        """n_test / n_train of a resampling design, see `statistics`; None for independent values, as the one of loo."""
         name, _, argument = self.design.partition(":")
-        if name == "kfold":
+        if name == "kfold":  # tests on one fold; a bootstrap on 1/e of the examples
             return 1 / (int(argument.split("x")[0]) - 1)
         return math.exp(-1) / (1 - math.exp(-1)) if name == "bootstrap" else None
 
@@ -153,16 +150,13 @@ def _finite(value: Any) -> float | None:
 
 
 class Outputs(NamedTuple):
-    """What the figures need of one run's predictions; arrays [bins] and [classes], NaN recall where no example is.
-
-    observed, expected: sums over the examples of each bin. axes: what these two are called.
-    """
+    """What the figures need of one run's predictions: sums over the examples of each bin, and recall by class."""
 
     count: np.ndarray
     observed: np.ndarray
     expected: np.ndarray
-    axes: tuple[str, str]
-    recall: np.ndarray
+    axes: tuple[str, str]  # what the two before are called
+    recall: np.ndarray  # NaN where no example is
     class_names: tuple[str, ...]
 
 

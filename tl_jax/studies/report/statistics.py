@@ -1,7 +1,7 @@
-"""The statistics of studies: what several seeds, folds or data sets say about a difference; numpy and scipy alone.
+"""The statistics of studies: arrays of scores in, plain data for JSON out.
 
-Everything takes arrays of scores and returns plain data for JSON. A number that the data do not determine is None,
-with the reason in `why`. Missing scores are NaN or None and left out; infinite ones are an error.
+A number that the data do not determine is None, with the reason in `why`. Missing scores are NaN or None and left out;
+infinite ones are an error.
 
 test_share: folds of one data set share training examples and are not independent. With it, n_test / n_train, the
 variance of a mean is sd^2 (1/n + n_test/n_train), the corrected resampled t-test (Nadeau & Bengio 2003).
@@ -20,8 +20,8 @@ ROUNDING = 64 * np.finfo(np.float64).eps  # relative to the largest score: diffe
 def mean_interval(values: Sequence, level: float = 0.95, test_share: float | None = None) -> dict:
     """The mean over n seeds and its Student-t interval: {"mean", "low", "high", "n"}.
 
-    mean -+ t(n - 1) sd / sqrt(n), sd with n - 1 (Student 1908). Assumes independent, normal values: seeds of one
-    data set, so it speaks of other seeds and not of other data. None: the bounds of fewer than two, the mean of none.
+    mean -+ t(n - 1) sd / sqrt(n), sd with n - 1 (Student 1908). Assumes independent, normal values. None: the bounds of
+    fewer than two, the mean of none.
     """
     values = _numbers(values, "values")
     if values.ndim != 1:
@@ -223,7 +223,7 @@ def _without_residue(deviations: np.ndarray, *scores: np.ndarray) -> np.ndarray:
 
 
 def _student(values: np.ndarray, level: float, test_share: float | None) -> tuple:
-    """Mean, its interval and its standard error of values without gaps; None where too few."""
+    """Mean, bounds and standard error of values without gaps."""
     _check(level, test_share)
     n = len(values)
     if n < 2:

@@ -26,9 +26,7 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """figures/NAME.png and .svg of the report's folder."""
-
-    name: str
+    name: str  # of figures/NAME.png and .svg
     caption: str
 
 
