@@ -104,7 +104,7 @@ def mean_defined(values: np.ndarray, axis: int) -> np.ndarray:
         return np.where(defined, values, 0).sum(axis=axis) / defined.sum(axis=axis)
 
 
-def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % score interval of a share of `count` examples (Wilson 1927)."""
+def wilson(share: float, count: int, z: float = 1.959964) -> dict[str, float]:
+    """{"low", "high"}: the 95 % score interval of a share of `count` examples (Wilson 1927)."""
     centre, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return (centre - spread) / (1 + z * z / count), (centre + spread) / (1 + z * z / count)
+    return {"low": (centre - spread) / (1 + z * z / count), "high": (centre + spread) / (1 + z * z / count)}

@@ -13,7 +13,7 @@ Monitor = tuple[tuple[str, str], ...]
 class Spec(NamedTuple):
     """What the outputs of a network mean; it stands on the card and in predictions.npz.
 
-    name: one of `tl_jax.tasks.NAMES`. class_names: of the classes (binary: negative, positive), labels or targets.
+    name: one of `tl_jax.tasks.METRICS`. class_names: of the classes (binary: negative, positive), labels or targets.
     target_mean, target_std: of each target, in its unit; a network predicts the standardised target. threshold: the
     probability from which a binary prediction is positive (None: 0.5).
     """
@@ -37,17 +37,21 @@ class Rows(NamedTuple):
     suffix: str = ""
 
 
-class Metrics(NamedTuple):
-    """How predictions of a task are scored; numpy alone.
+def unchanged(predictions: Any) -> Spec:
+    """The calibration of a task that has nothing to calibrate."""
+    return predictions.spec
 
-    scalars: the names that `summarize` can give one number for. less: those of them of which less is better. monitor:
-    (name of a score, "max" | "min"): the first selects, the others break ties. scores: Predictions -> {"loss",
-    monitored metric}, float64 and fast: for every evaluation on val. parts: functions (Predictions, weights [N, B]) ->
-    {name: [B] or [B, rows]}; weights say how often each of B resamples holds an example; NaN where undefined. point:
-    Predictions -> the same with every example once, by default from `parts`. differ: two Predictions of the same
-    examples -> whether the answer to each is another one, bool [N]. answer: Predictions -> the predicted class [N].
-    reliability: Predictions -> count, observed and expected share of each bin; and what these two are called.
-    calibrate: Predictions on val -> Spec. None: the task has no such.
+
+class Metrics(NamedTuple):
+    """How predictions of a task are scored; numpy alone. None: the task has no such.
+
+    scalars: the metrics of one number, in the order of a summary. less: those of which less is better. monitor: (name
+    of a score, "max" | "min"): the first selects, the others break ties. scores: Predictions -> {"loss", monitored
+    metric}, float64, for every evaluation on val. parts: functions (Predictions, weights [N, B]) -> {name: [B] or [B,
+    rows]}; weights say how often each of B resamples holds an example; NaN where undefined. differ: two Predictions of
+    the same examples -> whether their answers differ, bool [N]. answer: Predictions -> the predicted class [N].
+    reliability: Predictions -> count, observed and expected share of each bin; and the names of the two shares.
+    calibrate: Predictions on val -> Spec.
     """
 
     scalars: tuple[str, ...]
@@ -56,21 +60,20 @@ class Metrics(NamedTuple):
     scores: Callable
     parts: tuple[Callable, ...]
     differ: Callable
-    point: Callable | None = None
     loss_label: str = "loss (nats)"
     rows: Rows | None = None
     answer: Callable | None = None
     reliability: tuple[Callable, tuple[str, str]] | None = None
-    calibrate: Callable | None = None
+    calibrate: Callable = unchanged
 
 
 class Task(NamedTuple):
-    """What a head predicts, and how it is trained and scored (scores, monitor: see `Metrics`).
+    """What a head predicts, and how it is trained and scored (scores, monitor, calibrate: see `Metrics`).
 
     outputs: size of the head. encode: labels -> what the loss takes, float32; batches are mixed after it.
     loss: (outputs of the network, encoded) -> [B] float32, whose plain mean over the examples is minimised.
-    count: labels -> [B], the weight of an example in means. running: (outputs, labels) -> {name: [B]}, the training
-    log. keep: outputs -> {name: [B, ...] float32}, what predictions hold. calibrate: Predictions on val -> Spec.
+    running: (outputs, labels) -> {name: [B]}, the training log. keep: outputs -> {name: [B, ...] float32}, what
+    predictions hold. count: labels -> [B], the weight of an example in means.
     """
 
     spec: Spec
@@ -83,7 +86,6 @@ class Task(NamedTuple):
     scores: Callable
     monitor: Monitor
     calibrate: Callable
-    metrics: Metrics
 
 
 def spec_of(card: Card) -> Spec:
@@ -119,8 +121,3 @@ def preference(monitor: Monitor, scores: dict[str, float | None]) -> tuple[float
     """A sort key of scores: the larger, the better; an undefined score (None, NaN) is the worst."""
     values = [(scores[name], 1 if side == "max" else -1) for name, side in monitor]
     return tuple(-np.inf if value is None or np.isnan(value) else sign * value for value, sign in values)
-
-
-def unchanged(predictions: Any) -> Spec:
-    """The calibration of a task that has nothing to calibrate."""
-    return predictions.spec
