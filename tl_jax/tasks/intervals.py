@@ -18,8 +18,8 @@ def resample(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     size = max(1, CHUNK // count)
     for start in range(0, resamples, size):
         columns = min(size, resamples - start)
-        drawn = rng.integers(count, size=(columns, count))
-        flat = (drawn * columns + np.arange(columns)[:, None]).ravel()
+        sampled = rng.integers(count, size=(columns, count))
+        flat = (sampled * columns + np.arange(columns)[:, None]).ravel()
         yield np.bincount(flat, minlength=count * columns).reshape(count, columns).astype(np.float32)
 
 

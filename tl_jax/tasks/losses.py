@@ -20,11 +20,8 @@ def smooth_labels(labels: jax.Array, num_classes: int, smoothing: float) -> jax.
     return (1.0 - smoothing) * jax.nn.one_hot(labels, num_classes) + smoothing / num_classes
 
 
-def binary_cross_entropy(logits: jax.Array, targets: jax.Array, pos_weight: jax.Array | float = 1.0) -> jax.Array:
-    """-(w t log p + (1 - t) log(1 - p)) with p = sigmoid(logits), elementwise; always in float32.
-
-    pos_weight: the weight w of a positive, a number or one for each of the last axis.
-    """
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array, pos_weight: jax.Array | float) -> jax.Array:
+    """-(w t log p + (1 - t) log(1 - p)) with p = sigmoid(logits) and w = pos_weight, elementwise; always in float32."""
     x = logits.astype(jnp.float32)
     return jnp.broadcast_to(pos_weight, x.shape) * targets * jax.nn.softplus(-x) + (1.0 - targets) * jax.nn.softplus(x)
 
@@ -35,7 +32,6 @@ def smooth_binary(labels: jax.Array, smoothing: float) -> jax.Array:
 
 
 def each_once(labels: jax.Array) -> jax.Array:
-    """One for each example, [B]."""
     return jnp.ones(labels.shape[0], jnp.float32)
 
 

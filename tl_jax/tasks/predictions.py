@@ -12,7 +12,6 @@ from tl_jax.core.messages import nearest
 from tl_jax.tasks.task import Spec, spec_problems
 
 OUTPUT = {"classification": "logits", "binary": "logits", "multilabel": "logits", "regression": "values"}
-ARRAYS = ("labels", "ids", "class_names", "task", "features")  # of the file, with the outputs
 
 
 class Predictions(NamedTuple):
@@ -99,23 +98,18 @@ def save_predictions(path, predictions: Predictions) -> None:
 def load_predictions(path) -> Predictions:
     """Reads and checks a predictions.npz; errors name the file and what is wrong. Without `task`: a classification."""
     try:
-        with open(path, "rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise ValueError("not an .npz file, or cut short")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as arrays:
-                return _read(arrays)
+        with np.lib.npyio.NpzFile(path, allow_pickle=False) as arrays:
+            return _read(arrays)
     except (ValueError, TypeError, EOFError, FloatingPointError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: no sound predictions.npz ({error})") from None
 
 
 def _read(arrays) -> Predictions:
-    table = json.loads(str(arrays["task"])) if "task" in arrays.files else {}
+    table = json.loads(str(arrays["task"])) if "task" in arrays else {}
     table = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    expected = {OUTPUT.get(table.get("name", Spec().name), "logits"), *ARRAYS}
-    if wrong := sorted(set(arrays.files).symmetric_difference(expected) - {"features", "task"}):
+    output = OUTPUT.get(table.get("name", Spec().name), "logits")
+    expected = {output, "labels", "ids", "class_names"}
+    if wrong := sorted(expected.symmetric_difference(arrays) - {"features", "task"}):
         raise ValueError(f"holds {arrays.files}, expected {sorted(expected)}; missing or unknown: {wrong}")
-    outputs = {name: arrays[name] for name in expected - set(ARRAYS)}
     spec = Spec(**table, class_names=tuple(map(str, arrays["class_names"])))
-    features = arrays["features"] if "features" in arrays.files else None
-    return make_predictions(outputs, arrays["labels"], arrays["ids"], spec, features)
+    return make_predictions({output: arrays[output]}, arrays["labels"], arrays["ids"], spec, arrays.get("features"))
