@@ -4,7 +4,6 @@ Exit codes: 0 done; 1 some inputs cannot be read; 2 bad input, in one message; 7
 """
 
 import argparse
-import contextlib
 import io
 import json
 import os
@@ -33,33 +32,25 @@ def predict(args: Args) -> int:
     formats = {"": answers.write_csv, ".csv": answers.write_csv, ".jsonl": answers.write_jsonl}
     if (suffix := pathlib.Path(args.out).suffix) not in formats or (args.out and not suffix):
         raise ValueError(f"--out {args.out}: expected a .csv or .jsonl file")
-    network, unreadable = run.load_run(args.run, args.weights).model, []
-    data = args.inputs if network.card.input == "image" else args.inputs[0]
+    found, unreadable = run.load_run(args.run, args.weights), []
 
     def readable():
-        for row in model.stream(network, data, args.batch_size):
+        for row in model.stream(found, args.inputs, args.batch_size):
             if "error" in row:
                 unreadable.append(f"{row['file']}: {row['error']}")
             else:
                 yield row
 
-    with _output(args.out) as file:
-        formats[suffix](readable(), file)
+    if args.out:
+        with files.atomic_write(args.out) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+            formats[suffix](readable(), text)
+            text.detach()
+    else:
+        formats[suffix](readable(), sys.stdout)
     if unreadable:
         print("\n  ".join([f"{len(unreadable)} files cannot be read:", *unreadable]), file=sys.stderr)
     return 1 if unreadable else 0
-
-
-@contextlib.contextmanager
-def _output(path: str):
-    """Standard output, or a text file that appears when it is complete."""
-    if not path:
-        yield sys.stdout
-        return
-    with files.atomic_write(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        yield text
-        text.detach()
 
 
 def evaluate(args: Args) -> None:
