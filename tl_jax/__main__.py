@@ -72,9 +72,8 @@ def evaluate(args: Args) -> None:
 def metrics(args: Args) -> None:
     from tl_jax import tasks
 
-    predictions = tasks.load_predictions(args.file)
-    summary = tasks.summarize(predictions, resamples=args.resamples, level=args.level, seed=args.seed)
-    _print_metrics(summary, args.json)
+    found = tasks.load_predictions(args.file)
+    _print_metrics(tasks.summarize(found, resamples=args.resamples, level=args.level, seed=args.seed), args.json)
 
 
 def _print_metrics(summary: dict[str, Any], as_json: bool) -> None:
@@ -131,9 +130,8 @@ def wise_ft(args: Args) -> None:
     from tl_jax.studies import soups
 
     b = soups.load(args.b)
-    found = soups.wise_ft(
-        soups.load_start(b) if args.a == soups.START else soups.load(args.a), b, args.out, args.alphas
-    )
+    a = soups.load_start(b) if args.a == soups.START else soups.load(args.a)
+    found = soups.wise_ft(a, b, args.out, args.alphas)
     _print_averaged(f"alpha {found['chosen']:g}", found, args.out)
 
 
@@ -141,9 +139,8 @@ def soup(args: Args) -> None:
     from tl_jax.studies import soups
 
     found = soups.soup(args.runs, args.out)
-    _print_averaged(
-        ", ".join(f"{'+' if row['kept'] else '-'} {row['run']}" for row in found["ingredients"]), found, args.out
-    )
+    chosen = ", ".join(f"{'+' if row['kept'] else '-'} {row['run']}" for row in found["ingredients"])
+    _print_averaged(chosen, found, args.out)
 
 
 def _print_averaged(chosen: str, found: dict[str, Any], out: str) -> None:

@@ -124,7 +124,7 @@ def _batches(model: Model, data: Any, batch_size: int) -> Iterator[tuple[list[tu
 
 def stream(model: Any, data: Any, batch_size: int = 128) -> Iterator[answers.Row]:
     """What `predict` gives, row by row; only one batch is held."""
-    own = _with_head(model)
+    own = _model(model)
     for found, outputs in _batches(own, data, batch_size):
         outputs.pop(FEATURES, None)
         rows = iter(answers.answers(own.spec, outputs) if outputs else ())
@@ -143,13 +143,13 @@ def predict(model: Any, data: Any, *, batch_size: int = 128) -> list[answers.Row
 
 def outputs(model: Any, data: Any, *, batch_size: int = 128) -> np.ndarray:
     """Logits float32 [N, K], [N] of a binary task, or values [N, T] of a regression, for inputs as in `predict`."""
-    found = _whole(_with_head(model), data, batch_size)
+    found = _whole(_model(model), data, batch_size)
     return next(array for name, array in found.items() if name != FEATURES)
 
 
 def features(model: Any, data: Any, *, batch_size: int = 128) -> np.ndarray:
     """What the network's head reads, float32 [N, D], for inputs as in `predict`; ValueError names the unreadable."""
-    return _whole(_as_model(model), data, batch_size)[FEATURES]
+    return _whole(_model(model, head=False), data, batch_size)[FEATURES]
 
 
 def _whole(model: Model, data: Any, batch_size: int) -> dict[str, np.ndarray]:
@@ -164,7 +164,7 @@ def score(
     model: Any, data: Any, split: str = "", *, labels: Sequence[str] = (), batch_size: int = 128
 ) -> tasks.Predictions:
     """The outputs of a network for labelled data, with the labels in the order of its own classes; see `evaluate`."""
-    own = _with_head(model)
+    own = _model(model)
     source = inputs.load_labelled(data, split, task=own.card.task, labels=labels or getattr(model, "labels", ()))
     found = _whole(own, source, batch_size)
     matched, read = match_labels(source, own.spec, named=bool(own.card.class_names)), found.pop(FEATURES)
@@ -203,16 +203,11 @@ def match_labels(source: Source, spec: tasks.Spec, named: bool) -> np.ndarray:
     return np.array([ours.index(name) for name in theirs], np.int32)[source.labels] if subset else source.labels
 
 
-def _as_model(model: Any) -> Model:
-    """The network of a Run, or the Model itself."""
-    found = getattr(model, "model", model)
+def _model(given: Any, head: bool = True) -> Model:
+    """The network of a Run, or the Model itself; ValueError for others, and for one without the head that is needed."""
+    found = getattr(given, "model", given)
     if not isinstance(found, Model):
-        raise ValueError(f"expected a model, as `load` gives it, or a run, as `fit` and `load_run` do; found {model!r}")
-    return found
-
-
-def _with_head(model: Any) -> Model:
-    found = _as_model(model)
-    if not found.card.num_classes:
+        raise ValueError(f"expected a model, as `load` gives it, or a run, as `fit` and `load_run` do; found {given!r}")
+    if head and not found.card.num_classes:
         raise ValueError(f"{found.name} was loaded without a head: it has features, and no outputs")
     return found

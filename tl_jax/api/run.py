@@ -21,7 +21,6 @@ from tl_jax.api import model as models
 from tl_jax.api.model import Metrics, Model
 from tl_jax.core import files
 from tl_jax.core.messages import nearest
-from tl_jax.data.examples import Source
 from tl_jax.methods import probes, recipes
 from tl_jax.tasks import answers
 from tl_jax.training import train as training
@@ -43,10 +42,7 @@ class Picture(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """A finished run.
-
-    folder: its workdir. weights: where the base of its delta checkpoint lies now, if not where it lay.
-    """
+    """A finished run: its workdir, and where the base of its delta checkpoint lies now, if not where it lay."""
 
     folder: pathlib.Path
     weights: str | None = None
@@ -188,23 +184,16 @@ def _data_options(data: Any, task: str, folder: pathlib.Path, given: Mapping[str
         source, task = inputs.source_name(data), task or "classification"
         found = inputs.splits_of(source, task, given.get("data.labels", ()))
     else:
-        named = inputs.by_split(data)
-        source, found = f"arrays:{_stored(named, folder)}", list(named)
-        task = task or TASKS[next(iter(named.values())).label_kind]
-    val = "val" if "val" in found else "train[80%:]"
-    train = "train" if "val" in found else "train[:80%]"
+        found = inputs.by_split(data)
+        text = "\n".join(f"{split} {source.fingerprint}" for split, source in found.items())
+        path = folder.absolute() / f"data-{hashlib.sha256(text.encode()).hexdigest()[:12]}.npz"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            inputs.write_arrays(found, path)
+        source, task = f"arrays:{path}", task or TASKS[next(iter(found.values())).label_kind]
+    train, val = ("train", "val") if "val" in found else ("train[:80%]", "train[80%:]")
     test = "test" if "test" in found else ""
     return {"task": task, "data.source": source, "data.train": train, "data.val": val, "data.test": test}
-
-
-def _stored(named: Mapping[str, Source], folder: pathlib.Path) -> pathlib.Path:
-    """The file of data in memory, in the folder of the run; its name says what is in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(f"{split} {source.fingerprint}" for split, source in named.items())
-    path = folder.absolute() / f"data-{hashlib.sha256(text.encode()).hexdigest()[:12]}.npz"
-    if not path.exists():
-        inputs.write_arrays(named, path)
-    return path
 
 
 def knn(

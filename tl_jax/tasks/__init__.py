@@ -1,12 +1,13 @@
 """What a head predicts, and what follows from it; no other room names a metric. Scoring needs no jax; `make` does."""
 
 import itertools
+import math
 
 import numpy as np
 
 from tl_jax.core.messages import nearest
 from tl_jax.tasks import binary, classification, multilabel, regression
-from tl_jax.tasks.intervals import interval, resample, wilson
+from tl_jax.tasks.intervals import interval, resample
 from tl_jax.tasks.predictions import Predictions, load_predictions, make_predictions, save_predictions
 from tl_jax.tasks.tables import format_classes, format_sets, format_table
 from tl_jax.tasks.task import Metrics, Spec, Task, card_fields, preference, spec_of, spec_problems
@@ -86,7 +87,6 @@ def point(predictions: Predictions) -> dict:
 
 
 def _estimates(predictions, weights) -> dict:
-    """All metrics on examples weighted by [N, B]: {name: [B] or [B, rows]}."""
     parts = METRICS[predictions.spec.name].parts
     return {name: values for part in parts for name, values in part(predictions, weights).items()}
 
@@ -98,23 +98,24 @@ def confusion(predictions: Predictions) -> np.ndarray:
 
 
 def summarize(predictions: Predictions, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> dict:
-    """Every metric with its interval, as plain JSON-able data (undefined numbers are None).
+    """Every metric with its interval, as plain JSON-able data (undefined numbers are None); see docs/metrics.md.
 
     Intervals are percentiles of the bootstrap over examples (Efron 1979), with the same resamples for all metrics.
     Each of `scalar_names` is {"value", "low", "high"}; also count; a list of rows per_class, per_label or per_target;
-    confusion (rows: true, columns: predicted); level, resamples, seed. docs/metrics.md has the definitions.
+    confusion (rows: true, columns: predicted); level, resamples, seed.
     """
     metrics, value, count = METRICS[predictions.spec.name], point(predictions), len(predictions.labels)
-    chunks = [_estimates(predictions, weights) for weights in _resample(count, resamples, level, seed)]
+    chunks = [_estimates(predictions, weights) for weights in resample(count, resamples, seed)]
     samples = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in value}
     found = {name: interval(value[name], samples[name], level) for name in metrics.scalars if name in value}
     if metrics.rows:
-        noun, columns, support, suffix = metrics.rows
+        noun, columns, support = metrics.rows
         found[f"per_{noun}"] = rows = [{noun: name} for name in predictions.spec.class_names]
         for k, row in enumerate(rows):
             if support:
                 row["support"] = int(support(predictions)[k])
-            row |= {name: interval(value[name + suffix][k], samples[name + suffix][:, k], level) for name in columns}
+            for name in columns:
+                row[name.removesuffix("_each")] = interval(value[name][k], samples[name][:, k], level)
     if metrics.answer:
         found["confusion"] = confusion(predictions).tolist()
     return {"count": count, **found, "level": level, "resamples": resamples, "seed": seed}
@@ -143,7 +144,7 @@ def paired_difference(
         raise ValueError(f"unknown metric {metric!r}{nearest(metric, parts)}; known: {', '.join(parts)}")
     value, *samples = (
         np.subtract(*(parts[metric](p, weights)[metric] for p in (a, b)))
-        for weights in itertools.chain([once], _resample(len(order), resamples, level, seed))
+        for weights in itertools.chain([once], resample(len(order), resamples, seed))
     )
     return interval(value[0], np.concatenate(samples), level)
 
@@ -155,8 +156,11 @@ def direction(metric: str) -> int:
 
 def share_interval(name: str, value: float | None, count: int) -> dict[str, float]:
     """{"low", "high"}: the 95 % score interval (Wilson 1927) of the monitored metric if it is a share, otherwise {}."""
-    is_share = METRICS[name].monitor[0][0] == "accuracy" and value is not None
-    return wilson(value, count) if is_share else {}
+    if METRICS[name].monitor[0][0] != "accuracy" or value is None:
+        return {}
+    z = 1.959964
+    centre, spread = value + z * z / (2 * count), z * math.sqrt(value * (1 - value) / count + (z / (2 * count)) ** 2)
+    return {"low": (centre - spread) / (1 + z * z / count), "high": (centre + spread) / (1 + z * z / count)}
 
 
 def scalar_names(name: str) -> tuple[str, ...]:
@@ -168,9 +172,3 @@ def _metrics(name: str) -> Metrics:
     if name not in METRICS:
         raise ValueError(f"there is no task {name!r}{nearest(str(name), METRICS)}; known: {', '.join(METRICS)}")
     return METRICS[name]
-
-
-def _resample(count: int, resamples: int, level: float, seed: int):
-    if resamples < 1 or not 0 < level < 1:
-        raise ValueError(f"resamples={resamples}, level={level}: expected at least 1, and a level between 0 and 1")
-    return resample(count, resamples, seed)

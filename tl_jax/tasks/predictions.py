@@ -35,10 +35,7 @@ class Predictions(NamedTuple):
 
 
 def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None) -> Predictions:
-    """Checks and types the arrays; one ValueError lists everything wrong with them.
-
-    FloatingPointError names the rows where nothing is wrong but that outputs are not finite.
-    """
+    """Checks and types the arrays; one ValueError for all that is wrong, FloatingPointError where outputs diverged."""
     if spec.name not in OUTPUT:
         raise ValueError(f"there is no task {spec.name!r}{nearest(spec.name, OUTPUT)}; known: {', '.join(OUTPUT)}")
     output = OUTPUT[spec.name]
@@ -99,17 +96,14 @@ def load_predictions(path) -> Predictions:
     """Reads and checks a predictions.npz; errors name the file and what is wrong. Without `task`: a classification."""
     try:
         with np.lib.npyio.NpzFile(path, allow_pickle=False) as arrays:
-            return _read(arrays)
+            table = json.loads(str(arrays["task"])) if "task" in arrays else {}
+            table = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+            output = OUTPUT.get(table.get("name", Spec().name), "logits")
+            expected = {output, "labels", "ids", "class_names"}
+            if wrong := sorted(expected.symmetric_difference(arrays) - {"features", "task"}):
+                raise ValueError(f"holds {arrays.files}, expected {sorted(expected)}; missing or unknown: {wrong}")
+            spec = Spec(**table, class_names=tuple(map(str, arrays["class_names"])))
+            given = {output: arrays[output]}, arrays["labels"], arrays["ids"], spec, arrays.get("features")
+            return make_predictions(*given)
     except (ValueError, TypeError, EOFError, FloatingPointError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: no sound predictions.npz ({error})") from None
-
-
-def _read(arrays) -> Predictions:
-    table = json.loads(str(arrays["task"])) if "task" in arrays else {}
-    table = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    output = OUTPUT.get(table.get("name", Spec().name), "logits")
-    expected = {output, "labels", "ids", "class_names"}
-    if wrong := sorted(expected.symmetric_difference(arrays) - {"features", "task"}):
-        raise ValueError(f"holds {arrays.files}, expected {sorted(expected)}; missing or unknown: {wrong}")
-    spec = Spec(**table, class_names=tuple(map(str, arrays["class_names"])))
-    return make_predictions({output: arrays[output]}, arrays["labels"], arrays["ids"], spec, arrays.get("features"))

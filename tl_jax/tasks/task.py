@@ -28,13 +28,12 @@ class Spec(NamedTuple):
 class Rows(NamedTuple):
     """The table "per_NOUN" of a summary, a row for each class, label or target.
 
-    metrics: the columns, which `parts` names with the suffix. support: Predictions -> examples of each row [rows].
+    metrics: of `parts`, the columns; NAME_each is shown as NAME. support: Predictions -> examples of each row [rows].
     """
 
     noun: str
     metrics: tuple[str, ...]
     support: Callable | None = None
-    suffix: str = ""
 
 
 def unchanged(predictions: Any) -> Spec:
