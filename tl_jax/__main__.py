@@ -29,8 +29,8 @@ def predict(args: Args) -> int:
     from tl_jax.api import model, run
     from tl_jax.tasks import answers
 
-    formats = {"": answers.write_csv, ".csv": answers.write_csv, ".jsonl": answers.write_jsonl}
-    if (suffix := pathlib.Path(args.out).suffix) not in formats or (args.out and not suffix):
+    formats = {".csv": answers.write_csv, ".jsonl": answers.write_jsonl}
+    if not (write := formats.get(pathlib.Path(args.out or "-.csv").suffix)):
         raise ValueError(f"--out {args.out}: expected a .csv or .jsonl file")
     found, unreadable = run.load_run(args.run, args.weights), []
 
@@ -44,10 +44,10 @@ def predict(args: Args) -> int:
     if args.out:
         with files.atomic_write(args.out) as file:
             text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-            formats[suffix](readable(), text)
+            write(readable(), text)
             text.detach()
     else:
-        formats[suffix](readable(), sys.stdout)
+        write(readable(), sys.stdout)
     if unreadable:
         print("\n  ".join([f"{len(unreadable)} files cannot be read:", *unreadable]), file=sys.stderr)
     return 1 if unreadable else 0
@@ -144,9 +144,8 @@ def soup(args: Args) -> None:
 
 
 def _print_averaged(chosen: str, found: dict[str, Any], out: str) -> None:
-    metric, entry = next((name, entry) for name, entry in found["metrics"].items() if isinstance(entry, dict))
-    value = "undefined" if entry["value"] is None else f"{entry['value']:.4f}"
-    print(f"{chosen}, {found['split']} {metric} {value}; wrote {out}")
+    metric, value = next((name, entry["value"]) for name, entry in found["metrics"].items() if isinstance(entry, dict))
+    print(f"{chosen}, {found['split']} {metric} {'undefined' if value is None else f'{value:.4f}'}; wrote {out}")
 
 
 def arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:

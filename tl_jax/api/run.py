@@ -48,8 +48,7 @@ class Run:
     weights: str | None = None
 
     def __repr__(self) -> str:
-        result = self.result
-        return f"{result['model']}, {result['method']}, on {result['data']} ({self.folder})\n{self.metrics!r}"
+        return "{model}, {method}, on {data}".format(**self.result) + f" ({self.folder})\n{self.metrics!r}"
 
     @functools.cached_property
     def result(self) -> dict[str, Any]:
@@ -64,14 +63,10 @@ class Run:
     @property
     def curves(self) -> dict[str, tuple[list[int], list[float]]]:
         """`{"train/loss": (steps, values), ...}`: the rows of metrics.jsonl."""
-        found: dict[str, tuple[list, list]] = {}
-        for row in files.read_rows(self.folder / "metrics.jsonl"):
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    steps, values = found.setdefault(name, ([], []))
-                    steps.append(row["step"])
-                    values.append(value)
-        return found
+        rows = files.read_rows(self.folder / "metrics.jsonl")
+        names = dict.fromkeys(name for row in rows for name in row if name != "step")
+        known = {name: [row for row in rows if row.get(name) is not None] for name in names}
+        return {name: ([row["step"] for row in at], [row[name] for row in at]) for name, at in known.items() if at}
 
     @functools.cached_property
     def options(self) -> dict[str, Any]:
@@ -155,7 +150,7 @@ def fit(
     data: a source such as "folder:PATH" or its path, a pair (images uint8 [N, H, W, 3], labels), a Dataset, or a table
     {split: pair or Dataset}. Without a split val a fifth of train takes its place; without test val is scored. method:
     one of `list_methods`. task: that of the labels unless given. workdir: kept, and resumed where the same call was
-    interrupted; None: a temporary folder that is removed with the Run. changes: {dotted option: value} of any option in
+    interrupted; None: a temporary folder that is removed with the Run. changes: {dotted option: value}, see
     tl_jax/core/options.py. Raises one ValueError for all that does not fit.
     """
     table = recipes.methods(epochs)

@@ -14,8 +14,8 @@ class Spec(NamedTuple):
     """What the outputs of a network mean; it stands on the card and in predictions.npz.
 
     name: one of `tl_jax.tasks.METRICS`. class_names: of the classes (binary: negative, positive), labels or targets.
-    target_mean, target_std: of each target, in its unit; a network predicts the standardised target. threshold: the
-    probability from which a binary prediction is positive (None: 0.5).
+    target_mean, target_std: of each target, which a network predicts standardised. threshold: the probability from
+    which a binary prediction is positive (None: 0.5).
     """
 
     name: str = "classification"
@@ -88,14 +88,12 @@ class Task(NamedTuple):
 
 
 def spec_of(card: Card) -> Spec:
-    """What a card says of the outputs."""
     return Spec(card.task, card.class_names, card.target_mean, card.target_std, card.threshold)
 
 
 def card_fields(spec: Spec) -> dict[str, Any]:
     """The fields of a card that hold a spec, for `Card.replace`."""
-    fields = spec._asdict()
-    return {"task": fields.pop("name"), **fields}
+    return dict(zip(("task", *Spec._fields[1:]), spec, strict=True))
 
 
 def spec_problems(spec: Spec) -> list[str]:
@@ -107,10 +105,8 @@ def spec_problems(spec: Spec) -> list[str]:
     if spec.name == "regression":
         mean, std = np.asarray(spec.target_mean, float), np.asarray(spec.target_std, float)
         if not mean.shape == std.shape == (names,) or not np.isfinite([mean, std]).all() or (std <= 0).any():
-            problems.append(
-                f"target_mean={spec.target_mean}, target_std={spec.target_std}: expected a finite mean and a deviation "
-                f"above 0 for each of {names} targets"
-            )
+            found = f"target_mean={spec.target_mean}, target_std={spec.target_std}"
+            problems.append(f"{found}: expected a finite mean and a deviation above 0 for each of {names} targets")
     if spec.threshold is not None and not 0 < spec.threshold < 1:
         problems.append(f"threshold={spec.threshold}: expected a probability between 0 and 1")
     return problems
