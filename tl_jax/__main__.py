@@ -222,23 +222,19 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m tl_jax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for function, (text, arguments) in COMMANDS.items():
-        command = commands.add_parser(function.__name__, help=text, description=text, add_help=function is not train)
-        command.set_defaults(function=function)
-        for names, options in arguments:
-            command.add_argument(*names, **options)
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    args = Args(function=train, rest=argv[1:]) if argv[:1] == ["train"] else make_parser().parse_args(argv)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m tl_jax", description=__doc__, formatter_class=layout)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function, (text, arguments) in COMMANDS.items():
+        command = commands.add_parser(function.__name__, help=text, description=text)
+        command.set_defaults(function=function)
+        for names, options in arguments:
+            command.add_argument(*names, **options)
+    # What follows `train` belongs to absl, --help too.
+    args = Args(function=train, rest=argv[1:]) if argv[:1] == ["train"] else parser.parse_args(argv)
     try:
         return args.function(args) or 0
     except (ValueError, OSError, FloatingPointError) as error:

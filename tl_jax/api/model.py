@@ -83,8 +83,8 @@ def load(
     """Loads a weight file of any known layout into the named model; without a file its weights are random.
 
     name "" takes the model that the file's card names. weights: a file, the folder of a finished run, "builtin:NAME" or
-    "hf://owner/name[/file]@revision". num_classes 0 loads a file that has no head, an integer makes a new head.
-    Raises one ValueError that lists every tensor that does not fit.
+    "hf://owner/name[/file]@revision". num_classes: of a new head; 0 loads a file that has none. Raises one ValueError
+    that lists every tensor that does not fit.
     """
     weights = os.fspath(weights)
     loaded = pretrained.load_with_origins(name, weights, num_classes, image_size=image_size or None, seed=seed)

@@ -38,8 +38,7 @@ def make(
 ) -> Task:
     """The task of a spec; one ValueError for a spec or weights that do not fit.
 
-    class_weight: of a classification, one number a class, see `losses.classification`. pos_weight: of the positives of
-    a binary task (one number) or of each label (multilabel).
+    class_weight: one number a class. pos_weight: of the positives of a binary task (one number) or of each label.
     """
     metrics, problems, labels = _metrics(spec.name), spec_problems(spec), len(spec.class_names)
     for option, weights, sizes in (

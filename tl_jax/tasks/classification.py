@@ -24,7 +24,8 @@ def scores(predictions: Predictions) -> dict[str, float]:
 
 def reliability(predictions: Predictions) -> tuple[np.ndarray, ...]:
     """Count, accuracy and mean confidence of equal-width bins of the confidence (Guo et al. 2017); NaN where empty."""
-    return binned(answer(predictions) == predictions.labels, _confidence(predictions))
+    confidence = np.exp(_log_probabilities(predictions).max(axis=1))
+    return binned(answer(predictions) == predictions.labels, confidence)
 
 
 def _log_probabilities(predictions):
@@ -43,10 +44,6 @@ def _log_odds(predictions):
     return log_p - rest
 
 
-def _confidence(predictions):
-    return np.exp(_log_probabilities(predictions).max(axis=1))
-
-
 def _in_top(predictions, k):
     """Whether the label is among the k largest logits; ties go to the lower class, as in argmax."""
     logits, labels = predictions.values, predictions.labels[:, None]
@@ -56,7 +53,6 @@ def _in_top(predictions, k):
 
 
 def _weighted(predictions, weights) -> dict:
-    """All metrics but AUC on examples weighted by [N, B]: scalars [B] and per-class [B, K]; NaN where undefined."""
     labels, predicted, log_p = predictions.labels, answer(predictions), _log_probabilities(predictions)
     classes, total, hit = log_p.shape[1], weights.sum(axis=0), predicted == labels
     accuracy = hit.astype(np.float64) @ weights / total
@@ -68,12 +64,11 @@ def _weighted(predictions, weights) -> dict:
     support, guessed = group_sum(labels, classes, weights), group_sum(predicted, classes, weights)
     for name, rate in rates(true_positive, support, guessed).items():
         result[name], result[f"{name}_macro"] = rate.T, np.nanmean(rate, axis=0)
-    result["nll"] = -log_p[np.arange(len(labels)), labels] @ weights / total
-    return result | {"ece": calibration_error(hit, _confidence(predictions), weights)}
+    nll = -log_p[np.arange(len(labels)), labels] @ weights / total
+    return result | {"nll": nll, "ece": calibration_error(hit, np.exp(log_p.max(axis=1)), weights)}
 
 
 def _weighted_auc(predictions, weights) -> dict:
-    """One-vs-rest AUC [B, K] on weighted examples and its mean over the classes where it is defined [B]."""
     score = _log_odds(predictions)
     auc = np.stack([roc_auc(score[:, k], predictions.labels == k, weights) for k in range(score.shape[1])], axis=1)
     return {"roc_auc": auc, "roc_auc_macro": mean_defined(auc, axis=1)}

@@ -30,10 +30,7 @@ def confusion_matrix(predictions: Predictions, path) -> None:
     side = min(2.8 + 0.34 * classes, 7.2)
     grid = {"columns": 2, "ratios": [side, 3.2]} if listed else {}
     with figure_at(path, (side + (4.0 if listed else 0.6), side), **grid) as (figure, (axis, *others)):
-        block = -(-classes // 200)  # classes a cell: at most 200 cells a side stay visible
-        start = np.arange(0, classes, block)
-        pooled = np.add.reduceat(np.add.reduceat(counts, start, axis=0), start, axis=1)
-        share = pooled / np.maximum(pooled.sum(axis=1, keepdims=True), 1)
+        share, block = _share(counts)
         style = {"cmap": BLUES, "norm": PowerNorm(0.5, 0, 1), "interpolation": "nearest"}
         image = axis.imshow(share, extent=(0, classes, classes, 0), **style)
         blocks = f"; cells are blocks of {block} classes" if block > 1 else ""
@@ -54,6 +51,14 @@ def confusion_matrix(predictions: Predictions, path) -> None:
         for (i, j), count in np.ndenumerate(counts):
             colour = "white" if share[i, j] > 0.3 else "black"
             axis.text(j + 0.5, i + 0.5, count or "", ha="center", va="center", fontsize=8, color=colour)
+
+
+def _share(counts):
+    """Rows divided by their sums, and how many classes a cell stands for: at most 200 cells a side stay visible."""
+    block = -(-len(counts) // 200)
+    start = np.arange(0, len(counts), block)
+    pooled = np.add.reduceat(np.add.reduceat(counts, start, axis=0), start, axis=1)
+    return pooled / np.maximum(pooled.sum(axis=1, keepdims=True), 1), block
 
 
 def _list_confusions(axis, counts, class_names, limit=25):
