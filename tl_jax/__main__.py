@@ -11,6 +11,7 @@ import pathlib
 import sys
 from typing import Any
 
+import tl_jax
 from tl_jax.core import files
 
 Args = argparse.Namespace
@@ -26,16 +27,16 @@ def train(args: Args) -> int:
 
 
 def predict(args: Args) -> int:
-    from tl_jax.api import model, run
+    from tl_jax.api.model import stream
     from tl_jax.tasks import answers
 
     formats = {".csv": answers.write_csv, ".jsonl": answers.write_jsonl}
     if not (write := formats.get(pathlib.Path(args.out or "-.csv").suffix)):
         raise ValueError(f"--out {args.out}: expected a .csv or .jsonl file")
-    found, unreadable = run.load_run(args.run, args.weights), []
+    run, unreadable = tl_jax.load_run(args.run, args.weights), []
 
     def readable():
-        for row in model.stream(found, args.inputs, args.batch_size):
+        for row in stream(run, args.inputs, args.batch_size):
             if "error" in row:
                 unreadable.append(f"{row['file']}: {row['error']}")
             else:
@@ -54,50 +55,42 @@ def predict(args: Args) -> int:
 
 
 def evaluate(args: Args) -> None:
-    from tl_jax import tasks
-    from tl_jax.api import model, run
+    from tl_jax.api.model import score
 
     alone = args.weights or args.model
     if len(args.what) != (1 if alone else 2):
         raise ValueError("expected RUN DATA, or --model NAME --weights FILE DATA")
-    size = args.image_size
-    network = model.load(args.model, args.weights, image_size=size) if alone else run.load_run(args.what[0])
-    labels = args.labels.split(",") if args.labels else ()
-    found = model.score(network, args.what[-1], args.split, labels=labels, batch_size=args.batch_size)
+    size, labels = args.image_size, args.labels.split(",") if args.labels else ()
+    network = tl_jax.load(args.model, args.weights, image_size=size) if alone else tl_jax.load_run(args.what[0])
+    found = score(network, args.what[-1], args.split, labels=labels, batch_size=args.batch_size)
     if args.out:
-        tasks.save_predictions(args.out, found)
-    _print_metrics(tasks.summarize(found, resamples=args.resamples), args.json)
+        tl_jax.tasks.save_predictions(args.out, found)
+    _print_metrics(tl_jax.summarize(found, resamples=args.resamples), args.json)
 
 
 def metrics(args: Args) -> None:
-    from tl_jax import tasks
-
-    found = tasks.load_predictions(args.file)
-    _print_metrics(tasks.summarize(found, resamples=args.resamples, level=args.level, seed=args.seed), args.json)
+    found = tl_jax.load_predictions(args.file)
+    _print_metrics(tl_jax.summarize(found, resamples=args.resamples, level=args.level, seed=args.seed), args.json)
 
 
 def _print_metrics(summary: dict[str, Any], as_json: bool) -> None:
-    import rich.console
-
-    from tl_jax import tasks
+    from rich.console import Console
 
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
-        rich.console.Console().print(*filter(None, (tasks.format_table(summary), tasks.format_classes(summary))))
+        tables = tl_jax.tasks.format_table(summary), tl_jax.tasks.format_classes(summary)
+        Console().print(*filter(None, tables))
 
 
 def inspect(args: Args) -> None:
-    from tl_jax.weights import load
-
-    print(load.inspect(args.source))
+    print(tl_jax.inspect(args.source))
 
 
 def convert(args: Args) -> None:
-    from tl_jax.weights import load
-
-    _, variables, card = load.load(args.name, args.source, args.num_classes, image_size=args.image_size)
-    load.export(variables, card.model, args.out, card=card, layout=args.layout)
+    model = tl_jax.load(args.name, args.source, num_classes=args.num_classes, image_size=args.image_size)
+    card = model.card
+    tl_jax.export(model.variables, card.model, args.out, card=card, layout=args.layout)
     size = f"{card.input_size} px" if card.input == "image" else f"{len(card.columns)} columns"
     print(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {size}")
 
@@ -193,7 +186,7 @@ COMMANDS = {
         arg("out", help="the .safetensors file to write"),
         arg("--layout", help="names of the tensors written (default: timm's)"),
         arg("--num-classes", type=int, choices=[0], help="0 leaves the classifier out"),
-        arg("--image-size", type=int, help="resample the position embeddings for this input size"),
+        arg("--image-size", type=int, default=0, help="resample the position embeddings for this input size"),
     )),
     pack: ("decode and resize images once, for the source packed:FOLDER", (
         arg("source", help="such as folder:PATH, see docs/data.md"),
