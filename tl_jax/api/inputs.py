@@ -15,7 +15,6 @@ from tl_jax.data.examples import Source
 from tl_jax.data.labels import number_columns
 from tl_jax.data.readers import arrays, folder, tables
 
-Named = Mapping[str, Source]
 PATH = str | os.PathLike
 
 
@@ -90,26 +89,25 @@ def load_labelled(data: Any, split: str, *, task: str, labels: Sequence[str] = (
     return named[chosen]
 
 
-def by_split(data: Any) -> Named:
+def by_split(data: Any) -> dict[str, Source]:
     """Data in memory as `{split: Source}`; what has no split is train."""
-    table = data if isinstance(data, Mapping) else {"train": data}
-    return {name: _source(name, each) for name, each in table.items()}
+    found = {}
+    for split, each in (data if isinstance(data, Mapping) else {"train": data}).items():
+        if isinstance(each, Source):
+            found[split] = each
+            continue
+        if not isinstance(each, list | tuple) or len(each) not in (2, 3) or isinstance(each[0], str):
+            raise ValueError(
+                f"{split}: found {type(each).__name__}; expected a source such as 'folder:PATH', a path, a pair "
+                "(images uint8 [N, H, W, 3], labels), a Dataset, or a table {split: pair or Dataset}"
+            )
+        images, labels, *classes = map(np.asarray, each)
+        given = {"image": images, "label": labels}
+        found[split] = arrays.check_arrays("the arrays", "arrays", split, given, classes[0] if classes else None)
+    return found
 
 
-def _source(split: str, data: Any) -> Source:
-    if isinstance(data, Source):
-        return data
-    if not isinstance(data, list | tuple) or len(data) not in (2, 3) or isinstance(data[0], str):
-        raise ValueError(
-            f"{split}: found {type(data).__name__}; expected a source such as 'folder:PATH', a path, a pair (images "
-            "uint8 [N, H, W, 3], labels), a Dataset, or a table {split: pair or Dataset}"
-        )
-    images, labels, *classes = data
-    found = {"image": np.asarray(images), "label": np.asarray(labels)}
-    return arrays.check_arrays("the arrays", "arrays", split, found, np.asarray(classes[0]) if classes else None)
-
-
-def write_arrays(named: Named, path: pathlib.Path) -> None:
+def write_arrays(named: Mapping[str, Source], path: pathlib.Path) -> None:
     """Writes data in memory as the .npz file that the source arrays:FILE reads, so that the trainer reads it."""
     kept, names = {}, {source.class_names for source in named.values()}
     if all(found == tuple(map(str, range(len(found)))) for found in names):  # numbered: the longest holds the others

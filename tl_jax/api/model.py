@@ -190,8 +190,7 @@ def match_labels(source: Source, spec: tasks.Spec, named: bool) -> np.ndarray:
     if theirs == ours:
         return source.labels
     subset = source.label_kind == "classes" and set(theirs) <= set(ours)
-    numbered = theirs == tuple(map(str, range(len(theirs))))
-    if not subset and (len(theirs) != len(ours) or (named and not numbered)):
+    if not subset and (len(theirs) != len(ours) or (named and theirs != tuple(map(str, range(len(theirs)))))):
         raise ValueError(
             f"{source.name} has {len(theirs)} classes, labels or targets ({', '.join(theirs[:5])}, ...), the network "
             f"{len(ours)} ({', '.join(ours[:5])}, ...); expected the same names"

@@ -116,8 +116,8 @@ class Run:
         if not path.exists():
             from tl_jax.training import plots  # here, as matplotlib takes its time
 
-            saved = tasks.load_predictions(self.folder / "predictions.npz")
-            plots.draw_run(files.read_rows(self.folder / "metrics.jsonl"), saved, self.folder)
+            rows, saved = self.folder / "metrics.jsonl", self.folder / "predictions.npz"
+            plots.draw_run(files.read_rows(rows), tasks.load_predictions(saved), self.folder)
         if not path.exists():
             there = sorted(figure.stem for figure in self.folder.glob("*.png"))
             raise ValueError(f"the run has no figure {name!r}{nearest(name, there)}; it has {', '.join(there)}")
@@ -158,7 +158,7 @@ def fit(
         raise ValueError(f"there is no method {method!r}{nearest(method, table)}; known: {', '.join(table)}")
     if getattr(model.module, "additions", ()):
         raise ValueError("a network with adapters or prompts cannot be adapted further; load its base, or merge LoRA")
-    given = dict(changes or {})
+    given = changes or {}
     if several := [name for name in ("seeds", "baseline", "replicas") if given.get(name)]:
         raise ValueError(f"changes sets {', '.join(several)}: these are several runs, see python -m tl_jax train")
     run = Run(pathlib.Path(workdir or tempfile.mkdtemp(prefix="tl_jax-")))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,11 +31,7 @@ _LESS = {"loss", *(name for metrics in METRICS.values() for name in metrics.less
 
 
 def make(
-    spec: Spec,
-    *,
-    label_smoothing: float = 0.0,
-    class_weight: tuple[float, ...] = (),
-    pos_weight: tuple[float, ...] = (),
+    spec: Spec, *, label_smoothing: float = 0.0, class_weight: Sequence[float] = (), pos_weight: Sequence[float] = ()
 ) -> Task:
     """The task of a spec; one ValueError for a spec or weights that do not fit.
 
@@ -45,9 +42,9 @@ def make(
         ("class_weight", class_weight, {"classification": labels}),
         ("pos_weight", pos_weight, {"binary": 1, "multilabel": labels}),
     ):
-        if weights and spec.name not in sizes:
+        if len(weights) and spec.name not in sizes:
             problems.append(f"{option} is of the tasks {', '.join(sizes)}")
-        elif weights and not (len(weights) == sizes[spec.name] and all(np.isfinite(w) and w > 0 for w in weights)):
+        elif len(weights) not in (0, sizes.get(spec.name)) or not all(0 < weight < math.inf for weight in weights):
             problems.append(f"{option}={tuple(weights)}: expected {sizes[spec.name]} numbers above 0")
     if label_smoothing and (spec.name == "regression" or not 0 <= label_smoothing < 1):
         problems.append(f"label_smoothing={label_smoothing}: expected 0 .. 1, below 1; 0 for a regression")

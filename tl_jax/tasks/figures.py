@@ -47,8 +47,8 @@ def confusion_matrix(predictions: Predictions, path) -> None:
             axis.set_xticks(centres, names, rotation=rotation, fontsize=size)
             axis.set_yticks(centres, names, fontsize=size)
         if listed:
-            return _list_confusions(others[0], counts, class_names)
-        for (i, j), count in np.ndenumerate(counts):
+            _list_confusions(others[0], counts, class_names)
+        for (i, j), count in () if listed else np.ndenumerate(counts):
             colour = "white" if share[i, j] > 0.3 else "black"
             axis.text(j + 0.5, i + 0.5, count or "", ha="center", va="center", fontsize=8, color=colour)
 

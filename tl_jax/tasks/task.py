@@ -42,7 +42,7 @@ def unchanged(predictions: Any) -> Spec:
 
 
 class Metrics(NamedTuple):
-    """How predictions of a task are scored; numpy alone. None: the task has no such.
+    """How predictions of a task are scored, in numpy. None: the task has no such.
 
     scalars: the metrics of one number, in the order of a summary. less: those of which less is better. monitor: (name
     of a score, "max" | "min"): the first selects, the others break ties. scores: Predictions -> {"loss", monitored
