@@ -44,17 +44,14 @@ class Metrics(dict):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A network with its variables and the card that says how its input is made and what its outputs mean.
+    """A network with its variables and the card that says how its input is made and what its outputs mean."""
 
-    name: of the architecture. weights: where they were read, "" for random ones. image_size: as given to `load`.
-    """
-
-    name: str
-    weights: str
+    name: str  # of the architecture
+    weights: str  # where they were read, "" for random ones
     module: Any
     variables: Mapping[str, Any]
     card: Card
-    image_size: int = 0
+    image_size: int = 0  # as given to `load`
 
     @property
     def spec(self) -> tasks.Spec:

@@ -15,18 +15,13 @@ OUTPUT = {"classification": "logits", "binary": "logits", "multilabel": "logits"
 
 
 class Predictions(NamedTuple):
-    """One model's outputs on one split, every example once.
+    """One model's outputs on one split, every example once."""
 
-    outputs: {"logits": float32 [N, K]}, of a binary task [N]; of a regression {"values": float32 [N, T]}, in the unit
-    of the target. labels: int32 [N] classes or 0 and 1; int32 [N, K] 0 and 1 (multilabel); float32 [N, T] (regression).
-    ids: text [N]. features: float32 [N, D], what the head reads.
-    """
-
-    outputs: dict[str, np.ndarray]
-    labels: np.ndarray
-    ids: np.ndarray
+    outputs: dict[str, np.ndarray]  # "logits": float32 [N, K], binary [N]; or "values": float32 [N, T], in their unit
+    labels: np.ndarray  # int32 [N] classes, or 0 and 1; multilabel int32 [N, K] 0 and 1; regression float32 [N, T]
+    ids: np.ndarray  # text [N]
     spec: Spec
-    features: np.ndarray | None = None
+    features: np.ndarray | None = None  # float32 [N, D], what the head reads
 
     @property
     def values(self) -> np.ndarray:

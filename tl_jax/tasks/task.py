@@ -11,29 +11,21 @@ Monitor = tuple[tuple[str, str], ...]
 
 
 class Spec(NamedTuple):
-    """What the outputs of a network mean; it stands on the card and in predictions.npz.
+    """What the outputs of a network mean; it stands on the card and in predictions.npz."""
 
-    name: one of `tl_jax.tasks.METRICS`. class_names: of the classes (binary: negative, positive), labels or targets.
-    target_mean, target_std: of each target, which a network predicts standardised. threshold: the probability from
-    which a binary prediction is positive (None: 0.5).
-    """
-
-    name: str = "classification"
-    class_names: tuple[str, ...] = ()
-    target_mean: tuple[float, ...] = ()
+    name: str = "classification"  # one of `tl_jax.tasks.METRICS`
+    class_names: tuple[str, ...] = ()  # of the classes (binary: negative, positive), labels or targets
+    target_mean: tuple[float, ...] = ()  # of each target, in its unit; a network predicts the standardised target
     target_std: tuple[float, ...] = ()
-    threshold: float | None = None
+    threshold: float | None = None  # probability from which a binary prediction is positive; None: 0.5
 
 
 class Rows(NamedTuple):
-    """The table "per_NOUN" of a summary, a row for each class, label or target.
-
-    metrics: of `parts`, the columns; NAME_each is shown as NAME. support: Predictions -> examples of each row [rows].
-    """
+    """The table "per_NOUN" of a summary, a row for each class, label or target."""
 
     noun: str
-    metrics: tuple[str, ...]
-    support: Callable | None = None
+    metrics: tuple[str, ...]  # the columns, among `Metrics.parts`; NAME_each is shown as NAME
+    support: Callable | None = None  # Predictions -> examples of each row [rows]
 
 
 def unchanged(predictions: Any) -> Spec:
@@ -44,44 +36,33 @@ def unchanged(predictions: Any) -> Spec:
 class Metrics(NamedTuple):
     """How predictions of a task are scored, in numpy. None: the task has no such.
 
-    scalars: the metrics of one number, in the order of a summary. less: those of which less is better. monitor: (name
-    of a score, "max" | "min"): the first selects, the others break ties. scores: Predictions -> {"loss", monitored
-    metric}, float64, for every evaluation on val. parts: functions (Predictions, weights [N, B]) -> {name: [B] or [B,
-    rows]}; weights say how often each of B resamples holds an example; NaN where undefined. differ: two Predictions of
-    the same examples -> whether their answers differ, bool [N]. answer: Predictions -> the predicted class [N].
-    reliability: Predictions -> count, observed and expected share of each bin; and the names of the two shares.
-    calibrate: Predictions on val -> Spec.
+    parts: functions (Predictions, weights [N, B]) -> {name: [B] or [B, rows]}, NaN where undefined; the weights say how
+    often each of B resamples holds an example.
     """
 
-    scalars: tuple[str, ...]
-    less: tuple[str, ...]
-    monitor: Monitor
-    scores: Callable
+    scalars: tuple[str, ...]  # the metrics of one number, in the order of a summary
+    less: tuple[str, ...]  # those of which less is better
+    monitor: Monitor  # (name of a score, "max" | "min"): the first selects, the others break ties
+    scores: Callable  # Predictions -> {"loss", monitored metric}, float64, for every evaluation on val
     parts: tuple[Callable, ...]
-    differ: Callable
+    differ: Callable  # two Predictions of the same examples -> whether their answers differ, bool [N]
     loss_label: str = "loss (nats)"
     rows: Rows | None = None
-    answer: Callable | None = None
-    reliability: tuple[Callable, tuple[str, str]] | None = None
-    calibrate: Callable = unchanged
+    answer: Callable | None = None  # Predictions -> the predicted class [N]
+    reliability: tuple[Callable, tuple[str, str]] | None = None  # see `intervals.binned`; names of the two shares
+    calibrate: Callable = unchanged  # Predictions on val -> Spec
 
 
 class Task(NamedTuple):
-    """What a head predicts, and how it is trained and scored (scores, monitor, calibrate: see `Metrics`).
-
-    outputs: size of the head. encode: labels -> what the loss takes, float32; batches are mixed after it.
-    loss: (outputs of the network, encoded) -> [B] float32, whose plain mean over the examples is minimised.
-    running: (outputs, labels) -> {name: [B]}, the training log. keep: outputs -> {name: [B, ...] float32}, what
-    predictions hold. count: labels -> [B], the weight of an example in means.
-    """
+    """What a head predicts, and how it is trained and scored (scores, monitor, calibrate: see `Metrics`)."""
 
     spec: Spec
-    outputs: int
-    encode: Callable
-    loss: Callable
-    running: Callable
-    keep: Callable
-    count: Callable
+    outputs: int  # size of the head
+    encode: Callable  # labels -> what the loss takes, float32; batches are mixed after it
+    loss: Callable  # (outputs of the network, encoded) -> [B] float32, whose plain mean over the examples is minimised
+    running: Callable  # (outputs, labels) -> {name: [B]}, the training log
+    keep: Callable  # outputs -> {name: [B, ...] float32}, what predictions hold
+    count: Callable  # labels -> [B], the weight of an example in means
     scores: Callable
     monitor: Monitor
     calibrate: Callable
