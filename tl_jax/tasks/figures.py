@@ -1,4 +1,4 @@
-"""What is drawn of predictions, by task; the suffix of the path picks .png or .svg."""
+"""The figures of predictions, by task; the suffix of the path picks .png or .svg."""
 
 import numpy as np
 from matplotlib.colors import PowerNorm
@@ -8,7 +8,7 @@ from tl_jax import tasks
 from tl_jax.core.plotting import BLUE, BLUES, GREY, MARKERS, PALETTE, VERMILION, figure_at, short
 from tl_jax.tasks.predictions import Predictions
 
-LABELS, TARGETS = 40, 6  # so many labels, targets are drawn
+LABELS, TARGETS = 40, 6  # at most so many are shown
 
 
 def draw(predictions: Predictions, folder) -> None:

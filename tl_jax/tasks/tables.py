@@ -25,7 +25,7 @@ def format_table(summary: dict, of: str = "") -> rich.table.Table:
 
 def format_sets(summaries: Mapping[str, dict], metric: str) -> rich.table.Table:
     """One metric of several sets, a row each: {name of the set: its summary}."""
-    table = _table("further set", "examples", metric, "interval")
+    table = _table("extra_eval", "examples", metric, "interval")
     for name, summary in summaries.items():
         table.add_row(rich.markup.escape(name), f"{summary['count']:,}", *_cells(summary[metric]))
     return table
