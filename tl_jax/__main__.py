@@ -106,7 +106,7 @@ def inspect(args: Args) -> None:
 def convert(args: Args) -> None:
     from tl_jax.weights import load
 
-    _, variables, card = load.load(args.name, args.source, args.num_classes, image_size=args.image_size)
+    _, variables, card, *_ = load.load(args.name, args.source, args.num_classes, image_size=args.image_size)
     load.export(variables, card.model, args.out, card=card, layout=args.layout)
     size = f"{card.input_size} px" if card.input == "image" else f"{len(card.columns)} columns"
     print(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {size}")

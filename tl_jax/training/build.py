@@ -120,7 +120,7 @@ def load_model(
     model = settings.model
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
     arguments |= {"head": model.head, "columns": tuple(columns)}
-    loaded = load.load_with_origins(
+    loaded = load.load(
         model.name, model.weights, None if model.keep_head else outputs, **arguments
     )  # fmt: skip
     known = loaded.card.class_names or class_names
@@ -141,7 +141,7 @@ def load_model(
     rules_ = [(f"backbone/{part}/.*", "new") for part in model.reinit]
     flat = {path.partition("/")[2]: path for path in trees.flatten(loaded.variables)}
     matches = trees.match_rules(flat, [*rules_, (".*", "kept")])
-    random = load.load_with_origins(model.name, "", loaded.card.num_classes, **arguments)
+    random = load.load(model.name, "", loaded.card.num_classes, **arguments)
     sampled = {path for path, short in ((flat[short], short) for short in flat) if matches[short].value == "new"}
     fresh = {path: leaf for path, leaf in trees.flatten(random.variables).items() if path in sampled}
     variables = trees.merge(loaded.variables, fresh)
@@ -186,7 +186,7 @@ def _configure(settings: Settings, loaded: load.Loaded, parallel: sharding.Paral
 def _load_network(settings: Settings, name: str) -> Network:
     """A further network of the config: frozen, with the classes of its weight file, in eval mode."""
     given = settings.networks[name]
-    loaded = load.load_with_origins(given.name, given.weights, None, image_size=given.image_size or None)
+    loaded = load.load(given.name, given.weights, None, image_size=given.image_size or None)
     module = loaded.model.clone(dtype=jnp.dtype(settings.model.dtype))
     origin = given.weights or "new"
     return Network(peft.Adapted(module), loaded.card, loaded.variables, origin=origin)

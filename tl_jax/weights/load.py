@@ -23,16 +23,8 @@ HEAD = ("params/head/", "batch_stats/head/")
 POS_EMBED = "params/backbone/stem/pos_embed"
 
 
-class Pretrained(NamedTuple):
-    """A model, its variables (float32) and the card of its weights."""
-
-    model: Any
-    variables: dict[str, Any]
-    card: Card
-
-
 class Loaded(NamedTuple):
-    """A `Pretrained` and where it comes from.
+    """A model, its variables (float32), the card of its weights, and where they come from.
 
     Attributes:
       origins: {"params/backbone/...": source keys, or "new"} for every leaf of the variables.
@@ -50,34 +42,17 @@ class Loaded(NamedTuple):
     sha256: str
 
 
+class _File(NamedTuple):
+    """A weight file that was read: its tensors, their layout, the variant that it stands for, the card, the hash."""
+
+    tensors: dict[str, np.ndarray]
+    layout: str
+    variant: models.Variant
+    card: Card
+    sha256: str
+
+
 def load(
-    name: str,
-    path: str | pathlib.Path,
-    num_classes: int | None = None,
-    *,
-    image_size: int | None = None,
-    head_init: str = "zeros",
-    seed: int = 0,
-    head: Layers = (),
-    columns: Sequence[str] = (),
-) -> Pretrained:
-    """Loads a weight file of any known layout into the named model.
-
-    `name` "" takes the model that the file's card names. `path` is a file, the folder of a finished run,
-    "builtin:NAME" or "hf://owner/name[/file]@revision". `num_classes` None keeps the file's head, an integer makes a
-    new one from `seed` with the layers `head` before the last dense one (`head_init`, "zeros" or "lecun", is of the
-    last), 0 makes none. `image_size` rebuilds a model with position embeddings for another input, resampling them.
-    `columns`: of a table, in the order in which the network reads them. A file whose publisher computes or preprocesses
-    differently gives the model's flavour (`card.model` names it). Raises one ValueError that lists every unused key,
-    unfilled leaf, wrong shape and non-finite value.
-    """
-    loaded = load_with_origins(
-        name, path, num_classes, image_size=image_size, head_init=head_init, seed=seed, head=head, columns=columns
-    )
-    return Pretrained(loaded.model, loaded.variables, loaded.card)
-
-
-def load_with_origins(
     name: str,
     path: str | pathlib.Path | None = "",
     num_classes: int | None = None,
@@ -88,7 +63,16 @@ def load_with_origins(
     head: Layers = (),
     columns: Sequence[str] = (),
 ) -> Loaded:
-    """As `load`, and says where every leaf comes from; no `path` means a random initialisation from `seed`."""
+    """Loads a weight file of any known layout into the named model, or initialises it at random where there is none.
+
+    `name` "" takes the model that the file's card names. `path` is a file, the folder of a finished run,
+    "builtin:NAME" or "hf://owner/name[/file]@revision"; "" or None: random numbers from `seed`. `num_classes` None
+    keeps the file's head, an integer makes a new one from `seed` with the layers `head` before the last dense one
+    (`head_init`, "zeros" or "lecun", is of the last), 0 makes none. `image_size` rebuilds a model with position
+    embeddings for another input, resampling them. `columns`: of a table, in the order in which the network reads them.
+    A file whose publisher computes or preprocesses differently gives the model's flavour (`card.model` names it).
+    Raises one ValueError that lists every unused key, unfilled leaf, wrong shape and non-finite value.
+    """
     if head_init not in HEAD_INIT:
         raise ValueError(f"head_init={head_init!r} is unknown; known: {', '.join(HEAD_INIT)}")
     head = heads.check(head)
@@ -97,11 +81,7 @@ def load_with_origins(
         classes = card.num_classes if num_classes is None else num_classes
         card = card.replace(num_classes=classes, input_size=image_size or card.input_size, head=head if classes else ())
         return _random(models.get(name), card, head_init, seed)
-    file = hub.resolve(path)
-    tensors, metadata = formats.read(file)
-    name = name or _name_on_card(path, tensors, metadata)
-    layout = _detect(name, path, tensors)
-    variant, card = _card(name, path, file, layout, metadata)
+    tensors, layout, variant, card, sha256 = _read(name, path)
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
@@ -115,14 +95,13 @@ def load_with_origins(
     wanted = {leaf: shape for leaf, shape in shapes.items() if num_classes is None or not leaf.startswith(HEAD)}
     flat, origins, problems = tables.fill(table, wanted, {**kept, **resampled})
     if problems:
-        raise ValueError(_message(name, path, layout, tensors, problems))
+        raise ValueError(_message(name or card.model, path, layout, tensors, problems))
     if num_classes:
         flat |= _new_head(model, features, seed)
     for key in resampled:
         origins[POS_EMBED] += f" (resampled from {tensors[key].shape[1]} to {shapes[POS_EMBED][1]} tokens)"
     variables = trees.unflatten(jax.device_put({leaf: flat[leaf] for leaf in shapes}))
-    origins = {leaf: origins.get(leaf, "new") for leaf in shapes}
-    return Loaded(model, variables, card, origins, layout, tuple(dropped), formats.sha256(file))
+    return Loaded(model, variables, card, {x: origins.get(x, "new") for x in shapes}, layout, tuple(dropped), sha256)
 
 
 def _random(variant: models.Variant, card: Card, head_init: str, seed: int) -> Loaded:
@@ -131,10 +110,19 @@ def _random(variant: models.Variant, card: Card, head_init: str, seed: int) -> L
     return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
 
 
-def _name_on_card(path: Any, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    if CARD_KEY not in metadata:
+def _read(name: str, path: str | pathlib.Path) -> _File:
+    """Reads a weight file; the card is the file's own, or the variant's with source and hash."""
+    file = hub.resolve(path)
+    tensors, metadata = formats.read(file)
+    card = Card.from_json(metadata[CARD_KEY]) if CARD_KEY in metadata else None
+    if not (name or card):
         raise ValueError(f"{path} has no weight card that names its model: give the name{_looks_like(tensors)}")
-    return Card.from_json(metadata[CARD_KEY]).model
+    name = name or card.model
+    layout, variant, sha256 = _detect(name, path, tensors), models.get(name), formats.sha256(file)
+    if card and card.model not in (name, *variant.flavours.values()):
+        raise ValueError(f"{path} holds weights of {card.model!r} according to its card, asked for was {name!r}")
+    variant = models.get(card.model if card else variant.flavours.get(layout, name))
+    return _File(tensors, layout, variant, card or variant.card.replace(source=str(path), sha256=sha256), sha256)
 
 
 def _with_head(
@@ -177,17 +165,13 @@ def _with_columns(card: Card, columns: Sequence[str], path: Any) -> Card:
 def source_head(name: str, path: str | pathlib.Path) -> dict[str, jax.Array] | None:
     """The classifier {"kernel" [D, K], "bias" [K]} that a weight file was trained with, on pre_logits.
 
-    None where it has none, or one with layers before it.
+    None where it has none, or one with layers in it.
     """
-    if not path:
+    file = _read(name, path) if path else None
+    if not file or file.card.head:
         return None
-    file = hub.resolve(path)
-    tensors, metadata = formats.read(file)
-    layout = _detect(name, path, tensors)
-    variant, card = _card(name, path, file, layout, metadata)
-    if card.head or not any(tables.is_head(variant.layouts[layout], key) for key in tensors):
-        return None
-    return load(name, path).variables["params"]["head"]
+    table = file.variant.layouts[file.layout]
+    return load(name, path).variables["params"]["head"] if any(tables.is_head(table, x) for x in file.tensors) else None
 
 
 def export(
@@ -196,8 +180,8 @@ def export(
     """Writes variables as safetensors with the names of `layout` (timm's by default) and the card in the metadata.
 
     timm and torchvision load the file with their strict `load_state_dict`; a head with layers lies under this package's
-    names, which they do not know. Raises one ValueError for a card of another
-    model, and for missing, surplus, misshapen or non-finite leaves.
+    names, which they do not know. Raises one ValueError for a card of another model, and for missing, surplus,
+    misshapen or non-finite leaves.
     """
     variant = models.get(name)
     if card.model not in (name, *variant.flavours.values()):
@@ -214,9 +198,9 @@ def export(
         "missing leaves": sorted(set(shapes) - set(flat)),
         "surplus leaves": sorted(set(flat) - set(shapes)),
         "wrong shapes": [
-            f"{leaf} is {value.shape}, expected {shapes[leaf]}"
-            for leaf, value in flat.items()
-            if leaf in shapes and value.shape != shapes[leaf]
+            f"{leaf} is {flat[leaf].shape}, expected {shape}"
+            for leaf, shape in shapes.items()
+            if leaf in flat and flat[leaf].shape != shape
         ],
         "non-finite values": [leaf for leaf, value in flat.items() if not np.isfinite(value.astype(np.float32)).all()],
     }
@@ -278,18 +262,6 @@ def _detect(name: str, path: Any, tensors: Mapping[str, np.ndarray]) -> str:
     return best
 
 
-def _card(name: str, path: Any, file: pathlib.Path, layout: str, metadata: Mapping[str, str]):
-    """The variant that a file stands for, and its card: the file's own, or the variant's with source and hash."""
-    variant = models.get(name)
-    if CARD_KEY in metadata:
-        card = Card.from_json(metadata[CARD_KEY])
-        if card.model not in (name, *variant.flavours.values()):
-            raise ValueError(f"{path} holds weights of {card.model!r} according to its card, asked for was {name!r}")
-        return models.get(card.model), card
-    variant = models.get(variant.flavours.get(layout, name))
-    return variant, variant.card.replace(source=str(path), sha256=formats.sha256(file))
-
-
 def _head_size(table: tables.Layout, tensors: Mapping[str, np.ndarray], card: Card) -> int:
     """Number of classes in the file's head; the card's where there is none, so that the head is reported unfilled."""
     (bias,), _ = tables.sources_of(table, f"params/head/{'out/' if card.head else ''}bias")
@@ -339,11 +311,9 @@ def candidates(tensors: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
             family = (variant.module.func, table)  # one member tells whether the family's table knows any key
             if family not in related:
                 related[family] = tables.coverage(table, _backbone_shapes(name), tensors) > 0
-            if related[family]:
-                backbone = _backbone_shapes(name)
-                found += (
-                    [(name, layout)] if tables.shapes_match(tables.with_native_head(table), backbone, tensors) else []
-                )
+            native = tables.with_native_head(table)
+            if related[family] and tables.shapes_match(native, _backbone_shapes(name), tensors):
+                found.append((name, layout))
     return found
 
 
@@ -355,9 +325,8 @@ def inspect(path: str | pathlib.Path) -> str:
     lines += [f"{len(tensors)} tensors, {sum(value.size for value in tensors.values()):,} numbers"]
     if CARD_KEY in metadata:
         return "\n".join([*lines, f"card {metadata[CARD_KEY]}"])
-    for name, layout in candidates(tensors):
-        card = models.get(name).card
-        lines += [
-            f"fits {name} (layout {layout}), which takes {card.input_size} px with mean {card.mean}, std {card.std}"
-        ]
-    return "\n".join([*lines, "no card" if lines[-1].startswith("fits") else "fits no known model; no card"])
+    fits = [(f"{name} (layout {layout})", models.get(name).card) for name, layout in candidates(tensors)]
+    lines += [
+        f"fits {what}, which takes {card.input_size} px with mean {card.mean}, std {card.std}" for what, card in fits
+    ]
+    return "\n".join([*lines, "no card" if fits else "fits no known model; no card"])
