@@ -25,12 +25,10 @@ def resolve(spec: str | os.PathLike) -> pathlib.Path:
     spec, _, pin = os.fspath(spec).partition("#sha256=")
     if pin and not re.fullmatch("[0-9a-f]{64}", pin):
         raise ValueError(f"{spec}: the pin after '#sha256=' must be 64 lower-case hex digits, found {pin!r}")
-    if spec.startswith("builtin:"):
-        path = _builtin(spec.removeprefix("builtin:"))
-    elif spec.startswith("hf://"):
+    if spec.startswith("hf://"):
         path = _from_hub(spec, pinned=bool(pin))
     else:
-        path = _local(pathlib.Path(spec))
+        path = _builtin(spec.removeprefix("builtin:")) if spec.startswith("builtin:") else _local(pathlib.Path(spec))
     if pin and (found := formats.sha256(path)) != pin:
         raise ValueError(f"{spec}: sha256 is {found}, expected {pin}; the file changed or the pin is of another one")
     return path
@@ -64,16 +62,11 @@ def _from_hub(spec, pinned):
             "is required, and a commit hash from the repository's history page makes the run reproducible"
         )
     repo, file, revision = match["repo"], match["file"] or WHOLE, match["revision"]
+    # The library reads its environment at import; reading it here makes a later setting count too.
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    try:  # the library reads its environment at import; reading it here makes a later setting count too
-        path = huggingface_hub.hf_hub_download(
-            repo,
-            file,
-            revision=revision,
-            endpoint=os.environ.get("HF_ENDPOINT"),
-            cache_dir=os.environ.get("HF_HUB_CACHE"),
-            local_files_only=offline,
-        )
+    places = {"endpoint": os.environ.get("HF_ENDPOINT"), "cache_dir": os.environ.get("HF_HUB_CACHE")}
+    try:
+        path = huggingface_hub.hf_hub_download(repo, file, revision=revision, local_files_only=offline, **places)
     except errors.LocalEntryNotFoundError:
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached (see HF_ENDPOINT)"
         raise FileNotFoundError(f"{spec}: not in the local cache, and {why}") from None

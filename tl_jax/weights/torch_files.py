@@ -14,18 +14,11 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-_STORAGES = {
-    "torch.DoubleStorage": "<f8",
-    "torch.FloatStorage": "<f4",
-    "torch.HalfStorage": "<f2",
-    "torch.BFloat16Storage": ml_dtypes.bfloat16,
-    "torch.LongStorage": "<i8",
-    "torch.IntStorage": "<i4",
-    "torch.ShortStorage": "<i2",
-    "torch.CharStorage": "i1",
-    "torch.ByteStorage": "u1",
-    "torch.BoolStorage": "?",
+_DTYPES = {
+    **{"Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": ml_dtypes.bfloat16},
+    **{"Long": "<i8", "Int": "<i4", "Short": "<i2", "Char": "i1", "Byte": "u1", "Bool": "?"},
 }
+_STORAGES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in _DTYPES.items()}
 _REBUILDS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
 _GLOBALS = {"collections.OrderedDict", *_STORAGES, *_REBUILDS}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -44,7 +37,7 @@ class _Storage:
 
     @property
     def dtype(self):
-        return np.dtype(_STORAGES[self.kind])
+        return _STORAGES[self.kind]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +55,8 @@ class _Machine:
     """Interprets one pickle by its opcodes, building plain data and `_Tensor` descriptions and calling nothing.
 
     The standard unpickler with a filtered `find_class` still lets a file set attributes on what the filter returns,
-    allocate by a number in the file, and recurse without limit in a hash; this one has no such operations. Values of
-    the file are hashed, copied or printed only where they are known to be numbers or text: a small file can describe a
-    nest of lists whose text fills the memory.
+    allocate by a number in the file, and recurse without limit in a hash. Values of the file are hashed, copied or
+    printed only where they are known to be numbers or text: the text of a small nest of lists can fill the memory.
     """
 
     def __init__(self):
@@ -93,21 +85,17 @@ class _Machine:
                 "with safetensors.torch.save_file"
             )
 
-    def items(self):
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
-
-    def push(self, value):
-        self.stack.append(value)
-
     def pop(self, count):
         if count > len(self.stack):
             raise ValueError("stack underflow")
-        values = self.stack[len(self.stack) - count :]
-        del self.stack[len(self.stack) - count :]
+        start = len(self.stack) - count
+        values, self.stack[start:] = self.stack[start:], []
         return values
+
+    def items(self):
+        start = self.marks.pop()
+        items, self.stack[start:] = self.stack[start:], []
+        return items
 
     def look_up(self, name):
         if name in _GLOBALS:
@@ -170,13 +158,13 @@ class _Machine:
             target.extend(items)
 
     def build(self, state):
-        """OrderedDict carries `_metadata` as attributes; nothing of it is needed, and nothing else may have state."""
+        """Only an OrderedDict may have state, its `_metadata`, which is not needed."""
         if not isinstance(self.stack[-1], dict) and self.stack[-1] is not _OPAQUE:
             raise ValueError(f"state for {type(self.stack[-1]).__name__}")
 
 
 def _pushes(make):
-    return lambda machine, argument: machine.push(make(machine, argument))
+    return lambda machine, argument: machine.stack.append(make(machine, argument))
 
 
 def _stack_global(machine, _):
@@ -184,11 +172,6 @@ def _stack_global(machine, _):
     if not isinstance(module, str) or not isinstance(name, str):
         raise ValueError("global without a name")
     return machine.look_up(f"{module}.{name}")
-
-
-def _instance(machine, argument):
-    machine.items()
-    return machine.look_up(argument.replace(" ", ".", 1))
 
 
 def _memoize(machine, argument):
@@ -209,9 +192,7 @@ _OPCODES = {
     "EMPTY_DICT": _pushes(lambda *_: {}),
     "EMPTY_LIST": _pushes(lambda *_: []),
     "EMPTY_TUPLE": _pushes(lambda *_: ()),
-    "TUPLE1": _pushes(lambda machine, _: tuple(machine.pop(1))),
-    "TUPLE2": _pushes(lambda machine, _: tuple(machine.pop(2))),
-    "TUPLE3": _pushes(lambda machine, _: tuple(machine.pop(3))),
+    **{f"TUPLE{count}": _pushes(lambda machine, _, count=count: tuple(machine.pop(count))) for count in (1, 2, 3)},
     "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
     "TUPLE": _pushes(lambda machine, _: tuple(machine.items())),
     "LIST": _pushes(lambda machine, _: machine.items()),
@@ -222,11 +203,10 @@ _OPCODES = {
     "SETITEMS": lambda machine, _: machine.set_items(items=machine.items(), target=machine.stack[-1]),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _memoize),
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _pushes(lambda machine, argument: machine.memo[argument])),
-    "GLOBAL": _pushes(lambda machine, argument: machine.look_up(argument.replace(" ", ".", 1))),
+    # A state dict has no instances: INST is here so that what it asks for is named.
+    **dict.fromkeys(("GLOBAL", "INST"), _pushes(lambda machine, names: machine.look_up(names.replace(" ", ".", 1)))),
     "STACK_GLOBAL": _pushes(_stack_global),
-    "INST": _pushes(_instance),
-    "REDUCE": _pushes(lambda machine, _: machine.call(*machine.pop(2))),
-    "NEWOBJ": _pushes(lambda machine, _: machine.call(*machine.pop(2))),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), _pushes(lambda machine, _: machine.call(*machine.pop(2)))),
     "BUILD": lambda machine, _: machine.build(machine.pop(1)),
     "BINPERSID": _pushes(lambda machine, _: machine.storage(*machine.pop(1))),
 }
@@ -260,11 +240,7 @@ def read_legacy(path) -> dict[str, np.ndarray]:
         raise ValueError("a pickle, but no little-endian torch.save file of protocol 1001; re-save it as safetensors")
     machine = _Machine()
     state, keys, raw = _state_dict(machine.run(stream)), _Machine().run(stream), {}
-    if (
-        not isinstance(keys, list)
-        or not all(isinstance(key, str) for key in keys)
-        or set(keys) != set(machine.storages)
-    ):
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or {*keys} != {*machine.storages}:
         raise ValueError("the list of storages does not match the pickle")
     start = stream.tell()
     for key in keys:
@@ -293,10 +269,8 @@ def _state_dict(value) -> dict[str, _Tensor]:
 
 def _build(state, raw) -> dict[str, np.ndarray]:
     """Cuts the tensors out of their storages, once every index they can reach is known to lie inside."""
-    wrong = [
-        f"{name}: {fault}" for name, tensor in state.items() if (fault := _fault(tensor, len(raw[tensor.storage.key])))
-    ]
-    if wrong:
+    faults = {name: _fault(tensor, len(raw[tensor.storage.key])) for name, tensor in state.items()}
+    if wrong := [f"{name}: {fault}" for name, fault in faults.items() if fault]:
         raise ValueError(f"tensors that do not fit their storages (damaged or hostile file): {'; '.join(wrong)}")
     stored = sum(len(data) for data in raw.values())
     needed = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in state.values())
@@ -319,9 +293,9 @@ def _fault(tensor, stored) -> str:
 
 
 def _cut(tensor, data):
+    dtype = tensor.storage.dtype
     if 0 in tensor.shape:
-        return np.zeros(tensor.shape, tensor.storage.dtype)
-    flat = np.frombuffer(data, tensor.storage.dtype)[tensor.offset :]
+        return np.zeros(tensor.shape, dtype)
     pairs = zip(tensor.shape, tensor.stride, strict=True)
-    strides = [step * flat.itemsize if size > 1 else 0 for size, step in pairs]  # along size 1 any stride is legal
-    return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
+    strides = [step * dtype.itemsize if size > 1 else 0 for size, step in pairs]  # along size 1 any stride is legal
+    return np.ndarray(tensor.shape, dtype, data, tensor.offset * dtype.itemsize, strides)
