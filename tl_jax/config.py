@@ -4,18 +4,23 @@ import ast
 import copy
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from tl_jax.core import checks, messages
+from tl_jax.core import checks, files, messages
 from tl_jax.core.options import CARD, NETWORK, OPTIONS, STREAM, TASK_ARGS, TASKS, WEIGHT
 
 WHOLE = tuple(name for name, option in OPTIONS.items() if isinstance(option.initial, dict))  # each is one value
 REPLICABLE = tuple(name for name, option in OPTIONS.items() if option.replica)
 PHASED = tuple(name for name, option in OPTIONS.items() if option.phase)
 SEVERAL_TYPES = ("data.source",)  # a string, or a tuple of them
+ENTRIES = {  # options that hold tables by name: their fields, those that must be given, and names that are taken
+    "streams": (STREAM, ("source", "split"), ("train", "val", "test")),
+    "networks": (NETWORK, ("name", "weights"), ("backbone", "head")),
+    "terms": (None, (), ()),  # other fields than "weight" are checked by who reads them
+}
 PROBES = ("knn", "logistic", "ridge")  # methods without gradient, fitted on features
 RANDOM = ("model.dropout", "model.drop_path", "method.stoch_norm")  # what makes two passes differ
 SHORT = {"model": "model.name", "weights": "model.weights", "data": "data.source", "method": "method.name"}
@@ -40,15 +45,9 @@ def _config(flat: Mapping[str, Any]) -> ConfigDict:
             if section not in node:
                 node[section] = ConfigDict()
             node = node[section]
-        value = _as_tuples(value)
+        value = files.as_tuples(value)
         node[name] = FieldReference(value, field_type=object) if key in SEVERAL_TYPES else value
     return config
-
-
-def _as_tuples(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _as_tuples(inner) for key, inner in value.items()}
-    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def flatten(config: ConfigDict, section: str = "") -> dict[str, Any]:
@@ -110,15 +109,15 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
             problems.append(f"{key!r} does not exist{messages.nearest(key, flatten(config))}")
             continue
         try:
-            if isinstance(node[name], ConfigDict):
-                if not _option_of(key):
-                    raise TypeError("a section, set its options one by one")
-                value = ConfigDict(_as_tuples(dict(value)))
-                with node.unlocked():
-                    del node[name]
-                    node[name] = value
-            else:
+            if not isinstance(node[name], ConfigDict):
                 node[name] = value
+                continue
+            if not _option_of(key):
+                raise TypeError("a section, set its options one by one")
+            table = ConfigDict(files.as_tuples(dict(value)))
+            with node.unlocked():
+                del node[name]
+                node[name] = table
         except (TypeError, ValueError) as error:
             problems.append(f"{key!r} = {value!r}: {error}")
     if problems:
@@ -173,11 +172,6 @@ def _items(arg: str) -> list[str]:
     return [piece for piece in pieces if piece]
 
 
-def replicas(config: ConfigDict) -> list[ConfigDict]:
-    """The config of every replica, which is that of the same run by itself."""
-    return [override(config, {**dict(changes), "replicas": ()}) for changes in config.replicas]
-
-
 def check(config: ConfigDict) -> None:
     """Raises one ValueError that lists every invalid option."""
     flat = flatten(config)
@@ -199,30 +193,20 @@ def _table_problems(flat: Mapping[str, Any]) -> list[str]:
     problems = checks.table_problems("data.card", flat["data.card"], CARD)
     task_args = {name: TASK_ARGS[name] for name in TASKS[flat["task"]]}
     problems += checks.table_problems(f"task_args of {flat['task']}", flat["task_args"], task_args)
-    problems += _entry_problems("streams", flat["streams"], STREAM, ("source", "split"), ("train", "val", "test"))
-    problems += _entry_problems("networks", flat["networks"], NETWORK, ("name", "weights"), ("backbone", "head"))
-    problems += _entry_problems("terms", flat["terms"], None)
-    return problems
-
-
-def _entry_problems(
-    section: str,
-    entries: Mapping[str, Any],
-    fields: Mapping[str, checks.Check] | None,
-    required: Iterable[str] = (),
-    reserved: Sequence[str] = (),
-) -> list[str]:
-    """What is wrong with a table of tables; fields None: other fields than "weight" are checked by who reads them."""
-    problems = []
-    for name, entry in entries.items():
-        what = f"{section}.{name}"
+    entries = [(section, name, entry) for section in ENTRIES for name, entry in flat[section].items()]
+    for section, name, entry in entries:
+        what, (fields, required, reserved) = f"{section}.{name}", ENTRIES[section]
         if name in reserved or not re.fullmatch(r"\w+", name):
             taken = f", not {', '.join(reserved)}" if reserved else ""
             problems.append(f"{what}: expected a name of letters, digits and _{taken}")
-        known = dict.fromkeys(entry, checks.ANY) | {"weight": WEIGHT} if fields is None else fields
-        problems += checks.table_problems(what, entry, known)
+        problems += checks.table_problems(what, entry, fields or dict.fromkeys(entry, checks.ANY) | {"weight": WEIGHT})
         problems += [f"{what}: {field} is missing" for field in required if field not in entry]
     return problems
+
+
+def _where(*rows: tuple[Any, str]) -> list[str]:
+    """The texts of the rows (condition, text) whose condition is met."""
+    return [text for condition, text in rows if condition]
 
 
 def _phase_problems(flat: Mapping[str, Any]) -> list[str]:
@@ -239,12 +223,10 @@ def _phase_problems(flat: Mapping[str, Any]) -> list[str]:
 
 def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
     replicas = flat["replicas"]
-    alone = {"method.name": PROBES, "parallel": ("pmap",)}
-    problems = [
-        f"{key} = {flat[key]!r} does not go with replicas"
-        for key in ("seeds", "baseline", "fsdp", *alone)
-        if replicas and (flat[key] in alone[key] if key in alone else flat[key])
-    ]
+    alone = {key: flat[key] for key in ("seeds", "baseline", "fsdp")}
+    alone |= {"method.name": flat["method.name"] in PROBES, "parallel": flat["parallel"] == "pmap"}
+    rows = ((given and replicas, f"{key} = {flat[key]!r} does not go with replicas") for key, given in alone.items())
+    problems = _where(*rows)
     for i, replica in enumerate(replicas):
         if wrong := [key for key, _ in replica if _option_of(key) not in REPLICABLE]:
             problems.append(
@@ -256,45 +238,41 @@ def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
 
 
 def _data_problems(flat: Mapping[str, Any]) -> list[str]:
-    source, problems = flat["data.source"], []
-    names = source if isinstance(source, list) else [source]
-    if flat["data.data_dir"] and not any(name.startswith("tfds:") for name in names):
-        problems.append(f"data.data_dir = {flat['data.data_dir']!r} belongs to tfds sources; this is {source!r}")
+    source, data_dir, patience, min_delta = map(flat.get, ("data.source", "data.data_dir", "patience", "min_delta"))
+    views, cache_dir = flat["views"], flat["cache_dir"]
+    tfds = any(name.startswith("tfds:") for name in (source if isinstance(source, list) else [source]))
     cached = flat["cache"] or any(network.get("cache") for network in flat["networks"].values())
-    if not cached and (flat["views"] > 1 or flat["cache_dir"]):
-        given = f"views = {flat['views']!r}, cache_dir = {flat['cache_dir']!r}"
-        problems.append(f"{given}: they belong to cache = 'features'")
-    if flat["patience"] and not flat["data.val"]:
-        problems.append(f"patience = {flat['patience']!r}: the score is that of val, and data.val is ''; name a split")
-    if flat["min_delta"] and not flat["patience"]:
-        problems.append(f"min_delta = {flat['min_delta']!r} belongs to patience, which is 0")
-    return problems
+    return _where(
+        (data_dir and not tfds, f"data.data_dir = {data_dir!r} belongs to tfds sources; this is {source!r}"),
+        (
+            not cached and (views > 1 or cache_dir),
+            f"views = {views!r}, cache_dir = {cache_dir!r}: they belong to cache = 'features'",
+        ),
+        (
+            patience and not flat["data.val"],
+            f"patience = {patience!r}: the score is that of val, and data.val is ''; name a split",
+        ),
+        (min_delta and not patience, f"min_delta = {min_delta!r} belongs to patience, which is 0"),
+    )
 
 
 def _method_problems(flat: Mapping[str, Any]) -> list[str]:
     """Options that the method cannot take, in a table whose values are each valid by themselves."""
-    name, terms = flat["method.name"], flat["terms"]
-    if name in PROBES:
-        takes = {"phases": [], "method.add": [], "method.auto_rgn": False, "method.stoch_norm": 0.0, "terms": {}}
-        takes |= {"streams": {}, "networks": {}, "select": "last", "patience": 0, "views": 1, "model.head": []}
-        problems = [
-            f"{key} = {flat[key]!r}: method.name = {name!r} takes no steps, expected {value!r}"
-            for key, value in takes.items()
-            if flat[key] != value
-        ]
-        if flat["task"] != "classification":
-            problems.append(f"task = {flat['task']!r}: method.name = {name!r} tells classes apart, as classification")
-        if any(policy == "update" for _, policy in flat["method.norm"]):
-            problems.append(
-                f"method.norm = {flat['method.norm']!r}: method.name = {name!r} takes no steps and updates no "
-                "statistics; expected the policy 'frozen' alone, or []"
-            )
-        return problems
-    problems, only = [], f"belongs to {', '.join(PROBES)}; method.name = {name!r}"
-    if flat["data.resample"] == "loo":
-        problems.append(f"data.resample = 'loo' {only} takes a fold, such as kfold:5:0")
-    if flat["method.grid"]:
-        problems.append(f"method.grid = {flat['method.grid']!r} {only} has no grid, expected []")
-    if "r_drop" in terms and not any(map(flat.get, RANDOM)):
-        problems.append("terms has r_drop, but its two passes are equal: set model.dropout or model.drop_path")
-    return problems
+    name, task, norm = flat["method.name"], flat["task"], flat["method.norm"]
+    if name not in PROBES:
+        only, grid = f"belongs to {', '.join(PROBES)}; method.name = {name!r}", flat["method.grid"]
+        equal = "r_drop" in flat["terms"] and not any(map(flat.get, RANDOM))
+        return _where(
+            (flat["data.resample"] == "loo", f"data.resample = 'loo' {only} takes a fold, such as kfold:5:0"),
+            (grid, f"method.grid = {grid!r} {only} has no grid, expected []"),
+            (equal, "terms has r_drop, but its two passes are equal: set model.dropout or model.drop_path"),
+        )
+    takes = {"phases": [], "method.add": [], "method.auto_rgn": False, "method.stoch_norm": 0.0, "terms": {}}
+    takes |= {"streams": {}, "networks": {}, "select": "last", "patience": 0, "views": 1, "model.head": []}
+    steps = f"method.name = {name!r} takes no steps"
+    updates = f"method.norm = {norm!r}: {steps} and updates no statistics; expected the policy 'frozen' alone, or []"
+    return _where(
+        *((flat[key] != value, f"{key} = {flat[key]!r}: {steps}, expected {value!r}") for key, value in takes.items()),
+        (task != "classification", f"task = {task!r}: method.name = {name!r} tells classes apart, as classification"),
+        (any(policy == "update" for _, policy in norm), updates),
+    )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-from tl_jax.core import checks
+from tl_jax.core import checks, files
 
 INPUTS = ("image", "table")
 # The fields that decide what the network sees.
@@ -72,7 +72,7 @@ class Card:
             raise ValueError(f"weight card has unknown fields {unknown}; known: {known}")
         if missing := sorted({"model", "num_classes"} - set(fields)):
             raise ValueError(f"weight card lacks {missing}")
-        return cls(**{key: _as_tuples(value) for key, value in fields.items()})
+        return cls(**files.as_tuples(fields))
 
     def replace(self, **fields: Any) -> "Card":
         return dataclasses.replace(self, **fields)
@@ -82,7 +82,7 @@ class Card:
         own = dataclasses.asdict(self)
         if unknown := sorted(set(fields) - set(own)):
             raise ValueError(f"a weight card has no {', '.join(unknown)}; its fields: {', '.join(own)}")
-        fields = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in fields.items()}
+        fields = files.as_tuples(fields)
         clashes = [
             f"  {key}: the card says {own[key]!r}, the config {value!r}"
             for key, value in fields.items()
@@ -94,7 +94,3 @@ class Card:
                 "trained on. Remove the options, or set data.override_card=True if it is meant:\n" + "\n".join(clashes)
             )
         return self.replace(**fields)
-
-
-def _as_tuples(value: Any) -> Any:
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

@@ -13,8 +13,8 @@ BYTES = 2**31  # beyond which the programs that were used least lately are remov
 def keep_compiled_programs() -> None:
     """Lets a program that was compiled once start at once the next time; JAX_COMPILATION_CACHE_DIR takes precedence.
 
-    Whoever can write to the folder can run code here, so it is private, or not used. Nor is it where files cannot be
-    locked, as in some homes on a network: jax would wait for the lock at every program.
+    Whoever can write to the folder can run code here, so it is private, or not used. It is not used either where files
+    cannot be locked, as in some homes on a network.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
@@ -45,10 +45,8 @@ def _is_private(folder: pathlib.Path) -> bool:
 def _mend(folder: pathlib.Path) -> bool:
     """Removes programs that a process died writing, which jax would neither read nor replace; False: no lock to be had.
 
-    jax writes a program, and then beside it when it was last used, under a lock: one without such a note was not
-    finished, or is from a time without a limit. jax before 0.11 keeps nothing any more when it meets one. Another
-    process may have read an unfinished one and noted that: so each is looked at once, and then marked by taking away
-    the right to write. A program is never written again, and removing it does not need that right.
+    jax writes a program, then when it was last used ("atime"): one without that was not finished. Another process may
+    have read an unfinished one and noted its use: so each is looked at once, and then marked as read-only.
     """
     import filelock
 
@@ -71,7 +69,7 @@ def _mend(folder: pathlib.Path) -> bool:
 
 
 def _is_whole(program: pathlib.Path, mode: int) -> bool:
-    """Whether a program ends where its compression says; one by zstandard, if that is installed, has to be there."""
+    """Whether a program ends where its compression says; of zstandard, if that is installed, the beginning must do."""
     if not mode & stat.S_IWUSR:
         return True
     data, stream = program.read_bytes(), zlib.decompressobj()

@@ -19,9 +19,7 @@ import numpy as np
 
 from tl_jax.runtime import rollcall
 
-# jax's own heartbeats are the second line behind the roll call, and so must be slower: they are sent every half of this
-# time, and a process may count as lost after the other half.
-HEARTBEAT = 60
+HEARTBEAT = 60  # seconds, of jax: the second line behind the roll call, and so slower
 # What a collective says when another process has gone: that one, not this, is to be named.
 ECHO = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION)\b")
 PORTS = (61440, 4096)  # the first port and their number, above those that systems give away: for SLURM and Open MPI
@@ -30,22 +28,19 @@ _line: rollcall.RollCall | None = None
 
 
 class Place(NamedTuple):
-    """A process among others: where process 0 waits, how many they are, which one this is, and its devices.
-
-    devices: the accelerators of this process, by number on its host; None for all that it sees.
-    """
+    """A process among others: where process 0 waits, how many they are, and which one this is."""
 
     coordinator: str
     count: int
     index: int
-    devices: list[int] | None = None
+    devices: list[int] | None = None  # its accelerators, by number on its host; None: all that it sees
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins the other processes of this run, where there are any; must come before jax's devices are used.
+    """Joins the other processes of this run, if any; must come before jax's devices are used.
 
-    By the three arguments, or by itself in a SLURM step or under Open MPI with several tasks, and on the hosts of a
-    TPU pod. Raises ValueError for arguments that are incomplete, and where the processes do not come together.
+    Found by the three arguments, or by itself in a SLURM step, under Open MPI and on the hosts of a TPU pod. Raises
+    ValueError for incomplete arguments, and where the processes do not come together.
     """
     global _line
     place = find_place(coordinator, num_processes, process_id, os.environ)
@@ -57,14 +52,11 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
         _line = _meet_on_tpu()
     if _line is not None:
         sys.excepthook = lambda kind, error, traceback: _fail(error, 1, traceback=True)
-        atexit.register(_line.leave)
+        atexit.register(_line.finalize)
 
 
 def agreed(stop_requested: Callable[..., bool]) -> Callable[..., bool]:
-    """A `stop_requested` that becomes true on all processes after the same step; see `RollCall.stop_requested`.
-
-    It counts how often it is called, not the steps it is told: those start anew with the next run.
-    """
+    """A `stop_requested` that becomes true on all processes after the same number of calls."""
     line = _line
     return stop_requested if line is None else lambda step=0: line.stop_requested(stop_requested())
 
@@ -72,7 +64,7 @@ def agreed(stop_requested: Callable[..., bool]) -> Callable[..., bool]:
 def from_first(make: Callable[[], Any]) -> Any:
     """What `make()` returns on process 0, plain JSON data, on every process; only process 0 calls it.
 
-    For what is read from files: on a network file system the other hosts may see an older state.
+    For what is read from files: on a network file system other hosts may see an older state.
     """
     if _line is None:
         return make()
@@ -85,10 +77,7 @@ def is_first() -> bool:
 
 
 def wait_for_cause(error: BaseException) -> None:
-    """Waits where an error may only say that another process has gone: that one is named, which ends this process too.
-
-    Returns where that is not so, or where there is one process only.
-    """
+    """Waits, where an error may only say that another process has gone, until that is named and ends this one too."""
     if _line is not None and ECHO.match(str(error)):
         time.sleep(rollcall.SILENCE + 2 * rollcall.BEAT)
 
@@ -110,10 +99,7 @@ def _fail(error: BaseException, code: int, traceback: bool) -> None:
 def find_place(
     coordinator: str | None, num_processes: int | None, process_id: int | None, environ: Mapping[str, str]
 ) -> Place | None:
-    """The place of this process by the three arguments or by its environment; None for a process by itself.
-
-    Raises ValueError for arguments that are incomplete or contradict each other.
-    """
+    """The place of this process by the three arguments or by its environment; None for a process by itself."""
     given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     if missing := [name for name, value in given.items() if value is None]:
         if len(missing) < len(given):
@@ -133,22 +119,11 @@ def _slurm_place(environ: Mapping[str, str]) -> Place | None:
         return None
     job, step = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_STEP_ID", 0))
     first = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", environ["SLURM_STEP_NODELIST"]).split(",")[0]
-    tasks = _tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])[int(environ["SLURM_NODEID"])]
-    return Place(
-        f"{first}:{_port(job + 97 * step)}",
-        int(environ["SLURM_STEP_NUM_TASKS"]),
-        int(environ["SLURM_PROCID"]),
-        own_devices(int(environ["SLURM_LOCALID"]), tasks, environ),
-    )
-
-
-def _tasks_per_node(text: str) -> list[int]:
-    """SLURM's "2(x3),1" as [2, 2, 2, 1]."""
-    counts = []
-    for part in text.split(","):
-        count, _, times = part.rstrip(")").partition("(x")
-        counts += [int(count)] * int(times or 1)
-    return counts
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"])  # 2(x3),1 is 2, 2, 2, 1
+    tasks = [int(count) for count, times in counts for _ in range(int(times or 1))][int(environ["SLURM_NODEID"])]
+    devices = own_devices(int(environ["SLURM_LOCALID"]), tasks, environ)
+    count, index = int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_PROCID"])
+    return Place(f"{first}:{_port(job + 97 * step)}", count, index, devices)
 
 
 def _open_mpi_place(environ: Mapping[str, str]) -> Place | None:
@@ -193,19 +168,22 @@ def on_tpu_hosts(environ: Mapping[str, str], devices: str = "/dev") -> bool:
     return any(Path(devices).glob("accel[0-9]*")) or any(Path(devices, "vfio").glob("[0-9]*"))
 
 
+def _free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def _roll_call(address: str, index: int, count: int, start: Callable[[], Any]) -> tuple[dict, list[str], Any]:
+    return rollcall.join(address, index, count) if index else rollcall.gather(address, count, start)
+
+
 def _meet(place: Place) -> rollcall.RollCall:
     """The roll call at the coordinator's address, then jax at a port that process 0 finds free."""
     host, _ = rollcall.split(place.coordinator)
-
-    def choose() -> str:
-        with socket.create_server(("", 0)) as free:
-            port = free.getsockname()[1]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-    if place.index:
-        connections, names, address = rollcall.join(place.coordinator, place.index, place.count)
-    else:
-        connections, names, address = rollcall.gather(place.coordinator, place.count, choose)
+    host = f"[{host}]" if ":" in host else host
+    connections, names, address = _roll_call(
+        place.coordinator, place.index, place.count, lambda: f"{host}:{_free_port()}"
+    )
     jax.distributed.initialize(
         address, place.count, place.index, local_device_ids=place.devices, cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=HEARTBEAT,
@@ -221,10 +199,7 @@ def _meet_on_tpu() -> rollcall.RollCall | None:
     count, index = jax.process_count(), jax.process_index()
     if count == 1:
         return None
-    with socket.create_server(("", 0)) as free:
-        port = free.getsockname()[1]
-    octets = [int(part) for part in socket.gethostbyname(socket.gethostname()).split(".")]
-    *octets, port = (int(x) for x in multihost_utils.broadcast_one_to_all(np.array([*octets, port], np.int32)))
-    address = f"{'.'.join(map(str, octets))}:{port}"
-    meet = rollcall.join(address, index, count) if index else rollcall.gather(address, count, lambda: "")
-    return rollcall.RollCall(index, meet[1], meet[0])
+    own = [int(octet) for octet in socket.gethostbyname(socket.gethostname()).split(".")]
+    *octets, port = map(int, multihost_utils.broadcast_one_to_all(np.array([*own, _free_port()], np.int32)))
+    connections, names, _ = _roll_call(f"{'.'.join(map(str, octets))}:{port}", index, count, lambda: "")
+    return rollcall.RollCall(index, names, connections)

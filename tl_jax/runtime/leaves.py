@@ -1,13 +1,14 @@
 """Arrays in a folder: `leaves` has their bytes one after the other, `index` says what they are and hashes everything.
 
 The first line of `index` is the sha256 of what follows it: JSON with the caller's meta data and, for each path, dtype,
-shape, offset and the hash of `trees.leaf_hash`. So a flipped bit is found wherever it is. An array that is to be had
-elsewhere has a line in the index, whose offset is null, and no bytes here.
+shape, offset and the hash of `trees.leaf_hash`. So a flipped bit is found wherever it is. An array that is kept
+elsewhere has an entry whose offset is null, and no bytes here.
 """
 
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from tl_jax.core import trees
+from tl_jax.core import messages, trees
 
 CHUNK = 2**23  # bytes written or read at once
 BLOCK = 4096  # what a disk takes without the system's cache: multiples of this, from memory that begins at one
@@ -27,10 +28,7 @@ THREADS = min(4, os.cpu_count() or 1)
 
 
 class Index(NamedTuple):
-    """What a folder says of itself: the caller's meta data, and per path {"dtype", "shape", "offset", "sha256"}.
-
-    The offset is None of an array that is to be had elsewhere.
-    """
+    """The caller's meta data, and per path {"dtype", "shape", "offset", "sha256"}; offset None: kept elsewhere."""
 
     meta: dict[str, Any]
     leaves: dict[str, dict[str, Any]]
@@ -49,13 +47,11 @@ def write(
     meta: JSON. elsewhere: `{path: {"dtype", "shape", "sha256"}}` of arrays that are named only.
     """
     table: dict[str, dict[str, Any]] = {path: {**entry, "offset": None} for path, entry in (elsewhere or {}).items()}
-    offset = 0
+    for path, offset in zip(leaves, itertools.accumulate((x.nbytes for x in leaves.values()), initial=0), strict=False):
+        table[path] = {"dtype": leaves[path].dtype.name, "shape": list(leaves[path].shape), "offset": offset}
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = {path: pool.submit(trees.leaf_hash, leaf) for path, leaf in leaves.items()}
         try:
-            for path, leaf in leaves.items():
-                table[path] = {"dtype": leaf.dtype.name, "shape": list(leaf.shape), "offset": offset}
-                offset += leaf.nbytes
             _write_to_disk(folder / "leaves", [trees.as_bytes(leaf) for leaf in leaves.values()])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -70,8 +66,7 @@ def write(
 
 
 def _write_to_disk(path: pathlib.Path, pieces: Sequence[np.ndarray]) -> None:
-    """Writes bytes one after the other, past the system's cache where it can: half the processor time, and the cache
-    keeps the images."""
+    """Writes bytes one after the other, past the system's cache where it can: half the processor time."""
     file, chunk = _open(path), mmap.mmap(-1, CHUNK)  # which begins at a page
     try:
         filled = total = 0
@@ -96,7 +91,7 @@ def _open(path: pathlib.Path) -> int:
     try:
         return os.open(path, flags | getattr(os, "O_DIRECT", 0))
     except OSError as error:
-        if error.errno != errno.EINVAL:  # which says that this file system has no other way than the cache
+        if error.errno != errno.EINVAL:  # this file system only writes through the cache
             raise
         return os.open(path, flags)
 
@@ -122,7 +117,7 @@ def read_index(folder: pathlib.Path) -> Index:
 
 
 def read(folder: pathlib.Path, index: Index) -> dict[str, np.ndarray]:
-    """The arrays by path, of those that are here; raises ValueError that names those which are not what was written."""
+    """The arrays that are here, by path; raises ValueError that names those which are not what was written."""
     with open(folder / "leaves", "rb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
 
         def read_leaf(entry: Mapping[str, Any]) -> tuple[np.ndarray, bool]:
@@ -135,6 +130,5 @@ def read(folder: pathlib.Path, index: Index) -> dict[str, np.ndarray]:
         here = {path: entry for path, entry in index.leaves.items() if entry["offset"] is not None}
         found = dict(zip(here, pool.map(read_leaf, here.values()), strict=True))
     if changed := [path for path, (_, sound) in found.items() if not sound]:
-        listing = "\n".join(f"  {path}" for path in changed[:3]) + (f"\n  ... {len(changed)}" if changed[3:] else "")
-        raise ValueError(f"leaves differ from what was saved:\n{listing}")
+        raise ValueError(f"leaves differ from what was saved:\n{messages.listed(changed, 3)}")
     return {path: leaf for path, (leaf, _) in found.items()}

@@ -2,12 +2,10 @@
 
 import math
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 
 class Peak(NamedTuple):
@@ -74,8 +72,8 @@ def rates(
 def work(jaxpr: Any, looped: bool = True) -> float:
     """FLOPs of the matmuls, convolutions and cuDNN's attention in a program before it is compiled, loops included.
 
-    A multiplication and an addition are 2. looped=False counts the body of a loop once, as XLA's cost analysis does; so
-    does a loop of unknown length. Of several branches the dearest counts.
+    looped=False counts the body of a loop once, as XLA's cost analysis does; so does a loop of unknown length. Of
+    several branches the dearest counts.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -131,23 +129,3 @@ _ARRAY = re.compile(f"{_NAME.pattern} = {_SHAPE.pattern}")
 def _bytes(kind: str, shape: str) -> float:
     """Of an array as XLA writes it, such as bf16[8,3]."""
     return int(re.sub(r"\D", "", kind)) / 8 * math.prod(int(size) for size in shape.split(",") if size)
-
-
-def measure(dtype: str = "float32", size: int = 4096, megabytes: int = 256, rounds: int = 5) -> Peak:
-    """The peak of the first device as the best of some matmuls of `size` and copies of `megabytes` reach it.
-
-    Both FLOP/s are those of `dtype`. bytes/s count what is read and what is written.
-    """
-    side = jnp.ones((size, size), jnp.dtype(dtype))
-    long = jnp.ones((megabytes * 2**20 // 4,), jnp.float32)
-    flops = 2 * size**3 / _seconds(jax.jit(jnp.dot), (side, side), rounds)
-    return Peak(flops, flops, 2 * long.nbytes / _seconds(jax.jit(lambda x: x + 1), (long,), rounds))
-
-
-def _seconds(function: Callable, arguments: tuple, rounds: int) -> float:
-    times = []
-    for _ in range(rounds + 1):  # the first compiles
-        began = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - began)
-    return min(times[1:])

@@ -12,15 +12,13 @@ from tl_jax.core import files
 
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path):
-    """Holds the workdir for this process; raises ValueError where another one holds it. A killed process lets go."""
+    """Locks the workdir until the block or the process ends; raises ValueError where another process has the lock."""
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"another process is running in {workdir}; wait for it, or choose another --workdir"
-            ) from None
+            raise ValueError(f"another process is running in {workdir}; wait, or choose another --workdir") from None
         yield
 
 
