@@ -9,7 +9,7 @@ from typing import Any
 from tl_jax.core import checks, files
 
 INPUTS = ("image", "table")
-# The fields that decide what the network sees.
+# The fields that decide what the network reads.
 PIXELS = ("input", "input_size", "mean", "std", "interpolation", "crop", "columns")
 # Left out of the JSON at their defaults, so that a new field changes no card that exists.
 LATER = ("input", "columns", "task", "target_mean", "target_std", "threshold", "head")
@@ -52,10 +52,10 @@ class Card:
         size = checks.integer(1).fits(self.input_size) and len(self.mean) == len(self.std) == channels
         positive = all(isinstance(x, Real) and x > 0 for x in (*self.std, self.crop))
         if self.input not in INPUTS or not (size and positive and all(isinstance(x, Real) for x in self.mean)):
+            found = {name: getattr(self, name) for name in ("input", "input_size", "mean", "std", "crop")}
             raise ValueError(
-                f"invalid weight card: input={self.input!r}, input_size={self.input_size!r}, mean={self.mean}, "
-                f"std={self.std}, crop={self.crop!r}; expected an input of {', '.join(INPUTS)}, a whole number of "
-                f"pixels, {channels} means, {channels} deviations > 0, a crop > 0"
+                f"invalid weight card: {found}; expected an input of {', '.join(INPUTS)}, a whole number of pixels, "
+                f"{channels} means, {channels} deviations > 0, a crop > 0"
             )
 
     def to_json(self) -> str:
@@ -66,8 +66,7 @@ class Card:
     @classmethod
     def from_json(cls, text: str) -> "Card":
         """Reads `to_json`'s text back; raises ValueError on unknown or missing fields."""
-        fields = json.loads(text)
-        known = sorted(field.name for field in dataclasses.fields(cls))
+        fields, known = json.loads(text), sorted(field.name for field in dataclasses.fields(cls))
         if unknown := sorted(set(fields).difference(known)):
             raise ValueError(f"weight card has unknown fields {unknown}; known: {known}")
         if missing := sorted({"model", "num_classes"} - set(fields)):
@@ -83,14 +82,11 @@ class Card:
         if unknown := sorted(set(fields) - set(own)):
             raise ValueError(f"a weight card has no {', '.join(unknown)}; its fields: {', '.join(own)}")
         fields = files.as_tuples(fields)
-        clashes = [
-            f"  {key}: the card says {own[key]!r}, the config {value!r}"
-            for key, value in fields.items()
-            if own[key] != value and key in PIXELS
-        ]
+        clashes = [key for key, value in fields.items() if own[key] != value and key in PIXELS]
         if clashes and not allowed:
+            lines = [f"  {key}: the card says {own[key]!r}, the config {fields[key]!r}" for key in clashes]
             raise ValueError(
                 f"the config contradicts the weight card of {self.model}: the weights would see pixels they were not "
-                "trained on. Remove the options, or set data.override_card=True if it is meant:\n" + "\n".join(clashes)
+                "trained on. Remove the options, or set data.override_card=True if it is intended:\n" + "\n".join(lines)
             )
         return self.replace(**fields)

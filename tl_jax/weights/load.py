@@ -24,22 +24,15 @@ POS_EMBED = "params/backbone/stem/pos_embed"
 
 
 class Loaded(NamedTuple):
-    """A model, its variables (float32), the card of its weights, and where they come from.
-
-    Attributes:
-      origins: {"params/backbone/...": source keys, or "new"} for every leaf of the variables.
-      layout: the conversion table that fitted; "" for a random initialisation.
-      dropped: keys of the file's classifier which a new head (or none) replaced.
-      sha256: of the file that was read, whatever its card says; "" for a random initialisation.
-    """
+    """A model, its variables (float32), the card of its weights, and where they come from."""
 
     model: Any
     variables: dict[str, Any]
     card: Card
-    origins: dict[str, str]
-    layout: str
-    dropped: tuple[str, ...]
-    sha256: str
+    origins: dict[str, str]  # {"params/backbone/...": source keys, or "new"} for every leaf of the variables
+    layout: str  # the conversion table that fitted; "" for a random initialisation
+    dropped: tuple[str, ...]  # keys of the file's classifier which a new head (or none) replaced
+    sha256: str  # of the file that was read, whatever its card says; "" for a random initialisation
 
 
 class _File(NamedTuple):
@@ -138,27 +131,24 @@ def _with_head(
         card = card.replace(task="classification", target_mean=(), target_std=(), threshold=None)
         return card.replace(num_classes=num_classes, class_names=(), head=head if num_classes else ())
     if head and head != card.head:
-        raise ValueError(
-            f"{path} keeps its own head, whose layers are {card.head}, and asked for were {head}: give num_classes for "
-            "a new head, or no layers"
-        )
+        own = f"{path} keeps its own head, whose layers are {card.head}"
+        raise ValueError(f"{own}, and asked for were {head}: give num_classes for a new head, or no layers")
     return card.replace(num_classes=_head_size(table, tensors, card))
 
 
 def _with_columns(card: Card, columns: Sequence[str], path: Any) -> Card:
     """The card with the columns that the network reads; means and deviations are 0 and 1 until data gives them."""
     columns = tuple(columns)
+    given = f"given were {len(columns)} {columns[:5]}"
     if card.input != "table" and columns:
-        raise ValueError(f"{card.model} reads an {card.input} and no columns; given were {len(columns)} {columns[:5]}")
-    if card.input != "table" or (card.columns and columns in ((), card.columns)):
-        return card
-    if card.columns:
-        raise ValueError(
-            f"{path} reads {len(card.columns)} columns {card.columns[:5]} according to its card, given were "
-            f"{len(columns)} {columns[:5]}; they must be the same in the same order"
-        )
-    if not columns:
+        raise ValueError(f"{card.model} reads an {card.input} and no columns; {given}")
+    if card.input == "table" and not (columns or card.columns):
         raise ValueError(f"{card.model} reads a table: give its columns")
+    if card.columns and columns not in ((), card.columns):
+        own = f"{path} reads {len(card.columns)} columns {card.columns[:5]} according to its card"
+        raise ValueError(f"{own}, {given}; they must be the same in the same order")
+    if card.columns or not columns:
+        return card
     return card.replace(columns=columns, mean=(0.0,) * len(columns), std=(1.0,) * len(columns))
 
 
@@ -189,18 +179,15 @@ def export(
     layout = layout or next(iter(variant.layouts))
     if layout not in variant.layouts:
         raise ValueError(f"{name} has no layout {layout!r}; it has {', '.join(variant.layouts)}")
-    plain = variant.card.replace(
-        num_classes=card.num_classes, class_names=(), input_size=card.input_size, head=card.head
-    )
+    plain = variant.card.replace(num_classes=card.num_classes, input_size=card.input_size, head=card.head)
     shapes = _network_shapes(variant.module, _with_columns(plain, card.columns, path).to_json())
     flat = {leaf: np.asarray(value) for leaf, value in trees.flatten(variables).items()}
+    found = {leaf: value.shape for leaf, value in flat.items()}
     problems = {
-        "missing leaves": sorted(set(shapes) - set(flat)),
-        "surplus leaves": sorted(set(flat) - set(shapes)),
+        "missing leaves": sorted(shapes.keys() - found.keys()),
+        "surplus leaves": sorted(found.keys() - shapes.keys()),
         "wrong shapes": [
-            f"{leaf} is {flat[leaf].shape}, expected {shape}"
-            for leaf, shape in shapes.items()
-            if leaf in flat and flat[leaf].shape != shape
+            f"{x} is {found[x]}, expected {shapes[x]}" for x in found if shapes.get(x) not in (None, found[x])
         ],
         "non-finite values": [leaf for leaf, value in flat.items() if not np.isfinite(value.astype(np.float32)).all()],
     }
@@ -255,10 +242,8 @@ def _detect(name: str, path: Any, tensors: Mapping[str, np.ndarray]) -> str:
     counts = {key: tables.coverage(table, leaves, tensors) for key, table in layouts.items()}
     best = max(counts, key=counts.get)
     if counts[best] == 0:
-        raise ValueError(
-            f"{path} has no key that {name} knows (layouts tried: {', '.join(layouts)}); "
-            f"its keys begin {', '.join(sorted(tensors)[:5])}{_looks_like(tensors)}"
-        )
+        hint = f"its keys begin {', '.join(sorted(tensors)[:5])}{_looks_like(tensors)}"
+        raise ValueError(f"{path} has no key that {name} knows (layouts tried: {', '.join(layouts)}); {hint}")
     return best
 
 
@@ -288,13 +273,12 @@ def _new_head(model: Any, features: tuple[int, ...], seed: int) -> dict[str, jax
 
 
 def _message(name: str, path: Any, layout: str, tensors: Mapping[str, np.ndarray], problems: Mapping[str, Any]) -> str:
-    unfilled, wrong = problems.get("unfilled leaves", []), problems.get("wrong shapes", [])
-    if unfilled and len(problems) == 1 and all(text.startswith(HEAD) for text in unfilled):
+    (kind, texts), *others = problems.items()
+    if not others and kind == "unfilled leaves" and all(text.startswith(HEAD) for text in texts):
         hint = "; the file has no head: give num_classes for a new one, or 0 for none"
-    elif len(problems) == len(wrong) == 1 and "pos" in wrong[0]:
-        hint = f"; give image_size to resample the position embedding{_looks_like(tensors)}"
     else:
-        hint = _looks_like(tensors)
+        grid = not others and kind == "wrong shapes" and len(texts) == 1 and "pos" in texts[0]
+        hint = ("; give image_size to resample the position embedding" if grid else "") + _looks_like(tensors)
     return f"{path} does not fit {name} (best layout: {layout}): {tables.listing(problems)}{hint}"
 
 
@@ -325,8 +309,7 @@ def inspect(path: str | pathlib.Path) -> str:
     lines += [f"{len(tensors)} tensors, {sum(value.size for value in tensors.values()):,} numbers"]
     if CARD_KEY in metadata:
         return "\n".join([*lines, f"card {metadata[CARD_KEY]}"])
-    fits = [(f"{name} (layout {layout})", models.get(name).card) for name, layout in candidates(tensors)]
-    lines += [
-        f"fits {what}, which takes {card.input_size} px with mean {card.mean}, std {card.std}" for what, card in fits
-    ]
+    for name, layout in (fits := candidates(tensors)):
+        card = models.get(name).card
+        lines.append(f"fits {name} (layout {layout}): {card.input_size} px with mean {card.mean}, std {card.std}")
     return "\n".join([*lines, "no card" if fits else "fits no known model; no card"])
