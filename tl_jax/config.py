@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -37,17 +38,13 @@ def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
 
 
 def _config(flat: Mapping[str, Any]) -> ConfigDict:
-    config = ConfigDict()
+    config: dict[str, Any] = {}
     for key, value in flat.items():
         *sections, name = key.split(".")
-        node = config
-        for section in sections:
-            if section not in node:
-                node[section] = ConfigDict()
-            node = node[section]
+        node = functools.reduce(lambda node, section: node.setdefault(section, {}), sections, config)
         value = files.as_tuples(value)
         node[name] = FieldReference(value, field_type=object) if key in SEVERAL_TYPES else value
-    return config
+    return ConfigDict(config)
 
 
 def flatten(config: ConfigDict, section: str = "") -> dict[str, Any]:
@@ -133,8 +130,7 @@ def _option_of(key: str) -> str:
 def parse(config: ConfigDict, arg: str | Sequence[str]) -> ConfigDict:
     """A locked copy of the config with "key=value,key=value", or a sequence of such items, set.
 
-    A key is one of SHORT or a dotted option. Raises ValueError that lists every key that does not exist, with its
-    nearest neighbour, and every value of a type that the option does not have.
+    A key is one of SHORT or a dotted option. Raises ValueError that lists every unknown key and misfitting value.
     """
     changes, problems = {}, []
     for item in _items(arg) if isinstance(arg, str) else arg:
@@ -176,15 +172,11 @@ def check(config: ConfigDict) -> None:
     """Raises one ValueError that lists every invalid option."""
     flat = flatten(config)
     problems = [f"{key} does not exist{messages.nearest(key, OPTIONS)}" for key in flat if key not in OPTIONS]
-    problems += [
-        f"{name} = {flat[name]!r}: expected {option.check.expected}"
-        for name, option in OPTIONS.items()
-        if not option.check.fits(flat[name])
-    ]
+    expected = {name: option.check for name, option in OPTIONS.items() if not option.check.fits(flat[name])}
+    problems += [f"{name} = {flat[name]!r}: expected {check.expected}" for name, check in expected.items()]
     # What follows looks into values and compares them, so that each must be valid by itself first.
-    problems = problems or [
-        *_table_problems(flat), *_phase_problems(flat), *_replica_problems(flat), *_data_problems(flat)
-    ]  # fmt: skip
+    finders = _table_problems, _phase_problems, _replica_problems, _data_problems
+    problems = problems or [problem for find in finders for problem in find(flat)]
     checks.refuse("invalid options", problems or _method_problems(flat))
 
 
@@ -228,10 +220,8 @@ def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
     rows = ((given and replicas, f"{key} = {flat[key]!r} does not go with replicas") for key, given in alone.items())
     problems = _where(*rows)
     for i, replica in enumerate(replicas):
-        if wrong := [key for key, _ in replica if _option_of(key) not in REPLICABLE]:
-            problems.append(
-                f"replicas[{i}] sets {', '.join(wrong)}; replicas may differ in {', '.join(REPLICABLE)} alone"
-            )
+        if wrong := ", ".join(key for key, _ in replica if _option_of(key) not in REPLICABLE):
+            problems.append(f"replicas[{i}] sets {wrong}; replicas may differ in {', '.join(REPLICABLE)} alone")
         if (first := replicas.index(replica)) < i:
             problems.append(f"replicas[{i}] is replicas[{first}] again")
     return problems

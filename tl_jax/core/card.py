@@ -22,30 +22,26 @@ class Card:
     Input "image": pixels enter the network as `(x / 255 - mean) / std`. Evaluation resizes the short side to
     `floor(input_size / crop)` pixels with `interpolation`, then cuts the centre `input_size` square.
     Input "table": the values of `columns` enter as `(x - mean) / std`, one mean and deviation a column.
-
-    task: what the outputs mean, a name of `tl_jax.tasks`; num_classes: how many outputs there are. class_names: of the
-    classes, labels or targets. target_mean, target_std: of a regression, whose outputs are standardised by them.
-    threshold: of the probability of a binary task. head: the layers before the last dense one, pairs (name, arguments).
     """
 
     model: str
-    num_classes: int
+    num_classes: int  # how many outputs there are
     input_size: int = 224
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"
     crop: float = 0.875
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()  # of the classes, labels or targets
     source: str = ""
     licence: str = ""
     sha256: str = ""
     input: str = "image"
     columns: tuple[str, ...] = ()
-    task: str = "classification"
-    target_mean: tuple[float, ...] = ()
+    task: str = "classification"  # what the outputs mean, a name of `tl_jax.tasks`
+    target_mean: tuple[float, ...] = ()  # of a regression, whose outputs are standardised
     target_std: tuple[float, ...] = ()
-    threshold: float | None = None
-    head: tuple = ()
+    threshold: float | None = None  # of the probability of a binary task
+    head: tuple = ()  # the layers before the last dense one, pairs (name, arguments)
 
     def __post_init__(self):
         channels = 3 if self.input == "image" else len(self.columns)

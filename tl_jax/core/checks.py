@@ -1,7 +1,4 @@
-"""What a value must be, said once at the parameter: `alpha: Annotated[float, checks.number(0)] = 0.01`.
-
-Options, terms, added parameters, augmentations, schedules and head layers are checked by these, in the same words.
-"""
+"""What a value must be, stated once at the option or parameter: `alpha: Annotated[float, checks.number(0)] = 0.01`."""
 
 import functools
 import inspect

@@ -10,11 +10,7 @@ from tl_jax.core.checks import FLAG, NAMED, RULES, TABLE, TEXT, TEXTS, integer, 
 
 
 class Option(NamedTuple):
-    """One option.
-
-    The identity of a run leaves out options with their initial value, so that neither a new option nor a changed
-    default changes the meaning of an old config.
-    """
+    """One option; that the identity of a run leaves out initial values keeps the meaning of old configs."""
 
     name: str
     default: Any  # in a new config; another than the initial one by `_option(...)._replace(default=...)`
@@ -39,6 +35,7 @@ TABLES = checks.Check(lambda x: TABLE.fits(x) and all(map(TABLE.fits, x.values()
 _SCHEDULE = checks.Check(lambda value: NAMED.fits([value]), "a pair (schedule, {parameter: value})")
 SEED = integer(0, 2**32 - 1)
 RATE = number(0, 1, below=True)
+GRID = sequence(number(0), "numbers, (value, ...)")
 WEIGHT = checks.either(number(), _SCHEDULE)
 POSITIVE = sequence(number(0, above=True), "a sequence of numbers above 0")
 
@@ -71,8 +68,7 @@ _ROWS = (
 
     # What is predicted, and the loss
     _option("task", "classification", one_of(*TASKS), "what the outputs mean"),
-    _option("task_args", {}, TABLE, "class_weight: \"balanced\" or a weight for each class; pos_weight: of the "
-            "positive examples of a binary task, or of each label"),
+    _option("task_args", {}, TABLE, "class_weight: 'balanced' or per class; pos_weight: of positives, or per label"),
     _option("terms", {}, TABLES, "summands of the loss: {name: {\"weight\": number or (schedule, {parameter: value}), "
             "and the term's own parameters}}; \"task\" is there without being named", phase=True),
 
@@ -128,8 +124,7 @@ _ROWS = (
     _option("method.stoch_norm", 0.0, number(0, 1), "probability of a BatchNorm channel to use the running statistics "
             "in training", phase=True),
     _option("method.auto_rgn", False, FLAG, "learning rates of blocks by their relative gradient norms", phase=True),
-    _option("method.grid", (), sequence(number(0), "numbers, (value, ...)"), "of knn (neighbours), logistic (C), "
-            "ridge (alpha): val chooses; (): a default grid"),
+    _option("method.grid", (), GRID, "of knn (neighbours), logistic (C), ridge (alpha): val chooses; (): a default"),
     _option("method.label_smoothing", 0.0, RATE, "mass that goes from the class to all classes", phase=True),
     _option("method.mixup", 0.0, number(0), "parameter of the Beta distribution; 0: off", phase=True),
     _option("method.cutmix", 0.0, number(0), "parameter of the Beta distribution; 0: off", phase=True),
@@ -145,8 +140,7 @@ _ROWS = (
     _option("decay", ".*/kernel", checks.REGEX, "the parameters that weight decay acts on", phase=True),
     _option("clip", 1.0, number(0), "the largest global norm of the gradient; 0: off", phase=True),
     _option("groups", {}, TABLES, "{group: {lr_mult, weight_decay, decay, optimizer, args}}", phase=True, replica=True),
-    _option("layer_decay", 1.0, number(0, 1, above=True), "factor on the learning rate, per block from the head down",
-            phase=True),
+    _option("layer_decay", 1.0, number(0, 1, above=True), "factor on lr, per block from the head down", phase=True),
     _option("schedule.name", "cosine", TEXT, "constant | cosine | linear | step | inverse_sqrt", phase=True),
     _option("schedule.warmup", (0.0, "epochs"), checks.duration(zero=True), "of the learning rate, linear", phase=True),
     _option("schedule.args", {}, TABLE, "such as final, milestones, factor, timescale", phase=True),

@@ -52,10 +52,7 @@ def merge(tree: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def match_rules(paths: Iterable[str], rules: Rules, what: str = "parameter") -> dict[str, Match]:
-    """Gives each path the first rule whose regex matches all of it.
-
-    Raises one ValueError that lists every path without a rule, every rule without a path and every broken regex.
-    """
+    """Gives each path the first rule whose regex matches all of it; ValueError lists those without a match."""
     paths, problems, compiled = list(paths), [], {}
     for pattern, value in rules:
         try:

@@ -1,5 +1,6 @@
 """Checkpoints: asynchronous, hashed leaf by leaf, verified when read. The only file that imports orbax."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -32,7 +33,7 @@ class OtherValues(ValueError):
     """A checkpoint is intact, but what it leaves out has other values in this run."""
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run, `folder/<step>`; close it (or end its `with`) before the program ends.
 
     A checkpoint holds the state and `meta`: plain JSON data about the run, to which the sha256 of every leaf is added.
@@ -48,9 +49,6 @@ class Checkpoints:
         self._copy: dict[str, jax.Array] = {}
         options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True, preservation_policy=self)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -72,8 +70,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: Mapping[str, Any], keep: Collection[int] = ()) -> None:
         """Starts to save in the background, after the save before it has ended; the state may be donated at once.
 
-        Of the older checkpoints, the newest stays because this one is not committed yet, and the steps in `keep`.
-        Raises OSError, before anything is written, where the disk has no room.
+        The newest of the older checkpoints and the steps in `keep` stay. Raises OSError first where the disk is full.
         """
         self.wait()
         saved, flat, older = self._saved(state), trees.flatten(state), self.steps()
@@ -105,17 +102,13 @@ class Checkpoints:
         return [info.step in newest or info.step in self._keep for info in checkpoints]
 
     def wait(self) -> None:
-        """Waits for the save in flight; raises what became of it."""
+        """Waits for the save in flight; raises its error."""
         self._manager.wait_until_finished()
-
-    def saving(self) -> bool:
-        """Whether a save is in flight."""
-        return self._manager.is_saving_in_progress()
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON data of a checkpoint; raises ValueError where it cannot be read."""
         index = self._index(step)
-        return {**index.meta, "hashes": index.hashes}
+        return {**index.meta, "hashes": {path: entry["sha256"] for path, entry in index.leaves.items()}}
 
     def _index(self, step: int) -> leaves.Index:
         name = f"checkpoint {self._folder / str(step)}"
@@ -130,7 +123,7 @@ class Checkpoints:
     def restore(self, step: int, like: Any) -> Any:
         """The state of a step, with the structure, shapes and placement of `like`, and its constant leaves.
 
-        Raises ValueError unless every leaf has the hash that it was saved with; for the leaves of `like`, OtherValues.
+        Raises ValueError unless every leaf has the hash that it was saved with, OtherValues for a constant one.
         """
         name, index = f"checkpoint {self._folder / str(step)}", self._index(step)
         flat = trees.flatten(like)
@@ -215,17 +208,10 @@ _copy_fresh = jax.jit(_copies)
 _copy_into = jax.jit(lambda old, flat: _copies(flat), donate_argnums=0, keep_unused=True)
 
 
-@dataclasses.dataclass
-class _Save(ocp.args.CheckpointArgs):
-    leaves: Mapping[str, jax.Array]
-    meta: str
-    elsewhere: Mapping[str, Mapping[str, Any]]
-
-
 class _Handler(ocp.AsyncCheckpointHandler):
     """How orbax writes a state: on threads of low priority."""
 
-    async def async_save(self, directory: Any, args: _Save) -> list[Any]:
+    async def async_save(self, directory: Any, args: "_Save") -> list[Any]:
         async def write() -> None:
             if sys.platform == "linux":  # there the priority is each thread's own, and inherited by those it starts
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
@@ -238,14 +224,18 @@ class _Handler(ocp.AsyncCheckpointHandler):
             return []
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="checkpoint")]
 
-    def save(self, directory: Any, args: _Save) -> None:
-        raise NotImplementedError("saved in the background only")
+    def save(self, directory: Any, args: Any = None) -> None:
+        raise NotImplementedError("Checkpoints saves in the background, and restores without orbax")
 
-    def restore(self, directory: Any, args: Any = None) -> None:
-        raise NotImplementedError("read by Checkpoints.restore")
+    restore = save
 
 
-ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)(_Save)
+@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _Save(ocp.args.CheckpointArgs):
+    leaves: Mapping[str, jax.Array]
+    meta: str
+    elsewhere: Mapping[str, Mapping[str, Any]]
 
 
 def _form(leaf: jax.Array) -> dict[str, Any]:

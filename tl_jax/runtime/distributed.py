@@ -1,7 +1,4 @@
-"""Several processes, one run: how they find each other, and what they do together.
-
-A run in one process notices none of this: `initialize` finds nothing, and the other functions are the identity.
-"""
+"""Several processes, one run: how they find each other, and what they do together. In one process it does nothing."""
 
 import atexit
 import os
@@ -22,7 +19,7 @@ from tl_jax.runtime import rollcall
 HEARTBEAT = 60  # seconds, of jax: the second line behind the roll call, and so slower
 # What a collective says when another process has gone: that one, not this, is to be named.
 ECHO = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION)\b")
-PORTS = (61440, 4096)  # the first port and their number, above those that systems give away: for SLURM and Open MPI
+PORTS = range(61440, 65536)  # above those that systems give away: for SLURM and Open MPI
 
 _line: rollcall.RollCall | None = None
 
@@ -39,7 +36,7 @@ class Place(NamedTuple):
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Joins the other processes of this run, if any; must come before jax's devices are used.
 
-    Found by the three arguments, or by itself in a SLURM step, under Open MPI and on the hosts of a TPU pod. Raises
+    Without arguments it finds them in a SLURM step, under Open MPI and on the hosts of a TPU pod. Raises
     ValueError for incomplete arguments, and where the processes do not come together.
     """
     global _line
@@ -51,7 +48,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     elif place is None and on_tpu_hosts(os.environ):
         _line = _meet_on_tpu()
     if _line is not None:
-        sys.excepthook = lambda kind, error, traceback: _fail(error, 1, traceback=True)
+        sys.excepthook = lambda kind, error, traceback: fail(error, 1, traceback=True)
         atexit.register(_line.finalize)
 
 
@@ -62,13 +59,9 @@ def agreed(stop_requested: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What `make()` returns on process 0, plain JSON data, on every process; only process 0 calls it.
-
-    For what is read from files: on a network file system other hosts may see an older state.
-    """
-    if _line is None:
-        return make()
-    return _line.from_first(make() if _line.index == 0 else None)
+    """What `make()` returns on process 0, plain JSON data, on every process: other hosts may see older files."""
+    value = make() if is_first() else None
+    return value if _line is None else _line.from_first(value)
 
 
 def is_first() -> bool:
@@ -82,18 +75,15 @@ def wait_for_cause(error: BaseException) -> None:
         time.sleep(rollcall.SILENCE + 2 * rollcall.BEAT)
 
 
-def fail(error: BaseException, code: int) -> None:
+def fail(error: BaseException, code: int, traceback: bool = False) -> None:
     """Ends all processes because of this one's error, and names it; returns where there is one process only."""
-    if _line is not None:
-        _fail(error, code, traceback=False)
-
-
-def _fail(error: BaseException, code: int, traceback: bool) -> None:
+    if _line is None:
+        return
     wait_for_cause(error)
     if traceback:
         sys.__excepthook__(type(error), error, error.__traceback__)
-    text = str(error) if code == 2 and not ECHO.match(str(error)) else f"{type(error).__name__}: {error}"
-    _line.fail(text, 1 if ECHO.match(str(error)) else code)
+    code = 1 if ECHO.match(str(error)) else code
+    _line.fail(str(error) if code == 2 else f"{type(error).__name__}: {error}", code)
 
 
 def find_place(
@@ -106,15 +96,14 @@ def find_place(
             raise ValueError(f"{', '.join(given)} belong together; missing: {', '.join(missing)}")
         return _slurm_place(environ) or _open_mpi_place(environ)
     if num_processes < 1 or not 0 <= process_id < num_processes:
-        raise ValueError(
-            f"--process-id {process_id} of --num-processes {num_processes}: expected 0 <= process-id < num-processes"
-        )
+        found = f"--process-id {process_id} of --num-processes {num_processes}"
+        raise ValueError(f"{found}: expected 0 <= process-id < num-processes")
     rollcall.split(coordinator)
     return Place(coordinator, num_processes, process_id)
 
 
 def _slurm_place(environ: Mapping[str, str]) -> Place | None:
-    """By the variables of a step: those of the allocation are also there where nothing was started with srun."""
+    """By the variables of a step: those of the allocation are there without srun, too."""
     if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) < 2 or "SLURM_PROCID" not in environ:
         return None
     job, step = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_STEP_ID", 0))
@@ -123,7 +112,7 @@ def _slurm_place(environ: Mapping[str, str]) -> Place | None:
     tasks = [int(count) for count, times in counts for _ in range(int(times or 1))][int(environ["SLURM_NODEID"])]
     devices = own_devices(int(environ["SLURM_LOCALID"]), tasks, environ)
     count, index = int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_PROCID"])
-    return Place(f"{first}:{_port(job + 97 * step)}", count, index, devices)
+    return Place(f"{first}:{PORTS[(job + 97 * step) % len(PORTS)]}", count, index, devices)
 
 
 def _open_mpi_place(environ: Mapping[str, str]) -> Place | None:
@@ -139,21 +128,13 @@ def _open_mpi_place(environ: Mapping[str, str]) -> Place | None:
             "this Open MPI does not say where process 0 is; start every process with --coordinator HOST:PORT "
             '--num-processes "$OMPI_COMM_WORLD_SIZE" --process-id "$OMPI_COMM_WORLD_RANK"'
         )
-    job = int(uri[1]) // 4096 if uri else os.getppid()
-    host = "127.0.0.1" if local_only else uri[2]
+    job, host = int(uri[1]) // 4096 if uri else os.getppid(), "127.0.0.1" if local_only else uri[2]
     devices = own_devices(local, int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)), environ)
-    return Place(f"{host}:{_port(job)}", count, index, devices)
-
-
-def _port(number: int) -> int:
-    return PORTS[0] + number % PORTS[1]
+    return Place(f"{host}:{PORTS[job % len(PORTS)]}", count, index, devices)
 
 
 def own_devices(local: int, tasks: int, environ: Mapping[str, str]) -> list[int] | None:
-    """The accelerators of the `local`-th of `tasks` processes on a host: equal shares of those that are visible.
-
-    None, all that it sees, where it is alone there or was given fewer than there are processes.
-    """
+    """The accelerators of the `local`-th of `tasks` processes on a host: an equal share; None: all that it sees."""
     visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     share = len(visible) // tasks
     return None if tasks == 1 or not share else list(range(local * share, (local + 1) * share))
@@ -173,7 +154,7 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
-def _roll_call(address: str, index: int, count: int, start: Callable[[], Any]) -> tuple[dict, list[str], Any]:
+def _roll_call(address: str, index: int, count: int, start: Callable[[], Any]) -> rollcall.Meeting:
     return rollcall.join(address, index, count) if index else rollcall.gather(address, count, start)
 
 

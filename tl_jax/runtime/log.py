@@ -35,34 +35,38 @@ def log(message: Any) -> None:
 class RunLog:
     """Rows of one run and its progress bar.
 
-    metrics.jsonl holds what the seed determines, timing.jsonl what the machine does. metrics.jsonl starts as `rows`,
-    those of the checkpoint that a run resumes from, so that it ends as that of an unbroken run. Runs that are trained
-    together divide the seconds by `replicas`. Without a workdir the rows are kept and not written.
+    metrics.jsonl holds what the seed determines, and starts as `rows`, those of the checkpoint that a run resumes from;
+    timing.jsonl holds the rest. Of runs that are trained together each takes its share of the seconds, one of
+    `replicas`. Without a folder the rows are kept and not written.
     """
 
     def __init__(
         self,
-        workdir: pathlib.Path | None,
-        rows: list[dict[str, Any]],
+        folder: pathlib.Path | None,
+        rows: list[dict],
         start: int,
-        total_steps: int,
+        total: int,
         verbose: bool = True,
         replicas: int = 1,
     ):
-        self._writes = jax.process_index() == 0 and workdir is not None
-        self._paths = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timing")} if workdir else {}
+        self._writes = jax.process_index() == 0 and folder is not None
+        self._paths = {name: folder / f"{name}.jsonl" for name in ("metrics", "timing")} if folder else {}
         self.rows = list(rows)
         if self._writes:
             write_text(self._paths["metrics"], "".join(json.dumps(row) + "\n" for row in rows))
             if not start:
                 write_text(self._paths["timing"], "")
         self._clock = self._began = time.perf_counter()
-        self._start, self._timed, self._total = start, start, total_steps
+        self._start, self._timed, self._total = start, start, total
         self._share, self.waited = 1 / replicas, 0.0
         # Further columns of timing.jsonl, from the steps per second.
         self.rates: Callable[[float], Mapping[str, Any]] = lambda steps_per_second: {}
         self._verbose = verbose and self._writes
-        self._bar = self._make_bar(start) if self._verbose and shows_bar(CONSOLE) else None
+        self._bar = None
+        if self._verbose and shows_bar(CONSOLE):
+            columns = "train", BarColumn(), MofNCompleteColumn(), "{task.fields[text]}", "{task.fields[rate]}"
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=CONSOLE, transient=True)
+            self._task = self._bar.add_task("train", total=total, completed=start, text="compiling", rate="")
 
     def __enter__(self) -> "RunLog":
         if self._bar:
@@ -111,12 +115,6 @@ class RunLog:
         yield
         self._clock += time.perf_counter() - began
 
-    def _make_bar(self, start: int) -> Progress:
-        columns = "train", BarColumn(), MofNCompleteColumn(), "{task.fields[text]}", "{task.fields[rate]}"
-        bar = Progress(*columns, TimeRemainingColumn(), console=CONSOLE, transient=True)
-        self._task = bar.add_task("train", total=self._total, completed=start, text="compiling", rate="")
-        return bar
-
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         if self._writes:
             with self._paths[name].open("a") as file:
@@ -126,8 +124,7 @@ class RunLog:
 def feed(logs: Collection[RunLog], batches: Iterable, idle: Callable[[], bool]) -> Iterator:
     """The same batches; the time that each took while the devices had no work counts as wait for data in `logs`.
 
-    idle: whether the last step is done, so that a batch may be late for the loop and still early for the devices. A
-    step that ends during the wait counts as done.
+    idle: whether the last step is done; a step that ends during the wait counts as done.
     """
     began = time.perf_counter()
     for batch in batches:

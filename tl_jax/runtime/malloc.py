@@ -13,8 +13,7 @@ def keep_memory() -> None:
     """Starts this program over with tcmalloc in place of the C library's malloc, where it is installed.
 
     On a CPU, XLA allocates the temporary memory of every step anew, and the kernel clears it page by page: up to a
-    quarter of the time of a training step. tcmalloc keeps what is freed. (glibc can be told to, and then grows to
-    several times as much.) Nothing happens where LD_PRELOAD is set.
+    quarter of the time of a training step. tcmalloc keeps what is freed. Nothing happens where LD_PRELOAD is set.
     """
     found = [path for name in NAMES for folder in FOLDERS for path in glob.glob(folder + name)]
     if not found or os.environ.get("LD_PRELOAD"):

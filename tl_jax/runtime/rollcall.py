@@ -1,8 +1,8 @@
 """The line between the processes of one run: who is there, who fell silent, when all stop, and how all end together.
 
-Process 0 listens; every other process has one TCP connection to it and sends JSON lines. jax's own heartbeats end a
-process after the time-out with a stack trace that names nobody; a closed connection is seen at once. Whoever can reach
-the port can end the run: it belongs on a private network, as jax's own ports do.
+Every process has a TCP connection to process 0 and sends JSON lines. jax's own heartbeats end a process late, with a
+stack trace that names nobody; a closed connection is seen at once. Whoever can reach the port can end the run: it
+belongs on a private network, as jax's own ports do.
 """
 
 import contextlib
@@ -23,14 +23,15 @@ JOIN = 300.0  # seconds that the processes may take to start
 FINALIZE = 300.0  # seconds that the others may need to their end after the first has come to its own
 OWN_ID = "every process needs its own --process-id below the same --num-processes"
 RESUME = "what was saved stays, and the same command resumes"
+Meeting = tuple[dict[int, socket.socket], list[str], Any]  # connections, names of all, what process 0 began with
 
 
 class RollCall:
     """One process's end of the line, served by a thread.
 
-    index: of this process. names: of all processes, for messages. connections: on process 0 `{index: socket}` of the
-    others, elsewhere `{0: socket}`. When a process is lost or fails, every process prints one line that names it and
-    ends with `os._exit`: one that waits for a collective cannot be asked.
+    names: of all processes. connections: on process 0 `{index: socket}` of the others, elsewhere `{0: socket}`. When a
+    process is lost or fails, every process prints one line that names it, and ends with `os._exit`: one that waits for
+    a collective cannot be asked.
     """
 
     def __init__(self, index: int, names: list[str], connections: Mapping[int, socket.socket]):
@@ -57,8 +58,7 @@ class RollCall:
     def stop_requested(self, asked_here: bool) -> bool:
         """Whether all processes stop now; every process must ask after every step.
 
-        At the first request all stop counting steps and send process 0 their counts; the last step is one after the
-        greatest. No step waits for a message unless there is a request.
+        At the first request all wait and send process 0 their counts; the last step is one after the greatest.
         """
         with self._gate:
             self._done += 1
@@ -109,7 +109,12 @@ class RollCall:
             if self._gap > SILENCE:
                 self._end(self.index, f"stood still for {self._gap:.0f} s; {RESUME}", 1)
             for key, _ in ready:
-                self._obey() if key.data == self.index else self._read(key.data, now)
+                if key.data != self.index:
+                    self._read(key.data, now)
+                    continue
+                self._woken.recv(4096)
+                while not self._orders.empty():
+                    self._tell_first(*self._orders.get())
             if now - beaten >= BEAT:
                 beaten = now
                 self._send("beat", None)
@@ -121,12 +126,8 @@ class RollCall:
             thing.close()
         os.close(self._stderr)
 
-    def _obey(self) -> None:
-        """Carries out what the main thread ordered: on process 0 directly, elsewhere by a message to it."""
-        self._woken.recv(4096)
-        while not self._orders.empty():
-            what, value = self._orders.get()
-            self._send(what, value) if self.index or what == "value" else self._handle(0, what, value)
+    def _tell_first(self, what: str, value: Any) -> None:
+        self._send(what, value) if self.index else self._handle(0, what, value)
 
     def _read(self, index: int, now: float) -> None:
         try:
@@ -145,37 +146,31 @@ class RollCall:
     def _handle(self, index: int, what: str, value: Any) -> None:
         """One message from process `index`; the same protocol serves process 0 (which decides) and the others."""
         if what == "stop" and not self._counts:
-            self._send("count", None)
-            self._handle(0, "done", self._freeze())
+            self._tell_all("count", None)
         elif what == "count":
-            self._send("done", self._freeze())
+            self._gate.acquire()
+            self._tell_first("done", self._done)
         elif what == "done":
             self._counts[index] = value
             if len(self._counts) == len(self.names):
-                last = max(self._counts.values()) + 1
-                self._send("last", last)
-                self._thaw(last)
+                self._tell_all("last", max(self._counts.values()) + 1)
         elif what == "last":
-            self._thaw(value)
+            self._last = value
+            self._gate.release()
         elif what == "value":
-            self._values.put(value)
+            self._values.put(value) if self.index else self._send("value", value)
         elif what == "finalize":
             self._finished.add(index)
             if len(self._finished) == len(self.names):
-                self._send("closed", None)
-                self._closed.set()
+                self._tell_all("closed", None)
         elif what == "closed":
             self._closed.set()
         elif what == "end":
             self._end(*value)
 
-    def _freeze(self) -> int:
-        self._gate.acquire()
-        return self._done
-
-    def _thaw(self, last: int) -> None:
-        self._last = last
-        self._gate.release()
+    def _tell_all(self, what: str, value: Any) -> None:
+        self._send(what, value)
+        self._handle(0, what, value)
 
     def _send(self, what: str, value: Any) -> None:
         for connection in self._connections.values():
@@ -208,13 +203,8 @@ class RollCall:
                         break
 
 
-def gather(
-    address: str, count: int, start: Callable[[], Any], timeout: float = JOIN
-) -> tuple[dict[int, socket.socket], list[str], Any]:
-    """On process 0: waits for the others, gives each the names of all and what `start()` returns, and returns them.
-
-    Raises ValueError where the others do not come, or do not fit.
-    """
+def gather(address: str, count: int, start: Callable[[], Any], timeout: float = JOIN) -> Meeting:
+    """On process 0: waits for the others, gives each the names of all and what `start()` returns, and returns them."""
     host, port = split(address)
     deadline = time.monotonic() + timeout
     connections: dict[int, socket.socket] = {}
@@ -246,9 +236,7 @@ def gather(
     return connections, ordered, begin
 
 
-def join(
-    address: str, index: int, count: int, timeout: float = JOIN
-) -> tuple[dict[int, socket.socket], list[str], Any]:
+def join(address: str, index: int, count: int, timeout: float = JOIN) -> Meeting:
     """On the other processes: the counterpart of `gather`, with the same result."""
     deadline = time.monotonic() + timeout
     while True:
@@ -315,11 +303,7 @@ def _send_line(connection: socket.socket, value: Any) -> None:
 
 
 def _read_line(connection: socket.socket) -> Any:
-    """One line, byte by byte so that nothing behind it is taken; None where the connection is closed."""
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = connection.recv(1)
-        if not byte or len(line) > 2**20:
-            return None
-        line += byte
-    return json.loads(line)
+    """One line, unbuffered so that nothing behind it is taken; None where the connection is closed."""
+    with connection.makefile("rb", buffering=0) as file:
+        line = file.readline(2**20)
+    return json.loads(line) if line.endswith(b"\n") else None

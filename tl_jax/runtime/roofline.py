@@ -9,13 +9,10 @@ import jax
 
 
 class Peak(NamedTuple):
-    """The most that one device of jax can do: FLOP/s of dense matmuls of each type, and bytes/s of its memory.
-
-    float32 is meant as XLA computes it by default: with TF32 on Ampere and newer, in one bfloat16 pass on a TPU.
-    """
+    """The most that one device of jax can do: FLOP/s of dense matmuls of each type, and bytes/s of its memory."""
 
     bfloat16: float
-    float32: float
+    float32: float  # as XLA computes it by default: with TF32 on Ampere and newer, in one bfloat16 pass on a TPU
     memory: float
 
 
@@ -53,9 +50,8 @@ def rates(
 ) -> dict[str, float | None]:
     """flops_per_second, mfu and roofline of a step with a cost from `Parallel.compile`; {} where that has no FLOPs.
 
-    mfu: FLOP/s over the peak of all devices. roofline: over min(peak, FLOPs per byte * bytes/s), what a step that reads
-    and writes so much could reach (Williams et al. 2009); both None where the device's limit is not known. Computing
-    again what was thrown away counts as work.
+    mfu: FLOP/s over the peak of all devices. roofline: over min(peak, FLOPs per byte * bytes/s) (Williams et al. 2009);
+    both None where the device's limit is not known. What is recomputed counts as work.
     """
     if not cost.get("flops_per_step"):
         return {}
@@ -107,10 +103,7 @@ def _flops(equation: Any, name: str) -> float:
 
 
 def called_bytes(text: str) -> float:
-    """What the library calls of a program compiled for a GPU read and write, of which XLA's cost analysis counts 0.
-
-    text: `as_text()` of the compiled program. Their scratch memory is left out.
-    """
+    """What library calls read and write, without scratch memory, in the text of a program compiled for a GPU."""
     sizes = {name: _bytes(kind, shape) for name, kind, shape in _ARRAY.findall(text)}
     total = 0.0
     for line in text.splitlines():

@@ -17,16 +17,11 @@ OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
 
 
 class Parallel(NamedTuple):
-    """How steps run on a set of devices.
+    """How steps run on a set of devices."""
 
-    mode: "jit" (one program over a mesh) or "pmap" (one program per device, combined over AXIS).
-    mesh: the devices, one axis of data parallelism.
-    fsdp: arrays of a state with at least this many elements are divided over the devices; 0: every device has it whole.
-    """
-
-    mode: str
-    mesh: Mesh
-    fsdp: int = 0
+    mode: str  # "jit" (one program over a mesh) or "pmap" (one program per device, combined over AXIS)
+    mesh: Mesh  # the devices, one axis of data parallelism
+    fsdp: int = 0  # arrays of a state with at least this many elements are divided over the devices; 0: none
 
     @property
     def axis_name(self) -> str | None:
@@ -36,8 +31,7 @@ class Parallel(NamedTuple):
     def shardings(self, tree: Any) -> Any:
         """Where each leaf of a state or of variables belongs; takes arrays or their shapes.
 
-        Of a leaf that `fsdp` divides, the largest axis that the devices divide is cut (among equals the first); one
-        with no such axis stays whole.
+        `fsdp` cuts the largest axis that the devices divide, among equals the first; without one a leaf stays whole.
         """
 
         def sharding(leaf):
@@ -63,9 +57,8 @@ class Parallel(NamedTuple):
             return variables
 
         def collect(leaf, sharding):
-            if sharding == self._whole:
-                return leaf
-            return jax.checkpoint(_collect, static_argnums=(1, 2))(leaf, self._whole, sharding)
+            collected = jax.checkpoint(_collect, static_argnums=(1, 2))
+            return leaf if sharding == self._whole else collected(leaf, self._whole, sharding)
 
         return jax.tree.map(collect, variables, self.shardings(variables))
 
@@ -112,9 +105,8 @@ class Parallel(NamedTuple):
         """What XLA says of a compiled step, made from `jaxpr`; None where the backend does not say.
 
         flops_per_step, bytes_per_step: of all devices; XLA counts those of one, and the body of a loop once, which the
-        loops of jaxpr correct. Bytes are what its operations read and write. On a GPU, XLA counts calls of cuDNN and
-        cuBLAS as nothing: FLOPs come from jaxpr, and the bytes of these calls from their arguments. memory_bytes:
-        arguments, results and temporaries of one device.
+        loops of jaxpr correct. On a GPU, XLA counts calls of cuDNN and cuBLAS as nothing: FLOPs come from jaxpr, and
+        the bytes of these calls from their arguments. memory_bytes: arguments, results and temporaries of one device.
         """
         counted, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
         work, once = roofline.work(jaxpr), roofline.work(jaxpr, looped=False)
@@ -170,8 +162,6 @@ def make_parallel(mode: str = "jit", devices: Sequence[jax.Device] | None = None
 
 def check_batch_size(batch_size: int, accumulate: int, device_count: int) -> None:
     """Raises ValueError unless every device gets the same number of examples in every part of a step."""
-    if batch_size % (device_count * accumulate):
-        raise ValueError(
-            f"batch_size={batch_size} does not divide into {device_count} device(s) x accumulate={accumulate}; "
-            f"use a multiple of {device_count * accumulate}"
-        )
+    if batch_size % (multiple := device_count * accumulate):
+        pieces = f"{device_count} device(s) x accumulate={accumulate}"
+        raise ValueError(f"batch_size={batch_size} does not divide into {pieces}; use a multiple of {multiple}")

@@ -23,10 +23,7 @@ def lock(workdir: pathlib.Path):
 
 
 def check_options(workdir: pathlib.Path, options: Mapping[str, Any]) -> None:
-    """Raises ValueError where the workdir has a result or checkpoints of a run whose options mean other numbers.
-
-    options: `{dotted option: value}`; an option that is absent there, or in config.json, has its initial value.
-    """
+    """Raises ValueError where the workdir has a result or checkpoints of other `{dotted option: value}`."""
     path = workdir / "config.json"
     if not path.exists() or not ((workdir / "result.json").exists() or any(workdir.glob("checkpoints/[0-9]*"))):
         return  # nothing to protect: a run that ended before its first checkpoint may be started with other options

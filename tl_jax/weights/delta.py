@@ -30,9 +30,8 @@ def save(
 ) -> None:
     """Writes what trained of the model and of its added parameters as safetensors under this package's paths.
 
-    The head and what began from random numbers in a model from a file are written whether they trained or not; further
-    networks (teacher, discriminator, ...) are not. report: the proved audit, which says what was frozen. weights:
-    {"file", "sha256"} of what was loaded; seed: of a model that no file filled.
+    The head and what is new in a model from a file are written whether they trained or not. report: the proved audit,
+    which says what was frozen. weights: {"file", "sha256"} of what was loaded; seed: of a model that no file filled.
     """
     tables = {"params": "parameters", "batch_stats": "statistics"}
     rows = {f"{kind}/{row['path']}": row for kind in tables for row in report["phases"][0][tables[kind]]}
@@ -64,9 +63,7 @@ def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) ->
     """
     tensors, metadata = formats.read(path)
     if KEY not in metadata:
-        raise ValueError(
-            f"{path} is no delta checkpoint (a run writes one as trained.safetensors); load it with weights.load"
-        )
+        raise ValueError(f"{path} is no delta checkpoint such as a run's trained.safetensors")
     about, card = json.loads(metadata[KEY]), Card.from_json(metadata[pretrained.CARD_KEY])
     file = about["weights"]["file"] if weights is None else weights
     base = pretrained.load(
@@ -74,21 +71,16 @@ def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) ->
         image_size=card.input_size, seed=about["seed"], head=card.head, columns=card.columns,
     )  # fmt: skip
     if base.sha256 != about["weights"]["sha256"]:
-        raise ValueError(
-            f"{path} was trained on {about['weights']['file']} with sha256 {about['weights']['sha256']}; {file} has "
-            f"{base.sha256 or 'none: random weights'}. Give the file that it was trained on"
-        )
+        then, now = "{file} with sha256 {sha256}".format(**about["weights"]), base.sha256 or "none: random weights"
+        raise ValueError(f"{path} was trained on {then}; {file} has {now}. Give the file that it was trained on")
     additions = tuple((name, args) for name, args in about["additions"])
     flat = trees.flatten(base.variables)
     frozen = {p: h for p, h in trees.leaf_hashes(base.variables).items() if p not in tensors}
     shapes, added = {p: x.shape for p, x in flat.items()}, dict(additions)
-    surplus = [
-        f"{p} {x.shape}" for p, x in tensors.items() if p.split("/")[1] not in added and x.shape != shapes.get(p)
-    ]
+    own = {p: x.shape for p, x in tensors.items() if p.split("/")[1] not in added}
+    surplus = [f"{p} {shape}" for p, shape in own.items() if shape != shapes.get(p)]
     if surplus or messages.fingerprint(frozen) != about["rested"]:
-        raise ValueError(
-            f"{path} does not fit {about['model']} from {file}: "
-            + (f"it holds {surplus[:5]}, which the network lacks" if surplus else "the frozen parameters differ")
-        )
+        wrong = f"it holds {surplus[:5]}, which the network lacks" if surplus else "the frozen parameters differ"
+        raise ValueError(f"{path} does not fit {about['model']} from {file}: {wrong}")
     variables = trees.unflatten({**flat, **{p: jnp.asarray(x) for p, x in tensors.items()}})
     return base._replace(model=peft.Adapted(base.model, additions), variables=variables, card=card)

@@ -30,9 +30,9 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Reads a weight file into `(tensors, metadata)`, trusting nothing in it.
 
     The contents decide the format; a known suffix that contradicts them is an error. Tensors are native, contiguous and
-    writable; bfloat16 (which numpy lacks) becomes float32, exactly; every other type is kept. A torch state dict may be
-    bare or lie under `state_dict` or `model`; a `module.` prefix shared by all names is dropped. Metadata exists in
-    safetensors only. Raises FileNotFoundError, IsADirectoryError, or ValueError for a damaged, foreign or unsafe file.
+    writable; bfloat16 becomes float32, every other type is kept. A torch state dict may be bare or lie under
+    `state_dict` or `model`; a `module.` prefix of all names is dropped. Metadata exists in safetensors only. Raises
+    FileNotFoundError, IsADirectoryError, or ValueError for a damaged, foreign or unsafe file.
     """
     path = pathlib.Path(path)
     if path.is_dir():

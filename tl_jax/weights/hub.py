@@ -17,10 +17,10 @@ def resolve(spec: str | os.PathLike) -> pathlib.Path:
     """Turns a weight spec into a local file whose bytes are the expected ones.
 
     `builtin:NAME` ships with the package. `hf://owner/name[/file]@revision` comes from the Hugging Face hub or cache
-    (file defaults to model.safetensors; the revision is required, best a commit), and its hash is compared with the
-    hub's on every call; HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE are honoured. Anything else is a path, of a file
-    or of a folder that holds model.safetensors, such as that of a finished run. A suffix `#sha256=HEX` pins the bytes
-    of any of the three. Raises FileNotFoundError, ConnectionError, or ValueError for a malformed spec or wrong bytes.
+    (file defaults to model.safetensors; the revision is required, best a commit) and is compared with the hub's hash on
+    every call; HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE are honoured. Anything else is a path of a file or of a
+    folder with model.safetensors. A suffix `#sha256=HEX` pins the bytes of any of the three. Raises FileNotFoundError,
+    ConnectionError, or ValueError for a malformed spec or wrong bytes.
     """
     spec, _, pin = os.fspath(spec).partition("#sha256=")
     if pin and not re.fullmatch("[0-9a-f]{64}", pin):

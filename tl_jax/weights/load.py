@@ -35,16 +35,6 @@ class Loaded(NamedTuple):
     sha256: str  # of the file that was read, whatever its card says; "" for a random initialisation
 
 
-class _File(NamedTuple):
-    """A weight file that was read: its tensors, their layout, the variant that it stands for, the card, the hash."""
-
-    tensors: dict[str, np.ndarray]
-    layout: str
-    variant: models.Variant
-    card: Card
-    sha256: str
-
-
 def load(
     name: str,
     path: str | pathlib.Path | None = "",
@@ -103,8 +93,8 @@ def _random(variant: models.Variant, card: Card, head_init: str, seed: int) -> L
     return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
 
 
-def _read(name: str, path: str | pathlib.Path) -> _File:
-    """Reads a weight file; the card is the file's own, or the variant's with source and hash."""
+def _read(name: str, path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], str, models.Variant, Card, str]:
+    """A file's tensors, layout, variant, card (its own, or the variant's with source and hash) and sha256."""
     file = hub.resolve(path)
     tensors, metadata = formats.read(file)
     card = Card.from_json(metadata[CARD_KEY]) if CARD_KEY in metadata else None
@@ -115,7 +105,7 @@ def _read(name: str, path: str | pathlib.Path) -> _File:
     if card and card.model not in (name, *variant.flavours.values()):
         raise ValueError(f"{path} holds weights of {card.model!r} according to its card, asked for was {name!r}")
     variant = models.get(card.model if card else variant.flavours.get(layout, name))
-    return _File(tensors, layout, variant, card or variant.card.replace(source=str(path), sha256=sha256), sha256)
+    return tensors, layout, variant, card or variant.card.replace(source=str(path), sha256=sha256), sha256
 
 
 def _with_head(
@@ -133,7 +123,9 @@ def _with_head(
     if head and head != card.head:
         own = f"{path} keeps its own head, whose layers are {card.head}"
         raise ValueError(f"{own}, and asked for were {head}: give num_classes for a new head, or no layers")
-    return card.replace(num_classes=_head_size(table, tensors, card))
+    (bias,), _ = tables.sources_of(table, f"params/head/{'out/' if card.head else ''}bias")
+    sizes = [value.size for key, value in tensors.items() if tables.canonical(table, key) == bias]
+    return card.replace(num_classes=sizes[0] if sizes else card.num_classes)  # without one it is reported unfilled
 
 
 def _with_columns(card: Card, columns: Sequence[str], path: Any) -> Card:
@@ -153,15 +145,13 @@ def _with_columns(card: Card, columns: Sequence[str], path: Any) -> Card:
 
 
 def source_head(name: str, path: str | pathlib.Path) -> dict[str, jax.Array] | None:
-    """The classifier {"kernel" [D, K], "bias" [K]} that a weight file was trained with, on pre_logits.
-
-    None where it has none, or one with layers in it.
-    """
-    file = _read(name, path) if path else None
-    if not file or file.card.head:
+    """A weight file's classifier {"kernel" [D, K], "bias" [K]} on pre_logits; None: it has none, or further layers."""
+    if not path:
         return None
-    table = file.variant.layouts[file.layout]
-    return load(name, path).variables["params"]["head"] if any(tables.is_head(table, x) for x in file.tensors) else None
+    tensors, layout, variant, card, _ = _read(name, path)
+    if card.head or not any(tables.is_head(variant.layouts[layout], key) for key in tensors):
+        return None
+    return load(name, path).variables["params"]["head"]
 
 
 def export(
@@ -245,13 +235,6 @@ def _detect(name: str, path: Any, tensors: Mapping[str, np.ndarray]) -> str:
         hint = f"its keys begin {', '.join(sorted(tensors)[:5])}{_looks_like(tensors)}"
         raise ValueError(f"{path} has no key that {name} knows (layouts tried: {', '.join(layouts)}); {hint}")
     return best
-
-
-def _head_size(table: tables.Layout, tensors: Mapping[str, np.ndarray], card: Card) -> int:
-    """Number of classes in the file's head; the card's where there is none, so that the head is reported unfilled."""
-    (bias,), _ = tables.sources_of(table, f"params/head/{'out/' if card.head else ''}bias")
-    sizes = [value.size for key, value in tensors.items() if tables.canonical(table, key) == bias]
-    return sizes[0] if sizes else card.num_classes
 
 
 def _resample(table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray]):

@@ -31,13 +31,9 @@ class _Global:
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    kind: str
+    dtype: np.dtype
     key: str
     size: int  # elements
-
-    @property
-    def dtype(self):
-        return _STORAGES[self.kind]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +59,7 @@ class _Machine:
         self.stack, self.marks, self.memo, self.refused, self.storages = [], [], {}, set(), {}
 
     def run(self, stream):
+        value = damage = None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # strange escapes in a damaged file's names
@@ -72,32 +69,36 @@ class _Machine:
                     _OPCODES[opcode.name](self, argument)
             value = self.stack.pop()
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-            self.raise_refused()
-            raise ValueError(f"damaged, cut short or no torch pickle ({error})") from None
-        self.raise_refused()
-        return value
-
-    def raise_refused(self):
+            damage = f"damaged, cut short or no torch pickle ({error})"
         if self.refused:
             raise ValueError(
                 f"the pickle asks for {', '.join(sorted(self.refused))}: neither tensors nor plain data, so the file "
                 "was refused and nothing executed. If you trust it, open it in torch and save the state dict alone "
                 "with safetensors.torch.save_file"
             )
+        if damage:
+            raise ValueError(damage)
+        return value
 
-    def pop(self, count):
-        if count > len(self.stack):
+    def take(self, start):
+        if start < 0:
             raise ValueError("stack underflow")
-        start = len(self.stack) - count
-        values, self.stack[start:] = self.stack[start:], []
-        return values
-
-    def items(self):
-        start = self.marks.pop()
         items, self.stack[start:] = self.stack[start:], []
         return items
 
-    def look_up(self, name):
+    def pop(self, count):
+        return self.take(len(self.stack) - count)
+
+    def items(self):
+        return self.take(self.marks.pop())
+
+    def memoize(self, key):
+        self.memo[len(self.memo) if key is None else key] = self.stack[-1]
+
+    def look_up(self, *names):
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("global without a name")
+        name = ".".join(names)
         if name in _GLOBALS:
             return _Global(name)
         self.refused.add(name[:80])
@@ -139,7 +140,7 @@ class _Machine:
             raise ValueError("storage of an unknown type, or a view of another")
         if not isinstance(key, str) or type(size) is not int or size < 0:
             raise ValueError("storage without a name and a size")
-        storage = _Storage(kind.name, key, size)
+        storage = _Storage(_STORAGES[kind.name], key, size)
         if self.storages.setdefault(key, storage) != storage:
             raise ValueError(f"storage {key!r} is declared twice, differently")
         return storage
@@ -167,31 +168,17 @@ def _pushes(make):
     return lambda machine, argument: machine.stack.append(make(machine, argument))
 
 
-def _stack_global(machine, _):
-    module, name = machine.pop(2)
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise ValueError("global without a name")
-    return machine.look_up(f"{module}.{name}")
-
-
-def _memoize(machine, argument):
-    machine.memo[len(machine.memo) if argument is None else argument] = machine.stack[-1]
-
-
 _ARGUMENT = (
     *("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
 )
+_VALUES = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False}
+_VALUES |= {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _OPCODES = {
     **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda machine, _: None),
     **dict.fromkeys(_ARGUMENT, _pushes(lambda _, argument: argument)),
-    "NONE": _pushes(lambda *_: None),
-    "NEWTRUE": _pushes(lambda *_: True),
-    "NEWFALSE": _pushes(lambda *_: False),
-    "EMPTY_DICT": _pushes(lambda *_: {}),
-    "EMPTY_LIST": _pushes(lambda *_: []),
-    "EMPTY_TUPLE": _pushes(lambda *_: ()),
+    **{name: _pushes(lambda *_, make=make: make()) for name, make in _VALUES.items()},
     **{f"TUPLE{count}": _pushes(lambda machine, _, count=count: tuple(machine.pop(count))) for count in (1, 2, 3)},
     "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
     "TUPLE": _pushes(lambda machine, _: tuple(machine.items())),
@@ -201,11 +188,11 @@ _OPCODES = {
     "APPENDS": lambda machine, _: machine.extend(items=machine.items(), target=machine.stack[-1]),
     "SETITEM": lambda machine, _: machine.set_items(items=machine.pop(2), target=machine.stack[-1]),
     "SETITEMS": lambda machine, _: machine.set_items(items=machine.items(), target=machine.stack[-1]),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _memoize),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _pushes(lambda machine, argument: machine.memo[argument])),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), lambda machine, key: machine.memoize(key)),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _pushes(lambda machine, key: machine.memo[key])),
     # A state dict has no instances: INST is here so that what it asks for is named.
-    **dict.fromkeys(("GLOBAL", "INST"), _pushes(lambda machine, names: machine.look_up(names.replace(" ", ".", 1)))),
-    "STACK_GLOBAL": _pushes(_stack_global),
+    **dict.fromkeys(("GLOBAL", "INST"), _pushes(lambda machine, names: machine.look_up(*names.split(" ", 1)))),
+    "STACK_GLOBAL": _pushes(lambda machine, _: machine.look_up(*machine.pop(2))),
     **dict.fromkeys(("REDUCE", "NEWOBJ"), _pushes(lambda machine, _: machine.call(*machine.pop(2)))),
     "BUILD": lambda machine, _: machine.build(machine.pop(1)),
     "BINPERSID": _pushes(lambda machine, _: machine.storage(*machine.pop(1))),
@@ -268,7 +255,7 @@ def _state_dict(value) -> dict[str, _Tensor]:
 
 
 def _build(state, raw) -> dict[str, np.ndarray]:
-    """Cuts the tensors out of their storages, once every index they can reach is known to lie inside."""
+    """Cuts the tensors out of their storages, once every index that they reach is known to lie inside."""
     faults = {name: _fault(tensor, len(raw[tensor.storage.key])) for name, tensor in state.items()}
     if wrong := [f"{name}: {fault}" for name, fault in faults.items() if fault]:
         raise ValueError(f"tensors that do not fit their storages (damaged or hostile file): {'; '.join(wrong)}")
