@@ -95,10 +95,7 @@ def _owner(config: ConfigDict, key: str) -> ConfigDict | None:
 
 
 def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A copy of the config with options set, `{dotted option: value}`; a value replaces the old one whole.
-
-    Raises one ValueError that lists every option that does not exist and every value of another type.
-    """
+    """A copy with `{dotted option: value}` set, each whole; ValueError lists unknown options and misfitting values."""
     config, problems = copy.deepcopy(config), []
     for key, value in changes.items():
         node, name = _owner(config, key), key.rpartition(".")[2]

@@ -49,10 +49,8 @@ class Card:
         positive = all(isinstance(x, Real) and x > 0 for x in (*self.std, self.crop))
         if self.input not in INPUTS or not (size and positive and all(isinstance(x, Real) for x in self.mean)):
             found = {name: getattr(self, name) for name in ("input", "input_size", "mean", "std", "crop")}
-            raise ValueError(
-                f"invalid weight card: {found}; expected an input of {', '.join(INPUTS)}, a whole number of pixels, "
-                f"{channels} means, {channels} deviations > 0, a crop > 0"
-            )
+            expected = f"a whole number of pixels, {channels} means, {channels} deviations > 0, a crop > 0"
+            raise ValueError(f"invalid weight card: {found}; expected an input of {', '.join(INPUTS)}, {expected}")
 
     def to_json(self) -> str:
         defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in LATER}
@@ -81,8 +79,7 @@ class Card:
         clashes = [key for key, value in fields.items() if own[key] != value and key in PIXELS]
         if clashes and not allowed:
             lines = [f"  {key}: the card says {own[key]!r}, the config {fields[key]!r}" for key in clashes]
-            raise ValueError(
-                f"the config contradicts the weight card of {self.model}: the weights would see pixels they were not "
-                "trained on. Remove the options, or set data.override_card=True if it is intended:\n" + "\n".join(lines)
-            )
+            wrong = f"the config contradicts the weight card of {self.model}: the weights expect other pixels"
+            fix = "Remove the options, or set data.override_card=True if it is intended:"
+            raise ValueError("\n".join([f"{wrong}. {fix}", *lines]))
         return self.replace(**fields)

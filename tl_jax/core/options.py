@@ -87,8 +87,7 @@ _ROWS = (
     _option("model.remat", "", one_of("", "block", "dots"), "recompute in the backward pass: all of a block, or all "
             "but matrix products and convolutions"),
     _option("model.attention", "xla", one_of("xla", "cudnn"), "cudnn: its fused kernel, on a GPU in bfloat16"),
-    _option("networks", {}, TABLES, "further networks: {name: {name, weights, image_size, cache}}; cache \"features\": "
-            "what a frozen one computes is kept on disk"),
+    _option("networks", {}, TABLES, "{name: {name, weights, image_size, cache}}; cache 'features': kept on disk"),
 
     # The data
     _option("data.source", "digits", SOURCE, "digits | glyphs | folder:PATH | csv:FILE | arrays:FILE.npz | "
@@ -109,8 +108,7 @@ _ROWS = (
     _option("data.card", {}, TABLE, "fields of the weight card to replace, such as mean; needs data.override_card"),
     _option("data.override_card", False, FLAG, "allow data.card to change what the weights expect of their input"),
     _option("data.transductive", False, FLAG, "allow an unlabelled training stream to hold examples that are scored"),
-    _option("streams", {}, TABLES, "further streams of batches: {name: {source, split, batch_size, augment, labelled, "
-            "sampling, shots}}"),
+    _option("streams", {}, TABLES, "{name: {source, split, batch_size, augment, labelled, sampling, shots}}"),
     _option("norm_batches", "joint", one_of("joint", "per_stream"), "what BatchNorm normalises over, with streams"),
 
     # What trains
@@ -121,8 +119,7 @@ _ROWS = (
     _option("method.rules", (), RULES, "of rules: ordered pairs (path regex, group | frozen)", phase=True),
     _option("method.norm", (), RULES, "ordered pairs (path regex, frozen | update); (): as their block", phase=True),
     _option("method.add", (), NAMED, "added parameters: pairs (lora | adapter | prompt | ssf, {parameter: value})"),
-    _option("method.stoch_norm", 0.0, number(0, 1), "probability of a BatchNorm channel to use the running statistics "
-            "in training", phase=True),
+    _option("method.stoch_norm", 0.0, number(0, 1), "rate of BatchNorm channels with running statistics", phase=True),
     _option("method.auto_rgn", False, FLAG, "learning rates of blocks by their relative gradient norms", phase=True),
     _option("method.grid", (), GRID, "of knn (neighbours), logistic (C), ridge (alpha): val chooses; (): a default"),
     _option("method.label_smoothing", 0.0, RATE, "mass that goes from the class to all classes", phase=True),

@@ -66,11 +66,9 @@ def match_rules(paths: Iterable[str], rules: Rules, what: str = "parameter") -> 
         dead = [match for match in compiled if match not in matches.values()]
         problems += [f"rule {tuple(match)} decides no {what}{_why_dead(match, paths)}" for match in dead]
     if problems:
-        raise ValueError(
-            f"the rules do not fit the {what}s (a rule must match a whole path; the first match wins):\n"
-            + "".join(f"  {problem}\n" for problem in problems)
-            + f"rules, in order: {[tuple(rule) for rule in rules]}"
-        )
+        first = f"the rules do not fit the {what}s (a rule must match a whole path; the first match wins):"
+        last = f"rules, in order: {[tuple(rule) for rule in rules]}"
+        raise ValueError("\n".join([first, *(f"  {problem}" for problem in problems), last]))
     return matches
 
 

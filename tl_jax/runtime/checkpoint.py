@@ -76,10 +76,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         saved, flat, older = self._saved(state), trees.flatten(state), self.steps()
         needed, free = sum(leaf.nbytes for leaf in saved.values()), shutil.disk_usage(self._folder).free
         if free < 1.05 * needed + 2**20:
-            raise OSError(
-                f"no room for the checkpoint of step {step} in {self._folder}: it needs {needed:,} bytes, {free:,} are "
-                f"free. Make room and start the same command again; it resumes from step {max(older, default=0)}"
-            )
+            full = f"no room for the checkpoint of step {step} in {self._folder}: it needs {needed:,} bytes"
+            hint = f"Make room and start the same command again; it resumes from step {max(older, default=0)}"
+            raise OSError(f"{full}, {free:,} are free. {hint}")
         self._copy, self._keep = _copy_of(saved, self._copy), keep
         text = json.dumps({**meta, "step": step})  # now: the caller's rows go on growing
         elsewhere = {path: {**_form(flat[path]), "sha256": sha256} for path, sha256 in self._constant.items()}
@@ -133,11 +132,9 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise ValueError(f"{name} has other leaves than this run (saved -> expected):\n" + "\n".join(changed))
         saved = {path: entry["sha256"] for path, entry in index.leaves.items() if entry["offset"] is None}
         if changed := messages.difference(saved, trees.leaf_hashes({path: flat[path] for path in saved}), limit=3):
-            raise OtherValues(
-                f"{name} leaves out what never trains, which has other values in this run (sha256, saved -> now):\n"
-                + "\n".join([*changed, "Likely another weight file, or another version of what reads it; resume with"])
-                + " those of then, or choose another workdir"
-            )
+            wrong = f"{name} leaves out what never trains, which has other values in this run (sha256, saved -> now):"
+            hint = "Likely another weight file, or another version of what reads it; resume with those of then"
+            raise OtherValues("\n".join([wrong, *changed, f"{hint}, or choose another workdir"]))
         try:
             arrays = leaves.read(self._folder / str(step) / "state", index)
         except (OSError, ValueError) as error:

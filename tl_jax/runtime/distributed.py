@@ -124,10 +124,8 @@ def _open_mpi_place(environ: Mapping[str, str]) -> Place | None:
     uri = re.match(r"(\d+)\.\d+;tcp6?://\[?([^],:]+(?::[^],]+)*)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
     local_only = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(count)
     if not (uri or local_only):
-        raise ValueError(
-            "this Open MPI does not say where process 0 is; start every process with --coordinator HOST:PORT "
-            '--num-processes "$OMPI_COMM_WORLD_SIZE" --process-id "$OMPI_COMM_WORLD_RANK"'
-        )
+        flags = '--coordinator HOST:PORT --num-processes "$OMPI_COMM_WORLD_SIZE" --process-id "$OMPI_COMM_WORLD_RANK"'
+        raise ValueError(f"this Open MPI does not say where process 0 is; start every process with {flags}")
     job, host = int(uri[1]) // 4096 if uri else os.getppid(), "127.0.0.1" if local_only else uri[2]
     devices = own_devices(local, int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)), environ)
     return Place(f"{host}:{PORTS[job % len(PORTS)]}", count, index, devices)

@@ -216,10 +216,9 @@ def gather(address: str, count: int, start: Callable[[], Any], timeout: float = 
                 connection, _ = server.accept()
             except TimeoutError:
                 missing = ", ".join(str(index) for index in range(count) if index not in names)
-                raise ValueError(
-                    f"of {count} processes, these have not come to {address} within {timeout:.0f} s: {missing}. Start "
-                    "them, or correct --num-processes; see that their hosts can reach this one"
-                ) from None
+                late = f"of {count} processes, these have not come to {address} within {timeout:.0f} s: {missing}"
+                hint = "Start them, or correct --num-processes; see that their hosts can reach this one"
+                raise ValueError(f"{late}. {hint}") from None
             if hello := _hello(connection):
                 refused.callback(connection.close)
                 index, of, name = hello
@@ -245,10 +244,8 @@ def join(address: str, index: int, count: int, timeout: float = JOIN) -> Meeting
             break
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ValueError(
-                    f"process {index} of {count} reached nobody at {address} for {timeout:.0f} s ({error}): is process "
-                    "0 started, and can this host reach it?"
-                ) from None
+                alone = f"process {index} of {count} reached nobody at {address} for {timeout:.0f} s ({error})"
+                raise ValueError(f"{alone}: is process 0 started, and can this host reach it?") from None
             time.sleep(0.2)
     _send_line(connection, [index, count, name_of(index, count)])
     connection.settimeout(timeout)

@@ -50,8 +50,7 @@ class Parallel(NamedTuple):
     def whole(self, variables: Any) -> Any:
         """Inside a step: the variables whole on every device; their gradients are divided again.
 
-        Without this XLA moves activations in place of parameters. A leaf is collected once for the forward and once for
-        the backward pass, so that a device never has all of them (Rajbhandari et al. 2020, section 5.3, stage 3).
+        A leaf is collected for the forward and again for the backward pass (Rajbhandari et al. 2020, 5.3, stage 3).
         """
         if not self.fsdp:
             return variables

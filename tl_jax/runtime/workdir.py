@@ -28,6 +28,5 @@ def check_options(workdir: pathlib.Path, options: Mapping[str, Any]) -> None:
     if not path.exists() or not ((workdir / "result.json").exists() or any(workdir.glob("checkpoints/[0-9]*"))):
         return  # nothing to protect: a run that ended before its first checkpoint may be started with other options
     if changed := config.difference(files.read_json(path), options):
-        raise ValueError(
-            f"{workdir} holds a run with other options; choose another --workdir (there -> now):\n" + "\n".join(changed)
-        )
+        wrong = f"{workdir} holds a run with other options; choose another --workdir (there -> now):"
+        raise ValueError("\n".join([wrong, *changed]))

@@ -57,10 +57,10 @@ def _from_hub(spec, pinned):
 
     match = _HF.fullmatch(spec)
     if not match or not match["revision"]:
-        raise ValueError(
-            f"{spec}: expected hf://owner/name[/file]@revision; the revision (a commit, tag or branch such as @main) "
-            "is required, and a commit hash from the repository's history page makes the run reproducible"
+        why = (
+            "the revision (a commit, tag or branch such as @main) is required, and a commit makes the run reproducible"
         )
+        raise ValueError(f"{spec}: expected hf://owner/name[/file]@revision; {why}")
     repo, file, revision = match["repo"], match["file"] or WHOLE, match["revision"]
     # The library reads its environment at import; reading it here makes a later setting count too.
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
@@ -98,7 +98,5 @@ def _verify(spec, path, pinned):
     if found != blob.name:
         path.unlink()
         blob.unlink()
-        raise ValueError(
-            f"{spec}: the bytes have hash {found}, but the hub says {blob.name}; the copy was removed from the cache, "
-            "so the next call downloads it again"
-        )
+        wrong = f"the bytes have hash {found}, but the hub says {blob.name}"
+        raise ValueError(f"{spec}: {wrong}; the copy was removed from the cache, so the next call downloads it again")

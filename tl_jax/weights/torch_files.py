@@ -71,11 +71,9 @@ class _Machine:
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             damage = f"damaged, cut short or no torch pickle ({error})"
         if self.refused:
-            raise ValueError(
-                f"the pickle asks for {', '.join(sorted(self.refused))}: neither tensors nor plain data, so the file "
-                "was refused and nothing executed. If you trust it, open it in torch and save the state dict alone "
-                "with safetensors.torch.save_file"
-            )
+            asks = f"the pickle asks for {', '.join(sorted(self.refused))}: neither tensors nor plain data"
+            fix = "If you trust it, open it in torch and save the state dict alone with safetensors.torch.save_file"
+            raise ValueError(f"{asks}, so the file was refused and nothing executed. {fix}")
         if damage:
             raise ValueError(damage)
         return value
