@@ -48,7 +48,7 @@ def run_probe(name, folder, grid=(), **changes):
 
 def features(split, variables=None):
     """Labels, features and logits of the embedded network (or of other variables) without the code under test."""
-    model, loaded, card = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
+    model, loaded, card, *_ = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
     source = sources.load("digits", split)
     task = tasks.make(tasks.Spec(class_names=source.class_names))
     step = jax.jit(steps.make_eval_step(steps.Reader(model, card, "image"), task))

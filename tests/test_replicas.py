@@ -27,6 +27,11 @@ def make_config(changes=(), **more):
     })  # fmt: skip
 
 
+def each_alone(config):
+    """The config of every replica, which is that of the same run by itself."""
+    return [options.override(config, {**dict(changes), "replicas": ()}) for changes in config.replicas]
+
+
 def run(config, folder, **arguments):
     """What is in replicas.json."""
     return inprocess.run(config, folder, **arguments)["replicas"]
@@ -119,7 +124,7 @@ FAST = ("shots, cached features",)
 def test_a_replica_is_the_run_by_itself(case, tmp_path):
     config = make_config(CASES[case], cache_dir=str(tmp_path / "features") if "cached" in case else "")
     table = run(config, tmp_path / "w")
-    for row, alone in zip(table["replicas"], options.replicas(config), strict=True):
+    for row, alone in zip(table["replicas"], each_alone(config), strict=True):
         train(alone, tmp_path / "alone" / row["name"], verbose=False)
         assert_same_run(tmp_path / "w" / "replicas" / row["name"], tmp_path / "alone" / row["name"])
     assert table == json.loads((tmp_path / "w" / "replicas.json").read_text())
@@ -226,7 +231,7 @@ def test_what_is_frozen_is_computed_once_for_all_replicas():
     parallel, flops = sharding.make_parallel(), {}
     for count in (1, 8):
         rates = tuple((("lr", 1e-3 * (i + 1)),) for i in range(count))
-        configs = options.replicas(make_config({"replicas": rates}))
+        configs = each_alone(make_config({"replicas": rates}))
         program = replicas.make([settings.read(config) for config in configs], parallel)
         state = program.initial(0)
         sets = program.batches(0, state, ["train"], lambda step: False)

@@ -84,7 +84,7 @@ def load(
     that lists every tensor that does not fit.
     """
     weights = os.fspath(weights)
-    loaded = pretrained.load_with_origins(name, weights, num_classes, image_size=image_size or None, seed=seed)
+    loaded = pretrained.load(name, weights, num_classes, image_size=image_size or None, seed=seed)
     return Model(name or loaded.card.model, weights, loaded.model, loaded.variables, loaded.card, image_size)
 
 

@@ -105,7 +105,7 @@ def load(folder: str | pathlib.Path) -> Weights:
             "network (nearest neighbours, adapters and prompts write none)"
         )
     settings = read(options.from_flat(files.read_json(folder / "config.json")))
-    loaded = pretrained.load_with_origins(settings.model.name, folder / "model.safetensors")
+    loaded = pretrained.load(settings.model.name, folder / "model.safetensors")
     saved = tasks.load_predictions(folder / "predictions.npz")
     model, method = loaded.model.clone(dtype=jnp.dtype(settings.model.dtype)), settings.phases[0].method.name
     return Weights(str(folder), method, settings, model, loaded.variables, loaded.card, saved)

@@ -121,7 +121,7 @@ def load_model(
     model = settings.model
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
     arguments |= {"head": model.head, "columns": tuple(columns)}
-    loaded = load.load_with_origins(model.name, model.weights, None if model.keep_head else outputs, **arguments)
+    loaded = load.load(model.name, model.weights, None if model.keep_head else outputs, **arguments)
     known = loaded.card.class_names or class_names
     if model.keep_head and (loaded.card.num_classes != outputs or tuple(known) != tuple(class_names)):
         raise ValueError(
@@ -140,7 +140,7 @@ def load_model(
     short = {path: path.partition("/")[2] for path in trees.flatten(loaded.variables)}
     new = [(f"backbone/{part}/.*", "new") for part in model.reinit]
     matches = trees.match_rules(dict.fromkeys(short.values()), [*new, (".*", "kept")])
-    random = trees.flatten(load.load_with_origins(model.name, "", loaded.card.num_classes, **arguments).variables)
+    random = trees.flatten(load.load(model.name, "", loaded.card.num_classes, **arguments).variables)
     fresh = {path: random[path] for path in short if matches[short[path]].value == "new"}
     variables = trees.merge(loaded.variables, fresh)
     return loaded._replace(variables=variables, origins={**loaded.origins, **dict.fromkeys(fresh, "new")})
@@ -176,7 +176,7 @@ def _configure(settings: Settings, loaded: load.Loaded, parallel: sharding.Paral
 def _load_network(settings: Settings, name: str) -> Network:
     """A further network of the config: frozen, with the classes of its weight file, in eval mode."""
     given = settings.networks[name]
-    loaded = load.load_with_origins(given.name, given.weights, None, image_size=given.image_size or None)
+    loaded = load.load(given.name, given.weights, None, image_size=given.image_size or None)
     module = loaded.model.clone(dtype=jnp.dtype(settings.model.dtype))
     origin = given.weights or "new"
     return Network(peft.Adapted(module), loaded.card, loaded.variables, origin=origin)
