@@ -1,7 +1,4 @@
-"""Conversion tables: which key of a foreign file fills which parameter. Numpy only, no framework.
-
-A table points from our path to the file's key, so that the same rows serve loading and exporting.
-"""
+"""Conversion tables from our paths to the keys of a foreign file, for loading and exporting. Numpy only."""
 
 import functools
 import re
@@ -54,38 +51,36 @@ QKV_BIAS = Transform(lambda *b: np.concatenate(b), lambda b: tuple(np.split(b, 3
 
 
 def conv(target: str, source: str) -> list[Rule]:
-    """The row of a bias-free torch convolution."""
+    """The row of a torch convolution without bias."""
     return [Rule(f"params/{target}/kernel", (f"{source}.weight",), CONV)]
 
 
 def dense(target: str, source: str) -> list[Rule]:
     """The rows of a torch linear layer."""
-    rows = {"kernel": ("weight", DENSE), "bias": ("bias", SAME)}
-    return [Rule(f"params/{target}/{leaf}", (f"{source}.{key}",), how) for leaf, (key, how) in rows.items()]
+    kernel = Rule(f"params/{target}/kernel", (f"{source}.weight",), DENSE)
+    return [kernel, Rule(f"params/{target}/bias", (f"{source}.bias",), SAME)]
 
 
 def norm(target: str, source: str) -> list[Rule]:
     """The rows of a torch normalisation layer; the statistics' rows serve only BatchNorm."""
-    params = {"scale": "weight", "bias": "bias"}
-    stats = {"mean": "running_mean", "var": "running_var"}
-    rows = [(f"params/{target}/{leaf}", key) for leaf, key in params.items()]
-    rows += [(f"batch_stats/{target}/{leaf}", key) for leaf, key in stats.items()]
+    keys = {"params": {"scale": "weight", "bias": "bias"}}
+    keys["batch_stats"] = {"mean": "running_mean", "var": "running_var"}
+    rows = [(f"{kind}/{target}/{leaf}", key) for kind, own in keys.items() for leaf, key in own.items()]
     return [Rule(path, (f"{source}.{key}",), SAME) for path, key in rows]
 
 
-# Our own paths as keys: what a checkpoint export with slashes holds.
 NATIVE_HEAD = r"(?:params|batch_stats)/head/.+"
-NATIVE = Layout((Rule(r"(.+)", (r"\1",), SAME),), head=NATIVE_HEAD)
+NATIVE = Layout((Rule(r"(.+)", (r"\1",), SAME),), head=NATIVE_HEAD)  # our own paths as keys
 
 
 def with_native_head(layout: Layout) -> Layout:
-    """The layout of a network whose head has layers of its own: these lie under our own paths."""
+    """The layout for a network whose head has layers: these are stored under our own paths."""
     own = Rule(f"({NATIVE_HEAD})", (r"\1",), SAME)
     return layout._replace(rules=(own, *layout.rules), head=f"{layout.head}|{NATIVE_HEAD}")
 
 
 def sources_of(layout: Layout, path: str) -> tuple[tuple[str, ...], Transform]:
-    """Gives the source keys of a target path and their transform; KeyError where the table has no row for it."""
+    """The source keys of a target path and their transform; KeyError where the table has no row for it."""
     for rule in layout.rules:
         if match := re.fullmatch(rule.target, path):
             return tuple(match.expand(template) for template in rule.sources), rule.transform
@@ -98,7 +93,7 @@ def canonical(layout: Layout, key: str) -> str:
 
 
 def source_shapes(transform: Transform, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes a file must hold for a target of `shape`; costs no memory."""
+    """The shapes that a file must have for a target of `shape`; allocates nothing."""
     return [array.shape for array in transform.export(np.broadcast_to(np.float32(0), shape))]
 
 

@@ -75,9 +75,7 @@ class Head(nn.Module):
     layers: Layers
     dropout: float
     head_init: str
-    frozen_norms: tuple[str, ...]
-    axis_name: str | None
-    dtype: Any = jnp.float32
+    policy: layers.Policy
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
@@ -112,8 +110,8 @@ def classify(
     if module.num_classes == 0:
         embedding = logits = x
     elif module.head:
-        policy = {"frozen_norms": module.frozen_norms, "axis_name": module.axis_name}
-        head = Head(module.num_classes, module.head, module.dropout, module.head_init, **policy, name="head")
+        policy = module.policy._replace(dtype=jnp.float32)
+        head = Head(module.num_classes, module.head, module.dropout, module.head_init, policy, name="head")
         embedding, logits = head(x, train)
     else:
         embedding = x

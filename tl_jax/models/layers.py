@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,6 +13,15 @@ from tl_jax.models.kernels import convolve
 
 # He initialisation over the fan-out, the choice of torchvision's and timm's ResNets.
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Policy(NamedTuple):
+    """How the layers of a network compute; see `Model` in models/variant.py for the fields."""
+
+    dtype: Any
+    frozen_norms: tuple[str, ...]
+    axis_name: str | None
+    fold: bool
 
 
 class Conv(nn.Module):
@@ -59,25 +68,25 @@ class BatchNorm(nn.BatchNorm):
 
 
 def batch_norm(module: nn.Module, name: str, train: bool, scale_init: Callable = nn.initializers.ones) -> BatchNorm:
-    """Makes the BatchNorm `name` inside `module`, which has fields dtype, frozen_norms and axis_name.
+    """Makes the BatchNorm `name` inside `module`, which has a field `policy`.
 
-    A layer whose path is in `frozen_norms` uses its running statistics, unchanged, even in training. Momentum 0.9 is
-    torch's 0.1. The running variance is of biased batch variances, torch's of unbiased ones: only training differs.
+    Momentum 0.9 is torch's 0.1. The running variance is of biased batch variances, torch's of unbiased ones: only
+    training differs.
     """
-    frozen = "/".join((*module.path, name)) in module.frozen_norms
-    settings = {"momentum": 0.9, "epsilon": 1e-5, "dtype": module.dtype, "axis_name": module.axis_name}
+    dtype, frozen_norms, axis_name, _ = module.policy
+    frozen = "/".join((*module.path, name)) in frozen_norms
+    settings = {"momentum": 0.9, "epsilon": 1e-5, "dtype": dtype, "axis_name": axis_name}
     return BatchNorm(use_running_average=frozen or not train, scale_init=scale_init, name=name, **settings)
 
 
 def conv_norm(
     module: nn.Module, conv: Conv, norm: BatchNorm, x: jax.Array, shortcut: jax.Array | None = None, relu: bool = False
 ) -> jax.Array:
-    """norm(conv(x)) + shortcut, then relu if asked for, for two children of `module`, which has a field fold.
+    """norm(conv(x)) + shortcut, then relu if asked for, for two children of `module`, which has a field `policy`.
 
-    The scale of a norm that uses its running statistics goes into the kernel. `fold` must be off where calls of the two
-    are intercepted: they are not made then.
+    With `fold` the scale of a norm that uses its running statistics goes into the kernel.
     """
-    fold, by_batch = module.fold and not module.is_initializing(), not norm.use_running_average
+    fold, by_batch = module.policy.fold and not module.is_initializing(), not norm.use_running_average
     if fold and by_batch and norm.axis_name is None and convolve.by_hand(norm.dtype):
         return norm.joined(conv(x), shortcut, relu)
     if by_batch or not fold:

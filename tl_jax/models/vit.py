@@ -12,22 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tl_jax.core.card import Card
-from tl_jax.models.conversion import (
-    DENSE,
-    NATIVE,
-    QKV_BIAS,
-    QKV_DENSE,
-    SAME,
-    Layout,
-    Rule,
-    Transform,
-    conv,
-    dense,
-    norm,
-)
-from tl_jax.models.head import classify
+from tl_jax.models import conversion
+from tl_jax.models.conversion import NATIVE, SAME, Layout, Rule, Transform, conv, dense, norm
 from tl_jax.models.layers import Dense, DropPath, attend, drop_path_rates, gelu, recomputed, run_parts
-from tl_jax.models.variant import Variant
+from tl_jax.models.variant import Model, Variant, with_flavours
 
 INIT = nn.initializers.truncated_normal(0.02)
 
@@ -119,15 +107,14 @@ class Block(nn.Module):
         return tokens if self.last else tokens[0]
 
 
-class ViT(nn.Module):
-    """Vision transformer on images [B, S, S, 3], S = image_size; see models/variant.py for what all networks share.
+class ViT(Model):
+    """Vision transformer on images [B, S, S, 3], S = image_size; see `Model` for what all networks share.
 
     The cuts: stem, block0, block1, ... [B, N, D] (class token first), pre_logits [B, D] (the class token, normalised).
     patch_size, width, depth, heads, image_size: the geometry. norm_eps: of every LayerNorm. gelu_tanh: GELU by its tanh
     approximation (JAX releases) instead of the error function (PyTorch releases).
     """
 
-    num_classes: int
     patch_size: int
     width: int
     depth: int
@@ -135,24 +122,10 @@ class ViT(nn.Module):
     image_size: int = 224
     norm_eps: float = 1e-6
     gelu_tanh: bool = False
-    dtype: Any = jnp.float32
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    remat: str = ""
-    attention: str = "xla"
-    frozen_norms: tuple[str, ...] = ()
-    axis_name: str | None = None
-    head_init: str = "zeros"
-    head: tuple = ()
 
     @property
     def cuts(self) -> tuple[str, ...]:
         return ("stem", *(f"block{i}" for i in range(self.depth)), "pre_logits")
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
-        x, out = self.backbone(images, train, start, stop)
-        return (x, out) if stop is not None else classify(self, images, out, train, start)
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
@@ -230,7 +203,7 @@ TIMM = Layout((*_torch_rules(0), *dense(f"{_BLOCK}/attn/qkv", r"blocks.\1.attn.q
 # Early files say linear_1 and linear_2.
 _TV_QKV = f"{_TV}.self_attention.in_proj"
 TORCHVISION = Layout(
-    (*_torch_rules(1), *_qkv((f"{_TV_QKV}_weight",), (f"{_TV_QKV}_bias",), DENSE, SAME)),
+    (*_torch_rules(1), *_qkv((f"{_TV_QKV}_weight",), (f"{_TV_QKV}_bias",), conversion.DENSE, SAME)),
     head=r"heads\..+",
     aliases=((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),
 )
@@ -239,7 +212,7 @@ TORCHVISION = Layout(
 _HF_QKV = [f"{_HF}.attention.attention.{name}" for name in ("query", "key", "value")]
 _HF_KERNELS, _HF_BIASES = (tuple(f"{key}.{leaf}" for key in _HF_QKV) for leaf in ("weight", "bias"))
 HF = Layout(
-    (*_torch_rules(2), *_qkv(_HF_KERNELS, _HF_BIASES, QKV_DENSE, QKV_BIAS)),
+    (*_torch_rules(2), *_qkv(_HF_KERNELS, _HF_BIASES, conversion.QKV_DENSE, conversion.QKV_BIAS)),
     head=r"classifier\..+",
     ignore=r"vit\.pooler\..+|vit\.embeddings\.position_ids",
     aliases=(
@@ -297,30 +270,23 @@ def vit_variants(name: str, module: Callable[..., ViT], heads: int, image_size: 
     """A ViT as timm has it, and its flavours: .hf (epsilon 1e-12), .jax (tanh GELU), .tv (other preprocessing)."""
     low = image_size <= 224  # timm and torchvision crop the centre at 224 only
     timm = Card(name, 1000, image_size, mean=HALF, std=HALF, crop=0.9 if low else 1.0)
-    whole = Card(name, 1000, image_size, mean=HALF, std=HALF, interpolation="bilinear", crop=1.0)
+    whole = timm.replace(interpolation="bilinear", crop=1.0)
     its = {"interpolation": "bilinear", "crop": 0.875} if low else {"interpolation": "bicubic", "crop": 1.0}
     layouts = {"timm": TIMM, "torchvision": TORCHVISION, "hf": HF, "jax": jax_layout(heads), "native": NATIVE}
     flavours = {
-        "hf": (f"{name}.hf", functools.partial(module, norm_eps=1e-12), whole),
-        "jax": (f"{name}.jax", functools.partial(module, gelu_tanh=True), whole),
-        "torchvision": (f"{name}.tv", module, Card(name, 1000, image_size, **its)),
+        "hf": ("hf", {"norm_eps": 1e-12}, whole),
+        "jax": ("jax", {"gelu_tanh": True}, whole),
+        "torchvision": ("tv", {}, Card(name, 1000, image_size, **its)),
     }
-    variants = {name: Variant(module, timm, layouts, {key: flavour for key, (flavour, _, _) in flavours.items()})}
-    for key, (flavour, its_module, card) in flavours.items():
-        its_layouts = {"timm": TIMM, key: layouts[key], "native": NATIVE}
-        variants[flavour] = Variant(its_module, card.replace(model=flavour), its_layouts, {})
-    return variants
+    return with_flavours(module, timm, layouts, flavours)
 
 
 def deit_variants(name: str, module: Callable[..., ViT], image_size: int) -> dict[str, Variant]:
     """A DeiT: a ViT with ImageNet's own mean and deviation; its .hf flavour has epsilon 1e-12 and a wider resize."""
     low, layouts = image_size <= 224, {"timm": TIMM, "hf": HF, "native": NATIVE}
     card = Card(name, 1000, image_size, crop=0.9 if low else 1.0)
-    hf_card = card.replace(model=f"{name}.hf", crop=0.875 if low else 1.0)
-    return {
-        name: Variant(module, card, layouts, {"hf": hf_card.model}),
-        hf_card.model: Variant(functools.partial(module, norm_eps=1e-12), hf_card, layouts, {}),
-    }
+    flavours = {"hf": ("hf", {"norm_eps": 1e-12}, card.replace(crop=0.875 if low else 1.0))}
+    return with_flavours(module, card, layouts, flavours)
 
 
 def _all_variants() -> dict[str, Variant]:
