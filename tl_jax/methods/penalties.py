@@ -27,7 +27,7 @@ REFERENCE = "reference"
 def l2_sp(alpha: Strength = 0.01, beta: Strength = 0.01) -> Term:
     """L2-SP: alpha/2 ||w - w0||^2 over the backbone + beta/2 ||head||^2 (Li, Grandvalet & Davoine 2018, eq. 2-3).
 
-    w0 are the weights as loaded; added parameters (LoRA) are free. Set the weight decay to 0: it pulls towards the origin.
+    w0 are the weights as loaded; added parameters (LoRA) are free. Set the weight decay to 0, which would add to it.
     Defaults: those of TLLib. Memory: a second copy of the backbone's parameters.
     """
 
