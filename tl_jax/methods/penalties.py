@@ -89,7 +89,7 @@ def delta(
 def bss(eta: Strength = 0.001, k: Count = 1) -> Term:
     """Batch spectral shrinkage: eta * sum of the k smallest squared singular values (Chen et al. 2019, eq. 5).
 
-    Of the pre_logits [B, D] of the batch, or the micro-batch. Defaults: those of TLLib. Memory: [min(B, D), D].
+    Of the pre_logits [B, D] of the batch, or the micro-batch. Defaults: TLLib's. Memory: [min(B, D), D].
     """
 
     def loss(context: Context) -> Result:

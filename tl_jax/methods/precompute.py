@@ -123,15 +123,12 @@ def source_probabilities(start: Start, head: Any, temperature: float) -> tuple[n
 
 
 def reverse(probabilities: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
-    """p(y_s | y_t) by Bayes' rule from a fitted p(y_t | y_s) and the average p(y_s), [T, S] for the T classes seen.
-
-    From about `size` examples at most, sampled at random, with one of every class.
-    """
+    """p(y_s | y_t) by Bayes' rule from a fitted p(y_t | y_s) and the average p(y_s), [T, S] for the T classes seen."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
     chosen = np.random.default_rng(0).permutation(len(labels))[:size]
-    chosen = np.union1d(chosen, np.unique(labels, return_index=True)[1])
+    chosen = np.union1d(chosen, np.unique(labels, return_index=True)[1])  # at least one of every class
     probabilities, labels = probabilities[chosen].astype(np.float64), labels[chosen]
     model = LogisticRegression(C=100.0, fit_intercept=False, max_iter=10_000)
     folds = min(3, np.unique(labels, return_counts=True)[1].min())

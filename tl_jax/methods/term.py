@@ -74,12 +74,11 @@ class Result(NamedTuple):
 class Start(NamedTuple):
     """What a term may look at where a phase begins.
 
-    variables: of all networks, as they are now. memory: the term's own (None in `init`). batches(stream): every example
-    once, as for evaluation: pairs (what the model reads, labels); stops on request; None in `init`, which reads no
-    data. apply(network, variables, x, start=None, stop=None) -> Outputs in eval mode, of the model or of a network that
-    computes as it does; x is what it reads, or the output of the cut `start`; variables as `variables`. model: the
-    module, for its cuts. shapes: of the model's outputs for one example, [1, ...]. source_head(): the weight file's own
-    classifier {"kernel" [D, S], "bias" [S]}, or None. loaded: `variables` as training began (None in `init`).
+    memory, batches and loaded are None in `init`, which reads no data. variables: of all networks, as they are now.
+    batches(stream): every example once, as for evaluation: pairs (what the model reads, labels); stops on request.
+    apply(network, variables, x, start=None, stop=None) -> Outputs in eval mode, of the model or of a network like it.
+    model: the module, for its cuts. shapes: of the model's outputs for one example, [1, ...]. source_head(): the weight
+    file's own classifier {"kernel" [D, S], "bias" [S]}, or None. loaded: `variables` as training began.
     """
 
     variables: Mapping[str, Any]
@@ -115,11 +114,7 @@ class Term(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What one phase minimises.
-
-    terms: {name: (weight, term)}, weight a function of the phase's progress. mix: (key, inputs {field: array}, encoded)
-    -> both mixed, before the pass.
-    """
+    """terms: {name: (weight of the phase's progress, term)}. mix: (key, {field: inputs}, encoded) -> both mixed."""
 
     terms: Mapping[str, tuple[Callable, Term]]
     mix: Callable | None = None
@@ -136,10 +131,7 @@ def make_task_term() -> Term:
 
 
 def reverse(x: jax.Array, strength: jax.Array | float) -> jax.Array:
-    """The identity, whose gradient is multiplied by `-strength` (Ganin & Lempitsky 2015, eq. 15-17).
-
-    `strength` gets no gradient.
-    """
+    """The identity, whose gradient is multiplied by `-strength` (Ganin & Lempitsky 2015, eq. 15-17)."""
     return _reverse(x, jnp.asarray(strength, jnp.float32))
 
 

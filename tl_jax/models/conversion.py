@@ -22,7 +22,7 @@ class Transform(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One row: the regex of a whole target path, the source keys (templates with its groups), and the transform."""
+    """One row: the regex of a whole target path, templates of the source keys with its groups, and the transform."""
 
     target: str
     sources: tuple[str, ...]
@@ -32,9 +32,8 @@ class Rule(NamedTuple):
 class Layout(NamedTuple):
     """The table of one (family, file format) pair.
 
-    rules: the first rule whose regex matches a whole path applies. head: regex of source keys that belong to the
-    classifier, which a new head replaces. ignore: regex of source keys that are no weights of the model, such as step
-    counters. aliases: (regex, replacement) pairs that bring other spellings of the same format to the table's.
+    rules: the first whose regex matches a whole path applies. head: regex of source keys of the classifier. ignore:
+    regex of source keys that are no weights. aliases: (regex, replacement) pairs from other spellings to the table's.
     """
 
     rules: tuple[Rule, ...]
@@ -45,9 +44,8 @@ class Layout(NamedTuple):
 
 SAME = Transform(lambda x: x, lambda x: (x,))
 CONV = Transform(lambda w: w.transpose(2, 3, 1, 0), lambda w: (w.transpose(3, 2, 0, 1),))  # OIHW <-> HWIO
-DENSE = Transform(lambda w: w.T, lambda w: (w.T,))  # [out, in] <-> [in, out]
-QKV_DENSE = Transform(lambda *w: np.concatenate(w).T, lambda w: tuple(np.split(w.T, 3)))
-QKV_BIAS = Transform(lambda *b: np.concatenate(b), lambda b: tuple(np.split(b, 3)))
+DENSE = Transform(lambda w: w.T, lambda w: (w.T,))  # [out, in] <-> [in, out]; a bias [out] stays as it is
+QKV = Transform(lambda *w: np.concatenate(w).T, lambda w: tuple(np.split(w.T, 3)))  # three of DENSE <-> one
 
 
 def conv(target: str, source: str) -> list[Rule]:
@@ -57,8 +55,8 @@ def conv(target: str, source: str) -> list[Rule]:
 
 def dense(target: str, source: str) -> list[Rule]:
     """The rows of a torch linear layer."""
-    kernel = Rule(f"params/{target}/kernel", (f"{source}.weight",), DENSE)
-    return [kernel, Rule(f"params/{target}/bias", (f"{source}.bias",), SAME)]
+    keys = {"kernel": "weight", "bias": "bias"}
+    return [Rule(f"params/{target}/{leaf}", (f"{source}.{key}",), DENSE) for leaf, key in keys.items()]
 
 
 def norm(target: str, source: str) -> list[Rule]:
@@ -136,9 +134,8 @@ def fill(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]):
         if not any(defects):
             flat[leaf] = transform.load(*(array.astype(np.float32) for array in arrays))
             origins[leaf] = " + ".join(keys)
-    problems["unused keys"] = sorted(
-        key for key in tensors if key not in used and not re.fullmatch(layout.ignore, canonical(layout, key))
-    )
+    unused = [key for key in tensors if key not in used]
+    problems["unused keys"] = sorted(key for key in unused if not re.fullmatch(layout.ignore, canonical(layout, key)))
     return flat, origins, {kind: offenders for kind, offenders in problems.items() if offenders}
 
 
@@ -155,5 +152,6 @@ def _defect(key: str, array: np.ndarray, shape: tuple[int, ...]) -> tuple[str, s
 
 def listing(problems: Mapping[str, Sequence[str]]) -> str:
     """One line such as `2 unused keys [a, b]; 9 unfilled leaves [a, b, c, d, e, and 4 more]`."""
-    found = {kind: offenders for kind, offenders in problems.items() if offenders}
-    return "; ".join(f"{len(found[kind])} {kind} [{', '.join(shorten(found[kind], SHOWN))}]" for kind in found)
+    return "; ".join(
+        f"{len(texts)} {kind} [{', '.join(shorten(texts, SHOWN))}]" for kind, texts in problems.items() if texts
+    )

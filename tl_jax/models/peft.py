@@ -90,8 +90,7 @@ def _lora(model, params, rank: Count = 8, alpha: Positive = 16.0, targets: Regex
 def _adapter(model, params, bottleneck: Count = 16, where: Annotated[str, checks.one_of(*BRANCHES)] = "both"):
     """Adapters, y + up(gelu(down(y))) on a branch before its residual sum (Houlsby et al. 2019, section 2.1).
 
-    arXiv:1902.00751. where: after attention and MLP of every block (both), or after the MLP alone (mlp). down starts as
-    a normal of deviation 0.01 cut at two deviations, up at zero.
+    arXiv:1902.00751. where: after attention and MLP of every block (both), or after the MLP alone (mlp).
     """
     if problems := _needs_vit("adapter", model):
         return {}, problems
@@ -121,8 +120,7 @@ def _prompt(model, params, tokens: Count = 10, deep: Annotated[bool, checks.FLAG
 def _ssf(model, params, targets: Regex = "backbone/.*/bias"):
     """Scaling and shifting of features, y * scale + shift (Lian et al. 2022, arXiv:2210.08823, section 3.2).
 
-    After every layer whose bias matches `targets`. Scale and shift start at one and zero; the paper adds noise of
-    deviation 0.02.
+    After every layer whose bias matches `targets`. Scale and shift start at one and zero, in the paper with noise.
     """
     biases = {path: leaf.shape for path, leaf in params.items() if path.endswith("/bias")}
     own = {"scale": nn.initializers.ones, "shift": nn.initializers.zeros}
@@ -185,14 +183,12 @@ def _by_layer(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapted:
-    """A model with additions, used in its place: `logits, out = apply(variables, images, train, start, stop)`.
+    """A model with additions, as given to `init`; used in its place.
 
     variables["params"] has the network's parameters and those of `init`, and may have further networks. Prompts are
     part of out["stem"] and of every block's output, [B, 1 + P + N, D] with the class token first; with `start` the
-    input must have them too. additions: pairs (name, {parameter: value}) as given to `init`. stoch_norm: in training,
-    the probability that a channel of a BatchNorm layer that is not frozen is normalised by the running statistics
-    before this batch, sampled by rngs["dropout"] (Kou et al. 2020, StochNorm, section 3.2; the authors' p is that of
-    the batch's statistics, 1 - stoch_norm).
+    input must have them too. stoch_norm: in training, the probability that a channel of a BatchNorm layer that is not
+    frozen uses the running statistics (Kou et al. 2020, StochNorm, section 3.2; the authors' p is 1 - stoch_norm).
     """
 
     model: Model

@@ -97,9 +97,8 @@ class ResNet(Model):
     """Residual network on images [B, H, W, 3] of any size; see `Model` for what all networks share.
 
     The cuts: stem, stage1/block0, ..., stage1 (its last block), stage2/block0, ... [B, h, w, C], pre_logits [B, D].
-    depths, widths: blocks and base channels per stage. bottleneck, groups, base_width: the kind of block; groups and
-    base_width make ResNeXt and Wide ResNet. cifar: 3x3 stem without pooling and parameter-free (option A) shortcuts, He
-    et al. 2016, section 4.2.
+    depths, widths: blocks and base channels per stage. groups and base_width make ResNeXt and Wide ResNet. cifar: 3x3
+    stem without pooling and parameter-free (option A) shortcuts, He et al. 2016, section 4.2.
     """
 
     depths: tuple[int, ...]
@@ -162,12 +161,8 @@ def _hf_layout() -> conversion.Layout:
     for path, source in places:
         rules += conversion.conv(path.format("conv"), f"{source}.convolution")
         rules += conversion.norm(path.format("norm"), f"{source}.normalization")
-    return conversion.Layout(
-        (*rules, *conversion.dense("head", "classifier.1")),
-        head=r"classifier\..+",
-        ignore=_COUNTERS,
-        aliases=((r"^(embedder|encoder)\.", r"resnet.\1."),),
-    )
+    rules += conversion.dense("head", "classifier.1")
+    return conversion.Layout(tuple(rules), r"classifier\..+", _COUNTERS, ((r"^(embedder|encoder)\.", r"resnet.\1."),))
 
 
 LAYOUTS = {"timm": TIMM, "hf": _hf_layout(), "native": conversion.NATIVE}
