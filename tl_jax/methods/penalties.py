@@ -68,10 +68,12 @@ def delta(
 
     def loss(context: Context) -> Result:
         then, _ = context.forward(REFERENCE, MAIN, stop="pre_logits")
-        distances = [
-            _channel_distance(context.outputs[MAIN][cut], jax.lax.stop_gradient(then[cut]), weights)
-            for cut, weights in context.memory.items()
-        ]
+        distances = []
+        for cut, weights in context.memory.items():
+            now, start = context.outputs[MAIN][cut], jax.lax.stop_gradient(then[cut])
+            squares = jnp.square(now.astype(jnp.float32) - start.astype(jnp.float32))
+            per_channel = squares.reshape(-1, weights.size).mean(axis=0)
+            distances.append(weights.size * jnp.dot(jax.lax.stop_gradient(weights), per_channel))
         return Result(alpha / 2 * sum(distances) + _decay(context, beta))
 
     def init(start: Start) -> tuple[dict[str, Network], Any]:
@@ -204,12 +206,6 @@ def _sum_of_squares(leaves: Iterable[jax.Array]) -> jax.Array:
 
 def _decay(context: Context, beta: float) -> jax.Array:
     return beta / 2 * _sum_of_squares(jax.tree.leaves(context.params["head"]))
-
-
-def _channel_distance(now: jax.Array, then: jax.Array, weights: jax.Array) -> jax.Array:
-    squares = jnp.square(now.astype(jnp.float32) - then.astype(jnp.float32))
-    per_channel = squares.reshape(-1, weights.size).mean(axis=0)
-    return weights.size * jnp.dot(jax.lax.stop_gradient(weights), per_channel)
 
 
 PENALTIES = {term.__name__: term for term in (l2_sp, delta, bss, co_tuning, r_drop, l1)}

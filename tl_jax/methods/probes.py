@@ -19,7 +19,7 @@ NAMES = tuple(GRIDS)
 MAX_SCALE = 100.0  # of ridge scores: where every example is predicted well, the best scale would be infinite
 MAX_ITERATIONS = 10_000  # of L-BFGS
 
-Examples = tuple[np.ndarray, np.ndarray]
+Examples = tuple[np.ndarray, np.ndarray]  # features [N, D], labels [N]
 Head = dict[str, np.ndarray]
 
 
@@ -122,7 +122,7 @@ def cross_predict(
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """{"val/accuracy", "val/nll"} of logits [N, K]; nll in nats, the mean over the examples."""
+    """{"val/accuracy", "val/nll"} of logits [N, K]; the mean nll in nats."""
     log_probabilities = scipy.special.log_softmax(logits, axis=1)
     return {
         "val/accuracy": float((logits.argmax(axis=1) == labels).mean()),
@@ -181,7 +181,7 @@ def _fit_logistic(features, labels, num_classes, values, check_stop) -> Candidat
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(features)
-    standardised, heads, converged = scaler.transform(features), {}, {}
+    standardised, fitted, converged = scaler.transform(features), {}, {}
     present = np.unique(labels)
     if len(present) < 2:
         raise ValueError(f"cannot fit logistic: train holds the one class {present.tolist()}; expected two or more")
@@ -198,27 +198,23 @@ def _fit_logistic(features, labels, num_classes, values, check_stop) -> Candidat
         all_kernels = np.repeat(kernel.mean(axis=1, keepdims=True), num_classes, axis=1)
         all_biases = np.full(num_classes, bias.mean() - math.log(len(labels) + 1))
         all_kernels[:, present], all_biases[present] = kernel, bias
-        heads[value] = _fold(scaler, all_kernels, all_biases)
+        fitted[value] = all_kernels, all_biases
         converged[value] = bool(model.n_iter_.max() < MAX_ITERATIONS)
-    return _linear(heads, converged)
+    return _linear(scaler, fitted, converged)
 
 
 def _fit_ridge(features, labels, num_classes, values, check_stop) -> Candidates:
-    """Ridge regression of the one-hot labels on standardised features, times the scale that makes the scores logits.
-
-    The scale is the inverse temperature (Guo et al. 2017, section 4.2) of the scores that each train example gets from
-    the model fitted without it.
-    """
+    """Ridge regression of the one-hot labels, times the inverse temperature of the left-out scores (see `_scale`)."""
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(features)
-    standardised, heads = scaler.transform(features), {}
+    standardised, fitted = scaler.transform(features), {}
     check_stop()
     for alpha, (kernel, bias, left_out) in ridge(standardised, np.eye(num_classes)[labels], values):
         check_stop()
         scale = _scale(left_out, labels)
-        heads[alpha] = _fold(scaler, scale * kernel, scale * bias)
-    return _linear(heads, dict.fromkeys(values, True))
+        fitted[alpha] = scale * kernel, scale * bias
+    return _linear(scaler, fitted, dict.fromkeys(values, True))
 
 
 def ridge(inputs: np.ndarray, targets: np.ndarray, alphas: Sequence[float]) -> Iterator[tuple[float, tuple]]:
@@ -241,7 +237,7 @@ def ridge(inputs: np.ndarray, targets: np.ndarray, alphas: Sequence[float]) -> I
 
 
 def _scale(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The factor on scores [N, K] that minimises their nll as logits, from 1 / MAX_SCALE to MAX_SCALE."""
+    """The factor, up to MAX_SCALE, that minimises the nll of scores [N, K] as logits (Guo et al. 2017, section 4.2)."""
     bounds = (-math.log(MAX_SCALE), math.log(MAX_SCALE))
     found = scipy.optimize.minimize_scalar(
         lambda log_scale: score(math.exp(log_scale) * scores, labels)["val/nll"], bounds=bounds, method="bounded"
@@ -249,13 +245,13 @@ def _scale(scores: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(found.x)
 
 
-def _fold(scaler: Any, kernel: np.ndarray, bias: np.ndarray) -> Head:
-    """The head for raw features of one for standardised features."""
-    folded = kernel / scaler.scale_[:, None]
-    return {"kernel": folded.astype(np.float32), "bias": (bias - scaler.mean_ @ folded).astype(np.float32)}
+def _linear(scaler: Any, fitted: Mapping[float, tuple], converged: Mapping[float, bool]) -> Candidates:
+    """The classifiers of raw features, from {value: (kernel, bias)} for standardised ones."""
+    heads = {}
+    for value, (kernel, bias) in fitted.items():
+        folded = kernel / scaler.scale_[:, None]
+        heads[value] = {"kernel": folded.astype(np.float32), "bias": (bias - scaler.mean_ @ folded).astype(np.float32)}
 
-
-def _linear(heads: Mapping[float, Head], converged: Mapping[float, bool]) -> Candidates:
     def predict(features, values):
         return {v: features @ heads[v]["kernel"].astype(np.float64) + heads[v]["bias"] for v in values}
 

@@ -71,10 +71,7 @@ def parts(paths: Iterable[str]) -> dict[str, str]:
 
 
 def frozen_cuts(trained: Iterable[str], cuts: Sequence[str]) -> int:
-    """How many of the network's cuts, counted from the input, do not depend on what is trained.
-
-    trained: the paths of trained parameters and of BatchNorm layers that update their statistics.
-    """
+    """How many cuts, from the input on, depend on no `trained` path: of parameters or of updated statistics."""
     return min([*places(trained, cuts).values(), len(cuts)])
 
 
@@ -93,8 +90,8 @@ def _place(path: str, cuts: Sequence[str]) -> int:
 def layer_multipliers(paths: Iterable[str], cuts: Sequence[str], decay: float) -> dict[str, float]:
     """Layer-wise learning rate decay: the factor `decay ** (depth + 1 - layer)` on each path's learning rate.
 
-    Layer 0 is the stem, layer i + 1 block i, together with the norm after the last one, and depth + 1 the head (Clark
-    et al. 2020, ELECTRA, with timm's layers). Added parameters have the factor of their block.
+    Layer 0 is the stem, layer i + 1 block i (the last with the norm), depth + 1 the head, as in timm (Clark et
+    al. 2020, ELECTRA). Added parameters have the factor of their block.
     """
     depth = len(cuts) - 2  # without the stem and pre_logits
     layers = {path: min(place, depth) for path, place in places(paths, cuts).items()}

@@ -61,10 +61,9 @@ def dense(target: str, source: str) -> list[Rule]:
 
 def norm(target: str, source: str) -> list[Rule]:
     """The rows of a torch normalisation layer; the statistics' rows serve only BatchNorm."""
-    keys = {"params": {"scale": "weight", "bias": "bias"}}
-    keys["batch_stats"] = {"mean": "running_mean", "var": "running_var"}
-    rows = [(f"{kind}/{target}/{leaf}", key) for kind, own in keys.items() for leaf, key in own.items()]
-    return [Rule(path, (f"{source}.{key}",), SAME) for path, key in rows]
+    params, stats = {"scale": "weight", "bias": "bias"}, {"mean": "running_mean", "var": "running_var"}
+    rows = [Rule(f"params/{target}/{leaf}", (f"{source}.{key}",), SAME) for leaf, key in params.items()]
+    return rows + [Rule(f"batch_stats/{target}/{leaf}", (f"{source}.{key}",), SAME) for leaf, key in stats.items()]
 
 
 NATIVE_HEAD = r"(?:params|batch_stats)/head/.+"

@@ -45,7 +45,7 @@ def check(additions: Additions) -> dict[str, dict[str, Any]]:
 def init(model: nn.Module, variables: Mapping[str, Any], additions: Additions, key: jax.Array) -> dict[str, Any]:
     """The added parameters of a network at their start, nested float32, one top-level key per addition.
 
-    A leaf depends on the key and its own path alone. Raises one ValueError for everything that does not fit.
+    Raises one ValueError for everything that does not fit.
     """
     params = trees.flatten(_network(variables)["params"])
     added, problems = {}, []
@@ -94,11 +94,12 @@ def _adapter(model, params, bottleneck: Count = 16, where: Annotated[str, checks
     """
     if problems := _needs_vit("adapter", model):
         return {}, problems
-    own = {
-        "down/kernel": ((model.width, bottleneck), nn.initializers.truncated_normal(0.01)),
-        "down/bias": ((bottleneck,), nn.initializers.zeros),
-        "up/kernel": ((bottleneck, model.width), nn.initializers.zeros),
-        "up/bias": ((model.width,), nn.initializers.zeros),
+    zeros, width = nn.initializers.zeros, model.width
+    own = {"down/kernel": ((width, bottleneck), nn.initializers.truncated_normal(0.01))}
+    own |= {
+        "down/bias": ((bottleneck,), zeros),
+        "up/kernel": ((bottleneck, width), zeros),
+        "up/bias": ((width,), zeros),
     }
     places = [f"backbone/block{i}/{branch}" for i in range(model.depth) for branch in BRANCHES[where]]
     return {f"{place}/{leaf}": start for place in places for leaf, start in own.items()}, []

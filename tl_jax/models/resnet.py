@@ -1,8 +1,5 @@
-"""Residual networks: ImageNet ResNet, Wide ResNet, ResNeXt and the CIFAR form; variants, cards, conversion tables.
-
-He et al. 2016 (arXiv:1512.03385) in the v1.5 form of torchvision (stride in the 3x3 convolution), Zagoruyko and
-Komodakis 2016 (arXiv:1605.07146), Xie et al. 2017 (arXiv:1611.05431).
-"""
+"""ResNet (He et al. 2016, arXiv:1512.03385; v1.5, with the stride in the 3x3 convolution), its CIFAR form, Wide ResNet
+(Zagoruyko and Komodakis 2016, arXiv:1605.07146) and ResNeXt (Xie et al. 2017, arXiv:1611.05431)."""
 
 import functools
 import re
