@@ -1,8 +1,4 @@
-"""Penalties on fine-tuning as terms.
-
-What is computed at the start of a phase (channel weights, a relationship of classes) is memory. A copy of the network
-as it was loaded is the further network `reference`, frozen, so that it is checkpointed and hashed.
-"""
+"""Penalties on fine-tuning as terms. The network as it was loaded is the further network `reference`, frozen."""
 
 import re
 from collections.abc import Iterable

@@ -36,8 +36,7 @@ class MLP(Model):
 
     The cuts: stem (the first hidden layer), block0, block1, ... (the others), pre_logits (the last of them in float32),
     each [B, width]. widths: of the hidden layers, at least one. activation: "relu" or "gelu" (exact). norm: BatchNorm
-    between each hidden dense layer and its activation. dropout: behind every hidden layer; that of the last one acts
-    before the last dense layer of the head. Anything but drop_path = 0 is refused.
+    between each hidden dense layer and its activation. dropout: after every hidden layer. drop_path must be 0.
     """
 
     widths: tuple[int, ...]

@@ -2,7 +2,7 @@
 
 `init` makes the parameters, `Adapted` computes with them in place of the model, `merge` folds what can be folded. An
 interceptor around the calls of flax modules finds what is added to a module by its path, such as
-`lora/backbone/block0/attn/qkv/a`. At first all but prompts leave the network's function as it was loaded.
+`lora/backbone/block0/attn/qkv/a`. Initially all but prompts leave the network's function unchanged.
 """
 
 import dataclasses
@@ -43,10 +43,7 @@ def check(additions: Additions) -> dict[str, dict[str, Any]]:
 
 
 def init(model: nn.Module, variables: Mapping[str, Any], additions: Additions, key: jax.Array) -> dict[str, Any]:
-    """The added parameters of a network at their start, nested float32, one top-level key per addition.
-
-    Raises one ValueError for everything that does not fit.
-    """
+    """The initial added parameters, nested float32 {addition: ...}; raises one ValueError for all that does not fit."""
     params = trees.flatten(_network(variables)["params"])
     added, problems = {}, []
     for name, args in check(additions).items():
@@ -167,15 +164,15 @@ def _network(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_layer(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`{module path: {addition: its parameters}}`; raises ValueError where `params` hold others than `names`."""
-    held = [name for name in MAKERS if name in params]
-    if set(held) != set(names):
+    """`{module path: {addition: its parameters}}`; raises ValueError where `params` has others than `names`."""
+    found = [name for name in MAKERS if name in params]
+    if set(found) != set(names):
         raise ValueError(
-            f"the parameters hold the additions {held}, the model is built with {list(names)}: "
+            f"the parameters hold the additions {found}, the model is built with {list(names)}: "
             "give the same additions to init and to the model"
         )
     table: dict[str, dict[str, Any]] = {}
-    for name in held:
+    for name in found:
         for path, leaf in trees.flatten(params[name]).items():
             owner, own = re.fullmatch(r"(.*?)/((?:down/|up/)?[^/]+)", path).groups()
             table.setdefault(owner, {}).setdefault(name, {})[own] = leaf
@@ -250,7 +247,7 @@ def _intercept(table, alpha, stoch_norm, next_fun, args, kwargs, context):
         return next_fun(*args, **kwargs)
     x, *rest = args
     if "prompt" in own and isinstance(module, vit.Block):
-        x = _with_prompts(x, own["prompt"]["tokens"], behind=own["prompt"]["tokens"].shape[1])
+        x = _with_prompts(x, own["prompt"]["tokens"], replaced=own["prompt"]["tokens"].shape[1])
     if mixed:  # before the call, which updates the statistics
         running = module.clone(use_running_average=True, parent=None, name=None).apply(module.variables, x)
     y = next_fun(x, *rest, **kwargs)
@@ -265,7 +262,7 @@ def _intercept(table, alpha, stoch_norm, next_fun, args, kwargs, context):
     if "adapter" in own:
         y = y + _dense(nn.gelu(_dense(y, own["adapter"], "down"), approximate=False), own["adapter"], "up")
     if "prompt" in own and isinstance(module, vit.Stem):
-        y = _with_prompts(y, own["prompt"]["tokens"], behind=0)
+        y = _with_prompts(y, own["prompt"]["tokens"], replaced=0)
     return y
 
 
@@ -273,10 +270,10 @@ def _as_channels(vector: jax.Array, y: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def _with_prompts(x: jax.Array, tokens: jax.Array, behind: int) -> jax.Array:
-    """Puts `tokens` [1, P, D] behind the class token of x [B, N, D], in place of the `behind` tokens that follow it."""
+def _with_prompts(x: jax.Array, tokens: jax.Array, replaced: int) -> jax.Array:
+    """Puts `tokens` [1, P, D] after the class token of x [B, N, D], in place of the next `replaced` tokens."""
     tokens = jnp.broadcast_to(tokens.astype(x.dtype), (x.shape[0], *tokens.shape[1:]))
-    return jnp.concatenate([x[:, :1], tokens, x[:, 1 + behind :]], axis=1)
+    return jnp.concatenate([x[:, :1], tokens, x[:, 1 + replaced :]], axis=1)
 
 
 def _dense(x: jax.Array, leaves: Mapping[str, jax.Array], name: str) -> jax.Array:
