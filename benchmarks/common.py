@@ -74,7 +74,7 @@ def make_plan(model: Any, card: Any, labels: Mapping[str, str], policies: Mappin
     frozen_norms = tuple(path for path, policy in policies.items() if policy == trees.FROZEN)
     return steps.Plan(
         readers={MODEL: steps.Reader(model.clone(frozen_norms=frozen_norms), card, card.input)},
-        method=Method((), {TASK: (schedules.make(1.0), make_task_term())}),
+        method=Method({TASK: (schedules.make(1.0), make_task_term())}),
         task=tasks.make(tasks.Spec(class_names=tuple(map(str, range(card.num_classes))))),
         labels=labels, frozen_norms=frozen_norms, sums=(*steps.SUMS, "accuracy"),
     )  # fmt: skip
