@@ -176,7 +176,7 @@ def time_steps(folder: pathlib.Path, step, state, batch, frozen) -> list[dict]:
                 first = True
                 # As many steps as the save lasts; without one, as many as the last one lasted.
                 count = len(seconds["step, save in flight"]) - len(seconds["step"]) or 5
-                while checkpoints.saving() if name != "step" else count > 0:
+                while checkpoints._manager.is_saving_in_progress() if name != "step" else count > 0:
                     began = time.perf_counter()
                     state = jax.block_until_ready(step(state, batch))
                     took = time.perf_counter() - began

@@ -74,7 +74,7 @@ def make_plan(model: Any, card: Any, labels: Mapping[str, str], policies: Mappin
     frozen_norms = tuple(path for path, policy in policies.items() if policy == trees.FROZEN)
     return steps.Plan(
         readers={MODEL: steps.Reader(model.clone(frozen_norms=frozen_norms), card, card.input)},
-        method=Method((), {TASK: (schedules.make(1.0), make_task_term())}),
+        method=Method({TASK: (schedules.make(1.0), make_task_term())}),
         task=tasks.make(tasks.Spec(class_names=tuple(map(str, range(card.num_classes))))),
         labels=labels, frozen_norms=frozen_norms, sums=(*steps.SUMS, "accuracy"),
     )  # fmt: skip
@@ -173,3 +173,27 @@ def _draw(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], title: str, lab
     axes.set(xlabel=unit, title=title)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def measure_peak(dtype: str, size: int, megabytes: int = 256, rounds: int = 5) -> Any:
+    """The `roofline.Peak` of the first device as the best of some matmuls of `size` and copies of `megabytes` reach it.
+
+    Both FLOP/s are those of `dtype`. bytes/s count what is read and what is written.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from tl_jax.runtime.roofline import Peak
+
+    def seconds(function: Callable, *arguments: Any) -> float:
+        times = []
+        for _ in range(rounds + 1):  # the first compiles
+            began = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            times.append(time.perf_counter() - began)
+        return min(times[1:])
+
+    side = jnp.ones((size, size), jnp.dtype(dtype))
+    long = jnp.ones((megabytes * 2**20 // 4,), jnp.float32)
+    flops = 2 * size**3 / seconds(jax.jit(jnp.dot), side, side)
+    return Peak(flops, flops, 2 * long.nbytes / seconds(jax.jit(lambda x: x + 1), long))

@@ -39,11 +39,17 @@ def make_config(heads: int, **changes):
     })  # fmt: skip
 
 
+def each_alone(config):
+    """The config of every replica, which is that of the same run by itself."""
+    from tl_jax import config as options
+
+    return [options.override(config, {**dict(changes), "replicas": ()}) for changes in config.replicas]
+
+
 def make_step(heads: int, images: str):
     """A call that runs one train step, and the FLOPs of it."""
     import jax
 
-    from tl_jax import config as options
     from tl_jax.runtime import sharding
     from tl_jax.training import replicas, settings
 
@@ -51,7 +57,7 @@ def make_step(heads: int, images: str):
     config = make_config(heads, **{
         "data.source": f"arrays:{images}", "data.train": "train", "data.val": "val", "total": (1000, "steps")
     })  # fmt: skip
-    program = replicas.make([settings.read(each) for each in options.replicas(config)], parallel)
+    program = replicas.make([settings.read(each) for each in each_alone(config)], parallel)
     kept = [program.initial(0)]
     batch = next(program.iterate(program.batches(0, kept[0], ["train"], lambda step: False), 0, 1))
     step, cost = program.compile(0, kept[0], batch)
@@ -130,7 +136,7 @@ def check(folder: pathlib.Path) -> None:
         home, began = pathlib.Path(place), time.perf_counter()
         names = [row["name"] for row in inprocess.run(config, home / "w")["replicas"]["replicas"]]
         together, began = time.perf_counter() - began, time.perf_counter()
-        for name, alone in zip(names, options.replicas(config), strict=True):
+        for name, alone in zip(names, each_alone(config), strict=True):
             train(alone, home / "alone" / name, verbose=False)
         one_by_one = time.perf_counter() - began
         for name in names:

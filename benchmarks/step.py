@@ -287,7 +287,7 @@ def main(argv: list[str]) -> None:
     check()
     parallel = sharding.make_parallel(fsdp=FSDP.value)
     rows = [row for name in MODELS.value for row in measure(name, parallel)]
-    peak = None if COMPILE_ONLY.value else roofline.measure(dtype(), size=2048 if on_cpu() else 16384)
+    peak = None if COMPILE_ONLY.value else common.measure_peak(dtype(), 2048 if on_cpu() else 16384)
     for row in rows if peak else ():
         row |= roofline.rates(1 / row["seconds"], row, peak, dtype(), jax.device_count())
         row["roofline"] = None if on_cpu() else row["roofline"]  # the bytes are of its caches more than of its memory

@@ -34,7 +34,7 @@ def make_plan(
     weighed = {name: (schedules.make(1.0), term) for name, term in (terms or {TASK: make_task_term()}).items()}
     task = tasks.make(tasks.Spec(class_names=tuple(map(str, range(classes)))), label_smoothing=smoothing)
     return steps.Plan(
-        {MODEL: make_reader(model, classes)}, Method((), weighed, mixing.make_mix(mixup, cutmix)), task, labels, frozen,
+        {MODEL: make_reader(model, classes)}, Method(weighed, mixing.make_mix(mixup, cutmix)), task, labels, frozen,
         devices=parallel.mesh.size, axis_name=parallel.axis_name, whole=parallel.whole,
         sums=(*steps.SUMS, "accuracy"), **fields,
     )  # fmt: skip

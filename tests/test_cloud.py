@@ -7,7 +7,7 @@ import pytest
 import yaml
 from test_slurm import HOSTILE, make_study, recorder, words_of  # noqa: F401
 
-from tl_jax.studies.cluster import cloud
+from tl_jax.studies import launchers
 
 TPU = "name=pod,zone=here-a,directory=/data/my checkout"
 GKE = "name=digits,image=img:1,processes=2,claim=work,mount=/data"
@@ -23,15 +23,15 @@ def kubernetes(word, environ):
     return re.sub(r"\$\$|\$\([^)]*\)", replace, word)
 
 
-def printed(launch, tmp_path, capfd, settings, command):
-    assert launch(tmp_path, command=command, settings=settings) == 0
+def printed(launcher, tmp_path, capfd, settings, command):
+    assert launchers.hand_out(launcher, tmp_path, command=command, settings=settings) == 0
     return capfd.readouterr().out
 
 
 def test_tpu_hosts_get_the_words_as_they_are(tmp_path, recorder, capfd):  # noqa: F811
     (tmp_path / "my checkout").mkdir()
     settings = f"name=po'd,zone=$(z),project=a b,directory={tmp_path}/my checkout,python=python3"
-    text = printed(cloud.launch_tpu, tmp_path, capfd, settings, ["launch.py", *HOSTILE])
+    text = printed("tpu", tmp_path, capfd, settings, ["launch.py", *HOSTILE])
     assert recorder() == []
     subprocess.run(["bash", "-c", text], check=True, stdin=subprocess.DEVNULL)
     (call,) = recorder()
@@ -45,7 +45,7 @@ def test_tpu_hosts_get_the_words_as_they_are(tmp_path, recorder, capfd):  # noqa
 
 def test_pods_get_the_words_as_they_are_and_their_places(tmp_path, recorder, capfd):  # noqa: F811
     settings = f"{GKE},namespace=my space,python=py $x,limit.nvidia.com/gpu=1,selector.pool=big 'one',restarts=7"
-    text = printed(cloud.launch_gke, tmp_path, capfd, settings, ["launch.py", *HOSTILE])
+    text = printed("gke", tmp_path, capfd, settings, ["launch.py", *HOSTILE])
     subprocess.run(["bash", "-c", text], check=True, stdin=subprocess.DEVNULL)
     (call,) = recorder()
     assert words_of(call) == ["apply", "--namespace=my space", "-f", "-"]
@@ -66,44 +66,45 @@ def test_pods_get_the_words_as_they_are_and_their_places(tmp_path, recorder, cap
 
 def test_words_that_kubernetes_would_replace_are_kept(tmp_path):
     words = ["$(PROCESS_ID)", "$$(PROCESS_ID)", "$", "a$", "$$$", "$(", "${HOME}"]
-    job_set = yaml.safe_load(cloud.gke(words, (), GKE).stdin)
+    job_set = yaml.safe_load(launchers.gke(words, (), GKE, tmp_path).stdin)
     command = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["command"]
     assert [kubernetes(word, {"PROCESS_ID": "1"}) for word in command[1 : len(words) + 1]] == words
 
 
 def test_one_pod_needs_no_place(tmp_path):
-    assert "--coordinator" not in cloud.gke(["launch.py"], (), GKE.replace("processes=2", "processes=1")).stdin
+    settings = GKE.replace("processes=2", "processes=1")
+    assert "--coordinator" not in launchers.gke(["launch.py"], (), settings, tmp_path).stdin
 
 
-@pytest.mark.parametrize("launch", [cloud.launch_tpu, cloud.launch_gke])
-def test_a_study_hands_over_its_open_runs_and_submits_only_when_told(tmp_path, recorder, capfd, launch):  # noqa: F811
+@pytest.mark.parametrize("launcher", ["tpu", "gke"])
+def test_a_study_hands_over_its_open_runs_and_submits_only_when_told(tmp_path, recorder, capfd, launcher):  # noqa: F811
     workdir = make_study(tmp_path / "w", {"k0": "config.json", "k1": "result.json", "k2": "claim.json"})
-    settings = TPU if launch is cloud.launch_tpu else GKE
-    assert launch(workdir, settings=settings) == 0 and recorder() == []
-    assert launch(workdir, settings=settings, submit=True) == 0
+    settings = TPU if launcher == "tpu" else GKE
+    assert launchers.hand_out(launcher, workdir, settings=settings) == 0 and recorder() == []
+    assert launchers.hand_out(launcher, workdir, settings=settings, submit=True) == 0
     (call,) = recorder()
     everything = " ".join(words_of(call)) + re.sub(r'",\s+"', " ", call[-1]["stdin"])
     assert f"-m tl_jax.studies.worker {workdir} --only k0 k2" in everything
     with pytest.raises(ValueError, match="one after the other"):
-        launch(workdir, settings=settings, jobs=2)
+        launchers.hand_out(launcher, workdir, settings=settings, jobs=2)
 
 
 @pytest.mark.parametrize(
-    ("launch", "settings", "message"),
+    ("launcher", "settings", "message"),
     [
-        (cloud.launch_tpu, "", r"name is missing\n  zone is missing\n  directory is missing"),
-        (cloud.launch_tpu, f"{TPU},zon=x", "zon is unknown .did you mean 'zone'"),
+        ("tpu", "", r"name is missing\n  zone is missing\n  directory is missing"),
+        ("tpu", f"{TPU},zon=x", "zon is unknown .did you mean 'zone'"),
         (
-            cloud.launch_gke,
+            "gke",
             "name=x,procesess=2",
             r"image is missing\n  processes is missing[\s\S]*procesess is unknown",
         ),
-        (cloud.launch_gke, GKE.replace("=2", "=two"), "processes=two: expected a whole number"),
-        (cloud.launch_gke, GKE.replace("=2", "=0"), "processes=0: expected a whole number"),
-        (cloud.launch_gke, GKE.replace("digits", "My_run"), "name=My_run: expected up to 40 of"),
-        (cloud.launch_gke, "image", "these are not: .'image'."),
+        ("gke", GKE.replace("=2", "=two"), "processes=two: expected a whole number"),
+        ("gke", GKE.replace("=2", "=0"), "processes=0: expected a whole number"),
+        ("gke", GKE.replace("digits", "My_run"), "name=My_run: expected up to 40 of"),
+        ("gke", "image", "these are not: .'image'."),
     ],
 )
-def test_all_settings_that_do_not_fit_are_named_at_once(tmp_path, launch, settings, message):
+def test_all_settings_that_do_not_fit_are_named_at_once(tmp_path, launcher, settings, message):
     with pytest.raises(ValueError, match=message):
-        launch(tmp_path, command=["launch.py"], settings=settings)
+        launchers.hand_out(launcher, tmp_path, command=["launch.py"], settings=settings)

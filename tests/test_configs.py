@@ -29,7 +29,7 @@ def make_up(path):
 
 def make_up_weights(name, path):
     """A network of random weights that tells the two classes apart."""
-    _, variables, card = load.load(name, "", 2)
+    _, variables, card, *_ = load.load(name, "", 2)
     load.export(variables, name, path, card=card)
     return str(path)
 

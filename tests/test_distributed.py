@@ -157,7 +157,7 @@ def test_all_stop_after_the_same_step_wherever_and_whenever_the_request_comes(as
                 with turns:
                     stopped, done[index] = done[index], 10**9
                     turns.notify_all()
-                line[index].leave()
+                line[index].finalize()
                 return stopped
             sum(range(draw.randrange(20_000)))
 
@@ -172,7 +172,7 @@ def test_no_request_no_stop_and_everybody_gets_the_first_ones_values():
     def run(index):
         got = [line[index].from_first(value if index == 0 else None) for value in values]
         stopped = any(line[index].stop_requested(False) for _ in range(50))
-        line[index].leave()
+        line[index].finalize()
         return got, stopped
 
     assert together([lambda index=index: run(index) for index in range(3)]) == [(values, False)] * 3

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import sklearn.datasets
 from PIL import Image
+from test_pretrained import TINY_VIT, add_variants
 
 import tl_jax
 from tl_jax import __main__ as command
@@ -20,6 +21,7 @@ from tl_jax import tasks
 from tl_jax.api import inputs
 from tl_jax.api.model import match_labels
 from tl_jax.data.readers.arrays import array_source
+from tl_jax.models import vit
 from tl_jax.tasks import answers
 from tl_jax.weights import load
 
@@ -227,6 +229,30 @@ def test_predict_writes_csv_and_json_lines_and_counts_what_it_cannot_read(run, f
     assert [line["class"] for line in lines] == [row["class"] for row in run.predict(IMAGES[:4])]
     assert command.main(["predict", str(run.folder), *(str(files / f"{i}.png") for i in range(2))]) == 0
     assert capsys.readouterr().out.count("\n") == 3
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_predict_gives_what_a_run_with_added_parameters_scored(method, files, tmp_path, monkeypatch, capsys):
+    """The file that the run began with has moved. LoRA is merged and needs it no more; adapters and prompts do."""
+    add_variants(monkeypatch, vit.vit_variants("small_vit", TINY_VIT, 3, 48))
+    base, moved = tmp_path / "base.safetensors", tmp_path / "moved.safetensors"
+    began = tl_jax.load("small_vit", image_size=32, num_classes=0)
+    tl_jax.export(began.variables, "small_vit", base, card=began.card)
+    model = tl_jax.load("small_vit", base, num_classes=0, image_size=32)
+    splits = {"train": (IMAGES[:32], LABELS[:32]), "test": (IMAGES[:4], LABELS[:4])}
+    both = {"method.add": (("prompt", {"tokens": 2}), ("adapter", {"bottleneck": 3}))} if method == "prompt" else {}
+    changes = {**QUICK, **both, "lr": 1e-2}
+    run = tl_jax.fit(model, splits, method=method, epochs=2, workdir=tmp_path / "w", changes=changes, verbose=False)
+    base.rename(moved)
+    pictures, out = [str(files / f"{i}.png") for i in range(4)], tmp_path / "a.jsonl"
+    assert command.main(["predict", str(run.folder), *pictures, "--weights", str(moved), "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    saved = tasks.load_predictions(run.folder / "predictions.npz")
+    expected = answers.answers(saved.spec, saved.outputs)
+    assert [row["class"] for row in rows] == [row["class"] for row in expected]
+    assert [row["probability"] for row in rows] == pytest.approx([row["probability"] for row in expected], abs=1e-5)
+    assert command.main(["predict", str(run.folder), *pictures]) == (0 if method == "lora" else 2)
+    assert ("base.safetensors" in capsys.readouterr().err) == (method != "lora")
 
 
 def test_evaluate_takes_a_run_or_a_weight_file_and_writes_predictions(run, tmp_path, capsys):

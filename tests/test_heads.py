@@ -222,11 +222,11 @@ def moved(variables):
 def test_a_head_goes_out_and_comes_back_bit_equal_with_its_card(small, layers, tmp_path):
     path = tmp_path / "w.safetensors"
     name = small[layers == POOLED]
-    made = load.load_with_origins(name, "", 3, head=layers)
+    made = load.load(name, "", 3, head=layers)
     variables = moved(made.variables)
     for layout in ("native", None):
         load.export(variables, name, path, card=made.card, layout=layout)
-        loaded = load.load_with_origins(name, path)
+        loaded = load.load(name, path)
         assert loaded.card == made.card and loaded.card.head == loaded.model.head == layers
         jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
         assert "new" not in loaded.origins.values() and loaded.dropped == ()
@@ -252,8 +252,8 @@ def test_a_new_head_replaces_the_layers_of_a_file_and_has_the_numbers_of_its_see
     old = load.load(name, "", 4, head=FLAT)
     variables = moved(old.variables)
     load.export(variables, name, path, card=old.card)
-    loaded = load.load_with_origins(name, path, 3, head=POOLED, seed=5, head_init="lecun")
-    scratch = load.load_with_origins(name, "", 3, head=POOLED, seed=5, head_init="lecun")
+    loaded = load.load(name, path, 3, head=POOLED, seed=5, head_init="lecun")
+    scratch = load.load(name, "", 3, head=POOLED, seed=5, head_init="lecun")
     assert loaded.card.head == POOLED and set(loaded.dropped) == {
         f"params/head/{layer}/{leaf}" for layer in ("dense1", "out") for leaf in ("kernel", "bias")
     }
@@ -285,7 +285,7 @@ def test_the_folder_of_a_run_is_its_whole_network_and_the_card_names_the_model(s
     made = load.load(small[0], "", 3, head=BOTTLENECK)
     load.export(made.variables, small[0], tmp_path / "model.safetensors", card=made.card)
     for name in (small[0], ""):
-        loaded = load.load_with_origins(name, tmp_path)
+        loaded = load.load(name, tmp_path)
         assert (loaded.card, loaded.sha256) == (made.card, formats.sha256(tmp_path / "model.safetensors"))
         jax.tree.map(np.testing.assert_array_equal, loaded.variables, made.variables)
     assert '"small_resnet"' in load.inspect(tmp_path)

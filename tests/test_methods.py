@@ -151,7 +151,7 @@ def check_files(trained, moved):
     exported, added = trained.folder / "model.safetensors", {name for name, _ in trained.config.method.add}
     assert exported.exists() == (not added & {"adapter", "prompt"})
     if exported.exists():
-        model, variables, card = load.load(trained.config.model.name, exported)
+        model, variables, card, *_ = load.load(trained.config.model.name, exported)
         np.testing.assert_allclose(logits_of(model, variables, card), scored, atol=1e-5)
         if not added:
             for path, leaf in flat(variables).items():
@@ -220,7 +220,7 @@ def test_a_probe_without_gradient_changes_the_head_alone(name, tmp_path, monkeyp
         path: hash for path, hash in trees.leaf_hashes(loaded).items() if not path.startswith("params/head/")
     }
     if name != "knn":
-        model, variables, card = load.load("resnet8_cifar", tmp_path / "w" / "model.safetensors")
+        model, variables, card, *_ = load.load("resnet8_cifar", tmp_path / "w" / "model.safetensors")
         differ = {path for path, leaf in flat(variables).items() if not np.array_equal(leaf, loaded[path])}
         assert differ == {"params/head/kernel", "params/head/bias"}
         scored = load_predictions(tmp_path / "w" / "predictions.npz").values

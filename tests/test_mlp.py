@@ -154,7 +154,7 @@ def test_a_discriminator_is_an_mlp_of_one_output_on_features():
 )
 def test_a_table_goes_out_and_comes_back_bit_equal(name, parameters, tmp_path):
     path, layers = tmp_path / "w.safetensors", (("batch_norm", {}),)
-    made = load.load_with_origins(name, "", 4, columns=COLUMNS, head=layers, head_init="lecun", seed=1)
+    made = load.load(name, "", 4, columns=COLUMNS, head=layers, head_init="lecun", seed=1)
     backbone = made.variables["params"]["backbone"]
     assert sum(leaf.size for leaf in jax.tree.leaves(backbone)) == parameters
     assert load.example_input(made.card).shape == (1, 5) and set(made.origins.values()) == {"new"}
@@ -163,7 +163,7 @@ def test_a_table_goes_out_and_comes_back_bit_equal(name, parameters, tmp_path):
     )
     load.export(made.variables, name, path, card=card)
     for columns in ((), COLUMNS):
-        loaded = load.load_with_origins(name, path, columns=columns)
+        loaded = load.load(name, path, columns=columns)
         assert (loaded.card, loaded.layout) == (card, "native")
         jax.tree.map(np.testing.assert_array_equal, loaded.variables, made.variables)
     fresh = load.load(name, path, 2)

@@ -221,7 +221,7 @@ def test_a_boundary_at_which_nothing_changes_changes_nothing(tmp_path, optimizer
 
 def test_averages_go_on_where_a_leaf_goes_on_moving_and_begin_at_its_value_where_it_begins():
     first, second = {"a": "x", "b": "x", "c": "frozen"}, {"a": "x", "b": "frozen", "c": "x"}
-    method = Method((), {"task": (lambda progress: 1.0, make_task_term())})
+    method = Method({"task": (lambda progress: 1.0, make_task_term())})
     plans = [
         steps.Plan({}, method, None, labels, [norm], ema=0.5)
         for labels, norm in ((first, "right"), (second, "elsewhere"))

@@ -70,7 +70,7 @@ def close(actual, expected, tolerance=1e-4):
 
 
 def test_image_size_rebuilds_the_model_for_another_grid_and_says_so(small_vit, small_files):
-    loaded = load.load_with_origins(small_vit, small_files[small_vit], image_size=80)
+    loaded = load.load(small_vit, small_files[small_vit], image_size=80)
     assert loaded.card.input_size == loaded.model.image_size == 80
     assert loaded.origins[load.POS_EMBED] == "pos_embed (resampled from 10 to 26 tokens)"
     assert jax.jit(loaded.model.apply)(loaded.variables, images(80))[0].shape == (2, CLASSES)
@@ -90,7 +90,7 @@ def test_image_size_rebuilds_the_model_for_another_grid_and_says_so(small_vit, s
 def test_every_vit_layout_goes_out_and_comes_back_bit_equal(kind, small_vit, tmp_path):
     variables, card = random_variables(small_vit), models.get(small_vit).card
     load.export(variables, small_vit, tmp_path / "w.safetensors", card=card, layout=kind)
-    loaded = load.load_with_origins(small_vit, tmp_path / "w.safetensors")
+    loaded = load.load(small_vit, tmp_path / "w.safetensors")
     assert (loaded.layout, loaded.card) == (kind, card)
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
 
@@ -109,7 +109,7 @@ def test_every_vit_layout_goes_out_and_comes_back_bit_equal(kind, small_vit, tmp
 def test_every_resnet_layout_goes_out_and_comes_back_bit_equal(name, kind, tmp_path):
     variables, card = random_variables(name), models.get(name).card
     load.export(variables, name, tmp_path / "w.safetensors", card=card, layout=kind)
-    loaded = load.load_with_origins(name, tmp_path / "w.safetensors")
+    loaded = load.load(name, tmp_path / "w.safetensors")
     assert (loaded.layout, loaded.card) == (kind, card)
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
 
@@ -123,14 +123,14 @@ def test_every_table_is_one_to_one_over_every_leaf(name):
 
 
 def test_origins_name_the_key_behind_every_leaf(small_vit, small_files):
-    loaded = load.load_with_origins(small_vit, small_files[small_vit])
+    loaded = load.load(small_vit, small_files[small_vit])
     assert set(loaded.origins) == set(trees.flatten(loaded.variables))
     assert loaded.origins["params/backbone/block1/attn/qkv/kernel"] == "blocks.1.attn.qkv.weight"
     assert loaded.dropped == ()
 
 
 def test_new_head_replaces_the_files_head_and_is_reported(small_resnet, small_files):
-    loaded = load.load_with_origins(small_resnet, small_files[small_resnet], 3, head_init="lecun")
+    loaded = load.load(small_resnet, small_files[small_resnet], 3, head_init="lecun")
     new = {leaf for leaf, origin in loaded.origins.items() if origin == "new"}
     assert new == {"params/head/kernel", "params/head/bias"}
     assert loaded.dropped == ("linear.bias", "linear.weight")
@@ -145,14 +145,14 @@ def test_the_same_seed_gives_the_same_head_from_scratch_and_from_a_file(small_vi
         load.load(small_vit, path, 5, head_init="lecun", seed=seed).variables["params"]["head"]["kernel"]
         for path, seed in ((small_files[small_vit], 1), (small_files[small_vit], 2))
     ]
-    scratch = load.load_with_origins(small_vit, None, 5, head_init="lecun", seed=1)
+    scratch = load.load(small_vit, None, 5, head_init="lecun", seed=1)
     np.testing.assert_array_equal(heads[0], scratch.variables["params"]["head"]["kernel"])
     assert not np.array_equal(*heads)
     assert set(scratch.origins.values()) == {"new"} and scratch.card.num_classes == 5
 
 
 def test_zero_classes_drop_the_head_and_a_headless_file_needs_a_number(small_resnet, small_files, tmp_path):
-    bare = load.load_with_origins(small_resnet, small_files[small_resnet], 0)
+    bare = load.load(small_resnet, small_files[small_resnet], 0)
     assert "head" not in bare.variables["params"] and bare.card.num_classes == 0
     load.export(bare.variables, small_resnet, tmp_path / "bare.safetensors", card=bare.card)
     tensors, _ = formats.read(tmp_path / "bare.safetensors")

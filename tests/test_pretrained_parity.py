@@ -36,7 +36,7 @@ def check_parity(model, modules, name, path, size, expected_layout):
 
     x = images(size)
     expected, features = record(model, modules, x)
-    loaded = load.load_with_origins(name, path)
+    loaded = load.load(name, path)
     assert loaded.layout == expected_layout and "new" not in loaded.origins.values()
     logits, out = jax.jit(loaded.model.apply)(loaded.variables, x)
     close(logits, expected)
@@ -325,7 +325,7 @@ def jax_release_forward(flat, x, depth):
 def test_jax_release_gives_the_logits_and_blocks_of_its_equations(prefix, small_vit, tmp_path):
     flat = jax_release(np.random.default_rng(0), 24, 2, 3, 16, 10, CLASSES)
     np.savez(tmp_path / "w.npz", **{prefix + key: value for key, value in flat.items()})
-    loaded = load.load_with_origins(small_vit, tmp_path / "w.npz")
+    loaded = load.load(small_vit, tmp_path / "w.npz")
     assert (loaded.layout, loaded.card.model, loaded.card.mean) == ("jax", "small_vit.jax", (0.5, 0.5, 0.5))
     logits, out = jax.jit(loaded.model.apply)(loaded.variables, images(48))
     expected, blocks = jax_release_forward(flat, images(48), 2)
@@ -358,7 +358,7 @@ def test_timm_loads_an_export_strictly_with_the_same_logits(name, reference, tmp
     timm = pytest.importorskip("timm")
     load_file = pytest.importorskip("safetensors.torch").load_file
     source = reference.randomize(timm.create_model(name, num_classes=CLASSES), seed=1)
-    model, variables, card = load.load(name, reference.save(source, tmp_path / "w.pth"))
+    model, variables, card, *_ = load.load(name, reference.save(source, tmp_path / "w.pth"))
     variables = jax.tree.map(lambda leaf: leaf * 1.01, variables)  # as if fine-tuned
     load.export(variables, name, tmp_path / "out.safetensors", card=card)
     theirs = timm.create_model(name, num_classes=CLASSES)
@@ -369,7 +369,7 @@ def test_timm_loads_an_export_strictly_with_the_same_logits(name, reference, tmp
 
 def test_genuine_deit_tiny_reproduces_its_golden_inputs(shared):
     folder = shared / "weights" / "deit_tiny_patch16_224"
-    model, variables, card = load.load("deit_tiny_patch16_224", folder / "deit_tiny_patch16_224.safetensors")
+    model, variables, card, *_ = load.load("deit_tiny_patch16_224", folder / "deit_tiny_patch16_224.safetensors")
     x = np.concatenate([np.load(folder / "golden_inputs" / f"{i}.npy") for i in range(3)]).transpose(0, 2, 3, 1)
     logits = np.asarray(jax.jit(model.apply)(variables, x)[0])
     assert logits.argmax(-1).tolist() == [285, 207, 949]
@@ -381,7 +381,7 @@ def test_genuine_deit_tiny_reproduces_its_golden_inputs(shared):
 def test_genuine_deit_tiny_classifies_the_photos_as_in_torch(shared):
     image = pytest.importorskip("PIL.Image")
     folder = shared / "weights" / "deit_tiny_patch16_224"
-    model, variables, card = load.load("deit_tiny_patch16_224", folder / "deit_tiny_patch16_224.safetensors")
+    model, variables, card, *_ = load.load("deit_tiny_patch16_224", folder / "deit_tiny_patch16_224.safetensors")
     files = sorted((shared / "data" / "imagenet_sample_250").rglob("*.JPEG"))
     labels = np.array([int(re.match(r"\d+", path.name)[0]) for path in files])
 
@@ -407,7 +407,7 @@ def test_genuine_deit_tiny_classifies_the_photos_as_in_torch(shared):
 def test_genuine_cifar_resnet_from_its_original_pickle_scores_81_percent(shared):
     image = pytest.importorskip("PIL.Image")
     folder = shared / "weights" / "cifar10_resnet"
-    model, variables, card = load.load("resnet20_cifar", folder / "resnet20-12fca82f.th")
+    model, variables, card, *_ = load.load("resnet20_cifar", folder / "resnet20-12fca82f.th")
     assert card.sha256.startswith("12fca82f")
     twin = load.load("resnet20_cifar", folder / "resnet20-12fca82f.safetensors").variables
     jax.tree.map(np.testing.assert_array_equal, variables, twin)

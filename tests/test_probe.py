@@ -48,7 +48,7 @@ def run_probe(name, folder, grid=(), **changes):
 
 def features(split, variables=None):
     """Labels, features and logits of the embedded network (or of other variables) without the code under test."""
-    model, loaded, card = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
+    model, loaded, card, *_ = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
     source = sources.load("digits", split)
     task = tasks.make(tasks.Spec(class_names=source.class_names))
     step = jax.jit(steps.make_eval_step(steps.Reader(model, card, "image"), task))
@@ -148,7 +148,7 @@ def test_leave_one_out_scores_the_pool_by_all_others(tmp_path):
     assert (result["split"], result["metrics"]["count"], result["chosen"]) == ("test", 103, 3)
     with pytest.raises(ValueError, match=r"method.grid=\(1, 3\)[\s\S]*set one value in method.grid"):
         fit(make_run("knn", (1, 3), **changes), tmp_path)
-    with pytest.raises(ValueError, match=r"further sets \['rest'\]"):
+    with pytest.raises(ValueError, match=r"extra sets \['rest'\]"):
         fit(make_run("knn", (3,), **changes, **{"data.extra_eval": (("rest", "digits", "test[80%:]"),)}), tmp_path)
 
 

@@ -17,7 +17,7 @@ from tl_jax import __main__ as command
 from tl_jax import tasks
 from tl_jax.core.files import write_json
 from tl_jax.studies.report import analysis, charts, figures, report, tables
-from tl_jax.studies.report import results as read
+from tl_jax.studies.report.results import load
 
 METHODS = {
     "full": {"method.name": "full"},
@@ -253,14 +253,14 @@ def test_html_needs_nothing_else_and_holds_every_figure(study):
 
 def test_markdown_shows_names_as_they_are():
     block = tables.Table("a|b", ("x", "y"), [("p|q", "*r*"), ("last_k", "_s_ <b>")])
-    text = tables.to_markdown("t", [block])
+    text = tables.to_markdown("t", {"": [block]})
     assert r"| p\|q | \*r\* |" in text and r"| last_k | \_s\_ \<b> |" in text
 
 
 def test_a_clear_difference_is_told_with_its_direction_and_an_unclear_one_as_not_seen(tmp_path, no_figures):
     factors = {"method": {"full": {}, "probe": {}, "same": {}}}
     workdir = make_study(tmp_path / "w", factors, {"method": "full"}, seeds=range(8), names=("accuracy", "nll"))
-    rows = {(run.cell, run.unit): run for run in read.runs(read.load(workdir))}
+    rows = {(run.cell, run.unit): run for run in load(workdir).runs()}
     for ((level,), (seed, _)), run in rows.items():
         result = json.loads((run.folder / "result.json").read_text())
         noise = np.random.default_rng([seed, len(level)]).normal() / 100
@@ -270,7 +270,7 @@ def test_a_clear_difference_is_told_with_its_direction_and_an_unclear_one_as_not
     clear, unclear = report.write(workdir)["reading"]
     assert clear.startswith("probe has a lower accuracy than full (-0.") and "lower with 8 of 8 seeds" in clear
     assert unclear.startswith("No difference in accuracy can be seen between same and full")
-    results = read.load(workdir)
+    results = load(workdir)
     worse, _ = analysis.reading(results, "nll", analysis.differences(results, "nll"))
     assert "probe has a higher (worse) nll than full" in worse
 
@@ -342,7 +342,7 @@ def test_a_study_before_its_first_run_says_that_nothing_can_be_said(tmp_path, ba
 
 def test_a_damaged_result_is_a_failed_run_and_damaged_predictions_are_named(tmp_path, no_figures):
     workdir = make_study(tmp_path / "w", {"method": METHODS}, {"method": "full"})
-    first, second, *_ = read.runs(read.load(workdir))
+    first, second, *_ = load(workdir).runs()
     (first.folder / "result.json").write_text("{")
     (second.folder / "predictions.npz").write_bytes(b"PK")
     summary = report.write(workdir)
@@ -375,10 +375,10 @@ def test_the_command_line_writes_the_report_or_names_what_is_missing(tmp_path, c
 
 
 def test_numbers_are_scaled_by_the_prefixes_of_their_unit():
-    assert [report.scaled(x, 1000) for x in (None, 0.0, 999.0, 1234.0, 3.4e9, 7e18)] == [
+    assert [tables.scaled(x, 1000) for x in (None, 0.0, 999.0, 1234.0, 3.4e9, 7e18)] == [
         "-", "0", "999", "1.2 k", "3.4 G", "7000 P",
     ]  # fmt: skip
-    assert report.scaled(2.0**28, 1024) == "256 Mi" and report.scaled(1536.0, 1024) == "1.5 Ki"
+    assert tables.scaled(2.0**28, 1024) == "256 Mi" and tables.scaled(1536.0, 1024) == "1.5 Ki"
 
 
 @pytest.mark.parametrize("count", [3, 4, 7])

@@ -38,11 +38,6 @@ def test_devices_are_known_by_the_names_that_jax_gives_them():
     assert roofline.peak("NVIDIA A100-SXM4-80GB").memory > roofline.peak("NVIDIA A100-SXM4-40GB").memory
 
 
-def test_a_machine_measures_its_own_peak():
-    found = roofline.measure(size=64, megabytes=1, rounds=1)
-    assert found.float32 == found.bfloat16 > 0 and found.memory > 0
-
-
 def work(function, *shapes, **options):
     return roofline.work(jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)), **options)
 

@@ -30,8 +30,8 @@ def load_data(config):
 
 def test_parts_that_are_reinitialised_are_random_and_the_rest_is_the_files():
     built = build(**{"model.reinit": ("stage3",), "data.train": "train[:20%]"})
-    _, file, _ = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
-    _, other, *_ = load.load_with_origins("resnet8_cifar", "", 10, image_size=16, seed=0)
+    _, file, *_ = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
+    _, other, *_ = load.load("resnet8_cifar", "", 10, image_size=16, seed=0)
     loaded, random = trees.flatten(file), trees.flatten(other)
     origins = {row["path"]: row["origin"] for row in built.phases[0].audit["parameters"]}
     for path, leaf in trees.flatten(built.material.variables).items():

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tl_jax.studies.cluster import launchers, slurm
+from tl_jax.studies import launchers
 
 HOSTILE = ["a b", "it's", '"quoted"', "$(touch /tmp/never)", "`id`", "line\nbreak", "%j", "*", "\\", "--flag=x y", ""]
 STEP = ["--kill-on-bad-exit=0", "--wait=12"]  # of srun
@@ -58,7 +58,7 @@ def test_a_study_is_printed_as_one_command_and_runs_nothing(tmp_path, recorder, 
     workdir = make_study(
         tmp_path / "w", {"k0": "config.json", "k1": "result.json", "k2": "claim.json", "k3": "failed.json"}
     )
-    assert slurm.launch(workdir, settings="partition=gpu,gres=gpu:a:1,nodelist=n1,n2,exclusive=") == 0
+    assert launchers.hand_out("slurm", workdir, settings="partition=gpu,gres=gpu:a:1,nodelist=n1,n2,exclusive=") == 0
     printed = capfd.readouterr().out
     assert recorder() == [] and "add --submit" in printed
     subprocess.run(["bash", "-c", printed], check=True)
@@ -74,20 +74,20 @@ def test_a_study_is_printed_as_one_command_and_runs_nothing(tmp_path, recorder, 
 def test_submitting_runs_sbatch_and_gives_its_exit_code(tmp_path, recorder, monkeypatch):
     workdir = make_study(tmp_path / "w", {"k0": "config.json", "k1": "config.json"})
     monkeypatch.setenv("CODE_sbatch", "3")
-    assert slurm.launch(workdir, jobs=1, submit=True) == 3
+    assert launchers.hand_out("slurm", workdir, jobs=1, submit=True) == 3
     (call,) = recorder()
     assert call[0] == "sbatch" and "--array=0-0" in call and words_of(call)[-2:] == ["k0", "k1"]
 
 
 def test_nothing_to_do_submits_nothing(tmp_path, recorder, capfd):
-    assert slurm.launch(make_study(tmp_path / "w", {"k0": "result.json"}), submit=True) == 0
+    assert launchers.hand_out("slurm", make_study(tmp_path / "w", {"k0": "result.json"}), submit=True) == 0
     assert recorder() == [] and "nothing to do" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["a b", "it's", "$(x)", "50%", "back\\slash", "line\nbreak"])
 def test_hostile_names_reach_the_program_as_they_are(tmp_path, recorder, capfd, name):
     workdir = tmp_path / name
-    assert slurm.launch(workdir, command=["launch.py", *HOSTILE], settings=f"comment={name}") == 0
+    assert launchers.hand_out("slurm", workdir, command=["launch.py", *HOSTILE], settings=f"comment={name}") == 0
     subprocess.run(["bash", "-c", capfd.readouterr().out], check=True)
     (call,) = recorder()
     words = words_of(call)
@@ -105,7 +105,7 @@ def test_hostile_names_reach_the_program_as_they_are(tmp_path, recorder, capfd, 
 @pytest.mark.parametrize(("runs", "jobs"), [(1, 0), (5, 0), (5, 2), (5, 9), (2500, 0)])
 def test_every_run_belongs_to_exactly_one_task(tmp_path, recorder, runs, jobs):
     keys = [f"k{i}" for i in range(runs)]
-    words = slurm.plan(["worker"], keys, "", tmp_path, jobs).command
+    words = launchers.slurm(["worker"], keys, "", tmp_path, jobs).command
     tasks = int(next(word for word in words if word.startswith("--array=0-")).removeprefix("--array=0-")) + 1
     assert tasks == min(runs, jobs or runs, 1000)
     taken = []
@@ -124,7 +124,7 @@ def test_every_run_belongs_to_exactly_one_task(tmp_path, recorder, runs, jobs):
     [(0, "RUNNING", False), (75, "RUNNING", True), (75, "CANCELLED", False), (1, "RUNNING", False)],
 )
 def test_only_a_job_that_was_stopped_and_not_cancelled_is_requeued(tmp_path, recorder, code, state, requeued):
-    words = slurm.plan(["x"], (), "", tmp_path).command
+    words = launchers.slurm(["x"], (), "", tmp_path).command
     environment = {**os.environ, "CODE_srun": str(code), "ANSWER_squeue": state, "SLURM_JOB_ID": "7"}
     job = subprocess.run(
         ["bash", *words[words.index(f"{tmp_path}/slurm/job.sh") :]], env=environment, stdin=subprocess.DEVNULL
@@ -144,13 +144,13 @@ def test_only_a_job_that_was_stopped_and_not_cancelled_is_requeued(tmp_path, rec
 )
 def test_options_that_the_launcher_decides_or_cannot_read_are_an_error(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        slurm.plan(["x"], (), settings, tmp_path)
+        launchers.slurm(["x"], (), settings, tmp_path)
 
 
 def test_without_the_scheduler_submitting_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="no program 'sbatch' here"):
-        slurm.launch(tmp_path, command=["launch.py"], submit=True)
+        launchers.hand_out("slurm", tmp_path, command=["launch.py"], submit=True)
 
 
 def test_the_command_that_is_handed_over_has_no_flags_of_the_handing_over():

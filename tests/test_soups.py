@@ -20,7 +20,7 @@ from tl_jax.training import build, steps
 from tl_jax.weights import load
 
 SPLITS = {"val": "train[90%:]", "test": "test[:10%]", "rest": "test[90%:]"}
-MODEL, LOADED, CARD = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
+MODEL, LOADED, CARD, *_ = load.load("resnet8_cifar", "builtin:glyphs", 10, image_size=16)
 SPEC = tasks.Spec(class_names=tuple("0123456789"))
 STEP = jax.jit(steps.make_eval_step(steps.Reader(MODEL, CARD, "image"), tasks.make(SPEC)))
 

@@ -63,7 +63,7 @@ def test_the_same_seed_gives_every_cell_the_same_split_shots_order_and_new_head(
     for run in runs:
         data = inputs.load_sources(settings.read(run.config))
         sampled[tuple(run.levels.values()), run.seed] = set(data["train"].ids), data["test"].ids
-        variables = pretrained.load_with_origins(
+        variables = pretrained.load(
             "resnet8_cifar", "builtin:glyphs", 10, head_init=run.config.model.head_init, seed=run.config.seed
         ).variables
         heads.setdefault(run.seed, []).append(np.asarray(variables["params"]["head"]["kernel"]))

@@ -16,8 +16,7 @@ from test_train import remains
 
 from tl_jax.core.files import read_json, write_json
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.studies import local, store, worker
-from tl_jax.studies.cluster import launchers
+from tl_jax.studies import launchers, local, store, worker
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STUDY = '''"""How many shots?"""
@@ -94,7 +93,9 @@ def test_a_failing_run_stops_no_other_and_is_told_with_the_end_of_its_log(tmp_pa
     assert len(runs_done(tmp_path)) == 7 and runs_done(tmp_path, "failed") == [runs[1].key]
     failure = read_json(store.run_folder(tmp_path, runs[1].key) / "failed.json")
     assert failure["error"] == "FloatingPointError: not finite" and failure["attempts"] == 1
-    assert failure["log"] == [*(f"line {i}" for i in range(11, 30)), "the end"]
+    place = failure["log"].index("the end")
+    assert failure["log"][:place] == [f"line {i}" for i in range(30 - place, 30)] and len(failure["log"]) == 20
+    assert failure["log"][-1] == "FloatingPointError: not finite"  # of the traceback
     shown = capfd.readouterr().out
     assert "[2/8] trained=head, shots=4, seed 0: failed: FloatingPointError: not finite\n" in shown
     assert re.search(r"\[8/8\] trained=last, shots=4, seed 1: accuracy 0.500 \(\d+\.\d s\)\n", shown)
@@ -102,7 +103,7 @@ def test_a_failing_run_stops_no_other_and_is_told_with_the_end_of_its_log(tmp_pa
     local.tell_failures(tmp_path)
     told = capfd.readouterr().out
     assert "failed: FloatingPointError: not finite\n  trained=head, shots=4, seed 0: " in told
-    assert "    | line 29\n    | the end\n" in told
+    assert "    | line 29\n    | the end\n    | Traceback" in told
 
 
 def test_a_stopped_worker_gives_its_run_back(tmp_path, monkeypatch):

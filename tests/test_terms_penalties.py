@@ -674,7 +674,7 @@ def test_the_relationship_of_co_tuning_is_that_of_the_network_as_it_was_loaded(m
     run = build.build(make_config(**BOTH), sharding.make_parallel())
     moved = jax.tree.map(lambda x: x + 0.1, run.material.variables)
     rows = single.refreshed(run, 0, moved, run.material.memory, ["co_tuning"], never)["co_tuning"]
-    model, loaded, card = load.load("resnet8_cifar", "builtin:glyphs", image_size=16)
+    model, loaded, card, *_ = load.load("resnet8_cifar", "builtin:glyphs", image_size=16)
     data = run.material.data["train"]
     batch = pipeline.eval_batches(data, {"image": pipeline.View(card)}, len(data))[0]
     logits = np.asarray(model.apply(loaded, steps.normalise(batch["image"], card))[0], np.float64)

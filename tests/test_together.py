@@ -75,7 +75,7 @@ def test_a_study_does_its_sets_as_it_does_runs_one_by_one(tmp_path, capsys):
     plan(tmp_path / "alone", seeds=(0,), which="none")
     worker.work(tmp_path / "alone", only=[runs[1].key])
     assert_same_run(*(store.run_folder(tmp_path / name, runs[1].key) for name in ("w", "alone")))
-    assert [run.state for run in results.runs(results.load(tmp_path / "w"))] == ["done"] * 3
+    assert [run.state for run in results.load(tmp_path / "w").runs()] == ["done"] * 3
 
 
 def wait_and_kill(workdir, pattern):

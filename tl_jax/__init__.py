@@ -13,40 +13,22 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_NAMES = {
-    # networks
-    "load": "tl_jax.api.model",
-    "Model": "tl_jax.api.model",
-    "list_models": "tl_jax.models",
-    "inspect": "tl_jax.weights.load",
-    "export": "tl_jax.weights.load",
-    "load_delta": "tl_jax.weights.delta:load",
-    "Card": "tl_jax.core.card",
-    # data
-    "Dataset": "tl_jax.data.examples:Source",
-    "load_data": "tl_jax.data.sources:load",
-    # adapting
-    "fit": "tl_jax.api.run",
-    "list_methods": "tl_jax.methods.recipes",
-    "Run": "tl_jax.api.run",
-    "load_run": "tl_jax.api.run",
-    # using
-    "predict": "tl_jax.api.model",
-    "outputs": "tl_jax.api.model",
-    "features": "tl_jax.api.model",
-    "evaluate": "tl_jax.api.model",
-    "knn": "tl_jax.api.run",
-    "fit_probe": "tl_jax.methods.probes:fit",
-    # numbers
-    "Metrics": "tl_jax.api.model",
-    "summarize": "tl_jax.tasks",
-    "paired_difference": "tl_jax.tasks",
-    "load_predictions": "tl_jax.tasks",
-    # configs, as on the command line
-    "make_config": "tl_jax.config:make",
-    "override": "tl_jax.config",
-    "train": "tl_jax.training.train",
+_FOUND_IN = {
+    "api.model": ("load", "Model", "predict", "outputs", "features", "evaluate", "Metrics"),
+    "api.run": ("fit", "Run", "load_run", "knn"),
+    "config": ("make as make_config", "override"),
+    "core.card": ("Card",),
+    "data.examples": ("Source as Dataset",),
+    "data.sources": ("load as load_data",),
+    "methods.probes": ("fit as fit_probe",),
+    "methods.recipes": ("list_methods",),
+    "models": ("list_models",),
+    "tasks": ("summarize", "paired_difference", "load_predictions"),
+    "training.train": ("train",),
+    "weights.delta": ("load as load_delta",),
+    "weights.load": ("inspect", "export"),
 }
+_NAMES = {text.split()[-1]: (room, text.split()[0]) for room, texts in _FOUND_IN.items() for text in texts}
 _ROOMS = ("config", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training", "studies", "api")
 __all__ = list(_NAMES)
 
@@ -56,8 +38,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"tl_jax.{name}")
     if name not in _NAMES:
         raise AttributeError(f"module 'tl_jax' has no attribute {name!r}; it has {', '.join(_NAMES)}")
-    module, _, attribute = _NAMES[name].partition(":")
-    value = globals()[name] = getattr(importlib.import_module(module), attribute or name)
+    module, attribute = _NAMES[name]
+    value = globals()[name] = getattr(importlib.import_module(f"tl_jax.{module}"), attribute)
     return value
 
 

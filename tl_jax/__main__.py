@@ -4,7 +4,6 @@ Exit codes: 0 done; 1 some inputs cannot be read; 2 bad input, in one message; 7
 """
 
 import argparse
-import contextlib
 import io
 import json
 import os
@@ -12,6 +11,7 @@ import pathlib
 import sys
 from typing import Any
 
+import tl_jax
 from tl_jax.core import files
 
 Args = argparse.Namespace
@@ -27,87 +27,70 @@ def train(args: Args) -> int:
 
 
 def predict(args: Args) -> int:
-    from tl_jax.api import model, run
+    from tl_jax.api.model import stream
     from tl_jax.tasks import answers
 
-    formats = {"": answers.write_csv, ".csv": answers.write_csv, ".jsonl": answers.write_jsonl}
-    if (suffix := pathlib.Path(args.out).suffix) not in formats or (args.out and not suffix):
+    formats = {".csv": answers.write_csv, ".jsonl": answers.write_jsonl}
+    if not (write := formats.get(pathlib.Path(args.out or "-.csv").suffix)):
         raise ValueError(f"--out {args.out}: expected a .csv or .jsonl file")
-    network, unreadable = run.load_run(args.run, args.weights).model, []
-    data = args.inputs if network.card.input == "image" else args.inputs[0]
+    run, unreadable = tl_jax.load_run(args.run, args.weights), []
 
     def readable():
-        for row in model.stream(network, data, args.batch_size):
+        for row in stream(run, args.inputs, args.batch_size):
             if "error" in row:
                 unreadable.append(f"{row['file']}: {row['error']}")
             else:
                 yield row
 
-    with _output(args.out) as file:
-        formats[suffix](readable(), file)
+    if args.out:
+        with files.atomic_write(args.out) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+            write(readable(), text)
+            text.detach()
+    else:
+        write(readable(), sys.stdout)
     if unreadable:
         print("\n  ".join([f"{len(unreadable)} files cannot be read:", *unreadable]), file=sys.stderr)
     return 1 if unreadable else 0
 
 
-@contextlib.contextmanager
-def _output(path: str):
-    """Standard output, or a text file that appears when it is complete."""
-    if not path:
-        yield sys.stdout
-        return
-    with files.atomic_write(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        yield text
-        text.detach()
-
-
 def evaluate(args: Args) -> None:
-    from tl_jax import tasks
-    from tl_jax.api import model, run
+    from tl_jax.api.model import score
 
     alone = args.weights or args.model
     if len(args.what) != (1 if alone else 2):
         raise ValueError("expected RUN DATA, or --model NAME --weights FILE DATA")
-    size = args.image_size
-    network = model.load(args.model, args.weights, image_size=size) if alone else run.load_run(args.what[0])
-    labels = args.labels.split(",") if args.labels else ()
-    found = model.score(network, args.what[-1], args.split, labels=labels, batch_size=args.batch_size)
+    size, labels = args.image_size, args.labels.split(",") if args.labels else ()
+    network = tl_jax.load(args.model, args.weights, image_size=size) if alone else tl_jax.load_run(args.what[0])
+    found = score(network, args.what[-1], args.split, labels=labels, batch_size=args.batch_size)
     if args.out:
-        tasks.save_predictions(args.out, found)
-    _print_metrics(tasks.summarize(found, resamples=args.resamples), args.json)
+        tl_jax.tasks.save_predictions(args.out, found)
+    _print_metrics(tl_jax.summarize(found, resamples=args.resamples), args.json)
 
 
 def metrics(args: Args) -> None:
-    from tl_jax import tasks
-
-    predictions = tasks.load_predictions(args.file)
-    summary = tasks.summarize(predictions, resamples=args.resamples, level=args.level, seed=args.seed)
-    _print_metrics(summary, args.json)
+    found = tl_jax.load_predictions(args.file)
+    _print_metrics(tl_jax.summarize(found, resamples=args.resamples, level=args.level, seed=args.seed), args.json)
 
 
 def _print_metrics(summary: dict[str, Any], as_json: bool) -> None:
-    import rich.console
-
-    from tl_jax import tasks
+    from rich.console import Console
 
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
-        rich.console.Console().print(*filter(None, (tasks.format_table(summary), tasks.format_classes(summary))))
+        tables = tl_jax.tasks.format_table(summary), tl_jax.tasks.format_classes(summary)
+        Console().print(*filter(None, tables))
 
 
 def inspect(args: Args) -> None:
-    from tl_jax.weights import load
-
-    print(load.inspect(args.source))
+    print(tl_jax.inspect(args.source))
 
 
 def convert(args: Args) -> None:
-    from tl_jax.weights import load
-
-    _, variables, card = load.load(args.name, args.source, args.num_classes, image_size=args.image_size)
-    load.export(variables, card.model, args.out, card=card, layout=args.layout)
+    model = tl_jax.load(args.name, args.source, num_classes=args.num_classes, image_size=args.image_size)
+    card = model.card
+    tl_jax.export(model.variables, card.model, args.out, card=card, layout=args.layout)
     size = f"{card.input_size} px" if card.input == "image" else f"{len(card.columns)} columns"
     print(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {size}")
 
@@ -140,9 +123,8 @@ def wise_ft(args: Args) -> None:
     from tl_jax.studies import soups
 
     b = soups.load(args.b)
-    found = soups.wise_ft(
-        soups.load_start(b) if args.a == soups.START else soups.load(args.a), b, args.out, args.alphas
-    )
+    a = soups.load_start(b) if args.a == soups.START else soups.load(args.a)
+    found = soups.wise_ft(a, b, args.out, args.alphas)
     _print_averaged(f"alpha {found['chosen']:g}", found, args.out)
 
 
@@ -150,15 +132,13 @@ def soup(args: Args) -> None:
     from tl_jax.studies import soups
 
     found = soups.soup(args.runs, args.out)
-    _print_averaged(
-        ", ".join(f"{'+' if row['kept'] else '-'} {row['run']}" for row in found["ingredients"]), found, args.out
-    )
+    chosen = ", ".join(f"{'+' if row['kept'] else '-'} {row['run']}" for row in found["ingredients"])
+    _print_averaged(chosen, found, args.out)
 
 
 def _print_averaged(chosen: str, found: dict[str, Any], out: str) -> None:
-    metric, entry = next((name, entry) for name, entry in found["metrics"].items() if isinstance(entry, dict))
-    value = "undefined" if entry["value"] is None else f"{entry['value']:.4f}"
-    print(f"{chosen}, {found['split']} {metric} {value}; wrote {out}")
+    metric, value = next((name, entry["value"]) for name, entry in found["metrics"].items() if isinstance(entry, dict))
+    print(f"{chosen}, {found['split']} {metric} {'undefined' if value is None else f'{value:.4f}'}; wrote {out}")
 
 
 def arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -206,7 +186,7 @@ COMMANDS = {
         arg("out", help="the .safetensors file to write"),
         arg("--layout", help="names of the tensors written (default: timm's)"),
         arg("--num-classes", type=int, choices=[0], help="0 leaves the classifier out"),
-        arg("--image-size", type=int, help="resample the position embeddings for this input size"),
+        arg("--image-size", type=int, default=0, help="resample the position embeddings for this input size"),
     )),
     pack: ("decode and resize images once, for the source packed:FOLDER", (
         arg("source", help="such as folder:PATH, see docs/data.md"),
@@ -235,23 +215,19 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m tl_jax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for function, (text, arguments) in COMMANDS.items():
-        command = commands.add_parser(function.__name__, help=text, description=text, add_help=function is not train)
-        command.set_defaults(function=function)
-        for names, options in arguments:
-            command.add_argument(*names, **options)
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    args = Args(function=train, rest=argv[1:]) if argv[:1] == ["train"] else make_parser().parse_args(argv)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m tl_jax", description=__doc__, formatter_class=layout)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function, (text, arguments) in COMMANDS.items():
+        command = commands.add_parser(function.__name__, help=text, description=text)
+        command.set_defaults(function=function)
+        for names, options in arguments:
+            command.add_argument(*names, **options)
+    # What follows `train` belongs to absl, --help too.
+    args = Args(function=train, rest=argv[1:]) if argv[:1] == ["train"] else parser.parse_args(argv)
     try:
         return args.function(args) or 0
     except (ValueError, OSError, FloatingPointError) as error:

@@ -2,20 +2,26 @@
 
 import ast
 import copy
+import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from tl_jax.core import checks, messages
+from tl_jax.core import checks, files, messages
 from tl_jax.core.options import CARD, NETWORK, OPTIONS, STREAM, TASK_ARGS, TASKS, WEIGHT
 
 WHOLE = tuple(name for name, option in OPTIONS.items() if isinstance(option.initial, dict))  # each is one value
 REPLICABLE = tuple(name for name, option in OPTIONS.items() if option.replica)
 PHASED = tuple(name for name, option in OPTIONS.items() if option.phase)
 SEVERAL_TYPES = ("data.source",)  # a string, or a tuple of them
+ENTRIES = {  # options that hold tables by name: their fields, those that must be given, and names that are taken
+    "streams": (STREAM, ("source", "split"), ("train", "val", "test")),
+    "networks": (NETWORK, ("name", "weights"), ("backbone", "head")),
+    "terms": (None, (), ()),  # other fields than "weight" are checked by who reads them
+}
 PROBES = ("knn", "logistic", "ridge")  # methods without gradient, fitted on features
 RANDOM = ("model.dropout", "model.drop_path", "method.stoch_norm")  # what makes two passes differ
 SHORT = {"model": "model.name", "weights": "model.weights", "data": "data.source", "method": "method.name"}
@@ -32,23 +38,13 @@ def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
 
 
 def _config(flat: Mapping[str, Any]) -> ConfigDict:
-    config = ConfigDict()
+    config: dict[str, Any] = {}
     for key, value in flat.items():
         *sections, name = key.split(".")
-        node = config
-        for section in sections:
-            if section not in node:
-                node[section] = ConfigDict()
-            node = node[section]
-        value = _as_tuples(value)
+        node = functools.reduce(lambda node, section: node.setdefault(section, {}), sections, config)
+        value = files.as_tuples(value)
         node[name] = FieldReference(value, field_type=object) if key in SEVERAL_TYPES else value
-    return config
-
-
-def _as_tuples(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _as_tuples(inner) for key, inner in value.items()}
-    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+    return ConfigDict(config)
 
 
 def flatten(config: ConfigDict, section: str = "") -> dict[str, Any]:
@@ -99,10 +95,7 @@ def _owner(config: ConfigDict, key: str) -> ConfigDict | None:
 
 
 def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A copy of the config with options set, `{dotted option: value}`; a value replaces the old one whole.
-
-    Raises one ValueError that lists every option that does not exist and every value of another type.
-    """
+    """A copy with `{dotted option: value}` set, each whole; ValueError lists unknown options and misfitting values."""
     config, problems = copy.deepcopy(config), []
     for key, value in changes.items():
         node, name = _owner(config, key), key.rpartition(".")[2]
@@ -110,15 +103,15 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
             problems.append(f"{key!r} does not exist{messages.nearest(key, flatten(config))}")
             continue
         try:
-            if isinstance(node[name], ConfigDict):
-                if not _option_of(key):
-                    raise TypeError("a section, set its options one by one")
-                value = ConfigDict(_as_tuples(dict(value)))
-                with node.unlocked():
-                    del node[name]
-                    node[name] = value
-            else:
+            if not isinstance(node[name], ConfigDict):
                 node[name] = value
+                continue
+            if not _option_of(key):
+                raise TypeError("a section, set its options one by one")
+            table = ConfigDict(files.as_tuples(dict(value)))
+            with node.unlocked():
+                del node[name]
+                node[name] = table
         except (TypeError, ValueError) as error:
             problems.append(f"{key!r} = {value!r}: {error}")
     if problems:
@@ -134,8 +127,7 @@ def _option_of(key: str) -> str:
 def parse(config: ConfigDict, arg: str | Sequence[str]) -> ConfigDict:
     """A locked copy of the config with "key=value,key=value", or a sequence of such items, set.
 
-    A key is one of SHORT or a dotted option. Raises ValueError that lists every key that does not exist, with its
-    nearest neighbour, and every value of a type that the option does not have.
+    A key is one of SHORT or a dotted option. Raises ValueError that lists every unknown key and misfitting value.
     """
     changes, problems = {}, []
     for item in _items(arg) if isinstance(arg, str) else arg:
@@ -173,24 +165,15 @@ def _items(arg: str) -> list[str]:
     return [piece for piece in pieces if piece]
 
 
-def replicas(config: ConfigDict) -> list[ConfigDict]:
-    """The config of every replica, which is that of the same run by itself."""
-    return [override(config, {**dict(changes), "replicas": ()}) for changes in config.replicas]
-
-
 def check(config: ConfigDict) -> None:
     """Raises one ValueError that lists every invalid option."""
     flat = flatten(config)
     problems = [f"{key} does not exist{messages.nearest(key, OPTIONS)}" for key in flat if key not in OPTIONS]
-    problems += [
-        f"{name} = {flat[name]!r}: expected {option.check.expected}"
-        for name, option in OPTIONS.items()
-        if not option.check.fits(flat[name])
-    ]
+    expected = {name: option.check for name, option in OPTIONS.items() if not option.check.fits(flat[name])}
+    problems += [f"{name} = {flat[name]!r}: expected {check.expected}" for name, check in expected.items()]
     # What follows looks into values and compares them, so that each must be valid by itself first.
-    problems = problems or [
-        *_table_problems(flat), *_phase_problems(flat), *_replica_problems(flat), *_data_problems(flat)
-    ]  # fmt: skip
+    finders = _table_problems, _phase_problems, _replica_problems, _data_problems
+    problems = problems or [problem for find in finders for problem in find(flat)]
     checks.refuse("invalid options", problems or _method_problems(flat))
 
 
@@ -199,30 +182,20 @@ def _table_problems(flat: Mapping[str, Any]) -> list[str]:
     problems = checks.table_problems("data.card", flat["data.card"], CARD)
     task_args = {name: TASK_ARGS[name] for name in TASKS[flat["task"]]}
     problems += checks.table_problems(f"task_args of {flat['task']}", flat["task_args"], task_args)
-    problems += _entry_problems("streams", flat["streams"], STREAM, ("source", "split"), ("train", "val", "test"))
-    problems += _entry_problems("networks", flat["networks"], NETWORK, ("name", "weights"), ("backbone", "head"))
-    problems += _entry_problems("terms", flat["terms"], None)
-    return problems
-
-
-def _entry_problems(
-    section: str,
-    entries: Mapping[str, Any],
-    fields: Mapping[str, checks.Check] | None,
-    required: Iterable[str] = (),
-    reserved: Sequence[str] = (),
-) -> list[str]:
-    """What is wrong with a table of tables; fields None: other fields than "weight" are checked by who reads them."""
-    problems = []
-    for name, entry in entries.items():
-        what = f"{section}.{name}"
+    entries = [(section, name, entry) for section in ENTRIES for name, entry in flat[section].items()]
+    for section, name, entry in entries:
+        what, (fields, required, reserved) = f"{section}.{name}", ENTRIES[section]
         if name in reserved or not re.fullmatch(r"\w+", name):
             taken = f", not {', '.join(reserved)}" if reserved else ""
             problems.append(f"{what}: expected a name of letters, digits and _{taken}")
-        known = dict.fromkeys(entry, checks.ANY) | {"weight": WEIGHT} if fields is None else fields
-        problems += checks.table_problems(what, entry, known)
+        problems += checks.table_problems(what, entry, fields or dict.fromkeys(entry, checks.ANY) | {"weight": WEIGHT})
         problems += [f"{what}: {field} is missing" for field in required if field not in entry]
     return problems
+
+
+def _where(*rows: tuple[Any, str]) -> list[str]:
+    """The texts of the rows (condition, text) whose condition is met."""
+    return [text for condition, text in rows if condition]
 
 
 def _phase_problems(flat: Mapping[str, Any]) -> list[str]:
@@ -239,62 +212,54 @@ def _phase_problems(flat: Mapping[str, Any]) -> list[str]:
 
 def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
     replicas = flat["replicas"]
-    alone = {"method.name": PROBES, "parallel": ("pmap",)}
-    problems = [
-        f"{key} = {flat[key]!r} does not go with replicas"
-        for key in ("seeds", "baseline", "fsdp", *alone)
-        if replicas and (flat[key] in alone[key] if key in alone else flat[key])
-    ]
+    alone = {key: flat[key] for key in ("seeds", "baseline", "fsdp")}
+    alone |= {"method.name": flat["method.name"] in PROBES, "parallel": flat["parallel"] == "pmap"}
+    rows = ((given and replicas, f"{key} = {flat[key]!r} does not go with replicas") for key, given in alone.items())
+    problems = _where(*rows)
     for i, replica in enumerate(replicas):
-        if wrong := [key for key, _ in replica if _option_of(key) not in REPLICABLE]:
-            problems.append(
-                f"replicas[{i}] sets {', '.join(wrong)}; replicas may differ in {', '.join(REPLICABLE)} alone"
-            )
+        if wrong := ", ".join(key for key, _ in replica if _option_of(key) not in REPLICABLE):
+            problems.append(f"replicas[{i}] sets {wrong}; replicas may differ in {', '.join(REPLICABLE)} alone")
         if (first := replicas.index(replica)) < i:
             problems.append(f"replicas[{i}] is replicas[{first}] again")
     return problems
 
 
 def _data_problems(flat: Mapping[str, Any]) -> list[str]:
-    source, problems = flat["data.source"], []
-    names = source if isinstance(source, list) else [source]
-    if flat["data.data_dir"] and not any(name.startswith("tfds:") for name in names):
-        problems.append(f"data.data_dir = {flat['data.data_dir']!r} belongs to tfds sources; this is {source!r}")
+    source, data_dir, patience, min_delta = map(flat.get, ("data.source", "data.data_dir", "patience", "min_delta"))
+    views, cache_dir = flat["views"], flat["cache_dir"]
+    tfds = any(name.startswith("tfds:") for name in (source if isinstance(source, list) else [source]))
     cached = flat["cache"] or any(network.get("cache") for network in flat["networks"].values())
-    if not cached and (flat["views"] > 1 or flat["cache_dir"]):
-        given = f"views = {flat['views']!r}, cache_dir = {flat['cache_dir']!r}"
-        problems.append(f"{given}: they belong to cache = 'features'")
-    if flat["patience"] and not flat["data.val"]:
-        problems.append(f"patience = {flat['patience']!r}: the score is that of val, and data.val is ''; name a split")
-    if flat["min_delta"] and not flat["patience"]:
-        problems.append(f"min_delta = {flat['min_delta']!r} belongs to patience, which is 0")
-    return problems
+    return _where(
+        (data_dir and not tfds, f"data.data_dir = {data_dir!r} belongs to tfds sources; this is {source!r}"),
+        (
+            not cached and (views > 1 or cache_dir),
+            f"views = {views!r}, cache_dir = {cache_dir!r}: they belong to cache = 'features'",
+        ),
+        (
+            patience and not flat["data.val"],
+            f"patience = {patience!r}: the score is that of val, and data.val is ''; name a split",
+        ),
+        (min_delta and not patience, f"min_delta = {min_delta!r} belongs to patience, which is 0"),
+    )
 
 
 def _method_problems(flat: Mapping[str, Any]) -> list[str]:
     """Options that the method cannot take, in a table whose values are each valid by themselves."""
-    name, terms = flat["method.name"], flat["terms"]
-    if name in PROBES:
-        takes = {"phases": [], "method.add": [], "method.auto_rgn": False, "method.stoch_norm": 0.0, "terms": {}}
-        takes |= {"streams": {}, "networks": {}, "select": "last", "patience": 0, "views": 1, "model.head": []}
-        problems = [
-            f"{key} = {flat[key]!r}: method.name = {name!r} takes no steps, expected {value!r}"
-            for key, value in takes.items()
-            if flat[key] != value
-        ]
-        if flat["task"] != "classification":
-            problems.append(f"task = {flat['task']!r}: method.name = {name!r} tells classes apart, as classification")
-        if any(policy == "update" for _, policy in flat["method.norm"]):
-            problems.append(
-                f"method.norm = {flat['method.norm']!r}: method.name = {name!r} takes no steps and updates no "
-                "statistics; expected the policy 'frozen' alone, or []"
-            )
-        return problems
-    problems, only = [], f"belongs to {', '.join(PROBES)}; method.name = {name!r}"
-    if flat["data.resample"] == "loo":
-        problems.append(f"data.resample = 'loo' {only} takes a fold, such as kfold:5:0")
-    if flat["method.grid"]:
-        problems.append(f"method.grid = {flat['method.grid']!r} {only} has no grid, expected []")
-    if "r_drop" in terms and not any(map(flat.get, RANDOM)):
-        problems.append("terms has r_drop, but its two passes are equal: set model.dropout or model.drop_path")
-    return problems
+    name, task, norm = flat["method.name"], flat["task"], flat["method.norm"]
+    if name not in PROBES:
+        only, grid = f"belongs to {', '.join(PROBES)}; method.name = {name!r}", flat["method.grid"]
+        equal = "r_drop" in flat["terms"] and not any(map(flat.get, RANDOM))
+        return _where(
+            (flat["data.resample"] == "loo", f"data.resample = 'loo' {only} takes a fold, such as kfold:5:0"),
+            (grid, f"method.grid = {grid!r} {only} has no grid, expected []"),
+            (equal, "terms has r_drop, but its two passes are equal: set model.dropout or model.drop_path"),
+        )
+    takes = {"phases": [], "method.add": [], "method.auto_rgn": False, "method.stoch_norm": 0.0, "terms": {}}
+    takes |= {"streams": {}, "networks": {}, "select": "last", "patience": 0, "views": 1, "model.head": []}
+    steps = f"method.name = {name!r} takes no steps"
+    updates = f"method.norm = {norm!r}: {steps} and updates no statistics; expected the policy 'frozen' alone, or []"
+    return _where(
+        *((flat[key] != value, f"{key} = {flat[key]!r}: {steps}, expected {value!r}") for key, value in takes.items()),
+        (task != "classification", f"task = {task!r}: method.name = {name!r} tells classes apart, as classification"),
+        (any(policy == "update" for _, policy in norm), updates),
+    )

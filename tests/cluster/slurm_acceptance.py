@@ -12,7 +12,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tl_jax.studies.cluster import slurm  # noqa: E402
+from tl_jax.studies import launchers  # noqa: E402
 
 RUN = ["launch.py", "--config", "configs/smoke.py", "--config.method.name=full", "--config.total=(20,'steps')"]
 RUN += ["--config.eval_every=(10,'steps')"]
@@ -51,7 +51,7 @@ def text_of(path):
 
 def submit(folder, command, settings):
     """Hands a run to SLURM as the launcher does; returns the job and its log."""
-    words = slurm.plan(command, (), settings, folder).command
+    words = launchers.slurm(command, (), settings, folder).command
     job = run(words[0], "--parsable", *words[1:]).strip()
     return job, folder / "slurm" / f"{job}.log"
 

@@ -7,47 +7,43 @@ from typing import Any
 
 import numpy as np
 
-from tl_jax.core import files, messages
+from tl_jax.core import files
 from tl_jax.core.card import Card
-from tl_jax.core.messages import listed
+from tl_jax.core.messages import listed, nearest
 from tl_jax.data import sources
 from tl_jax.data.examples import Source
 from tl_jax.data.labels import number_columns
 from tl_jax.data.readers import arrays, folder, tables
 
-EXPECTED = (
-    "expected a source such as 'folder:PATH', a path, a pair (images uint8 [N, H, W, 3], labels), a Dataset, or a "
-    "table {split: pair or Dataset}"
-)
-Named = Mapping[str, Source]
+PATH = str | os.PathLike
 
 
 def list_inputs(data: Any, card: Card) -> tuple[Sequence[str], Any]:
     """(names, items) of unlabelled inputs: arrays, a Dataset, files, or folders, of which every visible file counts."""
     if isinstance(data, Source):
         return data.ids, data.inputs
-    single = isinstance(data, str | os.PathLike)
-    if not single and (isinstance(data, np.ndarray) or not all(isinstance(each, str | os.PathLike) for each in data)):
-        names, found = [str(i) for i in range(len(data))], data
+    given = [data] if isinstance(data, PATH) else data
+    if not all(isinstance(each, PATH) for each in given):
+        names, found = [str(i) for i in range(len(given))], given
     elif card.input == "table":
-        names, found = _rows(os.fspath(data if single else data[0]), card)
+        if len(given) != 1:
+            raise ValueError(f"the network reads the rows of a table: expected one .csv file, found {len(given)} paths")
+        names, found = _rows(os.fspath(given[0]), card)
     else:
-        paths = [pathlib.Path(path).expanduser() for path in ([data] if single else data)]
+        paths = [pathlib.Path(path).expanduser() for path in given]
         if missing := [str(path) for path in paths if not path.exists()]:
             raise FileNotFoundError(f"{len(missing)} of {len(paths)} paths do not exist:\n{listed(missing)}")
         names = [name for path in paths for name in (folder.list_files(path) if path.is_dir() else [str(path)])]
         found = [pathlib.Path(name) for name in names]
     if not len(found):
-        raise ValueError(f"there is no input in {data if single else 'what was given'}")
+        raise ValueError(f"there is no input in {data if given is not data else 'what was given'}")
     return names, found
 
 
 def _rows(path: str, card: Card) -> tuple[list[str], np.ndarray]:
     """The rows of a .csv file in the columns that a network reads."""
     table = tables.read_table(path)
-    if lacking := [
-        f"{name}{messages.nearest(name, table.columns)}" for name in card.columns if name not in table.columns
-    ]:
+    if lacking := [f"{name}{nearest(name, table.columns)}" for name in card.columns if name not in table.columns]:
         raise ValueError(f"{path} lacks {len(lacking)} columns that the network reads:\n{listed(lacking)}")
     values, problems = number_columns(table, card.columns, np.arange(len(table.rows)))
     if problems:
@@ -55,10 +51,9 @@ def _rows(path: str, card: Card) -> tuple[list[str], np.ndarray]:
     return [f"row/{row}" for row in table.rows], values
 
 
-def source_name(data: str | os.PathLike) -> str:
+def source_name(data: PATH) -> str:
     """The source that a text stands for: itself, or that of a path: a folder, an .npz file or a .csv file."""
-    text = os.fspath(data)
-    path = pathlib.Path(text).expanduser()
+    text, path = os.fspath(data), pathlib.Path(data).expanduser()
     if not path.exists() or text in sources.BUILTIN:
         return text
     if path.is_dir():
@@ -83,10 +78,9 @@ def splits_of(source: str, task: str, labels: Sequence[str] = ()) -> list[str]:
 
 def load_labelled(data: Any, split: str, *, task: str, labels: Sequence[str] = ()) -> Source:
     """One labelled split of what a user hands over."""
-    if isinstance(data, str | os.PathLike):
+    if isinstance(data, PATH):
         name = source_name(data)
-        split = split or splits_of(name, task, labels)[-1]
-        return sources.load(name, split, task=task, labels=tuple(labels))
+        return sources.load(name, split or splits_of(name, task, labels)[-1], task=task, labels=tuple(labels))
     named = by_split(data)
     chosen = split or next(name for name in ("test", "val", "train", *named) if name in named)
     if chosen not in named:
@@ -94,28 +88,29 @@ def load_labelled(data: Any, split: str, *, task: str, labels: Sequence[str] = (
     return named[chosen]
 
 
-def by_split(data: Any) -> Named:
+def by_split(data: Any) -> dict[str, Source]:
     """Data in memory as `{split: Source}`; what has no split is train."""
-    table = data if isinstance(data, Mapping) else {"train": data}
-    return {name: _source(name, each) for name, each in table.items()}
+    found = {}
+    for split, each in (data if isinstance(data, Mapping) else {"train": data}).items():
+        if isinstance(each, Source):
+            found[split] = each
+            continue
+        if not isinstance(each, list | tuple) or len(each) not in (2, 3) or isinstance(each[0], str):
+            raise ValueError(
+                f"{split}: found {type(each).__name__}; expected a source such as 'folder:PATH', a path, a pair "
+                "(images uint8 [N, H, W, 3], labels), a Dataset, or a table {split: pair or Dataset}"
+            )
+        images, labels, *classes = map(np.asarray, each)
+        given = {"image": images, "label": labels}
+        found[split] = arrays.check_arrays("the arrays", "arrays", split, given, classes[0] if classes else None)
+    return found
 
 
-def _source(split: str, data: Any) -> Source:
-    if isinstance(data, Source):
-        return data
-    if not isinstance(data, list | tuple) or len(data) not in (2, 3) or isinstance(data[0], str):
-        raise ValueError(f"{split}: found {type(data).__name__}; {EXPECTED}")
-    images, labels, *classes = data
-    found = {"image": np.asarray(images), "label": np.asarray(labels)}
-    return arrays.check_arrays("the arrays", "arrays", split, found, np.asarray(classes[0]) if classes else None)
-
-
-def write_arrays(data: Any, path: pathlib.Path) -> None:
+def write_arrays(named: Mapping[str, Source], path: pathlib.Path) -> None:
     """Writes data in memory as the .npz file that the source arrays:FILE reads, so that the trainer reads it."""
-    named, kept = by_split(data), {}
-    names = {source.class_names for source in named.values()}
-    if len(names) > 1:
-        names = {max(names, key=len)} if all(n == tuple(map(str, range(len(n)))) for n in names) else names
+    kept, names = {}, {source.class_names for source in named.values()}
+    if all(found == tuple(map(str, range(len(found)))) for found in names):  # numbered: the longest holds the others
+        names = {max(names, key=len)}
     if len(names) != 1 or any(source.columns for source in named.values()):
         raise ValueError(f"splits with different classes, or rows of a table: {', '.join(named)}; expected images")
     for split, source in named.items():

@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 import io
+import itertools
 import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 
 from tl_jax import tasks
 from tl_jax.api import inputs
@@ -43,17 +44,14 @@ class Metrics(dict):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A network with its variables and the card that says how its input is made and what its outputs mean.
+    """A network with its variables and the card that says how its input is made and what its outputs mean."""
 
-    name: of the architecture. weights: where they were read, "" for random ones. image_size: as given to `load`.
-    """
-
-    name: str
-    weights: str
+    name: str  # of the architecture
+    weights: str  # where they were read, "" for random ones
     module: Any
     variables: Mapping[str, Any]
     card: Card
-    image_size: int = 0
+    image_size: int = 0  # as given to `load`
 
     @property
     def spec(self) -> tasks.Spec:
@@ -82,28 +80,19 @@ def load(
     """Loads a weight file of any known layout into the named model; without a file its weights are random.
 
     name "" takes the model that the file's card names. weights: a file, the folder of a finished run, "builtin:NAME" or
-    "hf://owner/name[/file]@revision". num_classes 0 loads a file that has no head, an integer makes a new head.
-    Raises one ValueError that lists every tensor that does not fit.
+    "hf://owner/name[/file]@revision". num_classes: of a new head; 0 loads a file that has none. Raises one ValueError
+    that lists every tensor that does not fit.
     """
     weights = os.fspath(weights)
-    loaded = pretrained.load_with_origins(name, weights, num_classes, image_size=image_size or None, seed=seed)
+    loaded = pretrained.load(name, weights, num_classes, image_size=image_size or None, seed=seed)
     return Model(name or loaded.card.model, weights, loaded.model, loaded.variables, loaded.card, image_size)
 
 
-class Done(NamedTuple):
-    """One batch: the positions of the inputs that were read, the outputs for them, and why others were not read."""
-
-    positions: list[int]
-    outputs: dict[str, np.ndarray]
-    unreadable: dict[int, str]
-
-
-def run(model: Model, items: Any, count: int, batch_size: int) -> Iterator[Done]:
-    """Applies the network to items[0], ..., items[count - 1], batch by batch.
-
-    Of images: arrays, encoded bytes or paths of files; else rows of a table."""
+def _batches(model: Model, data: Any, batch_size: int) -> Iterator[tuple[list[tuple[str, str | None]], dict]]:
+    """Yields pairs (name of an input, why it cannot be read, else None), and the outputs for those that can be read."""
+    names, items = inputs.list_inputs(data, model.card)
     parallel, variables, apply = model._compiled
-    size, preprocess = parallel.round_up(min(batch_size, count)), make_preprocess(model.card)
+    size, preprocess = parallel.round_up(min(batch_size, len(names))), make_preprocess(model.card)
 
     def read(i: int) -> np.ndarray | str:
         try:
@@ -114,37 +103,29 @@ def run(model: Model, items: Any, count: int, batch_size: int) -> Iterator[Done]
         except (ValueError, OSError) as error:
             return str(error)
 
-    chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    chunks = [range(start, min(start + size, len(names))) for start in range(0, len(names), size)]
     console = Console(stderr=True)
-    progress = Progress(console=console, transient=True, disable=not shows_bar(console))
-    with ThreadPoolExecutor(THREADS) as pool, progress:
-        bar, ahead = progress.add_task("predict", total=count), [pool.map(read, chunk) for chunk in chunks[:1]]
-        for i, chunk in enumerate(chunks):
-            ahead += [pool.map(read, following) for following in chunks[i + 1 : i + 2]]
-            found = dict(zip(chunk, ahead.pop(0), strict=True))
-            bad = {position: x for position, x in found.items() if isinstance(x, str)}
-            good = [position for position in chunk if position not in bad]
+    bar = track(chunks, "predict", console=console, transient=True, disable=not shows_bar(console))
+    with ThreadPoolExecutor(THREADS) as pool:
+        ahead = pool.map(read, chunks[0])
+        for chunk, following in zip(bar, [*chunks[1:], ()], strict=True):
+            found, ahead = list(ahead), pool.map(read, following)
+            rows = [x for x in found if not isinstance(x, str)]
             outputs = {}
-            if good:
-                rows = np.stack([found[position] for position in good])
-                batch = np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
-                outputs = {
-                    k: x[: len(good)] for k, x in jax.device_get(apply(variables, parallel.put_batch(batch))).items()
-                }
-            progress.update(bar, completed=chunk.stop)
-            yield Done(good, outputs, bad)
+            if rows:
+                batch = np.stack(rows + [np.zeros_like(rows[0])] * (size - len(rows)))
+                outputs = jax.device_get(apply(variables, parallel.put_batch(batch)))
+            named = [(names[i], x if isinstance(x, str) else None) for i, x in zip(chunk, found, strict=True)]
+            yield named, {name: x[: len(rows)] for name, x in outputs.items()}
 
 
-def stream(model: Model, data: Any, batch_size: int = 128) -> Iterator[answers.Row]:
+def stream(model: Any, data: Any, batch_size: int = 128) -> Iterator[answers.Row]:
     """What `predict` gives, row by row; only one batch is held."""
-    if not model.card.num_classes:
-        raise ValueError(f"{model.name} was loaded without a head: it has features, and no outputs")
-    names, items = inputs.list_inputs(data, model.card)
-    for positions, outputs, unreadable in run(model, items, len(names), batch_size):
-        outputs = {name: x for name, x in outputs.items() if name != FEATURES}
-        found = dict(zip(positions, answers.answers(model.spec, outputs) if positions else [], strict=True))
-        found |= {position: {"error": reason} for position, reason in unreadable.items()}
-        yield from ({"file": names[position], **found[position]} for position in sorted(found))
+    own = _model(model)
+    for found, outputs in _batches(own, data, batch_size):
+        outputs.pop(FEATURES, None)
+        rows = iter(answers.answers(own.spec, outputs) if outputs else ())
+        yield from ({"file": name, **(next(rows) if bad is None else {"error": bad})} for name, bad in found)
 
 
 def predict(model: Any, data: Any, *, batch_size: int = 128) -> list[answers.Row]:
@@ -154,50 +135,41 @@ def predict(model: Any, data: Any, *, batch_size: int = 128) -> list[answers.Row
     or a Dataset; of a network that reads a table, a .csv file or rows [N, F]. What cannot be read has a row {"file",
     "error"}.
     """
-    return list(stream(as_model(model), data, batch_size))
+    return list(stream(model, data, batch_size))
 
 
 def outputs(model: Any, data: Any, *, batch_size: int = 128) -> np.ndarray:
     """Logits float32 [N, K], [N] of a binary task, or values [N, T] of a regression, for inputs as in `predict`."""
-    found = _whole(as_model(model), data, batch_size)
-    found.pop(FEATURES)
-    return next(iter(found.values()))
+    found = _whole(_model(model), data, batch_size)
+    return next(array for name, array in found.items() if name != FEATURES)
 
 
 def features(model: Any, data: Any, *, batch_size: int = 128) -> np.ndarray:
     """What the network's head reads, float32 [N, D], for inputs as in `predict`; ValueError names the unreadable."""
-    return _whole(as_model(model), data, batch_size)[FEATURES]
+    return _whole(_model(model, head=False), data, batch_size)[FEATURES]
 
 
 def _whole(model: Model, data: Any, batch_size: int) -> dict[str, np.ndarray]:
-    names, items = inputs.list_inputs(data, model.card)
-    done = list(run(model, items, len(names), batch_size))
-    if bad := [f"{names[i]}: {reason}" for each in done for i, reason in each.unreadable.items()]:
-        raise ValueError(f"{len(bad)} of {len(names)} inputs cannot be read:\n{listed(bad)}")
-    return {name: np.concatenate([each.outputs[name] for each in done]) for name in done[0].outputs}
+    found, batches = zip(*_batches(model, data, batch_size), strict=True)
+    every = list(itertools.chain(*found))
+    if bad := [f"{name}: {reason}" for name, reason in every if reason is not None]:
+        raise ValueError(f"{len(bad)} of {len(every)} inputs cannot be read:\n{listed(bad)}")
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def score(
     model: Any, data: Any, split: str = "", *, labels: Sequence[str] = (), batch_size: int = 128
 ) -> tasks.Predictions:
     """The outputs of a network for labelled data, with the labels in the order of its own classes; see `evaluate`."""
-    own = as_model(model)
+    own = _model(model)
     source = inputs.load_labelled(data, split, task=own.card.task, labels=labels or getattr(model, "labels", ()))
     found = _whole(own, source, batch_size)
-    if len(found) == 1:
-        raise ValueError(f"{own.name} was loaded without a head: it has features, and no outputs to score")
     matched, read = match_labels(source, own.spec, named=bool(own.card.class_names)), found.pop(FEATURES)
     return tasks.make_predictions(found, matched, source.ids, own.spec, read)
 
 
 def evaluate(
-    model: Any,
-    data: Any,
-    split: str = "",
-    *,
-    labels: Sequence[str] = (),
-    batch_size: int = 128,
-    resamples: int = 1000,
+    model: Any, data: Any, split: str = "", *, labels: Sequence[str] = (), batch_size: int = 128, resamples: int = 1000
 ) -> Metrics:
     """Every metric with its 95 % interval on labelled data, each example once; nothing is trained.
 
@@ -215,8 +187,7 @@ def match_labels(source: Source, spec: tasks.Spec, named: bool) -> np.ndarray:
     if theirs == ours:
         return source.labels
     subset = source.label_kind == "classes" and set(theirs) <= set(ours)
-    numbered = theirs == tuple(map(str, range(len(theirs))))
-    if not subset and (len(theirs) != len(ours) or (named and not numbered)):
+    if not subset and (len(theirs) != len(ours) or (named and theirs != tuple(map(str, range(len(theirs)))))):
         raise ValueError(
             f"{source.name} has {len(theirs)} classes, labels or targets ({', '.join(theirs[:5])}, ...), the network "
             f"{len(ours)} ({', '.join(ours[:5])}, ...); expected the same names"
@@ -228,9 +199,11 @@ def match_labels(source: Source, spec: tasks.Spec, named: bool) -> np.ndarray:
     return np.array([ours.index(name) for name in theirs], np.int32)[source.labels] if subset else source.labels
 
 
-def as_model(model: Any) -> Model:
-    """The network of a Run, or the Model itself."""
-    found = getattr(model, "model", model)
+def _model(given: Any, head: bool = True) -> Model:
+    """The network of a Run, or the Model itself; ValueError for others, and for one without the head that is needed."""
+    found = getattr(given, "model", given)
     if not isinstance(found, Model):
-        raise ValueError(f"expected a model, as `load` gives it, or a run, as `fit` and `load_run` do; found {model!r}")
+        raise ValueError(f"expected a model, as `load` gives it, or a run, as `fit` and `load_run` do; found {given!r}")
+    if head and not found.card.num_classes:
+        raise ValueError(f"{found.name} was loaded without a head: it has features, and no outputs")
     return found

@@ -21,7 +21,6 @@ from tl_jax.api import model as models
 from tl_jax.api.model import Metrics, Model
 from tl_jax.core import files
 from tl_jax.core.messages import nearest
-from tl_jax.data.examples import Source
 from tl_jax.methods import probes, recipes
 from tl_jax.tasks import answers
 from tl_jax.training import train as training
@@ -43,17 +42,13 @@ class Picture(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """A finished run.
-
-    folder: its workdir. weights: where the base of its delta checkpoint lies now, if not where it lay.
-    """
+    """A finished run: its workdir, and where the base of its delta checkpoint lies now, if not where it lay."""
 
     folder: pathlib.Path
     weights: str | None = None
 
     def __repr__(self) -> str:
-        result = self.result
-        return f"{result['model']}, {result['method']}, on {result['data']} ({self.folder})\n{self.metrics!r}"
+        return "{model}, {method}, on {data}".format(**self.result) + f" ({self.folder})\n{self.metrics!r}"
 
     @functools.cached_property
     def result(self) -> dict[str, Any]:
@@ -68,14 +63,10 @@ class Run:
     @property
     def curves(self) -> dict[str, tuple[list[int], list[float]]]:
         """`{"train/loss": (steps, values), ...}`: the rows of metrics.jsonl."""
-        found: dict[str, tuple[list, list]] = {}
-        for row in files.read_rows(self.folder / "metrics.jsonl"):
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    steps, values = found.setdefault(name, ([], []))
-                    steps.append(row["step"])
-                    values.append(value)
-        return found
+        rows = files.read_rows(self.folder / "metrics.jsonl")
+        names = dict.fromkeys(name for row in rows for name in row if name != "step")
+        known = {name: [row for row in rows if row.get(name) is not None] for name in names}
+        return {name: ([row["step"] for row in at], [row[name] for row in at]) for name, at in known.items() if at}
 
     @functools.cached_property
     def options(self) -> dict[str, Any]:
@@ -125,8 +116,8 @@ class Run:
         if not path.exists():
             from tl_jax.training import plots  # here, as matplotlib takes its time
 
-            saved = tasks.load_predictions(self.folder / "predictions.npz")
-            plots.draw_run(files.read_rows(self.folder / "metrics.jsonl"), saved, self.folder)
+            rows, saved = self.folder / "metrics.jsonl", self.folder / "predictions.npz"
+            plots.draw_run(files.read_rows(rows), tasks.load_predictions(saved), self.folder)
         if not path.exists():
             there = sorted(figure.stem for figure in self.folder.glob("*.png"))
             raise ValueError(f"the run has no figure {name!r}{nearest(name, there)}; it has {', '.join(there)}")
@@ -159,7 +150,7 @@ def fit(
     data: a source such as "folder:PATH" or its path, a pair (images uint8 [N, H, W, 3], labels), a Dataset, or a table
     {split: pair or Dataset}. Without a split val a fifth of train takes its place; without test val is scored. method:
     one of `list_methods`. task: that of the labels unless given. workdir: kept, and resumed where the same call was
-    interrupted; None: a temporary folder that is removed with the Run. changes: {dotted option: value} of any option in
+    interrupted; None: a temporary folder that is removed with the Run. changes: {dotted option: value}, see
     tl_jax/core/options.py. Raises one ValueError for all that does not fit.
     """
     table = recipes.methods(epochs)
@@ -167,7 +158,7 @@ def fit(
         raise ValueError(f"there is no method {method!r}{nearest(method, table)}; known: {', '.join(table)}")
     if getattr(model.module, "additions", ()):
         raise ValueError("a network with adapters or prompts cannot be adapted further; load its base, or merge LoRA")
-    given = dict(changes or {})
+    given = changes or {}
     if several := [name for name in ("seeds", "baseline", "replicas") if given.get(name)]:
         raise ValueError(f"changes sets {', '.join(several)}: these are several runs, see python -m tl_jax train")
     run = Run(pathlib.Path(workdir or tempfile.mkdtemp(prefix="tl_jax-")))
@@ -188,23 +179,16 @@ def _data_options(data: Any, task: str, folder: pathlib.Path, given: Mapping[str
         source, task = inputs.source_name(data), task or "classification"
         found = inputs.splits_of(source, task, given.get("data.labels", ()))
     else:
-        named = inputs.by_split(data)
-        source, found = f"arrays:{_stored(named, folder)}", list(named)
-        task = task or TASKS[next(iter(named.values())).label_kind]
-    val = "val" if "val" in found else "train[80%:]"
-    train = "train" if "val" in found else "train[:80%]"
+        found = inputs.by_split(data)
+        text = "\n".join(f"{split} {source.fingerprint}" for split, source in found.items())
+        path = folder.absolute() / f"data-{hashlib.sha256(text.encode()).hexdigest()[:12]}.npz"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            inputs.write_arrays(found, path)
+        source, task = f"arrays:{path}", task or TASKS[next(iter(found.values())).label_kind]
+    train, val = ("train", "val") if "val" in found else ("train[:80%]", "train[80%:]")
     test = "test" if "test" in found else ""
     return {"task": task, "data.source": source, "data.train": train, "data.val": val, "data.test": test}
-
-
-def _stored(named: Mapping[str, Source], folder: pathlib.Path) -> pathlib.Path:
-    """The file of data in memory, in the folder of the run; its name says what is in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(f"{split} {source.fingerprint}" for split, source in named.items())
-    path = folder.absolute() / f"data-{hashlib.sha256(text.encode()).hexdigest()[:12]}.npz"
-    if not path.exists():
-        inputs.write_arrays(named, path)
-    return path
 
 
 def knn(

@@ -1,7 +1,4 @@
-"""What a value must be, said once at the parameter: `alpha: Annotated[float, checks.number(0)] = 0.01`.
-
-Options, terms, added parameters, augmentations, schedules and head layers are checked by these, in the same words.
-"""
+"""What a value must be, stated once at the option or parameter: `alpha: Annotated[float, checks.number(0)] = 0.01`."""
 
 import functools
 import inspect
@@ -29,9 +26,8 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
     """A finite number from low to high; above, below: without that bound itself."""
 
     def fits(value: Any) -> bool:
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-            return False
-        return (low < value if above else low <= value) and (value < high if below else value <= high)
+        finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        return finite and (low < value if above else low <= value) and (value < high if below else value <= high)
 
     bounds = [f"{'above' if above else 'of at least'} {low:g}"] if low > -math.inf else []
     bounds += [f"{'below' if below else 'at most'} {high:g}"] if high < math.inf else []
@@ -51,11 +47,7 @@ def one_of(*names: Any) -> Check:
 
 def sequence(of: Check, expected: str, length: int | None = None) -> Check:
     """A list or tuple of values that each fit."""
-
-    def fits(value: Any) -> bool:
-        return isinstance(value, list | tuple) and length in (None, len(value)) and all(map(of.fits, value))
-
-    return Check(fits, expected)
+    return Check(lambda x: _is_sequence(x, length) and all(map(of.fits, x)), expected)
 
 
 def either(one: Check, other: Check) -> Check:
@@ -64,12 +56,12 @@ def either(one: Check, other: Check) -> Check:
 
 def duration(*, zero: bool = False) -> Check:
     """(amount, unit) with a unit of UNITS."""
-    amount = number(0, above=not zero)
+    amount, expected = number(0, above=not zero), f"(amount {'>= 0' if zero else '> 0'}, one of {', '.join(UNITS)})"
+    return Check(lambda x: _is_sequence(x, 2) and amount.fits(x[0]) and x[1] in UNITS, expected)
 
-    def fits(value: Any) -> bool:
-        return isinstance(value, list | tuple) and len(value) == 2 and amount.fits(value[0]) and value[1] in UNITS
 
-    return Check(fits, f"(amount {'>= 0' if zero else '> 0'}, one of {', '.join(UNITS)})")
+def _is_sequence(value: Any, length: int | None = None) -> bool:
+    return isinstance(value, list | tuple) and length in (None, len(value))
 
 
 def _is_regex(value: Any) -> bool:
@@ -79,8 +71,8 @@ def _is_regex(value: Any) -> bool:
         return False
 
 
-def _are_pairs(value: Any, kind: type | tuple = object) -> bool:
-    pairs = isinstance(value, list | tuple) and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
+def _are_pairs(value: Any, kind: type = object) -> bool:
+    pairs = _is_sequence(value) and all(_is_sequence(pair, 2) for pair in value)
     return pairs and all(isinstance(name, str) and isinstance(inner, kind) for name, inner in value)
 
 
@@ -99,9 +91,7 @@ ANY = Check(lambda value: True, "any value")
 def parameters(function: Callable) -> dict[str, Check]:
     """The parameters of a function that are checked: those annotated with a Check."""
     hints = typing.get_type_hints(function, include_extras=True)
-    found = {
-        name: getattr(hints.get(name), "__metadata__", (None,))[0] for name in inspect.signature(function).parameters
-    }
+    found = {x: getattr(hints.get(x), "__metadata__", (None,))[0] for x in inspect.signature(function).parameters}
     return {name: check for name, check in found.items() if isinstance(check, Check)}
 
 
@@ -130,7 +120,7 @@ def pairs_problems(kind: str, pairs: Sequence, registry: Mapping[str, Callable])
     """The same for pairs, in which each name may occur once."""
     problems, counts = [], Counter()
     for pair in pairs:
-        if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str):
+        if _is_sequence(pair, 2) and isinstance(pair[0], str):
             problems += call_problems(kind, *pair, registry)
             counts[pair[0]] += 1
         else:

@@ -1,7 +1,4 @@
-"""The names of what a batch of one stream holds, `{field: array}`; the inputs have the names of their views.
-
-A stream without labels has no field LABEL, so that whatever reads one raises KeyError.
-"""
+"""The fields of a batch of one stream, apart from its views; reading a LABEL that is not there raises KeyError."""
 
 LABEL = "label"  # [B] int32 classes, [B, K] int32 labels or [B, T] float32 targets
 INDEX = "index"  # [B] int32, the place of the example in its source; -1 where a batch is padded

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -40,6 +41,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); move the file away, or take another workdir") from None
     return value
+
+
+def as_tuples(value: Any) -> Any:
+    """A value with a tuple for every list in it, as configs and cards have what JSON keeps in lists."""
+    if isinstance(value, Mapping):
+        return {key: as_tuples(inner) for key, inner in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

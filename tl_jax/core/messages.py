@@ -25,8 +25,7 @@ def listed(offenders: Sequence[str], shown: int = 10) -> str:
 
 def fingerprint(table: Mapping[str, Any]) -> str:
     """sha256 of a flat table of plain values, independent of its order."""
-    text = "\n".join(f"{key}={table[key]}" for key in sorted(table))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256("\n".join(f"{key}={table[key]}" for key in sorted(table)).encode()).hexdigest()
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 20) -> list[str]:

@@ -10,40 +10,32 @@ from tl_jax.core.checks import FLAG, NAMED, RULES, TABLE, TEXT, TEXTS, integer, 
 
 
 class Option(NamedTuple):
-    """One option.
-
-    default: its value in a new config; another than the initial one by `_option(...)._replace(default=...)`. initial:
-    its default when it was introduced, never edited, and its value in a config.json that does not have it; the identity
-    of a run leaves out what has it, so that neither a new option nor a changed default changes the meaning of an old
-    config. phase: a phase may change it. replica: replicas may differ in it. numbers: False where it only changes the
-    speed.
-    """
+    """One option; that the identity of a run leaves out initial values keeps the meaning of old configs."""
 
     name: str
-    default: Any
-    initial: Any
+    default: Any  # in a new config; another than the initial one by `_option(...)._replace(default=...)`
+    initial: Any  # the default when it was introduced, never edited: its value in a config.json that does not have it
     check: checks.Check
     doc: str
-    phase: bool = False
-    replica: bool = False
-    numbers: bool = True
+    phase: bool = False  # a phase may change it
+    replica: bool = False  # replicas may differ in it
+    numbers: bool = True  # False where it only changes the speed
 
 
-def _option(name, initial, check, doc, *, phase=False, replica=False, numbers=True) -> Option:
-    return Option(name, initial, initial, check, doc, phase, replica, numbers)
-
-
-def _are_sets(value: Any) -> bool:
-    rows = isinstance(value, list | tuple) and all(isinstance(row, list | tuple) and len(row) == 3 for row in value)
-    return rows and all(isinstance(x, str) for row in value for x in row) and len({n for n, *_ in value}) == len(value)
+def _option(name: str, initial: Any, check: checks.Check, doc: str, **marks: bool) -> Option:
+    return Option(name, initial, initial, check, doc, **marks)
 
 
 SOURCE = checks.either(TEXT, sequence(TEXT, "a sequence of strings, one for each domain"))
 SAMPLING = one_of("shuffled", "class_balanced")
-SETS = checks.Check(_are_sets, "triples of strings (name, source, split), each name once")
+_TRIPLES = sequence(sequence(TEXT, "three strings", 3), "triples of strings (name, source, split), each name once")
+SETS = _TRIPLES._replace(fits=lambda x: _TRIPLES.fits(x) and len({name for name, *_ in x}) == len(x))
 SEVERAL = sequence(checks.CHANGES, "a sequence, each pairs (dotted option, value)")
 TABLES = checks.Check(lambda x: TABLE.fits(x) and all(map(TABLE.fits, x.values())), "{name: {parameter: value}}")
 _SCHEDULE = checks.Check(lambda value: NAMED.fits([value]), "a pair (schedule, {parameter: value})")
+SEED = integer(0, 2**32 - 1)
+RATE = number(0, 1, below=True)
+GRID = sequence(number(0), "numbers, (value, ...)")
 WEIGHT = checks.either(number(), _SCHEDULE)
 POSITIVE = sequence(number(0, above=True), "a sequence of numbers above 0")
 
@@ -55,8 +47,7 @@ TASK_ARGS = {
 # Each with its task_args.
 TASKS = {
     "classification": ("class_weight",),
-    "binary": ("pos_weight",),
-    "multilabel": ("pos_weight",),
+    **dict.fromkeys(("binary", "multilabel"), ("pos_weight",)),
     "regression": (),
 }
 STREAM = {
@@ -73,14 +64,11 @@ CARD = dict.fromkeys(("input_size", "mean", "std", "interpolation", "crop", "lic
 
 # fmt: off
 _ROWS = (
-    _option("seed", 0, integer(0, 2**32 - 1), "of the new head, the order of the data, augmentation, dropout and the "
-            "choice of shots", replica=True),
+    _option("seed", 0, SEED, "of the new head, the order of the data, augmentation, dropout and shots", replica=True),
 
     # What is predicted, and the loss
-    _option("task", "classification", one_of(*TASKS), "what the outputs mean: classes, one probability, a probability "
-            "for each label, or numbers"),
-    _option("task_args", {}, TABLE, "class_weight: \"balanced\" or a weight for each class; pos_weight: of the "
-            "positive examples of a binary task, or of each label"),
+    _option("task", "classification", one_of(*TASKS), "what the outputs mean"),
+    _option("task_args", {}, TABLE, "class_weight: 'balanced' or per class; pos_weight: of positives, or per label"),
     _option("terms", {}, TABLES, "summands of the loss: {name: {\"weight\": number or (schedule, {parameter: value}), "
             "and the term's own parameters}}; \"task\" is there without being named", phase=True),
 
@@ -94,14 +82,12 @@ _ROWS = (
     _option("model.head_init", "zeros", TEXT, "of the last dense layer: zeros | lecun"),
     _option("model.dtype", "float32", one_of("float32", "bfloat16"), "of activations; parameters and loss are float32"),
     _option("model.prefix_dtype", "", one_of("", "float32", "bfloat16"), "of the frozen prefix; \"\": model.dtype"),
-    _option("model.dropout", 0.0, number(0, 1, below=True), "before the head"),
-    _option("model.drop_path", 0.0, number(0, 1, below=True), "stochastic depth, rising linearly to this rate in the "
-            "last block"),
-    _option("model.remat", "", one_of("", "block", "dots"), "recompute in the backward pass, to save memory: all of a "
-            "block, or all but matrix products and convolutions"),
+    _option("model.dropout", 0.0, RATE, "in front of the head"),
+    _option("model.drop_path", 0.0, RATE, "stochastic depth, rising linearly to this rate in the last block"),
+    _option("model.remat", "", one_of("", "block", "dots"), "recompute in the backward pass: all of a block, or all "
+            "but matrix products and convolutions"),
     _option("model.attention", "xla", one_of("xla", "cudnn"), "cudnn: its fused kernel, on a GPU in bfloat16"),
-    _option("networks", {}, TABLES, "further networks: {name: {name, weights, image_size, cache}}; cache \"features\": "
-            "what a frozen one computes is kept on disk"),
+    _option("networks", {}, TABLES, "{name: {name, weights, image_size, cache}}; cache 'features': kept on disk"),
 
     # The data
     _option("data.source", "digits", SOURCE, "digits | glyphs | folder:PATH | csv:FILE | arrays:FILE.npz | "
@@ -122,8 +108,7 @@ _ROWS = (
     _option("data.card", {}, TABLE, "fields of the weight card to replace, such as mean; needs data.override_card"),
     _option("data.override_card", False, FLAG, "allow data.card to change what the weights expect of their input"),
     _option("data.transductive", False, FLAG, "allow an unlabelled training stream to hold examples that are scored"),
-    _option("streams", {}, TABLES, "further streams of batches: {name: {source, split, batch_size, augment, labelled, "
-            "sampling, shots}}"),
+    _option("streams", {}, TABLES, "{name: {source, split, batch_size, augment, labelled, sampling, shots}}"),
     _option("norm_batches", "joint", one_of("joint", "per_stream"), "what BatchNorm normalises over, with streams"),
 
     # What trains
@@ -131,18 +116,13 @@ _ROWS = (
             "norm_only | rules; without gradient: knn | logistic | ridge; see docs/methods.md", phase=True),
     _option("method.k", 0, integer(0), "blocks of last_k and first_k", phase=True),
     _option("method.blocks", (), TEXTS, "of blocks: stem, stage1/block0, block3, norm, ...", phase=True),
-    _option("method.rules", (), RULES, "of rules: ordered pairs (path regex, group); the group frozen is not trained",
-            phase=True),
-    _option("method.norm", (), RULES, "ordered pairs (path regex, frozen | update); (): as the block they are in",
-            phase=True),
+    _option("method.rules", (), RULES, "of rules: ordered pairs (path regex, group | frozen)", phase=True),
+    _option("method.norm", (), RULES, "ordered pairs (path regex, frozen | update); (): as their block", phase=True),
     _option("method.add", (), NAMED, "added parameters: pairs (lora | adapter | prompt | ssf, {parameter: value})"),
-    _option("method.stoch_norm", 0.0, number(0, 1), "probability with which a channel of a trained BatchNorm layer is "
-            "normalised by the running statistics", phase=True),
+    _option("method.stoch_norm", 0.0, number(0, 1), "rate of BatchNorm channels with running statistics", phase=True),
     _option("method.auto_rgn", False, FLAG, "learning rates of blocks by their relative gradient norms", phase=True),
-    _option("method.grid", (), sequence(number(0), "numbers, (value, ...)"), "of knn (neighbours), logistic (C), "
-            "ridge (alpha): val chooses; (): a default grid"),
-    _option("method.label_smoothing", 0.0, number(0, 1, below=True), "mass that moves from the class to all classes",
-            phase=True),
+    _option("method.grid", (), GRID, "of knn (neighbours), logistic (C), ridge (alpha): val chooses; (): a default"),
+    _option("method.label_smoothing", 0.0, RATE, "mass that goes from the class to all classes", phase=True),
     _option("method.mixup", 0.0, number(0), "parameter of the Beta distribution; 0: off", phase=True),
     _option("method.cutmix", 0.0, number(0), "parameter of the Beta distribution; 0: off", phase=True),
 
@@ -157,37 +137,31 @@ _ROWS = (
     _option("decay", ".*/kernel", checks.REGEX, "the parameters that weight decay acts on", phase=True),
     _option("clip", 1.0, number(0), "the largest global norm of the gradient; 0: off", phase=True),
     _option("groups", {}, TABLES, "{group: {lr_mult, weight_decay, decay, optimizer, args}}", phase=True, replica=True),
-    _option("layer_decay", 1.0, number(0, 1, above=True), "the factor on the learning rate from each block to the one "
-            "before it", phase=True),
+    _option("layer_decay", 1.0, number(0, 1, above=True), "factor on lr, per block from the head down", phase=True),
     _option("schedule.name", "cosine", TEXT, "constant | cosine | linear | step | inverse_sqrt", phase=True),
     _option("schedule.warmup", (0.0, "epochs"), checks.duration(zero=True), "of the learning rate, linear", phase=True),
     _option("schedule.args", {}, TABLE, "such as final, milestones, factor, timescale", phase=True),
-    _option("ema", 0.0, number(0, 1, below=True), "decay of the moving average of parameters and statistics; 0: off"),
-    _option("phases", (), SEVERAL, "phases one after the other, each pairs (dotted option, value); their lengths add "
-            "up to the run's"),
+    _option("ema", 0.0, RATE, "decay of the moving average of parameters and statistics; 0: off"),
+    _option("phases", (), SEVERAL, "phases one after the other, each pairs (dotted option, value) with its own total"),
 
     # Evaluation
     _option("eval_batch_size", 128, integer(1), "over all devices"),
     _option("log_every", (10.0, "steps"), checks.duration(), "lines of metrics.jsonl"),
     _option("eval_every", (1.0, "epochs"), checks.duration(), "exact evaluation on val, then a checkpoint"),
     _option("select", "last", one_of("last", "best_val"), "the checkpoint that is scored at the end"),
-    _option("patience", 0, integer(0), "evaluations without improvement of the monitored score before the run stops; "
-            "0: off"),
+    _option("patience", 0, integer(0), "evaluations without improvement until the run stops; 0: off"),
     _option("min_delta", 0.0, number(0), "how much an improvement must be, for patience"),
     _option("resamples", 1000, integer(1), "of the bootstrap behind every interval"),
 
     # Several runs, memory and speed
-    _option("seeds", (), sequence(integer(0, 2**32 - 1), "integers, (seed, ...)"), "further seeds of the same run"),
+    _option("seeds", (), sequence(SEED, "integers, (seed, ...)"), "further seeds of the same run"),
     _option("baseline", (), checks.CHANGES, "a second arm to compare with: pairs (dotted option, value)"),
-    _option("replicas", (), SEVERAL, "runs that are trained together, each pairs (dotted option, value); what is "
-            "frozen is computed once for all"),
-    _option("cache", "", one_of("", "features"), "features: the frozen prefix runs once per image, and its outputs "
-            "are kept on disk"),
+    _option("replicas", (), SEVERAL, "runs that are trained as one program, each pairs (dotted option, value)"),
+    _option("cache", "", one_of("", "features"), "features: keep the outputs of the frozen prefix on disk"),
     _option("views", 1, integer(1), "epochs of augmentation that are kept so; epoch e sees those of e % views"),
     _option("cache_dir", "", TEXT, "where they are kept; \"\": ~/.cache/tl_jax/features", numbers=False),
     _option("parallel", "jit", one_of("jit", "pmap"), "how a step is divided over the devices"),
-    _option("fsdp", 0, integer(0), "arrays of at least this many elements are divided over the devices; 0: none",
-            numbers=False),
+    _option("fsdp", 0, integer(0), "divide arrays of at least this size over the devices; 0: none", numbers=False),
 )
 # fmt: on
 OPTIONS: dict[str, Option] = {option.name: option for option in _ROWS}

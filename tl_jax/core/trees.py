@@ -1,7 +1,7 @@
 """Parameter trees as flat dictionaries `{path: leaf}`: match rules, split, merge, count, fingerprint.
 
-A path reads `backbone/stage1/block0/conv1/kernel`. Everything that decides per parameter (freezing, optimizer
-groups, norm policy, audit, checkpoints) speaks in these paths, never in modules.
+A path reads `backbone/stage1/block0/conv1/kernel`. Freezing, optimizer groups, norm policy, audit and checkpoints
+decide by these paths.
 """
 
 import hashlib
@@ -52,29 +52,23 @@ def merge(tree: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def match_rules(paths: Iterable[str], rules: Rules, what: str = "parameter") -> dict[str, Match]:
-    """Gives each path the first rule whose regex matches all of it.
-
-    Raises one ValueError that lists every path without a rule, every rule without a path and every broken regex.
-    """
-    paths, problems, compiled, matches = list(paths), [], [], {}
+    """Gives each path the first rule whose regex matches all of it; ValueError lists those without a match."""
+    paths, problems, compiled = list(paths), [], {}
     for pattern, value in rules:
         try:
-            compiled.append((re.compile(pattern), Match(pattern, value)))
+            compiled[Match(pattern, value)] = re.compile(pattern)
         except re.error as error:
             problems.append(f"{pattern!r} is not a regular expression: {error}")
-    for path in paths:
-        if found := next((match for regex, match in compiled if regex.fullmatch(path)), None):
-            matches[path] = found
+    found = {path: next((m for m, regex in compiled.items() if regex.fullmatch(path)), None) for path in paths}
+    matches = {path: match for path, match in found.items() if match}
     if not problems:
         problems = messages.shorten([f"no rule matches {what} {path!r}" for path in paths if path not in matches], 10)
-        dead = [match for _, match in compiled if match not in matches.values()]
+        dead = [match for match in compiled if match not in matches.values()]
         problems += [f"rule {tuple(match)} decides no {what}{_why_dead(match, paths)}" for match in dead]
     if problems:
-        raise ValueError(
-            f"the rules do not fit the {what}s (a rule must match a whole path; the first match wins):\n"
-            + "".join(f"  {problem}\n" for problem in problems)
-            + f"rules, in order: {[tuple(rule) for rule in rules]}"
-        )
+        first = f"the rules do not fit the {what}s (a rule must match a whole path; the first match wins):"
+        last = f"rules, in order: {[tuple(rule) for rule in rules]}"
+        raise ValueError("\n".join([first, *(f"  {problem}" for problem in problems), last]))
     return matches
 
 

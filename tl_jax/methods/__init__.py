@@ -1,4 +1,4 @@
-"""How to adapt: rules say what trains, terms what is minimised; both are data, and all methods share the trainer."""
+"""How to adapt: rules choose what trains, terms what is minimised; both are data for one trainer."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Distillation as terms: a trained network, the teacher, tells another one what to answer."""
+"""Distillation as terms."""
 
 from typing import Annotated
 
@@ -15,9 +15,8 @@ def kd(
 ) -> Term:
     """Knowledge distillation: T^2 KL(softmax(teacher / T) || softmax(student / T)) (Hinton et al. 2015, section 2).
 
-    Mean over the batch. teacher: the name of a frozen network in config.networks with the model's classes, in their
-    order; it sees the student's crop and flip, or its logits come from the cache. The factor T^2 keeps the size of the
-    gradient as T changes.
+    Mean over the batch. teacher: a frozen network of config.networks with the same classes in the same order; it reads
+    the student's images, or its logits are cached.
     """
 
     def loss(context: Context) -> Result:

@@ -17,34 +17,31 @@ def dann(
     features: Annotated[str, checks.one_of("embedding", "pre_logits")] = "embedding",
     width: Annotated[int, checks.integer(1)] = 1024,
 ) -> Term:
-    """DANN: a discriminator tells the domains apart, the features make it fail (Ganin et al. 2016, section 4).
+    """DANN: features that a discriminator D of the domains cannot use (Ganin et al. 2016, section 4).
 
-    Mean over source and target of the binary cross-entropy of D(reverse(f)), source = 1, the two domains with equal
-    weight. D is Dense(width)-BatchNorm-ReLU twice and one output (TLLib's; the paper's differ by data set). strength of
-    the reversal: a number or a schedule over the phase, the paper's 2 / (1 + exp(-alpha p)) - 1 by default.
-    target: the stream of unlabelled examples. D is the network `discriminator`, trained in the group of that name.
+    Mean over source and target, with equal weight, of the binary cross-entropy of D(reverse(f)), source = 1. D is
+    Dense(width)-BatchNorm-ReLU twice and one output (TLLib's; the paper's differ by data set), the network
+    `discriminator`, trained in the group of that name. strength: of the reversal, a number or a schedule over the
+    phase, the paper's 2 / (1 + exp(-alpha p)) - 1 by default. target: the stream of unlabelled examples.
     """
     name, factor = "discriminator", schedules.make(strength)
 
     def loss(context: Context) -> Result:
         f = jnp.concatenate([context.outputs[stream][features].astype(jnp.float32) for stream in (MAIN, target)])
         source = len(context.outputs[MAIN][features])
-        out, statistics = context.forward(
-            name, reverse(f, factor(context.progress)), train=True, key=context.key
-        )  # fmt: skip
+        reversed_f = reverse(f, factor(context.progress))
+        out, statistics = context.forward(name, reversed_f, train=True, key=context.key)
         logits = out["logits"][:, 0]
         is_source = jnp.arange(len(f)) < source
         sign = jnp.where(is_source, 1.0, -1.0)
         each = jax.nn.softplus(-sign * logits)
         right = ((logits > 0) == is_source).astype(jnp.float32)
-        mean = (each[:source].mean() + each[source:].mean()) / 2
-        accuracy = (right[:source].mean() + right[source:].mean()) / 2
+        mean, accuracy = ((x[:source].mean() + x[source:].mean()) / 2 for x in (each, right))
         return Result(mean, {"accuracy": accuracy, "strength": factor(context.progress)}, batch_stats=statistics)
 
     def init(start: Start) -> tuple[dict[str, Network], Any]:
         module = mlp.MLP(num_classes=1, widths=(width, width), norm=True, head_init="lecun")
-        size = start.shapes[features][-1]
-        variables = jax.jit(module.init)(start.key, jnp.zeros((1, size)))
+        variables = jax.jit(module.init)(start.key, jnp.zeros((1, start.shapes[features][-1])))
         return {name: Network(module, None, variables, group=name)}, None
 
     return Term(loss, on=(MAIN, target), init=init, logs=("accuracy", "strength"))

@@ -1,5 +1,6 @@
 """Mixing of a batch with its mirror image: pure functions of a key, inputs and encoded labels."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -19,10 +20,8 @@ def cutmix(key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float) 
     clipped area, as the authors' code does.
     """
     weight_key, centre_key = jax.random.split(key)
-    height, width = images.shape[1:3]
     side = jnp.sqrt(1.0 - jax.random.beta(weight_key, alpha, alpha))
-    rows = _box(centre_key, height, side, 0)
-    columns = _box(centre_key, width, side, 1)
+    rows, columns = (_interval(jax.random.fold_in(centre_key, i), images.shape[1 + i], side) for i in range(2))
     box = (rows[:, None] & columns[None, :])[None, :, :, None]
     return jnp.where(box, images[::-1], images), _blend(targets, 1.0 - box.mean())
 
@@ -31,28 +30,27 @@ def _blend(batch: jax.Array, weight: jax.Array) -> jax.Array:
     return weight * batch + (1.0 - weight) * batch[::-1]
 
 
-def _box(key: jax.Array, length: int, side: jax.Array, axis: int) -> jax.Array:
-    centre = jax.random.randint(jax.random.fold_in(key, axis), (), 0, length)
+def _interval(key: jax.Array, length: int, side: jax.Array) -> jax.Array:
+    centre = jax.random.randint(key, (), 0, length)
     half = (side * length).astype(jnp.int32) // 2
     position = jnp.arange(length)
     return (position >= centre - half) & (position < centre + half)
 
 
 def make_mix(alpha_mixup: float, alpha_cutmix: float) -> Callable | None:
-    """mix(key, {field: inputs}, targets) -> both mixed; None where nothing is mixed; with both, each step draws one.
+    """mix(key, {field: inputs}, targets) -> both mixed; None where both alphas are 0. With both, each step samples one.
 
-    The parameters are those of the Beta distributions (0: off). Several fields are views of the same examples: all are
-    mixed by the same numbers.
+    The fields are views of the same examples, so all are mixed by the same numbers.
     """
-    if not (alpha_mixup or alpha_cutmix):
+    chosen = [functools.partial(f, alpha=a) for f, a in ((mixup, alpha_mixup), (cutmix, alpha_cutmix)) if a]
+    if not chosen:
         return None
 
     def one(key, x, targets):
         choice_key, mix_key = jax.random.split(key)
-        if alpha_mixup and alpha_cutmix:
-            both = [lambda *args: mixup(*args, alpha_mixup), lambda *args: cutmix(*args, alpha_cutmix)]
-            return jax.lax.switch(jax.random.bernoulli(choice_key).astype(jnp.int32), both, mix_key, x, targets)
-        return mixup(mix_key, x, targets, alpha_mixup) if alpha_mixup else cutmix(mix_key, x, targets, alpha_cutmix)
+        if len(chosen) == 1:
+            return chosen[0](mix_key, x, targets)
+        return jax.lax.switch(jax.random.bernoulli(choice_key).astype(jnp.int32), chosen, mix_key, x, targets)
 
     def mix(key, inputs, targets):
         mixed = {field: one(key, x, targets) for field, x in inputs.items()}

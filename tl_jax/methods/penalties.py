@@ -1,11 +1,7 @@
-"""Penalties on fine-tuning as terms: towards the start, towards good features, towards sparsity.
-
-What is computed at the start of a phase (channel weights, a relationship of classes) is memory. A copy of the network
-as it was loaded is a network of its own, `reference`, which nothing trains, so that it is checkpointed and hashed.
-"""
+"""Penalties on fine-tuning as terms. The network as it was loaded is the further network `reference`, frozen."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import jax
@@ -27,10 +23,8 @@ REFERENCE = "reference"
 def l2_sp(alpha: Strength = 0.01, beta: Strength = 0.01) -> Term:
     """L2-SP: alpha/2 ||w - w0||^2 over the backbone + beta/2 ||head||^2 (Li, Grandvalet & Davoine 2018, eq. 2-3).
 
-    w0 are the weights as loaded. Frozen leaves are at their w0 and add nothing; added parameters (LoRA) are free.
-    The penalty replaces weight decay: set that to 0, or it pulls towards the origin at the same time. Defaults: those
-    of TLLib.
-    Memory: a second copy of the backbone's parameters, no optimizer arrays.
+    w0 are the weights as loaded; added parameters (LoRA) are free. Set the weight decay to 0, which would add to it.
+    Defaults: those of TLLib. Memory: a second copy of the backbone's parameters.
     """
 
     def loss(context: Context) -> Result:
@@ -57,35 +51,31 @@ def delta(
 
     alpha/2 * sum over cuts of mean over examples and positions of sum_j C W_j (f_j - f0_j)^2, + beta/2 ||head||^2, for
     the C channels of a cut (of tokens: their width). f0 comes from the loaded network in eval mode on the same images.
-    W (section 3.3) is a softmax over channels of how much the loss rises when the channel is switched off; it sums to
-    1, so the factor C keeps alpha independent of the width, as in TLLib. The loss is that of a logistic regression
-    fitted on the loaded network's pre_logits.
+    W (section 3.3) is a softmax over channels of how much the loss of a logistic regression on the loaded network's
+    pre_logits rises when the channel is switched off. It sums to 1; the factor C keeps alpha independent of the width.
 
-    The paper takes the softmax of the increases as they are: temperature=1, standardize=False. They are so small that
-    it is nearly uniform; the default, as in TLLib, standardises them over the channels and divides by 5. TLLib sums
-    over its batch of 48 at a strength of 0.01, which is alpha = 0.48 for this mean.
+    The paper's temperature=1, standardize=False gives nearly uniform W. The defaults are TLLib's: increases
+    standardised over the channels and divided by 5; strength 0.01 on the sum over a batch of 48, which is alpha = 0.48.
 
     cuts: names in `out`, default the last before pre_logits. Switching off needs C runs of what lies behind the cut for
-    each of `examples` training examples (sampled in one pass over all): for the last cut that is a pooling or a norm,
-    for an earlier one whole stages (stage3 of a ResNet-50: 1024 x 256 runs of stage4, 4e14 operations).
-    Memory: a second copy of all but the head, statistics and added parameters (LoRA, prompts) included, because the
-    reference runs through the same network; per step a forward pass more, without backward.
+    each of `examples` training examples (stage3 of a ResNet-50: 1024 x 256 runs of stage4, 4e14 operations).
+    Memory: a second copy of all but the head, with statistics and added parameters; per step one more forward pass.
     """
 
     def loss(context: Context) -> Result:
-        now = context.outputs[MAIN]
         then, _ = context.forward(REFERENCE, MAIN, stop="pre_logits")
-        distances = [
-            _channel_distance(now[cut], jax.lax.stop_gradient(then[cut]), weights)
-            for cut, weights in context.memory.items()
-        ]
+        distances = []
+        for cut, weights in context.memory.items():
+            now, start = context.outputs[MAIN][cut], jax.lax.stop_gradient(then[cut])
+            squares = jnp.square(now.astype(jnp.float32) - start.astype(jnp.float32))
+            per_channel = squares.reshape(-1, weights.size).mean(axis=0)
+            distances.append(weights.size * jnp.dot(jax.lax.stop_gradient(weights), per_channel))
         return Result(alpha / 2 * sum(distances) + _decay(context, beta))
 
     def init(start: Start) -> tuple[dict[str, Network], Any]:
         reference = _reference(start, [name for name in start.variables["params"] if name != "head"])
         widths = {cut: start.shapes[cut][-1] for cut in precompute.choose_cuts(start.model.cuts, cuts)}
-        memory = {cut: jnp.full(width, 1 / width) for cut, width in widths.items()}
-        return {REFERENCE: reference}, memory
+        return {REFERENCE: reference}, {cut: jnp.full(width, 1 / width) for cut, width in widths.items()}
 
     def refresh(start: Start) -> dict[str, jax.Array]:
         without = precompute.losses_without(start, REFERENCE, tuple(start.memory), examples)
@@ -97,18 +87,15 @@ def delta(
 def bss(eta: Strength = 0.001, k: Count = 1) -> Term:
     """Batch spectral shrinkage: eta * sum of the k smallest squared singular values (Chen et al. 2019, eq. 5).
 
-    The matrix is the batch's pre_logits [B, D]; under pmap or gradient accumulation, of the part computed at once.
-    Defaults: those of TLLib. Memory: its singular vectors, [min(B, D), D].
+    Of the pre_logits [B, D] of the batch, or the micro-batch. Defaults: TLLib's. Memory: [min(B, D), D].
     """
 
     def loss(context: Context) -> Result:
         features = context.outputs[MAIN]["pre_logits"].astype(jnp.float32)
-        if k > min(features.shape):
-            raise ValueError(
-                f"bss with k={k}: features {features.shape} have only {min(features.shape)} singular values"
-            )
-        # sigma^2 = |F v|^2, and with v held constant its gradient is exactly 2 sigma u v^T: no derivative of the SVD,
-        # which is infinite where two singular values coincide.
+        if k > (count := min(features.shape)):
+            raise ValueError(f"bss with k={k}: features {features.shape} have only {count} singular values")
+        # sigma^2 = |F v|^2, whose gradient for constant v is exactly 2 sigma u v^T. The derivative of the SVD is
+        # infinite where two singular values coincide.
         right = jnp.linalg.svd(jax.lax.stop_gradient(features), full_matrices=False)[2][-k:]
         return Result(eta * jnp.sum(jnp.matmul(features, right.T, precision=jax.lax.Precision.HIGHEST) ** 2))
 
@@ -124,15 +111,14 @@ def co_tuning(
     """Co-Tuning: the source classifier is tuned too, towards the source classes of each target class (You et al. 2020).
 
     strength * mean cross-entropy between the source head on the current features and p(y_s | y_t), mixed by the targets
-    (so label smoothing and mixup reach it too). p(y_s | y_t) comes from the loaded network's probabilities on the
-    training examples: approach "reverse" (the paper's algorithm 1) fits p(y_t | y_s) by a logistic regression without
-    intercept, its strength chosen by the log loss of up to 3 folds, and inverts it by Bayes' rule; "direct" averages
-    the probabilities of each target class, as TLLib does. A class without an example gets the average over all.
+    (smoothed and mixed labels included). p(y_s | y_t) comes from the loaded network's probabilities on the training
+    examples: approach "reverse" (the paper's algorithm 1) fits p(y_t | y_s) on at most `examples` by a logistic
+    regression without intercept, its strength chosen by the log loss of up to 3 folds, and inverts it by Bayes' rule;
+    "direct" averages the probabilities of each target class, as TLLib does. A class without example gets the average.
 
-    temperature divides the source logits. The paper calibrates it on held-out source data, which a weight file does not
-    bring, so it is 1 unless given. The regression takes at most `examples`, sampled at random. Default strength:
-    TLLib's. Memory: the source head, which trains, and [K, S] for S source classes; before step 0 the probabilities,
-    [N, S]. Raises ValueError in init where the weights have no classifier, or one for other features.
+    temperature: divides the source logits; the paper calibrates it on held-out source data. Default strength: TLLib's.
+    Memory: the source head, which trains, and [K, S] for S source classes; before step 0 the probabilities, [N, S].
+    Raises ValueError in init where the weights have no classifier, or one for other features.
     """
     name = "source_head"
 
@@ -151,12 +137,11 @@ def co_tuning(
         if np.any(start.memory):  # of the network as it was loaded, so never computed again
             return start.memory
         probabilities, labels = precompute.source_probabilities(start, start.loaded["params"][name], temperature)
+        seen, relationship = np.unique(labels), np.tile(probabilities.mean(0, np.float64), (start.task.outputs, 1))
         if approach == "direct":
-            rows = precompute.direct(probabilities, labels)
+            relationship[seen] = [probabilities[labels == label].mean(axis=0, dtype=np.float64) for label in seen]
         else:
-            rows = precompute.reverse(*precompute.subset(probabilities, labels, examples))
-        relationship = np.tile(probabilities.mean(axis=0, dtype=np.float64), (start.task.outputs, 1))
-        relationship[np.unique(labels)] = rows
+            relationship[seen] = precompute.reverse(probabilities, labels, examples)
         return jnp.asarray(relationship, jnp.float32)
 
     return Term(loss, init=init, refresh=refresh, needs=frozenset({"classes"}))
@@ -165,9 +150,8 @@ def co_tuning(
 def r_drop(alpha: Strength = 0.3) -> Term:
     """R-Drop: alpha * (KL(p || q) + KL(q || p)) / 2 of two passes with other dropout masks (Liang et al. 2021, eq. 2).
 
-    Mean over the batch; gradients flow through both passes. The paper also takes the cross-entropy of both; here it is
-    that of the first, which has the same expectation. Needs dropout or drop_path > 0: without, both passes are equal
-    and the penalty is 0. BatchNorm normalises the second pass by itself and its statistics are discarded.
+    Mean over the batch, with gradients through both passes. The cross-entropy is that of the first pass (in the paper
+    of both, with the same expectation). BatchNorm normalises the second pass by itself; its statistics are discarded.
     Default: that of the authors' ViT code. Memory and time: a second forward and backward pass.
     """
 
@@ -182,8 +166,7 @@ def r_drop(alpha: Strength = 0.3) -> Term:
 def l1(alpha: Strength = 1e-4, paths: Annotated[str, checks.REGEX] = "head/.*") -> Term:
     """L1: alpha * sum |w| over the parameters whose whole path matches `paths` (the lasso, Tibshirani 1996).
 
-    Frozen ones among them add a constant and no gradient. Subgradient steps bring weights near 0, not to it.
-    Memory: none. Raises ValueError in init where no path matches.
+    Subgradient steps bring weights near 0, not to it. Raises ValueError in init where no path matches.
     """
 
     def own(params: Any) -> dict[str, Any]:
@@ -203,17 +186,14 @@ def l1(alpha: Strength = 1e-4, paths: Annotated[str, checks.REGEX] = "head/.*") 
 
 
 def _reference(start: Start, names: Iterable[str], *, statistics: bool = True) -> Network:
-    """The network as it was loaded; it computes what the model computes."""
-    params = {name: _copy(start.variables["params"][name]) for name in names}
-    variables = {"params": params}
+    variables = {"params": {name: _copy(start.variables["params"][name]) for name in names}}
     if statistics and start.variables.get("batch_stats"):
         variables["batch_stats"] = _copy(start.variables["batch_stats"])
     return Network(start.model, None, variables, origin="copy")
 
 
 def _copy(tree: Any) -> Any:
-    # A copy, because a train step that donates its state cannot hold one buffer twice.
-    return jax.tree.map(jnp.array, tree)
+    return jax.tree.map(jnp.array, tree)  # a train step that donates its state cannot take one buffer twice
 
 
 def _sum_of_squares(leaves: Iterable[jax.Array]) -> jax.Array:
@@ -224,17 +204,4 @@ def _decay(context: Context, beta: float) -> jax.Array:
     return beta / 2 * _sum_of_squares(jax.tree.leaves(context.params["head"]))
 
 
-def _channel_distance(now: jax.Array, then: jax.Array, weights: jax.Array) -> jax.Array:
-    squares = jnp.square(now.astype(jnp.float32) - then.astype(jnp.float32))
-    per_channel = squares.reshape(-1, weights.size).mean(axis=0)
-    return weights.size * jnp.dot(jax.lax.stop_gradient(weights), per_channel)
-
-
-PENALTIES: Mapping[str, Any] = {
-    "l2_sp": l2_sp,
-    "delta": delta,
-    "bss": bss,
-    "co_tuning": co_tuning,
-    "r_drop": r_drop,
-    "l1": l1,
-}
+PENALTIES = {term.__name__: term for term in (l2_sp, delta, bss, co_tuning, r_drop, l1)}

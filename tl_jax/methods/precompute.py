@@ -1,6 +1,7 @@
-"""What some penalties compute from the training data at the start: channel attention, relationships between classes."""
+"""What some penalties compute from the training data at the start of a phase."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from tl_jax.core import messages
 from tl_jax.methods.term import MAIN, MODEL, Start
 from tl_jax.tasks import losses
 
-CHUNK = 32  # examples at once in the work before step 0
+CHUNK = 32  # examples at once
 INVERSE_STRENGTHS = (1.0, 10.0, 100.0, 1e3, 1e4)  # sklearn's C; probabilities are small features, so they are large
 
 
@@ -20,10 +21,7 @@ def linear(features: jax.Array, head: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def attention(without: np.ndarray, temperature: float, standardize: bool) -> jax.Array:
-    """DELTA's weights of the channels, [C], from the mean loss without each, [C].
-
-    The softmax of these losses is that of their increases over the loss with all channels.
-    """
+    """DELTA's weights of the channels, [C]: the softmax of the mean loss without each, [C], or of its increase."""
     increase = without - without.mean()
     if standardize and (spread := without.std()) > 0:
         increase = increase / spread
@@ -45,36 +43,30 @@ def losses_without(start: Start, network: str, cuts: Sequence[str], examples: in
     """The mean loss of a logistic regression on pre_logits with each channel of each cut at zero: {cut: [C]}."""
     images, labels = sample(start.batches(MAIN), examples)
     forward = jax.jit(lambda variables, x: start.apply(network, variables, x, stop="pre_logits"))
-    variables = start.variables
-    features = np.concatenate([forward(variables, x)["pre_logits"] for (x,) in _chunks(images)])
-    head, classes = _fit_classifier(features, labels)
-    functions = {cut: _make_losses_without(start.apply, network, cut) for cut in cuts}
-    totals = dict.fromkeys(cuts, 0.0)
-    for x, y in _chunks(images, np.searchsorted(classes, labels)):
-        out = forward(variables, x)
-        for cut in cuts:
-            totals[cut] = totals[cut] + np.asarray(functions[cut](variables, out[cut], y, head), np.float64)
-    return {cut: total / len(labels) for cut, total in totals.items()}
 
-
-def _make_losses_without(apply: Callable, network: str, cut: str) -> Callable:
-    """losses_without(variables, x, labels, head) -> [C], sums over the examples; x is the cut's output."""
-
-    def losses_without(variables, x, labels, head):
+    @functools.partial(jax.jit, static_argnums=0)
+    def without(cut, variables, x, labels, head):  # -> [C], sums over the examples; x is the output of the cut
         targets = jax.nn.one_hot(labels, head["bias"].size)
 
         def loss_without(channel):
             keep = (jnp.arange(x.shape[-1]) != channel).astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-            out = apply(network, variables, x * keep, start=cut, stop="pre_logits")
+            out = start.apply(network, variables, x * keep, start=cut, stop="pre_logits")
             return losses.cross_entropy(linear(out["pre_logits"], head), targets).sum()
 
         return jax.lax.map(loss_without, jnp.arange(x.shape[-1]))
 
-    return jax.jit(losses_without)
+    features = np.concatenate([forward(start.variables, x)["pre_logits"] for x, _ in _chunks(images, labels)])
+    head, classes = _fit_classifier(features, labels)
+    totals = dict.fromkeys(cuts, 0.0)
+    for x, y in _chunks(images, np.searchsorted(classes, labels)):
+        out = forward(start.variables, x)
+        for cut in cuts:
+            totals[cut] = totals[cut] + np.asarray(without(cut, start.variables, out[cut], y, head), np.float64)
+    return {cut: total / len(labels) for cut, total in totals.items()}
 
 
 def sample(batches: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Up to `size` examples of a stream, drawn uniformly (a reservoir): the first ones may all be of one class."""
+    """Up to `size` examples of a stream, sampled uniformly (a reservoir)."""
     rng, kept = np.random.default_rng(0), []
     pairs = (pair for images, labels in batches for pair in zip(images, labels, strict=True))
     for seen, (image, label) in enumerate(pairs):
@@ -85,15 +77,14 @@ def sample(batches: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> tuple
     return np.stack(images), np.asarray(labels)
 
 
-def _chunks(images: np.ndarray, *rest: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    for first in range(0, len(images), CHUNK):
-        part = slice(first, first + CHUNK)
-        yield images[part].astype(np.float32), *(array[part] for array in rest)
+def _chunks(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for i in range(0, len(images), CHUNK):
+        yield images[i : i + CHUNK].astype(np.float32), labels[i : i + CHUNK]
 
 
 def _fit_classifier(features: np.ndarray, labels: np.ndarray) -> tuple[dict[str, jax.Array], np.ndarray]:
     """A logistic regression (C = 1) as a linear head {"kernel" [D, T], "bias" [T]}, and the T classes seen."""
-    from sklearn.linear_model import LogisticRegression  # here, as it takes half a second
+    from sklearn.linear_model import LogisticRegression  # slow to import
 
     model = LogisticRegression(max_iter=10_000).fit(np.asarray(features, np.float64), labels)
     kernel, bias = model.coef_.T, model.intercept_
@@ -110,9 +101,9 @@ def checked_source_head(start: Start) -> Mapping[str, jax.Array]:
             "co_tuning needs the classifier that the weights were trained with, and these have none (a random start, "
             "or a file without its head): load weights with a head, or take co_tuning out of terms"
         )
-    if head["kernel"].shape[0] != width:
+    if (expected := head["kernel"].shape[0]) != width:
         raise ValueError(
-            f"the source head takes {head['kernel'].shape[0]} features, but the network has {width}: "
+            f"the source head takes {expected} features, but the network has {width}: "
             "a layer between them was dropped, so that co_tuning cannot use this head"
         )
     return head
@@ -123,28 +114,22 @@ def source_probabilities(start: Start, head: Any, temperature: float) -> tuple[n
 
     @jax.jit
     def probabilities(variables, x):
-        return jax.nn.softmax(
-            linear(start.apply(MODEL, variables, x, stop="pre_logits")["pre_logits"], head) / temperature
-        )
+        features = start.apply(MODEL, variables, x, stop="pre_logits")["pre_logits"]
+        return jax.nn.softmax(linear(features, head) / temperature)
 
-    rows, labels = [], []
-    for x, some in start.batches(MAIN):
-        rows.append(np.asarray(probabilities(start.loaded, np.asarray(x, np.float32))))
-        labels.append(np.asarray(some))
-    return np.concatenate(rows), np.concatenate(labels)
+    batches = start.batches(MAIN)
+    pairs = [(np.asarray(probabilities(start.loaded, np.asarray(x, np.float32))), labels) for x, labels in batches]
+    return tuple(np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
 
 
-def direct(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """p(y_s | y_t) as the average over the examples of each of the T classes seen, [T, S]."""
-    return np.stack([probabilities[labels == label].mean(axis=0, dtype=np.float64) for label in np.unique(labels)])
-
-
-def reverse(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def reverse(probabilities: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
     """p(y_s | y_t) by Bayes' rule from a fitted p(y_t | y_s) and the average p(y_s), [T, S] for the T classes seen."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-    probabilities = probabilities.astype(np.float64)
+    chosen = np.random.default_rng(0).permutation(len(labels))[:size]
+    chosen = np.union1d(chosen, np.unique(labels, return_index=True)[1])  # at least one of every class
+    probabilities, labels = probabilities[chosen].astype(np.float64), labels[chosen]
     model = LogisticRegression(C=100.0, fit_intercept=False, max_iter=10_000)
     folds = min(3, np.unique(labels, return_counts=True)[1].min())
     if folds > 1:  # a class with a single example leaves nothing to choose by
@@ -153,10 +138,3 @@ def reverse(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     model.fit(probabilities, labels)
     joint = (model.predict_proba(np.eye(probabilities.shape[1])) * probabilities.mean(axis=0)[:, None]).T
     return joint / joint.sum(axis=1, keepdims=True)
-
-
-def subset(probabilities: np.ndarray, labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `size` examples, drawn at random, and one of every class, so that none loses its row."""
-    chosen = np.random.default_rng(0).permutation(len(labels))[:size]
-    chosen = np.union1d(chosen, np.unique(labels, return_index=True)[1])
-    return probabilities[chosen], labels[chosen]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy  # loads its parts when they are used; scikit-learn does not, and is imported where it is
+import scipy  # loads its parts when they are used; scikit-learn is slow to import
 
 from tl_jax.core import messages
 
@@ -19,7 +19,7 @@ NAMES = tuple(GRIDS)
 MAX_SCALE = 100.0  # of ridge scores: where every example is predicted well, the best scale would be infinite
 MAX_ITERATIONS = 10_000  # of L-BFGS
 
-Examples = tuple[np.ndarray, np.ndarray]
+Examples = tuple[np.ndarray, np.ndarray]  # features [N, D], labels [N]
 Head = dict[str, np.ndarray]
 
 
@@ -28,8 +28,7 @@ class Fitted(NamedTuple):
 
     predict: features [N, D] -> logits [N, K] float32. chosen: the number of neighbours, C or alpha. tried: one row
     {"value", "val/accuracy", "val/nll", "converged"} for each candidate, None where there is no val. head: {"kernel"
-    [D, K], "bias" [K]} float32 for raw features, the standardisation folded in; None where the classifier is not
-    linear.
+    [D, K], "bias" [K]} float32 for raw features; None of knn.
     """
 
     predict: Callable[[np.ndarray], np.ndarray]
@@ -91,15 +90,13 @@ def cross_predict(
 ) -> list[np.ndarray]:
     """Predicts every example by the model that has not seen it: logits [N, K] float32, one array per repeat.
 
-    splits: (train indices, held-out indices) pairs, as scikit-learn's splitters give them. Those of a repeated design
-    follow each other: a repeat ends when all N examples have been held out. `value` is given, not chosen. check_stop is
-    called before each fit, and may raise. Raises ValueError where a split trains on what it holds out, or a repeat does
-    not hold out each example exactly once.
+    splits: (train indices, held-out indices) pairs, as scikit-learn's splitters give them; a repeat ends when all N
+    examples have been held out. check_stop is called before each fit, and may raise. Raises ValueError where a split
+    trains on what it holds out, or a repeat does not hold out each example exactly once.
     """
     splits, count, finished = list(splits), len(labels), []
-    left_out = None
-    if name == "knn" and all(len(held) == 1 and len(train) == count - 1 for train, held in splits):
-        left_out = _left_out_neighbours(features, labels, num_classes, value)
+    leave_one_out = name == "knn" and all(len(held) == 1 and len(train) == count - 1 for train, held in splits)
+    left_out = _left_out_neighbours(features, labels, num_classes, value) if leave_one_out else None
     logits, left = np.empty((count, num_classes), np.float32), np.ones(count, bool)
     for number, (train, held) in enumerate(splits):
         if (wrong := held[np.isin(held, train) | ~left[held]]).size:
@@ -125,7 +122,7 @@ def cross_predict(
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """{"val/accuracy", "val/nll"} of logits [N, K]; nll in nats, the mean over the examples."""
+    """{"val/accuracy", "val/nll"} of logits [N, K]; the mean nll in nats."""
     log_probabilities = scipy.special.log_softmax(logits, axis=1)
     return {
         "val/accuracy": float((logits.argmax(axis=1) == labels).mean()),
@@ -139,14 +136,11 @@ def _choose(name: str, tried: list[dict[str, Any]]) -> float:
 
 
 def _fit_knn(features, labels, num_classes, values, check_stop) -> Candidates:
-    """The labels of the k train examples of the highest cosine similarity, each one vote; one search for all k.
-
-    The order of cosine similarity is that of the Euclidean distance between normalised features.
-    """
+    """The labels of the k train examples of the highest cosine similarity, each one vote; one search for all k."""
     from sklearn.neighbors import NearestNeighbors
 
     check_stop()
-    index = NearestNeighbors().fit(_normalise(features))
+    index = NearestNeighbors().fit(_normalise(features))  # Euclidean distances have the order of cosine similarity
 
     def predict(features, values):
         found = labels[index.kneighbors(_normalise(features), max(values), return_distance=False)]
@@ -168,10 +162,7 @@ def _left_out_neighbours(features, labels, num_classes, k) -> np.ndarray:
 
 
 def _votes(found: np.ndarray, num_classes: int) -> np.ndarray:
-    """Labels [N, k] of neighbours -> logits [N, K], log((votes + 1 / K) / (k + 1)).
-
-    One vote more, spread over all classes, keeps the logits finite.
-    """
+    """Labels [N, k] of neighbours -> finite logits [N, K], log((votes + 1 / K) / (k + 1))."""
     count, k = found.shape
     cells = found + num_classes * np.arange(count)[:, None]
     votes = np.bincount(cells.ravel(), minlength=count * num_classes).reshape(count, num_classes)
@@ -190,7 +181,7 @@ def _fit_logistic(features, labels, num_classes, values, check_stop) -> Candidat
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(features)
-    standardised, heads, converged = scaler.transform(features), {}, {}
+    standardised, fitted, converged = scaler.transform(features), {}, {}
     present = np.unique(labels)
     if len(present) < 2:
         raise ValueError(f"cannot fit logistic: train holds the one class {present.tolist()}; expected two or more")
@@ -203,40 +194,30 @@ def _fit_logistic(features, labels, num_classes, values, check_stop) -> Candidat
         kernel, bias = model.coef_.T, model.intercept_
         if len(present) == 2:  # scikit-learn has one column, the log-odds of the second class
             kernel, bias = np.concatenate([-kernel, kernel], axis=1) / 2, np.concatenate([-bias, bias]) / 2
-        heads[value] = _fold(scaler, *_all_classes(kernel, bias, present, num_classes, len(labels)))
+        # Classes without a train example: log(N + 1) below the mean logit, so that none is ever predicted.
+        all_kernels = np.repeat(kernel.mean(axis=1, keepdims=True), num_classes, axis=1)
+        all_biases = np.full(num_classes, bias.mean() - math.log(len(labels) + 1))
+        all_kernels[:, present], all_biases[present] = kernel, bias
+        fitted[value] = all_kernels, all_biases
         converged[value] = bool(model.n_iter_.max() < MAX_ITERATIONS)
-    return Candidates(_linear(heads), heads, converged)
-
-
-def _all_classes(kernel, bias, present, num_classes, count):
-    """Adds the classes without a train example: log(count + 1) below the mean logit, so that none is ever predicted."""
-    whole = np.repeat(kernel.mean(axis=1, keepdims=True), num_classes, axis=1)
-    offset = np.full(num_classes, bias.mean() - math.log(count + 1))
-    whole[:, present], offset[present] = kernel, bias
-    return whole, offset
+    return _linear(scaler, fitted, converged)
 
 
 def _fit_ridge(features, labels, num_classes, values, check_stop) -> Candidates:
-    """Ridge regression of the one-hot labels on standardised features, times the scale that makes the scores logits.
-
-    The scale is the inverse temperature (Guo et al. 2017, section 4.2) of the scores that each train example gets from
-    the model fitted without it; so it needs no val. It changes no prediction.
-    """
+    """Ridge regression of the one-hot labels, times the inverse temperature of the left-out scores (see `_scale`)."""
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(features)
-    standardised, heads = scaler.transform(features), {}
+    standardised, fitted = scaler.transform(features), {}
     check_stop()
     for alpha, (kernel, bias, left_out) in ridge(standardised, np.eye(num_classes)[labels], values):
         check_stop()
         scale = _scale(left_out, labels)
-        heads[alpha] = _fold(scaler, scale * kernel, scale * bias)
-    return Candidates(_linear(heads), heads, dict.fromkeys(values, True))
+        fitted[alpha] = scale * kernel, scale * bias
+    return _linear(scaler, fitted, dict.fromkeys(values, True))
 
 
-def ridge(
-    inputs: np.ndarray, targets: np.ndarray, alphas: Sequence[float]
-) -> Iterator[tuple[float, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+def ridge(inputs: np.ndarray, targets: np.ndarray, alphas: Sequence[float]) -> Iterator[tuple[float, tuple]]:
     """Minimises |targets - inputs kernel - bias|^2 + alpha |kernel|^2 for each alpha in turn with one SVD; float64.
 
     inputs [N, D], targets [N, K] -> pairs (alpha, (kernel [D, K], bias [K], left_out [N, K])); left_out[i] is the
@@ -256,26 +237,25 @@ def ridge(
 
 
 def _scale(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The factor on scores [N, K] that minimises their nll as logits, from 1 / MAX_SCALE to MAX_SCALE."""
-    bound = math.log(MAX_SCALE)
-
-    def nll(log_scale):
-        return score(math.exp(log_scale) * scores, labels)["val/nll"]
-
-    return math.exp(scipy.optimize.minimize_scalar(nll, bounds=(-bound, bound), method="bounded").x)
-
-
-def _fold(scaler: Any, kernel: np.ndarray, bias: np.ndarray) -> Head:
-    """The head for raw features of one for standardised features."""
-    folded = kernel / scaler.scale_[:, None]
-    return {"kernel": folded.astype(np.float32), "bias": (bias - scaler.mean_ @ folded).astype(np.float32)}
+    """The factor, up to MAX_SCALE, that minimises the nll of scores [N, K] as logits (Guo et al. 2017, section 4.2)."""
+    bounds = (-math.log(MAX_SCALE), math.log(MAX_SCALE))
+    found = scipy.optimize.minimize_scalar(
+        lambda log_scale: score(math.exp(log_scale) * scores, labels)["val/nll"], bounds=bounds, method="bounded"
+    )
+    return math.exp(found.x)
 
 
-def _linear(heads: Mapping[float, Head]) -> Callable:
+def _linear(scaler: Any, fitted: Mapping[float, tuple], converged: Mapping[float, bool]) -> Candidates:
+    """The classifiers of raw features, from {value: (kernel, bias)} for standardised ones."""
+    heads = {}
+    for value, (kernel, bias) in fitted.items():
+        folded = kernel / scaler.scale_[:, None]
+        heads[value] = {"kernel": folded.astype(np.float32), "bias": (bias - scaler.mean_ @ folded).astype(np.float32)}
+
     def predict(features, values):
         return {v: features @ heads[v]["kernel"].astype(np.float64) + heads[v]["bias"] for v in values}
 
-    return predict
+    return Candidates(predict, heads, converged)
 
 
 FIT = {"knn": _fit_knn, "logistic": _fit_logistic, "ridge": _fit_ridge}
@@ -307,10 +287,9 @@ def _example_problems(split: str, features: np.ndarray, labels: np.ndarray, num_
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
         return [f"{split} has features {features.shape} and labels {labels.shape}, expected [N >= 1, D] and [N]"]
     problems = []
-    if not np.isfinite(features).all():
-        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    if (bad := np.flatnonzero(~np.isfinite(features).all(axis=1))).size:
         problems.append(f"{len(bad)} rows of the {split} features are not finite, first {bad[:5].tolist()}")
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= num_classes:
-        problems.append(f"{split} labels are {labels.dtype} in {labels.min()}..{labels.max()}, expected integers in "
-                        f"0..{num_classes - 1}")  # fmt: skip
+        found = f"{labels.dtype} in {labels.min()}..{labels.max()}"
+        problems.append(f"{split} labels are {found}, expected integers in 0..{num_classes - 1}")
     return problems

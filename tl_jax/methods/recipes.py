@@ -1,14 +1,10 @@
-"""Ways of adapting a network, each as the few options that it is. When to use which: docs/methods.md.
-
-Each changes a linear probe. The new head learns at LR, a pretrained backbone a hundred times slower, what is added to
-the network three times slower.
-"""
+"""Ways of adapting a network, each as the options it changes of a linear probe. When to use which: docs/methods.md."""
 
 from typing import Any
 
 Changes = dict[str, Any]  # {dotted option: value}
 
-LR = 3e-3
+LR = 3e-3  # of the new head
 GENTLE = {"backbone": {"lr_mult": 0.01}}
 PARTS = {"backbone": {"lr_mult": 0.3}}  # few numbers of the backbone are trained: they may change more
 FULL = {"method.name": "full", "groups": GENTLE}
@@ -20,12 +16,10 @@ def phases(*changes: Changes, total: float, unit: str) -> tuple:
 
 
 def _penalised(name: str, /, **args: Any) -> Changes:
-    """Full fine-tuning with one penalty added to the loss."""
     return {**FULL, "terms": {name: {"weight": 1.0, **args}}}
 
 
 def _added(name: str, /, **args: Any) -> Changes:
-    """A frozen network with added parameters; they and the head are trained."""
     return {"method.add": ((name, args),), "groups": {name: {"lr_mult": 0.3}}}
 
 
@@ -75,5 +69,5 @@ METHODS = tuple(methods(1.0))
 
 
 def list_methods() -> tuple[str, ...]:
-    """The names of the ways of adapting a network that `fit` and configs/methods.py know."""
+    """The names of all ways of adapting a network."""
     return METHODS

@@ -1,4 +1,4 @@
-"""Which parts of the network train, as a list of rules; the order of its parts."""
+"""Rules that choose what trains, and the order of the parts of a network."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,15 +7,11 @@ from tl_jax.core import messages
 from tl_jax.core.trees import FROZEN, Rules
 
 NAMES = ("linear_probe", "full", "last_k", "first_k", "blocks", "bitfit", "norm_only", "rules")
+HEAD = ("head/.*", "head")
 
 
 def make_rules(
-    name: str,
-    paths: Sequence[str],
-    cuts: Sequence[str],
-    k: int = 0,
-    blocks: Sequence[str] = (),
-    rules: Rules = (),
+    name: str, paths: Sequence[str], cuts: Sequence[str], k: int = 0, blocks: Sequence[str] = (), rules: Rules = ()
 ) -> list[tuple[str, str]]:
     """The rules of a named way of fine-tuning, for a network with these parameter paths and cuts.
 
@@ -31,33 +27,30 @@ def make_rules(
     """
     if name not in NAMES:
         raise ValueError(f"unknown method {name!r}{messages.nearest(name, NAMES)}; known: {', '.join(NAMES)}")
-    given = {"k": bool(k), "blocks": bool(blocks), "rules": bool(rules)}
+    values = {"k": k, "blocks": list(blocks), "rules": list(rules)}
     wanted = {"last_k": "k", "first_k": "k", "blocks": "blocks", "rules": "rules"}.get(name)
-    if problems := [option for option in given if given[option] != (option == wanted)]:
-        values = {"k": k, "blocks": list(blocks), "rules": list(rules)}
+    if wrong := [f"{option}={value!r}" for option, value in values.items() if bool(value) != (option == wanted)]:
         raise ValueError(
-            f"method {name!r} with {', '.join(f'{option}={values[option]!r}' for option in problems)}: "
+            f"method {name!r} with {', '.join(wrong)}: "
             f"k >= 1 belongs to last_k and first_k, blocks to blocks, rules to rules, and to no other"
         )
-    head, rest = ("head/.*", "head"), (".*", FROZEN)
     if name == "rules":
         return [tuple(rule) for rule in rules]
     if name == "full":
-        return [head, (".*", "backbone")]
-    if name == "linear_probe":
-        return [head, rest]
-    if name == "bitfit":
-        return [head, ("backbone/.*/bias", "backbone"), rest]
-    if name == "norm_only":
-        return [head, (r"backbone/(.*/)?norm\d*/(scale|bias)", "backbone"), rest]
-    if name == "blocks":
-        return [head, *((f"backbone/{block}/.*", "backbone") for block in blocks), rest]
+        return [HEAD, (".*", "backbone")]
     all_blocks = block_names(paths, cuts)
     if k > len(all_blocks):
         raise ValueError(f"k={k}, but the network has {len(all_blocks)} blocks: {all_blocks}")
     final_norm = ["norm"] if any(path.startswith("backbone/norm/") for path in paths) else []
-    chosen = all_blocks[-k:] + final_norm if name == "last_k" else ["stem", *all_blocks[:k]]
-    return [head, (f"backbone/({'|'.join(chosen)})/.*", "backbone"), rest]
+    trained = {
+        "linear_probe": [],
+        "last_k": [f"({'|'.join(all_blocks[-k:] + final_norm)})/.*"],
+        "first_k": [f"({'|'.join(['stem', *all_blocks[:k]])})/.*"],
+        "blocks": [f"{block}/.*" for block in blocks],
+        "bitfit": [".*/bias"],
+        "norm_only": [r"(.*/)?norm\d*/(scale|bias)"],
+    }
+    return [HEAD, *((f"backbone/{regex}", "backbone") for regex in trained[name]), (".*", FROZEN)]
 
 
 def auxiliary(paths: Sequence[str], groups: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -68,29 +61,22 @@ def auxiliary(paths: Sequence[str], groups: Mapping[str, str]) -> list[tuple[str
 
 def block_names(paths: Iterable[str], cuts: Sequence[str]) -> list[str]:
     """The network's residual blocks in the order of its cuts, such as stage1/block0 or block11."""
-    names = set(parts(paths).values()) - {"stem", "norm"}
-    return sorted(names, key=lambda block: _place(block, cuts))
+    return sorted(set(parts(paths).values()) - {"stem", "norm"}, key=lambda block: _place(block, cuts))
 
 
 def parts(paths: Iterable[str]) -> dict[str, str]:
-    """The part of the backbone that each path is in: stem, a block or the final norm; the head is in none."""
+    """The part of the backbone that each path of it is in: stem, a block or the final norm."""
     found = {path: re.match(r"(?:.+/)?backbone/(stem|norm|(?:stage\d+/)?block\d+)(?:/|$)", path) for path in paths}
     return {path: match[1] for path, match in found.items() if match}
 
 
 def frozen_cuts(trained: Iterable[str], cuts: Sequence[str]) -> int:
-    """How many of the network's cuts, counted from the input, do not depend on what is trained.
-
-    trained: the paths of trained parameters and of BatchNorm layers that update their statistics.
-    """
+    """How many cuts, from the input on, depend on no `trained` path: of parameters or of updated statistics."""
     return min([*places(trained, cuts).values(), len(cuts)])
 
 
 def places(paths: Iterable[str], cuts: Sequence[str]) -> dict[str, int]:
-    """The index of the first cut that each path of the backbone acts on; paths elsewhere, such as the head, have none.
-
-    Added parameters (LoRA) have that of the layer that they are added to.
-    """
+    """The index of the first cut that each path of the backbone acts on; added parameters have that of their layer."""
     found = {path: re.match(r"(?:.+/)?backbone/(.+)", path) for path in paths}
     return {path: _place(match[1], cuts) for path, match in found.items() if match}
 
@@ -104,8 +90,8 @@ def _place(path: str, cuts: Sequence[str]) -> int:
 def layer_multipliers(paths: Iterable[str], cuts: Sequence[str], decay: float) -> dict[str, float]:
     """Layer-wise learning rate decay: the factor `decay ** (depth + 1 - layer)` on each path's learning rate.
 
-    Layer 0 is the stem, layer i + 1 block i, together with the norm after the last one, and depth + 1 the head (Clark
-    et al. 2020, ELECTRA, with timm's layers). Added parameters have the factor of the block that they are added to.
+    Layer 0 is the stem, layer i + 1 block i (the last with the norm), depth + 1 the head, as in timm (Clark et
+    al. 2020, ELECTRA). Added parameters have the factor of their block.
     """
     depth = len(cuts) - 2  # without the stem and pre_logits
     layers = {path: min(place, depth) for path, place in places(paths, cuts).items()}

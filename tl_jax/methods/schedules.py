@@ -12,12 +12,12 @@ Number = Annotated[float, checks.number()]
 
 
 def constant(value: Number = 1.0) -> Callable:
-    """The same throughout."""
+    """The same value throughout."""
     return lambda progress: value
 
 
 def linear(start: Number = 0.0, stop: Number = 1.0) -> Callable:
-    """A straight line from start to stop."""
+    """A line from start to stop."""
     return lambda progress: start + (stop - start) * progress
 
 
@@ -48,6 +48,4 @@ CHECK = checks.Check(lambda value: not problems("", value), f"a number or a pair
 
 def make(value: Any) -> Callable[[jax.Array], Any]:
     """A function of the progress, from a number or a pair (name, {parameter: value})."""
-    if isinstance(value, list | tuple):
-        return SCHEDULES[value[0]](**value[1])
-    return constant(float(value))
+    return SCHEDULES[value[0]](**value[1]) if isinstance(value, list | tuple) else constant(float(value))

@@ -1,4 +1,4 @@
-"""What a method is made of: rules, and terms of the loss, each a pure function of a `Context`."""
+"""What a term of the loss is: a pure function of a `Context`, with the networks and the memory that it needs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from tl_jax.core import trees
 from tl_jax.core.card import Card
-from tl_jax.core.trees import FROZEN, Rules
+from tl_jax.core.trees import FROZEN
 from tl_jax.tasks import Task
 
 Batch = Mapping[str, Mapping[str, jax.Array]]  # {stream: {field: array}}; an unlabelled stream has no label field
@@ -18,11 +18,11 @@ TASK, MAIN = "task", "train"  # the task's own term, and the stream that it is o
 
 
 class Network(NamedTuple):
-    """A module with a subtree of the parameters of its own, named by the table that it stands in.
+    """A module with its own subtree of the parameters.
 
     module: `apply(variables, array, train, start, stop, ...)` -> (logits, outputs). card: what it takes; None where it
-    reads the outputs of another network. variables: {"params", "batch_stats"}. group: what trains it; "frozen" if
-    nothing does. origin: where its leaves come from, for the audit.
+    reads the outputs of another network. variables: {"params", "batch_stats"}. group: what trains it, or "frozen".
+    origin: where its leaves come from, for the audit.
     """
 
     module: Any
@@ -36,11 +36,14 @@ class Context(NamedTuple):
     """What a term may look at in one step.
 
     batch, encoded, count: by stream; encoded and count (of examples, [B], as the task counts) of labelled ones alone.
-    With gradient accumulation a term sees one part of the batch at a time, and `total` is the count of the whole batch
-    over the number of parts, so that sum / total is right for parts of unequal count.
+    With gradient accumulation a term sees one micro-batch at a time, and `total` is the count of the whole batch over
+    the number of micro-batches, so that sum / total is right for unequal counts.
     outputs: by stream, of the one training pass of the model, for every stream that a term is on.
     params, batch_stats: of all networks, nested. groups: the group of each parameter path. memory: this term's own.
-    forward: see `Forward`. step: of the run. progress: 0 .. 1 of the phase. key: folded by the term's name.
+    forward(network, of, *, train=False, stop=None, key=None, params=None) -> (Outputs, batch_stats): one more pass of a
+    network over a stream's inputs (`of` is its name), as the training pass got them, or over an array. In train mode
+    batch_stats holds {path: leaf} of the updated statistics, for `Result`. params: in place of `Context.params`.
+    step: of the run. progress: 0 .. 1 of the phase. key: folded by the term's name.
     """
 
     batch: Batch
@@ -53,24 +56,14 @@ class Context(NamedTuple):
     groups: Mapping[str, str]
     memory: Any
     task: Task
-    forward: "Forward"
+    forward: Callable[..., tuple[Outputs, Mapping[str, jax.Array]]]
     step: jax.Array
     progress: jax.Array
     key: jax.Array
 
 
-class Forward:
-    """Documentation of `Context.forward`.
-
-    forward(network, of, *, train=False, stop=None, key=None, params=None) -> (Outputs, batch_stats): one more pass of a
-    network over a stream's inputs (`of` is its name), as the training pass got them, or over an array. In train mode
-    batch_stats holds {path: leaf} of the statistics that moved, for `Result`. params: in place of `Context.params`.
-    """
-
-
 class Result(NamedTuple):
-    """What a term gives: its loss (a mean over examples), further numbers to log, its new memory (None: as it was),
-    and the statistics that moved in its passes, {path: leaf}."""
+    """A term's loss (a mean over examples), numbers to log, new memory (None: unchanged) and updated statistics."""
 
     loss: jax.Array
     logs: Mapping[str, jax.Array] = {}
@@ -81,12 +74,11 @@ class Result(NamedTuple):
 class Start(NamedTuple):
     """What a term may look at where a phase begins.
 
-    variables: of all networks, as they are now. memory: the term's own (None in `init`). batches(stream): every example
-    once, as for evaluation: pairs (what the model reads, labels); stops on request; None in `init`, which reads no
-    data. apply(network, variables, x, start=None, stop=None) -> Outputs in eval mode, of the model or of a network that
-    computes as it does; x is what it reads, or the output of the cut `start`; variables as `variables`. model: the
-    module, for its cuts. shapes: of the model's outputs for one example, [1, ...]. source_head(): the weight file's own
-    classifier {"kernel" [D, S], "bias" [S]}, or None. loaded: `variables` as training began (None in `init`).
+    memory, batches and loaded are None in `init`, which reads no data. variables: of all networks, as they are now.
+    batches(stream): every example once, as for evaluation: pairs (what the model reads, labels); stops on request.
+    apply(network, variables, x, start=None, stop=None) -> Outputs in eval mode, of the model or of a network like it.
+    model: the module, for its cuts. shapes: of the model's outputs for one example, [1, ...]. source_head(): the weight
+    file's own classifier {"kernel" [D, S], "bias" [S]}, or None. loaded: `variables` as training began.
     """
 
     variables: Mapping[str, Any]
@@ -101,11 +93,6 @@ class Start(NamedTuple):
     loaded: Mapping[str, Any] | None = None
 
 
-def no_networks(start: Start) -> tuple[dict[str, Network], Any]:
-    """The `init` of a term that needs nothing of its own."""
-    return {}, None
-
-
 class Term(NamedTuple):
     """One summand of the loss.
 
@@ -118,7 +105,7 @@ class Term(NamedTuple):
 
     loss: Callable[[Context], Result]
     on: tuple[str, ...] = (MAIN,)
-    init: Callable[[Start], tuple[dict[str, Network], Any]] = no_networks
+    init: Callable[[Start], tuple[dict[str, Network], Any]] = lambda start: ({}, None)
     refresh: Callable[[Start], Any] | None = None
     refresh_every: int = 0
     logs: tuple[str, ...] = ()
@@ -127,13 +114,8 @@ class Term(NamedTuple):
 
 
 class Method(NamedTuple):
-    """One way of adapting a network.
+    """terms: {name: (weight of the phase's progress, term)}. mix: (key, {field: inputs}, encoded) -> both mixed."""
 
-    rules: ordered (path regex, group); the group "frozen" is never trained. terms: {name: (weight, term)}, weight a
-    function of the phase's progress. mix: (key, inputs {field: array}, encoded) -> both mixed, before the pass.
-    """
-
-    rules: Rules
     terms: Mapping[str, tuple[Callable, Term]]
     mix: Callable | None = None
 
@@ -149,10 +131,7 @@ def make_task_term() -> Term:
 
 
 def reverse(x: jax.Array, strength: jax.Array | float) -> jax.Array:
-    """The identity, whose gradient is multiplied by `-strength` (Ganin & Lempitsky 2015, eq. 15-17).
-
-    strength may be traced; it gets no gradient itself.
-    """
+    """The identity, whose gradient is multiplied by `-strength` (Ganin & Lempitsky 2015, eq. 15-17)."""
     return _reverse(x, jnp.asarray(strength, jnp.float32))
 
 
@@ -169,7 +148,5 @@ _reverse.defvjp(
 
 def only(context: Context, group: str) -> Any:
     """The parameters with a gradient for the leaves of one group alone: a player of a game between groups."""
-    flat = trees.flatten(context.params)
-    return trees.unflatten(
-        {path: leaf if context.groups[path] == group else jax.lax.stop_gradient(leaf) for path, leaf in flat.items()}
-    )
+    others = {path: x for path, x in trees.flatten(context.params).items() if context.groups[path] != group}
+    return trees.merge(context.params, jax.lax.stop_gradient(others))

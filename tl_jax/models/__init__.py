@@ -18,12 +18,12 @@ def get(name: str) -> Variant:
 
 
 def list_models(text: str = "") -> tuple[str, ...]:
-    """The names of the models that there are, of those alone that contain a text."""
+    """The names of all models, or of those that contain a text."""
     return tuple(name for name in MODELS if text in name)
 
 
 def deterministic_cuts(model: Any) -> tuple[str, ...]:
-    """The cuts of a module whose output draws no random numbers in training; a frozen prefix may end at these."""
+    """The cuts of a module whose output is not random in training; a frozen prefix may end at these."""
     if isinstance(model, mlp.MLP):
         return model.cuts[:1] if model.dropout else model.cuts
     return model.cuts[:2] if model.drop_path and len(model.cuts) > 3 else model.cuts  # the first block's rate is 0

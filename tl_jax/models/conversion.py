@@ -1,7 +1,4 @@
-"""Conversion tables: which key of a foreign file fills which parameter. Numpy only, no framework.
-
-A table points from our path to the file's key, so that the same rows serve loading and exporting.
-"""
+"""Conversion tables from our paths to the keys of a foreign file, for loading and exporting. Numpy only."""
 
 import functools
 import re
@@ -25,7 +22,7 @@ class Transform(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One row: the regex of a whole target path, the source keys (templates with its groups), and the transform."""
+    """One row: the regex of a whole target path, templates of the source keys with its groups, and the transform."""
 
     target: str
     sources: tuple[str, ...]
@@ -35,9 +32,8 @@ class Rule(NamedTuple):
 class Layout(NamedTuple):
     """The table of one (family, file format) pair.
 
-    rules: the first rule whose regex matches a whole path applies. head: regex of source keys that belong to the
-    classifier, which a new head replaces. ignore: regex of source keys that are no weights of the model, such as step
-    counters. aliases: (regex, replacement) pairs that bring other spellings of the same format to the table's.
+    rules: the first whose regex matches a whole path applies. head: regex of source keys of the classifier. ignore:
+    regex of source keys that are no weights. aliases: (regex, replacement) pairs from other spellings to the table's.
     """
 
     rules: tuple[Rule, ...]
@@ -48,44 +44,40 @@ class Layout(NamedTuple):
 
 SAME = Transform(lambda x: x, lambda x: (x,))
 CONV = Transform(lambda w: w.transpose(2, 3, 1, 0), lambda w: (w.transpose(3, 2, 0, 1),))  # OIHW <-> HWIO
-DENSE = Transform(lambda w: w.T, lambda w: (w.T,))  # [out, in] <-> [in, out]
-QKV_DENSE = Transform(lambda *w: np.concatenate(w).T, lambda w: tuple(np.split(w.T, 3)))
-QKV_BIAS = Transform(lambda *b: np.concatenate(b), lambda b: tuple(np.split(b, 3)))
+DENSE = Transform(lambda w: w.T, lambda w: (w.T,))  # [out, in] <-> [in, out]; a bias [out] stays as it is
+QKV = Transform(lambda *w: np.concatenate(w).T, lambda w: tuple(np.split(w.T, 3)))  # three of DENSE <-> one
 
 
 def conv(target: str, source: str) -> list[Rule]:
-    """The row of a bias-free torch convolution."""
+    """The row of a torch convolution without bias."""
     return [Rule(f"params/{target}/kernel", (f"{source}.weight",), CONV)]
 
 
 def dense(target: str, source: str) -> list[Rule]:
     """The rows of a torch linear layer."""
-    rows = {"kernel": ("weight", DENSE), "bias": ("bias", SAME)}
-    return [Rule(f"params/{target}/{leaf}", (f"{source}.{key}",), how) for leaf, (key, how) in rows.items()]
+    keys = {"kernel": "weight", "bias": "bias"}
+    return [Rule(f"params/{target}/{leaf}", (f"{source}.{key}",), DENSE) for leaf, key in keys.items()]
 
 
 def norm(target: str, source: str) -> list[Rule]:
     """The rows of a torch normalisation layer; the statistics' rows serve only BatchNorm."""
-    params = {"scale": "weight", "bias": "bias"}
-    stats = {"mean": "running_mean", "var": "running_var"}
-    rows = [(f"params/{target}/{leaf}", key) for leaf, key in params.items()]
-    rows += [(f"batch_stats/{target}/{leaf}", key) for leaf, key in stats.items()]
-    return [Rule(path, (f"{source}.{key}",), SAME) for path, key in rows]
+    params, stats = {"scale": "weight", "bias": "bias"}, {"mean": "running_mean", "var": "running_var"}
+    rows = [Rule(f"params/{target}/{leaf}", (f"{source}.{key}",), SAME) for leaf, key in params.items()]
+    return rows + [Rule(f"batch_stats/{target}/{leaf}", (f"{source}.{key}",), SAME) for leaf, key in stats.items()]
 
 
-# Our own paths as keys: what a checkpoint export with slashes holds.
 NATIVE_HEAD = r"(?:params|batch_stats)/head/.+"
-NATIVE = Layout((Rule(r"(.+)", (r"\1",), SAME),), head=NATIVE_HEAD)
+NATIVE = Layout((Rule(r"(.+)", (r"\1",), SAME),), head=NATIVE_HEAD)  # our own paths as keys
 
 
 def with_native_head(layout: Layout) -> Layout:
-    """The layout of a network whose head has layers of its own: these lie under our own paths."""
+    """The layout for a network whose head has layers: these are stored under our own paths."""
     own = Rule(f"({NATIVE_HEAD})", (r"\1",), SAME)
     return layout._replace(rules=(own, *layout.rules), head=f"{layout.head}|{NATIVE_HEAD}")
 
 
 def sources_of(layout: Layout, path: str) -> tuple[tuple[str, ...], Transform]:
-    """Gives the source keys of a target path and their transform; KeyError where the table has no row for it."""
+    """The source keys of a target path and their transform; KeyError where the table has no row for it."""
     for rule in layout.rules:
         if match := re.fullmatch(rule.target, path):
             return tuple(match.expand(template) for template in rule.sources), rule.transform
@@ -98,7 +90,7 @@ def canonical(layout: Layout, key: str) -> str:
 
 
 def source_shapes(transform: Transform, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes a file must hold for a target of `shape`; costs no memory."""
+    """The shapes that a file must have for a target of `shape`; allocates nothing."""
     return [array.shape for array in transform.export(np.broadcast_to(np.float32(0), shape))]
 
 
@@ -141,9 +133,8 @@ def fill(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]):
         if not any(defects):
             flat[leaf] = transform.load(*(array.astype(np.float32) for array in arrays))
             origins[leaf] = " + ".join(keys)
-    problems["unused keys"] = sorted(
-        key for key in tensors if key not in used and not re.fullmatch(layout.ignore, canonical(layout, key))
-    )
+    unused = [key for key in tensors if key not in used]
+    problems["unused keys"] = sorted(key for key in unused if not re.fullmatch(layout.ignore, canonical(layout, key)))
     return flat, origins, {kind: offenders for kind, offenders in problems.items() if offenders}
 
 
@@ -160,5 +151,6 @@ def _defect(key: str, array: np.ndarray, shape: tuple[int, ...]) -> tuple[str, s
 
 def listing(problems: Mapping[str, Sequence[str]]) -> str:
     """One line such as `2 unused keys [a, b]; 9 unfilled leaves [a, b, c, d, e, and 4 more]`."""
-    found = {kind: offenders for kind, offenders in problems.items() if offenders}
-    return "; ".join(f"{len(found[kind])} {kind} [{', '.join(shorten(found[kind], SHOWN))}]" for kind in found)
+    return "; ".join(
+        f"{len(texts)} {kind} [{', '.join(shorten(texts, SHOWN))}]" for kind, texts in problems.items() if texts
+    )

@@ -1,7 +1,6 @@
-"""The head: a small list of layers, pairs (name, {parameter: value}), and the last dense layer behind them, in float32.
+"""The head: a list of layers, pairs (name, {parameter: value}), and the last dense layer behind them, in float32.
 
-Without layers its parameters are head/kernel and head/bias. With layers they are head/dense{i}/... and head/norm{i}/...
-for layer i of the list, and head/out/kernel, head/out/bias for the last dense one.
+Its parameters are head/dense{i}/... and head/norm{i}/... for layer i and head/out/...; without layers head/....
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,8 +56,8 @@ def problems(pairs: Any) -> list[str]:
     for i, pair in enumerate(pairs):
         found += checks.pairs_problems("head layer", [pair], LAYERS)
         if i and isinstance(pair, list | tuple) and pair and pair[0] in READS_MAP:
-            what = f"{pair[0]} is layer {i} of the head"
-            found.append(f"{what}; it reads the backbone's feature map, so it must be the first layer")
+            rule = "it reads the backbone's feature map, so it must be the first layer"
+            found.append(f"{pair[0]} is layer {i} of the head; {rule}")
     return found
 
 
@@ -75,9 +74,7 @@ class Head(nn.Module):
     layers: Layers
     dropout: float
     head_init: str
-    frozen_norms: tuple[str, ...]
-    axis_name: str | None
-    dtype: Any = jnp.float32
+    policy: layers.Policy
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
@@ -99,8 +96,7 @@ def classify(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Runs the head inside a network: (logits, out with "embedding" and "logits").
 
-    x: the network's input, which is the cut `start`; out: the outputs of the cuts behind it. Raises ValueError where
-    the head reads a cut before `start`.
+    x: the input, which is the cut `start`; out: of the cuts behind it. ValueError where the head reads an earlier one.
     """
     cut = reads(module)
     if cut not in out and start != cut:
@@ -112,8 +108,8 @@ def classify(
     if module.num_classes == 0:
         embedding = logits = x
     elif module.head:
-        policy = {"frozen_norms": module.frozen_norms, "axis_name": module.axis_name}
-        head = Head(module.num_classes, module.head, module.dropout, module.head_init, **policy, name="head")
+        policy = module.policy._replace(dtype=jnp.float32)
+        head = Head(module.num_classes, module.head, module.dropout, module.head_init, policy, name="head")
         embedding, logits = head(x, train)
     else:
         embedding = x

@@ -1,9 +1,9 @@
-"""What the families share: convolution, BatchNorm policy, stochastic depth, attention, running from cut to cut."""
+"""Layers that several families share."""
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,15 +11,20 @@ import jax.numpy as jnp
 
 from tl_jax.models.kernels import convolve
 
-# He initialisation over the fan-out, the choice of torchvision's and timm's ResNets.
-HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # as in torchvision's and timm's ResNets
+
+
+class Policy(NamedTuple):
+    """How the layers of a network compute; see `Model` in models/variant.py for the fields."""
+
+    dtype: Any
+    frozen_norms: tuple[str, ...]
+    axis_name: str | None
+    fold: bool
 
 
 class Conv(nn.Module):
-    """Square convolution without bias, padded by `size // 2` on every side: [B, H, W, C] -> [B, H/s, W/s, F].
-
-    The padding is explicit because SAME places it differently from torch once the stride is 2.
-    """
+    """Square convolution without bias, padded by `size // 2` on every side: [B, H, W, C] -> [B, H/s, W/s, F]."""
 
     features: int
     size: int
@@ -34,52 +39,37 @@ class Conv(nn.Module):
         return convolve.conv(x.astype(self.dtype), kernel, self.stride, self.groups)
 
 
-def _matmul(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None) -> jax.Array:
-    del dimension_numbers, precision  # nn.Dense asks for one thing only
-    return convolve.pointwise(x, kernel)
+# flax's, [B, ..., C] -> [B, ..., F], with the gradient of its kernel as a CPU computes it fastest.
+Dense = functools.partial(nn.Dense, dot_general=lambda x, kernel, *_, **__: convolve.pointwise(x, kernel))
 
 
-class Dense(nn.Dense):
-    """flax's, with the gradient of its kernel as a CPU computes it fastest: [B, ..., C] -> [B, ..., F]."""
+def batch_norm(module: nn.Module, name: str, train: bool, scale_init: Callable = nn.initializers.ones) -> nn.BatchNorm:
+    """Makes the BatchNorm `name` inside `module`, which has a field `policy`.
 
-    dot_general: Any = _matmul
-
-
-class BatchNorm(nn.BatchNorm):
-    """flax's, and the same by `convolve.norm` with what follows it in a residual network."""
-
-    def joined(self, x: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Array:
-        """This norm of x by the batch's statistics, plus shortcut, then relu if asked for, as one operation."""
-        scale, bias = self.get_variable("params", "scale"), self.get_variable("params", "bias")
-        y, *moments = convolve.norm(x, scale, bias, shortcut, relu, self.epsilon)
-        for name, new in zip(("mean", "var"), moments, strict=True):
-            running = self.get_variable("batch_stats", name)
-            self.put_variable("batch_stats", name, self.momentum * running + (1 - self.momentum) * new)
-        return y
-
-
-def batch_norm(module: nn.Module, name: str, train: bool, scale_init: Callable = nn.initializers.ones) -> BatchNorm:
-    """Makes the BatchNorm `name` inside `module`, which has fields dtype, frozen_norms and axis_name.
-
-    A layer whose path is in `frozen_norms` uses its running statistics, unchanged, even in training. Momentum 0.9 is
-    torch's 0.1. The running variance is of biased batch variances, torch's of unbiased ones: only training differs.
+    Momentum 0.9 is torch's 0.1. The running variance averages biased variances of batches, torch's unbiased ones.
     """
-    frozen = "/".join((*module.path, name)) in module.frozen_norms
-    settings = {"momentum": 0.9, "epsilon": 1e-5, "dtype": module.dtype, "axis_name": module.axis_name}
-    return BatchNorm(use_running_average=frozen or not train, scale_init=scale_init, name=name, **settings)
+    dtype, frozen_norms, axis_name, _ = module.policy
+    frozen = "/".join((*module.path, name)) in frozen_norms
+    settings = {"momentum": 0.9, "epsilon": 1e-5, "dtype": dtype, "axis_name": axis_name}
+    return nn.BatchNorm(use_running_average=frozen or not train, scale_init=scale_init, name=name, **settings)
 
 
 def conv_norm(
-    module: nn.Module, conv: Conv, norm: BatchNorm, x: jax.Array, shortcut: jax.Array | None = None, relu: bool = False
+    module: nn.Module, conv: Conv, norm: nn.BatchNorm, x: jax.Array, shortcut: jax.Array | None = None, relu=False
 ) -> jax.Array:
-    """norm(conv(x)) + shortcut, then relu if asked for, for two children of `module`, which has a field fold.
+    """norm(conv(x)) + shortcut, then relu if asked for, for two children of `module`, which has a field `policy`.
 
-    The scale of a norm that uses its running statistics goes into the kernel. `fold` must be off where calls of the two
-    are intercepted: they are not made then.
+    With `fold`, a norm that uses its running statistics goes into the kernel, and one that uses the batch's becomes one
+    operation with what follows where `convolve.by_hand`.
     """
-    fold, by_batch = module.fold and not module.is_initializing(), not norm.use_running_average
+    fold, by_batch = module.policy.fold and not module.is_initializing(), not norm.use_running_average
     if fold and by_batch and norm.axis_name is None and convolve.by_hand(norm.dtype):
-        return norm.joined(conv(x), shortcut, relu)
+        scale, bias = (norm.get_variable("params", name) for name in ("scale", "bias"))
+        y, *moments = convolve.norm(conv(x), scale, bias, shortcut, relu, norm.epsilon)
+        for name, new in zip(("mean", "var"), moments, strict=True):
+            running = norm.get_variable("batch_stats", name)
+            norm.put_variable("batch_stats", name, norm.momentum * running + (1 - norm.momentum) * new)
+        return y
     if by_batch or not fold:
         y = norm(conv(x))
     else:
@@ -93,10 +83,7 @@ def conv_norm(
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops the whole residual branch of an example with probability `rate` (Huang et al. 2016).
-
-    x: a branch [B, ...], or a tuple of branches that share their fate.
-    """
+    """Stochastic depth: drops one or several branches [B, ...] of an example together (Huang et al. 2016)."""
 
     rate: float
 
@@ -115,23 +102,21 @@ def drop_path_rates(drop_path: float, blocks: int) -> list[float]:
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 maximum with stride 2 over [B, H, W, C], one row and column of -inf on every side, as in torch.
-
-    Nine shifted maxima: the gradient of reduce_window is four times slower on CPU.
-    """
+    """3x3 maximum with stride 2 over [B, H, W, C], one row and column of -inf on every side, as in torch."""
     if convolve.by_hand(x.dtype):
         return convolve.max_pool(x)
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    # The gradient of reduce_window is four times slower on a CPU.
     shifts = [x[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)]
     return functools.reduce(jnp.maximum, shifts)
 
 
 def recomputed(block: type[nn.Module], remat: str) -> type[nn.Module]:
-    """The class of a block, called with (x, train), whose backward pass recomputes what `remat` says.
+    """The class of a block, called with (x, train), whose backward pass recomputes a part of it.
 
-    "": nothing. "block": all of the block, from its input. "dots": all but outputs of convolutions and matmuls;
-    attention scores are recomputed. Raises ValueError for another name.
+    remat: "" for nothing; "block" for all, from its input; "dots" for all but outputs of convolutions and matmuls
+    (attention scores are recomputed). Raises ValueError for another name.
     """
     policies = {"block": None, "dots": _is_product}
     if not remat:
@@ -142,22 +127,21 @@ def recomputed(block: type[nn.Module], remat: str) -> type[nn.Module]:
     return nn.remat(block, static_argnums=(2,), policy=policies[remat])
 
 
-def _is_product(primitive, *_, **parameters) -> bool:
-    convolution = primitive is jax.lax.conv_general_dilated_p
-    return convolution or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *_, **parameters)
+def _is_product(primitive, *args, **parameters) -> bool:
+    matmul = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **parameters)
+    return matmul or primitive is jax.lax.conv_general_dilated_p
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = "xla") -> jax.Array:
     """softmax(q k^T / sqrt(D)) v of each head, [B, N, H, D]; the softmax is float32, the matmuls have q's type.
 
-    attention: "xla", or "cudnn" for its fused kernel where there is one, see `unfused`; elsewhere XLA computes it.
+    attention: "xla", or "cudnn" for its fused kernel where there is one, see `unfused`.
     """
-    size = q.shape[-1]
-    if attention == "cudnn" and not unfused(q.dtype, size):
+    if attention == "cudnn" and not unfused(q.dtype, q.shape[-1]):
         return _attend_fused(q, k, v)
     if jax.default_backend() == "cpu" and q.dtype == jnp.float32:
         return _attend_on_cpu(q, k, v)
-    scores = _scores(q, k) / math.sqrt(size)
+    scores = _scores(q, k) / math.sqrt(q.shape[-1])
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
@@ -210,11 +194,8 @@ _scores.defvjp(lambda q, k: (_scores(q, k), (q, k)), _scores_backward)
 
 @jax.checkpoint
 def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function of x (Hendrycks & Gimpel 2016), computed in float32 as in torch.
-
-    By erf: the erfc of jax.nn.gelu takes 2.5 times as long on a CPU. Only x is kept for the backward pass.
-    """
-    y = x.astype(jnp.float32)
+    """x times the normal distribution function of x (Hendrycks & Gimpel 2016), computed in float32 as in torch."""
+    y = x.astype(jnp.float32)  # the erfc of jax.nn.gelu takes 2.5 times as long on a CPU
     return (0.5 * y * (1.0 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 

@@ -1,7 +1,6 @@
 """Multi-layer perceptrons for tables, and for features: a discriminator is an MLP with one output."""
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,8 +8,8 @@ import jax.numpy as jnp
 
 from tl_jax.core.card import Card
 from tl_jax.models import conversion, layers
-from tl_jax.models.head import HE, classify
-from tl_jax.models.variant import Variant
+from tl_jax.models.head import HE
+from tl_jax.models.variant import Model, Variant
 
 ACTIVATIONS = {"relu": nn.relu, "gelu": layers.gelu}
 
@@ -22,59 +21,40 @@ class Block(nn.Module):
     activation: str
     norm: bool
     dropout: float
-    dtype: Any
-    frozen_norms: tuple[str, ...]
-    axis_name: str | None
+    policy: layers.Policy
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = nn.Dropout(self.dropout, deterministic=not train)(x) if self.dropout else x
-        x = nn.Dense(self.width, kernel_init=HE, dtype=self.dtype, name="dense")(x)
+        x = nn.Dense(self.width, kernel_init=HE, dtype=self.policy.dtype, name="dense")(x)
         x = layers.batch_norm(self, "norm", train)(x) if self.norm else x
         return ACTIVATIONS[self.activation](x)
 
 
-class MLP(nn.Module):
-    """Multi-layer perceptron on x [B, F]; see models/variant.py for what all networks share.
+class MLP(Model):
+    """Multi-layer perceptron on x [B, F]; see `Model` for what all networks share.
 
     The cuts: stem (the first hidden layer), block0, block1, ... (the others), pre_logits (the last of them in float32),
     each [B, width]. widths: of the hidden layers, at least one. activation: "relu" or "gelu" (exact). norm: BatchNorm
-    between each hidden dense layer and its activation. dropout: behind every hidden layer; that of the last one acts
-    before the last dense layer of the head. Anything but drop_path = 0 is refused.
+    between each hidden dense layer and its activation. dropout: after every hidden layer. drop_path must be 0.
     """
 
-    num_classes: int
     widths: tuple[int, ...]
     activation: str = "relu"
     norm: bool = False
-    dtype: Any = jnp.float32
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    remat: str = ""
-    attention: str = "xla"
-    frozen_norms: tuple[str, ...] = ()
-    axis_name: str | None = None
-    head_init: str = "zeros"
-    head: tuple = ()
 
     @property
     def cuts(self) -> tuple[str, ...]:
         return ("stem", *(f"block{i}" for i in range(len(self.widths) - 1)), "pre_logits")
 
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
-        if self.drop_path:
-            raise ValueError(f"drop_path={self.drop_path}: an MLP has no residual branches to drop; use dropout")
-        y, out = self.backbone(x, train, start, stop)
-        return (y, out) if stop is not None else classify(self, x, out, train, start)
-
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
+        if self.drop_path:
+            raise ValueError(f"drop_path={self.drop_path}: an MLP has no residual branches to drop; use dropout")
         make, parts = layers.recomputed(Block, self.remat), {}
         for name, width in zip(self.cuts[:-1], self.widths, strict=True):
             dropout = 0.0 if name == "stem" else self.dropout
-            policy = (self.dtype, self.frozen_norms, self.axis_name)
-            block = make(width, self.activation, self.norm, dropout, *policy, name=name)
+            block = make(width, self.activation, self.norm, dropout, self.policy, name=name)
             parts[name] = functools.partial(lambda block, x: block(x, train), block)
         parts["pre_logits"] = lambda x: x.astype(jnp.float32)
         return layers.run_parts(parts, x, start, stop)

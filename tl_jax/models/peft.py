@@ -1,12 +1,10 @@
 """Parameters added to a network whose files know nothing of it: LoRA, adapters, prompts, SSF; stochastic normalisation.
 
-`init` makes the parameters, `Adapted` computes with them in place of the model, `merge` folds what can be folded. One
-interceptor around the calls of flax modules does it: a module finds what is added to it by its path. The parameters
-have paths such as `lora/backbone/block0/attn/qkv/a`, so rules decide about them as about any other. At their start they
-leave the network's function as it was loaded; prompts alone change it.
+`init` makes the parameters, `Adapted` computes with them in place of the model, `merge` folds what can be folded. An
+interceptor around the calls of flax modules finds what is added to a module by its path, such as
+`lora/backbone/block0/attn/qkv/a`. Initially all but prompts leave the network's function unchanged.
 """
 
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -22,13 +20,13 @@ import jax.numpy as jnp
 
 from tl_jax.core import checks, messages, trees
 from tl_jax.models import layers, vit
+from tl_jax.models.variant import Model
 
 Additions = Sequence[tuple[str, Mapping[str, Any]]]
 REFUSED = "the added parameters cannot be made"
-MODEL = ("backbone", "head")  # what belongs to the model; further networks have keys of their own (teacher, ...)
+MODEL = ("backbone", "head")  # the keys of the model; further networks have their own (teacher, ...)
 BRANCHES = {"both": ("attn", "mlp"), "mlp": ("mlp",)}
 ATTENTION = r"backbone/.*/attn/(qkv|proj)/kernel"
-# The kinds of parameters of several additions.
 Count = Annotated[int, checks.integer(1)]
 Regex = Annotated[str, checks.REGEX]
 Positive = Annotated[float, checks.number(0, above=True)]
@@ -37,27 +35,23 @@ Positive = Annotated[float, checks.number(0, above=True)]
 def check(additions: Additions) -> dict[str, dict[str, Any]]:
     """`{name: {parameter: value}}` with the defaults filled in; raises one ValueError for all that is invalid."""
     checks.refuse(REFUSED, checks.pairs_problems("addition", additions, MAKERS))
-    checked = {}
-    for name, given in additions:
-        signature = inspect.signature(MAKERS[name]).parameters
-        defaults = {parameter: signature[parameter].default for parameter in checks.parameters(MAKERS[name])}
-        checked[name] = {**defaults, **given}
-    return checked
+    signatures = {name: inspect.signature(MAKERS[name]).parameters for name, _ in additions}
+    return {
+        name: {key: given.get(key, signatures[name][key].default) for key in checks.parameters(MAKERS[name])}
+        for name, given in additions
+    }
 
 
 def init(model: nn.Module, variables: Mapping[str, Any], additions: Additions, key: jax.Array) -> dict[str, Any]:
-    """The added parameters of a network at their start, nested float32, one top-level key per addition.
-
-    A leaf depends on the key and its own path alone. Raises one ValueError for everything that does not fit.
-    """
+    """The initial added parameters, nested float32 {addition: ...}; raises one ValueError for all that does not fit."""
     params = trees.flatten(_network(variables)["params"])
     added, problems = {}, []
     for name, args in check(additions).items():
         leaves, wrong = MAKERS[name](model, params, **args)
         problems += wrong
-        for path, (shape, draw) in leaves.items():
+        for path, (shape, initializer) in leaves.items():
             path = f"{name}/{path}"
-            added[path] = draw(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, jnp.float32)
+            added[path] = initializer(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, jnp.float32)
     checks.refuse(REFUSED, problems)
     return trees.unflatten(added)
 
@@ -69,10 +63,9 @@ def _uniform(bound: float) -> Callable:
 def _lora(model, params, rank: Count = 8, alpha: Positive = 16.0, targets: Regex = ""):
     """LoRA, y = W x + (alpha / rank) B A x (Hu et al. 2022, arXiv:2106.09685, equation 3).
 
-    A is the layer itself (size, stride, groups) with `rank` outputs, B a matrix [rank, outputs]; in a grouped
-    convolution every group has its own pair. A starts uniform within 1 / sqrt(fan in), as in the authors' code, B at
-    zero. targets: a regex over kernel paths; by default the attention kernels (qkv is one kernel) where there are any,
-    else all 3x3 convolutions.
+    A is the layer itself (size, stride, groups) with `rank` outputs, B a matrix [rank, outputs], a pair for each group
+    of a convolution. A starts uniform within 1 / sqrt(fan in), as in the authors' code, B at zero. targets: a regex of
+    kernel paths; by default the attention kernels (qkv is one kernel), without any all 3x3 convolutions.
     """
     kernels = {path: leaf.shape for path, leaf in params.items() if path.endswith("/kernel")}
     chosen = [path for path in kernels if re.fullmatch(targets or ATTENTION, path)]
@@ -94,16 +87,16 @@ def _lora(model, params, rank: Count = 8, alpha: Positive = 16.0, targets: Regex
 def _adapter(model, params, bottleneck: Count = 16, where: Annotated[str, checks.one_of(*BRANCHES)] = "both"):
     """Adapters, y + up(gelu(down(y))) on a branch before its residual sum (Houlsby et al. 2019, section 2.1).
 
-    arXiv:1902.00751. where: after attention and MLP of every block (both), or after the MLP alone (mlp). down starts as
-    a normal of deviation 0.01 cut at two deviations, up at zero.
+    arXiv:1902.00751. where: after attention and MLP of every block (both), or after the MLP alone (mlp).
     """
-    if not isinstance(model, vit.ViT):
-        return {}, [_no_vit("adapter", model)]
-    own = {
-        "down/kernel": ((model.width, bottleneck), nn.initializers.truncated_normal(0.01)),
-        "down/bias": ((bottleneck,), nn.initializers.zeros),
-        "up/kernel": ((bottleneck, model.width), nn.initializers.zeros),
-        "up/bias": ((model.width,), nn.initializers.zeros),
+    if problems := _needs_vit("adapter", model):
+        return {}, problems
+    zeros, width = nn.initializers.zeros, model.width
+    own = {"down/kernel": ((width, bottleneck), nn.initializers.truncated_normal(0.01))}
+    own |= {
+        "down/bias": ((bottleneck,), zeros),
+        "up/kernel": ((bottleneck, width), zeros),
+        "up/bias": ((width,), zeros),
     }
     places = [f"backbone/block{i}/{branch}" for i in range(model.depth) for branch in BRANCHES[where]]
     return {f"{place}/{leaf}": start for place in places for leaf, start in own.items()}, []
@@ -115,25 +108,22 @@ def _prompt(model, params, tokens: Count = 10, deep: Annotated[bool, checks.FLAG
     Shallow prompts enter behind the stem, after the position embedding, and stay in the sequence; with `deep`, every
     later block reads fresh ones in their place. Uniform within sqrt(6 / (3 patch^2 + width)), as in the paper.
     """
-    if not isinstance(model, vit.ViT):
-        return {}, [_no_vit("prompt", model)]
-    draw = _uniform(math.sqrt(6 / (3 * model.patch_size**2 + model.width)))
+    if problems := _needs_vit("prompt", model):
+        return {}, problems
+    start = (1, tokens, model.width), _uniform(math.sqrt(6 / (3 * model.patch_size**2 + model.width)))
     places = ["stem", *(f"block{i}" for i in range(1, model.depth) if deep)]
-    return {f"backbone/{place}/tokens": ((1, tokens, model.width), draw) for place in places}, []
+    return {f"backbone/{place}/tokens": start for place in places}, []
 
 
 def _ssf(model, params, targets: Regex = "backbone/.*/bias"):
     """Scaling and shifting of features, y * scale + shift (Lian et al. 2022, arXiv:2210.08823, section 3.2).
 
-    After every layer whose bias matches `targets`. In the paper scale and shift start around one and zero with
-    deviation 0.02; here exactly there: step 0 is the network as loaded.
+    After every layer whose bias matches `targets`. Scale and shift start at one and zero, in the paper with noise.
     """
     biases = {path: leaf.shape for path, leaf in params.items() if path.endswith("/bias")}
-    leaves = {}
-    for path, shape in biases.items():
-        if re.fullmatch(targets, path):
-            leaves[f"{path.removesuffix('/bias')}/scale"] = shape, nn.initializers.ones
-            leaves[f"{path.removesuffix('/bias')}/shift"] = shape, nn.initializers.zeros
+    own = {"scale": nn.initializers.ones, "shift": nn.initializers.zeros}
+    chosen = {path.removesuffix("bias"): shape for path, shape in biases.items() if re.fullmatch(targets, path)}
+    leaves = {owner + leaf: (shape, start) for owner, shape in chosen.items() for leaf, start in own.items()}
     return leaves, [] if leaves else [_no_match("ssf", targets, biases)]
 
 
@@ -147,8 +137,9 @@ def _no_match(name: str, targets: str, paths: Mapping[str, Any]) -> str:
     return f"{name} targets = {targets!r} match the whole path of none of the {len(paths)} {kind} parameters{hint}"
 
 
-def _no_vit(name: str, model: nn.Module) -> str:
-    return f"{name} needs a ViT, and this is a {type(model).__name__}; lora and ssf serve every network"
+def _needs_vit(name: str, model: nn.Module) -> list[str]:
+    problem = f"{name} needs a ViT, and this is a {type(model).__name__}; lora and ssf serve every network"
+    return [] if isinstance(model, vit.ViT) else [problem]
 
 
 def _groups(model: nn.Module) -> dict[str, int]:
@@ -173,15 +164,15 @@ def _network(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_layer(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`{module path: {addition: its parameters}}`; raises ValueError where `params` hold others than `names`."""
-    held = [name for name in MAKERS if name in params]
-    if set(held) != set(names):
+    """`{module path: {addition: its parameters}}`; raises ValueError where `params` has others than `names`."""
+    found = [name for name in MAKERS if name in params]
+    if set(found) != set(names):
         raise ValueError(
-            f"the parameters hold the additions {held}, the model is built with {list(names)}: "
+            f"the parameters hold the additions {found}, the model is built with {list(names)}: "
             "give the same additions to init and to the model"
         )
     table: dict[str, dict[str, Any]] = {}
-    for name in held:
+    for name in found:
         for path, leaf in trees.flatten(params[name]).items():
             owner, own = re.fullmatch(r"(.*?)/((?:down/|up/)?[^/]+)", path).groups()
             table.setdefault(owner, {}).setdefault(name, {})[own] = leaf
@@ -190,41 +181,28 @@ def _by_layer(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapted:
-    """A model with additions, used in its place: `logits, out = apply(variables, images, train, start, stop)`.
+    """A model with additions, as given to `init`; used in its place.
 
     variables["params"] has the network's parameters and those of `init`, and may have further networks. Prompts are
     part of out["stem"] and of every block's output, [B, 1 + P + N, D] with the class token first; with `start` the
-    input must have them too.
-
-    model: the network, a flax module of this package. additions: pairs (name, {parameter: value}) as given to `init`.
-    stoch_norm: in training, the probability that a channel of a BatchNorm layer that is not frozen is normalised by the
-    running statistics before this batch instead of the batch's, sampled by rngs["dropout"] (Kou et al. 2020, StochNorm,
-    section 3.2; the authors' p is the probability of the batch's statistics, 1 - stoch_norm).
+    input must have them too. stoch_norm: in training, the probability that a channel of a BatchNorm layer that is not
+    frozen uses the running statistics (Kou et al. 2020, StochNorm, section 3.2; the authors' p is 1 - stoch_norm).
     """
 
-    model: Any
+    model: Model
     additions: Additions = ()
     stoch_norm: float = 0.0
+
+    frozen_norms = property(lambda self: self.model.frozen_norms)
+    dtype = property(lambda self: self.model.dtype)
+    cuts = property(lambda self: self.model.cuts)
 
     def __post_init__(self):
         check(self.additions)
         if not checks.number(0, 1).fits(self.stoch_norm):
             raise ValueError(f"stoch_norm = {self.stoch_norm!r}: expected a probability, 0 (off) to 1")
 
-    @property
-    def frozen_norms(self) -> tuple[str, ...]:
-        return self.model.frozen_norms
-
-    @property
-    def dtype(self) -> Any:
-        return self.model.dtype
-
-    @property
-    def cuts(self) -> tuple[str, ...]:
-        return self.model.cuts
-
     def clone(self, **fields: Any) -> "Adapted":
-
         return dataclasses.replace(self, model=self.model.clone(**fields))
 
     def apply(
@@ -238,22 +216,20 @@ class Adapted:
         rngs: Mapping[str, jax.Array] | None = None,
     ):
         """As `model.apply`; raises ValueError where parameters and additions, or prompts and `start`, do not fit."""
-        options = check(self.additions)
+        options, network = check(self.additions), _network(variables)
         table = _by_layer(variables["params"], tuple(options))
         if "prompt" in options and start is not None:
             _check_tokens(self.model, variables["params"]["prompt"], images, start)
-        plain = not table and not self.stoch_norm
-        # What is folded into its neighbour is not called, and so cannot be intercepted.
-        model = self.model if plain or not hasattr(self.model, "fold") else self.model.clone(fold=False)
+        call = {"train": train, "start": start, "stop": stop, "mutable": mutable, "rngs": rngs}
+        if not table and not self.stoch_norm:
+            return self.model.apply(network, images, **call)
         alpha = options.get("lora", {}).get("alpha", 0.0)
-        intercept = functools.partial(_intercept, table, alpha, self.stoch_norm)
-        with contextlib.nullcontext() if plain else nn.intercept_methods(intercept):
-            options = {"train": train, "start": start, "stop": stop, "mutable": mutable, "rngs": rngs}
-            return model.apply(_network(variables), images, **options)
+        with nn.intercept_methods(functools.partial(_intercept, table, alpha, self.stoch_norm)):
+            return self.model.clone(fold=False).apply(network, images, **call)
 
 
 def _check_tokens(model: vit.ViT, prompt: Mapping[str, Any], x: jax.Array, start: str) -> None:
-    """Raises ValueError where a sequence taken from the network without prompts starts one with prompts."""
+    """Raises ValueError where x was taken from the network without prompts."""
     patches, prompts = (model.image_size // model.patch_size) ** 2, prompt["backbone"]["stem"]["tokens"].shape[1]
     if x.ndim == 3 and x.shape[1] != 1 + prompts + patches:
         raise ValueError(
@@ -271,7 +247,7 @@ def _intercept(table, alpha, stoch_norm, next_fun, args, kwargs, context):
         return next_fun(*args, **kwargs)
     x, *rest = args
     if "prompt" in own and isinstance(module, vit.Block):
-        x = _with_prompts(x, own["prompt"]["tokens"], behind=own["prompt"]["tokens"].shape[1])
+        x = _with_prompts(x, own["prompt"]["tokens"], replaced=own["prompt"]["tokens"].shape[1])
     if mixed:  # before the call, which updates the statistics
         running = module.clone(use_running_average=True, parent=None, name=None).apply(module.variables, x)
     y = next_fun(x, *rest, **kwargs)
@@ -286,7 +262,7 @@ def _intercept(table, alpha, stoch_norm, next_fun, args, kwargs, context):
     if "adapter" in own:
         y = y + _dense(nn.gelu(_dense(y, own["adapter"], "down"), approximate=False), own["adapter"], "up")
     if "prompt" in own and isinstance(module, vit.Stem):
-        y = _with_prompts(y, own["prompt"]["tokens"], behind=0)
+        y = _with_prompts(y, own["prompt"]["tokens"], replaced=0)
     return y
 
 
@@ -294,10 +270,10 @@ def _as_channels(vector: jax.Array, y: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def _with_prompts(x: jax.Array, tokens: jax.Array, behind: int) -> jax.Array:
-    """Puts `tokens` [1, P, D] behind the class token of x [B, N, D], in place of the `behind` tokens that follow it."""
+def _with_prompts(x: jax.Array, tokens: jax.Array, replaced: int) -> jax.Array:
+    """Puts `tokens` [1, P, D] after the class token of x [B, N, D], in place of the next `replaced` tokens."""
     tokens = jnp.broadcast_to(tokens.astype(x.dtype), (x.shape[0], *tokens.shape[1:]))
-    return jnp.concatenate([x[:, :1], tokens, x[:, 1 + behind :]], axis=1)
+    return jnp.concatenate([x[:, :1], tokens, x[:, 1 + replaced :]], axis=1)
 
 
 def _dense(x: jax.Array, leaves: Mapping[str, jax.Array], name: str) -> jax.Array:
@@ -307,10 +283,8 @@ def _dense(x: jax.Array, leaves: Mapping[str, jax.Array], name: str) -> jax.Arra
 
 def _low_rank(module: nn.Module, x: jax.Array, a: jax.Array, b: jax.Array, alpha: float) -> jax.Array:
     """(alpha / rank) B A x, where A is `module` itself with other outputs, so that size, stride and dtype agree."""
-    fields = {"features": a.shape[-1], "parent": None, "name": None}
-    if hasattr(module, "use_bias"):
-        fields["use_bias"] = False
-    low = module.clone(**fields).apply({"params": {"kernel": a}}, x)
+    bias = {"use_bias": False} if hasattr(module, "use_bias") else {}
+    low = module.clone(features=a.shape[-1], parent=None, name=None, **bias).apply({"params": {"kernel": a}}, x)
     return alpha / b.shape[0] * _up(low, b.astype(low.dtype))
 
 
@@ -335,10 +309,8 @@ def merge(variables: Mapping[str, Any], additions: Additions) -> dict[str, Any]:
     left out. Raises ValueError for adapter and prompt, and for parameters of another network.
     """
     options = check(additions)
-    if kept := [name for name in options if name not in ("lora", "ssf")]:
-        raise ValueError(
-            f"{' and '.join(kept)} cannot be merged: no plain network holds them; only lora and ssf fold in"
-        )
+    if kept := " and ".join(name for name in options if name not in ("lora", "ssf")):
+        raise ValueError(f"{kept} cannot be merged: no plain network holds them; only lora and ssf fold in")
     table, network = _by_layer(variables["params"], tuple(options)), _network(variables)
     params = trees.flatten(network["params"])
     if strange := [path for path in table if not {f"{path}/kernel", f"{path}/scale"} & params.keys()]:

@@ -1,13 +1,9 @@
-"""Residual networks: ImageNet ResNet, Wide ResNet, ResNeXt and the CIFAR form; variants, cards, conversion tables.
-
-He et al. 2016 (arXiv:1512.03385) in the v1.5 form of torchvision (stride in the 3x3 convolution), Zagoruyko and
-Komodakis 2016 (arXiv:1605.07146), Xie et al. 2017 (arXiv:1611.05431).
-"""
+"""ResNet (He et al. 2016, arXiv:1512.03385; v1.5, with the stride in the 3x3 convolution), its CIFAR form, Wide ResNet
+(Zagoruyko and Komodakis 2016, arXiv:1605.07146) and ResNeXt (Xie et al. 2017, arXiv:1611.05431)."""
 
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,9 +11,18 @@ import jax.numpy as jnp
 
 from tl_jax.core.card import Card
 from tl_jax.models import conversion
-from tl_jax.models.head import classify
-from tl_jax.models.layers import Conv, DropPath, batch_norm, conv_norm, drop_path_rates, max_pool, recomputed, run_parts
-from tl_jax.models.variant import Variant
+from tl_jax.models.layers import (
+    Conv,
+    DropPath,
+    Policy,
+    batch_norm,
+    conv_norm,
+    drop_path_rates,
+    max_pool,
+    recomputed,
+    run_parts,
+)
+from tl_jax.models.variant import Model, Variant, with_flavours
 
 
 class ConvNorm(nn.Module):
@@ -26,14 +31,11 @@ class ConvNorm(nn.Module):
     features: int
     size: int
     stride: int
-    dtype: Any
-    frozen_norms: tuple[str, ...]
-    axis_name: str | None
-    fold: bool
+    policy: Policy
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = Conv(self.features, self.size, self.stride, dtype=self.dtype, name="conv")
+        conv = Conv(self.features, self.size, self.stride, dtype=self.policy.dtype, name="conv")
         return conv_norm(self, conv, batch_norm(self, "norm", train), x)
 
 
@@ -47,10 +49,7 @@ class Block(nn.Module):
     groups: int
     base_width: int
     cifar: bool
-    dtype: Any
-    frozen_norms: tuple[str, ...]
-    axis_name: str | None
-    fold: bool
+    policy: Policy
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -63,7 +62,7 @@ class Block(nn.Module):
         y = x
         for i, (features, size, stride, groups) in enumerate(convs, start=1):
             last = i == len(convs)
-            conv = Conv(features, size, stride, groups, self.dtype, name=f"conv{i}")
+            conv = Conv(features, size, stride, groups, self.policy.dtype, name=f"conv{i}")
             # The last scale starts at zero: every block starts as the identity (Goyal et al. 2017, section 5.1).
             norm = batch_norm(self, f"norm{i}", train, nn.initializers.zeros if last else nn.initializers.ones)
             y = conv_norm(self, conv, norm, y, shortcut if last and not dropped else None, not (last and dropped))
@@ -72,12 +71,10 @@ class Block(nn.Module):
     def shortcut_of(self, x: jax.Array, features: int, train: bool) -> jax.Array:
         if self.stride == 1 and x.shape[-1] == features:
             return x
-        if self.cifar:  # option A: every second pixel, zero channels half before and half behind
-            before = (features - x.shape[-1]) // 2
-            x = x[:, :: self.stride, :: self.stride]
-            return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, features - x.shape[-1] - before)))
-        policy = {"dtype": self.dtype, "frozen_norms": self.frozen_norms, "axis_name": self.axis_name}
-        return ConvNorm(features, 1, self.stride, **policy, fold=self.fold, name="shortcut")(x, train)
+        if self.cifar:  # option A: every second pixel, zero channels added on both sides
+            more = features - x.shape[-1]
+            return jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0),) * 3 + ((more // 2, more - more // 2),))
+        return ConvNorm(features, 1, self.stride, self.policy, name="shortcut")(x, train)
 
 
 class Stage(nn.Module):
@@ -93,33 +90,20 @@ class Stage(nn.Module):
         return self.block(stride=stride, drop_path=self.drop_paths[j], name=f"block{j}")(x, train)
 
 
-class ResNet(nn.Module):
-    """Residual network on images [B, H, W, 3] of any size; see models/variant.py for what all networks share.
+class ResNet(Model):
+    """Residual network on images [B, H, W, 3] of any size; see `Model` for what all networks share.
 
     The cuts: stem, stage1/block0, ..., stage1 (its last block), stage2/block0, ... [B, h, w, C], pre_logits [B, D].
-    depths, widths: blocks and base channels per stage. bottleneck, groups, base_width: the kind of block; groups and
-    base_width make ResNeXt and Wide ResNet. cifar: 3x3 stem without pooling and parameter-free (option A) shortcuts, He
-    et al. 2016, section 4.2. fold: put a BatchNorm that uses its running statistics into the convolution before it; the
-    numbers are the same.
+    depths, widths: blocks and base channels per stage. groups and base_width make ResNeXt and Wide ResNet. cifar: 3x3
+    stem without pooling and parameter-free (option A) shortcuts, He et al. 2016, section 4.2.
     """
 
-    num_classes: int
     depths: tuple[int, ...]
     widths: tuple[int, ...] = (64, 128, 256, 512)
     bottleneck: bool = False
     groups: int = 1
     base_width: int = 64
     cifar: bool = False
-    dtype: Any = jnp.float32
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    remat: str = ""
-    attention: str = "xla"
-    frozen_norms: tuple[str, ...] = ()
-    axis_name: str | None = None
-    head_init: str = "zeros"
-    head: tuple = ()
-    fold: bool = True
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -128,21 +112,15 @@ class ResNet(nn.Module):
             blocks += [*(f"stage{i}/block{j}" for j in range(depth - 1)), f"stage{i}"]
         return ("stem", *blocks, "pre_logits")
 
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
-        x, out = self.backbone(images, train, start, stop)
-        return (x, out) if stop is not None else classify(self, images, out, train, start)
-
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
-        policy = {name: getattr(self, name) for name in ("dtype", "frozen_norms", "axis_name", "fold")}
-        kind = {name: getattr(self, name) for name in ("bottleneck", "groups", "base_width", "cifar")}
-        block = functools.partial(recomputed(Block, self.remat), **kind, **policy)
+        kind = {name: getattr(self, name) for name in ("bottleneck", "groups", "base_width", "cifar", "policy")}
+        block = functools.partial(recomputed(Block, self.remat), **kind)
         rates = drop_path_rates(self.drop_path, sum(self.depths))
 
         def stem(x):
             size, stride = (3, 1) if self.cifar else (7, 2)
-            x = ConvNorm(self.widths[0], size, stride, name="stem", **policy)(x, train)
+            x = ConvNorm(self.widths[0], size, stride, self.policy, name="stem")(x, train)
             return nn.relu(x if self.cifar else max_pool(x))  # the maximum first: a quarter of the pixels is left
 
         parts = [stem]
@@ -155,10 +133,8 @@ class ResNet(nn.Module):
         return run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
 
 
-# Of our blocks, and of other files' counters.
 _BLOCK, _COUNTERS = r"backbone/stage(\d)/block(\d+)", r".*\.num_batches_tracked"
-# torchvision and timm use the same names.
-_TIMM = (
+_TIMM = (  # torchvision uses the same names
     *conversion.conv("backbone/stem/conv", "conv1"),
     *conversion.norm("backbone/stem/norm", "bn1"),
     *conversion.conv(rf"{_BLOCK}/conv(\d)", r"layer\1.\2.conv\3"),
@@ -182,40 +158,32 @@ def _hf_layout() -> conversion.Layout:
     for path, source in places:
         rules += conversion.conv(path.format("conv"), f"{source}.convolution")
         rules += conversion.norm(path.format("norm"), f"{source}.normalization")
-    return conversion.Layout(
-        (*rules, *conversion.dense("head", "classifier.1")),
-        head=r"classifier\..+",
-        ignore=_COUNTERS,
-        aliases=((r"^(embedder|encoder)\.", r"resnet.\1."),),
-    )
+    rules += conversion.dense("head", "classifier.1")
+    return conversion.Layout(tuple(rules), r"classifier\..+", _COUNTERS, ((r"^(embedder|encoder)\.", r"resnet.\1."),))
 
 
 LAYOUTS = {"timm": TIMM, "hf": _hf_layout(), "native": conversion.NATIVE}
 CIFAR_LAYOUTS = {"cifar": CIFAR, "native": conversion.NATIVE}
 
-_BOTTLENECK = functools.partial(ResNet, bottleneck=True)
-_MODULES = {
-    "resnet18": functools.partial(ResNet, depths=(2, 2, 2, 2)),
-    "resnet34": functools.partial(ResNet, depths=(3, 4, 6, 3)),
-    "resnet50": functools.partial(_BOTTLENECK, depths=(3, 4, 6, 3)),
-    "resnet101": functools.partial(_BOTTLENECK, depths=(3, 4, 23, 3)),
-    "resnet152": functools.partial(_BOTTLENECK, depths=(3, 8, 36, 3)),
-    "wide_resnet50_2": functools.partial(_BOTTLENECK, depths=(3, 4, 6, 3), base_width=128),
-    "resnext50_32x4d": functools.partial(_BOTTLENECK, depths=(3, 4, 6, 3), groups=32, base_width=4),
+_FIELDS = {
+    "resnet18": {"depths": (2, 2, 2, 2)},
+    "resnet34": {"depths": (3, 4, 6, 3)},
+    "resnet50": {"depths": (3, 4, 6, 3), "bottleneck": True},
+    "resnet101": {"depths": (3, 4, 23, 3), "bottleneck": True},
+    "resnet152": {"depths": (3, 8, 36, 3), "bottleneck": True},
+    "wide_resnet50_2": {"depths": (3, 4, 6, 3), "bottleneck": True, "base_width": 128},
+    "resnext50_32x4d": {"depths": (3, 4, 6, 3), "bottleneck": True, "groups": 32, "base_width": 4},
 }
 
 
 def _all_variants() -> dict[str, Variant]:
     """All with torchvision's first preprocessing; transformers has the plain ones, with bicubic resizing."""
     variants = {}
-    for name, module in _MODULES.items():
-        card = Card(name, 1000, interpolation="bilinear")
-        if not re.fullmatch(r"resnet\d+", name):
-            variants[name] = Variant(module, card, {key: LAYOUTS[key] for key in ("timm", "native")}, {})
-            continue
-        variants[name] = Variant(module, card, LAYOUTS, {"hf": f"{name}.hf"})
-        hf_card = card.replace(model=f"{name}.hf", interpolation="bicubic")
-        variants[hf_card.model] = Variant(module, hf_card, LAYOUTS, {})
+    for name, fields in _FIELDS.items():
+        plain, card = re.fullmatch(r"resnet\d+", name), Card(name, 1000, interpolation="bilinear")
+        layouts = LAYOUTS if plain else {key: LAYOUTS[key] for key in ("timm", "native")}
+        flavours = {"hf": ("hf", {}, card.replace(interpolation="bicubic"))} if plain else {}
+        variants |= with_flavours(functools.partial(ResNet, **fields), card, layouts, flavours)
     for n in (1, 2, 3, 5, 7, 9):
         card = Card(f"resnet{6 * n + 2}_cifar", 10, input_size=32, crop=1.0)
         module = functools.partial(ResNet, depths=(n, n, n), widths=(16, 32, 64), cifar=True)

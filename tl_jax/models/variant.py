@@ -1,24 +1,57 @@
-"""What a name of the model table stands for, and what all networks have in common.
+"""What all networks have in common, and what a name of the model table stands for."""
 
-`logits, out = network.apply(variables, x, train, start, stop)`: x is normalised, `out` holds the output of every cut in
-order, embedding (what the last dense layer reads) and logits [B, K]; pre_logits and these two are float32. With
-`start=NAME` x is out[NAME] and only the rest runs; with `stop=NAME` nothing behind out[NAME] runs, which is returned in
-place of the logits. Training needs mutable=["batch_stats"] with BatchNorm, and rngs={"dropout": key} with dropout or
-drop_path. Fields of all networks, some of which are without effect in some:
-
-num_classes: of the head; 0 for none, then logits are the pre_logits. head: the layers before the last dense one, see
-models/head.py. head_init: "zeros" or "lecun", of the last dense layer. dtype: of the computation (float32 or bfloat16);
-parameters and statistics are float32. dropout: before the last dense layer. drop_path: stochastic depth at the last
-block, rising linearly from 0. remat: what the backward pass of a block recomputes, see layers.recomputed. attention:
-"xla" or "cudnn", see layers.attend. frozen_norms: paths of BatchNorm layers that keep their running statistics in
-training. axis_name: pmap axis over which BatchNorm averages.
-"""
-
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
 from tl_jax.core.card import Card
 from tl_jax.models.conversion import Layout
+from tl_jax.models.head import classify
+from tl_jax.models.layers import Policy
+
+
+class Model(nn.Module, kw_only=True):
+    """A network: `logits, out = model.apply(variables, x, train, start, stop)`. A family adds `cuts` and `backbone`.
+
+    x is normalised. `out` holds the output of every cut in order, embedding (what the last dense layer reads) and
+    logits [B, K]; pre_logits and these two are float32. With `start=NAME` x is out[NAME] and only the layers behind it
+    run. With `stop=NAME` nothing behind out[NAME] runs, which is returned in place of the logits. Training needs
+    mutable=["batch_stats"] with BatchNorm, and rngs={"dropout": key} with dropout or drop_path.
+
+    Some fields are without effect in some networks. num_classes: of the head; 0 for none, then logits are the
+    pre_logits. head: the layers before the last dense one, see models/head.py. head_init: "zeros" or "lecun", of the
+    last dense layer. dtype: of the computation (float32 or bfloat16); parameters and statistics are float32. dropout:
+    before the last dense layer. drop_path: stochastic depth at the last block, rising linearly from 0. remat: what the
+    backward pass of a block recomputes, see layers.recomputed. attention: "xla" or "cudnn", see layers.attend.
+    frozen_norms: paths of BatchNorm layers that use their running statistics, unchanged, even in training. axis_name:
+    pmap axis over which BatchNorm averages. fold: put a BatchNorm that uses its running statistics into the convolution
+    before it, with the same numbers; must be off where calls of the two are intercepted, since they are not made.
+    """
+
+    num_classes: int
+    dtype: Any = jnp.float32
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    remat: str = ""
+    attention: str = "xla"
+    frozen_norms: tuple[str, ...] = ()
+    axis_name: str | None = None
+    head_init: str = "zeros"
+    head: tuple = ()
+    fold: bool = True
+
+    @property
+    def policy(self) -> Policy:
+        return Policy(self.dtype, self.frozen_norms, self.axis_name, self.fold)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
+        y, out = self.backbone(x, train, start, stop)
+        return (y, out) if stop is not None else classify(self, x, out, train, start)
 
 
 class Variant(NamedTuple):
@@ -29,7 +62,22 @@ class Variant(NamedTuple):
     flavours: {layout: variant} where that layout's publisher computes or preprocesses differently.
     """
 
-    module: Callable[..., Any]
+    module: Callable[..., Model]
     card: Card
     layouts: Mapping[str, Layout]
     flavours: Mapping[str, str]
+
+
+def with_flavours(
+    module: Callable[..., Model],
+    card: Card,
+    layouts: Mapping[str, Layout],
+    flavours: Mapping[str, tuple[str, Mapping[str, Any], Card]],
+) -> dict[str, Variant]:
+    """A variant and its flavours, {layout: (suffix of the name, fields of the module, card)}."""
+    names = {layout: f"{card.model}.{suffix}" for layout, (suffix, _, _) in flavours.items()}
+    variants = {card.model: Variant(module, card, layouts, names)}
+    for layout, (_, fields, its_card) in flavours.items():
+        name, its_layouts = names[layout], {key: layouts[key] for key in ("timm", layout, "native")}
+        variants[name] = Variant(functools.partial(module, **fields), its_card.replace(model=name), its_layouts, {})
+    return variants

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,22 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tl_jax.core.card import Card
-from tl_jax.models.conversion import (
-    DENSE,
-    NATIVE,
-    QKV_BIAS,
-    QKV_DENSE,
-    SAME,
-    Layout,
-    Rule,
-    Transform,
-    conv,
-    dense,
-    norm,
-)
-from tl_jax.models.head import classify
+from tl_jax.models import conversion
+from tl_jax.models.conversion import NATIVE, SAME, Layout, Rule, Transform, conv, dense, norm
 from tl_jax.models.layers import Dense, DropPath, attend, drop_path_rates, gelu, recomputed, run_parts
-from tl_jax.models.variant import Variant
+from tl_jax.models.variant import Model, Variant, with_flavours
 
 INIT = nn.initializers.truncated_normal(0.02)
 
@@ -60,10 +48,7 @@ class Stem(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused qkv projection; the softmax is float32.
-
-    `first`: only what the first token gets to see, [B, 1, D].
-    """
+    """Multi-head self-attention with one fused qkv projection; with `first`, of the first token alone, [B, 1, D]."""
 
     heads: int
     attention: str
@@ -94,8 +79,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: [B, N, D] -> [B, N, D].
 
-    With `last`, -> ([B, N, D], [B, 1, D]): the class token is computed a second time, by itself, since where nothing
-    reads the other tokens XLA drops the first. Both drop the same branches.
+    With `last`, -> ([B, N, D], [B, 1, D]): the class token is also computed by itself. Where nothing reads the other
+    tokens, XLA drops the first.
     """
 
     heads: int
@@ -119,15 +104,13 @@ class Block(nn.Module):
         return tokens if self.last else tokens[0]
 
 
-class ViT(nn.Module):
-    """Vision transformer on images [B, S, S, 3], S = image_size; see models/variant.py for what all networks share.
+class ViT(Model):
+    """Vision transformer on images [B, S, S, 3], S = image_size; see `Model` for what all networks share.
 
     The cuts: stem, block0, block1, ... [B, N, D] (class token first), pre_logits [B, D] (the class token, normalised).
-    patch_size, width, depth, heads, image_size: the geometry. norm_eps: of every LayerNorm. gelu_tanh: GELU by its tanh
-    approximation (JAX releases) instead of the error function (PyTorch releases).
+    norm_eps: of every LayerNorm. gelu_tanh: GELU by its tanh approximation (JAX releases), not erf (PyTorch releases).
     """
 
-    num_classes: int
     patch_size: int
     width: int
     depth: int
@@ -135,24 +118,10 @@ class ViT(nn.Module):
     image_size: int = 224
     norm_eps: float = 1e-6
     gelu_tanh: bool = False
-    dtype: Any = jnp.float32
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    remat: str = ""
-    attention: str = "xla"
-    frozen_norms: tuple[str, ...] = ()
-    axis_name: str | None = None
-    head_init: str = "zeros"
-    head: tuple = ()
 
     @property
     def cuts(self) -> tuple[str, ...]:
         return ("stem", *(f"block{i}" for i in range(self.depth)), "pre_logits")
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
-        x, out = self.backbone(images, train, start, stop)
-        return (x, out) if stop is not None else classify(self, images, out, train, start)
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
@@ -207,11 +176,6 @@ _KEYS = {
 }
 
 
-def _qkv(kernel: tuple[str, ...], bias: tuple[str, ...], of_kernel: Transform, of_bias: Transform) -> list[Rule]:
-    path = f"params/{_BLOCK}/attn/qkv"
-    return [Rule(f"{path}/kernel", kernel, of_kernel), Rule(f"{path}/bias", bias, of_bias)]
-
-
 def _torch_rules(column: int) -> list[Rule]:
     """The rows of a column of _KEYS."""
     rules = []
@@ -226,20 +190,23 @@ def _torch_rules(column: int) -> list[Rule]:
     return rules
 
 
+def _qkv(sources: Sequence[str], transform: Transform) -> list[Rule]:
+    """The rows of the fused qkv; sources: of templates of keys."""
+    keys = {leaf: tuple(key.format(name) for key in sources) for leaf, name in (("kernel", "weight"), ("bias", "bias"))}
+    return [Rule(f"params/{_BLOCK}/attn/qkv/{leaf}", own, transform) for leaf, own in keys.items()]
+
+
 TIMM = Layout((*_torch_rules(0), *dense(f"{_BLOCK}/attn/qkv", r"blocks.\1.attn.qkv")), head=r"head\..+")
-# Early files say linear_1 and linear_2.
-_TV_QKV = f"{_TV}.self_attention.in_proj"
 TORCHVISION = Layout(
-    (*_torch_rules(1), *_qkv((f"{_TV_QKV}_weight",), (f"{_TV_QKV}_bias",), DENSE, SAME)),
+    (*_torch_rules(1), *_qkv((f"{_TV}.self_attention.in_proj_{{}}",), conversion.DENSE)),
     head=r"heads\..+",
-    aliases=((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),
+    aliases=((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),  # of early files
 )
-# A bare ViTModel has no prefix and may have a pooler. transformers 5 renamed its modules, but its save_pretrained still
-# writes the names of this table; the aliases serve a state dict saved directly.
-_HF_QKV = [f"{_HF}.attention.attention.{name}" for name in ("query", "key", "value")]
-_HF_KERNELS, _HF_BIASES = (tuple(f"{key}.{leaf}" for key in _HF_QKV) for leaf in ("weight", "bias"))
+# A bare ViTModel has no prefix and may have a pooler. The other aliases serve a state dict of transformers 5 that was
+# saved directly; its save_pretrained still writes the names of this table.
+_HF_QKV = [f"{_HF}.attention.attention.{name}.{{}}" for name in ("query", "key", "value")]
 HF = Layout(
-    (*_torch_rules(2), *_qkv(_HF_KERNELS, _HF_BIASES, QKV_DENSE, QKV_BIAS)),
+    (*_torch_rules(2), *_qkv(_HF_QKV, conversion.QKV)),
     head=r"classifier\..+",
     ignore=r"vit\.pooler\..+|vit\.embeddings\.position_ids",
     aliases=(
@@ -257,20 +224,13 @@ HF = Layout(
 
 def jax_layout(heads: int) -> Layout:
     """The .npz files of the original JAX release: [in, out] kernels, attention kernels [D, heads, D / heads]."""
-    qkv_kernel = Transform(
-        lambda *w: np.concatenate([x.reshape(len(x), -1) for x in w], axis=1),
-        lambda w: tuple(x.reshape(len(x), heads, -1) for x in np.split(w, 3, axis=1)),
-    )
-    qkv_bias = Transform(
-        lambda *b: np.concatenate([x.reshape(-1) for x in b]),
-        lambda b: tuple(x.reshape(heads, -1) for x in np.split(b, 3)),
+    qkv = Transform(
+        lambda *w: np.concatenate([x.reshape(*x.shape[:-2], -1) for x in w], axis=-1),
+        lambda w: tuple(x.reshape(*x.shape[:-1], heads, -1) for x in np.split(w, 3, axis=-1)),
     )
     proj = Transform(lambda w: w.reshape(-1, w.shape[-1]), lambda w: (w.reshape(heads, -1, w.shape[-1]),))
     block = r"Transformer/encoderblock_\1"
     attention = f"{block}/MultiHeadDotProductAttention_1"
-    kernels, biases = (
-        tuple(f"{attention}/{x}/{leaf}" for x in ("query", "key", "value")) for leaf in ("kernel", "bias")
-    )
     same = {
         "backbone/stem/cls_token": "cls",
         "backbone/stem/pos_embed": "Transformer/posembed_input/pos_embedding",
@@ -284,43 +244,34 @@ def jax_layout(heads: int) -> Layout:
         r"head/(\w+)": r"head/\1",
     }
     rules = [Rule(f"params/{path}", (key,), SAME) for path, key in same.items()]
-    rules += [Rule(f"params/{_BLOCK}/attn/proj/kernel", (f"{attention}/out/kernel",), proj)]
-    # The ImageNet-21k files have a dense layer before the head, which goes with it.
-    head, aliases = r"(head|pre_logits)/.+", ((r"^opt/target/", ""),)
-    return Layout((*rules, *_qkv(kernels, biases, qkv_kernel, qkv_bias)), head, aliases=aliases)
-
-
-HALF = (0.5, 0.5, 0.5)
+    rules.append(Rule(f"params/{_BLOCK}/attn/proj/kernel", (f"{attention}/out/kernel",), proj))
+    three = tuple(rf"{attention}/{name}/\2" for name in ("query", "key", "value"))
+    rules.append(Rule(rf"params/{_BLOCK}/attn/qkv/(\w+)", three, qkv))
+    # The dense layer before the head in ImageNet-21k files belongs to it.
+    return Layout(tuple(rules), r"(head|pre_logits)/.+", aliases=((r"^opt/target/", ""),))
 
 
 def vit_variants(name: str, module: Callable[..., ViT], heads: int, image_size: int) -> dict[str, Variant]:
     """A ViT as timm has it, and its flavours: .hf (epsilon 1e-12), .jax (tanh GELU), .tv (other preprocessing)."""
     low = image_size <= 224  # timm and torchvision crop the centre at 224 only
-    timm = Card(name, 1000, image_size, mean=HALF, std=HALF, crop=0.9 if low else 1.0)
-    whole = Card(name, 1000, image_size, mean=HALF, std=HALF, interpolation="bilinear", crop=1.0)
+    timm = Card(name, 1000, image_size, mean=(0.5,) * 3, std=(0.5,) * 3, crop=0.9 if low else 1.0)
+    whole = timm.replace(interpolation="bilinear", crop=1.0)
     its = {"interpolation": "bilinear", "crop": 0.875} if low else {"interpolation": "bicubic", "crop": 1.0}
     layouts = {"timm": TIMM, "torchvision": TORCHVISION, "hf": HF, "jax": jax_layout(heads), "native": NATIVE}
     flavours = {
-        "hf": (f"{name}.hf", functools.partial(module, norm_eps=1e-12), whole),
-        "jax": (f"{name}.jax", functools.partial(module, gelu_tanh=True), whole),
-        "torchvision": (f"{name}.tv", module, Card(name, 1000, image_size, **its)),
+        "hf": ("hf", {"norm_eps": 1e-12}, whole),
+        "jax": ("jax", {"gelu_tanh": True}, whole),
+        "torchvision": ("tv", {}, Card(name, 1000, image_size, **its)),
     }
-    variants = {name: Variant(module, timm, layouts, {key: flavour for key, (flavour, _, _) in flavours.items()})}
-    for key, (flavour, its_module, card) in flavours.items():
-        its_layouts = {"timm": TIMM, key: layouts[key], "native": NATIVE}
-        variants[flavour] = Variant(its_module, card.replace(model=flavour), its_layouts, {})
-    return variants
+    return with_flavours(module, timm, layouts, flavours)
 
 
 def deit_variants(name: str, module: Callable[..., ViT], image_size: int) -> dict[str, Variant]:
     """A DeiT: a ViT with ImageNet's own mean and deviation; its .hf flavour has epsilon 1e-12 and a wider resize."""
     low, layouts = image_size <= 224, {"timm": TIMM, "hf": HF, "native": NATIVE}
     card = Card(name, 1000, image_size, crop=0.9 if low else 1.0)
-    hf_card = card.replace(model=f"{name}.hf", crop=0.875 if low else 1.0)
-    return {
-        name: Variant(module, card, layouts, {"hf": hf_card.model}),
-        hf_card.model: Variant(functools.partial(module, norm_eps=1e-12), hf_card, layouts, {}),
-    }
+    flavours = {"hf": ("hf", {"norm_eps": 1e-12}, card.replace(crop=0.875 if low else 1.0))}
+    return with_flavours(module, card, layouts, flavours)
 
 
 def _all_variants() -> dict[str, Variant]:

@@ -13,8 +13,7 @@ BYTES = 2**31  # beyond which the programs that were used least lately are remov
 def keep_compiled_programs() -> None:
     """Lets a program that was compiled once start at once the next time; JAX_COMPILATION_CACHE_DIR takes precedence.
 
-    Whoever can write to the folder can run code here, so it is private, or not used. Nor is it where files cannot be
-    locked, as in some homes on a network: jax would wait for the lock at every program.
+    Whoever can write to the folder can run code here, so it is not used unless it is private and can be locked.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
@@ -27,7 +26,10 @@ def keep_compiled_programs() -> None:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return  # no home to write to: compile every time
-    if not all(_is_private(path) for path in (folder.parent, folder)) or not _mend(folder):
+    for facts in (folder.parent.lstat(), folder.lstat()):
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+            return  # a link, of another user, or others can write to it
+    if not _mend(folder):
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", BYTES)
@@ -36,26 +38,17 @@ def keep_compiled_programs() -> None:
     compilation_cache.reset_cache()  # jax looks once; a notebook may have compiled something already
 
 
-def _is_private(folder: pathlib.Path) -> bool:
-    """Whether it is a folder of this user, no link to one, that nobody else can write to."""
-    facts = folder.lstat()
-    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
-
-
 def _mend(folder: pathlib.Path) -> bool:
     """Removes programs that a process died writing, which jax would neither read nor replace; False: no lock to be had.
 
-    jax writes a program, and then beside it when it was last used, under a lock: one without such a note was not
-    finished, or is from a time without a limit. jax before 0.11 keeps nothing any more when it meets one. Another
-    process may have read an unfinished one and noted that: so each is looked at once, and then marked by taking away
-    the right to write. A program is never written again, and removing it does not need that right.
+    jax writes a program, then when it was last used ("atime"): one without that was not finished. Another process may
+    have read an unfinished one and noted its use: so each is looked at once, and then marked as read-only.
     """
     import filelock
 
     try:
         with filelock.FileLock(folder / ".lockfile", timeout=SECONDS):
-            with os.scandir(folder) as entries:
-                modes = {entry.name: entry.stat().st_mode for entry in entries}
+            modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
             for name in modes:
                 key, _, kind = name.rpartition("-")
                 if kind == "atime" and f"{key}-cache" not in modes:
@@ -64,14 +57,14 @@ def _mend(folder: pathlib.Path) -> bool:
                     (folder / name).unlink()
                     (folder / f"{key}-atime").unlink(missing_ok=True)
     except filelock.Timeout:
-        return True  # another process is at it
+        return True  # another process does it
     except OSError:
         return False
     return True
 
 
 def _is_whole(program: pathlib.Path, mode: int) -> bool:
-    """Whether a program ends where its compression says; one by zstandard, if that is installed, has to be there."""
+    """Whether a program ends where its compression says; of zstandard, if that is installed, the beginning must do."""
     if not mode & stat.S_IWUSR:
         return True
     data, stream = program.read_bytes(), zlib.decompressobj()

@@ -1,7 +1,4 @@
-"""Several processes, one run: how they find each other, and what they do together.
-
-A run in one process notices none of this: `initialize` finds nothing, and the other functions are the identity.
-"""
+"""Several processes, one run: how they find each other, and what they do together. In one process it does nothing."""
 
 import atexit
 import os
@@ -19,33 +16,28 @@ import numpy as np
 
 from tl_jax.runtime import rollcall
 
-# jax's own heartbeats are the second line behind the roll call, and so must be slower: they are sent every half of this
-# time, and a process may count as lost after the other half.
-HEARTBEAT = 60
+HEARTBEAT = 60  # seconds, of jax: the second line behind the roll call, and so slower
 # What a collective says when another process has gone: that one, not this, is to be named.
 ECHO = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION)\b")
-PORTS = (61440, 4096)  # the first port and their number, above those that systems give away: for SLURM and Open MPI
+PORTS = range(61440, 65536)  # above those that systems give away: for SLURM and Open MPI
 
 _line: rollcall.RollCall | None = None
 
 
 class Place(NamedTuple):
-    """A process among others: where process 0 waits, how many they are, which one this is, and its devices.
-
-    devices: the accelerators of this process, by number on its host; None for all that it sees.
-    """
+    """A process among others: where process 0 waits, how many they are, and which one this is."""
 
     coordinator: str
     count: int
     index: int
-    devices: list[int] | None = None
+    devices: list[int] | None = None  # its accelerators, by number on its host; None: all that it sees
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins the other processes of this run, where there are any; must come before jax's devices are used.
+    """Joins the other processes of this run, if any; must come before jax's devices are used.
 
-    By the three arguments, or by itself in a SLURM step or under Open MPI with several tasks, and on the hosts of a
-    TPU pod. Raises ValueError for arguments that are incomplete, and where the processes do not come together.
+    Without arguments it finds them in a SLURM step, under Open MPI and on the hosts of a TPU pod. Raises
+    ValueError for incomplete arguments, and where the processes do not come together.
     """
     global _line
     place = find_place(coordinator, num_processes, process_id, os.environ)
@@ -56,27 +48,20 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     elif place is None and on_tpu_hosts(os.environ):
         _line = _meet_on_tpu()
     if _line is not None:
-        sys.excepthook = lambda kind, error, traceback: _fail(error, 1, traceback=True)
-        atexit.register(_line.leave)
+        sys.excepthook = lambda kind, error, traceback: fail(error, 1, traceback=True)
+        atexit.register(_line.finalize)
 
 
 def agreed(stop_requested: Callable[..., bool]) -> Callable[..., bool]:
-    """A `stop_requested` that becomes true on all processes after the same step; see `RollCall.stop_requested`.
-
-    It counts how often it is called, not the steps it is told: those start anew with the next run.
-    """
+    """A `stop_requested` that becomes true on all processes after the same number of calls."""
     line = _line
     return stop_requested if line is None else lambda step=0: line.stop_requested(stop_requested())
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What `make()` returns on process 0, plain JSON data, on every process; only process 0 calls it.
-
-    For what is read from files: on a network file system the other hosts may see an older state.
-    """
-    if _line is None:
-        return make()
-    return _line.from_first(make() if _line.index == 0 else None)
+    """What `make()` returns on process 0, plain JSON data, on every process: other hosts may see older files."""
+    value = make() if is_first() else None
+    return value if _line is None else _line.from_first(value)
 
 
 def is_first() -> bool:
@@ -85,70 +70,49 @@ def is_first() -> bool:
 
 
 def wait_for_cause(error: BaseException) -> None:
-    """Waits where an error may only say that another process has gone: that one is named, which ends this process too.
-
-    Returns where that is not so, or where there is one process only.
-    """
+    """Waits, where an error may only say that another process has gone, until that is named and ends this one too."""
     if _line is not None and ECHO.match(str(error)):
         time.sleep(rollcall.SILENCE + 2 * rollcall.BEAT)
 
 
-def fail(error: BaseException, code: int) -> None:
+def fail(error: BaseException, code: int, traceback: bool = False) -> None:
     """Ends all processes because of this one's error, and names it; returns where there is one process only."""
-    if _line is not None:
-        _fail(error, code, traceback=False)
-
-
-def _fail(error: BaseException, code: int, traceback: bool) -> None:
+    if _line is None:
+        return
     wait_for_cause(error)
     if traceback:
         sys.__excepthook__(type(error), error, error.__traceback__)
-    text = str(error) if code == 2 and not ECHO.match(str(error)) else f"{type(error).__name__}: {error}"
-    _line.fail(text, 1 if ECHO.match(str(error)) else code)
+    code = 1 if ECHO.match(str(error)) else code
+    _line.fail(str(error) if code == 2 else f"{type(error).__name__}: {error}", code)
 
 
 def find_place(
     coordinator: str | None, num_processes: int | None, process_id: int | None, environ: Mapping[str, str]
 ) -> Place | None:
-    """The place of this process by the three arguments or by its environment; None for a process by itself.
-
-    Raises ValueError for arguments that are incomplete or contradict each other.
-    """
+    """The place of this process by the three arguments or by its environment; None for a process by itself."""
     given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     if missing := [name for name, value in given.items() if value is None]:
         if len(missing) < len(given):
             raise ValueError(f"{', '.join(given)} belong together; missing: {', '.join(missing)}")
         return _slurm_place(environ) or _open_mpi_place(environ)
     if num_processes < 1 or not 0 <= process_id < num_processes:
-        raise ValueError(
-            f"--process-id {process_id} of --num-processes {num_processes}: expected 0 <= process-id < num-processes"
-        )
+        found = f"--process-id {process_id} of --num-processes {num_processes}"
+        raise ValueError(f"{found}: expected 0 <= process-id < num-processes")
     rollcall.split(coordinator)
     return Place(coordinator, num_processes, process_id)
 
 
 def _slurm_place(environ: Mapping[str, str]) -> Place | None:
-    """By the variables of a step: those of the allocation are also there where nothing was started with srun."""
+    """By the variables of a step: those of the allocation are there without srun, too."""
     if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) < 2 or "SLURM_PROCID" not in environ:
         return None
     job, step = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_STEP_ID", 0))
     first = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", environ["SLURM_STEP_NODELIST"]).split(",")[0]
-    tasks = _tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])[int(environ["SLURM_NODEID"])]
-    return Place(
-        f"{first}:{_port(job + 97 * step)}",
-        int(environ["SLURM_STEP_NUM_TASKS"]),
-        int(environ["SLURM_PROCID"]),
-        own_devices(int(environ["SLURM_LOCALID"]), tasks, environ),
-    )
-
-
-def _tasks_per_node(text: str) -> list[int]:
-    """SLURM's "2(x3),1" as [2, 2, 2, 1]."""
-    counts = []
-    for part in text.split(","):
-        count, _, times = part.rstrip(")").partition("(x")
-        counts += [int(count)] * int(times or 1)
-    return counts
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"])  # 2(x3),1 is 2, 2, 2, 1
+    tasks = [int(count) for count, times in counts for _ in range(int(times or 1))][int(environ["SLURM_NODEID"])]
+    devices = own_devices(int(environ["SLURM_LOCALID"]), tasks, environ)
+    count, index = int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_PROCID"])
+    return Place(f"{first}:{PORTS[(job + 97 * step) % len(PORTS)]}", count, index, devices)
 
 
 def _open_mpi_place(environ: Mapping[str, str]) -> Place | None:
@@ -160,25 +124,15 @@ def _open_mpi_place(environ: Mapping[str, str]) -> Place | None:
     uri = re.match(r"(\d+)\.\d+;tcp6?://\[?([^],:]+(?::[^],]+)*)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
     local_only = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(count)
     if not (uri or local_only):
-        raise ValueError(
-            "this Open MPI does not say where process 0 is; start every process with --coordinator HOST:PORT "
-            '--num-processes "$OMPI_COMM_WORLD_SIZE" --process-id "$OMPI_COMM_WORLD_RANK"'
-        )
-    job = int(uri[1]) // 4096 if uri else os.getppid()
-    host = "127.0.0.1" if local_only else uri[2]
+        flags = '--coordinator HOST:PORT --num-processes "$OMPI_COMM_WORLD_SIZE" --process-id "$OMPI_COMM_WORLD_RANK"'
+        raise ValueError(f"this Open MPI does not say where process 0 is; start every process with {flags}")
+    job, host = int(uri[1]) // 4096 if uri else os.getppid(), "127.0.0.1" if local_only else uri[2]
     devices = own_devices(local, int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)), environ)
-    return Place(f"{host}:{_port(job)}", count, index, devices)
-
-
-def _port(number: int) -> int:
-    return PORTS[0] + number % PORTS[1]
+    return Place(f"{host}:{PORTS[job % len(PORTS)]}", count, index, devices)
 
 
 def own_devices(local: int, tasks: int, environ: Mapping[str, str]) -> list[int] | None:
-    """The accelerators of the `local`-th of `tasks` processes on a host: equal shares of those that are visible.
-
-    None, all that it sees, where it is alone there or was given fewer than there are processes.
-    """
+    """The accelerators of the `local`-th of `tasks` processes on a host: an equal share; None: all that it sees."""
     visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     share = len(visible) // tasks
     return None if tasks == 1 or not share else list(range(local * share, (local + 1) * share))
@@ -193,19 +147,22 @@ def on_tpu_hosts(environ: Mapping[str, str], devices: str = "/dev") -> bool:
     return any(Path(devices).glob("accel[0-9]*")) or any(Path(devices, "vfio").glob("[0-9]*"))
 
 
+def _free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def _roll_call(address: str, index: int, count: int, start: Callable[[], Any]) -> rollcall.Meeting:
+    return rollcall.join(address, index, count) if index else rollcall.gather(address, count, start)
+
+
 def _meet(place: Place) -> rollcall.RollCall:
     """The roll call at the coordinator's address, then jax at a port that process 0 finds free."""
     host, _ = rollcall.split(place.coordinator)
-
-    def choose() -> str:
-        with socket.create_server(("", 0)) as free:
-            port = free.getsockname()[1]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-    if place.index:
-        connections, names, address = rollcall.join(place.coordinator, place.index, place.count)
-    else:
-        connections, names, address = rollcall.gather(place.coordinator, place.count, choose)
+    host = f"[{host}]" if ":" in host else host
+    connections, names, address = _roll_call(
+        place.coordinator, place.index, place.count, lambda: f"{host}:{_free_port()}"
+    )
     jax.distributed.initialize(
         address, place.count, place.index, local_device_ids=place.devices, cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=HEARTBEAT,
@@ -221,10 +178,7 @@ def _meet_on_tpu() -> rollcall.RollCall | None:
     count, index = jax.process_count(), jax.process_index()
     if count == 1:
         return None
-    with socket.create_server(("", 0)) as free:
-        port = free.getsockname()[1]
-    octets = [int(part) for part in socket.gethostbyname(socket.gethostname()).split(".")]
-    *octets, port = (int(x) for x in multihost_utils.broadcast_one_to_all(np.array([*octets, port], np.int32)))
-    address = f"{'.'.join(map(str, octets))}:{port}"
-    meet = rollcall.join(address, index, count) if index else rollcall.gather(address, count, lambda: "")
-    return rollcall.RollCall(index, meet[1], meet[0])
+    own = [int(octet) for octet in socket.gethostbyname(socket.gethostname()).split(".")]
+    *octets, port = map(int, multihost_utils.broadcast_one_to_all(np.array([*own, _free_port()], np.int32)))
+    connections, names, _ = _roll_call(f"{'.'.join(map(str, octets))}:{port}", index, count, lambda: "")
+    return rollcall.RollCall(index, names, connections)

@@ -1,13 +1,13 @@
 """Arrays in a folder: `leaves` has their bytes one after the other, `index` says what they are and hashes everything.
 
 The first line of `index` is the sha256 of what follows it: JSON with the caller's meta data and, for each path, dtype,
-shape, offset and the hash of `trees.leaf_hash`. So a flipped bit is found wherever it is. An array that is to be had
-elsewhere has a line in the index, whose offset is null, and no bytes here.
+shape, offset (null: kept elsewhere) and the hash of `trees.leaf_hash`. So a flipped bit is found wherever it is.
 """
 
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -19,43 +19,30 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from tl_jax.core import trees
+from tl_jax.core import messages, trees
 
 CHUNK = 2**23  # bytes written or read at once
-BLOCK = 4096  # what a disk takes without the system's cache: multiples of this, from memory that begins at one
+BLOCK = 4096  # past the system's cache, a disk takes multiples of this, from memory that begins at one
 THREADS = min(4, os.cpu_count() or 1)
 
 
 class Index(NamedTuple):
-    """What a folder says of itself: the caller's meta data, and per path {"dtype", "shape", "offset", "sha256"}.
-
-    The offset is None of an array that is to be had elsewhere.
-    """
+    """The caller's meta data, and per path {"dtype", "shape", "offset", "sha256"}; offset None: kept elsewhere."""
 
     meta: dict[str, Any]
     leaves: dict[str, dict[str, Any]]
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        """`{path: sha256}`, as `trees.leaf_hashes` gives them."""
-        return {path: entry["sha256"] for path, entry in self.leaves.items()}
 
 
 def write(
     folder: pathlib.Path, leaves: Mapping[str, np.ndarray], meta: str, elsewhere: Mapping[str, Mapping] | None = None
 ) -> None:
-    """Writes the files, and returns when they are on disk; leaves are hashed while others are written.
-
-    meta: JSON. elsewhere: `{path: {"dtype", "shape", "sha256"}}` of arrays that are named only.
-    """
+    """Writes the files, to disk; meta: JSON; elsewhere: {"dtype", "shape", "sha256"} of arrays that are named only."""
     table: dict[str, dict[str, Any]] = {path: {**entry, "offset": None} for path, entry in (elsewhere or {}).items()}
-    offset = 0
+    for path, offset in zip(leaves, itertools.accumulate((x.nbytes for x in leaves.values()), initial=0), strict=False):
+        table[path] = {"dtype": leaves[path].dtype.name, "shape": list(leaves[path].shape), "offset": offset}
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = {path: pool.submit(trees.leaf_hash, leaf) for path, leaf in leaves.items()}
         try:
-            for path, leaf in leaves.items():
-                table[path] = {"dtype": leaf.dtype.name, "shape": list(leaf.shape), "offset": offset}
-                offset += leaf.nbytes
             _write_to_disk(folder / "leaves", [trees.as_bytes(leaf) for leaf in leaves.values()])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -70,42 +57,34 @@ def write(
 
 
 def _write_to_disk(path: pathlib.Path, pieces: Sequence[np.ndarray]) -> None:
-    """Writes bytes one after the other, past the system's cache where it can: half the processor time, and the cache
-    keeps the images."""
-    file, chunk = _open(path), mmap.mmap(-1, CHUNK)  # which begins at a page
+    """Writes bytes one after the other, past the system's cache where it can: half the processor time."""
+    flags, chunk = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mmap.mmap(-1, CHUNK)  # which begins at a page
     try:
-        filled = total = 0
-        for piece in pieces:
-            taken = 0
-            while taken < len(piece):
-                part = piece[taken : taken + CHUNK - filled]
-                chunk[filled : filled + len(part)] = part.data
-                filled, taken, total = filled + len(part), taken + len(part), total + len(part)
+        file = os.open(path, flags | getattr(os, "O_DIRECT", 0))
+    except OSError:  # this file system only writes through the cache, or the next line fails as well
+        file = os.open(path, flags)
+    try:
+        filled = 0
+        for rest in pieces:
+            while len(rest):
+                some, rest = np.split(rest, [CHUNK - filled])
+                chunk[filled : filled + len(some)] = some.data
+                filled += len(some)
                 if filled == CHUNK:
                     _write_whole(file, memoryview(chunk))
                     filled = 0
         _write_whole(file, memoryview(chunk)[: -(-filled // BLOCK) * BLOCK])
-        os.ftruncate(file, total)
+        os.ftruncate(file, sum(map(len, pieces)))
         os.fsync(file)
     finally:
         os.close(file)
 
 
-def _open(path: pathlib.Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    try:
-        return os.open(path, flags | getattr(os, "O_DIRECT", 0))
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # which says that this file system has no other way than the cache
-            raise
-        return os.open(path, flags)
-
-
 def _write_whole(file: int, data: memoryview) -> None:
-    written, direct = 0, getattr(os, "O_DIRECT", 0)
-    while written < len(data):  # a write may take a part only
+    direct = getattr(os, "O_DIRECT", 0)
+    while data:
         try:
-            written += os.write(file, data[written:])
+            data = data[os.write(file, data) :]  # a write may take only some of it
         except OSError as error:
             flags = fcntl.fcntl(file, fcntl.F_GETFL)
             if error.errno != errno.EINVAL or not flags & direct:
@@ -122,19 +101,18 @@ def read_index(folder: pathlib.Path) -> Index:
 
 
 def read(folder: pathlib.Path, index: Index) -> dict[str, np.ndarray]:
-    """The arrays by path, of those that are here; raises ValueError that names those which are not what was written."""
+    """The arrays that are here, by path; raises ValueError that names those which are not what was written."""
     with open(folder / "leaves", "rb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
 
-        def read_leaf(entry: Mapping[str, Any]) -> tuple[np.ndarray, bool]:
+        def read_leaf(entry: Mapping[str, Any]) -> np.ndarray | None:
             leaf = np.zeros(entry["shape"], jnp.dtype(entry["dtype"]))
             rest, offset = memoryview(trees.as_bytes(leaf)), entry["offset"]
             while rest and (count := os.preadv(file.fileno(), [rest[:CHUNK]], offset)):
                 rest, offset = rest[count:], offset + count
-            return leaf, trees.leaf_hash(leaf) == entry["sha256"]
+            return leaf if trees.leaf_hash(leaf) == entry["sha256"] else None
 
         here = {path: entry for path, entry in index.leaves.items() if entry["offset"] is not None}
         found = dict(zip(here, pool.map(read_leaf, here.values()), strict=True))
-    if changed := [path for path, (_, sound) in found.items() if not sound]:
-        listing = "\n".join(f"  {path}" for path in changed[:3]) + (f"\n  ... {len(changed)}" if changed[3:] else "")
-        raise ValueError(f"leaves differ from what was saved:\n{listing}")
-    return {path: leaf for path, (leaf, _) in found.items()}
+    if changed := [path for path, leaf in found.items() if leaf is None]:
+        raise ValueError(f"leaves differ from what was saved:\n{messages.listed(changed, 3)}")
+    return found

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl (bit-equal after a resume), timing.jsonl, and the console of process 0."""
+"""The log of a run: metrics.jsonl (bit-equal after a resume), timing.jsonl, and the console of process 0."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from tl_jax.core.files import write_text
 
@@ -35,44 +35,47 @@ def log(message: Any) -> None:
 class RunLog:
     """Rows of one run and its progress bar.
 
-    metrics.jsonl holds what the seed determines, timing.jsonl what the machine does. A run that goes on from a
-    checkpoint hands in that checkpoint's `rows`, and metrics.jsonl starts as these: whatever became of the file, a
-    resumed run leaves the same one as an unbroken run. Of runs that are trained together each is charged its share of
-    the seconds, one of `replicas`. Without a workdir the rows are kept and not written.
+    metrics.jsonl holds what the seed determines, and starts as `rows`, those of the checkpoint that a run resumes from;
+    timing.jsonl holds the rest. Of runs that are trained together each takes its share of the seconds, one of
+    `replicas`. Without a folder the rows are kept and not written.
     """
 
     def __init__(
         self,
-        workdir: pathlib.Path | None,
-        rows: list[dict[str, Any]],
+        folder: pathlib.Path | None,
+        rows: list[dict],
         start: int,
-        total_steps: int,
+        total: int,
         verbose: bool = True,
         replicas: int = 1,
     ):
-        self._writes = jax.process_index() == 0 and workdir is not None
-        self._paths = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timing")} if workdir else {}
+        self._writes = jax.process_index() == 0 and folder is not None
+        self._paths = {name: folder / f"{name}.jsonl" for name in ("metrics", "timing")} if folder else {}
         self.rows = list(rows)
         if self._writes:
             write_text(self._paths["metrics"], "".join(json.dumps(row) + "\n" for row in rows))
             if not start:
                 write_text(self._paths["timing"], "")
         self._clock = self._began = time.perf_counter()
-        self._start, self._timed, self._total = start, start, total_steps
+        self._start, self._timed, self._total = start, start, total
         self._share, self.waited = 1 / replicas, 0.0
         # Further columns of timing.jsonl, from the steps per second.
         self.rates: Callable[[float], Mapping[str, Any]] = lambda steps_per_second: {}
         self._verbose = verbose and self._writes
-        self._progress = self._make_progress(start) if self._verbose and shows_bar(CONSOLE) else None
+        self._bar = None
+        if self._verbose and shows_bar(CONSOLE):
+            columns = "train", BarColumn(), MofNCompleteColumn(), "{task.fields[text]}", "{task.fields[rate]}"
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=CONSOLE, transient=True)
+            self._task = self._bar.add_task("train", total=total, completed=start, text="compiling", rate="")
 
     def __enter__(self) -> "RunLog":
-        if self._progress:
-            self._progress.start()
+        if self._bar:
+            self._bar.start()
         return self
 
     def __exit__(self, *_) -> None:
-        if self._progress:
-            self._progress.stop()
+        if self._bar:
+            self._bar.stop()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds one row of metrics.jsonl; a number that is not finite is written as null, which every reader knows."""
@@ -99,8 +102,8 @@ class RunLog:
         shown = {name.removeprefix("train/"): value for name, value in metrics.items() if name not in UNSHOWN}
         text = "  ".join(f"{name} {value:.4g}" for name, value in list(shown.items())[:SHOWN])
         text += f"  waited {waited / seconds:.0%} for data" if waited > SHOWN_WAIT * seconds else ""
-        if self._progress:
-            self._progress.update(self._task, completed=step, text=text, rate=f"{rate:,.0f} examples/s")
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text, rate=f"{rate:,.0f} examples/s")
         elif self._verbose:
             left = (self._total - step) * (now - self._began) / (step - self._start)  # evaluations included
             log(f"step {step}/{self._total}  {text}  {rate:,.0f} examples/s  {left:,.0f} s left")
@@ -112,14 +115,6 @@ class RunLog:
         yield
         self._clock += time.perf_counter() - began
 
-    def _make_progress(self, start: int) -> Progress:
-        progress = Progress(
-            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=CONSOLE, transient=True,
-        )  # fmt: skip
-        self._task = progress.add_task("train", total=self._total, completed=start, text="compiling", rate="")
-        return progress
-
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         if self._writes:
             with self._paths[name].open("a") as file:
@@ -127,19 +122,14 @@ class RunLog:
 
 
 def feed(logs: Collection[RunLog], batches: Iterable, idle: Callable[[], bool]) -> Iterator:
-    """The same batches; counts as wait for data the time that each took to come while the devices had no work.
+    """The same batches; the time that each took while the devices had no work counts as wait for data in `logs`.
 
-    logs: of the runs that are trained on them. idle: whether the last step is done. Steps are only asked for, not
-    waited for, so a batch may be late for the loop and still early for the devices. A step that ends during the wait
-    counts as if it had ended before.
+    idle: whether the last step is done; a step that ends during the wait counts as done.
     """
-    batches = iter(batches)
-    while True:
-        began = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            return
+    began = time.perf_counter()
+    for batch in batches:
         waited = (time.perf_counter() - began) * idle()
         for log in logs:
             log.waited += waited
         yield batch
+        began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Memory that every step takes and gives back."""
+"""Memory that every step allocates and frees."""
 
 import glob
 import os
@@ -12,10 +12,8 @@ SETTINGS = {"TCMALLOC_RELEASE_RATE": "0", "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD
 def keep_memory() -> None:
     """Starts this program over with tcmalloc in place of the C library's malloc, where it is installed.
 
-    On a CPU, XLA takes the temporary memory of a step from malloc anew every time, which takes that much from the
-    kernel, which clears it page by page: hundreds of thousands of faults, up to a quarter of the time of a training
-    step. tcmalloc keeps what is freed. (glibc can be told to, and then grows to several times as much.) A malloc is
-    chosen when a process starts and at no other time. Nothing happens where LD_PRELOAD is set, to whatever it may be.
+    On a CPU, XLA allocates the temporary memory of every step anew, and the kernel clears it page by page: up to a
+    quarter of the time of a training step. tcmalloc keeps what is freed. Nothing happens where LD_PRELOAD is set.
     """
     found = [path for name in NAMES for folder in FOLDERS for path in glob.glob(folder + name)]
     if not found or os.environ.get("LD_PRELOAD"):

@@ -3,11 +3,18 @@
 import signal
 from collections.abc import Callable
 
+Stop = Callable[[int], bool]  # whether to stop after this many steps
 EXIT_CODE = 75  # "try again": everything is saved, the same command goes on
 
 
 class Preempted(Exception):
     """A stop was asked for; what was done is saved, and the same command goes on from there."""
+
+
+def check(stop_requested: Stop, doing: str) -> None:
+    """Raises Preempted where a stop was asked for outside of training steps."""
+    if stop_requested(0):
+        raise Preempted(f"stopped {doing}")
 
 
 def watch() -> Callable[..., bool]:

@@ -1,8 +1,8 @@
 """The line between the processes of one run: who is there, who fell silent, when all stop, and how all end together.
 
-Process 0 listens; every other process holds one TCP connection to it and sends JSON lines. jax has heartbeats of its
-own, but they end the process with a stack trace that names nobody, and not before the time-out; a closed connection is
-seen at once. Whoever can reach the port can end the run: it belongs on a private network, as jax's own ports do.
+Every process has a TCP connection to process 0 and sends JSON lines. jax's own heartbeats end a process late, with a
+stack trace that names nobody; a closed connection is seen at once. Whoever can reach the port can end the run: it
+belongs on a private network, as jax's own ports do.
 """
 
 import contextlib
@@ -20,16 +20,18 @@ from typing import Any, NoReturn
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 20.0  # seconds without a sign after which a process is given up: stopped, swapping, cut off
 JOIN = 300.0  # seconds that the processes may take to start
-LEAVE = 300.0  # seconds that the others may need to their end after the first has come to its own
+FINALIZE = 300.0  # seconds that the others may need to their end after the first has come to its own
+OWN_ID = "every process needs its own --process-id below the same --num-processes"
 RESUME = "what was saved stays, and the same command resumes"
+Meeting = tuple[dict[int, socket.socket], list[str], Any]  # connections, names of all, what process 0 began with
 
 
 class RollCall:
-    """One process's end of the line; a thread of its own serves it.
+    """One process's end of the line, served by a thread.
 
-    index: of this process. names: of all processes, for messages. connections: on process 0 `{index: socket}` of the
-    others, elsewhere `{0: socket}`. When a process is lost or fails, every process prints one line that names it and
-    ends at once, with `os._exit`: a process that waits for a collective cannot be asked.
+    names: of all processes. connections: on process 0 `{index: socket}` of the others, elsewhere `{0: socket}`. When a
+    process is lost or fails, every process prints one line that names it, and ends with `os._exit`: one that waits for
+    a collective cannot be asked.
     """
 
     def __init__(self, index: int, names: list[str], connections: Mapping[int, socket.socket]):
@@ -43,8 +45,8 @@ class RollCall:
         self._gate = threading.Lock()  # closed while the processes agree on the last step
         self._done, self._last, self._asked = 0, None, False
         self._counts: dict[int, int] = {}
-        self._leaving: set[int] = set()
-        self._left = threading.Event()
+        self._finished: set[int] = set()
+        self._closed = threading.Event()
         self._failure: str | None = None
         self._gap = 0.0  # seconds between the last two rounds of the thread
         self._stderr = os.dup(2)  # a worker turns the output of a run into its log
@@ -54,10 +56,9 @@ class RollCall:
     # What the main thread calls.
 
     def stop_requested(self, asked_here: bool) -> bool:
-        """Whether all processes stop now; every process must ask after every step, the same number of times.
+        """Whether all processes stop now; every process must ask after every step.
 
-        The first process that is asked to stop tells process 0; while nobody counts a further step, all send their
-        counts, and all stop one step after the greatest. No step waits for a message unless there is such a request.
+        At the first request all wait and send process 0 their counts; the last step is one after the greatest.
         """
         with self._gate:
             self._done += 1
@@ -73,11 +74,11 @@ class RollCall:
         self._order("value", value)
         return value
 
-    def leave(self) -> None:
-        """Waits until every process has come here, and closes the line: from now on nobody is missed."""
-        self._order("leave", None)
-        if not self._left.wait(LEAVE):
-            self.fail(f"it is done, and the others are not, {LEAVE:.0f} s later", 1)
+    def finalize(self) -> None:
+        """Waits until every process has come here, and closes the line."""
+        self._order("finalize", None)
+        if not self._closed.wait(FINALIZE):
+            self.fail(f"it is done, and the others are not, {FINALIZE:.0f} s later", 1)
         self._thread.join()
 
     def fail(self, text: str, code: int) -> NoReturn:
@@ -100,35 +101,33 @@ class RollCall:
         for index, connection in self._connections.items():
             selector.register(connection, selectors.EVENT_READ, index)
         selector.register(self._woken, selectors.EVENT_READ, self.index)
-        before = beaten = time.monotonic()
-        while not self._left.is_set():
+        last = beaten = time.monotonic()
+        while not self._closed.is_set():
             ready = selector.select(BEAT / 2)
             now = time.monotonic()
-            self._gap, before = now - before, now
+            self._gap, last = now - last, now
             if self._gap > SILENCE:
                 self._end(self.index, f"stood still for {self._gap:.0f} s; {RESUME}", 1)
             for key, _ in ready:
-                self._obey() if key.data == self.index else self._read(key.data, now)
+                if key.data != self.index:
+                    self._read(key.data, now)
+                    continue
+                self._woken.recv(4096)
+                while not self._orders.empty():
+                    self._tell_first(*self._orders.get())
             if now - beaten >= BEAT:
                 beaten = now
                 self._send("beat", None)
             for index, heard in self._heard.items():
-                if now - heard > SILENCE and not self._left.is_set():
+                if now - heard > SILENCE and not self._closed.is_set():
                     self._end(index, f"was not heard of for {SILENCE:.0f} s; {RESUME}", 1)
         self._drain()
         for thing in (selector, self._woken, self._wake, *self._connections.values()):
             thing.close()
         os.close(self._stderr)
 
-    def _obey(self) -> None:
-        """Carries out what the main thread ordered: on process 0 directly, elsewhere by a message to it."""
-        self._woken.recv(4096)
-        while not self._orders.empty():
-            what, value = self._orders.get()
-            if self.index or what == "value":
-                self._send(what, value)
-            else:
-                self._handle(0, what, value)
+    def _tell_first(self, what: str, value: Any) -> None:
+        self._send(what, value) if self.index else self._handle(0, what, value)
 
     def _read(self, index: int, now: float) -> None:
         try:
@@ -136,9 +135,9 @@ class RollCall:
         except OSError:
             data = b""
         if not data and self._gap > SILENCE / 2:  # the others gave this one up
-            return self._end(self.index, f"stood still for {self._gap:.0f} s; {RESUME}", 1)
+            self._end(self.index, f"stood still for {self._gap:.0f} s; {RESUME}", 1)
         if not data:
-            return self._end(index, f"was killed or crashed; {RESUME}", 1)
+            self._end(index, f"was killed or crashed; {RESUME}", 1)
         self._heard[index] = now
         *lines, self._unread[index] = (self._unread[index] + data).split(b"\n")
         for line in lines:
@@ -147,55 +146,44 @@ class RollCall:
     def _handle(self, index: int, what: str, value: Any) -> None:
         """One message from process `index`; the same protocol serves process 0 (which decides) and the others."""
         if what == "stop" and not self._counts:
-            self._send("count", None)
-            self._handle(0, "done", self._freeze())
+            self._tell_all("count", None)
         elif what == "count":
-            self._send("done", self._freeze())
+            self._gate.acquire()
+            self._tell_first("done", self._done)
         elif what == "done":
             self._counts[index] = value
             if len(self._counts) == len(self.names):
-                last = max(self._counts.values()) + 1
-                self._send("last", last)
-                self._thaw(last)
+                self._tell_all("last", max(self._counts.values()) + 1)
         elif what == "last":
-            self._thaw(value)
+            self._last = value
+            self._gate.release()
         elif what == "value":
-            self._values.put(value)
-        elif what == "leave":
-            self._leaving.add(index)
-            if len(self._leaving) == len(self.names):
-                self._send("left", None)
-                self._left.set()
-        elif what == "left":
-            self._left.set()
+            self._values.put(value) if self.index else self._send("value", value)
+        elif what == "finalize":
+            self._finished.add(index)
+            if len(self._finished) == len(self.names):
+                self._tell_all("closed", None)
+        elif what == "closed":
+            self._closed.set()
         elif what == "end":
-            self._conclude(*value) if self.index else self._end(*value)
+            self._end(*value)
 
-    def _freeze(self) -> int:
-        self._gate.acquire()
-        return self._done
-
-    def _thaw(self, last: int) -> None:
-        self._last = last
-        self._gate.release()
+    def _tell_all(self, what: str, value: Any) -> None:
+        self._send(what, value)
+        self._handle(0, what, value)
 
     def _send(self, what: str, value: Any) -> None:
-        line = json.dumps([what, value]).encode() + b"\n"
         for connection in self._connections.values():
             with contextlib.suppress(OSError):  # closed: reading says so, and says whose it was
-                connection.sendall(line)
+                _send_line(connection, [what, value])
 
-    def _end(self, process: int, text: str, code: int) -> None:
-        """Tells whom it can that the run ends and why, and ends."""
+    def _end(self, process: int, text: str, code: int) -> NoReturn:
+        """Tells whom it can that the run ends, prints why, and ends; process 0 lets the others go first."""
         self._send("end", [process, text, code])
-        self._conclude(process, text, code)
-
-    def _conclude(self, process: int, text: str, code: int) -> NoReturn:
-        """Prints why this process ends, and ends it; process 0 lets the others go first."""
         me, other = self.names[self.index], self.names[process]
         if process == self.index or self._failure not in (None, text):
             line = f"{me} {self._failure or text}"
-        else:  # the same failure everywhere, such as an option that cannot be meant, is said by one
+        else:  # the same failure everywhere, such as an invalid option, is printed by one
             line = "" if self._failure else f"{me} ends because {other} {text}"
         for number in (2, self._stderr) if line else ():
             if number == 2 or not os.path.sameopenfile(2, number):
@@ -215,13 +203,8 @@ class RollCall:
                         break
 
 
-def gather(
-    address: str, count: int, start: Callable[[], Any], timeout: float = JOIN
-) -> tuple[dict[int, socket.socket], list[str], Any]:
-    """On process 0: waits for the others, gives each the names of all and what `start()` returns.
-
-    Returns (connections, names, what `start` returned). Raises ValueError where the others do not come, or do not fit.
-    """
+def gather(address: str, count: int, start: Callable[[], Any], timeout: float = JOIN) -> Meeting:
+    """On process 0: waits for the others, gives each the names of all and what `start()` returns, and returns them."""
     host, port = split(address)
     deadline = time.monotonic() + timeout
     connections: dict[int, socket.socket] = {}
@@ -233,19 +216,17 @@ def gather(
                 connection, _ = server.accept()
             except TimeoutError:
                 missing = ", ".join(str(index) for index in range(count) if index not in names)
-                raise ValueError(
-                    f"of {count} processes, these have not come to {address} within {timeout:.0f} s: {missing}. Start "
-                    "them, or correct --num-processes; see that their hosts can reach this one"
-                ) from None
+                late = f"of {count} processes, these have not come to {address} within {timeout:.0f} s: {missing}"
+                hint = "Start them, or correct --num-processes; see that their hosts can reach this one"
+                raise ValueError(f"{late}. {hint}") from None
             if hello := _hello(connection):
                 refused.callback(connection.close)
                 index, of, name = hello
                 if of != count or not 0 < index < count or index in names:
-                    text = f"process {index} of {of} came to {address}, where process 0 of {count} waits" + (
-                        f" and {names[index]} has come" if index in names else ""
-                    )
+                    text = f"process {index} of {of} came to {address}, where process 0 of {count} waits"
+                    text += f" and {names[index]} has come" if index in names else ""
                     _send_line(connection, ["refused", text])
-                    raise ValueError(f"{text}; every process needs its own --process-id below the same --num-processes")
+                    raise ValueError(f"{text}; {OWN_ID}")
                 connections[index], names[index] = connection, name
         refused.pop_all()
     ordered, begin = [names[index] for index in range(count)], start()
@@ -254,9 +235,7 @@ def gather(
     return connections, ordered, begin
 
 
-def join(
-    address: str, index: int, count: int, timeout: float = JOIN
-) -> tuple[dict[int, socket.socket], list[str], Any]:
+def join(address: str, index: int, count: int, timeout: float = JOIN) -> Meeting:
     """On the other processes: the counterpart of `gather`, with the same result."""
     deadline = time.monotonic() + timeout
     while True:
@@ -265,10 +244,8 @@ def join(
             break
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ValueError(
-                    f"process {index} of {count} reached nobody at {address} for {timeout:.0f} s ({error}): is process "
-                    "0 started, and can this host reach it?"
-                ) from None
+                alone = f"process {index} of {count} reached nobody at {address} for {timeout:.0f} s ({error})"
+                raise ValueError(f"{alone}: is process 0 started, and can this host reach it?") from None
             time.sleep(0.2)
     _send_line(connection, [index, count, name_of(index, count)])
     connection.settimeout(timeout)
@@ -278,7 +255,7 @@ def join(
         what, value = "refused", f"process 0 at {address} still waits for others after {timeout:.0f} s"
     if what != "start":
         connection.close()
-        raise ValueError(f"{value}; every process needs its own --process-id below the same --num-processes")
+        raise ValueError(f"{value}; {OWN_ID}")
     connection.settimeout(None)
     return {0: connection}, *value
 
@@ -298,12 +275,10 @@ def split(address: str) -> tuple[str, int]:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A server at the port: of the loop-back address alone where that is the host, else of all addresses."""
+    place = ("127.0.0.1" if host in ("localhost", "127.0.0.1") else "", port)
+    both = not place[0] and socket.has_dualstack_ipv6()
     try:
-        if host in ("localhost", "127.0.0.1"):
-            return socket.create_server(("127.0.0.1", port))
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", port))
+        return socket.create_server(place, family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
     except OSError as error:
         raise ValueError(f"process 0 cannot listen on port {port} ({error.strerror}); choose another port") from None
 
@@ -325,11 +300,7 @@ def _send_line(connection: socket.socket, value: Any) -> None:
 
 
 def _read_line(connection: socket.socket) -> Any:
-    """One line, byte by byte so that nothing behind it is taken; None where the connection is closed."""
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = connection.recv(1)
-        if not byte or len(line) > 2**20:
-            return None
-        line += byte
-    return json.loads(line)
+    """One line, unbuffered so that nothing behind it is taken; None where the connection is closed."""
+    with connection.makefile("rb", buffering=0) as file:
+        line = file.readline(2**20)
+    return json.loads(line) if line.endswith(b"\n") else None

@@ -2,22 +2,17 @@
 
 import math
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 
 class Peak(NamedTuple):
-    """The most that one device of jax can do: FLOP/s of dense matmuls of each type, and bytes/s of its memory.
-
-    float32 is meant as XLA computes it by default: with TF32 on Ampere and newer, in one bfloat16 pass on a TPU.
-    """
+    """The most that one device of jax can do: FLOP/s of dense matmuls of each type, and bytes/s of its memory."""
 
     bfloat16: float
-    float32: float
+    float32: float  # as XLA computes it by default: with TF32 on Ampere and newer, in one bfloat16 pass on a TPU
     memory: float
 
 
@@ -55,9 +50,8 @@ def rates(
 ) -> dict[str, float | None]:
     """flops_per_second, mfu and roofline of a step with a cost from `Parallel.compile`; {} where that has no FLOPs.
 
-    mfu: FLOP/s over the peak of all devices. roofline: over min(peak, FLOPs per byte * bytes/s), what a step that reads
-    and writes so much could reach (Williams et al. 2009); both None where the device's limit is not known. Computing
-    again what was thrown away counts as work.
+    mfu: FLOP/s over the peak of all devices. roofline: over min(peak, FLOPs per byte * bytes/s) (Williams et al. 2009);
+    both None where the device's limit is not known. What is recomputed counts as work.
     """
     if not cost.get("flops_per_step"):
         return {}
@@ -74,8 +68,8 @@ def rates(
 def work(jaxpr: Any, looped: bool = True) -> float:
     """FLOPs of the matmuls, convolutions and cuDNN's attention in a program before it is compiled, loops included.
 
-    A multiplication and an addition are 2. looped=False counts the body of a loop once, as XLA's cost analysis does; so
-    does a loop of unknown length. Of several branches the dearest counts.
+    looped=False counts the body of a loop once, as XLA's cost analysis does; so does a loop of unknown length. Of
+    several branches the dearest counts.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -109,10 +103,7 @@ def _flops(equation: Any, name: str) -> float:
 
 
 def called_bytes(text: str) -> float:
-    """What the library calls of a program compiled for a GPU read and write, of which XLA's cost analysis counts 0.
-
-    text: `as_text()` of the compiled program. Their scratch memory is left out.
-    """
+    """What library calls read and write, without scratch memory, in the text of a program compiled for a GPU."""
     sizes = {name: _bytes(kind, shape) for name, kind, shape in _ARRAY.findall(text)}
     total = 0.0
     for line in text.splitlines():
@@ -131,23 +122,3 @@ _ARRAY = re.compile(f"{_NAME.pattern} = {_SHAPE.pattern}")
 def _bytes(kind: str, shape: str) -> float:
     """Of an array as XLA writes it, such as bf16[8,3]."""
     return int(re.sub(r"\D", "", kind)) / 8 * math.prod(int(size) for size in shape.split(",") if size)
-
-
-def measure(dtype: str = "float32", size: int = 4096, megabytes: int = 256, rounds: int = 5) -> Peak:
-    """The peak of the first device as the best of some matmuls of `size` and copies of `megabytes` reach it.
-
-    Both FLOP/s are those of `dtype`. bytes/s count what is read and what is written.
-    """
-    side = jnp.ones((size, size), jnp.dtype(dtype))
-    long = jnp.ones((megabytes * 2**20 // 4,), jnp.float32)
-    flops = 2 * size**3 / _seconds(jax.jit(jnp.dot), (side, side), rounds)
-    return Peak(flops, flops, 2 * long.nbytes / _seconds(jax.jit(lambda x: x + 1), (long,), rounds))
-
-
-def _seconds(function: Callable, arguments: tuple, rounds: int) -> float:
-    times = []
-    for _ in range(rounds + 1):  # the first compiles
-        began = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - began)
-    return min(times[1:])

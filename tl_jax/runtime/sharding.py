@@ -12,22 +12,16 @@ from tl_jax.runtime import roofline
 
 AXIS = "data"
 MODES = ("jit", "pmap")
-# XLA on CPU drops the barriers of jax.checkpoint before it orders the operations, and then computes again what it still
-# has, which saves nothing. With this pass off it orders around them, as it does on a GPU or TPU.
+# XLA on CPU drops the barriers of jax.checkpoint before it orders the operations, so that recomputing saves no memory.
 OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
 
 
 class Parallel(NamedTuple):
-    """How steps run on a set of devices.
+    """How steps run on a set of devices."""
 
-    mode: "jit" (one program over a mesh) or "pmap" (one program per device, combined over AXIS).
-    mesh: the devices, one axis of data parallelism.
-    fsdp: arrays of a state with at least this many elements are divided over the devices; 0: every device has it whole.
-    """
-
-    mode: str
-    mesh: Mesh
-    fsdp: int = 0
+    mode: str  # "jit" (one program over a mesh) or "pmap" (one program per device, combined over AXIS)
+    mesh: Mesh  # the devices, one axis of data parallelism
+    fsdp: int = 0  # arrays of a state with at least this many elements are divided over the devices; 0: none
 
     @property
     def axis_name(self) -> str | None:
@@ -35,10 +29,9 @@ class Parallel(NamedTuple):
         return AXIS if self.mode == "pmap" else None
 
     def shardings(self, tree: Any) -> Any:
-        """Where each leaf of a state or of variables belongs: the one rule, for arrays and for their shapes.
+        """Where each leaf of a state or of variables belongs; takes arrays or their shapes.
 
-        Of a leaf that `fsdp` divides, the largest axis that the devices divide is cut (among equals the first); one
-        with no such axis stays whole. Moments and averages have the shapes of their parameters, so they lie with them.
+        `fsdp` cuts the largest axis that the devices divide, among equals the first; without one a leaf stays whole.
         """
 
         def sharding(leaf):
@@ -57,17 +50,14 @@ class Parallel(NamedTuple):
     def whole(self, variables: Any) -> Any:
         """Inside a step: the variables whole on every device; their gradients are divided again.
 
-        Left to itself XLA moves activations where it could move parameters, which costs more the larger the batch is.
-        A divided leaf is collected once for the forward and once for the backward pass, so that a device never holds
-        all of them (Rajbhandari et al. 2020, section 5.3, stage 3).
+        A leaf is collected for the forward and again for the backward pass (Rajbhandari et al. 2020, 5.3, stage 3).
         """
         if not self.fsdp:
             return variables
 
         def collect(leaf, sharding):
-            if sharding == self._whole:
-                return leaf
-            return jax.checkpoint(_collect, static_argnums=(1, 2))(leaf, self._whole, sharding)
+            collected = jax.checkpoint(_collect, static_argnums=(1, 2))
+            return leaf if sharding == self._whole else collected(leaf, self._whole, sharding)
 
         return jax.tree.map(collect, variables, self.shardings(variables))
 
@@ -113,10 +103,9 @@ class Parallel(NamedTuple):
     def cost(self, compiled: Any, jaxpr: Any) -> dict[str, Any]:
         """What XLA says of a compiled step, made from `jaxpr`; None where the backend does not say.
 
-        flops_per_step, bytes_per_step: of all devices together; XLA counts those of one, and the body of a loop once,
-        which the loops of jaxpr correct. Bytes are what its operations read and write, so a value in a cache counts
-        too. Of cuDNN and cuBLAS, whose calls count as nothing, the FLOPs on a GPU come from jaxpr, and the bytes from
-        their arguments. memory_bytes: arguments, results and temporaries of one device.
+        flops_per_step, bytes_per_step: of all devices; XLA counts those of one, and the body of a loop once, which the
+        loops of jaxpr correct. On a GPU, XLA counts calls of cuDNN and cuBLAS as nothing: FLOPs come from jaxpr, and
+        the bytes of these calls from their arguments. memory_bytes: arguments, results and temporaries of one device.
         """
         counted, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
         work, once = roofline.work(jaxpr), roofline.work(jaxpr, looped=False)
@@ -125,23 +114,14 @@ class Parallel(NamedTuple):
         if self.mesh.devices.flat[0].platform == "gpu":
             flops, moved = work, moved and moved + roofline.called_bytes(compiled.as_text())
         sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
-        return {
-            "flops_per_step": flops,
-            "bytes_per_step": moved and self.mesh.size * moved * times,
-            "memory_bytes": sum(getattr(memory, size) for size in sizes) - memory.alias_size_in_bytes
-            if memory
-            else None,
-        }
+        memory_bytes = memory and sum(getattr(memory, size) for size in sizes) - memory.alias_size_in_bytes
+        moved = moved and self.mesh.size * moved * times
+        return {"flops_per_step": flops, "bytes_per_step": moved, "memory_bytes": memory_bytes}
 
     def evaluate(self, eval_step: Callable) -> Callable:
         """(variables, images) -> per-example outputs in the order of the images, whole on every process."""
         if self.mode == "jit":
-
-            @functools.wraps(eval_step)
-            def collected(variables, images):
-                return eval_step(self.whole(variables), images)
-
-            return jax.jit(collected, out_shardings=self._whole)
+            return jax.jit(lambda variables, x: eval_step(self.whole(variables), x), out_shardings=self._whole)
         mapped = jax.pmap(eval_step, AXIS, in_axes=(None, 0), devices=list(self.mesh.devices.flat))
 
         def evaluate(variables, images):
@@ -173,9 +153,7 @@ def make_parallel(mode: str = "jit", devices: Sequence[jax.Device] | None = None
     if mode == "pmap" and jax.process_count() > 1:
         raise ValueError("parallel mode 'pmap' runs in one process only; several processes need parallel='jit'")
     if mode == "pmap" and fsdp:
-        raise ValueError(
-            f"fsdp={fsdp} divides arrays over a mesh, and parallel mode 'pmap' has none; set parallel='jit' or fsdp=0"
-        )
+        raise ValueError(f"fsdp={fsdp} needs a mesh, and parallel mode 'pmap' has none; set parallel='jit' or fsdp=0")
     devices = list(jax.devices() if devices is None else devices)
     # Axes must be Auto: Explicit ones put shardings into the types, which Linen modules do not expect.
     return Parallel(mode, Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,)), fsdp)
@@ -183,8 +161,6 @@ def make_parallel(mode: str = "jit", devices: Sequence[jax.Device] | None = None
 
 def check_batch_size(batch_size: int, accumulate: int, device_count: int) -> None:
     """Raises ValueError unless every device gets the same number of examples in every part of a step."""
-    if batch_size % (device_count * accumulate):
-        raise ValueError(
-            f"batch_size={batch_size} does not divide into {device_count} device(s) x accumulate={accumulate}; "
-            f"use a multiple of {device_count * accumulate}"
-        )
+    if batch_size % (multiple := device_count * accumulate):
+        pieces = f"{device_count} device(s) x accumulate={accumulate}"
+        raise ValueError(f"batch_size={batch_size} does not divide into {pieces}; use a multiple of {multiple}")

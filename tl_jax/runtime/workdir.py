@@ -12,27 +12,21 @@ from tl_jax.core import files
 
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path):
-    """Holds the workdir for this process; raises ValueError where another one holds it. A killed process lets go."""
+    """Locks the workdir until the block or the process ends; raises ValueError where another process has the lock."""
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"another process is running in {workdir}; wait for it, or choose another --workdir"
-            ) from None
+            raise ValueError(f"another process is running in {workdir}; wait, or choose another --workdir") from None
         yield
 
 
 def check_options(workdir: pathlib.Path, options: Mapping[str, Any]) -> None:
-    """Raises ValueError where the workdir has a result or checkpoints of a run whose options mean other numbers.
-
-    options: `{dotted option: value}`; an option that is absent there, or in config.json, has its initial value.
-    """
+    """Raises ValueError where the workdir has a result or checkpoints of other `{dotted option: value}`."""
     path = workdir / "config.json"
     if not path.exists() or not ((workdir / "result.json").exists() or any(workdir.glob("checkpoints/[0-9]*"))):
         return  # nothing to protect: a run that ended before its first checkpoint may be started with other options
     if changed := config.difference(files.read_json(path), options):
-        raise ValueError(
-            f"{workdir} holds a run with other options; choose another --workdir (there -> now):\n" + "\n".join(changed)
-        )
+        wrong = f"{workdir} holds a run with other options; choose another --workdir (there -> now):"
+        raise ValueError("\n".join([wrong, *changed]))

@@ -5,7 +5,6 @@ Ctrl-C with everything saved, start the same command again; 1 anything else, suc
 """
 
 import argparse
-import difflib
 import importlib.util
 import pathlib
 import re
@@ -16,10 +15,12 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from tl_jax import config as options
+from tl_jax.core import messages
 from tl_jax.runtime import preemption
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 
-INVALID = (ValueError, TypeError, AttributeError, KeyError, OSError)  # what a config file or a flag may raise
+# What a flag or a config file may raise.
+INVALID = (argparse.ArgumentError, ValueError, TypeError, AttributeError, KeyError, OSError)
 
 
 def main(argv: Sequence[str], program: Sequence[str] = ("launch.py",)) -> int:
@@ -37,9 +38,14 @@ def main(argv: Sequence[str], program: Sequence[str] = ("launch.py",)) -> int:
 
     keep_compiled_programs()
     try:
-        return (
-            run_study(args, stop_requested) if args.study else run_config(args, config, argv, program, stop_requested)
-        )
+        if config is not None:
+            return run_config(args, config, argv, program, stop_requested)
+        from tl_jax.studies import launchers
+
+        return launchers.start(
+            args.study, args.workdir, launcher=args.launcher, settings=args.slurm or args.cloud, submit=args.submit,
+            jobs=args.jobs, dry_run=args.dry_run, retry=args.retry, stop_requested=stop_requested,
+        )  # fmt: skip
     except (ValueError, OSError, FloatingPointError) as error:
         if args.traceback:
             raise
@@ -59,8 +65,9 @@ def read_config(text: str, items: Sequence[str] = ()) -> ConfigDict:
     name, colon, argument = text.partition(":")
     path = pathlib.Path(name)
     if not path.is_file():
-        near = difflib.get_close_matches(name, map(str, path.parent.glob("*.py")), n=1)
-        raise FileNotFoundError(f"there is no config {name}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        raise FileNotFoundError(
+            f"there is no config {name}{messages.nearest(name, map(str, path.parent.glob('*.py')))}"
+        )
     spec = importlib.util.spec_from_file_location("tl_jax_config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -69,26 +76,16 @@ def read_config(text: str, items: Sequence[str] = ()) -> ConfigDict:
     return options.parse(module.get_config(argument) if colon else module.get_config(), items)
 
 
-def run_study(args: argparse.Namespace, stop_requested: Callable[..., bool]) -> int:
-    """Plans and launches a study, or shows what it would be."""
-    from tl_jax.studies.cluster import launchers
-
-    return launchers.start(
-        args.study, args.workdir, launcher=args.launcher, settings=args.slurm or args.cloud, submit=args.submit,
-        jobs=args.jobs, dry_run=args.dry_run, retry=args.retry, stop_requested=stop_requested,
-    )  # fmt: skip
-
-
 def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[str], stop: Callable[..., bool]) -> int:
     """Runs an experiment with its seeds and its baseline and prints the result, or hands it to a cluster."""
     workdir = pathlib.Path(args.workdir or f"workdirs/{pathlib.Path(args.config.partition(':')[0]).stem}")
     settings = args.slurm or args.cloud
     if args.launcher != "local" or settings or args.submit:
-        from tl_jax.studies.cluster import launchers
+        from tl_jax.studies import launchers
 
-        return launchers.hand_over(
-            [*program, *launchers.own_arguments(argv)], workdir, args.launcher, settings, args.submit
-        )
+        launchers.check_launcher(args.launcher, settings, args.submit)
+        command = [*program, *launchers.own_arguments(argv)]
+        return launchers.hand_out(args.launcher, workdir, command=command, settings=settings, submit=args.submit)
     from tl_jax.runtime import distributed
     from tl_jax.studies import inprocess
 
@@ -115,24 +112,24 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ValueError(f"{unknown} are no flags; write options of the config as --config.NAME=VALUE")
     if args.dry_run and (args.retry or args.submit):
         raise ValueError("--dry-run runs nothing: leave out --retry and --submit")
-    several, studies = ("coordinator", "num_processes", "process_id"), ("jobs", "dry_run", "retry")
-    given = [f"--{name.replace('_', '-')}" for name in (several if args.study else studies) if getattr(args, name)]
-    if given and args.study:
-        raise ValueError(
-            f"{', '.join(given)}: these are of one run in several processes, --config; a study has workers"
-        )
-    if given:
-        raise ValueError(f"{', '.join(given)}: only a study has these, see --study")
+    if args.jobs < 0:
+        raise ValueError(f"--jobs {args.jobs}: expected a number of at least 0")
+    others, why = ("jobs", "dry_run", "retry"), "only a study has these, see --study"
+    if args.study:
+        others = ("coordinator", "num_processes", "process_id")
+        why = "these are of one run in several processes, --config; a study has workers"
+    if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]:
+        raise ValueError(f"{', '.join(given)}: {why}")
     return args, items
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all flags but --config.OPTION=VALUE; what it refuses is a ValueError."""
+    """The parser of all flags but --config.OPTION=VALUE."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        exit_on_error=False,
         epilog="--config.OPTION=VALUE sets an option of the config; tl_jax/core/options.py lists all.",
     )  # fmt: skip
-    parser.error = _refuse
     add = parser.add_argument
     add("--config", metavar="FILE[:ARGUMENT]", help="the experiment: a python file with get_config, and its argument")
     add("--study", metavar="FOLDER[:ARGUMENT]", help="the study: the folder of a study.py with get_study")
@@ -140,7 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--launcher", default="local", choices=["local", "slurm", "tpu", "gke"], help="where the work is done")
     add("--slurm", default="", help="options of sbatch for --launcher slurm: partition=gpu,time=2:00:00,...")
     add("--cloud", default="", help="where --launcher tpu or gke works: name=...,zone=..., see its file")
-    add("--jobs", type=_count, default=0, help="runs of a study at once; 0: what suits the machine")
+    add("--jobs", type=int, default=0, help="runs of a study at once; 0: what suits the machine")
     add("--dry-run", action="store_true", help="check a study, print its runs and their cost, run nothing")
     add("--retry", action="store_true", help="do the failed runs of a study again")
     add("--submit", action="store_true", help="run the command that hands the work to a cluster, do not only print it")
@@ -149,16 +146,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--process-id", type=int, help="which of them this is, from 0")
     add("--traceback", action="store_true", help="show where in the code an error came from")
     return parser
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, found {value}")
-    return value
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(message)
 
 
 def bad_input(message: object) -> int:

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from tl_jax import config as options
 from tl_jax.core.files import read_json
@@ -20,6 +18,7 @@ from tl_jax.methods.term import MAIN, MODEL
 from tl_jax.runtime import sharding
 from tl_jax.runtime.log import CONSOLE
 from tl_jax.studies import local, store, together
+from tl_jax.studies.report.tables import Table, scaled, to_console
 from tl_jax.studies.study import RunSpec, Study, title
 from tl_jax.training import feature_cache, steps
 from tl_jax.training.build import Run, build
@@ -44,31 +43,34 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
     for run in runs:
         cells.setdefault(title(run.levels), []).append(run)
     works = trace_cells({cell: members[0] for cell, members in cells.items()})
-    words = {run.key: store.state(store.run_folder(workdir, run.key)) for run in runs}
-    seconds = finished_seconds(workdir, runs, words)
-    table = Table(title=f"{name}: {len(runs)} runs in {len(cells)} cells", title_justify="left", box=box.SIMPLE_HEAD)
-    present = [word for word in store.STATES if word in words.values()]
-    for column in (*study.factors, "runs", *present, "steps", "images", "FLOPs", "s"):
-        table.add_column(column, justify="left" if column in study.factors else "right", no_wrap=True)
+    states = {run.key: store.state(store.run_folder(workdir, run.key)) for run in runs}
+    seconds: dict[str, list[float]] = {}  # of the finished runs of each cell
+    for run in runs:
+        path = store.run_folder(workdir, run.key) / "cost.json"
+        if states[run.key] == "done" and path.exists() and (value := read_json(path).get("seconds")) is not None:
+            seconds.setdefault(title(run.levels), []).append(value)
+    present = [state for state in store.STATES if state in states.values()]
+    rows = []
     for cell, members in cells.items():
-        counts, work = [sum(words[run.key] == word for run in members) for word in present], works.get(cell)
-        row = [str(len(members)), *(str(count or "-") for count in counts)]
-        row += ["-"] * 3 if work is None else [f"{work.steps:,}", f"{work.images:,}", _si(work.flops)]
-        row.append(f"{np.mean(seconds[cell]):.1f}" if cell in seconds else "-")
-        table.add_row(*members[0].levels.values(), *row)
-    CONSOLE.print(table)
+        counts, work = [sum(states[run.key] == state for run in members) for state in present], works.get(cell)
+        cost = ["-"] * 3 if work is None else [f"{work.steps:,}", f"{work.images:,}", scaled(work.flops, 1000)]
+        took = f"{np.mean(seconds[cell]):.1f}" if cell in seconds else "-"
+        rows.append((*members[0].levels.values(), str(len(members)), *(str(n or "-") for n in counts), *cost, took))
+    headers = (*study.factors, "runs", *present, "steps", "images", "FLOPs", "s")
+    CONSOLE.print(
+        to_console(Table(f"{name}: {len(runs)} runs in {len(cells)} cells", headers, rows, len(study.factors)))
+    )
     CONSOLE.print("steps, images to train on, FLOPs of all steps (as traced) and seconds (as measured) are of one run")
     if left_out := len(cells) - len(works):
         CONSOLE.print(f"{left_out} cells were not built: {BUDGET:.0f} s were over; totals scale the others")
-    left = {cell: sum(words[run.key] != "done" for run in members) for cell, members in cells.items()}
     sets = together.group({run.key: options.flatten(run.config) for run in runs}, study.together)
     if shared := [keys for keys in sets if len(keys) > 1]:
         CONSOLE.print(
             f"{sum(map(len, shared))} runs are trained together in {len(shared)} programs, which compute what is "
             "frozen once: FLOPs and seconds of runs by themselves are more than they take"
         )
-    for line in totals(left, works, seconds, jobs or local.default_jobs()):
-        CONSOLE.print(line)
+    left = {cell: sum(states[run.key] != "done" for run in members) for cell, members in cells.items()}
+    CONSOLE.print("\n".join(totals(left, works, seconds, jobs or local.default_jobs())))
 
 
 def trace_cells(cells: Mapping[str, RunSpec]) -> dict[str, Work]:
@@ -123,16 +125,6 @@ def example_batch(run: Run, plan: steps.Plan) -> dict[str, dict[str, jax.ShapeDt
     return found
 
 
-def finished_seconds(workdir: pathlib.Path, runs: list[RunSpec], words: Mapping[str, str]) -> dict[str, list[float]]:
-    """Seconds of the finished runs of each cell, from their cost.json."""
-    seconds: dict[str, list[float]] = {}
-    for run in runs:
-        path = store.run_folder(workdir, run.key) / "cost.json"
-        if words[run.key] == "done" and path.exists() and (value := read_json(path).get("seconds")) is not None:
-            seconds.setdefault(title(run.levels), []).append(value)
-    return seconds
-
-
 def totals(
     left: Mapping[str, int], works: Mapping[str, Work], seconds: Mapping[str, list[float]], jobs: int
 ) -> list[str]:
@@ -140,10 +132,10 @@ def totals(
     if not (count := sum(left.values())):
         return ["all runs are done"]
     scale = count / max(sum(left[cell] for cell in works), 1)
-    total_steps, images, flops = (
-        scale * sum(left[cell] * (getattr(work, part) or 0) for cell, work in works.items()) for part in Work._fields
+    steps, images, flops = (
+        scale * sum(left[cell] * (work[i] or 0) for cell, work in works.items()) for i in range(len(Work._fields))
     )
-    lines = [f"to do: {count} runs, {total_steps:,.0f} steps, {images:,.0f} images, {_si(flops)} FLOPs"]
+    lines = [f"to do: {count} runs, {steps:,.0f} steps, {images:,.0f} images, {scaled(flops, 1000)} FLOPs"]
     if uncounted := sum(left[cell] for cell, work in works.items() if work.flops is None):
         lines.append(f"the FLOPs of {uncounted} of them cannot be counted")
     if seconds:
@@ -153,8 +145,8 @@ def totals(
     rate = matmul_rate()
     return [
         *lines,
-        f"at least {_clock(flops / rate)}, at the {_si(rate)} FLOP/s of a matrix product on all of this machine's "
-        "devices; starting, compiling and evaluating come on top",
+        f"at least {_clock(flops / rate)}, at the {scaled(rate, 1000)} FLOP/s of a matrix product on all of this "
+        "machine's devices; starting, compiling and evaluating come on top",
     ]
 
 
@@ -166,16 +158,6 @@ def matmul_rate() -> float:
     seconds = min(timeit.repeat(lambda: multiply(x, x).block_until_ready(), number=1, repeat=20))
     devices = 1 if jax.default_backend() == "cpu" else jax.local_device_count()
     return 2 * SIDE**3 / seconds * devices
-
-
-def _si(value: float | None) -> str:
-    if value is None:
-        return "-"
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if value < 1000:
-            return f"{value:.3g} {prefix}".strip()
-        value /= 1000
-    return f"{value:.3g} E"
 
 
 def _clock(seconds: float) -> str:

@@ -7,8 +7,6 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from rich import box
-from rich.table import Table
 
 from tl_jax import config as options
 from tl_jax import tasks
@@ -17,8 +15,9 @@ from tl_jax.runtime import workdir as workdirs
 from tl_jax.runtime.log import log
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies.report.statistics import mean_interval
+from tl_jax.studies.report.tables import Table, to_console
 from tl_jax.studies.study import RunSpec, Study, grid, metrics_of
-from tl_jax.training.train import Outcome, Stop, never, train, train_together
+from tl_jax.training.train import Stop, never, train, train_together
 
 ARM, TRANSFER, BASELINE, REPLICA = "arm", "transfer", "baseline", "replica"
 
@@ -30,26 +29,24 @@ def study_of(config: ConfigDict) -> Study:
     if config.replicas:
         levels = {name_of(i, dict(changes)): dict(changes) for i, changes in enumerate(config.replicas)}
         return Study(base, {REPLICA: levels}, seeds=(config.seed,), together="all")
-    arms = {TRANSFER: {}} | ({BASELINE: dict(config.baseline)} if config.baseline else {})
-    problems = [f"baseline sets {key!r}, which every arm shares" for key in ("seed", "seeds", "baseline")
-                if key in arms.get(BASELINE, {})]  # fmt: skip
-    if len({config.seed, *config.seeds}) <= len(config.seeds):
-        problems.append(
-            f"seed={config.seed}, seeds={tuple(config.seeds)}: a seed is named twice; seeds are the further ones"
-        )
+    changes, seeds = dict(config.baseline), (config.seed, *config.seeds)
+    shared = [key for key in ("seed", "seeds", "baseline") if key in changes]
+    problems = [f"baseline sets {key!r}, which every arm shares" for key in shared]
+    if len(set(seeds)) < len(seeds):
+        problems.append(f"seed={seeds[0]}, seeds={seeds[1:]}: a seed is named twice; seeds are the further ones")
     if problems:
         raise ValueError("; ".join(problems))
-    against = {ARM: BASELINE} if config.baseline else {}
-    return Study(base, {ARM: arms}, against, (config.seed, *config.seeds), together="none")
+    arms, against = ({TRANSFER: {}, BASELINE: changes}, {ARM: BASELINE}) if changes else ({TRANSFER: {}}, {})
+    return Study(base, {ARM: arms}, against, seeds, together="none")
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never) -> dict[str, Any]:
     """Runs a config in a workdir, with all its arms and seeds, or its replicas.
 
-    Returns {"result": of the run itself, "comparison": comparison.json or None} or {"replicas": replicas.json}. Several
-    arms and seeds leave comparison.json and comparison.png; the experiment itself, with its first seed, lies in
-    `workdir`, the others in `workdir/runs/ARM-seedN`. Replicas lie in `workdir/replicas/NAME`. What has its result is
-    not run again. Raises FloatingPointError where all replicas diverged, Preempted as `train` does.
+    Returns {"result": of the run itself, "comparison": comparison.json or None} or {"replicas": replicas.json}. The
+    experiment itself, with its first seed, lies in `workdir`, other arms and seeds in `workdir/runs/ARM-seedN`,
+    replicas in `workdir/replicas/NAME`. What has its result is not run again. Raises FloatingPointError where all
+    replicas diverged, Preempted as `train` does.
     """
     workdir, study = pathlib.Path(workdir), study_of(config)
     runs = grid(study, free=("seed",) if config.replicas else ())
@@ -69,64 +66,49 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never)
         if several:
             value = results[key]["metrics"][metric]["value"]
             log(f"{arm}, seed {seed}: {metric} {value:.3f} in {folders[key]}")
-    first = results[TRANSFER, config.seed]
     report = compare(config, study, results, folders, workdir) if several else None
-    return {"result": first, "comparison": report}
+    return {"result": results[TRANSFER, config.seed], "comparison": report}
 
 
 def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Prints what `run` returned."""
     if "replicas" in found:
-        log(replica_table(config.task, found["replicas"]))
+        log(to_console(replica_table(config.task, found["replicas"])))
         log(f"each replica is a run with a folder of its own: {(workdir / 'replicas').resolve()}")
         return
     result = found["result"]
     log(tasks.format_table(result["metrics"], of=f"seed {config.seed}, {result['data']}"))
     if sets := result["extra_eval"]:
         log(tasks.format_sets(sets, tasks.METRICS[config.task].monitor[0][0]))
-    if text := _how_scored(result):
-        log(text)
+    how = []
+    if stopped := result.get("stopped_early_at"):
+        how.append(f"stopped early after step {stopped} of {result['total_steps']}")
+    if result["select"] == "best_val":
+        how.append(f"scored at step {result['step']}, the best on val")
+    if "threshold" in result:
+        how.append(f"positive from a probability of {result['threshold']:.3g}, chosen on val")
+    if how:
+        log("; ".join(how))
     if result["chosen_on_scored_split"]:
         log("The checkpoint was chosen on the split scored here: these numbers are optimistic (name a data.test)")
     if found["comparison"]:
-        log(comparison_table(found["comparison"]))
+        log(to_console(comparison_table(found["comparison"])))
     log(f"everything of this run: {workdir.resolve()}")
-
-
-def _how_scored(result: Mapping[str, Any]) -> str:
-    """Which step was scored, and with what threshold, where that was chosen."""
-    parts = []
-    if stopped := result.get("stopped_early_at"):
-        parts.append(f"stopped early after step {stopped} of {result['total_steps']}")
-    if result["select"] == "best_val":
-        parts.append(f"scored at step {result['step']}, the best on val")
-    if "threshold" in result:
-        parts.append(f"positive from a probability of {result['threshold']:.3g}, chosen on val")
-    return "; ".join(parts)
 
 
 def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping, workdir: pathlib.Path) -> dict:
     """comparison.json: the monitored metric of each arm over the seeds, and their difference, paired by seed."""
-    metric, first = metrics_of(study)[0], results[TRANSFER, config.seed]
-    table = {
-        arm: [results[arm, seed]["metrics"][metric]["value"] for seed in study.seeds] for arm in study.factors[ARM]
-    }
-    report = {
-        "data": first["data"],
-        "seeds": list(study.seeds),
-        "metric": metric,
-        metric: {arm: {"values": values, **mean_interval(values)} for arm, values in table.items()},
-    }
+    metric, data = metrics_of(study)[0], results[TRANSFER, config.seed]["data"]
+    value_of = {key: result["metrics"][metric]["value"] for key, result in results.items()}
+    table = {arm: [value_of[arm, seed] for seed in study.seeds] for arm in study.factors[ARM]}
+    arms = {arm: {"values": values, **mean_interval(values)} for arm, values in table.items()}
+    report = {"data": data, "seeds": list(study.seeds), "metric": metric, metric: arms}
     if BASELINE in table:
         differences = [a - b for a, b in zip(*table.values(), strict=True)]
         report["difference"] = {"values": differences, **mean_interval(differences)}
-        report["difference_by_seed_over_examples"] = {
-            str(seed): tasks.paired_difference(
-                *(tasks.load_predictions(folders[arm, seed] / "predictions.npz") for arm in table),
-                resamples=config.resamples,
-            )
-            for seed in study.seeds
-        }
+        report["difference_by_seed_over_examples"] = over_examples = {}
+        for seed in study.seeds:
+            pair = (tasks.load_predictions(folders[arm, seed] / "predictions.npz") for arm in table)
+            over_examples[str(seed)] = tasks.paired_difference(*pair, resamples=config.resamples)
     if jax.process_index() == 0:
         write_json(workdir / "comparison.json", report)
         from tl_jax.studies.report import charts  # here, as matplotlib takes its time
@@ -136,20 +118,15 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
 
 
 def comparison_table(report: Mapping[str, Any]) -> Table:
-    """comparison.json for the console."""
-    metric = report["metric"]
-    table = Table(
-        title=f"{metric} on {report['data']}, seeds {report['seeds']}", title_justify="left", box=box.SIMPLE_HEAD
-    )
-    for name in ("arm", "mean", "95 % interval", "each seed"):
-        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
-    rows = dict(report[metric])
+    found = dict(report[report["metric"]])
     if "difference" in report:
-        rows[f"{TRANSFER} - {BASELINE}"] = report["difference"]
-    for name, row in rows.items():
+        found[f"{TRANSFER} - {BASELINE}"] = report["difference"]
+    rows = []
+    for name, row in found.items():
         interval = "" if row["low"] is None else f"{row['low']:.3f} .. {row['high']:.3f}"
-        table.add_row(name, f"{row['mean']:.3f}", interval, "  ".join(f"{value:.3f}" for value in row["values"]))
-    return table
+        rows.append((name, f"{row['mean']:.3f}", interval, "  ".join(f"{value:.3f}" for value in row["values"])))
+    caption = f"{report['metric']} on {report['data']}, seeds {report['seeds']}"
+    return Table(caption, ("arm", "mean", "95 % interval", "each seed"), rows)
 
 
 def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
@@ -158,15 +135,12 @@ def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.
     workdirs.check_options(workdir, options.flatten(config))
     if path.exists():
         return read_json(path)
-    names = [run.levels[REPLICA] for run in runs]
-    folders = [workdir / "replicas" / name for name in names]
+    folders = [workdir / "replicas" / run.levels[REPLICA] for run in runs]
     with workdirs.lock(workdir):
         write_json(workdir / "config.json", options.flatten(config))
-        outcomes = train_together(
-            [run.config for run in runs], folders, workdir, verbose=True, stop_requested=stop
-        )  # fmt: skip
-        changes = [dict(each) for each in config.replicas]
-        rows = [_row(config.task, *each) for each in zip(changes, folders, outcomes, strict=True)]
+        configs = [run.config for run in runs]
+        results = train_together(configs, folders, workdir, verbose=True, stop_requested=stop)
+        rows = [_row(config.task, *each) for each in zip(config.replicas, folders, results, strict=True)]
         if all(row["error"] for row in rows):
             raise FloatingPointError("all replicas diverged:\n" + "\n".join(f"{r['name']}: {r['error']}" for r in rows))
         table = {"replicas": rows, "best": best_of(config.task, rows)}
@@ -180,38 +154,35 @@ def name_of(i: int, changes: Mapping[str, Any]) -> str:
     return f"{i:02}-{re.sub(r'[^-+.,=_a-zA-Z0-9]+', '_', text)[:60]}".rstrip("-_.")
 
 
-def _row(task: str, changes: Mapping[str, Any], folder: pathlib.Path, outcome: Outcome) -> dict[str, Any]:
+def _row(task: str, changes: Sequence, folder: pathlib.Path, result: dict | FloatingPointError) -> dict[str, Any]:
     """A line of replicas.json; val: the scores at the step that was selected, with the number of examples."""
     row = {"name": folder.name, "options": dict(changes), "error": None, "step": None, "val": None}
-    if isinstance(outcome, FloatingPointError):
-        write_json(folder / "failed.json", {"error": f"{type(outcome).__name__}: {outcome}"})
-        return {**row, "error": str(outcome)}
+    if isinstance(result, FloatingPointError):
+        write_json(folder / "failed.json", {"error": f"{type(result).__name__}: {result}"})
+        return {**row, "error": str(result)}
     names = [name for name, _ in tasks.METRICS[task].monitor]
     scored = {r["step"]: r for r in read_rows(folder / "metrics.jsonl") if f"val/{names[0]}" in r}
-    if at := scored.get(outcome["step"]):
+    if at := scored.get(result["step"]):
         count = read_json(folder / "audit.json")["phases"][0]["data"]["val"]["examples"]
         interval = tasks.share_interval(task, at[f"val/{names[0]}"], count)
         row["val"] = {**{name: at[f"val/{name}"] for name in names}, **interval, "count": count}
-    return {**row, "step": outcome["step"]}
+    return {**row, "step": result["step"]}
 
 
 def best_of(task: str, rows: Sequence[Mapping[str, Any]]) -> str | None:
     """The name of the replica that val prefers, the earliest among equals; None without val, never by test."""
-    scored = [row for row in rows if row["val"]]
-    monitor = tasks.METRICS[task].monitor
-    return max(scored, key=lambda row: tasks.preference(monitor, row["val"]))["name"] if scored else None
+    scores = {row["name"]: tasks.preference(tasks.METRICS[task].monitor, row["val"]) for row in rows if row["val"]}
+    return max(scores, key=scores.get, default=None)
 
 
 def replica_table(task: str, table: Mapping[str, Any]) -> Table:
-    """replicas.json for the console."""
-    names = [name for name, _ in tasks.METRICS[task].monitor]
-    shown = Table(title=f"{len(table['replicas'])} replicas", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("replica", f"val {names[0]}", "95 % interval", *(f"val {name}" for name in names[1:]), "step", ""):
-        shown.add_column(name, justify="left" if name in ("replica", "") else "right", no_wrap=True)
+    first, *others = (name for name, _ in tasks.METRICS[task].monitor)
+    rows = []
     for row in table["replicas"]:
         mark = "diverged" if row["error"] else "best by val" if row["name"] == table["best"] else ""
         val = row["val"] or {}
-        cells = [f"{val[name]:.4f}" if val.get(name) is not None else "-" for name in names]
-        cells.insert(1, f"{val['low']:.4f} .. {val['high']:.4f}" if "low" in val else "-")
-        shown.add_row(row["name"], *cells, str(row["step"] or "-"), mark)
-    return shown
+        interval = f"{val['low']:.4f} .. {val['high']:.4f}" if "low" in val else "-"
+        value, *more = (f"{val[name]:.4f}" if val.get(name) is not None else "-" for name in (first, *others))
+        rows.append((row["name"], value, interval, *more, str(row["step"] or "-"), mark))
+    headers = ("replica", f"val {first}", "95 % interval", *(f"val {name}" for name in others), "step", "")
+    return Table(f"{len(rows)} replicas", headers, rows)

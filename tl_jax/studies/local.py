@@ -9,24 +9,18 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from rich import box
-from rich.table import Table
-
 import tl_jax
 from tl_jax.core.files import read_json
 from tl_jax.runtime import preemption
 from tl_jax.runtime.log import CONSOLE
 from tl_jax.studies import store, together
-from tl_jax.studies.study import title
 
 POLL = 0.1  # seconds between two looks at the workers
 EMPTY_HANDED = 3  # deaths without a run in hand after which a worker is not started again: it cannot start at all
 MEMORY = 2 * 2**30  # bytes of this machine for each worker; one that trains a small network takes 0.6 GB
 
 
-class Slot(NamedTuple):
-    """What one worker may use."""
-
+class Slot(NamedTuple):  # what one worker may use
     cores: tuple[int, ...]
     environment: Mapping[str, str]
 
@@ -37,16 +31,15 @@ def launch(workdir: pathlib.Path, *, jobs: int = 0, stop_requested: Callable[[],
     jobs: workers at once; 0 chooses. Returns 0: nothing failed; 1: a run failed, or workers could not run; 75: stopped,
     with everything saved.
     """
-    began, words = time.monotonic(), store.states(workdir)
-    keys = store.open_runs(workdir)
-    programs = len(together.sets(workdir, keys, store.read_plan(workdir).get("together", "none")))
+    began, plan, keys = time.monotonic(), store.read_plan(workdir), store.open_runs(workdir)
+    programs = len(together.sets(workdir, keys, plan.get("together", "none")))
     slots = divide(min(jobs or default_jobs(), programs), os.environ)
     shape = f"{len(slots)} at once, logs in {workdir / 'runs'}/*/log.txt" if slots else "nothing to do"
-    print(f"{len(words)} runs, {len(keys)} to do: {shape}", flush=True)
+    print(f"{len(plan['runs'])} runs, {len(keys)} to do: {shape}", flush=True)
     stopped = supervise(workdir, slots, stop_requested)
-    words = store.states(workdir)
-    counts = {word: list(words.values()).count(word) for word in store.STATES}
-    text = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    states = list(store.states(workdir).values())
+    counts = {state: states.count(state) for state in store.STATES}
+    text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     print(f"{text}; {time.monotonic() - began:.0f} s", flush=True)
     if stopped:
         print("stopped; everything is saved, the same command goes on from there", flush=True)
@@ -78,9 +71,10 @@ def supervise(workdir: pathlib.Path, slots: list[Slot], stop_requested: Callable
                 stopped |= process.returncode == preemption.EXIT_CODE
                 if stopping or process.returncode in (0, preemption.EXIT_CODE):
                     continue
-                run = run_of(workdir, process.pid)
-                deaths[index] += not run
-                print(f"a worker ended with code {process.returncode}" + (f" in {run}" if run else ""), flush=True)
+                held = {read_json(folder / "claim.json")["pid"]: row for row, folder in store.runs_in(workdir, "stale")}
+                deaths[index] += process.pid not in held
+                place = f" in {store.name_of(held[process.pid])}" if process.pid in held else ""
+                print(f"a worker ended with code {process.returncode}{place}", flush=True)
                 if deaths[index] < EMPTY_HANDED and store.open_runs(workdir):
                     workers[index] = start_worker(workdir, slots[index])
             time.sleep(POLL)
@@ -104,21 +98,13 @@ def start_worker(workdir: pathlib.Path, slot: Slot) -> subprocess.Popen:
         _use_cores(own)
 
 
-def run_of(workdir: pathlib.Path, pid: int) -> str:
-    """The run that a process of this machine died in, in words; "" where it held none."""
-    for row, folder in store.runs_in(workdir, "stale"):
-        if read_json(folder / "claim.json")["pid"] == pid:
-            return title(row["levels"], row["seed"], row["fold"])
-    return ""
-
-
 def tell_failures(workdir: pathlib.Path) -> None:
     """Prints every failed run with its error, and for each kind of error the end of one log."""
     alike: dict[str, list[str]] = {}
     logs = {}
     for row, folder in store.runs_in(workdir, "failed"):
         found = read_json(folder / "failed.json")
-        run = f"  {title(row['levels'], row['seed'], row['fold'])}: {folder / 'log.txt'}"
+        run = f"  {store.name_of(row)}: {folder / 'log.txt'}"
         alike.setdefault(found["error"], []).append(run)
         logs.setdefault(found["error"], [f"    | {line}" for line in found["log"]])
     for error, runs in alike.items():
@@ -129,18 +115,17 @@ def tell_failures(workdir: pathlib.Path) -> None:
 
 def tell_answer(workdir: pathlib.Path) -> None:
     """Writes the report, and prints the mean of every cell, what the comparisons say, and where all of it lies."""
-    from tl_jax.studies.report import report
+    from tl_jax.studies.report import report, tables
 
     summary = report.write(workdir)
     metric, numbers = next(iter(summary["metrics"].items()))
-    factors = numbers["cells"][0]["levels"]
-    table = Table(title=metric, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in (*factors, "mean", "95 % interval", "n"):
-        table.add_column(name, justify="left" if name in factors else "right", no_wrap=True)
+    rows = []
     for cell in numbers["cells"]:
-        mean, low, high = (None if cell[name] is None else f"{cell[name]:.3f}" for name in ("mean", "low", "high"))
-        table.add_row(*cell["levels"].values(), mean or "-", f"{low} .. {high}" if low else "-", str(cell["n"]))
-    CONSOLE.print(table)
+        mean, low, high = ("-" if cell[name] is None else f"{cell[name]:.3f}" for name in ("mean", "low", "high"))
+        rows.append((*cell["levels"].values(), mean, "-" if low == "-" else f"{low} .. {high}", str(cell["n"])))
+    factors = numbers["cells"][0]["levels"]
+    table = tables.Table(metric, (*factors, "mean", "95 % interval", "n"), rows, len(factors))
+    CONSOLE.print(tables.to_console(table))
     CONSOLE.print("\n".join(summary["reading"]))
     CONSOLE.print(f"the whole report: {workdir}/report.html, .md, .csv and .tex; the runs: {workdir}/runs")
 
@@ -168,9 +153,8 @@ def divide(jobs: int, environment: Mapping[str, str]) -> list[Slot]:
 
 
 def _cores() -> tuple[int, ...]:
-    """The cores that this process may use."""
-    every = range(os.cpu_count() or 1)
-    return tuple(sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every))
+    """The cores that this process may use; macOS does not tell."""
+    return tuple(sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)))
 
 
 def _use_cores(cores: tuple[int, ...]) -> None:

@@ -46,13 +46,13 @@ class Weights(NamedTuple):
     card: Card
     saved: tasks.Predictions | None
 
+    @property
+    def monitor(self) -> Monitor:
+        return tasks.METRICS[self.card.task].monitor
+
 
 class Scorer(NamedTuple):
-    """The evaluation that several weights share.
-
-    predict: (variables, split) -> predictions. splits: those of val, test and data.extra_eval that there are. scored:
-    the one that the result is about, test or else val.
-    """
+    """(variables, split) -> predictions, the splits that there are, and the one that the result is about."""
 
     predict: Callable[[Variables, str], tasks.Predictions]
     splits: tuple[str, ...]
@@ -83,9 +83,8 @@ def greedy(
 ) -> tuple[list[int], Variables]:  # fmt: skip
     """The greedy soup (Wortsman et al. 2022b, Model soups, recipe 1): what went in, in order, and its variables.
 
-    alone: the scores of each ingredient on val, whose variables are load(i). They are tried from the best down by
-    `monitor`, among equals as given; one is kept where the first metric of score(average with it) is not worse than
-    that of the soup without it.
+    Ingredients load(i), whose scores on val are alone[i], are tried from the best down by `monitor`, among equals as
+    given; one is kept where the first metric of score(average with it) is not worse than without it.
     """
     first, *rest = sorted(range(len(alone)), key=lambda i: tasks.preference(monitor, alone[i]), reverse=True)
     kept, soup, best = [first], load(first), tasks.preference(monitor[:1], alone[first])
@@ -106,7 +105,7 @@ def load(folder: str | pathlib.Path) -> Weights:
             "network (nearest neighbours, adapters and prompts write none)"
         )
     settings = read(options.from_flat(files.read_json(folder / "config.json")))
-    loaded = pretrained.load_with_origins(settings.model.name, folder / "model.safetensors")
+    loaded = pretrained.load(settings.model.name, folder / "model.safetensors")
     saved = tasks.load_predictions(folder / "predictions.npz")
     model, method = loaded.model.clone(dtype=jnp.dtype(settings.model.dtype)), settings.phases[0].method.name
     return Weights(str(folder), method, settings, model, loaded.variables, loaded.card, saved)
@@ -133,7 +132,7 @@ def check_same(runs: Sequence[Weights]) -> None:
 
 
 def make_scorer(weights: Weights) -> Scorer:
-    """The evaluation of the run's config on val, test and data.extra_eval."""
+    """The evaluation of the run's config on val, test (scored, where there is one) and data.extra_eval."""
     settings, card = weights.settings, weights.card
     parallel = sharding.make_parallel(settings.loop.parallel, fsdp=settings.loop.fsdp)
     found = inputs.load_sources(settings)
@@ -150,7 +149,7 @@ def make_scorer(weights: Weights) -> Scorer:
     def predict(variables: Variables, split: str) -> tasks.Predictions:
         return evaluate.predict(eval_fn, parallel.place(variables), batches[split], card.input, spec, parallel)
 
-    return Scorer(predict, tuple(data), _scored(data))
+    return Scorer(predict, tuple(data), "test" if "test" in data else "val")
 
 
 def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11) -> dict[str, Any]:
@@ -161,28 +160,29 @@ def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11
     if alphas < 2:
         raise ValueError(f"alphas={alphas}: expected at least the two ends")
     check_same([a, b])
-    scorer, values, monitor = make_scorer(b), np.linspace(0, 1, alphas).tolist(), monitor_of(b)
-    curves: dict[str, dict[str, list]] = {split: {name: [] for name, _ in monitor} for split in scorer.splits}
+    scorer, values = make_scorer(b), np.linspace(0, 1, alphas).tolist()
+    curves: dict[str, dict[str, list]] = {split: {name: [] for name, _ in b.monitor} for split in scorer.splits}
+    chosen, best = UNTUNED, None
     for alpha in values:
         variables = interpolate(a.variables, b.variables, alpha)
         for split in scorer.splits:
             predictions = scorer.predict(variables, split)
             if split == scorer.scored and alpha in (0, 1):
                 _check_saved(b if alpha else a, predictions)
-            for name, value in tasks.scores(predictions).items():
+            scores = tasks.scores(predictions)
+            for name, value in scores.items():
                 curves[split][name].append(value)
-    chosen = UNTUNED
-    if "val" in curves:
-        points = [dict(zip(curves["val"], point, strict=True)) for point in zip(*curves["val"].values(), strict=True)]
-        preferences = [tasks.preference(monitor, point) for point in points]
-        _, chosen = max(zip(preferences, values, strict=True))
-    ends = {name: {"run": end.name, "method": end.method} for name, end in (("a", a), ("b", b))}
-    report = {**ends, "alphas": values, "curves": curves, "chosen": chosen,
-              "chosen_on_scored_split": scorer.scored == "val"}  # fmt: skip
+            if split == "val" and (best is None or tasks.preference(b.monitor, scores) >= best):
+                chosen, best = alpha, tasks.preference(b.monitor, scores)
+    report = {name: {"run": end.name, "method": end.method} for name, end in (("a", a), ("b", b))}
+    report |= {"alphas": values, "curves": curves, "chosen": chosen, "chosen_on_scored_split": scorer.scored == "val"}
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_curve(report, folder / "curve.png")
     report |= _write(scorer, interpolate(a.variables, b.variables, chosen), b, folder)
+    metric = b.monitor[0][0]
+    lines = {split: {"x": values, "mean": curve[metric]} for split, curve in curves.items()}
+    names = (plotting.short(" ".join(filter(None, (end.method, pathlib.Path(end.name).name)))) for end in (a, b))
+    label = "alpha, from 0: {} to 1: {}; chosen {:g}".format(*names, chosen)
+    charts.lines(folder / "curve.png", {"": lines}, label, metric, order=list(lines))
     files.write_json(folder / "curve.json", report)  # last: where it lies, the rest does
     return report
 
@@ -196,7 +196,7 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
     if len(runs) < 2:
         raise ValueError(f"a soup needs at least two runs, found {len(runs)}")
     check_same(runs)
-    scorer = make_scorer(runs[0])
+    scorer, monitor = make_scorer(runs[0]), runs[0].monitor
     if "val" not in scorer.splits:
         raise ValueError("a soup is chosen on val, and these runs have none; run them anew with a data.val")
 
@@ -207,7 +207,7 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
         return tasks.scores(scorer.predict(variables, "val"))
 
     alone = [score(load_variables(i)) for i in range(len(runs))]
-    kept, chosen = greedy(alone, load_variables, score, monitor_of(runs[0]))
+    kept, chosen = greedy(alone, load_variables, score, monitor)
     others = {"uniform": average(map(load_variables, range(len(runs)))), "best": load_variables(kept[0])}
     order = [*kept, *(i for i in range(len(runs)) if i not in kept)]
     report = {
@@ -216,48 +216,16 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
         "chosen_on_scored_split": scorer.scored == "val",
     }
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     report |= _write(scorer, chosen, runs[0], folder)
     predictions = {name: scorer.predict(variables, scorer.scored) for name, variables in others.items()}
     _check_saved(runs[kept[0]], predictions["best"])
-    resamples, metric = runs[0].settings.loop.resamples, monitor_of(runs[0])[0][0]
+    resamples = runs[0].settings.loop.resamples
     report |= {name: tasks.summarize(other, resamples=resamples) for name, other in predictions.items()}
     named = {"best run": "best", "uniform soup": "uniform", "greedy soup": "metrics"}
-    rows = {name: report[key][metric] for name, key in named.items()}
-    charts.comparison(folder / "soup.png", rows, f"{scorer.scored} {metric}")
+    rows = {name: report[key][monitor[0][0]] for name, key in named.items()}
+    charts.comparison(folder / "soup.png", rows, f"{scorer.scored} {monitor[0][0]}")
     files.write_json(folder / "soup.json", report)
     return report
-
-
-def draw_curve(report: dict[str, Any], path: pathlib.Path) -> None:
-    """The first metric of every split against alpha; next to it that of data.extra_eval against that of the data."""
-    alphas, curves = report["alphas"], report["curves"]
-    metric = next(iter(next(iter(curves.values()))))
-    scored, extra = _scored(curves), _extra(curves)
-    columns, names = 1 + bool(extra), [_named(report[end]) for end in "ab"]
-    with plotting.figure_at(path, (4.4 * columns, 3.4), columns=columns) as (_, axes):
-        colours = {split: plotting.PALETTE[i % len(plotting.PALETTE)] for i, split in enumerate(curves)}
-        for split, colour in colours.items():
-            axes[0].plot(alphas, curves[split][metric], "o-", color=colour, markersize=3, label=split)
-        axes[0].axvline(report["chosen"], color=plotting.GREY, linestyle=":", linewidth=1)
-        axes[0].set(xlabel="alpha", ylabel=metric, title=f"chosen: alpha {report['chosen']:g}")
-        axes[0].set_xticks([0, 0.5, 1], [f"0\n{names[0]}", "0.5", f"1\n{names[1]}"])
-        axes[0].grid(True)
-        axes[0].legend(loc="best")
-        for split in extra:
-            x, y = curves[scored][metric], curves[split][metric]
-            axes[1].plot(x, y, "o-", color=colours[split], markersize=3, linewidth=1.2, label=split)
-            for end, marker, name in ((0, "s", names[0]), (-1, "D", names[1])):
-                axes[1].plot(x[end], y[end], marker, color=colours[split], markersize=6)
-                axes[1].annotate(name, (x[end], y[end]), xytext=(4, 4), textcoords="offset points", fontsize=7)
-        if extra:
-            axes[1].set(xlabel=f"{metric}, {scored}", ylabel=f"{metric}, extra_eval", title="one point per alpha")
-            axes[1].grid(True)
-            axes[1].legend(loc="best")
-
-
-def _named(end: dict[str, str]) -> str:
-    return plotting.short(" ".join(filter(None, (end["method"], pathlib.Path(end["run"]).name))))
 
 
 def _facts(weights: Weights) -> dict[str, Any]:
@@ -265,20 +233,6 @@ def _facts(weights: Weights) -> dict[str, Any]:
     flat, card = weights.settings.table, dataclasses.asdict(weights.card.replace(source="", licence="", sha256=""))
     data = {key: value for key, value in flat.items() if key.startswith("data.") and key not in OWN}
     return {key: flat[key] for key in SHARED} | data | {f"card {key}": value for key, value in card.items()}
-
-
-def _scored(splits: Iterable[str]) -> str:
-    return "test" if "test" in splits else "val"
-
-
-def _extra(splits: Iterable[str]) -> list[str]:
-    """The names of data.extra_eval."""
-    return [split for split in splits if split not in ("val", "test")]
-
-
-def monitor_of(weights: Weights) -> Monitor:
-    """What selects among networks of this task."""
-    return tasks.METRICS[weights.card.task].monitor
 
 
 def _check_saved(weights: Weights, predictions: tasks.Predictions) -> None:
@@ -290,15 +244,15 @@ def _check_saved(weights: Weights, predictions: tasks.Predictions) -> None:
     if changed > max(1, CHANGED * len(saved.ids)):
         raise ValueError(
             f"model.safetensors of {weights.name} predicts {changed} of {len(saved.ids)} examples otherwise than its "
-            "predictions.npz says: the file or the data have changed since the run, or the file is not all of its "
-            "network"
+            "predictions.npz says: the file or the data have changed, or the file is not all of its network"
         )
 
 
 def _write(scorer: Scorer, variables: Variables, weights: Weights, folder: pathlib.Path) -> dict[str, Any]:
     """Scores the chosen network at last, and writes it with its predictions; returns the numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
     summaries = {}
-    for split in (scorer.scored, *_extra(scorer.splits)):
+    for split in (scorer.scored, *(split for split in scorer.splits if split not in ("val", "test"))):
         predictions = scorer.predict(variables, split)
         suffix = "" if split == scorer.scored else f"-{split}"
         tasks.save_predictions(folder / f"predictions{suffix}.npz", predictions)

@@ -1,12 +1,7 @@
 """The runs of a study in files: what is planned, which state each run is in, and who works on it.
 
-A run's folder W/runs/KEY is planned with its config.json, and from then on is
-  done     result.json lies there;
-  failed   failed.json does, with the error;
-  running  a process holds the lock on `.claim`;
-  stale    nobody holds it, but claim.json is left over: the process died;
-  todo     none of these.
-The lock goes with its process, however that ends, so no state can be left wrong by a crash.
+A run's folder is W/runs/KEY. A running one is locked; the lock goes with its process, however that ends, so that no
+crash leaves a wrong state. docs/studies.md has the states.
 """
 
 import collections
@@ -19,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from tl_jax import config
+from tl_jax.core import messages
 from tl_jax.core.files import read_json, write_json
 from tl_jax.studies.study import RunSpec, Study, grid, metrics_of, title
 
@@ -35,24 +31,23 @@ def plan(workdir: pathlib.Path, name: str, question: str, study: Study) -> list[
     """
     runs = grid(study)
     check_workdir(workdir, name, runs)
-    for run in runs:
-        run_folder(workdir, run.key).mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
     with waiting_lock(workdir / ".plan"):  # two launchers may start at once
         for run in runs:
             folder, flat = run_folder(workdir, run.key), config.flatten(run.config)
+            folder.mkdir(parents=True, exist_ok=True)
             path = folder / "config.json"
             if not path.exists() or (state(folder) != "done" and read_json(path) != flat):  # the speed may be another
                 write_json(path, flat)
-        write_json(workdir / "study.json", _table(name, question, study, runs))
+        factors = {name: {level: dict(o) for level, o in levels.items()} for name, levels in study.factors.items()}
+        rows = [{key: getattr(run, key) for key in ("key", "levels", "seed", "fold")} for run in runs]
+        table = {
+            "name": name, "question": question, "factors": factors, "baseline": dict(study.baseline),
+            "seeds": list(study.seeds), "metrics": metrics_of(study), "design": study.design,
+            "together": study.together, "runs": rows,
+        }  # fmt: skip
+        write_json(workdir / "study.json", table)
     return runs
-
-
-def _table(name: str, question: str, study: Study, runs: list[RunSpec]) -> dict[str, Any]:
-    factors = {name: {level: dict(o) for level, o in levels.items()} for name, levels in study.factors.items()}
-    plain = study._asdict() | {"factors": factors, "baseline": dict(study.baseline), "seeds": list(study.seeds)}
-    rows = [{"key": run.key, "levels": run.levels, "seed": run.seed, "fold": run.fold} for run in runs]
-    del plain["base"]
-    return {"name": name, "question": question, **plain, "metrics": list(metrics_of(study)), "runs": rows}
 
 
 def check_workdir(workdir: pathlib.Path, name: str, runs: list[RunSpec]) -> None:
@@ -66,24 +61,20 @@ def check_workdir(workdir: pathlib.Path, name: str, runs: list[RunSpec]) -> None
     if old["name"] != name:
         raise ValueError(f"{workdir} holds the study {old['name']!r}, this is {name!r}; {advice}")
     planned = {run.key for run in runs}
-    lost = [row for row in old["runs"] if row["key"] not in planned]
-    lost = [row for row in lost if state(run_folder(workdir, row["key"])) in ("done", "running")]
+    lost = [(row, folder) for row, folder in runs_in(workdir, "done", "running") if row["key"] not in planned]
     if not lost:
         return
     now = {title(run.levels, run.seed, run.fold): run for run in runs}
     lines: list[str] = []
-    for row in lost:
-        run = now.get(name := title(row["levels"], row["seed"], row["fold"]))
-        if run is None:
-            lines.append(f"  {name}: not in this grid")
+    for row, folder in lost:
+        if run := now.get(name := name_of(row)):
+            lines += config.difference(read_json(folder / "config.json"), config.flatten(run.config))
         else:
-            there = read_json(run_folder(workdir, row["key"]) / "config.json")
-            lines += config.difference(there, config.flatten(run.config))
-    lines = list(dict.fromkeys(lines))
-    more = [f"  ... and {len(lines) - LINES} more"] if len(lines) > LINES else []
+            lines.append(f"  {name}: not in this grid")
+    lines = messages.shorten(list(dict.fromkeys(lines)), LINES)
     raise ValueError(
         f"{workdir} has {len(lost)} finished or running run(s) that this grid has not; levels and seeds can be added, "
-        f"not changed or dropped: {advice} (there -> now):\n" + "\n".join(lines[:LINES] + more)
+        f"not changed or dropped: {advice} (there -> now):\n" + "\n".join(lines)
     )
 
 
@@ -99,6 +90,11 @@ def run_folder(workdir: pathlib.Path, key: str) -> pathlib.Path:
     return workdir / "runs" / key
 
 
+def name_of(row: Mapping[str, Any]) -> str:
+    """How messages name a run, a row of study.json."""
+    return title(row["levels"], row["seed"], row["fold"])
+
+
 def states(workdir: pathlib.Path) -> dict[str, str]:
     """`{key: state}` of every planned run, in the order of the plan."""
     return {row["key"]: state(run_folder(workdir, row["key"])) for row in read_plan(workdir)["runs"]}
@@ -106,11 +102,16 @@ def states(workdir: pathlib.Path) -> dict[str, str]:
 
 def state(folder: pathlib.Path) -> str:
     """One of STATES."""
-    held = _is_held(folder)  # first: a run that ends meanwhile then has its result
-    for name, word in (("result.json", "done"), ("failed.json", "failed")):
-        if (folder / name).exists():
-            return word
-    return "running" if held else "stale" if (folder / "claim.json").exists() else "todo"
+    try:  # first: a run that ends meanwhile then has its result
+        with (folder / ".claim").open() as file:
+            running = not _try_lock(file, fcntl.LOCK_SH)
+    except FileNotFoundError:
+        running = False
+    if (folder / "result.json").exists():
+        return "done"
+    if (folder / "failed.json").exists():
+        return "failed"
+    return "running" if running else "stale" if (folder / "claim.json").exists() else "todo"
 
 
 @contextlib.contextmanager
@@ -121,7 +122,9 @@ def claim(folder: pathlib.Path, home: pathlib.Path | None = None) -> Iterator[in
     ATTEMPTS of them the run is marked as failed instead. The claim ends with the block.
     """
     with (folder / ".claim").open("a+") as file:
-        if not _take(file) or (folder / "result.json").exists() or (folder / "failed.json").exists():
+        while not (taken := _try_lock(file, fcntl.LOCK_EX)) and _try_lock(file, fcntl.LOCK_SH):
+            pass  # whoever only looks whether it is locked shares the lock for a moment
+        if not taken or (folder / "result.json").exists() or (folder / "failed.json").exists():
             yield None
             return
         saved = [int(path.name) for path in (home or folder).glob("checkpoints/*") if path.name.isdigit()]
@@ -175,21 +178,6 @@ def score(result: Mapping[str, Any], metric: str) -> float | None:
     name, _, own = metric.rpartition("/")
     summary = result["extra_eval"][name] if name else result["metrics"]
     return summary[own]["value"]
-
-
-def _is_held(folder: pathlib.Path) -> bool:
-    try:
-        with (folder / ".claim").open() as file:
-            return not _try_lock(file, fcntl.LOCK_SH)
-    except FileNotFoundError:
-        return False
-
-
-def _take(file: IO) -> bool:
-    """The lock of a run for this process. Whoever only looks whether it is locked shares it for a moment: try again."""
-    while not (taken := _try_lock(file, fcntl.LOCK_EX)) and _try_lock(file, fcntl.LOCK_SH):
-        pass
-    return taken
 
 
 def _try_lock(file: IO, kind: int) -> bool:

@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 import itertools
 import pathlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -78,15 +78,14 @@ def load(text: str) -> tuple[str, str, Study]:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError, NameError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from error
-    problems = [] if (module.__doc__ or "").strip() else ["a docstring, which is the question"]
-    if not callable(getattr(module, "get_study", None)):
-        problems.append("a function get_study(arg)")
-    if problems:
-        raise ValueError(f"{file} lacks {' and '.join(problems)}")
-    study = module.get_study(argument)
+    question, make = inspect.getdoc(module), getattr(module, "get_study", None)
+    needed = {"a docstring, which is the question": question, "a function get_study(arg)": callable(make)}
+    if lacking := [what for what, found in needed.items() if not found]:
+        raise ValueError(f"{file} lacks {' and '.join(lacking)}")
+    study = make(argument)
     if not isinstance(study, Study):
         raise ValueError(f"get_study of {file} gave a {type(study).__name__}, expected a tl_jax.studies.study.Study")
-    return file.resolve().parent.name, inspect.cleandoc(module.__doc__), study
+    return file.resolve().parent.name, question, study
 
 
 def grid(study: Study, free: Collection[str] = ()) -> list[RunSpec]:
@@ -97,9 +96,10 @@ def grid(study: Study, free: Collection[str] = ()) -> list[RunSpec]:
     lists all invalid options, levels, baselines, seeds, metrics and equal cells.
     """
     _refuse([*_problems_of_study(study), *_problems_of_levels(study, [key for key in SHARED if key not in free])])
-    folds = resample.folds(study.design)
-    runs, problems = [], []
-    for seed, (fold, repeat), cell in itertools.product(study.seeds, folds, itertools.product(*study.factors.values())):
+    runs: dict[str, RunSpec] = {}
+    problems = []
+    cells = itertools.product(*study.factors.values())
+    for seed, (fold, repeat), cell in itertools.product(study.seeds, resample.folds(study.design), cells):
         levels = dict(zip(study.factors, cell, strict=True))
         changes = {"seed": seed, "data.split_seed": study.base.data.split_seed + repeat}
         changes |= {"data.resample": fold} if fold else {}
@@ -108,94 +108,72 @@ def grid(study: Study, free: Collection[str] = ()) -> list[RunSpec]:
         config = options.override(study.base, changes)
         problems += _problems_of_run(study, levels, config)
         name = f"{fold}, repeat {repeat}" if repeat else fold
-        runs.append(RunSpec(levels, config.seed, name, config, options.fingerprint(config)[:12]))
-    first: dict[str, RunSpec] = {}
-    for run in runs:
-        same = first.setdefault(run.key, run)
-        if same is not run:
-            problems.append(f"{title(same.levels)} and {title(run.levels)} are the same run: no option differs")
+        run = RunSpec(levels, config.seed, name, config, options.fingerprint(config)[:12])
+        if (same := runs.setdefault(run.key, run)) is not run:
+            problems.append(f"{title(same.levels)} and {title(levels)} are the same run: no option differs")
     _refuse(problems)
-    return runs
+    return list(runs.values())
 
 
 def _refuse(problems: Iterable[str]) -> None:
-    found = list(dict.fromkeys(problems))
-    if found:
-        more = [f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-        raise ValueError("invalid study:\n  " + "\n  ".join([*found[:SHOWN], *more]))
+    if found := list(dict.fromkeys(problems)):
+        raise ValueError("\n  ".join(["invalid study:", *messages.shorten(found, SHOWN)]))
 
 
-def _problems_of_study(study: Study) -> list[str]:
-    problems = []
+def _problems_of_study(study: Study) -> Iterator[str]:
     if not study.factors or not all(isinstance(levels, Mapping) and levels for levels in study.factors.values()):
-        problems.append("factors: expected {factor: {level: {option: value}}}, with at least one level each")
+        yield "factors: expected {factor: {level: {option: value}}}, with at least one level each"
     if not study.seeds or len(set(study.seeds)) < len(study.seeds):
-        problems.append(f"seeds={tuple(study.seeds)}: expected at least one, and none twice")
+        yield f"seeds={tuple(study.seeds)}: expected at least one, and none twice"
     for factor, level in study.baseline.items():
         if factor not in study.factors:
-            problems.append(f"baseline names the factor {factor!r}{messages.nearest(factor, list(study.factors))}")
+            yield f"baseline names the factor {factor!r}{messages.nearest(factor, study.factors)}"
         elif level not in study.factors[factor]:
-            near = messages.nearest(str(level), list(map(str, study.factors[factor])))
-            problems.append(f"baseline names the level {level!r} of {factor}{near}")
+            near = messages.nearest(str(level), map(str, study.factors[factor]))
+            yield f"baseline names the level {level!r} of {factor}{near}"
     if arms := [name for name in ("seeds", "baseline", "replicas") if study.base.get(name)]:
-        problems.append(f"the base config sets {' and '.join(arms)}: here they are the study's")
+        yield f"the base config sets {' and '.join(arms)}: here they are the study's"
     if study.together not in TOGETHER:
-        problems.append(f"together={study.together!r}: expected one of {', '.join(TOGETHER)}")
+        yield f"together={study.together!r}: expected one of {', '.join(TOGETHER)}"
     known = tasks.scalar_names(study.base.get("task", tasks.Spec().name))
     for metric in study.metrics:
         name = metric.rpartition("/")[2]
         if name not in known:
-            problems.append(f"metric {metric!r} is unknown{messages.nearest(name, known)}; known: {', '.join(known)}")
+            yield f"metric {metric!r} is unknown{messages.nearest(name, known)}; known: {', '.join(known)}"
     if len(set(study.metrics)) < len(study.metrics):
-        problems.append(f"metrics={tuple(study.metrics)}: expected none twice")
-    return problems
+        yield f"metrics={tuple(study.metrics)}: expected none twice"
 
 
-def _problems_of_levels(study: Study, shared: Collection[str]) -> list[str]:
-    problems: list[str] = []
+def _problems_of_levels(study: Study, shared: Collection[str]) -> Iterator[str]:
     owner: dict[str, str] = {}
     for factor, levels in study.factors.items():
         for level, changes in levels.items() if isinstance(levels, Mapping) else ():
             if not isinstance(level, str) or not isinstance(changes, Mapping):
-                problems.append(f"{factor}: level {level!r} should be a string, with a table {{option: value}}")
+                yield f"{factor}: level {level!r} should be a string, with a table {{option: value}}"
                 continue
             if taken := [option for option in changes if option in shared]:
-                problems.append(f"{factor}={level} sets {', '.join(taken)}, which the study decides for all runs")
+                yield f"{factor}={level} sets {', '.join(taken)}, which the study decides for all runs"
             try:
                 options.override(study.base, {key: value for key, value in changes.items() if key not in shared})
             except ValueError as error:
-                problems.append(f"{factor}={level}: {error}")
-            problems += [
-                f"{option} of {factor} and {other} of {owner[other]}: one would overwrite the other"
-                for option in changes
-                for other in owner
-                if owner[other] != factor and _overlap(option, other)
-            ]
+                yield f"{factor}={level}: {error}"
+            for option, (other, owned) in itertools.product(changes, owner.items()):
+                if owned != factor and (f"{option}.".startswith(f"{other}.") or f"{other}.".startswith(f"{option}.")):
+                    yield f"{option} of {factor} and {other} of {owned}: one would overwrite the other"
             owner |= {option: owner.get(option, factor) for option in changes}
-    return problems
 
 
-def _overlap(a: str, b: str) -> bool:
-    return a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.")
-
-
-def _problems_of_run(study: Study, levels: Mapping[str, str], config: ConfigDict) -> list[str]:
-    problems = []
+def _problems_of_run(study: Study, levels: Mapping[str, str], config: ConfigDict) -> Iterator[str]:
     try:
         options.check(config)
     except ValueError as error:
-        problems.append(f"{title(levels)}: {error}")
-    phases = [dict(phase) for phase in config.get("phases", ())]
-    problems += [
-        f"{factor}={level} sets {option}, and so does every phase of {title(levels)}: the level would be without effect"
-        for factor, level in levels.items()
-        for option in study.factors[factor][level]
-        if phases and all(option in phase for phase in phases)
-    ]
-    sets = [name for name, *_ in config.data.extra_eval]
-    problems += [
-        f"metric {metric!r}: data.extra_eval has no set {metric.rpartition('/')[0]!r}, only {sets}"
-        for metric in study.metrics
-        if "/" in metric and metric.rpartition("/")[0] not in sets
-    ]
-    return problems
+        yield f"{title(levels)}: {error}"
+    phases, sets = config.get("phases", ()), [name for name, *_ in config.data.extra_eval]
+    for factor, level in levels.items():
+        for option in study.factors[factor][level]:
+            if phases and all(option in dict(phase) for phase in phases):
+                every = f"so does every phase of {title(levels)}: the level would be without effect"
+                yield f"{factor}={level} sets {option}, and {every}"
+    for metric in study.metrics:
+        if "/" in metric and (name := metric.rpartition("/")[0]) not in sets:
+            yield f"metric {metric!r}: data.extra_eval has no set {name!r}, only {sets}"

@@ -1,11 +1,8 @@
 """Runs of a study that are one program: they differ in their rates alone and share what is frozen.
 
-Which ones is the study's field `together`:
-  heads  runs that train nothing but a head, and differ in lr, weight_decay and groups;
-  all    any that take steps and differ in config.REPLICABLE: a backbone that trains is there once for each of them;
-  none   every run by itself.
-A set that was begun is W/together/KEY: runs.json names its runs, checkpoints/ is what it has saved. Its runs are
-claimed, done and failed like any other; where it cannot be trained, runs.json says why, and they are done one by one.
+Study.together: heads, runs that train nothing but a head and differ in RATES; all, any that take steps and differ in
+config.REPLICABLE; none, every run by itself. A set that was begun is W/together/KEY: runs.json names its runs, and the
+reason where it cannot be trained and they are done one by one; checkpoints/ is what it has saved.
 """
 
 import json
@@ -59,8 +56,7 @@ def group(flats: Mapping[str, Mapping[str, Any]], which: str) -> list[list[str]]
     """The keys of `{key: options}` in sets."""
     alike: dict[str, list[str]] = {}
     for key, flat in flats.items():
-        form = None if which == "none" else form_of(flat, which)
-        alike.setdefault(form or key, []).append(key)
+        alike.setdefault(form_of(flat, which) or key, []).append(key)
     return [runs[i : i + LARGEST] for runs in alike.values() for i in range(0, len(runs), LARGEST)]
 
 
@@ -70,7 +66,8 @@ def form_of(flat: Mapping[str, Any], which: str) -> str | None:
     flat: the options of a run. What depends on data and network is checked in tl_jax/training/replicas.py.
     """
     heads = flat["method.name"] == "linear_probe" and not flat["method.add"] and not flat["phases"]
-    if flat["method.name"] in config.PROBES or flat["parallel"] != "jit" or (which == "heads" and not heads):
+    stepping = flat["method.name"] not in config.PROBES and flat["parallel"] == "jit"
+    if which == "none" or not stepping or (which == "heads" and not heads):
         return None
     free = set(RATES if which == "heads" else config.REPLICABLE)
     spans = [flat[name] for name in DURATIONS]

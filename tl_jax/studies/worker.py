@@ -1,8 +1,7 @@
 """Takes the runs of a planned study one after the other: python -m tl_jax.studies.worker W
 
-Any number of workers, on any machines that share W, do each run once. A worker can also be several processes that do
-each run together, see distributed.py. Exit codes: 0 nothing left to take (a run that failed is in its failed.json); 75
-stopped by SIGTERM or Ctrl-C with everything saved; 2 no study in W.
+Any number of workers, on any machines that share W, do each run once; a worker can be several processes. Exit codes: 0
+nothing left to take (a run that failed is in its failed.json); 75 stopped with everything saved; 2 no study in W.
 """
 
 import argparse
@@ -23,7 +22,6 @@ from tl_jax.runtime import distributed, preemption
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.runtime.malloc import keep_memory
 from tl_jax.studies import store, together
-from tl_jax.studies.study import title
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,27 +79,24 @@ def choose(workdir: pathlib.Path, only: Collection[str], claims: contextlib.Exit
     Returns their rows, which attempt each is (None: not to be had), and the set's folder ("": a run by itself).
     """
     with store.waiting_lock(workdir / ".take"):  # so that a set of runs is claimed by one worker
-        if (row := next_run(workdir, only)) is None:
+        rows = store.read_plan(workdir)["runs"]  # read again each time: another launcher may have added runs
+        wanted = [row["key"] for row in rows if not only or row["key"] in only]
+        found = (key for word in ("todo", "stale") for key in wanted  # those whose process died come last
+                 if store.state(store.run_folder(workdir, key)) == word)  # fmt: skip
+        if (key := next(found, None)) is None:
             return None
-        keys, home = ([row["key"]], None) if jax.process_count() > 1 else together.members(workdir, row["key"], only)
-        rows = [row for row in store.read_plan(workdir)["runs"] if row["key"] in keys]
+        keys, home = ([key], None) if jax.process_count() > 1 else together.members(workdir, key, only)
+        rows = [row for row in rows if row["key"] in keys]
         attempts = [
             claims.enter_context(store.claim(store.run_folder(workdir, row["key"]), home))
-            if not only or row["key"] in only else None
+            if row["key"] in wanted else None
             for row in rows
         ]  # fmt: skip
         return rows, attempts, str(home or "")
 
 
-def next_run(workdir: pathlib.Path, only: Collection[str] = ()) -> dict[str, Any] | None:
-    """The next run that nobody works on, as its row of study.json: those whose process died come last."""
-    plan = store.read_plan(workdir)["runs"]  # read again each time: another launcher may have added runs
-    found = ((word, row) for word in ("todo", "stale") for row in plan if not only or row["key"] in only)
-    return next((row for word, row in found if store.state(store.run_folder(workdir, row["key"])) == word), None)
-
-
 def take(workdir: pathlib.Path, row: Mapping[str, Any], attempt: int, stop_requested: Callable[..., bool]) -> None:
-    """Does one claimed run: result.json or failed.json at the end, and a line on the console."""
+    """Does one claimed run."""
     folder, began = store.run_folder(workdir, row["key"]), time.monotonic()
     log = folder / ("log.txt" if distributed.is_first() else f"log-{jax.process_index()}.txt")
     if attempt > 1:
@@ -120,16 +115,18 @@ def take(workdir: pathlib.Path, row: Mapping[str, Any], attempt: int, stop_reque
     finish(workdir, row, result, attempt, f"{time.monotonic() - began:.1f} s")
 
 
-def finish(workdir: pathlib.Path, row: Mapping[str, Any], outcome: Any, attempt: int, took: str = "") -> None:
-    """Marks a run whose outcome is an exception as failed, and prints what became of it."""
-    if isinstance(outcome, Exception):
-        error = f"{type(outcome).__name__}: {outcome}"
+def finish(
+    workdir: pathlib.Path, row: Mapping[str, Any], result: Mapping[str, Any] | Exception, attempt: int, took: str = ""
+) -> None:
+    """Marks a run that ended in an exception as failed, and prints what became of it."""
+    if isinstance(result, Exception):
+        error = f"{type(result).__name__}: {result}"
         if distributed.is_first():
             store.fail(store.run_folder(workdir, row["key"]), error, attempt)
         log_run(workdir, row, f"failed: {error.partition(chr(10))[0]}")
         return
     metric = store.read_plan(workdir)["metrics"][0]
-    value = store.score(outcome, metric)
+    value = store.score(result, metric)
     log_run(workdir, row, f"{metric} {'undefined' if value is None else f'{value:.3f}'} ({took})")
 
 
@@ -151,7 +148,7 @@ def take_together(
     others = f"and {len(rows) - 1} runs with it"
     try:
         with output_into(home / "log.txt"):
-            outcomes = train_runs(folders, claimed, home, stop_requested)
+            results = train_runs(folders, claimed, home, stop_requested)
     except preemption.Preempted as stop:
         log_run(workdir, wanted[0], f"{others}: {stop}")
         raise
@@ -160,49 +157,36 @@ def take_together(
         log_run(workdir, wanted[0], f"{others} are done one by one: {str(error).partition(chr(10))[0]}")
         return
     took = f"{len(rows)} runs together in {time.monotonic() - began:.1f} s"
-    for row, outcome in zip(rows, outcomes, strict=True):
-        if outcome is not None:
-            finish(workdir, row, outcome, 1, took)
+    for row, result in zip(rows, results, strict=True):
+        if result is not None:
+            finish(workdir, row, result, 1, took)
 
 
 def train_runs(folders, claimed, home: pathlib.Path, stop_requested: Callable[..., bool]):
     from tl_jax.training.train import train_together  # the imports that take seconds wait until there is work
 
-    with traced():
-        configs = [config.from_flat(read_json(folder / "config.json")) for folder in folders]
-        return train_together(configs, claimed, home, stop_requested=stop_requested)
+    configs = [config.from_flat(read_json(folder / "config.json")) for folder in folders]
+    return train_together(configs, claimed, home, stop_requested=stop_requested)
 
 
 def train_run(folder: pathlib.Path, stop_requested: Callable[..., bool]) -> dict[str, Any]:
     from tl_jax.training.train import train
 
-    with traced():
-        flat = read_json(folder / "config.json")
-        return train(config.from_flat(flat), folder, verbose=False, stop_requested=stop_requested)
-
-
-@contextlib.contextmanager
-def traced() -> Iterator[None]:
-    """Prints the traceback of an error that goes through."""
-    try:
-        yield
-    except Exception:
-        traceback.print_exc()
-        raise
+    flat = read_json(folder / "config.json")
+    return train(config.from_flat(flat), folder, verbose=False, stop_requested=stop_requested)
 
 
 def log_run(workdir: pathlib.Path, row: Mapping[str, Any], text: str) -> None:
     """One line on the console: how many runs are over, which run this is, and what became of it."""
-    if not distributed.is_first():
-        return
-    words = store.states(workdir)
-    over = sum(word in ("done", "failed") for word in words.values())
-    print(f"[{over}/{len(words)}] {title(row['levels'], row['seed'], row['fold'])}: {text}", flush=True)
+    if distributed.is_first():
+        states = list(store.states(workdir).values())
+        over = f"[{states.count('done') + states.count('failed')}/{len(states)}]"
+        print(f"{over} {store.name_of(row)}: {text}", flush=True)
 
 
 @contextlib.contextmanager
 def output_into(path: pathlib.Path) -> Iterator[None]:
-    """Appends all that this process prints to a file, compiled libraries included."""
+    """Appends all that this process prints to a file, compiled libraries and the traceback of an error included."""
     sys.stdout.flush(), sys.stderr.flush()
     saved = {number: os.dup(number) for number in (1, 2)}
     with path.open("a", buffering=1) as file:
@@ -211,6 +195,9 @@ def output_into(path: pathlib.Path) -> Iterator[None]:
         try:
             with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
                 yield
+        except Exception:
+            traceback.print_exc(file=file)
+            raise
         finally:
             for number, copy in saved.items():
                 os.dup2(copy, number)

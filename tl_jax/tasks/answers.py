@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 import numpy as np
+import scipy  # loads its parts when they are used
 
 from tl_jax.tasks.binary import threshold_of
 from tl_jax.tasks.predictions import OUTPUT
@@ -26,12 +27,11 @@ def answers(spec: Spec, outputs: Mapping[str, np.ndarray]) -> list[Row]:
     if spec.name == "regression":
         return [{"values": dict(zip(names, row, strict=True))} for row in values.tolist()]
     if spec.name == "classification":
-        p = np.exp(values - values.max(axis=1, keepdims=True))
-        p /= p.sum(axis=1, keepdims=True)
+        p = scipy.special.softmax(values, axis=1)
         order = np.argsort(-p, axis=1, kind="stable")[:, :TOP]
         tops = [[[names[k], float(row[k])] for k in best] for row, best in zip(p, order.tolist(), strict=True)]
         return [{"class": top[0][0], "probability": top[0][1], "top5": top} for top in tops]
-    p = np.exp(-np.logaddexp(0, -values)).tolist()
+    p = np.exp(scipy.special.log_expit(values)).tolist()
     if spec.name == "multilabel":
         rows = [dict(zip(names, row, strict=True)) for row in p]
         return [{"labels": [n for n in row if row[n] >= 0.5], "probabilities": row} for row in rows]
@@ -41,18 +41,15 @@ def answers(spec: Spec, outputs: Mapping[str, np.ndarray]) -> list[Row]:
 
 def write_csv(rows: Iterable[Row], file: TextIO) -> None:
     """Rows with columns in place of tables: class_2, probability_2, ... of top5, one of each label or target."""
-    writer = None
-    for row in map(_flat, rows):
-        if writer is None:
+    for i, row in enumerate(map(_flat, rows)):
+        if i == 0:
             writer = csv.DictWriter(file, list(row), lineterminator="\n")
             writer.writeheader()
         writer.writerow(row)
 
 
 def write_jsonl(rows: Iterable[Row], file: TextIO) -> None:
-    """One JSON object a line."""
-    for row in rows:
-        file.write(json.dumps(row) + "\n")
+    file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _flat(row: Row) -> Row:

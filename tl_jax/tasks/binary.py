@@ -1,16 +1,10 @@
 """Binary classification: one sigmoid output, the probability of class 1 (the positive)."""
 
 import numpy as np
+import scipy  # loads its parts when they are used
 
-from tl_jax.tasks.intervals import (
-    average_precision,
-    binned,
-    calibration_error,
-    group_sum,
-    rates,
-    roc_auc,
-    sigmoid_losses,
-)
+from tl_jax.tasks import intervals
+from tl_jax.tasks.intervals import calibration_error, group_sum, rates, sigmoid_losses
 from tl_jax.tasks.predictions import Predictions
 from tl_jax.tasks.task import Metrics, Spec
 
@@ -22,7 +16,7 @@ def threshold_of(spec: Spec) -> float:
 
 def probability(predictions: Predictions) -> np.ndarray:
     """Of the positive, [N] float64."""
-    return np.exp(-np.logaddexp(0, -predictions.values.astype(np.float64)))
+    return np.exp(scipy.special.log_expit(predictions.values.astype(np.float64)))
 
 
 def answer(predictions: Predictions) -> np.ndarray:
@@ -53,13 +47,13 @@ def calibrate(predictions: Predictions) -> Spec:
 def scores(predictions: Predictions) -> dict[str, float]:
     """Cross-entropy (natural log, mean over examples) and the area under the ROC curve, in float64."""
     once = np.ones((len(predictions.labels), 1), np.float32)
-    auc = roc_auc(predictions.values, predictions.labels == 1, once)
+    auc = intervals.roc_auc(predictions.values, predictions.labels == 1, once)
     return {"loss": float(sigmoid_losses(predictions).mean()), "roc_auc": float(auc[0])}
 
 
 def reliability(predictions: Predictions) -> tuple[np.ndarray, ...]:
     """Count, share of positives and mean probability of equal bins of the probability; NaN where empty."""
-    return binned(predictions.labels, probability(predictions))
+    return intervals.binned(predictions.labels, probability(predictions))
 
 
 def _weighted(predictions, weights) -> dict:
@@ -68,21 +62,18 @@ def _weighted(predictions, weights) -> dict:
     (tn, fp, fn, tp), total = counts, weights.sum(axis=0)
     of_positives, specificity = rates(tp, tp + fn, tp + fp), rates(tn, tn + fp, tn + fn)["recall"]
     return {
+        **of_positives,
         "accuracy": (tp + tn) / total,
         "balanced_accuracy": (of_positives["recall"] + specificity) / 2,
-        "precision": of_positives["precision"],
-        "recall": of_positives["recall"],
         "specificity": specificity,
-        "f1": of_positives["f1"],
         "nll": sigmoid_losses(predictions) @ weights / total,
         "ece": calibration_error(labels, p, weights),
     }
 
 
 def _weighted_areas(predictions, weights) -> dict:
-    logits, positive = predictions.values, predictions.labels == 1
-    areas = {"roc_auc": roc_auc, "average_precision": average_precision}
-    return {name: area(logits, positive, weights) for name, area in areas.items()}
+    given = predictions.values, predictions.labels == 1, weights
+    return {"roc_auc": intervals.roc_auc(*given), "average_precision": intervals.average_precision(*given)}
 
 
 METRICS = Metrics(

@@ -1,6 +1,7 @@
-"""Classification: one of K classes, softmax and cross-entropy. Point estimates are scikit-learn's."""
+"""Classification: one of K classes, softmax and cross-entropy."""
 
 import numpy as np
+import scipy  # loads its parts when they are used
 
 from tl_jax.tasks.intervals import binned, calibration_error, group_sum, mean_defined, rates, roc_auc
 from tl_jax.tasks.predictions import Predictions
@@ -23,53 +24,24 @@ def scores(predictions: Predictions) -> dict[str, float]:
 
 def reliability(predictions: Predictions) -> tuple[np.ndarray, ...]:
     """Count, accuracy and mean confidence of equal-width bins of the confidence (Guo et al. 2017); NaN where empty."""
-    return binned(answer(predictions) == predictions.labels, _confidence(predictions))
+    confidence = np.exp(_log_probabilities(predictions).max(axis=1))
+    return binned(answer(predictions) == predictions.labels, confidence)
 
 
 def _log_probabilities(predictions):
     """Log-softmax in float64, unclipped: a confident mistake keeps its whole cost."""
-    shifted = predictions.values.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return scipy.special.log_softmax(predictions.values.astype(np.float64), axis=1)
 
 
 def _log_odds(predictions):
     """Log p/(1-p) of each class [N, K]: ranks like the probability, but confident examples do not tie at 1."""
     log_p = _log_probabilities(predictions)
     rest = np.log1p(-np.minimum(np.exp(log_p), 0.9))  # exact up to 0.9; beyond, from the other classes' own sum:
-    row, top = np.flatnonzero(log_p.max(axis=1) > np.log(0.9)), log_p.argmax(axis=1)
+    row, top = np.nonzero(log_p > np.log(0.9))
     others = log_p[row]
-    others[np.arange(len(row)), top[row]] = -np.inf
-    second = others.max(axis=1)
-    rest[row, top[row]] = second + np.log(np.exp(others - second[:, None]).sum(axis=1))
+    others[np.arange(len(row)), top] = -np.inf
+    rest[row, top] = scipy.special.logsumexp(others, axis=1)
     return log_p - rest
-
-
-def _confidence(predictions):
-    return np.exp(_log_probabilities(predictions).max(axis=1))
-
-
-def _point(predictions) -> dict:
-    """Point estimates: scalars and [K] arrays; NaN where undefined (a class without examples, or without others)."""
-    import sklearn.metrics  # here, as it takes half a second, which the first training step should not wait for
-
-    labels, predicted, (count, classes) = predictions.labels, answer(predictions), predictions.values.shape
-    support, overall = _support(predictions), scores(predictions)
-    value = {"accuracy": overall["accuracy"]}
-    if classes > 5:
-        value["top5"] = float(_in_top(predictions, 5).mean())
-    each = sklearn.metrics.precision_recall_fscore_support
-    macro = each(labels, predicted, labels=np.flatnonzero(support), average="macro", zero_division=0)
-    value |= {f"{name}_macro": float(rate) for name, rate in zip(_RATES, macro[:3], strict=True)}
-    value |= {f"{name}_micro": overall["accuracy"] for name in _RATES}  # one label, one guess: all are the accuracy
-    per_class = each(labels, predicted, labels=range(classes), zero_division=0)
-    value |= {name: np.where(support, rate, np.nan) for name, rate in zip(_RATES, per_class[:3], strict=True)}
-    auc, score = np.full(classes, np.nan), _log_odds(predictions)
-    for k in np.flatnonzero((support > 0) & (support < count)):
-        auc[k] = sklearn.metrics.roc_auc_score(labels == k, score[:, k])
-    value |= {"roc_auc": auc, "roc_auc_macro": np.nanmean(auc) if support.max() < count else np.nan}
-    bins, hit, confidence = reliability(predictions)
-    return value | {"nll": overall["loss"], "ece": float(np.nansum(bins * np.abs(hit - confidence)) / count)}
 
 
 def _in_top(predictions, k):
@@ -81,10 +53,10 @@ def _in_top(predictions, k):
 
 
 def _weighted(predictions, weights) -> dict:
-    """All metrics but AUC on examples weighted by [N, B]: scalars [B] and per-class [B, K]; NaN where undefined."""
     labels, predicted, log_p = predictions.labels, answer(predictions), _log_probabilities(predictions)
     classes, total, hit = log_p.shape[1], weights.sum(axis=0), predicted == labels
     accuracy = hit.astype(np.float64) @ weights / total
+    # With one label and one guess for each example, all micro averages are the accuracy.
     result = {"accuracy": accuracy, **{f"{name}_micro": accuracy for name in _RATES}}
     if classes > 5:
         result["top5"] = _in_top(predictions, 5).astype(np.float64) @ weights / total
@@ -92,19 +64,14 @@ def _weighted(predictions, weights) -> dict:
     support, guessed = group_sum(labels, classes, weights), group_sum(predicted, classes, weights)
     for name, rate in rates(true_positive, support, guessed).items():
         result[name], result[f"{name}_macro"] = rate.T, np.nanmean(rate, axis=0)
-    result["nll"] = -log_p[np.arange(len(labels)), labels] @ weights / total
-    return result | {"ece": calibration_error(hit, _confidence(predictions), weights)}
+    nll = -log_p[np.arange(len(labels)), labels] @ weights / total
+    return result | {"nll": nll, "ece": calibration_error(hit, np.exp(log_p.max(axis=1)), weights)}
 
 
 def _weighted_auc(predictions, weights) -> dict:
-    """One-vs-rest AUC [B, K] on weighted examples and its mean over the classes where it is defined [B]."""
     score = _log_odds(predictions)
     auc = np.stack([roc_auc(score[:, k], predictions.labels == k, weights) for k in range(score.shape[1])], axis=1)
     return {"roc_auc": auc, "roc_auc_macro": mean_defined(auc, axis=1)}
-
-
-def _support(predictions):
-    return np.bincount(predictions.labels, minlength=len(predictions.spec.class_names))
 
 
 _RATES = ("precision", "recall", "f1")
@@ -118,8 +85,7 @@ METRICS = Metrics(
     scores=scores,
     parts=(_weighted, _weighted_auc),
     differ=lambda a, b: answer(a) != answer(b),
-    point=_point,
-    rows=Rows("class", (*_RATES, "roc_auc"), _support),
+    rows=Rows("class", (*_RATES, "roc_auc"), lambda p: np.bincount(p.labels, minlength=len(p.spec.class_names))),
     answer=answer,
     reliability=(reliability, ("accuracy", "confidence")),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is drawn of predictions, by task; the suffix of the path picks .png or .svg."""
+"""The figures of predictions, by task; the suffix of the path picks .png or .svg."""
 
 import numpy as np
 from matplotlib.colors import PowerNorm
@@ -8,7 +8,7 @@ from tl_jax import tasks
 from tl_jax.core.plotting import BLUE, BLUES, GREY, MARKERS, PALETTE, VERMILION, figure_at, short
 from tl_jax.tasks.predictions import Predictions
 
-LABELS, TARGETS = 40, 6  # so many labels, targets are drawn
+LABELS, TARGETS = 40, 6  # at most so many are shown
 
 
 def draw(predictions: Predictions, folder) -> None:
@@ -21,13 +21,13 @@ def draw(predictions: Predictions, folder) -> None:
 
 
 def confusion_matrix(predictions: Predictions, path) -> None:
-    """Confusion matrix, coloured by the share of the true class; beyond 200 classes the cells are blocks of classes.
+    """Confusion matrix, coloured by the share of the true class, in blocks of classes beyond 200 of them.
 
     To 20 classes the counts are written in, beyond it the commonest confusions next to it.
     """
     counts, class_names = tasks.confusion(predictions), predictions.spec.class_names
-    classes = len(counts)
-    side, listed = min(2.8 + 0.34 * classes, 7.2), classes > 20
+    classes, listed = len(counts), len(counts) > 20
+    side = min(2.8 + 0.34 * classes, 7.2)
     grid = {"columns": 2, "ratios": [side, 3.2]} if listed else {}
     with figure_at(path, (side + (4.0 if listed else 0.6), side), **grid) as (figure, (axis, *others)):
         share, block = _share(counts)
@@ -48,8 +48,7 @@ def confusion_matrix(predictions: Predictions, path) -> None:
             axis.set_yticks(centres, names, fontsize=size)
         if listed:
             _list_confusions(others[0], counts, class_names)
-            return
-        for (i, j), count in np.ndenumerate(counts):
+        for (i, j), count in () if listed else np.ndenumerate(counts):
             colour = "white" if share[i, j] > 0.3 else "black"
             axis.text(j + 0.5, i + 0.5, count or "", ha="center", va="center", fontsize=8, color=colour)
 
@@ -64,13 +63,11 @@ def _share(counts):
 
 def _list_confusions(axis, counts, class_names, limit=25):
     """The pairs that are taken for each other most often, as text: what a large matrix cannot show."""
-    wrong = counts - np.diag(counts.diagonal())
+    wrong, arrow = counts - np.diag(counts.diagonal()), "\N{RIGHTWARDS ARROW}"
     order = np.argsort(-wrong, axis=None, kind="stable")[:limit]
-    arrow = "\N{RIGHTWARDS ARROW}"
+    pairs = [(i, j) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[i, j]]
     lines = ["commonest confusions", f"(count  true {arrow} predicted)", ""]
-    for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True):
-        if wrong[i, j]:
-            lines.append(f"{wrong[i, j]:>4,}  {short(class_names[i])} {arrow} {short(class_names[j])}")
+    lines += [f"{wrong[i, j]:>4,}  {short(class_names[i])} {arrow} {short(class_names[j])}" for i, j in pairs]
     axis.axis("off")
     axis.text(0, 0.92, "\n".join(lines), va="top", fontsize=7, linespacing=1.5, transform=axis.transAxes)
 
@@ -81,9 +78,8 @@ def reliability(predictions: Predictions, path) -> None:
     count, share, probability = measure(predictions)
     total, bins = count.sum(), len(count)
     ece = np.nansum(count * np.abs(share - probability)) / total
-    left, width = np.arange(bins) / bins, 1 / bins
+    left, bar = np.arange(bins) / bins, {"width": 1 / bins, "align": "edge", "linewidth": 0.6}
     with figure_at(path, (3.8, 4.4), rows=2, ratios=[3, 1]) as (_, (top, bottom)):
-        bar = {"width": width, "align": "edge", "linewidth": 0.6}
         top.bar(left, share, color=BLUE, alpha=0.85, edgecolor="white", label=observed, **bar)
         gap = {"color": "none", "edgecolor": VERMILION, "hatch": "/////", "label": f"gap to {expected}"}
         top.bar(left, probability - share, bottom=share, **gap, **bar)
@@ -92,8 +88,8 @@ def reliability(predictions: Predictions, path) -> None:
         top.tick_params(labelbottom=False)
         top.legend(loc="upper left")
         bottom.bar(left, count / total, color=GREY, edgecolor="white", **bar)
-        for name, values, style in ((observed, share, (BLUE, "-")), (expected, probability, (VERMILION, "--"))):
-            mean, colour, line = np.nansum(count * values) / total, *style
+        for name, values, colour, line in (observed, share, BLUE, "-"), (expected, probability, VERMILION, "--"):
+            mean = np.nansum(count * values) / total
             bottom.axvline(mean, color=colour, ls=line, lw=1.4, label=f"mean {name} {mean:.3f}")
         bottom.set(xlim=(0, 1), xlabel=expected, ylabel="share")
         bottom.legend(loc="upper left", fontsize=7.5)
@@ -118,21 +114,21 @@ def feature_map(predictions: Predictions, path) -> None:
         size = float(np.clip(6000 / len(labels), 3, 16))
         for k in np.unique(labels):
             colour, marker = PALETTE[k % len(PALETTE)], MARKERS[k // len(PALETTE) % len(MARKERS)]
-            colour, marker = (colour, marker) if len(names) <= 40 else ("#9AA5AE", "o")
-            style = {"color": colour, "marker": marker, "alpha": 0.65, "linewidths": 0, "rasterized": True}
-            axis.scatter(*points[labels == k].T, s=size, label=short(names[k]), **style)
+            style = {"color": colour, "marker": marker} if len(names) <= 40 else {"color": "#9AA5AE", "marker": "o"}
+            style |= {"alpha": 0.65, "linewidths": 0, "rasterized": True, "label": short(names[k])}
+            axis.scatter(*points[labels == k].T, s=size, **style)
         ring = {"facecolors": "none", "edgecolors": "black", "linewidths": 0.8, "rasterized": True}
         axis.scatter(*points[wrong].T, s=3.5 * size, **ring)
+        halo = [withStroke(linewidth=2.5, foreground="white")]
         for k in np.unique(labels) if len(names) <= 10 else ():
-            halo = [withStroke(linewidth=2.5, foreground="white")]
             x, y = np.median(points[labels == k], axis=0)
             axis.text(x, y, short(names[k]), ha="center", va="center", weight="bold", path_effects=halo)
         first, second = pca.explained_variance_ratio_
         axis.set(xlabel=f"component 1 ({first:.1%} of the variance)", ylabel=f"component 2 ({second:.1%})")
         axis.set_title(f"{features.shape[1]} features; {wrong.sum():,} of {len(wrong):,} misclassified (ringed)")
         if legend:
-            scale = 5 / size**0.5
-            figure.legend(loc="outside right upper", fontsize=7, markerscale=scale, ncols=1 + (len(names) > 22))
+            style = {"fontsize": 7, "markerscale": 5 / size**0.5, "ncols": 1 + (len(names) > 22)}
+            figure.legend(loc="outside right upper", **style)
 
 
 def threshold_curves(predictions: Predictions, path) -> None:
@@ -163,13 +159,12 @@ def label_bars(predictions: Predictions, path) -> None:
     """F1 and average precision of each label, the best first; of many labels those with the lowest precision."""
     point, names = tasks.point(predictions), predictions.spec.class_names
     order = np.argsort(-np.nan_to_num(point["average_precision"]), kind="stable")[-LABELS:]
-    support = predictions.labels.sum(axis=0)
+    rows, height, support = np.arange(len(order)), 0.38, predictions.labels.sum(axis=0)
     few = f"; the {LABELS} lowest of {len(names)} labels" if len(order) < len(names) else ""
     with figure_at(path, (6.0, 1.3 + 0.34 * len(order))) as (figure, (axis,)):
-        rows, height = np.arange(len(order)), 0.38
-        precision, f1 = point["average_precision"][order], point["f1"][order]
+        precision = point["average_precision"][order]
         axis.barh(rows - 0.5 * height, precision, height, color=BLUE, label="average precision")
-        axis.barh(rows + 0.5 * height, f1, height, color=VERMILION, label="F1")
+        axis.barh(rows + 0.5 * height, point["f1"][order], height, color=VERMILION, label="F1")
         axis.set_yticks(rows, [f"{short(names[k])} ({support[k]:,})" for k in order])
         axis.set(xlim=(0, 1), ylim=(len(order) - 0.4, -0.6), xlabel=f"positives in brackets{few}")
         mean, macro = point["mean_average_precision"], point["f1_macro"]

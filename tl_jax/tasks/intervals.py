@@ -1,6 +1,5 @@
 """The one bootstrap over examples that all metrics share (Efron 1979), and the weighted sums that they are made of."""
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,20 +13,22 @@ BINS = 15  # of probabilities, for calibration
 
 def resample(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Yields [N, B] float32: how often each example is in each of B resamples of N, in chunks that fit the memory."""
-    rng = np.random.default_rng(seed)
-    size = max(1, CHUNK // count)
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples}: expected at least 1")
+    rng, size = np.random.default_rng(seed), max(1, CHUNK // count)
     for start in range(0, resamples, size):
         columns = min(size, resamples - start)
-        drawn = rng.integers(count, size=(columns, count))
-        flat = (drawn * columns + np.arange(columns)[:, None]).ravel()
+        sampled = rng.integers(count, size=(columns, count))
+        flat = (sampled * columns + np.arange(columns)[:, None]).ravel()
         yield np.bincount(flat, minlength=count * columns).reshape(count, columns).astype(np.float32)
 
 
 def interval(value: float, samples: np.ndarray, level: float) -> dict:
     """The point estimate and the percentiles of the resamples where it is defined; None for what is not."""
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: expected a number between 0 and 1")
     samples = samples[~np.isnan(samples)]
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    low, high = np.quantile(samples, tails).tolist() if len(samples) else (None, None)
+    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2]).tolist() if len(samples) else (None, None)
     return {"value": None if np.isnan(value) else float(value), "low": low, "high": high}
 
 
@@ -102,9 +103,3 @@ def mean_defined(values: np.ndarray, axis: int) -> np.ndarray:
     defined = ~np.isnan(values)
     with np.errstate(invalid="ignore"):  # 0 / 0
         return np.where(defined, values, 0).sum(axis=axis) / defined.sum(axis=axis)
-
-
-def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % score interval of a share of `count` examples (Wilson 1927)."""
-    centre, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return (centre - spread) / (1 + z * z / count), (centre + spread) / (1 + z * z / count)

@@ -20,11 +20,8 @@ def smooth_labels(labels: jax.Array, num_classes: int, smoothing: float) -> jax.
     return (1.0 - smoothing) * jax.nn.one_hot(labels, num_classes) + smoothing / num_classes
 
 
-def binary_cross_entropy(logits: jax.Array, targets: jax.Array, pos_weight: jax.Array | float = 1.0) -> jax.Array:
-    """-(w t log p + (1 - t) log(1 - p)) with p = sigmoid(logits), elementwise; always in float32.
-
-    pos_weight: the weight w of a positive, a number or one for each of the last axis.
-    """
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array, pos_weight: jax.Array | float) -> jax.Array:
+    """-(w t log p + (1 - t) log(1 - p)) with p = sigmoid(logits) and w = pos_weight, elementwise; always in float32."""
     x = logits.astype(jnp.float32)
     return jnp.broadcast_to(pos_weight, x.shape) * targets * jax.nn.softplus(-x) + (1.0 - targets) * jax.nn.softplus(x)
 
@@ -35,7 +32,6 @@ def smooth_binary(labels: jax.Array, smoothing: float) -> jax.Array:
 
 
 def each_once(labels: jax.Array) -> jax.Array:
-    """One for each example, [B]."""
     return jnp.ones(labels.shape[0], jnp.float32)
 
 
@@ -65,16 +61,16 @@ def binary(spec: Spec, smoothing: float, pos_weight: tuple[float, ...]) -> Train
     weight, threshold = (pos_weight or (1.0,))[0], threshold_of(spec)
     positive_from = float(np.log(threshold) - np.log1p(-threshold))
 
-    def logits_of(outputs):
-        return outputs["logits"].reshape(outputs["logits"].shape[0]).astype(jnp.float32)
+    def keep(outputs):
+        return {"logits": outputs["logits"].reshape(outputs["logits"].shape[0]).astype(jnp.float32)}
 
     def loss(outputs, targets):
-        return binary_cross_entropy(logits_of(outputs), targets, weight)
+        return binary_cross_entropy(keep(outputs)["logits"], targets, weight)
 
     def running(outputs, labels):
-        return {"accuracy": ((logits_of(outputs) >= positive_from) == labels).astype(jnp.float32)}
+        return {"accuracy": ((keep(outputs)["logits"] >= positive_from) == labels).astype(jnp.float32)}
 
-    return 1, lambda labels: smooth_binary(labels, smoothing), loss, running, lambda x: {"logits": logits_of(x)}
+    return 1, lambda labels: smooth_binary(labels, smoothing), loss, running, keep
 
 
 def multilabel(spec: Spec, smoothing: float, pos_weight: tuple[float, ...]) -> Trained:
@@ -95,8 +91,8 @@ def regression(spec: Spec, *_: object) -> Trained:
     mean, std = (jnp.asarray(x, jnp.float32)[None] for x in (spec.target_mean, spec.target_std))
     targets = len(spec.class_names)
 
-    def decode(outputs):
-        return outputs["logits"].astype(jnp.float32) * std + mean
+    def keep(outputs):
+        return {"values": outputs["logits"].astype(jnp.float32) * std + mean}
 
     def encode(labels):
         return (labels.reshape(-1, targets).astype(jnp.float32) - mean) / std
@@ -105,9 +101,9 @@ def regression(spec: Spec, *_: object) -> Trained:
         return jnp.square(outputs["logits"].astype(jnp.float32) - encoded).mean(axis=-1)
 
     def running(outputs, labels):
-        return {"mae": jnp.abs(decode(outputs) - labels.reshape(-1, targets)).mean(axis=-1)}
+        return {"mae": jnp.abs(keep(outputs)["values"] - labels.reshape(-1, targets)).mean(axis=-1)}
 
-    return targets, encode, loss, running, lambda outputs: {"values": decode(outputs)}
+    return targets, encode, loss, running, keep
 
 
 TRAINED = {"classification": classification, "binary": binary, "multilabel": multilabel, "regression": regression}

@@ -22,7 +22,6 @@ def scores(predictions: Predictions) -> dict[str, float]:
 
 
 def _weighted(predictions, weights) -> dict:
-    """Rates of each label [B, K] and over all; a label without positives has none, and is left out of the macro F1."""
     labels, guess, total = predictions.labels == 1, answer(predictions), weights.sum(axis=0)
     hit, support, guessed = (x.astype(np.float64).T @ weights for x in (labels & guess, labels, guess))
     each = {name: rate.T for name, rate in rates(hit, support, guessed).items()}

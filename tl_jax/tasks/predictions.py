@@ -12,22 +12,16 @@ from tl_jax.core.messages import nearest
 from tl_jax.tasks.task import Spec, spec_problems
 
 OUTPUT = {"classification": "logits", "binary": "logits", "multilabel": "logits", "regression": "values"}
-ARRAYS = ("labels", "ids", "class_names", "task", "features")  # of the file, with the outputs
 
 
 class Predictions(NamedTuple):
-    """One model's outputs on one split, every example once.
+    """One model's outputs on one split, every example once."""
 
-    outputs: {"logits": float32 [N, K]}, of a binary task [N]; of a regression {"values": float32 [N, T]}, in the unit
-    of the target. labels: int32 [N] classes or 0 and 1; int32 [N, K] 0 and 1 (multilabel); float32 [N, T] (regression).
-    ids: text [N]. features: float32 [N, D], what the head reads.
-    """
-
-    outputs: dict[str, np.ndarray]
-    labels: np.ndarray
-    ids: np.ndarray
+    outputs: dict[str, np.ndarray]  # "logits": float32 [N, K], binary [N]; or "values": float32 [N, T], in their unit
+    labels: np.ndarray  # int32 [N] classes, or 0 and 1; multilabel int32 [N, K] 0 and 1; regression float32 [N, T]
+    ids: np.ndarray  # text [N]
     spec: Spec
-    features: np.ndarray | None = None
+    features: np.ndarray | None = None  # float32 [N, D], what the head reads
 
     @property
     def values(self) -> np.ndarray:
@@ -36,10 +30,7 @@ class Predictions(NamedTuple):
 
 
 def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None) -> Predictions:
-    """Checks and types the arrays; one ValueError lists everything wrong with them.
-
-    FloatingPointError names the rows where nothing is wrong but that outputs are not finite.
-    """
+    """Checks and types the arrays; one ValueError for all that is wrong, FloatingPointError where outputs diverged."""
     if spec.name not in OUTPUT:
         raise ValueError(f"there is no task {spec.name!r}{nearest(spec.name, OUTPUT)}; known: {', '.join(OUTPUT)}")
     output = OUTPUT[spec.name]
@@ -99,23 +90,15 @@ def save_predictions(path, predictions: Predictions) -> None:
 def load_predictions(path) -> Predictions:
     """Reads and checks a predictions.npz; errors name the file and what is wrong. Without `task`: a classification."""
     try:
-        with open(path, "rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise ValueError("not an .npz file, or cut short")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as arrays:
-                return _read(arrays)
+        with np.lib.npyio.NpzFile(path, allow_pickle=False) as arrays:
+            table = json.loads(str(arrays["task"])) if "task" in arrays else {}
+            table = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+            output = OUTPUT.get(table.get("name", Spec().name), "logits")
+            expected = {output, "labels", "ids", "class_names"}
+            if wrong := sorted(expected.symmetric_difference(arrays) - {"features", "task"}):
+                raise ValueError(f"holds {arrays.files}, expected {sorted(expected)}; missing or unknown: {wrong}")
+            spec = Spec(**table, class_names=tuple(map(str, arrays["class_names"])))
+            given = {output: arrays[output]}, arrays["labels"], arrays["ids"], spec, arrays.get("features")
+            return make_predictions(*given)
     except (ValueError, TypeError, EOFError, FloatingPointError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: no sound predictions.npz ({error})") from None
-
-
-def _read(arrays) -> Predictions:
-    table = json.loads(str(arrays["task"])) if "task" in arrays.files else {}
-    table = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    expected = {OUTPUT.get(table.get("name", Spec().name), "logits"), *ARRAYS}
-    if wrong := sorted(set(arrays.files).symmetric_difference(expected) - {"features", "task"}):
-        raise ValueError(f"holds {arrays.files}, expected {sorted(expected)}; missing or unknown: {wrong}")
-    outputs = {name: arrays[name] for name in expected - set(ARRAYS)}
-    spec = Spec(**table, class_names=tuple(map(str, arrays["class_names"])))
-    features = arrays["features"] if "features" in arrays.files else None
-    return make_predictions(outputs, arrays["labels"], arrays["ids"], spec, features)

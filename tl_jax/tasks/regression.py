@@ -32,10 +32,9 @@ def _weighted(predictions, weights) -> dict:
     """RMSE, MAE and R2 of each target, [B, T]. R2 is undefined in a resample whose target is constant."""
     labels, total = predictions.labels.astype(np.float64), weights.sum(axis=0)
     error = predictions.values.astype(np.float64) - labels
-    squared = (error.T**2) @ weights
-    spread = np.stack([_spread(column, weights, total) for column in labels.T])
-    mae = np.abs(error).T @ weights / total
-    return _with_means(rmse_each=np.sqrt(squared / total).T, mae_each=mae.T, r2_each=(1 - squared / spread).T)
+    squared, absolute = (error.T**2) @ weights, np.abs(error).T @ weights
+    r2 = 1 - squared / np.stack([_spread(column, weights, total) for column in labels.T])
+    return _with_means(rmse_each=np.sqrt(squared / total).T, mae_each=(absolute / total).T, r2_each=r2.T)
 
 
 def _spread(values, weights, total):
@@ -80,5 +79,5 @@ METRICS = Metrics(
     parts=(_weighted, _weighted_ranks),
     differ=lambda a, b: (np.abs(a.values - b.values) > CHANGED * np.asarray(a.spec.target_std)).any(axis=1),
     loss_label="loss (squared error, standardised)",
-    rows=Rows("target", ("rmse", "mae", "r2", "spearman"), suffix="_each"),
+    rows=Rows("target", ("rmse_each", "mae_each", "r2_each", "spearman_each")),
 )

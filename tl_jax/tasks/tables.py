@@ -1,5 +1,6 @@
 """Summaries as tables for the console."""
 
+import itertools
 from collections.abc import Mapping
 
 import rich.box
@@ -15,9 +16,7 @@ PLURAL = {"class": "classes", "label": "labels", "target": "targets"}
 def format_table(summary: dict, of: str = "") -> rich.table.Table:
     """The scalar metrics with their intervals, for a rich console; `of` names the run and the data in the title."""
     title = f"{of}{': ' if of else ''}{summary['count']:,} examples, {summary['resamples']:,} resamples"
-    table = rich.table.Table("metric", box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
-    for header in ("value", f"{100 * summary['level']:g} % interval"):
-        table.add_column(header, justify="right")
+    table = _table("metric", "value", f"{100 * summary['level']:g} % interval", title=title)
     for name, entry in summary.items():
         if isinstance(entry, dict):
             table.add_row(name, *_cells(entry))
@@ -26,9 +25,7 @@ def format_table(summary: dict, of: str = "") -> rich.table.Table:
 
 def format_sets(summaries: Mapping[str, dict], metric: str) -> rich.table.Table:
     """One metric of several sets, a row each: {name of the set: its summary}."""
-    table = rich.table.Table("further set", box=rich.box.SIMPLE_HEAD)
-    for header in ("examples", metric, "interval"):
-        table.add_column(header, justify="right")
+    table = _table("extra_eval", "examples", metric, "interval")
     for name, summary in summaries.items():
         table.add_row(rich.markup.escape(name), f"{summary['count']:,}", *_cells(summary[metric]))
     return table
@@ -43,19 +40,20 @@ def format_classes(summary: dict, limit: int = 20) -> rich.table.Table | None:
     if len(rows) > limit:
         title = f"the {limit} of {len(rows)} {PLURAL[noun]} with the lowest {HEADERS[order]}"
         rows = sorted(rows, key=lambda row: 2 if row[order]["value"] is None else row[order]["value"])[:limit]
-    table = rich.table.Table(noun, box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
-    columns = [name for name in rows[0] if name != noun]
-    for name in columns:
-        table.add_column(HEADERS.get(name, name), justify="right")
-        if name == order:
-            table.add_column("interval", justify="right")
+    headers = [[HEADERS.get(name, name), "interval"][: 1 + (name == order)] for name in rows[0] if name != noun]
+    table = _table(noun, *itertools.chain(*headers), title=title)
     for row in rows:
         cells = [rich.markup.escape(row[noun])]
-        for name in columns:
-            of_metric = isinstance(row[name], dict)
-            cells += _cells(row[name])[: 2 if name == order else 1] if of_metric else [str(row[name])]
+        for name, entry in row.items():
+            if name != noun:
+                cells += _cells(entry)[: 1 + (name == order)] if isinstance(entry, dict) else [str(entry)]
         table.add_row(*cells)
     return table
+
+
+def _table(first, *headers, title=None):
+    columns = [rich.table.Column(header, justify="right") for header in headers]
+    return rich.table.Table(first, *columns, box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
 
 
 def _cells(entry):

@@ -11,90 +11,70 @@ Monitor = tuple[tuple[str, str], ...]
 
 
 class Spec(NamedTuple):
-    """What the outputs of a network mean; it stands on the card and in predictions.npz.
+    """What the outputs of a network mean; it stands on the card and in predictions.npz."""
 
-    name: one of `tl_jax.tasks.NAMES`. class_names: of the classes (binary: negative, positive), labels or targets.
-    target_mean, target_std: of each target, in its unit; a network predicts the standardised target. threshold: the
-    probability from which a binary prediction is positive (None: 0.5).
-    """
-
-    name: str = "classification"
-    class_names: tuple[str, ...] = ()
-    target_mean: tuple[float, ...] = ()
+    name: str = "classification"  # one of `tl_jax.tasks.METRICS`
+    class_names: tuple[str, ...] = ()  # of the classes (binary: negative, positive), labels or targets
+    target_mean: tuple[float, ...] = ()  # of each target, in its unit; a network predicts the standardised target
     target_std: tuple[float, ...] = ()
-    threshold: float | None = None
+    threshold: float | None = None  # probability from which a binary prediction is positive; None: 0.5
 
 
 class Rows(NamedTuple):
-    """The table "per_NOUN" of a summary, a row for each class, label or target.
-
-    metrics: the columns, which `parts` names with the suffix. support: Predictions -> examples of each row [rows].
-    """
+    """The table "per_NOUN" of a summary, a row for each class, label or target."""
 
     noun: str
-    metrics: tuple[str, ...]
-    support: Callable | None = None
-    suffix: str = ""
+    metrics: tuple[str, ...]  # the columns, among `Metrics.parts`; NAME_each is shown as NAME
+    support: Callable | None = None  # Predictions -> examples of each row [rows]
+
+
+def unchanged(predictions: Any) -> Spec:
+    """The calibration of a task that has nothing to calibrate."""
+    return predictions.spec
 
 
 class Metrics(NamedTuple):
-    """How predictions of a task are scored; numpy alone.
+    """How predictions of a task are scored, in numpy. None: the task has no such.
 
-    scalars: the names that `summarize` can give one number for. less: those of them of which less is better. monitor:
-    (name of a score, "max" | "min"): the first selects, the others break ties. scores: Predictions -> {"loss",
-    monitored metric}, float64 and fast: for every evaluation on val. parts: functions (Predictions, weights [N, B]) ->
-    {name: [B] or [B, rows]}; weights say how often each of B resamples holds an example; NaN where undefined. point:
-    Predictions -> the same with every example once, by default from `parts`. differ: two Predictions of the same
-    examples -> whether the answer to each is another one, bool [N]. answer: Predictions -> the predicted class [N].
-    reliability: Predictions -> count, observed and expected share of each bin; and what these two are called.
-    calibrate: Predictions on val -> Spec. None: the task has no such.
+    parts: functions (Predictions, weights [N, B]) -> {name: [B] or [B, rows]}, NaN where undefined; the weights say how
+    often each of B resamples holds an example.
     """
 
-    scalars: tuple[str, ...]
-    less: tuple[str, ...]
-    monitor: Monitor
-    scores: Callable
+    scalars: tuple[str, ...]  # the metrics of one number, in the order of a summary
+    less: tuple[str, ...]  # those of which less is better
+    monitor: Monitor  # (name of a score, "max" | "min"): the first selects, the others break ties
+    scores: Callable  # Predictions -> {"loss", monitored metric}, float64, for every evaluation on val
     parts: tuple[Callable, ...]
-    differ: Callable
-    point: Callable | None = None
+    differ: Callable  # two Predictions of the same examples -> whether their answers differ, bool [N]
     loss_label: str = "loss (nats)"
     rows: Rows | None = None
-    answer: Callable | None = None
-    reliability: tuple[Callable, tuple[str, str]] | None = None
-    calibrate: Callable | None = None
+    answer: Callable | None = None  # Predictions -> the predicted class [N]
+    reliability: tuple[Callable, tuple[str, str]] | None = None  # see `intervals.binned`; names of the two shares
+    calibrate: Callable = unchanged  # Predictions on val -> Spec
 
 
 class Task(NamedTuple):
-    """What a head predicts, and how it is trained and scored (scores, monitor: see `Metrics`).
-
-    outputs: size of the head. encode: labels -> what the loss takes, float32; batches are mixed after it.
-    loss: (outputs of the network, encoded) -> [B] float32, whose plain mean over the examples is minimised.
-    count: labels -> [B], the weight of an example in means. running: (outputs, labels) -> {name: [B]}, the training
-    log. keep: outputs -> {name: [B, ...] float32}, what predictions hold. calibrate: Predictions on val -> Spec.
-    """
+    """What a head predicts, and how it is trained and scored (scores, monitor, calibrate: see `Metrics`)."""
 
     spec: Spec
-    outputs: int
-    encode: Callable
-    loss: Callable
-    running: Callable
-    keep: Callable
-    count: Callable
+    outputs: int  # size of the head
+    encode: Callable  # labels -> what the loss takes, float32; batches are mixed after it
+    loss: Callable  # (outputs of the network, encoded) -> [B] float32, whose plain mean over the examples is minimised
+    running: Callable  # (outputs, labels) -> {name: [B]}, the training log
+    keep: Callable  # outputs -> {name: [B, ...] float32}, what predictions hold
+    count: Callable  # labels -> [B], the weight of an example in means
     scores: Callable
     monitor: Monitor
     calibrate: Callable
-    metrics: Metrics
 
 
 def spec_of(card: Card) -> Spec:
-    """What a card says of the outputs."""
     return Spec(card.task, card.class_names, card.target_mean, card.target_std, card.threshold)
 
 
 def card_fields(spec: Spec) -> dict[str, Any]:
     """The fields of a card that hold a spec, for `Card.replace`."""
-    fields = spec._asdict()
-    return {"task": fields.pop("name"), **fields}
+    return dict(zip(("task", *Spec._fields[1:]), spec, strict=True))
 
 
 def spec_problems(spec: Spec) -> list[str]:
@@ -106,10 +86,8 @@ def spec_problems(spec: Spec) -> list[str]:
     if spec.name == "regression":
         mean, std = np.asarray(spec.target_mean, float), np.asarray(spec.target_std, float)
         if not mean.shape == std.shape == (names,) or not np.isfinite([mean, std]).all() or (std <= 0).any():
-            problems.append(
-                f"target_mean={spec.target_mean}, target_std={spec.target_std}: expected a finite mean and a deviation "
-                f"above 0 for each of {names} targets"
-            )
+            found = f"target_mean={spec.target_mean}, target_std={spec.target_std}"
+            problems.append(f"{found}: expected a finite mean and a deviation above 0 for each of {names} targets")
     if spec.threshold is not None and not 0 < spec.threshold < 1:
         problems.append(f"threshold={spec.threshold}: expected a probability between 0 and 1")
     return problems
@@ -119,8 +97,3 @@ def preference(monitor: Monitor, scores: dict[str, float | None]) -> tuple[float
     """A sort key of scores: the larger, the better; an undefined score (None, NaN) is the worst."""
     values = [(scores[name], 1 if side == "max" else -1) for name, side in monitor]
     return tuple(-np.inf if value is None or np.isnan(value) else sign * value for value, sign in values)
-
-
-def unchanged(predictions: Any) -> Spec:
-    """The calibration of a task that has nothing to calibrate."""
-    return predictions.spec

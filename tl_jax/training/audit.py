@@ -77,7 +77,15 @@ def make_audit(
                 "optimizer_values": moments[path],
             }
         )
-    statistics = _statistics(variables.get("batch_stats", {}), origins, policies)
+    statistics = [
+        {
+            "path": path,
+            "shape": list(np.shape(leaf)),
+            "origin": origins[f"batch_stats/{path}"],
+            "policy": policies[path.rpartition("/")[0]],
+        }
+        for path, leaf in trees.flatten(variables.get("batch_stats", {})).items()
+    ]
     counted = [row for row in parameters if row["trainable"] or row["path"].split("/")[0] not in auxiliary]
     sizes = {row["path"]: int(np.prod(row["shape"])) for row in counted}
     trainable = [row["path"] for row in parameters if row["trainable"]]
@@ -95,19 +103,6 @@ def make_audit(
         "card": json.loads(card.to_json()),
         "data": dict(data),
     }
-
-
-def _statistics(batch_stats: Any, origins: Mapping[str, str], policies: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The rows of the running statistics."""
-    return [
-        {
-            "path": path,
-            "shape": list(np.shape(leaf)),
-            "origin": origins[f"batch_stats/{path}"],
-            "policy": policies[path.rpartition("/")[0]],
-        }
-        for path, leaf in trees.flatten(batch_stats).items()
-    ]
 
 
 def labels_table(audit: Mapping[str, Any]) -> dict[str, str]:
@@ -153,12 +148,7 @@ def prove(audits: Sequence[Mapping[str, Any]], start: Mapping[str, str], end: Ma
     Raises RuntimeError otherwise.
     """
     check_frozen(start, end)
-    proof = {
-        "frozen_leaves": len(start),
-        "bit_equal": True,
-        "sha256": messages.fingerprint(end),
-        "hashes": dict(end),
-    }
+    proof = {"frozen_leaves": len(start), "bit_equal": True, "sha256": messages.fingerprint(end), "hashes": dict(end)}
     return {**join(audits), "proof": proof}
 
 
@@ -182,17 +172,18 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
     policies = {}
     for row in audit["statistics"]:
         policies.setdefault(_block_of(row["path"]), set()).add(row["policy"])
-    parts: dict[str, list] = {}
-    paths = [row["path"] for row in audit["parameters"]]
-    order = places([path for path in paths if path.startswith("backbone/")], cuts)
-    for row in sorted(audit["parameters"], key=lambda row: _order(row["path"], order)):
-        parts.setdefault(_block_of(row["path"]), []).append(row)
+    blocks: dict[str, list] = {}
+    rows = {row["path"]: row for row in audit["parameters"]}
+    order = places([path for path in rows if path.startswith("backbone/")], cuts)
+    # The backbone as the data flow through it, then the rest by name.
+    for path in sorted(rows, key=lambda path: (path not in order, order.get(path, 0), path)):
+        blocks.setdefault(_block_of(path), []).append(rows[path])
     # Neighbours that differ in nothing but their size share a line.
-    for cells, run in itertools.groupby(parts, key=lambda part: _cells(parts[part], policies.get(part, {"-"}))):
+    for cells, run in itertools.groupby(blocks, key=lambda name: _cells(blocks[name], policies.get(name, {"-"}))):
         names = list(run)
-        values = sum(int(np.prod(row["shape"])) for name in names for row in parts[name])
+        values = sum(int(np.prod(row["shape"])) for name in names for row in blocks[name])
         name = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1].removeprefix('backbone/')}"
-        trains = any(row["trainable"] for row in parts[names[0]])
+        trains = any(row["trainable"] for row in blocks[names[0]])
         table.add_row(name, f"{values:,}", *cells, style=None if trains else "dim")
     return table
 
@@ -220,11 +211,6 @@ def _cells(rows: list[dict], policies: set[str]) -> tuple[str, ...]:
 def _block_of(path: str) -> str:
     folders = path.split("/")[:-1]
     return "/".join(folders[: 3 if len(folders) > 2 and folders[1].startswith("stage") else 2])
-
-
-def _order(path: str, places: Mapping[str, int]) -> tuple:
-    """The backbone as the data flow through it, then the rest by name."""
-    return path not in places, places.get(path, 0), path
 
 
 def _moment_counts(opt_state: Any, paths: Mapping[str, Any]) -> dict[str, int]:

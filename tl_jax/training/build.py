@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from tl_jax import tasks
@@ -76,20 +77,20 @@ def prepare(settings: Settings, parallel: sharding.Parallel) -> Material:
     variables = {"batch_stats": {}, **loaded.variables, "params": {**loaded.variables["params"], **added}}
     start = _make_start(settings, model, variables, card, tasks.make(spec))
     given = {name: _load_network(settings, name) for name in settings.networks}
-    own = terms.initialise(made, start, given)
-    variables, origins = _join(variables, loaded.origins, own.networks)
+    networks, memory = terms.initialise(made, start, given)
+    variables, origins = _join(variables, loaded.origins, networks)
     fields = {name: inputs.field_of(name, network.card, card) for name, network in given.items()}
     cards = {card.input: card, **{field: given[name].card for name, field in fields.items() if field != card.input}}
     streams, eval_batches = inputs.make_streams(data, settings, cards, parallel)
     readers = {MODEL: steps.Reader(model, card, card.input)}
-    for name, network in own.networks.items():
+    for name, network in networks.items():
         column = name if name in given and settings.networks[name].cache else ""
         own_card = card if network.module is model else network.card
         readers[name] = steps.Reader(network.module, own_card, fields.get(name, card.input), column)
     facts = {name: {"name": s.name, "examples": len(s), "fingerprint": s.fingerprint} for name, s in data.items()}
     base = {"file": settings.model.weights, "sha256": loaded.sha256}
     return Material(
-        data, streams, eval_batches, model, variables, origins, own.memory, own.networks, readers,
+        data, streams, eval_batches, model, variables, origins, memory, networks, readers,
         start._replace(variables=variables), spec, card, base, facts, inputs.transductive(data, settings),
     )  # fmt: skip
 
@@ -120,9 +121,7 @@ def load_model(
     model = settings.model
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
     arguments |= {"head": model.head, "columns": tuple(columns)}
-    loaded = load.load_with_origins(
-        model.name, model.weights, None if model.keep_head else outputs, **arguments
-    )  # fmt: skip
+    loaded = load.load(model.name, model.weights, None if model.keep_head else outputs, **arguments)
     known = loaded.card.class_names or class_names
     if model.keep_head and (loaded.card.num_classes != outputs or tuple(known) != tuple(class_names)):
         raise ValueError(
@@ -138,12 +137,11 @@ def load_model(
         )
     if not model.reinit:
         return loaded
-    rules_ = [(f"backbone/{part}/.*", "new") for part in model.reinit]
-    flat = {path.partition("/")[2]: path for path in trees.flatten(loaded.variables)}
-    matches = trees.match_rules(flat, [*rules_, (".*", "kept")])
-    random = load.load_with_origins(model.name, "", loaded.card.num_classes, **arguments)
-    sampled = {path for path, short in ((flat[short], short) for short in flat) if matches[short].value == "new"}
-    fresh = {path: leaf for path, leaf in trees.flatten(random.variables).items() if path in sampled}
+    short = {path: path.partition("/")[2] for path in trees.flatten(loaded.variables)}
+    new = [(f"backbone/{part}/.*", "new") for part in model.reinit]
+    matches = trees.match_rules(dict.fromkeys(short.values()), [*new, (".*", "kept")])
+    random = trees.flatten(load.load(model.name, "", loaded.card.num_classes, **arguments).variables)
+    fresh = {path: random[path] for path in short if matches[short[path]].value == "new"}
     variables = trees.merge(loaded.variables, fresh)
     return loaded._replace(variables=variables, origins={**loaded.origins, **dict.fromkeys(fresh, "new")})
 
@@ -156,10 +154,8 @@ def _finish_card(settings: Settings, card: Card, spec: Spec, train: Source) -> C
         found = "rows of a table" if train.columns else "images"
         raise ValueError(f"{card.model} takes an input of kind {card.input!r}, and {train.name} has {found}")
     if train.columns and not settings.model.weights:
-        mean, std = train.inputs.mean(axis=0, dtype="float64"), train.inputs.std(axis=0, dtype="float64")
-        card = card.replace(
-            columns=train.columns, mean=tuple(mean.tolist()), std=tuple((std + (std == 0)).tolist())
-        )  # fmt: skip
+        mean, std = (f(train.inputs, axis=0, dtype="float64") for f in (np.mean, np.std))
+        card = card.replace(columns=train.columns, mean=tuple(mean.tolist()), std=tuple((std + (std == 0)).tolist()))
     return card.replace(
         class_names=train.class_names, task=spec.name, target_mean=spec.target_mean, target_std=spec.target_std,
         source=f"{card.source or 'random weights'} -> {train.name}",
@@ -172,21 +168,15 @@ def _configure(settings: Settings, loaded: load.Loaded, parallel: sharding.Paral
     size = loaded.model.width // loaded.model.heads if hasattr(loaded.model, "heads") else 8
     if model.attention == "cudnn" and (reason := unfused(dtype, size)):
         log(f"model.attention=cudnn: XLA computes the attention in its place, as {reason}")
-    module = loaded.model.clone(
-        dtype=dtype,
-        dropout=model.dropout,
-        drop_path=model.drop_path,
-        remat=model.remat,
-        attention=model.attention,
-        axis_name=parallel.axis_name,
-    )
+    same = {name: getattr(model, name) for name in ("dropout", "drop_path", "remat", "attention")}
+    module = loaded.model.clone(dtype=dtype, axis_name=parallel.axis_name, **same)
     return peft.Adapted(module, tuple(settings.phases[0].method.add))
 
 
 def _load_network(settings: Settings, name: str) -> Network:
     """A further network of the config: frozen, with the classes of its weight file, in eval mode."""
     given = settings.networks[name]
-    loaded = load.load_with_origins(given.name, given.weights, None, image_size=given.image_size or None)
+    loaded = load.load(given.name, given.weights, None, image_size=given.image_size or None)
     module = loaded.model.clone(dtype=jnp.dtype(settings.model.dtype))
     origin = given.weights or "new"
     return Network(peft.Adapted(module), loaded.card, loaded.variables, origin=origin)

@@ -27,7 +27,7 @@ from tl_jax.data.views import IN_MEMORY
 from tl_jax.methods import rules
 from tl_jax.runtime import distributed
 from tl_jax.runtime.log import log
-from tl_jax.runtime.preemption import Preempted
+from tl_jax.runtime.preemption import Preempted, Stop, check
 from tl_jax.runtime.sharding import Parallel
 from tl_jax.training import steps
 
@@ -114,7 +114,7 @@ def fill(
     batch_size: int,
     views: int = 1,
     folder: str = "",
-    stop_requested: Callable[[int], bool] = lambda step: False,
+    stop_requested: Stop = lambda step: False,
 ) -> dict[str, np.ndarray]:
     """The column of each set of batches, [views, N, ...], read from disk or computed now and kept there.
 
@@ -211,7 +211,7 @@ def _size(cached: Cached) -> str:
 
 
 @contextlib.contextmanager
-def _alone(cached: Cached, stop_requested: Callable[[int], bool]):
+def _alone(cached: Cached, stop_requested: Stop):
     """Holds the set for this process; where another one holds it, that is computing it, and is waited for."""
     if jax.process_index():
         yield
@@ -227,8 +227,8 @@ def _alone(cached: Cached, stop_requested: Callable[[int], bool]):
                 if not told:
                     log(f"waiting for another process, which computes the same features in {cached.folder}")
                 told = True
-            if jax.process_count() == 1 and stop_requested(0):
-                raise Preempted("stopped while another process computes the features")
+            if jax.process_count() == 1:
+                check(stop_requested, "while another process computes the features")
             time.sleep(0.1)
         yield
 
@@ -252,9 +252,7 @@ def _is_sound(cached: Cached) -> bool:
     return False
 
 
-def _compute(
-    cached: Cached, view: str, predict: Callable, parallel: Parallel, stop_requested: Callable[[int], bool]
-) -> None:
+def _compute(cached: Cached, view: str, predict: Callable, parallel: Parallel, stop_requested: Stop) -> None:
     """Runs all images through the prefix, from where an earlier process was stopped; process 0 writes."""
     source, (views, n) = cached.source, cached.shape[:2]
     size = cached.source.batch_size

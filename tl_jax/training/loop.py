@@ -58,35 +58,30 @@ class Loop:
         self.state, meta = resume(
             self.checkpoints, self.identity, lambda step: self.program.initial(run.phase_of(step))
         )
-        start = self.program.step(self.state)
+        start = int(self.state.step)
         rows = meta.get("rows") or [[] for _ in range(count)]
         self.failed = {int(j): FloatingPointError(text) for j, text in meta.get("failed", {}).items()}
         self.frozen = meta.get("frozen")
-        first, alone = run.phase_of(start), count == 1
+        first = run.phase_of(start)
         with contextlib.ExitStack() as stack:
-            self.logs = {
-                j: stack.enter_context(
-                    RunLog(self.folders.get(j), rows[j], start, run.total_steps, self.verbose and alone, count)
-                )
-                for j in range(count)
-            }
+            about = (start, run.total_steps, self.verbose and count == 1, count)
+            logs = (RunLog(self.folders.get(j), rows[j], *about) for j in range(count))
+            self.logs = dict(enumerate(map(stack.enter_context, logs)))
             done = start
             for i in range(first, len(run.phases)):
                 if self._over():
                     break
                 if i > first:
-                    self._enter(i)
+                    self._prove_frozen(i - 1)
+                    self.state, self.frozen = self.program.enter(i, self.state), None
                 if done < run.phases[i].stop:
                     done = self._phase(i, done)
-        if len(self.failed) < count:
-            i = run.phase_of(done)
-            audit.check_frozen(self.frozen, self.program.frozen_hashes(i, self.state))
+        if not self._all_failed():
+            self._prove_frozen(run.phase_of(done))
         return Ended(self.state, done, [log.rows for log in self.logs.values()], self.failed)
 
-    def _enter(self, i: int) -> None:
-        """Checks what the phase before kept frozen, and moves into phase i."""
-        audit.check_frozen(self.frozen, self.program.frozen_hashes(i - 1, self.state))
-        self.state, self.frozen = self.program.enter(i, self.state), None
+    def _prove_frozen(self, i: int) -> None:
+        audit.check_frozen(self.frozen, self.program.frozen_hashes(i, self.state))
 
     def _refresh(self, i: int, step: int) -> None:
         if names := single.due(self.first.phases[i], step):
@@ -101,7 +96,7 @@ class Loop:
         sets = program.batches(i, self.state, names, self.stop_requested)
         val = sets.pop("val", None)
         with contextlib.closing(program.iterate(sets, start, phase.stop)) as stream:
-            batches = feed(self.logs.values(), stream, lambda: program.idle(self.state))
+            batches = feed(self.logs.values(), stream, lambda: self.state.step.is_ready())
             for done, batch in enumerate(batches, start + 1):
                 if done > start + 1:
                     self._refresh(i, done - 1)
@@ -125,9 +120,9 @@ class Loop:
         self._write_line(wait=evaluates or stopping)
         if not (evaluates or stopping):
             return self._all_failed()
-        self._find_failed(done)
+        self._read(self.program.take_line(i, self.state, done)[1])
         if stopping:  # a checkpoint leaves out what is frozen: prove it while it is there
-            audit.check_frozen(self.frozen, self.program.frozen_hashes(i, self.state))
+            self._prove_frozen(i)
         with contextlib.ExitStack() as stack:
             for each in self.logs.values():
                 stack.enter_context(each.untimed())
@@ -141,20 +136,15 @@ class Loop:
     def _evaluate(self, i: int, done: int, val: Any) -> None:
         """Scores every run that goes on on val."""
         task, found = self.first.task, self.program.predict(i, self.state, val, list(self._going()))
-        self.failed |= {
-            j: not_finite(done - 1, done, f"its outputs on val are not: {each}")
-            for j, each in found.items()
-            if isinstance(each, FloatingPointError)
-        }
-        scores = {j: task.scores(each) for j, each in found.items() if j not in self.failed}
+        lost = {j: each for j, each in found.items() if isinstance(each, FloatingPointError)}
+        self._fail({j: not_finite(done - 1, done, f"its outputs on val are not: {lost[j]}") for j in lost})
+        scores = {j: task.scores(each) for j, each in found.items() if j not in lost}
         for j, values in scores.items():
             self.logs[j].evaluated(done, values)
         if self.verbose and scores and len(self.logs) > 1:
             best = max(scores, key=lambda j: tasks.preference(task.monitor, scores[j]))
             name = task.monitor[0][0]
             log(f"step {done}  {len(scores)} replicas, best val {name} {scores[best][name]:.4g} (replica {best})")
-        if len(self.logs) == 1:
-            self._raise_failed()
 
     def _save(self, done: int) -> None:
         rows = [each.rows for each in self.logs.values()]
@@ -179,36 +169,25 @@ class Loop:
         line = self.line
         if line is None or not (wait or line.sums["loss"].is_ready()):
             return
-        for j, (sums, lr, bad) in self.program.read_line(line).items():
-            if j in self.failed:
-                continue
-            if bad != steps.NEVER:
-                self.failed[j] = not_finite(bad, line.step, self._sound())
-            else:
-                order = self.first.phases[self.first.phase_of(line.step)].plan.sums
-                log_training(self.logs[j], line.step, {name: sums[name] for name in order}, lr)
-        self.line = None
+        self.line, order = None, self.first.phases[self.first.phase_of(line.step)].plan.sums
+        for j, (sums, lr) in self._read(line).items():
+            log_training(self.logs[j], line.step, {name: sums[name] for name in order}, lr)
+
+    def _read(self, line: Line) -> dict[int, tuple[dict[str, float], float]]:
+        """Sums and learning rate of each run that goes on; notes those that have met a number that is not finite."""
+        read = self.program.read_line(line)
+        if diverged := {j: bad for j, (*_, bad) in read.items() if bad != steps.NEVER}:
+            sound = f"the last sound checkpoint: {max(self.checkpoints.steps(), default='none')}"
+            left = sound if len(self.logs) == 1 else "the runs trained together with it go on"
+            self._fail({j: not_finite(bad, line.step, left) for j, bad in diverged.items()})
+        return {j: read[j][:2] for j in self._going()}
+
+    def _fail(self, errors: Mapping[int, FloatingPointError]) -> None:
+        """Notes the runs that diverged; an only run ends with its error."""
+        self.failed = {**errors, **self.failed}
         if len(self.logs) == 1:
-            self._raise_failed()
-
-    def _find_failed(self, done: int) -> None:
-        """Notes the runs that have met a number that is not finite since the last line."""
-        _, line = self.program.take_line(self.first.phase_of(done), self.state, done)
-        for j, (_, _, bad) in self.program.read_line(line).items():
-            if bad != steps.NEVER and j not in self.failed:
-                self.failed[j] = not_finite(bad, done, self._sound())
-        if len(self.logs) == 1:
-            self._raise_failed()
-
-    def _sound(self) -> str:
-        if len(self.logs) > 1:
-            return "the runs trained together with it go on"
-        sound = self.checkpoints.steps()
-        return f"the last sound checkpoint: {sound[-1] if sound else 'none'}"
-
-    def _raise_failed(self) -> None:
-        for error in self.failed.values():
-            raise error
+            for error in self.failed.values():
+                raise error
 
     def _note_cost(self, i: int, cost: dict[str, Any]) -> None:
         runs, count = self.program.runs, len(self.logs)

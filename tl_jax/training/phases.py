@@ -162,7 +162,7 @@ def _make_plan(
     named = [log for name, (_, term) in phase_terms.items() for log in (name, *(f"{name}/{x}" for x in term.logs))]
     return steps.Plan(
         readers=readers,
-        method=Method((), phase_terms, mixing.make_mix(method.mixup, method.cutmix)),
+        method=Method(phase_terms, mixing.make_mix(method.mixup, method.cutmix)),
         task=task,
         labels=labels,
         frozen_norms=frozen_norms,

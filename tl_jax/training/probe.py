@@ -2,7 +2,7 @@
 
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +14,11 @@ from tl_jax.data.examples import Source
 from tl_jax.methods import probes
 from tl_jax.methods.term import MAIN
 from tl_jax.runtime import sharding
-from tl_jax.runtime.preemption import Preempted
+from tl_jax.runtime.preemption import Stop, check
 from tl_jax.tasks import Predictions
 from tl_jax.training import artifacts, audit, evaluate, single
 from tl_jax.training.build import Run, scored_splits
 from tl_jax.weights import load
-
-Stop = Callable[[int], bool]
 
 
 class Scored(NamedTuple):
@@ -69,7 +67,9 @@ def probe(
     if jax.process_index() == 0:
         if head:
             load.export(variables, run.settings.model.name, folder / "model.safetensors", card=material.card)
-        files.write_json(folder / "cost.json", _cost(result["trainable_parameters"], time.perf_counter() - began))
+        cost = {"trainable_parameters": result["trainable_parameters"], "flops_per_step": None, "memory_bytes": None}
+        cost |= {"seconds": time.perf_counter() - began, "steps": 0, "device": jax.devices()[0].device_kind}
+        files.write_json(folder / "cost.json", cost)
     return artifacts.write(run, folder, scored.predictions, result, report, verbose)
 
 
@@ -86,7 +86,7 @@ def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Sc
     method = settings.phases[0].method
     fitted = probes.fit(
         method.name, (train.features[index], train.labels[index]), val and (val.features, val.labels),
-        run.task.outputs, method.grid, check_stop=_stop_between_fits(stop_requested),
+        run.task.outputs, method.grid, check_stop=lambda: check(stop_requested, "between two fits"),
     )  # fmt: skip
     # The one time that test is read; where there is none, val is scored.
     predictions = {
@@ -98,17 +98,17 @@ def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Sc
 
 def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:
     material, method = run.material, run.settings.phases[0].method
-    grid, further = tuple(method.grid), sorted(set(material.eval_batches) - {"test"})
-    if len(grid) != 1 or further:
+    grid, extra = tuple(method.grid), sorted(set(material.eval_batches) - {"test"})
+    if len(grid) != 1 or extra:
         raise ValueError(
-            f"data.resample='loo' with method.grid={grid} and the further sets {further}: it scores data.train itself, "
+            f"data.resample='loo' with method.grid={grid} and the extra sets {extra}: it scores data.train itself, "
             "with one given value; set one value in method.grid, and leave data.val and data.extra_eval empty"
         )
     pool = _predict(run, parallel, material.eval_batches, stop_requested)["test"]
     splits = resample.leave_one_out(pool.labels)
     (logits,) = probes.cross_predict(
         method.name, pool.features, pool.labels, splits, run.task.outputs, grid[0],
-        check_stop=_stop_between_fits(stop_requested),
+        check_stop=lambda: check(stop_requested, "between two fits"),
     )  # fmt: skip
     return Scored({"test": pool._replace(outputs={"logits": logits})}, None, grid[0], [])
 
@@ -123,8 +123,7 @@ def _predict(
     sets = single.cached(run, run.phases[0], dict(sets), lambda: variables, parallel, stop_requested)
 
     def stopping(variables, x):
-        if stop_requested(0):
-            raise Preempted("stopped while the features are computed")
+        check(stop_requested, "while the features are computed")
         return eval_fn(variables, x)
 
     spec = run.task.spec
@@ -134,27 +133,7 @@ def _predict(
     }
 
 
-def _stop_between_fits(stop_requested: Stop) -> Callable[[], None]:
-    def check() -> None:
-        if stop_requested(0):
-            raise Preempted("stopped between two fits")
-
-    return check
-
-
 def _distinct(source: Source) -> tuple[Source, np.ndarray]:
     """The source with each example once, and where each of its own examples is in it: a bootstrap draw repeats some."""
     _, first, index = np.unique(source.ids, return_index=True, return_inverse=True)
     return (source, np.arange(len(source))) if len(first) == len(source) else (source.select(first), index)
-
-
-def _cost(trainable: int, seconds: float) -> dict[str, Any]:
-    """As the cost.json of a trained run; there are no steps to count the work of."""
-    return {
-        "trainable_parameters": trainable,
-        "flops_per_step": None,
-        "memory_bytes": None,
-        "seconds": seconds,
-        "steps": 0,
-        "device": jax.devices()[0].device_kind,
-    }

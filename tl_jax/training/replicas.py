@@ -1,6 +1,7 @@
 """Many runs in one program: replicas differ in learning rate, weight decay, seed or shots and share what is frozen."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from tl_jax.training.settings import Settings
 from tl_jax.training.single import Line, Stop
 
 FIELDS = ("lr_mult", "weight_decay")  # of a parameter group: the numbers in which replicas may differ
-STATE = ("opt_state", "ema", "memory", "sums", "bad_step")  # of a TrainState, what each replica has for itself
+AXES = steps.TrainState(None, *(0,) * (len(steps.TrainState._fields) - 1))  # of a state of all replicas: one step
 
 
 class Group(NamedTuple):
@@ -48,11 +49,15 @@ class Group(NamedTuple):
         """The first replica of each feed."""
         return [int(row[0]) for row in (self.grid if self.grid.ndim == 2 else self.grid[None])]
 
-    def over(self, function: Callable, out_axes: Any = 0) -> Callable:
+    def over(self, function: Callable, own_axes: Any = 0, out_axes: Any = 0) -> Callable:
         """function(own, feed, numbers) at every place of the grid; what does not depend on a place is done once."""
-        for in_axes in ((0, None, 0), (0, 0, 0))[: self.grid.ndim]:
-            function = jax.vmap(function, in_axes, out_axes)
+        for feed_axis in (None, 0)[: self.grid.ndim]:
+            function = jax.vmap(function, (own_axes, feed_axis, 0), out_axes)
         return function
+
+    def flat(self, leaf: Any) -> Any:
+        """An array of every place with one leading axis, that of the flattened grid."""
+        return leaf.reshape(-1, *leaf.shape[self.grid.ndim :])
 
 
 def make(settings: Sequence[Settings], parallel: sharding.Parallel) -> "Replicas":
@@ -75,11 +80,11 @@ def make(settings: Sequence[Settings], parallel: sharding.Parallel) -> "Replicas
     first = [trees.flatten(runs[members[0]].material.variables) for members in feeds.values()]
     own = frozenset().union(*(_trained(runs[0], i) for i in range(len(runs[0].phases))))
     frozen = [path for path in first[0] if path not in own]
-    shared = {path: first[0][path] for path in frozen if all(_same(first[0][path], flat[path]) for flat in first[1:])}
+    shared = {p: first[0][p] for p in frozen if all(_same(first[0][p], flat[p]) for flat in first[1:])}
     differing = {path: jnp.stack([flat[path] for flat in first]) for path in frozen if path not in shared}
     _check_prefixes(runs[0], differing)
     keys = jnp.stack([jax.random.PRNGKey(seed) for seed, _ in feeds])
-    if len(first) == 1:
+    if len(feeds) == 1:
         grid, keys = grid[0], keys[0]
     placed = parallel.place((shared, {"key": keys, "frozen": differing}))
     return Replicas(Group(runs, grid, own, *placed), parallel)
@@ -159,11 +164,11 @@ def whole(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Replicas:
-    """A group of runs as a program of the training loop; its state is {"step", "own": of every place}."""
+    """A group of runs as a program of the training loop; all but `step` of its state has the axes of the grid."""
 
     def __init__(self, group: Group, parallel: sharding.Parallel):
         self.runs, self.group, self._parallel = group.runs, group, parallel
-        self._numbers: dict[int, Any] = {}
+        self._rates: dict[int, Any] = {}
         self._evals: dict[Any, tuple[bool, Callable]] = {}
 
     def constant_hashes(self) -> dict[str, str]:
@@ -194,19 +199,16 @@ class Replicas:
         phase = self.runs[0].phases[i]
         return phase.make_optimizer(phase.make_schedule(numbers["lr"]), groups, numbers["values"])
 
-    def _join(self, step, key, own: Mapping[str, Any], *frozen: Mapping[str, Any]) -> steps.TrainState:
-        """The state of one run, from its own part and what is frozen."""
-        return steps.TrainState(
-            step=step, key=key, **whole(*frozen, own["variables"]), **{name: own[name] for name in STATE}
-        )
+    def _join(self, state: steps.TrainState, key, *frozen: Mapping[str, Any]) -> steps.TrainState:
+        """The state of one run, from what it has for itself and what is frozen."""
+        return state._replace(key=key, **whole(*frozen, state.params))
 
-    def _separate(self, state: steps.TrainState) -> dict[str, Any]:
-        """What a run has for itself of its state."""
+    def _separate(self, state: steps.TrainState) -> steps.TrainState:
+        """What a run has for itself of its state; its variables are a flat table."""
         flat = trees.flatten(single.current_variables(state))
-        variables = {path: flat[path] for path in self.group.own}
-        return {"variables": variables, **{name: getattr(state, name) for name in STATE}}
+        return state._replace(params={path: flat[path] for path in self.group.own}, batch_stats={}, key=None)
 
-    def initial(self, i: int) -> dict[str, Any]:
+    def initial(self, i: int) -> steps.TrainState:
         group, plan = self.group, self.runs[0].phases[i].plan
         firsts = [self.runs[j].material for j in group.grid.flat]
 
@@ -223,39 +225,38 @@ class Replicas:
                 tree = whole(shared, feed["frozen"], variables)
                 return self._separate(steps.init_state(plan, self._optimizer(i, numbers), tree, memory, 0))
 
-            return {"step": jnp.zeros((), jnp.int32), "own": group.over(one)((own, memory), feeds, numbers)}
+            return group.over(one, out_axes=AXES)((own, memory), feeds, numbers)
 
         state = jax.jit(begin)(own, memory, group.shared, group.feeds, self.numbers(i))
         return self._parallel.place(state)
 
-    def enter(self, i: int, state: dict[str, Any]) -> dict[str, Any]:
+    def enter(self, i: int, state: steps.TrainState) -> steps.TrainState:
         group, (before, phase) = self.group, self.runs[0].phases[i - 1 : i + 1]
 
         def enter(state, shared, feeds, numbers):
             def one(own, feed, numbers):
-                joined = self._join(state["step"], feed["key"], own, shared, feed["frozen"])
+                joined = self._join(own, feed["key"], shared, feed["frozen"])
                 return self._separate(steps.enter_phase(phase.plan, self._optimizer(i, numbers), joined, before.length))
 
-            return {**state, "own": group.over(one)(state["own"], feeds, numbers)}
+            return group.over(one, AXES, AXES)(state, feeds, numbers)
 
         return self._parallel.place(jax.jit(enter)(state, group.shared, group.feeds, self.numbers(i)))
 
-    def refresh(self, i: int, state: dict[str, Any], names: Sequence[str], stop: Stop) -> dict[str, Any]:
-        own, shape = jax.device_get(state["own"]), self.group.grid.shape
-        flat = jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[len(shape) :]), own["memory"])
-        found = {}
+    def refresh(self, i: int, state: steps.TrainState, names: Sequence[str], stop: Stop) -> steps.TrainState:
+        params, memory = jax.device_get((state.params, state.memory))
+        flat, found = jax.tree.map(lambda x: np.array(self.group.flat(x)), memory), {}
         for j, place in enumerate(self.group.places):
-            memory = jax.tree.map(lambda x, place=place: x[place], flat)
-            variables = self._variables_at(own["variables"], j)
-            found[j] = jax.device_get(single.refreshed(self.runs[j], i, variables, memory, names, stop))
-        stacked = jax.tree.map(
-            lambda *x: np.stack(x).reshape(*shape, *x[0].shape), *(found[j] for j in self.group.grid.flat)
-        )
-        return {**state, "own": {**state["own"], "memory": self._parallel.place(stacked)}}
+            own = jax.tree.map(lambda x, place=place: x[place], flat)
+            found[j] = jax.device_get(
+                single.refreshed(self.runs[j], i, self._variables_at(params, j), own, names, stop)
+            )
+        made = [found[j] for j in self.group.grid.flat]
+        stacked = jax.tree.map(lambda *x: np.stack(x).reshape(*self.group.grid.shape, *x[0].shape), *made)
+        return state._replace(memory=self._parallel.place(stacked))
 
-    def frozen_hashes(self, i: int, state: dict[str, Any]) -> dict[str, str]:
+    def frozen_hashes(self, i: int, state: steps.TrainState) -> dict[str, str]:
         """Hashes of what phase i keeps frozen, as it lies in the grid."""
-        tree = whole(self.group.shared, self.group.feeds["frozen"], state["own"]["variables"])
+        tree = whole(self.group.shared, self.group.feeds["frozen"], state.params)
         return audit.frozen_hashes(tree, [self.runs[0].phases[i].audit])
 
     def batches(self, i: int, state: Any, names: Sequence[str], stop: Stop) -> dict[str, Any]:
@@ -267,27 +268,19 @@ class Replicas:
             run = self.runs[j]
             sets = {name: run.material.streams[name] for name in training}
             sets |= {name: run.material.eval_batches[name] for name in scored} if d == 0 else {}
-            variables = run.material.variables
-            made = single.cached(
-                run, run.phases[i], sets, lambda v=variables: self._parallel.place(v), self._parallel, stop
-            )
-            for name, batches in made.items():
-                if name in training:
-                    found[name].append(batches)
-                else:
-                    found[name] = batches
+            place = functools.partial(self._parallel.place, run.material.variables)
+            for name, batches in single.cached(run, run.phases[i], sets, place, self._parallel, stop).items():
+                found[name] = [*found[name], batches] if name in training else batches
         return found
 
     def iterate(self, sets: Mapping[str, Sequence[Any]], start: int, stop: int) -> Iterator[Any]:
         with contextlib.ExitStack() as stack:
             made = [
-                stack.enter_context(
-                    contextlib.closing(
-                        single.streams_of(self.runs[j], {name: each[d] for name, each in sets.items()}, start, stop)
-                    )
-                )
+                single.streams_of(self.runs[j], {name: each[d] for name, each in sets.items()}, start, stop)
                 for d, j in enumerate(self.group.rows)
             ]
+            for stream in made:
+                stack.enter_context(contextlib.closing(stream))
             for batches in zip(*made, strict=True):
                 yield self._put(batches)
 
@@ -313,37 +306,34 @@ class Replicas:
 
         def train_step(state, inputs):
             def one(own, feed, numbers):
-                joined = self._join(state["step"], feed["key"], own, inputs["shared"], feed["frozen"])
+                joined = self._join(own, feed["key"], inputs["shared"], feed["frozen"])
                 step = steps.make_train_step(plan, self._optimizer(i, numbers))
                 return self._separate(step(joined, feed["batch"]))
 
-            own = self.group.over(one)(state["own"], inputs["feeds"], inputs["numbers"])
-            return {"step": state["step"] + 1, "own": own}
+            return self.group.over(one, AXES, AXES)(state, inputs["feeds"], inputs["numbers"])
 
         return train_step
 
-    def take_line(self, i: int, state: dict[str, Any], done: int) -> tuple[dict[str, Any], Line]:
-        phase, own = self.runs[0].phases[i], state["own"]
-        if i not in self._numbers:
+    def take_line(self, i: int, state: steps.TrainState, done: int) -> tuple[steps.TrainState, Line]:
+        phase = self.runs[0].phases[i]
+        if i not in self._rates:
             rate = jax.vmap(lambda lr, step: phase.make_schedule(lr)(step), (0, None))
-            self._numbers[i] = jax.jit(rate), self.numbers(i)["lr"].ravel()
-        rate, lr = self._numbers[i]
-        line = Line(done, own["sums"], rate(lr, np.int32(done - 1 - phase.start)), jnp.copy(own["bad_step"]))
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), own["sums"])
-        return {**state, "own": {**own, "sums": zeros}}, line
+            self._rates[i] = jax.jit(rate), self.numbers(i)["lr"].ravel()
+        rate, lr = self._rates[i]
+        line = Line(done, state.sums, rate(lr, np.int32(done - 1 - phase.start)), jnp.copy(state.bad_step))
+        return state._replace(sums=jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), state.sums)), line
 
     def read_line(self, line: Line) -> dict[int, tuple[dict[str, float], float, int]]:
-        sums, lr, bad = jax.device_get((line.sums, line.lr, line.bad_step))
-        flat = {name: value.ravel() for name, value in sums.items()}
+        sums, lr, bad = jax.tree.map(np.ravel, jax.device_get((line.sums, line.lr, line.bad_step)))
         return {
-            j: ({name: float(value[place]) for name, value in flat.items()}, float(lr[place]), int(bad.ravel()[place]))
+            j: ({name: float(value[place]) for name, value in sums.items()}, float(lr[place]), int(bad[place]))
             for j, place in enumerate(self.group.places)
         }
 
-    def predict(self, i: int, state: dict[str, Any], batches: Any, wanted: Sequence[int]) -> dict[int, Any]:
+    def predict(self, i: int, state: steps.TrainState, batches: Any, wanted: Sequence[int]) -> dict[int, Any]:
         """{replica: its Predictions, or the FloatingPointError of one that diverged}; equal features are one array."""
         group, run, prefix = self.group, self.runs[0], single.eval_prefix(self.runs[0], i)
-        evaluated = {**state["own"]["variables"], **state["own"]["ema"]}
+        evaluated = {**state.params, **state.ema}
         variables, field = (group.shared, group.feeds["frozen"], evaluated), run.material.readers[MODEL].field
         if prefix not in self._evals:
             depends = _depend(self._make_eval(prefix, None), variables, batches[0][field])
@@ -374,34 +364,24 @@ class Replicas:
                 outputs = step(whole(shared, frozen, own), x)
                 return outputs.pop(steps.FEATURES), outputs
 
-            features, outputs = group.over(one, (features_axis, 0))(own, frozen, jnp.zeros(group.grid.shape))
-            lead = group.grid.ndim
-            flat = {name: values.reshape(-1, *values.shape[lead:]) for name, values in outputs.items()}
+            features, outputs = group.over(one, out_axes=(features_axis, 0))(own, frozen, jnp.zeros(group.grid.shape))
             return {
-                **flat,
-                steps.FEATURES: features.reshape(-1, *features.shape[lead:]) if features_axis == 0 else features,
+                **{name: group.flat(values) for name, values in outputs.items()},
+                steps.FEATURES: features if features_axis is None else group.flat(features),
             }
 
         return self._parallel.evaluate(evaluate_all)
 
     def _variables_at(self, own: Mapping[str, np.ndarray], j: int) -> dict[str, Any]:
         """The variables of one replica, on the host."""
-        group = self.group
-        place, lead = group.places[j], group.grid.ndim
-        row = place // group.grid.shape[-1]
+        group, place = self.group, self.group.places[j]
         shared, frozen = jax.device_get((group.shared, group.feeds["frozen"]))
-        frozen = {path: leaf[row] if lead == 2 else leaf for path, leaf in frozen.items()}
-        return whole(shared, frozen, {path: leaf.reshape(-1, *leaf.shape[lead:])[place] for path, leaf in own.items()})
+        if group.grid.ndim == 2:
+            frozen = {path: leaf[place // group.grid.shape[1]] for path, leaf in frozen.items()}
+        return whole(shared, frozen, {path: group.flat(leaf)[place] for path, leaf in own.items()})
 
-    def variables(self, state: dict[str, Any], j: int) -> dict[str, Any]:
-        own = state["own"]
-        return self._variables_at(jax.device_get({**own["variables"], **own["ema"]}), j)
-
-    def step(self, state: dict[str, Any]) -> int:
-        return int(state["step"])
-
-    def idle(self, state: dict[str, Any]) -> bool:
-        return state["step"].is_ready()
+    def variables(self, state: steps.TrainState, j: int) -> dict[str, Any]:
+        return self._variables_at(jax.device_get({**state.params, **state.ema}), j)
 
 
 def _depend(eval_fn: Callable, variables: Any, x: np.ndarray) -> bool:

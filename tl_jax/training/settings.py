@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tl_jax import config as options
+from tl_jax.core import files
 from tl_jax.core.options import OPTIONS, Option
 
 Pairs = tuple[tuple[str, Mapping[str, Any]], ...]
@@ -97,10 +98,4 @@ def _pick(kind: Any, flat: Mapping[str, Any], chosen: Mapping[str, Option]) -> A
 
 def _plain(config: Any) -> dict[str, Any]:
     """`{dotted option: value}`, sequences as tuples."""
-    return {key: _as_tuples(value) for key, value in options.flatten(config).items()}
-
-
-def _as_tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_tuples(inner) for key, inner in value.items()}
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+    return {key: files.as_tuples(value) for key, value in options.flatten(config).items()}

@@ -15,11 +15,10 @@ from tl_jax.core.fields import LABEL, MASK
 from tl_jax.data import pipeline
 from tl_jax.methods.term import MAIN, MODEL, Start
 from tl_jax.runtime import sharding
-from tl_jax.runtime.preemption import Preempted
+from tl_jax.runtime.preemption import Stop, check
 from tl_jax.training import audit, evaluate, feature_cache, steps
 from tl_jax.training.build import Phase, Run
-
-Stop = Callable[[int], bool]
+from tl_jax.training.steps import TrainState
 
 
 class Line(NamedTuple):
@@ -37,19 +36,19 @@ class Program(Protocol):
     runs: Sequence[Run]
 
     def constant_hashes(self) -> dict[str, str]: ...  # of what checkpoints leave out
-    def initial(self, i: int) -> Any: ...  # the state as if training began with phase i
-    def enter(self, i: int, state: Any) -> Any: ...
-    def refresh(self, i: int, state: Any, names: Sequence[str], stop: Stop) -> Any: ...  # the memory of these terms
-    def frozen_hashes(self, i: int, state: Any) -> dict[str, str]: ...
-    def batches(self, i: int, state: Any, names: Sequence[str], stop: Stop) -> dict[str, Any]: ...
+    def initial(self, i: int) -> TrainState: ...  # the state as if training began with phase i
+    def enter(self, i: int, state: TrainState) -> TrainState: ...
+    def refresh(
+        self, i: int, state: TrainState, names: Sequence[str], stop: Stop
+    ) -> TrainState: ...  # the memory of these terms
+    def frozen_hashes(self, i: int, state: TrainState) -> dict[str, str]: ...
+    def batches(self, i: int, state: TrainState, names: Sequence[str], stop: Stop) -> dict[str, Any]: ...
     def iterate(self, sets: Mapping[str, Any], start: int, stop: int) -> Iterator[Any]: ...
-    def compile(self, i: int, state: Any, batch: Any) -> tuple[Callable, dict[str, Any]]: ...
-    def take_line(self, i: int, state: Any, done: int) -> tuple[Any, Line]: ...
+    def compile(self, i: int, state: TrainState, batch: Any) -> tuple[Callable, dict[str, Any]]: ...
+    def take_line(self, i: int, state: TrainState, done: int) -> tuple[TrainState, Line]: ...
     def read_line(self, line: Line) -> dict[int, tuple[dict[str, float], float, int]]: ...
-    def predict(self, i: int, state: Any, batches: Any, wanted: Sequence[int]) -> dict[int, Any]: ...
-    def variables(self, state: Any, j: int) -> dict[str, Any]: ...  # as evaluated, on the host
-    def step(self, state: Any) -> int: ...
-    def idle(self, state: Any) -> bool: ...
+    def predict(self, i: int, state: TrainState, batches: Any, wanted: Sequence[int]) -> dict[int, Any]: ...
+    def variables(self, state: TrainState, j: int) -> dict[str, Any]: ...  # as evaluated, on the host
 
 
 class Single:
@@ -75,7 +74,7 @@ class Single:
             given |= {path for path, sha256 in frozen.items() if sha256 in values}
         return {path: sha256 for path, sha256 in frozen.items() if path in given}
 
-    def initial(self, i: int) -> steps.TrainState:
+    def initial(self, i: int) -> TrainState:
         phase, material = self._run.phases[i], self._run.material
 
         def init(variables, memory):
@@ -87,18 +86,18 @@ class Single:
         # One program: leaf by leaf each would be a program of its own.
         return jax.jit(init, out_shardings=self._parallel.shardings(shapes))(*placed)
 
-    def enter(self, i: int, state: steps.TrainState) -> steps.TrainState:
+    def enter(self, i: int, state: TrainState) -> TrainState:
         before, phase = self._run.phases[i - 1 : i + 1]
         return self._parallel.place(steps.enter_phase(phase.plan, phase.tx, state, before.length))
 
-    def refresh(self, i: int, state: steps.TrainState, names: Sequence[str], stop: Stop) -> steps.TrainState:
+    def refresh(self, i: int, state: TrainState, names: Sequence[str], stop: Stop) -> TrainState:
         memory = refreshed(self._run, i, current_variables(state), state.memory, names, stop)
         return state._replace(memory=self._parallel.place(memory))
 
-    def frozen_hashes(self, i: int, state: steps.TrainState) -> dict[str, str]:
+    def frozen_hashes(self, i: int, state: TrainState) -> dict[str, str]:
         return audit.frozen_hashes(current_variables(state), [self._run.phases[i].audit])
 
-    def batches(self, i: int, state: steps.TrainState, names: Sequence[str], stop: Stop) -> dict[str, Any]:
+    def batches(self, i: int, state: TrainState, names: Sequence[str], stop: Stop) -> dict[str, Any]:
         sets = {**self._run.material.streams, **self._run.material.eval_batches}
         wanted = {name: sets[name] for name in names}
         return cached(self._run, self._run.phases[i], wanted, lambda: current_variables(state), self._parallel, stop)
@@ -108,11 +107,11 @@ class Single:
             for batch in stream:
                 yield self._parallel.put_batch(batch)
 
-    def compile(self, i: int, state: steps.TrainState, batch: Any) -> tuple[Callable, dict[str, Any]]:
+    def compile(self, i: int, state: TrainState, batch: Any) -> tuple[Callable, dict[str, Any]]:
         phase = self._run.phases[i]
         return self._parallel.compile(steps.make_train_step(phase.plan, phase.tx), state, batch)
 
-    def take_line(self, i: int, state: steps.TrainState, done: int) -> tuple[steps.TrainState, Line]:
+    def take_line(self, i: int, state: TrainState, done: int) -> tuple[TrainState, Line]:
         """Ends a line after `done` steps, and starts new sums; waits for nothing."""
         zeros = {name: np.zeros((), np.float32) for name in state.sums}
         lr = self._lr(i)(jax.device_put(np.int32(done - 1 - self._run.phases[i].start)))
@@ -123,7 +122,7 @@ class Single:
         sums, lr, bad = jax.device_get((line.sums, line.lr, line.bad_step))
         return {0: ({name: float(value) for name, value in sums.items()}, float(lr), int(bad))}
 
-    def predict(self, i: int, state: steps.TrainState, batches: Any, wanted: Sequence[int]) -> dict[int, Any]:
+    def predict(self, i: int, state: TrainState, batches: Any, wanted: Sequence[int]) -> dict[int, Any]:
         """{0: Predictions, or the FloatingPointError of a run that diverged}; one program serves all phases it can."""
         eval_fn, spec = self._eval(eval_prefix(self._run, i)), self._run.task.spec
         try:
@@ -136,17 +135,11 @@ class Single:
     def _make_eval(self, prefix: steps.Prefix | None) -> Callable:
         return self._parallel.evaluate(make_eval_step(self._run, prefix))
 
-    def variables(self, state: steps.TrainState, j: int) -> dict[str, Any]:
+    def variables(self, state: TrainState, j: int) -> dict[str, Any]:
         return trees.to_host(steps.eval_variables(state))
 
-    def step(self, state: steps.TrainState) -> int:
-        return int(state.step)
 
-    def idle(self, state: steps.TrainState) -> bool:
-        return state.step.is_ready()
-
-
-def current_variables(state: steps.TrainState) -> dict[str, Any]:
+def current_variables(state: TrainState) -> dict[str, Any]:
     """The variables as training moves them, without the moving average."""
     return {"params": state.params, "batch_stats": state.batch_stats}
 
@@ -215,8 +208,7 @@ def refreshed(
 
     def batches(stream: str) -> Iterator[tuple[Any, Any]]:
         for batch in pipeline.eval_batches(material.data[stream], views, min(size, len(material.data[stream]))):
-            if stop(0):
-                raise Preempted("stopped while the memory of the terms is computed")
+            check(stop, "while the memory of the terms is computed")
             real = batch[MASK]
             yield batch[field][real], batch[LABEL][real]
 

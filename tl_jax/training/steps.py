@@ -147,11 +147,9 @@ def updated_statistics(batch_stats: Any, frozen_norms: Collection[str]) -> dict[
 
 
 def normalise(x: jax.Array, card: Card) -> jax.Array:
-    """Inputs in the network's range, float32: pixels 0..255 [B, H, W, C] as `(x / 255 - mean) / std`, the columns of a
-    table [B, F] as `(x - mean) / std`, as the card says."""
+    """Inputs [B, ..., C] in the network's range, float32: `(x / scale - mean) / std`, as the card says."""
     mean, std = jnp.asarray(card.mean, jnp.float32), jnp.asarray(card.std, jnp.float32)
-    scale = 1.0 / (255.0 * std) if card.input == "image" else 1.0 / std
-    axes = (1,) * (x.ndim - 1) + (-1,)
+    scale, axes = 1.0 / (card.scale * std), (1,) * (x.ndim - 1) + (-1,)
     return x.astype(jnp.float32) * scale.reshape(axes) - (mean / std).reshape(axes)
 
 
@@ -177,13 +175,9 @@ def run_prefix(
     return jax.lax.stop_gradient(x), prefix.cut, out
 
 
-def _gradients(plan: Plan, trainable, state: TrainState, batch_stats, memory, batch, total, key):
+def _gradients(plan: Plan, trainable, *others):
     """The gradient of the loss, and what `compute_loss` gives besides."""
-
-    def loss_fn(trainable):
-        return compute_loss(plan, trainable, state, batch_stats, memory, batch, total, key)
-
-    (_, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    (_, rest), grads = jax.value_and_grad(lambda t: compute_loss(plan, t, *others), has_aux=True)(trainable)
     return grads, *rest
 
 

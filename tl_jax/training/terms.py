@@ -1,7 +1,7 @@
 """The terms of a config: made, given what they need of their own, and refused where that cannot be had."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from tl_jax.core import checks
 from tl_jax.core.messages import nearest
@@ -30,28 +30,27 @@ def make_terms(settings: Settings) -> list[Terms]:
 
     A phase has the task's own term with weight 1 unless it says otherwise; a term of weight 0 is left out.
     """
-    problems, made = [], []
-    for phase in settings.phases:
-        given = {TASK: {}, **phase.terms}
-        for name, arguments in given.items():
-            problems += schedules.problems(f"terms.{name}.weight", arguments.get("weight", 1.0))
-            problems += checks.call_problems("term", name, _without_weight(arguments), TERMS)
+    problems, given = [], [{TASK: {}, **phase.terms} for phase in settings.phases]
+    given = [{name: _apart(arguments) for name, arguments in terms.items()} for terms in given]
+    for name, (weight, arguments) in (pair for terms in given for pair in terms.items()):
+        problems += schedules.problems(f"terms.{name}.weight", weight)
+        problems += checks.call_problems("term", name, arguments, TERMS)
     checks.refuse("the terms of the loss do not fit", problems)
-    for phase in settings.phases:
-        given = {TASK: {}, **phase.terms}
-        made.append(
-            {
-                name: (schedules.make(arguments.get("weight", 1.0)), TERMS[name](**_without_weight(arguments)))
-                for name, arguments in given.items()
-                if arguments.get("weight", 1.0) != 0
-            }
-        )
+    made = [
+        {
+            name: (schedules.make(weight), TERMS[name](**arguments))
+            for name, (weight, arguments) in terms.items()
+            if weight != 0
+        }
+        for terms in given
+    ]
     checks.refuse("the terms of the loss do not fit", [p for terms in made for p in _problems(settings, terms)])
     return made
 
 
-def _without_weight(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in arguments.items() if key != "weight"}
+def _apart(arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The weight of a term, and its own arguments."""
+    return arguments.get("weight", 1.0), {key: value for key, value in arguments.items() if key != "weight"}
 
 
 def _problems(settings: Settings, terms: Terms) -> list[str]:
@@ -85,24 +84,17 @@ def check_use(settings: Settings, phases: Sequence[Terms]) -> None:
     checks.refuse("the terms of the loss do not fit", problems)
 
 
-class Made(NamedTuple):
-    """What the terms of all phases have of their own before the first step."""
-
-    networks: dict[str, Network]
-    memory: dict[str, Any]
-
-
-def initialise(phases: Sequence[Terms], start: Start, given: Mapping[str, Network]) -> Made:
+def initialise(
+    phases: Sequence[Terms], start: Start, given: Mapping[str, Network]
+) -> tuple[dict[str, Network], dict[str, Any]]:
     """The networks and the memory of all terms; given: the networks of the config, which a term may read."""
     networks, memory = dict(given), {}
     for name, term in {name: term for terms in phases for name, (_, term) in terms.items()}.items():
         made, kept = term.init(start)
         for network, value in made.items():
             known = networks.get(network, value)
-            variables = {
-                kind: {**known.variables.get(kind, {}), **value.variables.get(kind, {})}
-                for kind in {**known.variables, **value.variables}
-            }
+            both = known.variables, value.variables
+            variables = {kind: {**both[0].get(kind, {}), **both[1].get(kind, {})} for kind in {**both[0], **both[1]}}
             networks[network] = value._replace(variables=variables)
         if kept is not None:
             memory[name] = kept
@@ -111,4 +103,4 @@ def initialise(phases: Sequence[Terms], start: Start, given: Mapping[str, Networ
                 f"{name} reads the networks {unknown}, which are not there: add networks.{unknown[0]}"
                 f"{nearest(unknown[0], networks)}"
             )
-    return Made(networks, memory)
+    return networks, memory

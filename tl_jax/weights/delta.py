@@ -27,21 +27,22 @@ def save(
     weights: Mapping[str, str],
     seed: int,
     additions: Sequence[tuple[str, Mapping[str, Any]]] = (),
-    networks: Sequence[str] = (),
 ) -> None:
     """Writes what trained of the model and of its added parameters as safetensors under this package's paths.
 
-    The head and what began from random numbers in a model from a file are written whether they trained or not. report:
-    the proved audit, which says what was frozen. weights: {"file", "sha256"} of what was loaded; seed: of a model that
-    no file filled. Of further networks (teacher, discriminator, ...) those named in `networks` are written whole.
+    The head and what is new in a model from a file are written whether they trained or not. report: the proved audit,
+    which says what was frozen. weights: {"file", "sha256"} of what was loaded; seed: of a model that no file filled.
     """
-    own = _new(report) if weights["file"] else set()
-    hashes = report["proof"]["hashes"].items()
+    tables = {"params": "parameters", "batch_stats": "statistics"}
+    rows = {f"{kind}/{row['path']}": row for kind in tables for row in report["phases"][0][tables[kind]]}
+    new = {path for path, row in rows.items() if row["origin"] == "new" and weights["file"]}
     model_paths = tuple(f"{kind}/{name}/" for kind in variables for name in peft.MODEL)
     frozen = {
-        p: h for p, h in hashes if p not in own and p.startswith(model_paths) and not p.startswith(pretrained.HEAD)
+        path: sha256
+        for path, sha256 in report["proof"]["hashes"].items()
+        if path.startswith(model_paths) and not path.startswith(pretrained.HEAD) and path not in new
     }
-    kinds = (*peft.MODEL, *(name for name, _ in additions), *networks)
+    kinds = (*peft.MODEL, *(name for name, _ in additions))
     flat = {p: x for p, x in trees.flatten(variables).items() if p.split("/")[1] in kinds}
     about = {
         "model": model,
@@ -49,54 +50,37 @@ def save(
         "seed": seed,
         "additions": [[name, dict(args)] for name, args in additions],
         "rested": messages.fingerprint(frozen),
-        **({"networks": list(networks)} if networks else {}),
     }
     tensors = {path: np.asarray(leaf) for path, leaf in flat.items() if path not in frozen}
     formats.write_safetensors(path, tensors, {pretrained.CARD_KEY: card.to_json(), KEY: json.dumps(about)})
 
 
-def _new(report: Mapping[str, Any]) -> set[str]:
-    """The leaves that were drawn, `collection/path`."""
-    kinds = {"params": "parameters", "batch_stats": "statistics"}
-    rows = {kind: report["phases"][0][table] for kind, table in kinds.items()}
-    return {f"{kind}/{row['path']}" for kind in rows for row in rows[kind] if row["origin"] == "new"}
-
-
-def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) -> pretrained.Pretrained:
+def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) -> pretrained.Loaded:
     """The adapted model: the weights that the delta was trained on, with the delta in its place.
 
-    weights: where these lie now; None takes the place that the delta names. The model is a `peft.Adapted`; without
-    added parameters it computes what the plain network does. Raises ValueError where the file is no delta, where the
-    weights are not those it was trained on, and where the two do not fill the network.
+    weights: where these lie now; None takes the place that the delta names. The model is a `peft.Adapted`. Raises
+    ValueError where the file is no delta, the weights are not those it was trained on, or the two do not fit.
     """
     tensors, metadata = formats.read(path)
     if KEY not in metadata:
-        raise ValueError(
-            f"{path} is no delta checkpoint (a run writes one as trained.safetensors); load it with weights.load"
-        )
+        raise ValueError(f"{path} is no delta checkpoint such as a run's trained.safetensors")
     about, card = json.loads(metadata[KEY]), Card.from_json(metadata[pretrained.CARD_KEY])
     file = about["weights"]["file"] if weights is None else weights
-    base = pretrained.load_with_origins(
+    base = pretrained.load(
         about["model"], file, card.num_classes,
         image_size=card.input_size, seed=about["seed"], head=card.head, columns=card.columns,
     )  # fmt: skip
     if base.sha256 != about["weights"]["sha256"]:
-        raise ValueError(
-            f"{path} was trained on {about['weights']['file']} with sha256 {about['weights']['sha256']}; {file} has "
-            f"{base.sha256 or 'none: random weights'}. Give the file that it was trained on"
-        )
+        then, now = "{file} with sha256 {sha256}".format(**about["weights"]), base.sha256 or "none: random weights"
+        raise ValueError(f"{path} was trained on {then}; {file} has {now}. Give the file that it was trained on")
     additions = tuple((name, args) for name, args in about["additions"])
     flat = trees.flatten(base.variables)
     frozen = {p: h for p, h in trees.leaf_hashes(base.variables).items() if p not in tensors}
-    added = (*(name for name, _ in additions), *about.get("networks", ()))
-    shapes = {p: x.shape for p, x in flat.items()}
-    surplus = [
-        f"{p} {x.shape}" for p, x in tensors.items() if p.split("/")[1] not in added and x.shape != shapes.get(p)
-    ]
+    shapes, added = {p: x.shape for p, x in flat.items()}, dict(additions)
+    own = {p: x.shape for p, x in tensors.items() if p.split("/")[1] not in added}
+    surplus = [f"{p} {shape}" for p, shape in own.items() if shape != shapes.get(p)]
     if surplus or messages.fingerprint(frozen) != about["rested"]:
-        raise ValueError(
-            f"{path} does not fit {about['model']} from {file}: "
-            + (f"it holds {surplus[:5]}, which the network lacks" if surplus else "the frozen parameters differ")
-        )
+        wrong = f"it holds {surplus[:5]}, which the network lacks" if surplus else "the frozen parameters differ"
+        raise ValueError(f"{path} does not fit {about['model']} from {file}: {wrong}")
     variables = trees.unflatten({**flat, **{p: jnp.asarray(x) for p, x in tensors.items()}})
-    return pretrained.Pretrained(peft.Adapted(base.model, additions), variables, card)
+    return base._replace(model=peft.Adapted(base.model, additions), variables=variables, card=card)

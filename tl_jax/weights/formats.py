@@ -1,5 +1,6 @@
 """Weight files without their frameworks: .safetensors, .npz and torch.save <-> flat dicts of numpy arrays."""
 
+import functools
 import hashlib
 import io
 import json
@@ -29,9 +30,9 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Reads a weight file into `(tensors, metadata)`, trusting nothing in it.
 
     The contents decide the format; a known suffix that contradicts them is an error. Tensors are native, contiguous and
-    writable; bfloat16 (which numpy lacks) becomes float32, exactly; every other type is kept. A torch state dict may be
-    bare or lie under `state_dict` or `model`; a `module.` prefix shared by all names is dropped. Metadata exists in
-    safetensors only. Raises FileNotFoundError, IsADirectoryError, or ValueError for a damaged, foreign or unsafe file.
+    writable; bfloat16 becomes float32, every other type is kept. A torch state dict may be bare or lie under
+    `state_dict` or `model`; a `module.` prefix of all names is dropped. Metadata exists in safetensors only. Raises
+    FileNotFoundError, IsADirectoryError, or ValueError for a damaged, foreign or unsafe file.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -40,8 +41,7 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"no weight file at {path}")
     try:
-        kind = _sniff(path)
-        tensors, metadata = _READERS[kind](path)
+        tensors, metadata = _READERS[_sniff(path)](path)
         if not tensors:
             raise ValueError("holds no tensors")
     except ValueError as error:
@@ -148,17 +148,13 @@ def _native(array):
     return array.astype(dtype, order="C", copy=True)
 
 
-def _read_torch_zip(path):
-    return {name: _native(tensor) for name, tensor in torch_files.read_zip(path).items()}, {}
-
-
-def _read_torch_legacy(path):
-    return {name: _native(tensor) for name, tensor in torch_files.read_legacy(path).items()}, {}
+def _read_torch(read, path):
+    return {name: _native(tensor) for name, tensor in read(path).items()}, {}
 
 
 _READERS = {
     "safetensors": _read_safetensors,
     "npz": _read_npz,
-    "torch zip": _read_torch_zip,
-    "torch legacy": _read_torch_legacy,
+    "torch zip": functools.partial(_read_torch, torch_files.read_zip),
+    "torch legacy": functools.partial(_read_torch, torch_files.read_legacy),
 }

@@ -17,20 +17,18 @@ def resolve(spec: str | os.PathLike) -> pathlib.Path:
     """Turns a weight spec into a local file whose bytes are the expected ones.
 
     `builtin:NAME` ships with the package. `hf://owner/name[/file]@revision` comes from the Hugging Face hub or cache
-    (file defaults to model.safetensors; the revision is required, best a commit), and its hash is compared with the
-    hub's on every call; HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE are honoured. Anything else is a path, of a file
-    or of a folder that holds model.safetensors, such as that of a finished run. A suffix `#sha256=HEX` pins the bytes
-    of any of the three. Raises FileNotFoundError, ConnectionError, or ValueError for a malformed spec or wrong bytes.
+    (file defaults to model.safetensors; the revision is required, best a commit) and is compared with the hub's hash on
+    every call; HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE are honoured. Anything else is a path of a file or of a
+    folder with model.safetensors. A suffix `#sha256=HEX` pins the bytes of any of the three. Raises FileNotFoundError,
+    ConnectionError, or ValueError for a malformed spec or wrong bytes.
     """
     spec, _, pin = os.fspath(spec).partition("#sha256=")
     if pin and not re.fullmatch("[0-9a-f]{64}", pin):
         raise ValueError(f"{spec}: the pin after '#sha256=' must be 64 lower-case hex digits, found {pin!r}")
-    if spec.startswith("builtin:"):
-        path = _builtin(spec.removeprefix("builtin:"))
-    elif spec.startswith("hf://"):
+    if spec.startswith("hf://"):
         path = _from_hub(spec, pinned=bool(pin))
     else:
-        path = _local(pathlib.Path(spec))
+        path = _builtin(spec.removeprefix("builtin:")) if spec.startswith("builtin:") else _local(pathlib.Path(spec))
     if pin and (found := formats.sha256(path)) != pin:
         raise ValueError(f"{spec}: sha256 is {found}, expected {pin}; the file changed or the pin is of another one")
     return path
@@ -59,21 +57,16 @@ def _from_hub(spec, pinned):
 
     match = _HF.fullmatch(spec)
     if not match or not match["revision"]:
-        raise ValueError(
-            f"{spec}: expected hf://owner/name[/file]@revision; the revision (a commit, tag or branch such as @main) "
-            "is required, and a commit hash from the repository's history page makes the run reproducible"
+        why = (
+            "the revision (a commit, tag or branch such as @main) is required, and a commit makes the run reproducible"
         )
+        raise ValueError(f"{spec}: expected hf://owner/name[/file]@revision; {why}")
     repo, file, revision = match["repo"], match["file"] or WHOLE, match["revision"]
+    # The library reads its environment at import; reading it here makes a later setting count too.
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    try:  # the library reads its environment at import; reading it here makes a later setting count too
-        path = huggingface_hub.hf_hub_download(
-            repo,
-            file,
-            revision=revision,
-            endpoint=os.environ.get("HF_ENDPOINT"),
-            cache_dir=os.environ.get("HF_HUB_CACHE"),
-            local_files_only=offline,
-        )
+    places = {"endpoint": os.environ.get("HF_ENDPOINT"), "cache_dir": os.environ.get("HF_HUB_CACHE")}
+    try:
+        path = huggingface_hub.hf_hub_download(repo, file, revision=revision, local_files_only=offline, **places)
     except errors.LocalEntryNotFoundError:
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached (see HF_ENDPOINT)"
         raise FileNotFoundError(f"{spec}: not in the local cache, and {why}") from None
@@ -105,7 +98,5 @@ def _verify(spec, path, pinned):
     if found != blob.name:
         path.unlink()
         blob.unlink()
-        raise ValueError(
-            f"{spec}: the bytes have hash {found}, but the hub says {blob.name}; the copy was removed from the cache, "
-            "so the next call downloads it again"
-        )
+        wrong = f"the bytes have hash {found}, but the hub says {blob.name}"
+        raise ValueError(f"{spec}: {wrong}; the copy was removed from the cache, so the next call downloads it again")

@@ -23,61 +23,19 @@ HEAD = ("params/head/", "batch_stats/head/")
 POS_EMBED = "params/backbone/stem/pos_embed"
 
 
-class Pretrained(NamedTuple):
-    """A model, its variables (float32) and the card of its weights."""
-
-    model: Any
-    variables: dict[str, Any]
-    card: Card
-
-
 class Loaded(NamedTuple):
-    """A `Pretrained` and where it comes from.
-
-    Attributes:
-      origins: {"params/backbone/...": source keys, or "new"} for every leaf of the variables.
-      layout: the conversion table that fitted; "" for a random initialisation.
-      dropped: keys of the file's classifier which a new head (or none) replaced.
-      sha256: of the file that was read, whatever its card says; "" for a random initialisation.
-    """
+    """A model, its variables (float32), the card of its weights, and where they come from."""
 
     model: Any
     variables: dict[str, Any]
     card: Card
-    origins: dict[str, str]
-    layout: str
-    dropped: tuple[str, ...]
-    sha256: str
+    origins: dict[str, str]  # {"params/backbone/...": source keys, or "new"} for every leaf of the variables
+    layout: str  # the conversion table that fitted; "" for a random initialisation
+    dropped: tuple[str, ...]  # keys of the file's classifier which a new head (or none) replaced
+    sha256: str  # of the file that was read, whatever its card says; "" for a random initialisation
 
 
 def load(
-    name: str,
-    path: str | pathlib.Path,
-    num_classes: int | None = None,
-    *,
-    image_size: int | None = None,
-    head_init: str = "zeros",
-    seed: int = 0,
-    head: Layers = (),
-    columns: Sequence[str] = (),
-) -> Pretrained:
-    """Loads a weight file of any known layout into the named model.
-
-    `name` "" takes the model that the file's card names. `path` is a file, the folder of a finished run,
-    "builtin:NAME" or "hf://owner/name[/file]@revision". `num_classes` None keeps the file's head, an integer makes a
-    new one from `seed` with the layers `head` before the last dense one (`head_init`, "zeros" or "lecun", is of the
-    last), 0 makes none. `image_size` rebuilds a model with position embeddings for another input, resampling them.
-    `columns`: of a table, in the order in which the network reads them. A file whose publisher computes or preprocesses
-    differently gives the model's flavour (`card.model` names it). Raises one ValueError that lists every unused key,
-    unfilled leaf, wrong shape and non-finite value.
-    """
-    loaded = load_with_origins(
-        name, path, num_classes, image_size=image_size, head_init=head_init, seed=seed, head=head, columns=columns
-    )
-    return Pretrained(loaded.model, loaded.variables, loaded.card)
-
-
-def load_with_origins(
     name: str,
     path: str | pathlib.Path | None = "",
     num_classes: int | None = None,
@@ -88,7 +46,16 @@ def load_with_origins(
     head: Layers = (),
     columns: Sequence[str] = (),
 ) -> Loaded:
-    """As `load`, and says where every leaf comes from; no `path` means a random initialisation from `seed`."""
+    """Loads a weight file of any known layout into the named model, or initialises it at random where there is none.
+
+    `name` "" takes the model that the file's card names. `path` is a file, the folder of a finished run,
+    "builtin:NAME" or "hf://owner/name[/file]@revision"; "" or None: random numbers from `seed`. `num_classes` None
+    keeps the file's head, an integer makes a new one from `seed` with the layers `head` before the last dense one
+    (`head_init`, "zeros" or "lecun", is of the last), 0 makes none. `image_size` rebuilds a model with position
+    embeddings for another input, resampling them. `columns`: of a table, in the order in which the network reads them.
+    A file whose publisher computes or preprocesses differently gives the model's flavour (`card.model` names it).
+    Raises one ValueError that lists every unused key, unfilled leaf, wrong shape and non-finite value.
+    """
     if head_init not in HEAD_INIT:
         raise ValueError(f"head_init={head_init!r} is unknown; known: {', '.join(HEAD_INIT)}")
     head = heads.check(head)
@@ -97,11 +64,7 @@ def load_with_origins(
         classes = card.num_classes if num_classes is None else num_classes
         card = card.replace(num_classes=classes, input_size=image_size or card.input_size, head=head if classes else ())
         return _random(models.get(name), card, head_init, seed)
-    file = hub.resolve(path)
-    tensors, metadata = formats.read(file)
-    name = name or _name_on_card(path, tensors, metadata)
-    layout = _detect(name, path, tensors)
-    variant, card = _card(name, path, file, layout, metadata)
+    tensors, layout, variant, card, sha256 = _read(name, path)
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
@@ -115,14 +78,13 @@ def load_with_origins(
     wanted = {leaf: shape for leaf, shape in shapes.items() if num_classes is None or not leaf.startswith(HEAD)}
     flat, origins, problems = tables.fill(table, wanted, {**kept, **resampled})
     if problems:
-        raise ValueError(_message(name, path, layout, tensors, problems))
+        raise ValueError(_message(name or card.model, path, layout, tensors, problems))
     if num_classes:
         flat |= _new_head(model, features, seed)
     for key in resampled:
         origins[POS_EMBED] += f" (resampled from {tensors[key].shape[1]} to {shapes[POS_EMBED][1]} tokens)"
     variables = trees.unflatten(jax.device_put({leaf: flat[leaf] for leaf in shapes}))
-    origins = {leaf: origins.get(leaf, "new") for leaf in shapes}
-    return Loaded(model, variables, card, origins, layout, tuple(dropped), formats.sha256(file))
+    return Loaded(model, variables, card, {x: origins.get(x, "new") for x in shapes}, layout, tuple(dropped), sha256)
 
 
 def _random(variant: models.Variant, card: Card, head_init: str, seed: int) -> Loaded:
@@ -131,10 +93,19 @@ def _random(variant: models.Variant, card: Card, head_init: str, seed: int) -> L
     return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
 
 
-def _name_on_card(path: Any, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    if CARD_KEY not in metadata:
+def _read(name: str, path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], str, models.Variant, Card, str]:
+    """A file's tensors, layout, variant, card (its own, or the variant's with source and hash) and sha256."""
+    file = hub.resolve(path)
+    tensors, metadata = formats.read(file)
+    card = Card.from_json(metadata[CARD_KEY]) if CARD_KEY in metadata else None
+    if not (name or card):
         raise ValueError(f"{path} has no weight card that names its model: give the name{_looks_like(tensors)}")
-    return Card.from_json(metadata[CARD_KEY]).model
+    name = name or card.model
+    layout, variant, sha256 = _detect(name, path, tensors), models.get(name), formats.sha256(file)
+    if card and card.model not in (name, *variant.flavours.values()):
+        raise ValueError(f"{path} holds weights of {card.model!r} according to its card, asked for was {name!r}")
+    variant = models.get(card.model if card else variant.flavours.get(layout, name))
+    return tensors, layout, variant, card or variant.card.replace(source=str(path), sha256=sha256), sha256
 
 
 def _with_head(
@@ -150,41 +121,34 @@ def _with_head(
         card = card.replace(task="classification", target_mean=(), target_std=(), threshold=None)
         return card.replace(num_classes=num_classes, class_names=(), head=head if num_classes else ())
     if head and head != card.head:
-        raise ValueError(
-            f"{path} keeps its own head, whose layers are {card.head}, and asked for were {head}: give num_classes for "
-            "a new head, or no layers"
-        )
-    return card.replace(num_classes=_head_size(table, tensors, card))
+        own = f"{path} keeps its own head, whose layers are {card.head}"
+        raise ValueError(f"{own}, and asked for were {head}: give num_classes for a new head, or no layers")
+    (bias,), _ = tables.sources_of(table, f"params/head/{'out/' if card.head else ''}bias")
+    sizes = [value.size for key, value in tensors.items() if tables.canonical(table, key) == bias]
+    return card.replace(num_classes=sizes[0] if sizes else card.num_classes)  # without one it is reported unfilled
 
 
 def _with_columns(card: Card, columns: Sequence[str], path: Any) -> Card:
     """The card with the columns that the network reads; means and deviations are 0 and 1 until data gives them."""
     columns = tuple(columns)
+    given = f"given were {len(columns)} {columns[:5]}"
     if card.input != "table" and columns:
-        raise ValueError(f"{card.model} reads an {card.input} and no columns; given were {len(columns)} {columns[:5]}")
-    if card.input != "table" or (card.columns and columns in ((), card.columns)):
-        return card
-    if card.columns:
-        raise ValueError(
-            f"{path} reads {len(card.columns)} columns {card.columns[:5]} according to its card, given were "
-            f"{len(columns)} {columns[:5]}; they must be the same in the same order"
-        )
-    if not columns:
+        raise ValueError(f"{card.model} reads an {card.input} and no columns; {given}")
+    if card.input == "table" and not (columns or card.columns):
         raise ValueError(f"{card.model} reads a table: give its columns")
+    if card.columns and columns not in ((), card.columns):
+        own = f"{path} reads {len(card.columns)} columns {card.columns[:5]} according to its card"
+        raise ValueError(f"{own}, {given}; they must be the same in the same order")
+    if card.columns or not columns:
+        return card
     return card.replace(columns=columns, mean=(0.0,) * len(columns), std=(1.0,) * len(columns))
 
 
 def source_head(name: str, path: str | pathlib.Path) -> dict[str, jax.Array] | None:
-    """The classifier {"kernel" [D, K], "bias" [K]} that a weight file was trained with, on pre_logits.
-
-    None where it has none, or one with layers before it.
-    """
+    """A weight file's classifier {"kernel" [D, K], "bias" [K]} on pre_logits; None: it has none, or further layers."""
     if not path:
         return None
-    file = hub.resolve(path)
-    tensors, metadata = formats.read(file)
-    layout = _detect(name, path, tensors)
-    variant, card = _card(name, path, file, layout, metadata)
+    tensors, layout, variant, card, _ = _read(name, path)
     if card.head or not any(tables.is_head(variant.layouts[layout], key) for key in tensors):
         return None
     return load(name, path).variables["params"]["head"]
@@ -196,8 +160,8 @@ def export(
     """Writes variables as safetensors with the names of `layout` (timm's by default) and the card in the metadata.
 
     timm and torchvision load the file with their strict `load_state_dict`; a head with layers lies under this package's
-    names, which they do not know. Raises one ValueError for a card of another
-    model, and for missing, surplus, misshapen or non-finite leaves.
+    names, which they do not know. Raises one ValueError for a card of another model, and for missing, surplus,
+    misshapen or non-finite leaves.
     """
     variant = models.get(name)
     if card.model not in (name, *variant.flavours.values()):
@@ -205,18 +169,15 @@ def export(
     layout = layout or next(iter(variant.layouts))
     if layout not in variant.layouts:
         raise ValueError(f"{name} has no layout {layout!r}; it has {', '.join(variant.layouts)}")
-    plain = variant.card.replace(
-        num_classes=card.num_classes, class_names=(), input_size=card.input_size, head=card.head
-    )
+    plain = variant.card.replace(num_classes=card.num_classes, input_size=card.input_size, head=card.head)
     shapes = _network_shapes(variant.module, _with_columns(plain, card.columns, path).to_json())
     flat = {leaf: np.asarray(value) for leaf, value in trees.flatten(variables).items()}
+    found = {leaf: value.shape for leaf, value in flat.items()}
     problems = {
-        "missing leaves": sorted(set(shapes) - set(flat)),
-        "surplus leaves": sorted(set(flat) - set(shapes)),
+        "missing leaves": sorted(shapes.keys() - found.keys()),
+        "surplus leaves": sorted(found.keys() - shapes.keys()),
         "wrong shapes": [
-            f"{leaf} is {value.shape}, expected {shapes[leaf]}"
-            for leaf, value in flat.items()
-            if leaf in shapes and value.shape != shapes[leaf]
+            f"{x} is {found[x]}, expected {shapes[x]}" for x in found if shapes.get(x) not in (None, found[x])
         ],
         "non-finite values": [leaf for leaf, value in flat.items() if not np.isfinite(value.astype(np.float32)).all()],
     }
@@ -271,30 +232,9 @@ def _detect(name: str, path: Any, tensors: Mapping[str, np.ndarray]) -> str:
     counts = {key: tables.coverage(table, leaves, tensors) for key, table in layouts.items()}
     best = max(counts, key=counts.get)
     if counts[best] == 0:
-        raise ValueError(
-            f"{path} has no key that {name} knows (layouts tried: {', '.join(layouts)}); "
-            f"its keys begin {', '.join(sorted(tensors)[:5])}{_looks_like(tensors)}"
-        )
+        hint = f"its keys begin {', '.join(sorted(tensors)[:5])}{_looks_like(tensors)}"
+        raise ValueError(f"{path} has no key that {name} knows (layouts tried: {', '.join(layouts)}); {hint}")
     return best
-
-
-def _card(name: str, path: Any, file: pathlib.Path, layout: str, metadata: Mapping[str, str]):
-    """The variant that a file stands for, and its card: the file's own, or the variant's with source and hash."""
-    variant = models.get(name)
-    if CARD_KEY in metadata:
-        card = Card.from_json(metadata[CARD_KEY])
-        if card.model not in (name, *variant.flavours.values()):
-            raise ValueError(f"{path} holds weights of {card.model!r} according to its card, asked for was {name!r}")
-        return models.get(card.model), card
-    variant = models.get(variant.flavours.get(layout, name))
-    return variant, variant.card.replace(source=str(path), sha256=formats.sha256(file))
-
-
-def _head_size(table: tables.Layout, tensors: Mapping[str, np.ndarray], card: Card) -> int:
-    """Number of classes in the file's head; the card's where there is none, so that the head is reported unfilled."""
-    (bias,), _ = tables.sources_of(table, f"params/head/{'out/' if card.head else ''}bias")
-    sizes = [value.size for key, value in tensors.items() if tables.canonical(table, key) == bias]
-    return sizes[0] if sizes else card.num_classes
 
 
 def _resample(table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray]):
@@ -316,13 +256,12 @@ def _new_head(model: Any, features: tuple[int, ...], seed: int) -> dict[str, jax
 
 
 def _message(name: str, path: Any, layout: str, tensors: Mapping[str, np.ndarray], problems: Mapping[str, Any]) -> str:
-    unfilled, wrong = problems.get("unfilled leaves", []), problems.get("wrong shapes", [])
-    if unfilled and len(problems) == 1 and all(text.startswith(HEAD) for text in unfilled):
+    (kind, texts), *others = problems.items()
+    if not others and kind == "unfilled leaves" and all(text.startswith(HEAD) for text in texts):
         hint = "; the file has no head: give num_classes for a new one, or 0 for none"
-    elif len(problems) == len(wrong) == 1 and "pos" in wrong[0]:
-        hint = f"; give image_size to resample the position embedding{_looks_like(tensors)}"
     else:
-        hint = _looks_like(tensors)
+        grid = not others and kind == "wrong shapes" and len(texts) == 1 and "pos" in texts[0]
+        hint = ("; give image_size to resample the position embedding" if grid else "") + _looks_like(tensors)
     return f"{path} does not fit {name} (best layout: {layout}): {tables.listing(problems)}{hint}"
 
 
@@ -339,11 +278,9 @@ def candidates(tensors: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
             family = (variant.module.func, table)  # one member tells whether the family's table knows any key
             if family not in related:
                 related[family] = tables.coverage(table, _backbone_shapes(name), tensors) > 0
-            if related[family]:
-                backbone = _backbone_shapes(name)
-                found += (
-                    [(name, layout)] if tables.shapes_match(tables.with_native_head(table), backbone, tensors) else []
-                )
+            native = tables.with_native_head(table)
+            if related[family] and tables.shapes_match(native, _backbone_shapes(name), tensors):
+                found.append((name, layout))
     return found
 
 
@@ -355,9 +292,7 @@ def inspect(path: str | pathlib.Path) -> str:
     lines += [f"{len(tensors)} tensors, {sum(value.size for value in tensors.values()):,} numbers"]
     if CARD_KEY in metadata:
         return "\n".join([*lines, f"card {metadata[CARD_KEY]}"])
-    for name, layout in candidates(tensors):
+    for name, layout in (fits := candidates(tensors)):
         card = models.get(name).card
-        lines += [
-            f"fits {name} (layout {layout}), which takes {card.input_size} px with mean {card.mean}, std {card.std}"
-        ]
-    return "\n".join([*lines, "no card" if lines[-1].startswith("fits") else "fits no known model; no card"])
+        lines.append(f"fits {name} (layout {layout}): {card.input_size} px with mean {card.mean}, std {card.std}")
+    return "\n".join([*lines, "no card" if fits else "fits no known model; no card"])

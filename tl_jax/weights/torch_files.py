@@ -14,18 +14,11 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-_STORAGES = {
-    "torch.DoubleStorage": "<f8",
-    "torch.FloatStorage": "<f4",
-    "torch.HalfStorage": "<f2",
-    "torch.BFloat16Storage": ml_dtypes.bfloat16,
-    "torch.LongStorage": "<i8",
-    "torch.IntStorage": "<i4",
-    "torch.ShortStorage": "<i2",
-    "torch.CharStorage": "i1",
-    "torch.ByteStorage": "u1",
-    "torch.BoolStorage": "?",
+_DTYPES = {
+    **{"Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": ml_dtypes.bfloat16},
+    **{"Long": "<i8", "Int": "<i4", "Short": "<i2", "Char": "i1", "Byte": "u1", "Bool": "?"},
 }
+_STORAGES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in _DTYPES.items()}
 _REBUILDS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
 _GLOBALS = {"collections.OrderedDict", *_STORAGES, *_REBUILDS}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -38,13 +31,9 @@ class _Global:
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    kind: str
+    dtype: np.dtype
     key: str
     size: int  # elements
-
-    @property
-    def dtype(self):
-        return np.dtype(_STORAGES[self.kind])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +51,15 @@ class _Machine:
     """Interprets one pickle by its opcodes, building plain data and `_Tensor` descriptions and calling nothing.
 
     The standard unpickler with a filtered `find_class` still lets a file set attributes on what the filter returns,
-    allocate by a number in the file, and recurse without limit in a hash; this one has no such operations. Values of
-    the file are hashed, copied or printed only where they are known to be numbers or text: a small file can describe a
-    nest of lists whose text fills the memory.
+    allocate by a number in the file, and recurse without limit in a hash. Values of the file are hashed, copied or
+    printed only where they are known to be numbers or text: the text of a small nest of lists can fill the memory.
     """
 
     def __init__(self):
         self.stack, self.marks, self.memo, self.refused, self.storages = [], [], {}, set(), {}
 
     def run(self, stream):
+        value = damage = None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # strange escapes in a damaged file's names
@@ -80,36 +69,34 @@ class _Machine:
                     _OPCODES[opcode.name](self, argument)
             value = self.stack.pop()
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-            self.raise_refused()
-            raise ValueError(f"damaged, cut short or no torch pickle ({error})") from None
-        self.raise_refused()
+            damage = f"damaged, cut short or no torch pickle ({error})"
+        if self.refused:
+            asks = f"the pickle asks for {', '.join(sorted(self.refused))}: neither tensors nor plain data"
+            fix = "If you trust it, open it in torch and save the state dict alone with safetensors.torch.save_file"
+            raise ValueError(f"{asks}, so the file was refused and nothing executed. {fix}")
+        if damage:
+            raise ValueError(damage)
         return value
 
-    def raise_refused(self):
-        if self.refused:
-            raise ValueError(
-                f"the pickle asks for {', '.join(sorted(self.refused))}: neither tensors nor plain data, so the file "
-                "was refused and nothing executed. If you trust it, open it in torch and save the state dict alone "
-                "with safetensors.torch.save_file"
-            )
-
-    def items(self):
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
+    def take(self, start):
+        if start < 0:
+            raise ValueError("stack underflow")
+        items, self.stack[start:] = self.stack[start:], []
         return items
 
-    def push(self, value):
-        self.stack.append(value)
-
     def pop(self, count):
-        if count > len(self.stack):
-            raise ValueError("stack underflow")
-        values = self.stack[len(self.stack) - count :]
-        del self.stack[len(self.stack) - count :]
-        return values
+        return self.take(len(self.stack) - count)
 
-    def look_up(self, name):
+    def items(self):
+        return self.take(self.marks.pop())
+
+    def memoize(self, key):
+        self.memo[len(self.memo) if key is None else key] = self.stack[-1]
+
+    def look_up(self, *names):
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("global without a name")
+        name = ".".join(names)
         if name in _GLOBALS:
             return _Global(name)
         self.refused.add(name[:80])
@@ -151,7 +138,7 @@ class _Machine:
             raise ValueError("storage of an unknown type, or a view of another")
         if not isinstance(key, str) or type(size) is not int or size < 0:
             raise ValueError("storage without a name and a size")
-        storage = _Storage(kind.name, key, size)
+        storage = _Storage(_STORAGES[kind.name], key, size)
         if self.storages.setdefault(key, storage) != storage:
             raise ValueError(f"storage {key!r} is declared twice, differently")
         return storage
@@ -170,29 +157,13 @@ class _Machine:
             target.extend(items)
 
     def build(self, state):
-        """OrderedDict carries `_metadata` as attributes; nothing of it is needed, and nothing else may have state."""
+        """Only an OrderedDict may have state, its `_metadata`, which is not needed."""
         if not isinstance(self.stack[-1], dict) and self.stack[-1] is not _OPAQUE:
             raise ValueError(f"state for {type(self.stack[-1]).__name__}")
 
 
 def _pushes(make):
-    return lambda machine, argument: machine.push(make(machine, argument))
-
-
-def _stack_global(machine, _):
-    module, name = machine.pop(2)
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise ValueError("global without a name")
-    return machine.look_up(f"{module}.{name}")
-
-
-def _instance(machine, argument):
-    machine.items()
-    return machine.look_up(argument.replace(" ", ".", 1))
-
-
-def _memoize(machine, argument):
-    machine.memo[len(machine.memo) if argument is None else argument] = machine.stack[-1]
+    return lambda machine, argument: machine.stack.append(make(machine, argument))
 
 
 _ARGUMENT = (
@@ -200,18 +171,13 @@ _ARGUMENT = (
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
 )
+_VALUES = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False}
+_VALUES |= {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _OPCODES = {
     **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda machine, _: None),
     **dict.fromkeys(_ARGUMENT, _pushes(lambda _, argument: argument)),
-    "NONE": _pushes(lambda *_: None),
-    "NEWTRUE": _pushes(lambda *_: True),
-    "NEWFALSE": _pushes(lambda *_: False),
-    "EMPTY_DICT": _pushes(lambda *_: {}),
-    "EMPTY_LIST": _pushes(lambda *_: []),
-    "EMPTY_TUPLE": _pushes(lambda *_: ()),
-    "TUPLE1": _pushes(lambda machine, _: tuple(machine.pop(1))),
-    "TUPLE2": _pushes(lambda machine, _: tuple(machine.pop(2))),
-    "TUPLE3": _pushes(lambda machine, _: tuple(machine.pop(3))),
+    **{name: _pushes(lambda *_, make=make: make()) for name, make in _VALUES.items()},
+    **{f"TUPLE{count}": _pushes(lambda machine, _, count=count: tuple(machine.pop(count))) for count in (1, 2, 3)},
     "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
     "TUPLE": _pushes(lambda machine, _: tuple(machine.items())),
     "LIST": _pushes(lambda machine, _: machine.items()),
@@ -220,13 +186,12 @@ _OPCODES = {
     "APPENDS": lambda machine, _: machine.extend(items=machine.items(), target=machine.stack[-1]),
     "SETITEM": lambda machine, _: machine.set_items(items=machine.pop(2), target=machine.stack[-1]),
     "SETITEMS": lambda machine, _: machine.set_items(items=machine.items(), target=machine.stack[-1]),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _memoize),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _pushes(lambda machine, argument: machine.memo[argument])),
-    "GLOBAL": _pushes(lambda machine, argument: machine.look_up(argument.replace(" ", ".", 1))),
-    "STACK_GLOBAL": _pushes(_stack_global),
-    "INST": _pushes(_instance),
-    "REDUCE": _pushes(lambda machine, _: machine.call(*machine.pop(2))),
-    "NEWOBJ": _pushes(lambda machine, _: machine.call(*machine.pop(2))),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), lambda machine, key: machine.memoize(key)),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _pushes(lambda machine, key: machine.memo[key])),
+    # A state dict has no instances: INST is here so that what it asks for is named.
+    **dict.fromkeys(("GLOBAL", "INST"), _pushes(lambda machine, names: machine.look_up(*names.split(" ", 1)))),
+    "STACK_GLOBAL": _pushes(lambda machine, _: machine.look_up(*machine.pop(2))),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), _pushes(lambda machine, _: machine.call(*machine.pop(2)))),
     "BUILD": lambda machine, _: machine.build(machine.pop(1)),
     "BINPERSID": _pushes(lambda machine, _: machine.storage(*machine.pop(1))),
 }
@@ -260,11 +225,7 @@ def read_legacy(path) -> dict[str, np.ndarray]:
         raise ValueError("a pickle, but no little-endian torch.save file of protocol 1001; re-save it as safetensors")
     machine = _Machine()
     state, keys, raw = _state_dict(machine.run(stream)), _Machine().run(stream), {}
-    if (
-        not isinstance(keys, list)
-        or not all(isinstance(key, str) for key in keys)
-        or set(keys) != set(machine.storages)
-    ):
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or {*keys} != {*machine.storages}:
         raise ValueError("the list of storages does not match the pickle")
     start = stream.tell()
     for key in keys:
@@ -292,11 +253,9 @@ def _state_dict(value) -> dict[str, _Tensor]:
 
 
 def _build(state, raw) -> dict[str, np.ndarray]:
-    """Cuts the tensors out of their storages, once every index they can reach is known to lie inside."""
-    wrong = [
-        f"{name}: {fault}" for name, tensor in state.items() if (fault := _fault(tensor, len(raw[tensor.storage.key])))
-    ]
-    if wrong:
+    """Cuts the tensors out of their storages, once every index that they reach is known to lie inside."""
+    faults = {name: _fault(tensor, len(raw[tensor.storage.key])) for name, tensor in state.items()}
+    if wrong := [f"{name}: {fault}" for name, fault in faults.items() if fault]:
         raise ValueError(f"tensors that do not fit their storages (damaged or hostile file): {'; '.join(wrong)}")
     stored = sum(len(data) for data in raw.values())
     needed = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in state.values())
@@ -319,9 +278,9 @@ def _fault(tensor, stored) -> str:
 
 
 def _cut(tensor, data):
+    dtype = tensor.storage.dtype
     if 0 in tensor.shape:
-        return np.zeros(tensor.shape, tensor.storage.dtype)
-    flat = np.frombuffer(data, tensor.storage.dtype)[tensor.offset :]
+        return np.zeros(tensor.shape, dtype)
     pairs = zip(tensor.shape, tensor.stride, strict=True)
-    strides = [step * flat.itemsize if size > 1 else 0 for size, step in pairs]  # along size 1 any stride is legal
-    return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
+    strides = [step * dtype.itemsize if size > 1 else 0 for size, step in pairs]  # along size 1 any stride is legal
+    return np.ndarray(tensor.shape, dtype, data, tensor.offset * dtype.itemsize, strides)

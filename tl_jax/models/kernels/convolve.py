@@ -1,9 +1,8 @@
 """Convolutions as XLA runs them fastest on a CPU; on every other device they are XLA's own.
 
-XLA reaches a CPU's peak in matrix products but not in every convolution. So a 3x3 convolution of stride 1 becomes
-sixteen matrix products with 2.25 times fewer multiplications (Winograd's F(2x2, 3x3); Lavin and Gray 2016,
-arXiv:1509.09308, section 4.1), a few images at a time so that they stay in the cache. Everything here is float32 and
-equal to the plain convolution to about 1e-6 of the largest value.
+A 3x3 convolution of stride 1 becomes sixteen matrix products with 2.25 times fewer multiplications (Winograd's
+F(2x2, 3x3); Lavin and Gray 2016, arXiv:1509.09308, section 4.1), a few images at a time so that they stay in the cache.
+Everything is float32 and equal to the plain convolution to about 1e-6 of the largest value.
 """
 
 import functools
@@ -15,15 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 CHUNK_BYTES = 2**24  # of temporary arrays: half of a common last-level cache
-LAYOUT = ("NHWC", "HWIO", "NHWC")
 KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])  # G of the paper
 
 
 def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
     """Square convolution padded by size // 2: [B, H, W, C], [size, size, C / groups, F] -> [B, H/s, W/s, F]."""
     size, _, channels, features = kernel.shape
-    # A matmul over channels: up to 2.6x faster than XLA's convolution on CPU. On a GPU, XLA (jaxlib 0.10.2) ends the
-    # process with a failed check where it fuses the slice of a stride into a matmul.
+    # A matmul is up to 2.6x faster than XLA's convolution on CPU. On a GPU, XLA (jaxlib 0.10.2) ends the process with a
+    # failed check where it fuses the slice of a stride into a matmul.
     if size == 1 and groups == 1 and (stride == 1 or jax.default_backend() == "cpu"):
         return pointwise(x[:, ::stride, ::stride], kernel[0, 0])
     if (size, stride, groups) == (3, 1, 1) and min(channels, features) >= 64 and by_hand(x.dtype):
@@ -39,10 +37,8 @@ def by_hand(dtype: jnp.dtype) -> bool:
 
 
 def plain(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
-    padding = [(kernel.shape[0] // 2,) * 2] * 2
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=LAYOUT, feature_group_count=groups
-    )
+    layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": groups}
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), [(kernel.shape[0] // 2,) * 2] * 2, **layout)
 
 
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -61,11 +57,8 @@ _pointwise.defvjp(
 
 
 def _outer(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """The sum over all pixels of x^T dy: [..., C], [..., F] -> [C, F].
-
-    Long sums are cut into parts, and the shorter side stands first: together twice as fast at 50,000 pixels.
-    """
-    if x.shape[-1] > dy.shape[-1]:
+    """The sum over all pixels of x^T dy: [..., C], [..., F] -> [C, F]."""
+    if x.shape[-1] > dy.shape[-1]:  # the shorter side first, and long sums in parts: twice as fast at 50,000 pixels
         return _outer(dy, x).T
     pixels = x.size // x.shape[-1]
     parts = max((n for n in range(1, 17) if pixels % n == 0 and pixels // n >= 12000), default=1)
@@ -77,27 +70,28 @@ def _outer(x: jax.Array, dy: jax.Array) -> jax.Array:
 def strided(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolution of stride 2, as one matrix product per few images."""
     weights = kernel.reshape(-1, kernel.shape[-1])
-    return _by_chunks(lambda x: _patches(x, len(kernel)) @ weights, _chunks(x, _bytes_of_patches(x, kernel)), x)
+    return _by_chunks(lambda x: _patches(x, len(kernel)) @ weights, _patch_bytes(x, kernel), x)
 
 
 def _strided_backward(saved, dy):
     x, kernel = saved
-    chunks, (height, width) = _chunks(x, _bytes_of_patches(x, kernel)), x.shape[1:3]
-    gradient = _sum_of_chunks(lambda x, dy: _outer(_patches(x, len(kernel)), dy), chunks, x, dy)
-    if len(kernel) != 3:  # the stem's: nothing reads the gradient of images, and XLA drops it
+
+    def dx_piece(dy):
+        return _unpatched([[dy @ kernel[i, j].T for j in range(3)] for i in range(3)], *x.shape[1:3])
+
+    size = _patch_bytes(x, kernel)
+    gradient = _sum_of_chunks(lambda x, dy: _outer(_patches(x, len(kernel)), dy), size, x, dy)
+    if len(kernel) == 3:
+        dx = _by_chunks(dx_piece, size, dy)
+    else:  # the stem's: nothing reads the gradient of images, and XLA drops it
         dx = jax.linear_transpose(lambda x: plain(x, kernel, 2), x)(dy)[0]
-        return dx, gradient.reshape(kernel.shape)
-
-    def piece(dy):
-        return _unpatched([[dy @ kernel[i, j].T for j in range(3)] for i in range(3)], height, width)
-
-    return _by_chunks(piece, chunks, dy), gradient.reshape(kernel.shape)
+    return dx, gradient.reshape(kernel.shape)
 
 
 strided.defvjp(lambda x, kernel: (strided(x, kernel), (x, kernel)), _strided_backward)
 
 
-def _bytes_of_patches(x: jax.Array, kernel: jax.Array) -> int:
+def _patch_bytes(x: jax.Array, kernel: jax.Array) -> int:
     return x[0].size // 4 * kernel.shape[0] ** 2 * x.dtype.itemsize
 
 
@@ -114,8 +108,7 @@ def _patches(x: jax.Array, size: int) -> jax.Array:
 def norm(x: jax.Array, scale: jax.Array, bias: jax.Array, shortcut: jax.Array | None, relu: bool, epsilon: float):
     """BatchNorm by the batch's statistics, plus `shortcut`, then relu: the result, and mean and biased variance [C].
 
-    The gradient is that of the result alone, by the formulas of Ioffe and Szegedy 2015, section 3: half the passes over
-    the activations that one derivative per operation takes.
+    The gradient is of the result alone (Ioffe and Szegedy 2015, section 3), with half the passes over the activations.
     """
     return _norm_forward(x, scale, bias, shortcut, relu, epsilon)[0]
 
@@ -150,22 +143,21 @@ norm.defvjp(_norm_forward, _norm_backward)
 @jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
     """3x3 maximum with stride 2 and a border of -inf, whose gradient goes to the first of equal maxima."""
-    return _by_chunks(lambda x: _maximum(x)[0], _chunks(x, 4 * x[0].size), x)
-
-
-def _max_pool_backward(saved, dy):
-    winner, (height, width) = saved
-
-    def piece(winner, dy):
-        parts = [[jnp.where(winner == 3 * i + j, dy, 0) for j in range(3)] for i in range(3)]
-        return _unpatched(parts, height, width)
-
-    return (_by_chunks(piece, _chunks(winner, 32 * winner[0].size), winner, dy),)
+    return _by_chunks(lambda x: _maximum(x)[0], 4 * x[0].size, x)
 
 
 def _max_pool_forward(x):
-    y, winner = _by_chunks(_maximum, _chunks(x, 4 * x[0].size), x)
+    y, winner = _by_chunks(_maximum, 4 * x[0].size, x)
     return y, (winner, x.shape[1:3])
+
+
+def _max_pool_backward(saved, dy):
+    winner, size = saved
+
+    def piece(winner, dy):
+        return _unpatched([[jnp.where(winner == 3 * i + j, dy, 0) for j in range(3)] for i in range(3)], *size)
+
+    return (_by_chunks(piece, 32 * winner[0].size, winner, dy),)
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
@@ -183,17 +175,17 @@ def _maximum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return y, winner
 
 
-def _unpatched(parts: list[list[jax.Array]], height: int, width: int) -> jax.Array:
-    """Adds what comes from each of 3x3 windows of stride 2, [row][column] of [B, h, w, C], to [B, height, width, C]."""
-    return _interleave(*(_interleave(*row, axis=2) for row in parts), axis=1)[:, :height, :width]
+def _unpatched(windows: list[list[jax.Array]], height: int, width: int) -> jax.Array:
+    """Sums 3x3 windows of stride 2 where they overlap, [row][column] of [B, h, w, C], to [B, height, width, C]."""
+    return _interleave(*(_interleave(*row, axis=2) for row in windows), axis=1)[:, :height, :width]
 
 
-def _interleave(before: jax.Array, at: jax.Array, behind: jax.Array, axis: int) -> jax.Array:
-    """Adds up windows of three with stride 2 and one pixel of padding: from [n] thrice to [2 n]."""
-    first, others = jnp.split(before, [1], axis=axis)
-    next_before = jnp.concatenate([others, jnp.zeros_like(first)], axis=axis)
-    both = jnp.stack([at, behind + next_before], axis=axis + 1)
-    return both.reshape(*at.shape[:axis], -1, *at.shape[axis + 1 :])
+def _interleave(left: jax.Array, centre: jax.Array, right: jax.Array, axis: int) -> jax.Array:
+    """Sums windows of three with stride 2 and one pixel of padding: from [n] thrice to [2 n]."""
+    first, others = jnp.split(left, [1], axis=axis)
+    next_left = jnp.concatenate([others, jnp.zeros_like(first)], axis=axis)
+    both = jnp.stack([centre, right + next_left], axis=axis + 1)
+    return both.reshape(*centre.shape[:axis], -1, *centre.shape[axis + 1 :])
 
 
 @jax.custom_vjp
@@ -211,7 +203,7 @@ winograd.defvjp(lambda x, kernel: (winograd(x, kernel), (x, kernel)), _winograd_
 
 
 def _winograd(x: jax.Array, weights: jax.Array, turned: bool = False) -> jax.Array:
-    """Transformed weights [4, 4, C, F]; `turned`: of the kernel turned around, from F to C, a permutation of these."""
+    """With transformed weights [4, 4, C, F]; `turned`: of the kernel turned around, from F to C."""
     features = weights.shape[2 if turned else 3]
     order = (3, 1, 2, 0) if turned else (0, 1, 2, 3)
     weights = [[weights[i, j].T if turned else weights[i, j] for j in order] for i in order]
@@ -225,7 +217,7 @@ def _winograd(x: jax.Array, weights: jax.Array, turned: bool = False) -> jax.Arr
         y = jnp.stack([jnp.stack([y[0][i], y[1][i]], axis=3) for i in range(2)], axis=2)
         return y.reshape(batch, height + height % 2, width + width % 2, features)[:, :height, :width]
 
-    return _by_chunks(piece, _chunks(x, _bytes_of_tiles(x, features)), x)
+    return _by_chunks(piece, _tile_bytes(x, features), x)
 
 
 def _winograd_kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -237,7 +229,7 @@ def _winograd_kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
         spread = [_back_transposed([spread[i][j] for i in range(2)]) for j in range(4)]
         return [_outer(tiles[j][i], spread[j][i]) for i in range(4) for j in range(4)]
 
-    sums = jnp.stack(_sum_of_chunks(piece, _chunks(x, _bytes_of_tiles(x, dy.shape[-1])), x, dy))
+    sums = jnp.stack(_sum_of_chunks(piece, _tile_bytes(x, dy.shape[-1]), x, dy))
     return _transform(KERNEL.T, sums.reshape(4, 4, *sums.shape[1:]))
 
 
@@ -262,35 +254,35 @@ def _back_transposed(y):  # A y
     return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
 
 
-def _bytes_of_tiles(x: jax.Array, features: int) -> int:
-    """Of one image's transformed tiles, in and out."""
+def _tile_bytes(x: jax.Array, features: int) -> int:
     _, height, width, channels = x.shape
     return 16 * ((height + 1) // 2) * ((width + 1) // 2) * (channels + features) * x.dtype.itemsize
 
 
 def _transform(matrix: np.ndarray, x: jax.Array) -> jax.Array:
-    """M x M^T over the first two axes, as one matrix product: two fused loops over a large kernel are far slower."""
+    """M x M^T over the first two axes, as one matrix product: two are far slower for a large kernel."""
     y = jnp.asarray(np.kron(matrix, matrix), x.dtype) @ x.reshape(matrix.shape[1] ** 2, -1)
     return y.reshape(len(matrix), len(matrix), *x.shape[2:])
 
 
-def _chunks(x: jax.Array, bytes_of_one: int) -> int:
-    """The smallest number of equal parts of the batch in each of which the temporary arrays stay within CHUNK_BYTES."""
-    parts = (n for n in range(1, len(x) + 1) if len(x) % n == 0)
-    return next(n for n in parts if n == len(x) or len(x) // n * bytes_of_one <= CHUNK_BYTES)
-
-
-def _by_chunks(function: Callable, parts: int, *arrays: jax.Array) -> Any:
-    if parts == 1:
+def _by_chunks(function: Callable, bytes_of_one: int, *arrays: jax.Array) -> Any:
+    if (count := _chunk_count(len(arrays[0]), bytes_of_one)) == 1:
         return function(*arrays)
-    y = jax.lax.map(lambda piece: function(*piece), tuple(x.reshape(parts, -1, *x.shape[1:]) for x in arrays))
+    chunks = tuple(x.reshape(count, -1, *x.shape[1:]) for x in arrays)
+    y = jax.lax.map(lambda chunk: function(*chunk), chunks)
     return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), y)
 
 
-def _sum_of_chunks(function: Callable, parts: int, *arrays: jax.Array) -> Any:
-    if parts == 1:
+def _sum_of_chunks(function: Callable, bytes_of_one: int, *arrays: jax.Array) -> Any:
+    if (count := _chunk_count(len(arrays[0]), bytes_of_one)) == 1:
         return function(*arrays)
-    arrays = tuple(x.reshape(parts, -1, *x.shape[1:]) for x in arrays)
-    shapes = jax.eval_shape(function, *(x[0] for x in arrays))
+    chunks = tuple(x.reshape(count, -1, *x.shape[1:]) for x in arrays)
+    shapes = jax.eval_shape(function, *(x[0] for x in chunks))
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    return jax.lax.scan(lambda sums, piece: (jax.tree.map(jnp.add, sums, function(*piece)), None), zeros, arrays)[0]
+    return jax.lax.scan(lambda sums, chunk: (jax.tree.map(jnp.add, sums, function(*chunk)), None), zeros, chunks)[0]
+
+
+def _chunk_count(batch: int, bytes_of_one: int) -> int:
+    """The smallest number of equal chunks whose temporary arrays stay within CHUNK_BYTES."""
+    counts = (n for n in range(1, batch + 1) if batch % n == 0)
+    return next(n for n in counts if n == batch or batch // n * bytes_of_one <= CHUNK_BYTES)

@@ -7,21 +7,19 @@ from typing import Any
 import numpy as np
 
 from tl_jax import tasks
-from tl_jax.studies.report import results as read
 from tl_jax.studies.report import statistics
-from tl_jax.studies.report.results import Cell, Results
+from tl_jax.studies.report.results import COSTS, Cell, Outputs, Results, Unit, read_curve
 from tl_jax.tasks.intervals import mean_defined
 
 ALPHA = 0.05
 FEW = 5  # with fewer pairs a t-test sees large differences only
-MANY = 3  # levels without a visible difference that still have a sentence each
 FLIPPED = {1: ("wins", "losses"), -1: ("losses", "wins")}
 
 
 def means(results: Results, metric: str) -> dict[Cell, dict]:
     """{"mean", "low", "high", "n", "planned"} of every cell."""
     return {
-        cell: read.interval(results, read.scores_of(results, cell, metric).values()) | {"planned": len(units)}
+        cell: results.interval(results.scores(cell, metric).values()) | {"planned": len(units)}
         for cell, units in results.grid.items()
     }
 
@@ -34,16 +32,15 @@ def differences(results: Results, metric: str) -> list[dict[str, Any]]:
     """
     rows = []
     for factor, against in results.baseline.items():
-        for level in results.factors[factor]:
-            for base in read.cells_where(results, {factor: against}):
-                cell = read.with_level(results, base, factor, level)
-                if level != against and cell in results.grid:
-                    rows.append({"factor": factor, "level": level, "against": against, "cell": cell, "base": base})
-    share = read.test_share(results)
+        bases = results.cells_where({factor: against})
+        for level, base in itertools.product(results.factors[factor], bases):
+            cell = results.with_level(base, factor, level)
+            if level != against and cell in results.grid:
+                rows.append({"factor": factor, "level": level, "against": against, "cell": cell, "base": base})
     for row in rows:
-        a, b = (read.scores_of(results, row[name], metric) for name in ("cell", "base"))
-        units = [unit for unit in results.grid[row["cell"]] if unit in a and unit in b]
-        row |= statistics.paired([a[unit] for unit in units], [b[unit] for unit in units], test_share=share)
+        a, b = (results.scores(row[name], metric) for name in ("cell", "base"))
+        pairs = [(a[unit], b[unit]) for unit in results.grid[row["cell"]] if unit in a and unit in b]
+        row |= statistics.paired(*np.reshape(pairs, (-1, 2)).T, test_share=results.test_share)
         row["better"], row["worse"] = (row[name] for name in FLIPPED[tasks.direction(metric)])
     for row, adjusted in zip(rows, statistics.holm([row["p"] for row in rows]), strict=True):
         row["adjusted"] = adjusted
@@ -52,28 +49,25 @@ def differences(results: Results, metric: str) -> list[dict[str, Any]]:
 
 def reading(results: Results, metric: str, rows: list[dict[str, Any]]) -> list[str]:
     """The comparisons of one metric in plain words, a sentence for each level that is compared."""
-    if not any(read.scores_of(results, cell, metric) for cell in results.grid):
-        known = sorted({name for run in read.runs(results) for name in run.scores})
+    if not any(results.scores(cell, metric) for cell in results.grid):
+        known = sorted({name for run in results.runs() for name in run.scores})
         has = f" (the finished ones have {', '.join(known)})" if known else ""
         return [f"No run has a value of {metric}{has}, so nothing can be said."]
     if not results.baseline:
         return ["The study names no baseline level, so its cells are shown side by side and not compared."]
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["factor"], row["level"]), []).append(row)
     if len(results.factors) > 1:
+        groups: dict[tuple[str, str], list[dict]] = {}
+        for row in rows:
+            groups.setdefault((row["factor"], row["level"]), []).append(row)
         return [_read_several(results, metric, group) for group in groups.values()]
-    unseen = [row for row in rows if row["adjusted"] is not None and row["adjusted"] >= ALPHA]
-    told = [row for row in rows if row not in unseen] if len(unseen) > MANY else rows
-    sentences = [_read_one(results, metric, row) for row in told]
-    return sentences if told is rows else [*sentences, _read_unseen(results, metric, unseen)]
+    return [_read_one(results, metric, row) for row in rows]
 
 
 def _read_one(results: Results, metric: str, row: dict[str, Any]) -> str:
     a, b, n = row["level"], row["against"], row["n"]
-    units = read.unit_noun(results, n)
+    units = results.noun(n)
     if n == 0:
-        return f"{a} cannot be compared with {b}: there is no {read.unit_noun(results, 1)} that both have finished."
+        return f"{a} cannot be compared with {b}: there is no {results.noun(1)} that both have finished."
     told = f"{a} minus {b} is {row['mean']:+.4f} in {metric}"
     if n == 1:
         return f"{told} with the only {units} that both have: no test from one."
@@ -88,22 +82,11 @@ def _read_one(results: Results, metric: str, row: dict[str, Any]) -> str:
     return f"{a} has a {side} {metric} than {b} ({span}; {side} with {share} of {n} {units}){few}."
 
 
-def _read_unseen(results: Results, metric: str, rows: list[dict[str, Any]]) -> str:
-    """The levels of which nothing can be said, in one sentence."""
-    levels = "; ".join(f"{row['level']} {row['mean']:+.4f}" for row in rows)
-    smallest = p_equals(min(row["adjusted"] for row in rows))
-    return (
-        f"No difference in {metric} can be seen between {rows[0]['against']} and {len(rows)} levels ({levels}; the "
-        f"smallest adjusted {smallest}){_few(results, [min(row['n'] for row in rows)])}."
-    )
-
-
 def _read_several(results: Results, metric: str, rows: list[dict[str, Any]]) -> str:
-    """One level over all settings of the other factors: where it differs, and where nothing can be said."""
     factor, level, against = (rows[0][name] for name in ("factor", "level", "against"))
     kinds: dict[str, list[str]] = {}
     for row in rows:
-        setting = read.name_of(results, row["cell"], without=[factor])
+        setting = results.title(row["cell"], without=[factor])
         if row["adjusted"] is None:
             kind = "no test is possible"
         elif row["adjusted"] >= ALPHA:
@@ -111,18 +94,17 @@ def _read_several(results: Results, metric: str, rows: list[dict[str, Any]]) -> 
         else:
             kind = f"{metric} is {_direction(metric, row['mean'])}"
         kinds.setdefault(kind, []).append(setting if row["mean"] is None else f"{setting}: {row['mean']:+.4f}")
-    parts = "; ".join(f"{kind} in {len(names)} ({_listed(names)})" for kind, names in kinds.items())
+    told = "; ".join(f"{kind} in {len(names)} ({_listed(names)})" for kind, names in kinds.items())
     few = _few(results, [row["n"] for row in rows if row["adjusted"] is not None])
     settings = "setting" if len(rows) == 1 else "settings"
-    return f"{factor}={level} against {factor}={against}, in {len(rows)} {settings}: {parts}{few}."
+    return f"{factor}={level} against {factor}={against}, in {len(rows)} {settings}: {told}{few}."
 
 
 def _few(results: Results, counts: list[int]) -> str:
-    """A warning where some test has fewer than FEW pairs."""
     if not counts or min(counts) >= FEW:
         return ""
     span = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    return f"; with {span} {read.unit_noun(results, max(counts))} only large differences can be seen"
+    return f"; with {span} {results.noun(max(counts))} only large differences can be seen"
 
 
 def _listed(names: list[str], limit: int = 8) -> str:
@@ -140,17 +122,16 @@ def p_equals(p: float) -> str:
 
 def effects(results: Results, metric: str) -> tuple[list[dict[str, Any]] | str, int]:
     """Main effects and interactions (or why there are none), over the units that every cell has; and how many."""
-    shape = [len(levels) for levels in results.factors.values()]
     cells = list(itertools.product(*results.factors.values()))
-    scores = [read.scores_of(results, cell, metric) for cell in cells]
+    scores = [results.scores(cell, metric) for cell in cells]
     units = [unit for unit in next(iter(results.grid.values()), {}) if all(unit in column for column in scores)]
     if not units:
-        lacking = [read.name_of(results, cell) for cell, column in zip(cells, scores, strict=True) if not column]
+        lacking = [results.title(cell) for cell, column in zip(cells, scores, strict=True) if not column]
         named = f"; without any value: {_listed(lacking)}" if lacking else ""
-        return f"no {read.unit_noun(results, 1)} is complete in all {len(cells)} cells{named}", 0
-    table = np.array([[column[unit] for unit in units] for column in scores]).reshape(*shape, len(units))
-    rows = statistics.anova(table, list(results.factors), test_share=read.test_share(results))
-    return rows, len(units)
+        return f"no {results.noun(1)} is complete in all {len(cells)} cells{named}", 0
+    table = np.array([[column[unit] for unit in units] for column in scores])
+    table = table.reshape(*map(len, results.factors.values()), len(units))
+    return statistics.anova(table, list(results.factors), test_share=results.test_share), len(units)
 
 
 def ranks(results: Results, factor: str, metric: str) -> dict[str, Any] | str:
@@ -159,10 +140,9 @@ def ranks(results: Results, factor: str, metric: str) -> dict[str, Any] | str:
     if len(levels) < 3:
         return f"{factor} has {len(levels)} levels; ranks are compared from 3 on"
     blocks = []
-    for first in read.cells_where(results, {factor: levels[0]}):
-        row = [read.scores_of(results, read.with_level(results, first, factor, level), metric) for level in levels]
-        shared = [unit for unit in results.grid[first] if all(unit in column for column in row)]
-        blocks += [[column[unit] for column in row] for unit in shared]
+    for first in results.cells_where({factor: levels[0]}):
+        row = [results.scores(results.with_level(first, factor, level), metric) for level in levels]
+        blocks += [[column[unit] for column in row] for unit in results.grid[first] if all(unit in c for c in row)]
     if len(blocks) < 5:
         return f"{factor}: {len(blocks)} complete blocks; ranks are compared from 5 on"
     return {"levels": levels, **statistics.friedman(tasks.direction(metric) * np.array(blocks))}
@@ -170,54 +150,50 @@ def ranks(results: Results, factor: str, metric: str) -> dict[str, Any] | str:
 
 def costs(results: Results) -> list[dict[str, Any]]:
     """The mean cost of each cell over its finished runs, and its ratio to the cell of the baseline levels."""
-
-    def mean(units: Mapping[Any, read.Run], name: str) -> float | None:
-        found = [run.cost[name] for run in units.values() if run.cost.get(name) is not None]
-        return float(np.mean(found)) if found else None
-
-    means, rows = {cell: {name: mean(units, name) for name in read.COSTS} for cell, units in results.grid.items()}, []
+    means: dict[Cell, dict[str, float | None]] = {}
+    for cell, units in results.grid.items():
+        found = {name: [run.cost[name] for run in units.values() if run.cost.get(name) is not None] for name in COSTS}
+        means[cell] = {name: float(np.mean(values)) if values else None for name, values in found.items()}
+    rows = []
     for cell, own in means.items():
-        base = cell
-        for factor, level in results.baseline.items():
-            base = read.with_level(results, base, factor, level)
+        base = tuple(results.baseline.get(factor, level) for factor, level in zip(results.factors, cell, strict=True))
         of_base = means.get(base, {}) if results.baseline else {}
         ratios = {f"{name}_ratio": own[name] / of_base[name] if of_base.get(name) and own[name] is not None else None
-                  for name in read.COSTS}  # fmt: skip
+                  for name in COSTS}  # fmt: skip
         rows.append({"cell": cell, **own, **ratios})
     return rows
 
 
 def mean_curve(results: Results, cell: Cell, column: str) -> dict | None:
     """A column of metrics.jsonl of a cell: mean and interval over the steps that all its runs have reached, or None."""
-    curves = [read.read_curve(run, column) for run in results.grid.get(cell, {}).values()]
+    curves = [read_curve(run, column) for run in results.grid.get(cell, {}).values()]
     if not (curves := [curve for curve in curves if len(curve)]):
         return None
     first, last = max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves)
     steps = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
     steps = steps[(steps >= first) & (steps <= last)]
-    values = np.array([np.interp(steps, *curve.T) for curve in curves])
-    rows = [read.interval(results, column) for column in values.T]
+    rows = [results.interval(values) for values in zip(*(np.interp(steps, *curve.T) for curve in curves), strict=True)]
     return {"x": steps, **{name: [row[name] for row in rows] for name in ("mean", "low", "high")}} if rows else None
 
 
-def pooled(results: Results, outputs: Mapping[str, read.Outputs], factor: str, level: str) -> dict | None:
+def pooled(results: Results, outputs: Mapping[str, Outputs], factor: str, level: str) -> dict | None:
     """Reliability bins of all the finished runs of one level together."""
-    cells = read.cells_where(results, {factor: level})
-    found = [run.key for cell in cells for run in results.grid[cell].values() if run.key in outputs]
+    keys = [run.key for cell in results.cells_where({factor: level}) for run in results.grid[cell].values()]
+    found = [outputs[key] for key in keys if key in outputs]
     if not found:
         return None
-    count, observed, expected = (sum(outputs[key][i] for key in found) for i in range(3))
+    count, observed, expected = (sum(output[i] for output in found) for i in range(3))
     total = np.where(count, count, 1)
     return {"count": count, "observed": observed / total, "expected": expected / total}
 
 
 def class_changes(
-    results: Results, outputs: Mapping[str, read.Outputs], factor: str, level: str, against: str
+    results: Results, outputs: Mapping[str, Outputs], factor: str, level: str, against: str
 ) -> np.ndarray:
     """Recall of a level minus that of the baseline [units, classes], averaged over the settings that a unit has."""
-    found: dict[read.Unit, list[np.ndarray]] = {}
-    for base in read.cells_where(results, {factor: against}):
-        other = results.grid.get(read.with_level(results, base, factor, level), {})
+    found: dict[Unit, list[np.ndarray]] = {}
+    for base in results.cells_where({factor: against}):
+        other = results.grid.get(results.with_level(base, factor, level), {})
         for unit, run in results.grid[base].items():
             if unit in other and run.key in outputs and other[unit].key in outputs:
                 change = outputs[other[unit].key].recall - outputs[run.key].recall

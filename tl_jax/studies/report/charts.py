@@ -1,7 +1,4 @@
-"""Charts of plain numbers in the palette of the plots: dots with intervals, lines with bands, Pareto sets, mean ranks.
-
-order: all names that share the colours, so that each keeps its own in every figure. legend: the legend's title.
-"""
+"""Charts of plain numbers. order: all names that share the colours, so that each keeps its own in every figure."""
 
 from collections.abc import Mapping, Sequence
 
@@ -34,10 +31,10 @@ def _legend(figure, axes, title, names=None):
 
 def dots(path, rows: Sequence[str], series: Mapping[str, Sequence[dict]], label: str, *, order: Sequence[str] = (),
          legend="", reference=None):  # fmt: skip
-    """A mean with its interval and its single values, a row each, and several `series` side by side in a row.
+    """A mean with its interval and its values, a row each; `series` stand side by side, one alone with its numbers.
 
     A mark is {"mean", "low", "high", "values", "sure", "text"}: not `sure` is hollow, and `text` stands where there is
-    no mean. `reference`: x of a vertical line. One series has its numbers written next to it.
+    no mean. `reference`: x of a vertical line.
     """
     several, step = len(series) > 1, 0.8 / len(series)
     height = min(0.9 + len(rows) * (0.14 + max(0.2 * len(series), 0.24)), 40)
@@ -80,10 +77,9 @@ def _dot(axis, y, mark, style, step, written):
 
 
 def comparison(path, named: Mapping[str, Sequence[float] | Mapping], label: str) -> None:
-    """Several runs or arms, a row each in the given order.
-
-    A value is a list of numbers, one per seed, or an interval {"value", "low", "high"} of `tasks.summarize`.
-    """
+    """A row for each name: a list of numbers, one per seed, or {"value", "low", "high"} of `tasks.summarize`."""
+    if not named:
+        raise ValueError("nothing to compare: expected at least one name with its numbers")
     marks = []
     for name, entry in named.items():
         if isinstance(entry, Mapping):
@@ -94,8 +90,6 @@ def comparison(path, named: Mapping[str, Sequence[float] | Mapping], label: str)
             raise ValueError(f"{name!r}: expected a list of finite numbers, found {entry!r}")
         else:
             marks.append({**mean_interval(entry), "values": entry, "text": ""})
-    if not marks:
-        raise ValueError("nothing to compare: expected at least one name with its numbers")
     dots(path, list(named), {"": marks}, f"{label}, 95 % interval")
 
 
@@ -109,7 +103,10 @@ def lines(path, panels: Mapping[str, Mapping[str, dict]], x_label: str, y_label:
     rows, several = -(-len(panels) // columns), len(order) > 1
     width, height = (5.2, 3.5) if len(panels) == 1 else (2.5 * columns, 2.3 * rows + 0.2)
     with figure_at(path, (width + 1.5 * several, height), rows=rows, columns=columns) as (figure, axes):
-        for axis, (title, panel) in zip(axes, panels.items(), strict=False):
+        shown = axes[: len(panels)]
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        for axis, (title, panel) in zip(shown, panels.items(), strict=True):
             for name, line in panel.items():
                 _line(axis, name, order, line, bars)
             axis.set_title(short(title, 34), fontsize=9)
@@ -119,9 +116,6 @@ def lines(path, panels: Mapping[str, Mapping[str, dict]], x_label: str, y_label:
                 axis.minorticks_off()
             if ticks:
                 axis.set_xticks([x for x, _ in ticks], [short(text, 16) for _, text in ticks])
-        shown = axes[: len(panels)]
-        for axis in axes[len(panels) :]:
-            axis.set_visible(False)
         low, high = zip(*(axis.get_ylim() for axis in shown), strict=True)
         for i, axis in enumerate(shown):
             axis.set(ylim=(min(low), max(high)), xlabel=x_label if i + columns >= len(panels) else "")
@@ -182,10 +176,7 @@ def pareto(path, points: Sequence[dict], best: Sequence[int], label: str, *, ord
 
 
 def reliability(path, series: Mapping[str, dict], *, axes: tuple[str, str], order: Sequence[str], legend="") -> None:
-    """Observed against expected share, a line each for {"count", "observed", "expected"} of equal bins.
-
-    axes: what the two shares are called.
-    """
+    """Observed against expected share, called `axes`, a line each for {"count", "observed", "expected"} of bins."""
     with figure_at(path, (5.6 if len(series) > 1 else 4.0, 3.8)) as (figure, (axis,)):
         axis.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
         for name, bins in series.items():

@@ -20,31 +20,28 @@ from tl_jax.studies.report.tables import Picture
 from tl_jax.tasks.intervals import mean_defined
 
 PANELS = 12
-
-
 Numbers, Outputs = Mapping[str, Any], Mapping[str, read.Outputs]
 Figure = tuple[str, str, Callable[[pathlib.Path], None]]
 Made = Iterator[Figure | str]
 
 
-def draw(results: Results, numbers: Mapping[str, Any], folder: pathlib.Path) -> tuple[list[Picture], list[str]]:
+def draw(results: Results, numbers: Numbers, folder: pathlib.Path) -> tuple[list[Picture], list[str]]:
     """Writes every figure that the results allow as PNG and SVG; returns them, and sentences on those left out."""
     folder.mkdir(parents=True, exist_ok=True)
     outputs, notes = read.read_outputs(results)
     pictures = []
-    for made in (made for maker in MAKERS for made in maker(results, numbers, outputs)):
+    for made in itertools.chain.from_iterable(maker(results, numbers, outputs) for maker in MAKERS):
         if isinstance(made, str):
             notes.append(made)
             continue
-        name, caption, drawn = made
+        name, caption, draw_into = made
         for suffix in (".png", ".svg"):
-            drawn(folder / f"{name}{suffix}")
+            draw_into(folder / f"{name}{suffix}")
         pictures.append(Picture(name, caption))
     return pictures, notes
 
 
 def cells(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
-    """Each metric per cell, with its interval and its single values."""
     for metric in results.metrics:
         if any(mean["n"] for mean in numbers[metric]["means"].values()):
             yield _cell_dots(results, "cells" if metric == results.metrics[0] else f"cells-{_file(metric)}", metric)
@@ -54,32 +51,29 @@ def cells(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
 
 def _cell_dots(results: Results, name: str, metric: str) -> Figure:
     """A factor's levels as colours and settings of the others as rows; without such a factor, a row for each cell."""
-    factor, units = _colour_factor(results), read.unit_noun(results)
-    series = {"": list(results.grid)}
-    if factor:
-        series = {level: read.cells_where(results, {factor: level}) for level in results.factors[factor]}
-    rows = [read.name_of(results, cell, without=[factor]) for cell in next(iter(series.values()))]
+    factor, units = _colour_factor(results), results.noun()
+    series = {level: results.cells_where({factor: level}) for level in results.factors.get(factor, ())}
+    series = series or {"": list(results.grid)}
+    rows = [results.title(cell, without=[factor]) for cell in next(iter(series.values()))]
     marks = {line: [_cell_mark(results, cell, metric) for cell in column] for line, column in series.items()}
     caption = f"{metric} of each cell: mean and 95 % interval over {units}; small dots are single {units}."
-    style = {"order": list(results.factors.get(factor, ())), "legend": factor}
-    label = f"{metric}, 95 % interval"
-    return name, caption, partial(charts.dots, rows=rows, series=marks, label=label, **style)
+    style = {"order": list(results.factors.get(factor, ())), "legend": factor, "label": f"{metric}, 95 % interval"}
+    return name, caption, partial(charts.dots, rows=rows, series=marks, **style)
 
 
 def _cell_mark(results: Results, cell: Cell, metric: str) -> dict:
-    values, planned = list(read.scores_of(results, cell, metric).values()), results.grid.get(cell, {})
-    states = dict.fromkeys(read.word_of(run) for run in planned.values() if run.state != "done")
+    values, planned = list(results.scores(cell, metric).values()), results.grid.get(cell, {})
+    states = dict.fromkeys(run.word for run in planned.values() if run.state != "done")
     few = f"  n = {len(values)}" if len(values) < len(planned) else ""
     text = few if values else ", ".join(states) or "no value"
-    return {**read.interval(results, values), "values": values, "text": text}
+    return {**results.interval(values), "values": values, "text": text}
 
 
 def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
-    """Paired differences from the baseline, a figure for each factor that has one."""
     metric = results.metrics[0]
 
     def mark(row):
-        a, b = (read.scores_of(results, row[name], metric) for name in ("cell", "base"))
+        a, b = (results.scores(row[name], metric) for name in ("cell", "base"))
         values = [a[unit] - b[unit] for unit in a if unit in b]
         sure = row["adjusted"] is not None and row["adjusted"] < analysis.ALPHA
         return {**row, "values": values, "sure": sure, "text": "" if values else "no pair"}
@@ -87,22 +81,22 @@ def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     for factor, against in results.baseline.items():
         rows = [row for row in numbers[metric]["differences"] if row["factor"] == factor]
         if not any(row["n"] for row in rows):
-            yield f"differences from {factor}={against}: no level has a {read.unit_noun(results, 1)} in common with it"
+            yield f"differences from {factor}={against}: no level has a {results.noun(1)} in common with it"
             continue
         levels = list(dict.fromkeys(row["level"] for row in rows))
         if len(results.factors) == 1 or len(levels) > charts.LINES:
-            names = [read.name_of(results, row["cell"]) for row in rows]
+            names = [results.title(row["cell"]) for row in rows]
             series, legend = {"": [mark(row) for row in rows]}, ""
         else:
-            names = list(dict.fromkeys(read.name_of(results, row["cell"], without=[factor]) for row in rows))
+            names = list(dict.fromkeys(results.title(row["cell"], without=[factor]) for row in rows))
             series = {level: [mark(row) for row in rows if row["level"] == level] for level in levels}
             legend = factor
         caption = (
             f"Difference in {metric} from {factor}={against}, other factors equal, paired: mean and 95 % interval (of "
             f"each alone); filled where p (Holm) < {analysis.ALPHA}."
         )
-        style = {"order": list(results.factors[factor]), "legend": legend, "reference": 0}
-        style["label"] = f"difference in {metric}, 95 % interval"
+        label = f"difference in {metric}, 95 % interval"
+        style = {"order": list(results.factors[factor]), "legend": legend, "reference": 0, "label": label}
         name = "differences" if len(results.baseline) == 1 else f"differences-{_file(factor)}"
         yield name, caption, partial(charts.dots, rows=names, series=series, **style)
 
@@ -126,16 +120,15 @@ def budget(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
         return  # a second factor of shots would overrule the first
 
 
-def _line_figure(name: str, caption: str, results: Results, panels: dict, lines: str | None, label: str, **style):
-    order = list(results.factors[lines]) if lines else [""]
-    drawn = partial(charts.lines, panels=panels, y_label=label, order=order, legend=lines or "", **style)
-    return name, caption, drawn
+def _line_figure(name: str, caption: str, results: Results, panels: dict, factor: str, label: str, **style) -> Figure:
+    order = list(results.factors.get(factor, [""]))
+    return name, caption, partial(charts.lines, panels=panels, y_label=label, order=order, legend=factor, **style)
 
 
-def _line_factor(results: Results, along: str) -> str | None:
+def _line_factor(results: Results, along: str) -> str:
     """The factor that lines stand for where the x axis is `along`: one that can have colours, if any is left."""
     others = [factor for factor in [*results.baseline, *results.factors] if factor != along]
-    return next(iter([*_with_colours(results, others), *others]), None)
+    return next(iter([*_with_colours(results, others), *others]), "")
 
 
 def _colour_factor(results: Results) -> str:
@@ -157,40 +150,36 @@ def _panels(results: Results, along: str, make_line: Callable[[list[Cell]], dict
     if len(lines) > charts.LINES or len(panels) > PANELS:
         return f"{len(lines)} lines in {len(panels)} panels would be too many to read"
     made: dict[str, dict] = {}
-    for panel in panels:
+    for panel, name in itertools.product(panels, lines):
         fixed = dict(zip(of_panels, panel, strict=True))
-        title = ", ".join(f"{factor}={level}" for factor, level in fixed.items())
-        for line in lines:
-            if drawn := make_line(read.cells_where(results, fixed | ({of_lines: line} if of_lines else {}))):
-                made.setdefault(title, {})[line] = drawn
+        if line := make_line(results.cells_where(fixed | ({of_lines: name} if of_lines else {}))):
+            made.setdefault(", ".join(map("=".join, fixed.items())), {})[name] = line
     return made
 
 
 def _means_along(results: Results, metric: str, along: str, place: Mapping, cells: list[Cell]) -> dict | None:
     """The means of cells as a line over {level of `along`: x}, from left to right; None where no cell has a value."""
     points = []
-    for x, cell in sorted(((place[read.level_of(results, cell, along)], cell) for cell in cells), key=lambda p: p[0]):
-        mean = read.interval(results, read.scores_of(results, cell, metric).values())
+    for x, cell in sorted(((place[results.level(cell, along)], cell) for cell in cells), key=lambda pair: pair[0]):
+        mean = results.interval(results.scores(cell, metric).values())
         if mean["n"]:
             points.append((x, *(mean[name] for name in ("mean", "low", "high"))))
     return dict(zip(("x", "mean", "low", "high"), zip(*points, strict=True), strict=True)) if points else None
 
 
 def parameters(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
-    """Score against trainable parameters, where these vary."""
     metric, factor, points = results.metrics[0], _colour_factor(results), []
     for row in analysis.costs(results):
         mean, x = numbers[metric]["means"][row["cell"]], row["trainable_parameters"]
         if mean["n"] and x is not None:
-            group = read.level_of(results, row["cell"], factor) if factor else ""
-            name = read.name_of(results, row["cell"], without=[factor])
-            points.append({**mean, "x": x, "name": name, "group": group})
+            group = results.level(row["cell"], factor) if factor else ""
+            points.append({**mean, "x": x, "name": results.title(row["cell"], without=[factor]), "group": group})
     if len({point["x"] for point in points}) < 2:
         return
     scores = [tasks.direction(metric) * point["mean"] for point in points]
     best = statistics.pareto([point["x"] for point in points], scores)
     caption = f"{metric} against trainable parameters; no other cell has both fewer and a better mean than the front's."
-    style = {"label": metric, "order": list(results.factors[factor]) if factor else [""], "legend": factor}
+    style = {"label": metric, "order": list(results.factors.get(factor, [""])), "legend": factor}
     yield "parameters", caption, partial(charts.pareto, points=points, best=best, **style)
 
 
@@ -200,14 +189,13 @@ def interaction(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     if len(results.factors) != 2:
         return
     shots = {name for name, levels in results.factors.items() if any("data.shots" in o for o in levels.values())}
-    lines, along = sorted(results.factors, key=lambda name: name not in shots)  # shots have their own axis in `budget`
-    if len(results.factors[lines]) > charts.LINES:
-        lines, along = along, lines
-    if len(results.factors[lines]) > charts.LINES:
-        yield f"interaction of {lines} and {along}: too many levels to read"
+    order = sorted(results.factors, key=lambda name: name not in shots)  # shots have their own axis in `budget`
+    if not (fit := [name for name in order if len(results.factors[name]) <= charts.LINES]):
+        yield f"interaction of {order[1]} and {order[0]}: too many levels to read"
         return
+    lines, (along,) = fit[0], [name for name in order if name != fit[0]]
     place = {level: i for i, level in enumerate(results.factors[along])}
-    found = {level: _means_along(results, metric, along, place, read.cells_where(results, {lines: level}))
+    found = {level: _means_along(results, metric, along, place, results.cells_where({lines: level}))
              for level in results.factors[lines]}  # fmt: skip
     if panel := {level: line for level, line in found.items() if line}:
         caption = f"Interaction of {along} and {lines} in {metric}: mean and 95 % interval; parallel lines mean none."
@@ -216,7 +204,6 @@ def interaction(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
 
 
 def ranks(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
-    """A critical-difference diagram for each factor of three levels or more."""
     metric = results.metrics[0]
     for factor, found in numbers[metric]["ranks"].items():
         if isinstance(found, str):
@@ -226,14 +213,12 @@ def ranks(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
         mean_ranks, distance = found["ranks"], found["critical_difference"]
         caption = (
             f"Mean ranks of {factor} in {metric} over {found['n']} blocks (a setting of the other factors and a "
-            f"{read.unit_noun(results, 1)}; 1 is best): bars join levels that Nemenyi's test does not tell apart. "
-            f"Friedman's {analysis.p_equals(found['p'])}. Blocks of one data set are not independent: read it as a "
-            "description."
+            f"{results.noun(1)}; 1 is best): bars join levels that Nemenyi's test does not tell apart. Friedman's "
+            f"{analysis.p_equals(found['p'])}. Blocks of one data set are not independent: read it as a description."
         )
         names = found["levels"] if len(results.factors) == 1 else [f"{factor}={level}" for level in found["levels"]]
         style = {"distance": distance, "groups": statistics.groups_not_different(mean_ranks, distance)}
-        drawn = partial(charts.ranks, names=names, mean_ranks=mean_ranks, **style)
-        yield f"ranks-{_file(factor)}", caption, drawn
+        yield f"ranks-{_file(factor)}", caption, partial(charts.ranks, names=names, mean_ranks=mean_ranks, **style)
 
 
 def learning(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
@@ -243,9 +228,9 @@ def learning(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     if isinstance(panels, str):
         yield f"learning curves: {panels}"
     elif panels:
-        caption = f"{column} while training: mean over {read.unit_noun(results)}, bands are 95 % intervals."
+        caption = f"{column} while training: mean over {results.noun()}, bands are 95 % intervals."
         yield _line_figure("learning", caption, results, panels, _line_factor(results, ""), column, x_label="step")
-    elif read.count_states(results)["done"]:
+    elif results.count_states()["done"]:
         yield f"learning curves: no finished run has {column} in its metrics.jsonl"
 
 
@@ -253,7 +238,7 @@ def calibration(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     """Reliability lines of a factor's levels, pooled over all else, and the calibration error of each cell."""
     error = tasks.CALIBRATION
     if not outputs:
-        if read.count_states(results)["done"]:
+        if results.count_states()["done"]:
             yield "reliability and changes per class: no finished run has a predictions.npz of classes"
         return
     factor = _colour_factor(results) or next(iter(results.factors))
@@ -264,10 +249,9 @@ def calibration(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
         lines = {level: analysis.pooled(results, outputs, factor, level) for level in levels}
         lines, axes = {level: bins for level, bins in lines.items() if bins}, next(iter(outputs.values())).axes
         also = " and all other factors" if len(results.factors) > 1 else ""
-        caption = f"Reliability of each {factor}: {' by '.join(axes)}, pooled over {read.unit_noun(results)}{also}."
-        drawn = partial(charts.reliability, series=lines, axes=axes, order=levels, legend=factor)
-        yield "calibration", caption, drawn
-    if error not in results.metrics and any(read.scores_of(results, cell, error) for cell in results.grid):
+        caption = f"Reliability of each {factor}: {' by '.join(axes)}, pooled over {results.noun()}{also}."
+        yield "calibration", caption, partial(charts.reliability, series=lines, axes=axes, order=levels, legend=factor)
+    if error not in results.metrics and any(results.scores(cell, error) for cell in results.grid):
         yield _cell_dots(results, f"calibration-{error}", error)
 
 
@@ -277,7 +261,8 @@ def classes(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
         return
     factor, against = next(iter(results.baseline.items()))
     levels = [level for level in results.factors[factor] if level != against][: charts.LINES]
-    if len({out.class_names for out in outputs.values()}) > 1:
+    names, *others = {out.class_names for out in outputs.values()}
+    if others:
         yield "changes per class: the runs have different classes"
         return
     changes = {level: analysis.class_changes(results, outputs, factor, level, against) for level in levels}
@@ -285,22 +270,19 @@ def classes(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     if not changes:
         yield f"changes per class: no run has its counterpart of {factor}={against}"
         return
-    names = next(iter(outputs.values())).class_names
     mean = np.nan_to_num(np.mean([mean_defined(change, axis=0) for change in changes.values()], axis=0))
     order = np.argsort(mean, kind="stable")
     order, cut = (order, "") if len(order) <= 24 else (np.r_[order[:12], order[-12:]], "; the 12 at either end")
 
     def mark(values):
         values = values[~np.isnan(values)].tolist()
-        return {**read.interval(results, values), "values": values, "text": "" if values else "no example"}
+        return {**results.interval(values), "values": values, "text": "" if values else "no example"}
 
     marks = {level: [mark(change[:, k]) for k in order] for level, change in changes.items()}
-    caption = (
-        f"Change of each class's recall against {factor}={against}, paired, with 95 % intervals of each alone{cut}."
-    )
-    style = {"order": list(results.factors[factor]), "legend": factor, "reference": 0}
-    style["label"] = f"difference in recall from {factor}={against}"
-    yield "classes", caption, partial(charts.dots, rows=[names[k] for k in order], series=marks, **style)
+    caption = f"Change of each class's recall against {factor}={against}, paired, with 95 % intervals of each alone"
+    label = f"difference in recall from {factor}={against}"
+    style = {"order": list(results.factors[factor]), "legend": factor, "reference": 0, "label": label}
+    yield "classes", f"{caption}{cut}.", partial(charts.dots, rows=[names[k] for k in order], series=marks, **style)
 
 
 def _file(name: str) -> str:

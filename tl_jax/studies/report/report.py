@@ -8,14 +8,14 @@ import csv
 import io
 import json
 import pathlib
+import re
 from typing import Any
 
 from tl_jax import tasks
 from tl_jax.core.files import write_text
 from tl_jax.studies.report import analysis, figures, tables
-from tl_jax.studies.report import results as read
-from tl_jax.studies.report.results import Results
-from tl_jax.studies.report.tables import Block, Heading, Items, Picture, Table, Text
+from tl_jax.studies.report.results import COSTS, Cell, Results, Unit, load
+from tl_jax.studies.report.tables import Block, Picture, Sections, Table, scaled
 
 NONE = "-"
 METHODS = {
@@ -35,24 +35,24 @@ METHODS = {
 def write(workdir: pathlib.Path) -> dict[str, Any]:
     """Writes report.md, .csv, .tex, .html and figures/ into a study's workdir; returns what they say, without times."""
     workdir = pathlib.Path(workdir)
-    results = read.load(workdir)
+    results = load(workdir)
     numbers = {metric: analyse(results, metric) for metric in results.metrics}
     pictures, notes = figures.draw(results, numbers, workdir / "figures")
-    blocks, for_latex = make_blocks(results, numbers, pictures, notes)
+    sections, for_latex = make_sections(results, numbers, pictures, notes)
     title = results.name or "Study"
     images = {picture.name: (workdir / "figures" / f"{picture.name}.png").read_bytes() for picture in pictures}
-    write_text(workdir / "report.md", tables.to_markdown(title, blocks))
-    write_text(workdir / "report.html", tables.to_html(title, blocks, images))
+    write_text(workdir / "report.md", tables.to_markdown(title, sections))
+    write_text(workdir / "report.html", tables.to_html(title, sections, images))
     write_text(workdir / "report.tex", tables.to_latex(for_latex))
     write_text(workdir / "report.csv", to_csv(results))
     metrics = {}
     for metric, found in numbers.items():
-        cells = [{"levels": dict(zip(results.factors, cell, strict=True)), **mean}
-                 for cell, mean in found["means"].items()]  # fmt: skip
+        levels = [dict(zip(results.factors, cell, strict=True)) for cell in found["means"]]
+        cells = [{"levels": each, **mean} for each, mean in zip(levels, found["means"].values(), strict=True)]
         metrics[metric] = {"cells": cells, **{name: found[name] for name in ("differences", "effects", "ranks")}}
     return {
         "name": results.name,
-        "runs": read.count_states(results),
+        "runs": results.count_states(),
         "reading": numbers[results.metrics[0]]["reading"],
         "metrics": metrics,
         "figures": [picture.name for picture in pictures],
@@ -73,56 +73,49 @@ def analyse(results: Results, metric: str) -> dict[str, Any]:
     }
 
 
-def make_blocks(
+def make_sections(
     results: Results, numbers: dict, pictures: list[Picture], notes: list[str]
-) -> tuple[list[Block], dict[str, Table]]:
+) -> tuple[Sections, dict[str, Table]]:
     """The report from top to bottom, and those of its tables that a paper would show."""
 
-    def drawn(*kinds: str) -> list[Picture]:
+    def pictures_of(*kinds: str) -> list[Picture]:
         return [picture for kind in kinds for picture in pictures if picture.name.partition("-")[0] == kind]
 
     cells = {metric: _mean_table(results, metric, found["means"]) for metric, found in numbers.items()}
-    compared = {
-        f"differences in {metric}": _difference_table(results, metric, found["differences"])
-        for metric, found in numbers.items()
-        if found["differences"]
-    }
-    cost, several = _cost_table(results), len(results.factors) > 1
-    devices = sorted({run.device for run in read.runs(results) if run.device})
+    rows = {metric: found["differences"] for metric, found in numbers.items() if found["differences"]}
+    compared = {f"differences in {metric}": _difference_table(results, metric, rows[metric]) for metric in rows}
+    cost = _cost_table(results)
+    devices = sorted({run.device for run in results.runs() if run.device})
     mixed = "; runs of different devices cannot be compared in time" if len(devices) > 1 else ""
-    measured = [Text(f"Measured on {', '.join(devices)}{mixed}.")] if devices else []
-    sections: dict[str, list[Block] | None] = {
+    measured = [f"Measured on {', '.join(devices)}{mixed}."] if devices else []
+    question = [paragraph.strip() for paragraph in re.split(r"\n\s*\n", results.question) if paragraph.strip()]
+    sections = {
+        "": question,
         "Answer": _answer(results, numbers),
         "Design": _design(results),
         "Failed and missing runs": _unfinished(results),
-        "Results": [*cells.values(), *drawn("cells", "budget")],
-        "Differences from the baseline": (
-            [*compared.values(), *drawn("differences", "classes")] if results.baseline else None
-        ),
-        "Main effects and interactions": [*_effects(results, numbers), *drawn("interaction")] if several else None,
-        "Ranks": drawn("ranks") or None,
-        "Cost": [*measured, cost, *drawn("parameters")],
-        "Learning and calibration": drawn("learning", "calibration") or None,
-        "Figures left out": [Items(notes)] if notes else None,
-        "Methods": [Items(_methods(results, numbers))],
+        "Results": [*cells.values(), *pictures_of("cells", "budget")],
+        "Differences from the baseline": [*compared.values(), *pictures_of("differences", "classes")],
+        "Main effects and interactions": [*_effects(results, numbers), *pictures_of("interaction")],
+        "Ranks": pictures_of("ranks"),
+        "Cost": [*measured, cost, *pictures_of("parameters")],
+        "Learning and calibration": pictures_of("learning", "calibration"),
+        "Figures left out": [notes] if notes else [],
+        "Methods": [_methods(results, numbers)],
     }
-    blocks: list[Block] = [Text(results.question)] if results.question.strip() else []
-    for title, section in sections.items():
-        blocks += [] if section is None else [Heading(title), *section]
-    return blocks, {**cells, **compared, "cost": cost}
+    sections = {heading: blocks for heading, blocks in sections.items() if blocks}
+    return sections, {**cells, **compared, "cost": cost}
 
 
 def _answer(results: Results, numbers: dict) -> list[Block]:
-    counts = read.count_states(results)
+    counts = results.count_states()
     total = sum(counts.values())
-    runs = ", ".join(f"{count} {state}" for state, count in counts.items())
-    lines = [f"{total} runs planned: {runs}."]
+    lines = [f"{total} runs planned: {', '.join(f'{count} {state}' for state, count in counts.items())}."]
     if counts["done"] < total:
         lines.append("Not all runs are finished: everything here is over those that are, n says how many.")
     if max(map(len, results.grid.values()), default=0) == 1:
-        unit = read.unit_noun(results, 1)
-        lines.append(f"One {unit} in each cell: there are no intervals, and nothing can be tested.")
-    return [Items(numbers[results.metrics[0]]["reading"]), *map(Text, lines)]
+        lines.append(f"One {results.noun(1)} in each cell: there are no intervals, and nothing can be tested.")
+    return [numbers[results.metrics[0]]["reading"], *lines]
 
 
 def _design(results: Results) -> list[Block]:
@@ -137,38 +130,35 @@ def _design(results: Results) -> list[Block]:
         f"metrics: {first} decides" + (f"; also {', '.join(others)}" if others else ""),
         f"seeds: {', '.join(map(str, results.seeds))}",
         f"design: {results.design}",
-        "baseline: " + (", ".join(f"{f}={level}" for f, level in results.baseline.items()) or "none"),
+        f"baseline: {', '.join(map('='.join, results.baseline.items())) or 'none'}",
     ]
     caption = f"The grid: {len(results.grid)} cells, every combination of these levels."
-    return [Table(caption, ("factor", "level", "options"), rows, 3), Items(lines)]
+    return [Table(caption, ("factor", "level", "options"), rows, 3), lines]
 
 
-def _unfinished(results: Results) -> list[Block] | None:
-    """Every run without a result, gathered by what became of it."""
+def _unfinished(results: Results) -> list[Block]:
     gathered: dict[tuple, list] = {}
-    for run in read.runs(results):
+    for run in results.runs():
         if run.state != "done":
-            gathered.setdefault((run.cell, read.word_of(run), run.error), []).append(run.unit)
-    rows = [
-        (read.name_of(results, cell), state, _units(units), error or NONE)
-        for (cell, state, error), units in gathered.items()
-    ]
+            gathered.setdefault((run.cell, run.word, run.error), []).append(run.unit)
+    rows = [(results.title(cell), word, _units(units), error or NONE)
+            for (cell, word, error), units in gathered.items()]  # fmt: skip
     caption = "Runs without a result, with the last line of their error."
-    return [Table(caption, ("cell", "state", "runs", "error"), rows, 4)] if rows else None
+    return [Table(caption, ("cell", "state", "runs", "error"), rows, 4)] if rows else []
 
 
-def _units(units: list[read.Unit]) -> str:
-    if not any(fold for _, fold in units):
-        return ("seed " if len(units) == 1 else "seeds ") + ", ".join(str(seed) for seed, _ in units)
+def _units(units: list[Unit]) -> str:
     folds: dict[int, list[str]] = {}
     for seed, fold in units:
-        folds.setdefault(seed, []).append(fold)
+        folds.setdefault(seed, []).extend([fold] if fold else [])
+    if not any(folds.values()):
+        return f"{'seed' if len(units) == 1 else 'seeds'} {', '.join(map(str, folds))}"
     return "; ".join(f"seed {seed}: {', '.join(names)}" for seed, names in folds.items())
 
 
 def _mean_table(results: Results, metric: str, means: dict) -> Table:
     """Two factors as a matrix, otherwise a list."""
-    units, factors = read.unit_noun(results), list(results.factors)
+    units, factors = results.noun(), list(results.factors)
     caption = f"{metric}: mean over {units} [95 % interval]"
     if any(mean["n"] < mean["planned"] for mean in means.values()):
         caption += f"; n where fewer than the planned {units} have a value"
@@ -177,19 +167,18 @@ def _mean_table(results: Results, metric: str, means: dict) -> Table:
         return Table(f"{caption}.", (*factors, metric), [(*cell, text) for cell, text in shown.items()], len(factors))
     levels = [list(results.factors[factor]) for factor in factors]
     across = 1 if len(levels[1]) <= max(5, len(levels[0])) else 0
-    rows = []
-    for down in levels[1 - across]:
-        cells = [(down, level) if across else (level, down) for level in levels[across]]
-        rows.append((down, *(shown.get(cell, NONE) for cell in cells)))
+    rows = [(down, *(shown.get((down, level) if across else (level, down), NONE) for level in levels[across]))
+            for down in levels[1 - across]]  # fmt: skip
     return Table(f"{caption}.", (f"{factors[1 - across]} \\ {factors[across]}", *levels[across]), rows)
 
 
-def _mean_cell(results: Results, cell: read.Cell, mean: dict) -> str:
+def _mean_cell(results: Results, cell: Cell, mean: dict) -> str:
     if mean["n"] == 0:
-        states = dict.fromkeys(read.word_of(run) for run in results.grid[cell].values())
+        states = dict.fromkeys(run.word for run in results.grid[cell].values())
         return ", ".join("no value" if state == "done" else state for state in states)
-    text, low, high = (mean[name] if mean[name] is None else number(mean[name]) for name in ("mean", "low", "high"))
-    text += "" if low is None else f" [{low}, {high}]"
+    form = ".4f" if abs(mean["mean"]) < 1e4 else ".4g"
+    text = format(mean["mean"], form)
+    text += "" if mean["low"] is None else f" [{mean['low']:{form}}, {mean['high']:{form}}]"
     return text if mean["n"] == mean["planned"] else f"{text} (n = {mean['n']} of {mean['planned']})"
 
 
@@ -200,7 +189,7 @@ def _difference_table(results: Results, metric: str, rows: list[dict]) -> Table:
     for row in rows:
         span = NONE if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
         lines.append((
-            read.name_of(results, row["cell"]), row["against"], text_of(row["mean"], "+.4f"), span, p_value(row["p"]),
+            results.title(row["cell"]), row["against"], text_of(row["mean"], "+.4f"), span, p_value(row["p"]),
             p_value(row["adjusted"]), text_of(row["effect"], "+.2f"),
             *(str(row[name]) for name in ("better", "worse", "ties", "n")),
         ))  # fmt: skip
@@ -210,11 +199,13 @@ def _difference_table(results: Results, metric: str, rows: list[dict]) -> Table:
 
 def _effects(results: Results, numbers: dict) -> list[Block]:
     blocks: list[Block] = []
+    if len(results.factors) == 1:
+        return blocks
     headers = ("effect", "sum of squares", "df", "F", "p", "p (GG)", "eta squared")
     planned = max(map(len, results.grid.values()), default=0)
     for metric, found in numbers.items():
         if isinstance(found["effects"], str):
-            blocks.append(Text(f"{metric}: not computed, because {found['effects']}."))
+            blocks.append(f"{metric}: not computed, because {found['effects']}.")
             continue
         rows = [
             (" x ".join(row["effect"]), *(text_of(row[name]) for name in ("ss", "df", "F")), p_value(row["p"]),
@@ -222,7 +213,7 @@ def _effects(results: Results, numbers: dict) -> list[Block]:
             for row in found["effects"]
         ]  # fmt: skip
         used = found["effect_units"]
-        over = f"over {used} {read.unit_noun(results, used)}"
+        over = f"over {used} {results.noun(used)}"
         over += f" of {planned}: those that every cell has" if used < planned else ""
         blocks.append(Table(f"{metric}: main effects and interactions of two factors, {over}.", headers, rows))
     return blocks
@@ -237,20 +228,16 @@ def _cost_table(results: Results) -> Table:
     for row in analysis.costs(results):
         cells = [text_of(row["trainable_parameters"], ",.0f"), scaled(row["flops_per_step"], 1000)]
         cells += [scaled(row["memory_bytes"], 1024, "B"), text_of(row["seconds"], ".4g", " s")]
-        ratios = [text_of(row[f"{name}_ratio"], ".3g") for name in read.COSTS] if results.baseline else []
-        rows.append((read.name_of(results, row["cell"]), *cells, *ratios))
+        ratios = [text_of(row[f"{name}_ratio"], ".3g") for name in COSTS] if results.baseline else []
+        rows.append((results.title(row["cell"]), *cells, *ratios))
     return Table(f"{caption}.", headers, rows)
 
 
 def _methods(results: Results, numbers: dict) -> list[str]:
-    share, count = read.test_share(results), len(numbers[results.metrics[0]]["differences"])
+    share, count = results.test_share, len(numbers[results.metrics[0]]["differences"])
     told = {"interval": True, "folds": share, "paired": count, "anova": len(results.factors) > 1, "scope": True}
-    facts = {"units": read.unit_noun(results), "share": share, "count": count}
+    facts = {"units": results.noun(), "share": share, "count": count}
     return [METHODS[name].format_map(facts) for name, applies in told.items() if applies]
-
-
-def number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
 
 def text_of(value: float | None, form: str = ".4g", unit: str = "") -> str:
@@ -261,26 +248,14 @@ def p_value(p: float | None) -> str:
     return NONE if p is None else analysis.p_equals(p).removeprefix("p ").removeprefix("= ")
 
 
-def scaled(value: float | None, base: int, unit: str = "") -> str:
-    """Three digits and a prefix, k M G T for powers of 1000 and Ki Mi Gi Ti for powers of 1024."""
-    if value is None:
-        return NONE
-    prefixes = ("", "k", "M", "G", "T", "P") if base == 1000 else ("", "Ki", "Mi", "Gi", "Ti", "Pi")
-    power = 0
-    while abs(value) >= base and power < len(prefixes) - 1:
-        value, power = value / base, power + 1
-    digits = f"{value:.0f}" if power == 0 or value >= 100 else f"{value:.1f}"
-    return f"{digits} {prefixes[power]}{unit}".strip()
-
-
 def to_csv(results: Results) -> str:
     """One row per planned run, with unrounded numbers; an empty field is a number that does not exist."""
-    others = sorted({name for run in read.runs(results) for name in run.scores})
+    others = sorted({name for run in results.runs() for name in run.scores})
     metrics = list(dict.fromkeys([*results.metrics, *others]))
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(["key", *results.factors, "seed", "fold", "state", "error", *metrics, *read.COSTS])
-    for run in read.runs(results):
-        values = [*map(run.scores.get, metrics), *map(run.cost.get, read.COSTS)]
+    rows.writerow(["key", *results.factors, "seed", "fold", "state", "error", *metrics, *COSTS])
+    for run in results.runs():
+        values = [*map(run.scores.get, metrics), *map(run.cost.get, COSTS)]
         rows.writerow([run.key, *run.cell, *run.unit, run.state, run.error, *values])
     return file.getvalue()

@@ -12,7 +12,6 @@ from tl_jax.core.files import read_json, read_rows
 from tl_jax.studies import store
 from tl_jax.studies.report import statistics
 
-FIELDS = ("name", "question", "factors", "baseline", "seeds", "metrics", "design", "runs")
 COSTS = ("trainable_parameters", "flops_per_step", "memory_bytes", "seconds")
 WORDS = {"todo": "missing", "running": "missing (running)", "stale": "missing (its process died)"}
 Cell = tuple[str, ...]  # one level of every factor
@@ -20,20 +19,22 @@ Unit = tuple[int, str]  # seed and fold: the same unit means the same data, so t
 
 
 class Run(NamedTuple):
-    """One run: scores are the scalar metrics of its result, cost the numbers of cost.json; both empty unless done.
-
-    state: done | failed | todo | running | stale.
-    """
+    """One run, in a state of store.STATES; scores and cost, the numbers of its files, are empty unless it is done."""
 
     key: str
     cell: Cell
     unit: Unit
     state: str
-    error: str
-    scores: Mapping[str, float | None]
-    cost: Mapping[str, float | None]
-    device: str
     folder: pathlib.Path
+    error: str = ""
+    scores: Mapping[str, float | None] = {}
+    cost: Mapping[str, float | None] = {}
+    device: str = ""
+
+    @property
+    def word(self) -> str:
+        """The state for a reader: everything that is neither done nor failed is missing."""
+        return WORDS.get(self.state, self.state)
 
 
 class Results(NamedTuple):
@@ -48,6 +49,56 @@ class Results(NamedTuple):
     design: str
     grid: Mapping[Cell, Mapping[Unit, Run]]
 
+    def runs(self) -> Iterator[Run]:
+        return (run for units in self.grid.values() for run in units.values())
+
+    def count_states(self) -> dict[str, int]:
+        """How many runs are done, failed and missing."""
+        counts = dict.fromkeys(("done", "failed", "missing"), 0)
+        for run in self.runs():
+            counts[run.state if run.state in counts else "missing"] += 1
+        return counts
+
+    def scores(self, cell: Cell, metric: str) -> dict[Unit, float]:
+        """The metric of each run of a cell that has it."""
+        found = {unit: run.scores.get(metric) for unit, run in self.grid.get(cell, {}).items()}
+        return {unit: value for unit, value in found.items() if value is not None}
+
+    def title(self, cell: Cell, without: Sequence[str] = ()) -> str:
+        """A cell in words: its level in a study of one factor, "blocks=1, shots=5" in others."""
+        pairs = [pair for pair in zip(self.factors, cell, strict=True) if pair[0] not in without]
+        return ", ".join(pair[1] if len(self.factors) == 1 else "=".join(pair) for pair in pairs)
+
+    def level(self, cell: Cell, factor: str) -> str:
+        return cell[list(self.factors).index(factor)]
+
+    def with_level(self, cell: Cell, factor: str, level: str) -> Cell:
+        """The cell that differs in one factor alone."""
+        return tuple(level if name == factor else own for name, own in zip(self.factors, cell, strict=True))
+
+    def cells_where(self, fixed: Mapping[str, str]) -> list[Cell]:
+        """The planned cells that have these levels."""
+        return [cell for cell in self.grid if all(self.level(cell, f) == level for f, level in fixed.items())]
+
+    @property
+    def test_share(self) -> float | None:
+        """n_test / n_train of a resampling design, see `statistics`; None for independent values, as the one of loo."""
+        name, _, argument = self.design.partition(":")
+        if name == "kfold":  # tests on one fold; a bootstrap on 1/e of the examples
+            return 1 / (int(argument.split("x")[0]) - 1)
+        return math.exp(-1) / (1 - math.exp(-1)) if name == "bootstrap" else None
+
+    def noun(self, count: int = 2) -> str:
+        """What a value of a cell comes from: a seed, or a fold of a resampling design."""
+        return ("seed" if self.test_share is None else "fold") + ("" if count == 1 else "s")
+
+    def interval(self, values: Sequence[float]) -> dict:
+        """Mean and 95 % interval of one value per unit, corrected where the units share training examples."""
+        return statistics.mean_interval(list(values), test_share=self.test_share)
+
+
+FIELDS = (*Results._fields[:-1], "runs")  # of study.json
+
 
 def load(workdir: pathlib.Path) -> Results:
     """Reads W/study.json and W/runs/*; ValueError names the file that is not as planned."""
@@ -56,31 +107,30 @@ def load(workdir: pathlib.Path) -> Results:
         raise ValueError(f"{workdir / 'study.json'} lacks {', '.join(missing)}; a study's plan has {', '.join(FIELDS)}")
     grid: dict[Cell, dict[Unit, Run]] = {}
     for row in plan["runs"]:
-        cell = tuple(row["levels"][factor] for factor in plan["factors"])
-        unit = (row["seed"], row["fold"])
+        cell, unit = tuple(row["levels"][factor] for factor in plan["factors"]), (row["seed"], row["fold"])
         grid.setdefault(cell, {})[unit] = _load_run(workdir, row["key"], cell, unit)
     return Results(*(plan[field] for field in FIELDS[:-1]), grid)
 
 
 def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
     folder = store.run_folder(workdir, key)
-    empty = Run(key, cell, unit, store.state(folder), "", {}, {}, "", folder)
+    run = Run(key, cell, unit, store.state(folder), folder)
     try:
-        if empty.state == "failed":
-            return empty._replace(error=last_line(read_json(folder / "failed.json").get("error", ""), workdir))
-        if empty.state != "done":
-            return empty
+        if run.state == "failed":
+            return run._replace(error=last_line(read_json(folder / "failed.json").get("error", ""), workdir))
+        if run.state != "done":
+            return run
         result = read_json(folder / "result.json")
         cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
     except ValueError as error:  # a run whose numbers cannot be read is shown as failed, the others as they are
-        return empty._replace(state="failed", error=last_line(str(error), workdir))
+        return run._replace(state="failed", error=last_line(str(error), workdir))
     scores = _scalars(result.get("metrics", {}))
-    for name, further in result.get("extra_eval", {}).items():
-        scores |= {f"{name}/{metric}": value for metric, value in _scalars(further).items()}
-    costs = {name: _finite(cost.get(name)) for name in COSTS}
-    if costs["trainable_parameters"] is None:
-        costs["trainable_parameters"] = _finite(result.get("trainable_parameters"))
-    return empty._replace(scores=scores, cost=costs, device=str(cost.get("device") or ""))
+    for name, summary in result.get("extra_eval", {}).items():
+        scores |= {f"{name}/{metric}": value for metric, value in _scalars(summary).items()}
+    known = {"trainable_parameters": result.get("trainable_parameters"), **cost}
+    return run._replace(
+        scores=scores, cost={name: _finite(known.get(name)) for name in COSTS}, device=cost.get("device") or ""
+    )
 
 
 def last_line(error: str, workdir: pathlib.Path) -> str:
@@ -96,117 +146,47 @@ def _scalars(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _finite(value: Any) -> float | None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if number else None
-
-
-def runs(results: Results) -> Iterator[Run]:
-    """Every planned run, in the order of the plan."""
-    return (run for units in results.grid.values() for run in units.values())
-
-
-def count_states(results: Results) -> dict[str, int]:
-    """How many runs are done, failed and missing; what is running or waiting has no result yet, so it is missing."""
-    counts = dict.fromkeys(("done", "failed", "missing"), 0)
-    for run in runs(results):
-        counts[run.state if run.state in counts else "missing"] += 1
-    return counts
-
-
-def word_of(run: Run) -> str:
-    """The state of a run for a reader: everything that is neither done nor failed is missing."""
-    return WORDS.get(run.state, run.state)
-
-
-def scores_of(results: Results, cell: Cell, metric: str) -> dict[Unit, float]:
-    """The metric of each finished run of a cell; none for a run that is not done or where it is undefined."""
-    found = {unit: run.scores.get(metric) for unit, run in results.grid.get(cell, {}).items()}
-    return {unit: value for unit, value in found.items() if value is not None}
-
-
-def name_of(results: Results, cell: Cell, without: Sequence[str] = ()) -> str:
-    """A cell in words: its level in a study of one factor, "blocks=1, shots=5" in others."""
-    pairs = [pair for pair in zip(results.factors, cell, strict=True) if pair[0] not in without]
-    return ", ".join(pair[1] if len(results.factors) == 1 else "=".join(pair) for pair in pairs)
-
-
-def level_of(results: Results, cell: Cell, factor: str) -> str:
-    return cell[list(results.factors).index(factor)]
-
-
-def with_level(results: Results, cell: Cell, factor: str, level: str) -> Cell:
-    """The cell that differs in one factor alone."""
-    index = list(results.factors).index(factor)
-    return (*cell[:index], level, *cell[index + 1 :])
-
-
-def cells_where(results: Results, fixed: Mapping[str, str]) -> list[Cell]:
-    """The planned cells that have these levels."""
-    return [cell for cell in results.grid if all(level_of(results, cell, f) == level for f, level in fixed.items())]
-
-
-def test_share(results: Results) -> float | None:
-    """n_test / n_train of a resampling design, see `statistics`; None for independent values, as the one run of loo.
-
-    kfold:K tests on one fold and trains on K - 1; a bootstrap trains on 1 - 1/e of the examples, tests on the others.
-    """
-    name, _, argument = results.design.partition(":")
-    if name == "kfold":
-        return 1 / (int(argument.split("x")[0]) - 1)
-    if name == "bootstrap":
-        return math.exp(-1) / (1 - math.exp(-1))
-    return None
-
-
-def unit_noun(results: Results, count: int = 2) -> str:
-    """What a value of a cell comes from: a seed, or a fold of a resampling design."""
-    return ("seed" if test_share(results) is None else "fold") + ("" if count == 1 else "s")
-
-
-def interval(results: Results, values: Sequence[float]) -> dict:
-    """Mean and 95 % interval of one value per unit, corrected where the units share training examples."""
-    return statistics.mean_interval(list(values), test_share=test_share(results))
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 class Outputs(NamedTuple):
-    """What the figures need of one run's predictions; arrays [bins] and [classes], NaN recall where no example is.
-
-    observed, expected: sums over the examples of each bin. axes: what these two are called.
-    """
+    """What the figures need of one run's predictions: sums over the examples of each bin, and recall by class."""
 
     count: np.ndarray
     observed: np.ndarray
     expected: np.ndarray
-    axes: tuple[str, str]
-    recall: np.ndarray
+    axes: tuple[str, str]  # what the two before are called
+    recall: np.ndarray  # NaN where no example is
     class_names: tuple[str, ...]
 
 
 def read_outputs(results: Results) -> tuple[dict[str, Outputs], list[str]]:
     """{key: Outputs} of the finished runs whose task predicts one class, and what could not be read, as sentences."""
     found, problems = {}, []
-    for run in (run for run in runs(results) if run.state == "done" and (run.folder / "predictions.npz").exists()):
+    for run in results.runs():
+        path = run.folder / "predictions.npz"
+        if run.state != "done" or not path.exists():
+            continue
         try:
-            predictions = tasks.load_predictions(run.folder / "predictions.npz")
+            predictions = tasks.load_predictions(path)
         except ValueError as error:
             problems.append(last_line(str(error), run.folder.parents[1]))
             continue
-        if not (measured := tasks.METRICS[predictions.spec.name].reliability):
-            continue
-        reliability, axes = measured
-        count, *means = reliability(predictions)
-        confusion = tasks.confusion(predictions)
-        support = confusion.sum(axis=1)
-        recall = np.where(support > 0, confusion.diagonal() / np.maximum(support, 1), np.nan)
-        sums = (np.nan_to_num(count * mean) for mean in means)
-        found[run.key] = Outputs(count, *sums, axes, recall, predictions.spec.class_names)
+        if measured := tasks.METRICS[predictions.spec.name].reliability:
+            reliability, axes = measured
+            count, *means = reliability(predictions)
+            confusion = tasks.confusion(predictions)
+            support = confusion.sum(axis=1)
+            recall = np.where(support > 0, confusion.diagonal() / np.maximum(support, 1), np.nan)
+            sums = (np.nan_to_num(count * mean) for mean in means)
+            found[run.key] = Outputs(count, *sums, axes, recall, predictions.spec.class_names)
     return found, problems
 
 
 def curve_column(results: Results) -> str:
     """The column of metrics.jsonl with the metric that selects; classification's where no run has one."""
     columns = [f"val/{metrics.monitor[0][0]}" for metrics in tasks.METRICS.values()]
-    found = (column for run in runs(results) for column in columns if len(read_curve(run, column)))
+    found = (column for run in results.runs() for column in columns if len(read_curve(run, column)))
     return next(found, columns[0])
 
 

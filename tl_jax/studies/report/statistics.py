@@ -1,7 +1,7 @@
-"""The statistics of studies: what several seeds, folds or data sets say about a difference; numpy and scipy alone.
+"""The statistics of studies: arrays of scores in, plain data for JSON out.
 
-Everything takes arrays of scores and returns plain data for JSON. A number that the data do not determine is None,
-with the reason in `why`. Missing scores are NaN or None and left out; infinite ones are an error.
+A number that the data do not determine is None, with the reason in `why`. Missing scores are NaN or None and left out;
+infinite ones are an error.
 
 test_share: folds of one data set share training examples and are not independent. With it, n_test / n_train, the
 variance of a mean is sd^2 (1/n + n_test/n_train), the corrected resampled t-test (Nadeau & Bengio 2003).
@@ -20,8 +20,8 @@ ROUNDING = 64 * np.finfo(np.float64).eps  # relative to the largest score: diffe
 def mean_interval(values: Sequence, level: float = 0.95, test_share: float | None = None) -> dict:
     """The mean over n seeds and its Student-t interval: {"mean", "low", "high", "n"}.
 
-    mean -+ t(n - 1) sd / sqrt(n), sd with n - 1 (Student 1908). Assumes independent, normal values: seeds of one
-    data set, so it speaks of other seeds and not of other data. None: the bounds of fewer than two, the mean of none.
+    mean -+ t(n - 1) sd / sqrt(n), sd with n - 1 (Student 1908). Assumes independent, normal values. None: the bounds of
+    fewer than two, the mean of none.
     """
     values = _numbers(values, "values")
     if values.ndim != 1:
@@ -35,9 +35,8 @@ def paired(a: Sequence, b: Sequence, level: float = 0.95, test_share: float | No
     """a minus b, position by position: {"mean", "low", "high", "p", "effect", "n", "wins", "losses", "ties", "why"}.
 
     Student's paired t-test, two-sided, on n - 1 degrees of freedom, with its interval. `effect` is Cohen's d_z = mean /
-    sd (Cohen 1988). A win is a > b. Assumes independent pairs with normal differences. One pair has a mean only.
-    Differences that are all zero give p = 1 and effect 0; all equal but not zero, they have no spread to test against:
-    both are None.
+    sd (Cohen 1988). A win is a > b. Assumes independent pairs with normal differences. Differences that are all zero
+    give p = 1 and effect 0; all equal but not zero, they have no spread to test against: both are None.
     """
     a, b = _numbers(a, "a"), _numbers(b, "b")
     if a.ndim != 1 or a.shape != b.shape:
@@ -53,12 +52,12 @@ def paired(a: Sequence, b: Sequence, level: float = 0.95, test_share: float | No
     p = effect = why = None
     if n < 2:
         why = f"{n} complete pairs: a test needs two"
-    elif constant and mean == 0:
-        p, effect = 1.0, 0.0
-    elif constant:
-        why = f"the difference is the same in all {n} pairs: no spread to test against"
-    else:
+    elif not constant:
         p, effect = float(2 * scipy.stats.t.sf(abs(mean) / error, n - 1)), float(mean / difference.std(ddof=1))
+    elif mean == 0:
+        p, effect = 1.0, 0.0
+    else:
+        why = f"the difference is the same in all {n} pairs: no spread to test against"
     signs = {"wins": difference > 0, "losses": difference < 0, "ties": difference == 0}
     counts = {name: int(np.count_nonzero(which)) for name, which in signs.items()}
     return {"mean": mean, "low": low, "high": high, "p": p, "effect": effect, "n": n, **counts, "why": why}
@@ -83,16 +82,15 @@ def holm(p_values: Sequence) -> list[float | None]:
 def anova(table: Sequence, factors: Sequence[str], test_share: float | None = None) -> list[dict] | str:
     """Repeated-measures analysis of variance of `table` [levels of factor 1, ..., of factor m, seeds].
 
-    One row per main effect and interaction of two factors (higher ones are neither tested nor error; a factor of
-    one level has none): {"effect": ("blocks", "shots"), "ss", "df", "df_error", "F", "p", "eta2", "epsilon", "p_gg",
-    "why"}, F = (SS_effect / df) / (SS_effect x seed / df_error), df_error = df (seeds - 1), eta2 = SS_effect / SS_total
-    (Winer, Brown & Michels 1991). With `test_share`, F is divided by 1 + n test_share: the corrected t-test if F = t^2.
+    A row for each main effect and interaction of two factors: {"effect": ("blocks", "shots"), "ss", "df", "df_error",
+    "F", "p", "eta2", "epsilon", "p_gg", "why"}, F = (SS_effect / df) / (SS_effect x seed / df_error), df_error =
+    df (seeds - 1), eta2 = SS_effect / SS_total (Winer, Brown & Michels 1991). With `test_share`, F is divided by
+    1 + n test_share: the corrected t-test if F = t^2. Returns the reason for a missing cell or fewer than two seeds.
 
-    Seeds are random blocks, and each effect is tested against its own interaction with them: the residual pooled over
+    Each effect is tested against its own interaction with the seeds, which are random blocks: the residual pooled over
     all rejects too often where a lucky draw of shots matters more with fewer of them. Assumes normal errors and, for df
     > 1, equal variance of all contrasts over seeds; `p_gg` does not, df and df_error are times `epsilon` (Greenhouse &
-    Geisser 1959). F is None where effect x seed is zero; p is then 1 if the effect is zero too. Returns the reason, a
-    text, for a missing cell or fewer than two seeds.
+    Geisser 1959). F is None where effect x seed is zero; p is then 1 if the effect is zero too.
     """
     table = _numbers(table, "table")
     _check(test_share=test_share)
@@ -152,7 +150,7 @@ def friedman(scores: Sequence, level: float = 0.95) -> dict:
     scores = scores[~np.isnan(scores).any(axis=1)]
     n, k = scores.shape
     if n == 0:
-        return {"ranks": None, "statistic": None, "p": None, "critical_difference": None, "n": 0}
+        return {**dict.fromkeys(("ranks", "statistic", "p", "critical_difference")), "n": 0}
     ranks = scipy.stats.rankdata(-_without_rounding(scores), axis=1)
     tied = sum(float(t**3 - t) for row in ranks for t in np.unique(row, return_counts=True)[1])
     spread, correction = float(np.sum((ranks.mean(axis=0) - (k + 1) / 2) ** 2)), 1 - tied / (n * (k**3 - k))
@@ -191,9 +189,8 @@ def pareto(cost: Sequence, score: Sequence) -> list[int]:
     if cost.ndim != 1 or cost.shape != score.shape:
         raise ValueError(f"cost has shape {cost.shape}, score {score.shape}: expected two of [points]")
     kept: list[int] = []
-    for index in np.lexsort((-score, cost)).tolist():
-        if np.isnan(cost[index]) or np.isnan(score[index]):
-            continue
+    order = np.lexsort((-score, cost))
+    for index in order[~np.isnan((cost + score)[order])].tolist():
         last = kept[-1] if kept else index
         if score[index] > score[last] or (cost[index], score[index]) == (cost[last], score[last]):
             kept.append(index)
@@ -217,7 +214,7 @@ def _check(level: float = 0.95, test_share: float | None = None) -> None:
 
 def _largest(*arrays: np.ndarray) -> float:
     """The largest magnitude among the numbers present; 0 where there are none."""
-    return max((float(np.abs(array[~np.isnan(array)]).max(initial=0)) for array in arrays), default=0.0)
+    return max(float(np.abs(array[~np.isnan(array)]).max(initial=0)) for array in arrays)
 
 
 def _without_residue(deviations: np.ndarray, *scores: np.ndarray) -> np.ndarray:
@@ -226,7 +223,7 @@ def _without_residue(deviations: np.ndarray, *scores: np.ndarray) -> np.ndarray:
 
 
 def _student(values: np.ndarray, level: float, test_share: float | None) -> tuple:
-    """Mean, its interval and its standard error of values without gaps; None where too few."""
+    """Mean, bounds and standard error of values without gaps."""
     _check(level, test_share)
     n = len(values)
     if n < 2:

@@ -1,4 +1,7 @@
-"""A report as blocks (headings, text, lists, tables, pictures), and the same blocks as Markdown, HTML and LaTeX."""
+"""A report as sections {title: blocks}, and the same as Markdown, HTML and LaTeX; tables also for the console.
+
+A block is a paragraph, a list of items, a table or a picture.
+"""
 
 import base64
 import html
@@ -7,21 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import rich.box
+import rich.table
+
 import tl_jax
-
-
-class Heading(NamedTuple):
-    text: str
-
-
-class Text(NamedTuple):
-    """Paragraphs, parted by blank lines."""
-
-    text: str
-
-
-class Items(NamedTuple):
-    lines: Sequence[str]
 
 
 class Table(NamedTuple):
@@ -34,28 +26,50 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """figures/NAME.png and .svg of the report's folder."""
-
-    name: str
+    name: str  # of figures/NAME.png and .svg
     caption: str
 
 
-Block = Heading | Text | Items | Table | Picture
+Block = str | list[str] | Table | Picture
+Sections = Mapping[str, Sequence[Block]]
 
 
-def to_markdown(title: str, blocks: Sequence[Block]) -> str:
+def to_console(table: Table) -> rich.table.Table:
+    shown = rich.table.Table(title=table.caption, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    for i, header in enumerate(table.headers):
+        shown.add_column(header, justify="left" if i < table.text_columns else "right", no_wrap=True)
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def scaled(value: float | None, base: int, unit: str = "") -> str:
+    """Two to three digits and a prefix, k M G T P for powers of 1000 and Ki Mi Gi Ti Pi for powers of 1024."""
+    if value is None:
+        return "-"
+    power = 0
+    while abs(value) >= base and power < 5:
+        value, power = value / base, power + 1
+    digits = f"{value:.0f}" if power == 0 or value >= 100 else f"{value:.1f}"
+    prefix = ("", "k", "M", "G", "T", "P")[power]
+    return f"{digits} {prefix.upper() + 'i' if prefix and base == 1024 else prefix}{unit}".strip()
+
+
+def to_markdown(title: str, sections: Sections) -> str:
     """GitHub's Markdown; pictures are linked, relative to the report."""
-    return "\n\n".join([f"# {_md(title)}", *map(_markdown_block, blocks)]) + "\n"
+    texts = [f"# {_md(title)}"]
+    for heading, blocks in sections.items():
+        texts += [f"## {_md(heading)}"] if heading else []
+        texts += map(_markdown_block, blocks)
+    return "\n\n".join(texts) + "\n"
 
 
 def _markdown_block(block: Block) -> str:
     match block:
-        case Heading(text):
-            return f"## {_md(text)}"
-        case Text(text):
-            return "\n\n".join(_md(paragraph) for paragraph in _paragraphs(text))
-        case Items(lines):
-            return "\n".join(f"- {_md(line)}" for line in lines)
+        case str():
+            return _md(block)
+        case list():
+            return "\n".join(f"- {_md(line)}" for line in block)
         case Table():
             head, *rows = ([_md(cell) for cell in row] for row in (block.headers, *block.rows))
             rules = ["---" if i < block.text_columns else "---:" for i in range(len(head))]
@@ -69,10 +83,6 @@ def _md(text: str) -> str:
     text = re.sub(r"([\\`*|]|<(?=[\w/!?])|\](?=[(\[]))", r"\\\1", " ".join(str(text).split()))
     text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
     return re.sub(r"^([#+>-]|\d+\.)(?=\s)", r"\\\1", text)
-
-
-def _paragraphs(text: str) -> list[str]:
-    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
 LATEX = {
@@ -111,31 +121,32 @@ def latex(text: str) -> str:
     return re.sub(r"^\[", "{[}", escaped)  # at the start of a row a bracket would be an argument of the row's end
 
 
-def to_html(title: str, blocks: Sequence[Block], images: Mapping[str, bytes]) -> str:
+def to_html(title: str, sections: Sections, images: Mapping[str, bytes]) -> str:
     """One page that needs nothing else: `images` {name: PNG bytes} are inlined."""
     css = (pathlib.Path(tl_jax.__file__).parent / "assets" / "report.css").read_text().strip()
-    headings = [block.text for block in blocks if isinstance(block, Heading)]
-    links = "".join(f'<a href="#{_anchor(text)}">{html.escape(text)}</a>' for text in headings)
-    body = "\n".join(_html_block(block, images) for block in blocks)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
-        f"<style>\n{css}\n</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n<nav>{links}</nav>\n"
-        f"{body}\n</main>\n</body>\n</html>\n"
-    )
+    links, body = "", []
+    for heading, blocks in sections.items():
+        if heading:
+            anchor, text = re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-"), html.escape(heading)
+            links += f'<a href="#{anchor}">{text}</a>'
+            body.append(f'<h2 id="{anchor}">{text}</h2>')
+        body += [_html_block(block, images) for block in blocks]
+    return "\n".join([
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>',
+        f"<style>\n{css}\n</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n<nav>{links}</nav>",
+        *body, "</main>\n</body>\n</html>\n",
+    ])  # fmt: skip
 
 
 def _html_block(block: Block, images: Mapping[str, bytes]) -> str:
     match block:
-        case Heading(text):
-            return f'<h2 id="{_anchor(text)}">{html.escape(text)}</h2>'
-        case Text(text):
-            return "\n".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in _paragraphs(text))
-        case Items(lines):
-            return "<ul>\n" + "\n".join(f"<li>{html.escape(line)}</li>" for line in lines) + "\n</ul>"
+        case str():
+            return f"<p>{html.escape(block)}</p>"
+        case list():
+            return "<ul>\n" + "\n".join(f"<li>{html.escape(line)}</li>" for line in block) + "\n</ul>"
         case Table():
-            head, *rows = (f"<tr>{_html_row(block, i)}</tr>" for i in range(-1, len(block.rows)))
-            body = "\n".join(rows)
+            head, body = _html_row(block, block.headers, "th"), "\n".join(_html_row(block, row) for row in block.rows)
             return (
                 f'<div class="table"><table>\n<caption>{html.escape(block.caption)}</caption>\n'
                 f"<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
@@ -148,12 +159,6 @@ def _html_block(block: Block, images: Mapping[str, bytes]) -> str:
             )
 
 
-def _html_row(table: Table, i: int) -> str:
-    """The cells of row i; of the headers where it is -1."""
-    tag, cells = ("th", table.headers) if i < 0 else ("td", table.rows[i])
-    style = ["" if k < table.text_columns else ' class="n"' for k in range(len(cells))]
-    return "".join(f"<{tag}{s}>{html.escape(c)}</{tag}>" for c, s in zip(cells, style, strict=True))
-
-
-def _anchor(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+def _html_row(table: Table, cells: Sequence[str], tag: str = "td") -> str:
+    style = ["" if i < table.text_columns else ' class="n"' for i in range(len(cells))]
+    return f"<tr>{''.join(f'<{tag}{s}>{html.escape(c)}</{tag}>' for c, s in zip(cells, style, strict=True))}</tr>"
