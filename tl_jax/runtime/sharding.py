@@ -121,7 +121,12 @@ class Parallel(NamedTuple):
     def evaluate(self, eval_step: Callable) -> Callable:
         """(variables, images) -> per-example outputs in the order of the images, whole on every process."""
         if self.mode == "jit":
-            return jax.jit(lambda variables, x: eval_step(self.whole(variables), x), out_shardings=self._whole)
+
+            @functools.wraps(eval_step)  # the name of the compiled program
+            def collected(variables, x):
+                return eval_step(self.whole(variables), x)
+
+            return jax.jit(collected, out_shardings=self._whole)
         mapped = jax.pmap(eval_step, AXIS, in_axes=(None, 0), devices=list(self.mesh.devices.flat))
 
         def evaluate(variables, images):
