@@ -37,7 +37,8 @@ def collect(
     for batch in batches:
         batch = parallel.put_batch(batch)
         outputs = eval_fn(batch[field])
-        columns.append(jax.device_get((parallel.gather({name: batch[name] for name in (INDEX, LABEL, MASK)}), outputs)))
+        facts = parallel.gather({name: batch[name] for name in (INDEX, LABEL, MASK)})
+        columns.append(jax.device_get((facts, outputs)))
     facts = {name: np.concatenate([facts[name] for facts, _ in columns]) for name in columns[0][0]}
     seen = facts[INDEX][facts[MASK]]
     if not np.array_equal(np.sort(seen), np.arange(len(source))):
