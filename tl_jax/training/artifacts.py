@@ -16,8 +16,6 @@ from tl_jax.training import audit
 from tl_jax.training.build import Run, scored_splits
 from tl_jax.weights import delta, load
 
-RATES = ("flops_per_second", "mfu", "roofline")
-
 
 def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | None = None, replicas: int = 1) -> None:
     """Writes cost.json: what a step of phase i costs as compiled, with what is known of the other phases.
@@ -39,7 +37,7 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
         phases[i] = {**cost, "flops_per_step": share, "steps": run.phases[i].length}
     flops = [phase["flops_per_step"] * phase["steps"] for phase in phases if phase and phase["flops_per_step"]]
     memory = [phase["memory_bytes"] for phase in phases if phase and phase["memory_bytes"]]
-    rates = {name: [row[name] for row in rows if row.get(name)] for name in RATES}
+    rates = {name: [row[name] for row in rows if row.get(name)] for name in ("flops_per_second", "mfu", "roofline")}
     table = {
         "trainable_parameters": audit.totals([phase.audit for phase in run.phases])["trainable"],
         "flops_per_step": sum(flops) / run.total_steps if len(flops) == len(phases) else None,
@@ -131,18 +129,14 @@ def write(
 
 def _facts(run: Run, split: str, spec: Spec) -> dict[str, Any]:
     """What was run and what it is scored on."""
-    facts = {
+    shared = [{"stream": s, "scored": name, "examples": n} for (s, name), n in run.material.shared.items()]
+    return {
         "model": run.material.card.model,
         "method": run.settings.phases[0].method.name,
         "data": run.material.data[split].name,
         "split": split,
         "select": run.settings.loop.select,
+        **({"task": spec.name} if spec.name != "classification" else {}),
+        **({"threshold": spec.threshold} if spec.threshold is not None else {}),
+        **({"transductive": shared} if run.settings.data.transductive else {}),
     }
-    if spec.name != "classification":
-        facts["task"] = spec.name
-    if spec.threshold is not None:
-        facts["threshold"] = spec.threshold
-    if run.settings.data.transductive:
-        shared = run.material.shared.items()
-        facts["transductive"] = [{"stream": s, "scored": name, "examples": n} for (s, name), n in shared]
-    return facts

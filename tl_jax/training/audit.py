@@ -19,8 +19,6 @@ from tl_jax.core.trees import FROZEN, Match
 from tl_jax.methods.rules import places
 from tl_jax.training import optim
 
-NORM_STATISTICS = re.compile(r"(.*)/(?:mean|var)")
-
 
 def norm_policies(batch_stats: Any, labels: Mapping[str, str], rules: trees.Rules) -> dict[str, str]:
     """The policy, "frozen" or "update", of every layer with running statistics, by its path.
@@ -28,7 +26,8 @@ def norm_policies(batch_stats: Any, labels: Mapping[str, str], rules: trees.Rule
     rules: ordered (path regex, policy). Without rules a layer's statistics are frozen exactly when all parameters of
     its block are: a frozen block computes what it computed when it was loaded.
     """
-    layers = sorted({match[1] for match in map(NORM_STATISTICS.fullmatch, trees.flatten(batch_stats)) if match})
+    paths = trees.flatten(batch_stats)
+    layers = sorted({path.rpartition("/")[0] for path in paths if path.endswith(("/mean", "/var"))})
     if not rules:
         blocks = {layer: re.sub(r"(/shortcut)?/norm\d*$", "", layer) for layer in layers}
         trained = [path for path, label in labels.items() if label != FROZEN]
@@ -188,7 +187,6 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
 
 
 def _input(card: Mapping[str, Any]) -> str:
-    """What the network reads, in a line."""
     if columns := card.get("columns"):
         return f"input {len(columns)} columns, standardised: {', '.join(columns[:10])}{', ...' * (len(columns) > 10)}"
     size = f"input {card['input_size']} px, {card['interpolation']}, crop {card['crop']:g}"
@@ -196,7 +194,6 @@ def _input(card: Mapping[str, Any]) -> str:
 
 
 def _cells(rows: list[dict], policies: set[str]) -> tuple[str, ...]:
-    """What is shown of a block besides its size."""
     origins = {row["origin"] if row["origin"] in ("new", "copy") else "file" for row in rows}
     rates, decays = ([f"{x:g}" for x in sorted({row[name] for row in rows})] for name in ("lr_mult", "weight_decay"))
     named = (origins, {row["group"] for row in rows}, policies)

@@ -42,9 +42,7 @@ def collect(
     facts = {name: np.concatenate([facts[name] for facts, _ in columns]) for name in columns[0][0]}
     seen = facts[INDEX][facts[MASK]]
     if not np.array_equal(np.sort(seen), np.arange(len(source))):
-        raise RuntimeError(
-            f"{source.name}: {len(seen)} of {len(source)} examples were scored; each must be, exactly once"
-        )
+        raise RuntimeError(f"{source.name}: {len(seen)} of {len(source)} examples were scored, not each exactly once")
     order = np.flatnonzero(facts[MASK])[np.argsort(seen)]
     joined = {}
     for name in columns[0][1]:

@@ -131,18 +131,16 @@ def fill(
     root = pathlib.Path(folder).expanduser() if folder else FOLDER
     found = {name: _describe(root, column, batches, variables, batch_size, views) for name, batches in sets.items()}
     kept, predict = {}, parallel.evaluate(column.compute)
-    distinct: dict[pathlib.Path, str] = {}  # seeds and splits may agree in all that counts
-    for name, cached in found.items():
-        distinct.setdefault(cached.folder, name)
+    first = {cached.folder: name for name, cached in reversed(found.items())}  # several may agree in all that counts
+    distinct = {name: cached for name, cached in found.items() if first[cached.folder] == name}
     if jax.process_index() == 0:
-        _make_room(root, {name: found[name] for path, name in distinct.items() if not (path / "meta.json").exists()})
-    for path, name in distinct.items():
-        cached = found[name]
+        _make_room(root, {name: c for name, c in distinct.items() if not (c.folder / "meta.json").exists()})
+    for name, cached in distinct.items():
         with _locked(cached, stop_requested):
             if not distributed.from_first(lambda cached=cached: _is_sound(cached)):
                 log(f"computing the features of {name} {column.title}: {_size(cached)}")
                 _compute(cached, column.view, lambda x: predict(variables, x), parallel, stop_requested)
-        kept[path] = _read(cached)
+        kept[cached.folder] = _read(cached)
     return {name: kept[cached.folder] for name, cached in found.items()}
 
 
@@ -171,10 +169,8 @@ def _describe(root: pathlib.Path, column: Column, batches: Batches, variables: A
     shape, dtype = shapes(inputs)[column.view] if known is None else (known.shape[1:], known.dtype)
     row = jax.eval_shape(column.compute, variables, jax.ShapeDtypeStruct((1, *shape[1:]), dtype))
     key = {**column.key, "data": batches.source.fingerprint, "augment": ops, "seed": seed, "views": views}
-    if order != "shuffled":
-        key["order"] = order
-    if draws:
-        key["draws"] = draws
+    key |= {"order": order} if order != "shuffled" else {}
+    key |= {"draws": draws} if draws else {}
     text = json.dumps(key, sort_keys=True)
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
     return Cached(folder, json.loads(text), inputs, (views, len(source), *row.shape[1:]), np.dtype(row.dtype))

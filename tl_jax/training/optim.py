@@ -13,10 +13,12 @@ import optax
 from tl_jax.core import checks, messages
 from tl_jax.core.trees import FROZEN
 
-Duration = tuple[float, str]
+NonNegative = Annotated[float, checks.number(0)]
+FRACTION = checks.number(0, 1, above=True, below=True)
+Milestones = Annotated[Sequence[float], checks.sequence(FRACTION, "fractions between 0 and 1")]
 
 
-def to_steps(duration: Duration, *, batch_size: int, train_size: int) -> int:
+def to_steps(duration: tuple[float, str], *, batch_size: int, train_size: int) -> int:
     """A duration such as (5, "epochs"), (300, "steps") or (20_000, "examples") in whole steps, rounded up.
 
     An epoch is `train_size` examples, whether or not `batch_size` divides it.
@@ -33,30 +35,19 @@ def constant(peak: float, steps: int):
     return lambda k: peak * jnp.ones_like(k)
 
 
-def cosine(peak: float, steps: int, *, final: Annotated[float, checks.number(0)] = 0.0):
+def cosine(peak: float, steps: int, *, final: NonNegative = 0.0):
     """Half a cosine from the peak to `final * peak` (Loshchilov & Hutter 2017, eq. 5, one period)."""
     return lambda k: peak * (final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(k / steps, 1.0))))
 
 
-def linear(peak: float, steps: int, *, final: Annotated[float, checks.number(0)] = 0.0):
+def linear(peak: float, steps: int, *, final: NonNegative = 0.0):
     """A straight line from the peak to `final * peak`."""
     return lambda k: peak * (1 - (1 - final) * jnp.minimum(k / steps, 1.0))
 
 
-MILESTONES = checks.sequence(checks.number(0, 1, above=True, below=True), "fractions between 0 and 1")
-
-
-def step(
-    peak: float,
-    steps: int,
-    *,
-    milestones: Annotated[Sequence[float], MILESTONES] = (1 / 3, 2 / 3),
-    factor: Annotated[float, checks.number(0)] = 0.1,
-):
+def step(peak: float, steps: int, *, milestones: Milestones = (1 / 3, 2 / 3), factor: NonNegative = 0.1):
     """The peak times `factor` for every milestone passed; milestones are fractions of the time after warm-up."""
-    return lambda k: (
-        peak * factor ** sum((k >= round(milestone * steps)).astype(jnp.float32) for milestone in milestones)
-    )
+    return lambda k: peak * factor ** sum((k >= round(m * steps)).astype(jnp.float32) for m in milestones)
 
 
 def inverse_sqrt(peak: float, steps: int, *, timescale: Annotated[float, checks.number(0, above=True)] = 1.0):
@@ -91,22 +82,19 @@ def make_schedule(
 class Group(NamedTuple):
     """How the parameters of one group train.
 
-    optimizer: a name from optax (adamw, sgd, lamb, ...); args: its further keyword arguments, as pairs.
-    lr_mult: the factor on the schedule.
-    weight_decay: applied to the paths that `decay` matches in full; decoupled where the optimizer has its own (adamw,
-    lamb, lion), else an L2 term added to the gradient (sgd, adam).
+    optimizer: a name from optax (adamw, sgd, lamb, ...); args: its further keyword arguments, as pairs. lr_mult: the
+    factor on the schedule. weight_decay: applied to the paths that `decay` matches in full; decoupled where the
+    optimizer has its own (adamw, lamb, lion), else an L2 term added to the gradient (sgd, adam).
     """
 
     optimizer: Annotated[str, checks.TEXT] = "adamw"
     args: Annotated[tuple[tuple[str, Any], ...], checks.TABLE] = ()
-    lr_mult: Annotated[float, checks.number(0)] = 1.0
-    weight_decay: Annotated[float, checks.number(0)] = 0.0
+    lr_mult: NonNegative = 1.0
+    weight_decay: NonNegative = 0.0
     decay: Annotated[str, checks.REGEX] = ".*/kernel"
 
 
-def make_groups(
-    labels: Mapping[str, str], default: Group, overrides: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Group]:
+def make_groups(labels: Mapping[str, str], default: Group, overrides: Mapping[str, Mapping]) -> dict[str, Group]:
     """The settings of every trainable group that `labels` uses: `default` with the group's overrides.
 
     Raises one ValueError for overrides of groups that no parameter is in, unknown fields, invalid values,
@@ -281,30 +269,27 @@ def migrate(fresh: Any, old: Any, length: int) -> Any:
 
     length: the steps of the phase that ends. Raises RuntimeError if a value that must be carried over is not there.
     """
-    kept = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(old)[0]:
-        if place := _place(keys):
-            offset, suffix = place
-            kept[offset + length, suffix] = leaf
+    kept = {_place(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(old)[0]}
 
     def carry(keys, leaf):
-        place = _place(keys)
-        if place is None or place[0] == 0:
+        offset, suffix = _place(keys)
+        if not offset:
             return leaf
-        if place not in kept or kept[place].shape != leaf.shape:
+        value = kept.get((offset - length, suffix))
+        if value is None or value.shape != leaf.shape:
             raise RuntimeError(f"the optimizer state {jax.tree_util.keystr(keys)} was not found in the phase before")
         # Groups of one offset share their count, and a step that donates its state cannot hold one buffer twice.
-        return kept[place] if leaf.ndim else jnp.array(kept[place])
+        return value if leaf.ndim else jnp.array(value)
 
     return jax.tree_util.tree_map_with_path(carry, fresh)
 
 
-def _place(keys: tuple) -> tuple[int, str] | None:
-    """(offset, place inside its group's state) of an optimizer value; None for what belongs to no group."""
+def _place(keys: tuple) -> tuple[int | None, str]:
+    """(offset, place inside its group's state) of an optimizer value; no offset where it belongs to no group."""
     for i, key in enumerate(keys):
         if isinstance(key, jax.tree_util.GetAttrKey) and key.name == "inner_states":
             return int(keys[i + 1].key.rpartition("+")[2]), jax.tree_util.keystr(keys[i + 2 :])
-    return None
+    return None, jax.tree_util.keystr(keys)
 
 
 def decays(group: Group, path: str) -> bool:
@@ -312,9 +297,7 @@ def decays(group: Group, path: str) -> bool:
     return group.weight_decay > 0 and re.fullmatch(group.decay, path) is not None
 
 
-def _group_transform(
-    group: Group, schedule, offset: int = 0, lr_mult=None, weight_decay=None
-) -> optax.GradientTransformation:
+def _group_transform(group: Group, schedule, offset: int = 0, lr_mult=None, weight_decay=None):
     lr_mult = group.lr_mult if lr_mult is None else lr_mult
     weight_decay = group.weight_decay if weight_decay is None else weight_decay
     factory, args = getattr(optax, group.optimizer), dict(group.args)
