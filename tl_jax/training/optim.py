@@ -212,7 +212,7 @@ class RelativeGradientNorm(NamedTuple):
 def scale_by_relative_gradient_norm(
     inner: optax.GradientTransformation, blocks: Mapping[str, str], decay: float = 0.9
 ) -> optax.GradientTransformation:
-    """Auto-RGN (Lee et al. 2023, "Surgical fine-tuning", section 4): the gradient decides how much each block moves.
+    """Auto-RGN (Lee et al. 2023, "Surgical fine-tuning", section 4): a learning rate of its own for each block.
 
     The updates of block b are scaled by r_b / max r, r_b = |g_b| / |w_b|: the norm of the block's gradient over that of
     its parameters. The paper takes r anew once an epoch; here it is a running mean over steps. Paths that are not in
