@@ -23,9 +23,6 @@ class Counted:
     def head(self, index):
         return self.images[self.numbers[index]].tobytes()
 
-    def check_header(self, index):
-        pass
-
 
 def add_counted(monkeypatch):
     """Makes the source "counted", the digits; the list of (split, number) of all its images in the order of reading."""

@@ -160,7 +160,7 @@ def test_training_without_augmentation_sees_the_evaluation_pixels(digits):
     assert pairs[0] == pairs[1]
 
 
-@pytest.mark.parametrize("size", [16, 12])  # 16 is mirrored eight bytes at a time, 12 is not
+@pytest.mark.parametrize("size", [16, 12])
 @pytest.mark.parametrize("augment", [
     [],
     [("random_resized_crop", {}), ("flip", {})],
@@ -312,7 +312,7 @@ def test_a_terminated_process_group_can_still_finish_its_steps(tmp_path):
 
 
 def test_sizes_that_the_processes_cannot_share_are_refused(digits):
-    with pytest.raises(ValueError, match="batch_size 10 for process 0 of 4"):
+    with pytest.raises(ValueError, match="batch_size 10 for 1 domains in process 0 of 4"):
         train_batches(digits, views(CARD, []), 10, 0, process_count=4)
     with pytest.raises(ValueError, match="process 2 of 2"):
         eval_batches(digits, views(CARD), 8, process_index=2, process_count=2)

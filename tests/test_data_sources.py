@@ -124,7 +124,7 @@ def test_one_array_file_may_hold_several_splits_and_a_folder_one_file_each(tmp_p
     assert len(sources.load(f"arrays:{tmp_path}", "test")) == 2
     with pytest.raises(ValueError, match="no split 'val'; it has train, test"):
         sources.load(f"arrays:{tmp_path}/both.npz", "val")
-    with pytest.raises(FileNotFoundError, match=r"no array file .*train\.npz.*both\.npz, test\.npz"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*train\.npz.*both\.npz, test\.npz"):
         sources.load(f"arrays:{tmp_path}", "train")
 
 
@@ -179,7 +179,7 @@ def test_tfds_reads_a_prepared_data_set_without_tensorflow(tmp_path):
     assert "tensorflow" not in sys.modules
     with pytest.raises(ValueError, match="no split 'test'; it has train, val"):
         sources.load("tfds:tiny_shapes", "test", data_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="knows no data set 'cifer10'; near it: cifar10"):
+    with pytest.raises(ValueError, match=r"knows no data set 'cifer10' .did you mean 'cifar10"):
         sources.load("tfds:cifer10", "train")
 
 
@@ -302,7 +302,7 @@ def test_a_folder_without_classes_is_an_error(tmp_path):
 def test_all_empty_classes_are_listed(folder):
     for name in ("wasp", "fly"):
         (folder / "train" / name).mkdir()
-    with pytest.raises(ValueError, match=r"(?s)2 of 4 class folders .* are empty:\n  fly\n  wasp"):
+    with pytest.raises(ValueError, match=r"(?s)2 of 4 class folders .* are empty; .*:\n  fly\n  wasp"):
         sources.load(f"folder:{folder}", "train")
 
 

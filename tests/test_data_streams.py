@@ -11,7 +11,7 @@ from PIL import Image
 
 from tl_jax.core.card import Card
 from tl_jax.data import sources
-from tl_jax.data.pipeline import StreamFacts, View, eval_batches, train_batches
+from tl_jax.data.pipeline import View, eval_batches, train_batches
 
 CARD = Card("m", 10, input_size=12, crop=0.75, interpolation="bilinear")
 SAME = Card("m", 10, input_size=8, crop=1.0)
@@ -157,7 +157,7 @@ def test_a_balanced_stream_needs_examples_of_every_class():
 
 def test_every_batch_holds_equal_parts_of_all_domains_in_their_order(both):
     batches = train_batches(both, {"image": View(SAME)}, 10, 0)
-    assert batches.facts == StreamFacts(131, 2)
+    assert (len(both), both.num_domains) == (131, 2)
     for step in range(30):
         batch = batches[step]
         assert batch["domain"].tolist() == [0] * 5 + [1] * 5 and batch["domain"].dtype == np.int32
@@ -200,9 +200,9 @@ def test_a_domain_sees_the_same_whatever_the_batch_size(both):
 
 
 def test_a_batch_that_domains_and_processes_cannot_share_is_refused(both):
-    with pytest.raises(ValueError, match=r"batch_size 9 for 2 domains and 1 processes: .* multiple of 2"):
+    with pytest.raises(ValueError, match=r"batch_size 9 for 2 domains in process 0 of 1: .* multiple of 2"):
         train_batches(both, {"image": View(SAME)}, 9, 0)
-    with pytest.raises(ValueError, match=r"batch_size 6 for 2 domains and 2 processes: .* multiple of 4"):
+    with pytest.raises(ValueError, match=r"batch_size 6 for 2 domains in process 0 of 2: .* multiple of 4"):
         train_batches(both, {"image": View(SAME)}, 6, 0, process_count=2)
 
 

@@ -279,13 +279,16 @@ def test_labels_belong_to_sources_with_columns():
             b"file,y\na.png,1\nb,c.png,2\nd.png\n",
             r"(?s)2 rows do not have the 2 values .*row 3: 3 values\n  row 4: 1 val",
         ),
-        (b"file,y\n\xff\xfe,1\n", "is not UTF-8 text"),
+        (b"file,y\n\xff\xfe,1\n", "expected UTF-8 text"),
         (b"photo,y\na.png,1\n", "no column of image files; found photo, y, expected one of file, image, .*table:"),
         (b"file,y\na.png,1\n\na.png,2\n,3\n", r"(?s)row 4: a.png was already in row 2\n  row 5: file is missing"),
-        (b"file,split,y\na.png,dev,1\n", "(?s)1 rows have no known split:\n  row 2: 'dev'\nExpected one of train"),
-        (b"file,split,y\na.png,test,1\n", r"no split 'train'; it has test. Take a part"),
+        (b"file,split,y\na.png,dev,1\n", "(?s)1 rows have no known split, expected one of train.*:\n  row 2: 'dev'"),
+        (b"file,split,y\na.png,test,1\n", r"no split 'train'; it has test. Take a slice"),
         (b"file\na.png\n", "has no label column; expected one or several different ones of none"),
-        (b"file,y\nnowhere.png,1\n", "(?s)1 of 1 files .* are not images that can be read:\n  nowhere.png: .*No such"),
+        (
+            b"file,y\nnowhere.png,1\n",
+            "(?s)1 of 1 files .* are not images that can be read; .*:\n  nowhere.png: .*No such",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path, text, message):

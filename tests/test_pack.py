@@ -144,7 +144,7 @@ def test_damage_is_named(photos, tmp_path):
     meta = tmp_path / "p/train/meta.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"bytes": 7, "examples": 9}))
     packed._opened.cache_clear()
-    with pytest.raises(ValueError, match=r"damaged:\n  pixels.bin: \d+ bytes, expected 7\n  expected 9 examples"):
+    with pytest.raises(ValueError, match=r"damaged; .*:\n  pixels.bin: bytes \d+, expected 7\n  .* 13, expected 9"):
         sources.load(f"packed:{tmp_path}/p")
 
 
@@ -152,7 +152,7 @@ def test_all_images_that_cannot_be_decoded_are_listed_and_can_be_left_out(photos
     arguments = photos, str(tmp_path / "p"), ("train", "val")
     for name in ("train/ant/2.jpg", "train/bee/3.jpg", "val/ant/0.jpg"):
         damage(photos, name)
-    with pytest.raises(ValueError, match=r"(?s)3 of 17 images .*train/ant/2.*train/bee/3.*val/ant/0.*--on_error skip"):
+    with pytest.raises(ValueError, match=r"(?s)3 of 17 images .*--on_error skip.*train/ant/2.*train/bee/3.*val/ant/0"):
         pack.pack(*arguments, size=20, **QUIET)
     pack.pack(*arguments, size=20, on_error="skip", **QUIET)
     of_files, of_pack = (sources.load(s, on_error="skip") for s in (photos, f"packed:{tmp_path}/p"))

@@ -33,13 +33,12 @@ def test_a_design_is_its_runs_and_every_repeat_holds_out_each_example_once():
     assert resample.folds("bootstrap:2") == [("bootstrap:0", 0), ("bootstrap:1", 0)]
     assert resample.folds("kfold:3") == [(f"kfold:3:{fold}", 0) for fold in range(3)]
     assert resample.folds("kfold:3x2") == [(f"kfold:3:{fold}", repeat) for repeat in range(2) for fold in range(3)]
-    parts = resample.splits(LABELS, "kfold:3x2", 5)
-    repeats = [np.concatenate([held for _, held in parts[i : i + 3]]) for i in (0, 3)]
+    splits = [resample.split(LABELS, fold, 5 + repeat) for fold, repeat in resample.folds("kfold:3x2")]
+    repeats = [np.concatenate([held for _, held in splits[i : i + 3]]) for i in (0, 3)]
     for held_out in repeats:
         np.testing.assert_array_equal(np.sort(held_out), np.arange(60))
     assert not np.array_equal(*repeats)
-    np.testing.assert_array_equal(parts[3][1], resample.split(LABELS, "kfold:3:0", 6)[1])
-    for i, (train, held_out) in enumerate(resample.splits(LABELS, "loo", 0)):
+    for i, (train, held_out) in enumerate(resample.leave_one_out(LABELS)):
         assert held_out.tolist() == [i] and train.tolist() == [j for j in range(60) if j != i]
 
 
@@ -88,8 +87,6 @@ def test_folds_that_cannot_be_cut_are_refused(fold, message):
 
 def test_a_class_with_one_example_cannot_be_left_out_and_known():
     labels = np.array([0, 0, 1, 1, 2])
-    for design in ("loo", "bootstrap:2"):
+    for design in (resample.leave_one_out, lambda labels: resample.split(labels, "bootstrap:1", 0)):
         with pytest.raises(ValueError, match="at least 2 examples of every class: class 2 has 1"):
-            resample.splits(labels, design, 0)
-    with pytest.raises(ValueError, match="resamples nothing"):
-        resample.splits(labels, "holdout", 0)
+            design(labels)

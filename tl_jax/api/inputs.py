@@ -45,8 +45,7 @@ def _rows(path: str, card: Card) -> tuple[list[str], np.ndarray]:
     table = tables.read_table(path)
     if lacking := [f"{name}{nearest(name, table.columns)}" for name in card.columns if name not in table.columns]:
         raise ValueError(f"{path} lacks {len(lacking)} columns that the network reads:\n{listed(lacking)}")
-    columns = {name: table.columns[name] for name in card.columns}
-    values, problems = number_columns(columns, np.arange(len(table.rows)), table.rows)
+    values, problems = number_columns(table, card.columns, np.arange(len(table.rows)))
     if problems:
         raise ValueError(f"{path}: {len(problems)} cells are not numbers:\n{listed(problems)}")
     return [f"row/{row}" for row in table.rows], values

@@ -95,7 +95,7 @@ _ROWS = (
     _option("data.train", "train[:80%]", TEXT, "the split to train on"),
     _option("data.val", "train[80%:]", TEXT, "the split to choose on"),
     _option("data.test", "", TEXT, "read once, at the end; \"\": val is scored instead, and the result says so"),
-    _option("data.extra_eval", (), SETS, "further sets to score at the end: triples (name, source, split)"),
+    _option("data.extra_eval", (), SETS, "extra sets to score at the end: triples (name, source, split)"),
     _option("data.labels", (), TEXTS, "the columns that hold the labels, of sources that have columns"),
     _option("data.resample", "", TEXT, "cut train and test from the split train: kfold:K:FOLD | bootstrap:DRAW | loo"),
     _option("data.shots", 0, integer(0), "training examples per class; 0: all", replica=True),

@@ -5,9 +5,9 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,21 +23,21 @@ class FileImages(NamedTuple):
     paths: tuple[str, ...]
 
     def __getitem__(self, index: int) -> bytes:
-        with open(os.path.join(self.root, self.paths[index]), "rb") as file:
+        with open(self.path(index), "rb") as file:
             return file.read()
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.paths[index])
 
     def select(self, indices: np.ndarray) -> "FileImages":
         return FileImages(self.root, tuple(self.paths[i] for i in indices))
 
     def head(self, index: int) -> bytes:
         try:
-            with open(os.path.join(self.root, self.paths[index]), "rb") as file:
+            with open(self.path(index), "rb") as file:
                 return file.read(HEAD)
         except OSError:
             return b""  # named where the image itself is read
-
-    def check_header(self, index: int) -> None:
-        ops.open_image(os.path.join(self.root, self.paths[index])).close()
 
 
 class EncodedImages(NamedTuple):
@@ -51,31 +51,28 @@ class EncodedImages(NamedTuple):
         return self.data[self.starts[index] : self.stops[index]].tobytes()
 
     def select(self, indices: np.ndarray) -> "EncodedImages":
-        return EncodedImages(self.data, self.starts[indices], self.stops[indices])
+        return self._replace(starts=self.starts[indices], stops=self.stops[indices])
 
     def head(self, index: int) -> bytes:
         return self[index][:HEAD]
 
-    def check_header(self, index: int) -> None:
-        ops.open_image(self[index]).close()
-
 
 class JoinedImages(NamedTuple):
-    """Images of several containers: `images[i]` is `parts[part[i]][position[i]]`."""
+    """Images of several containers: `images[i]` is `containers[which[i]][position[i]]`."""
 
-    parts: tuple
-    part: np.ndarray
+    containers: tuple
+    which: np.ndarray
     position: np.ndarray
 
     def __getitem__(self, index: int) -> np.ndarray | bytes:
-        return self.parts[self.part[index]][self.position[index]]
+        return self.containers[self.which[index]][self.position[index]]
 
     def select(self, indices: np.ndarray) -> "JoinedImages":
-        return JoinedImages(self.parts, self.part[indices], self.position[indices])
+        return JoinedImages(self.containers, self.which[indices], self.position[indices])
 
     def head(self, index: int) -> bytes:
-        part, position = self.parts[self.part[index]], self.position[index]
-        return part[position].tobytes() if isinstance(part, np.ndarray) else part.head(position)
+        container, position = self.containers[self.which[index]], self.position[index]
+        return container[position].tobytes() if isinstance(container, np.ndarray) else container.head(position)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,8 +86,7 @@ class Source:
     ids name the examples across runs: the path below the root, split/index, or row/number.
     sizes: int64 [N], the bytes of each input. skipped: which examples were dropped as unreadable, and why.
     made_smaller: the short side and interpolation to which images were resized before they came here.
-    domain_names: the sources as they were given to `load`. domains: int32 [N] that count into `domain_names`, where
-    there are several.
+    domain_names: the sources as given to `load`. domains: int32 [N] that count into several domain_names.
     """
 
     name: str
@@ -113,6 +109,10 @@ class Source:
         return {self.input: self.inputs[index], "label": label}
 
     @property
+    def num_domains(self) -> int:
+        return 1 if self.domains is None else len(self.domain_names)
+
+    @property
     def input(self) -> str:
         """ "image" or "table", as on the card of a network that reads them."""
         return "table" if self.columns else "image"
@@ -120,9 +120,7 @@ class Source:
     @property
     def label_kind(self) -> str:
         """ "classes", "multilabel" or "targets"."""
-        if self.labels.dtype.kind == "f":
-            return "targets"
-        return "classes" if self.labels.ndim == 1 else "multilabel"
+        return "targets" if self.labels.dtype.kind == "f" else "classes" if self.labels.ndim == 1 else "multilabel"
 
     def select(self, indices: np.ndarray) -> "Source":
         """The source of the examples at `indices`, in that order."""
@@ -140,12 +138,11 @@ class Source:
     def fingerprint(self) -> str:
         """sha256 by which a resumed run knows that it reads the same examples.
 
-        It covers class names, ids, labels, domains, sizes, and arrays whole or the first HEAD bytes of every encoded
-        image; tfds records, which have a version, are taken by their sizes.
+        It covers class names, ids, labels, domains, sizes, and arrays whole or the `head` of every encoded image.
         """
-        facts: list = [self.class_names, self.ids]
-        if self.columns or self.domains is not None or self.label_kind != "classes":
-            facts += [self.label_kind, self.columns, self.domain_names if self.domains is not None else ()]
+        domain_names = () if self.domains is None else self.domain_names
+        further = self.columns or domain_names or self.label_kind != "classes"
+        facts = [self.class_names, self.ids, *((self.label_kind, self.columns, domain_names) if further else ())]
         digest = hashlib.sha256(json.dumps(facts).encode())
         digest.update(self.labels.astype("<f4" if self.label_kind == "targets" else "<i4").tobytes())
         digest.update(self.sizes.astype("<i8").tobytes())
@@ -159,37 +156,48 @@ class Source:
         return digest.hexdigest()
 
 
+def file_source(name: str, root: str, paths: Sequence[str], labels: np.ndarray, class_names: Sequence[str]) -> Source:
+    """A source of image files, named by their paths below root. A missing file is reported where it is read."""
+    images = FileImages(root, tuple(paths))
+    files = map(images.path, range(len(paths)))
+    sizes = np.array([os.path.getsize(file) if os.path.exists(file) else 0 for file in files], np.int64)
+    return Source(name, images, labels, tuple(class_names), images.paths, sizes)
+
+
+def check_split(where: Any, split: str, known: Collection[str]) -> None:
+    """Raises ValueError where a source has no such split."""
+    if split not in known:
+        raise ValueError(f"{where} has no split {split!r}; it has {', '.join(known)}. Take a slice: 'train[80%:]'")
+
+
 def join(sources: Sequence[Source]) -> Source:
     """One source with the examples of several, in order.
 
-    Raises ValueError where they differ in classes, columns or kind, or share an example.
+    Raises ValueError where they differ in classes, columns or kinds of labels, or share an example.
     """
-    first = sources[0]
-    for what in ("class_names", "columns", "input", "label_kind"):
+    first, name = sources[0], " + ".join(source.name for source in sources)
+    for what, words in {"class_names": "classes", "columns": "columns", "label_kind": "kinds of labels"}.items():
         if any(getattr(source, what) != getattr(first, what) for source in sources):
             found = "\n".join(f"  {source.name}: {getattr(source, what)}" for source in sources)
-            words = {"class_names": "classes", "input": "inputs", "label_kind": "kinds of labels"}.get(what, what)
             raise ValueError(f"cannot join sources with different {words}:\n{found}")
     ids = tuple(i for source in sources for i in source.ids)
     if len(set(ids)) < len(ids):
-        raise ValueError(f"{len(ids) - len(set(ids))} examples occur twice in {' + '.join(s.name for s in sources)}")
+        raise ValueError(f"{len(ids) - len(set(ids))} examples occur twice in {name}")
     if first.columns:
         inputs = np.concatenate([source.inputs for source in sources])
     else:
         lengths = [len(source) for source in sources]
-        part, position = np.repeat(np.arange(len(sources)), lengths), np.concatenate([np.arange(n) for n in lengths])
-        inputs = JoinedImages(tuple(source.inputs for source in sources), part, position)
-    return Source(
-        name=" + ".join(source.name for source in sources),
+        which, position = np.repeat(np.arange(len(sources)), lengths), np.concatenate([np.arange(n) for n in lengths])
+        inputs = JoinedImages(tuple(source.inputs for source in sources), which, position)
+    return dataclasses.replace(
+        first,
+        name=name,
         inputs=inputs,
         labels=np.concatenate([source.labels for source in sources]),
-        class_names=first.class_names,
         ids=ids,
         sizes=np.concatenate([source.sizes for source in sources]),
         skipped=tuple(text for source in sources for text in source.skipped),
         made_smaller=tuple(dict.fromkeys(pair for source in sources for pair in source.made_smaller)),
-        columns=first.columns,
-        domain_names=first.domain_names,
     )
 
 
@@ -198,10 +206,7 @@ def join_domains(sources: Sequence[Source]) -> Source:
     names = tuple(name for source in sources for name in source.domain_names)
     if len(set(names)) < len(names):
         raise ValueError(f"several domains, but one source is given twice: {', '.join(names)}")
-    renamed = [
-        dataclasses.replace(source, ids=tuple(f"{name}/{i}" for i in source.ids))
-        for name, source in zip(names, sources, strict=True)
-    ]
+    renamed = [dataclasses.replace(source, ids=tuple(_origins(source))) for source in sources]
     domains = np.repeat(np.arange(len(sources), dtype=np.int32), [len(source) for source in sources])
     return dataclasses.replace(join(renamed), domains=domains, domain_names=names)
 
@@ -212,29 +217,35 @@ def overlap(a: Source, b: Source) -> tuple[str, ...]:
     return tuple(dict.fromkeys(i for i, origin in zip(a.ids, _origins(a), strict=True) if origin in there))
 
 
-def _origins(source: Source) -> list[tuple[str, str]]:
-    """The source that each example was loaded from, and its id there."""
-    if source.domains is None:
-        return [("".join(source.domain_names), i) for i in source.ids]
-    names = [source.domain_names[d] for d in source.domains.tolist()]
-    return [(name, i.removeprefix(f"{name}/")) for name, i in zip(names, source.ids, strict=True)]
+def _origins(source: Source) -> Sequence[str]:
+    """The ids, each after the name of its source, as those of several domains are already."""
+    return source.ids if source.domains is not None else [f"{''.join(source.domain_names)}/{i}" for i in source.ids]
+
+
+def header_shape(images: Sequence, index: int) -> tuple[int, int]:
+    """Height and width of an image up to a turn by EXIF; of an encoded one by its header, else ValueError, OSError."""
+    image = images.path(index) if isinstance(images, FileImages) else images[index]
+    if isinstance(image, np.ndarray):
+        return ops.shape_of(image)
+    with ops.open_image(image) as header:
+        return ops.shape_of(header)
 
 
 def find_unreadable(source: Source, *, fully: bool) -> dict[int, str]:
-    """The reason by index of each image that cannot be read: by its header, or by decoding it whole. Uses threads."""
+    """{index: id and reason} of the images that cannot be read: by their headers, or by decoding them. Uses threads."""
     if isinstance(source.inputs, np.ndarray):
         return {}
 
     def problem(index: int) -> str:
         try:
             if not fully:
-                source.inputs.check_header(index)
+                header_shape(source.inputs, index)
             elif isinstance(image := source.inputs[index], bytes):
                 ops.decode(image)
         except (ValueError, OSError) as error:
-            return str(error)
+            return f"{source.ids[index]}: {error}"
         return ""
 
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        reasons = pool.map(problem, range(len(source)))
-        return {index: reason for index, reason in enumerate(reasons) if reason}
+        problems = pool.map(problem, range(len(source)))
+        return {index: text for index, text in enumerate(problems) if text}

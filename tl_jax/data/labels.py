@@ -1,12 +1,12 @@
 """What labels each task takes: the check of a source against its task, and labels made from columns of text."""
 
-import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from tl_jax.core.messages import listed, nearest
+from tl_jax.core.checks import refuse
 from tl_jax.data.examples import Source
 from tl_jax.data.readers.folder import natural_key
 
@@ -20,10 +20,17 @@ EXPECTED = {
 MISSING = ("", "nan", "na", "n/a", "null", "none")  # cells in place of a number, in any case
 
 
-def check_task(task: str) -> None:
-    """Raises ValueError for a task that has no labels here."""
-    if task not in KINDS:
-        raise ValueError(f"there is no task {task!r}{nearest(task, KINDS)}; known: {', '.join(KINDS)}")
+class Table(NamedTuple):
+    """Columns of text. where: what messages call it; rows: the number of each row, counted as in a spreadsheet."""
+
+    where: str
+    columns: dict[str, Sequence[str]]
+    rows: np.ndarray
+
+    def find(self, names: Sequence[str]) -> str | None:
+        """The first column that has one of these names, in any case."""
+        by_name = {column.lower(): column for column in reversed(self.columns)}
+        return next((by_name[name] for name in names if name in by_name), None)
 
 
 def check_fit(source: Source, task: str) -> None:
@@ -33,92 +40,81 @@ def check_fit(source: Source, task: str) -> None:
         return
     word = {"classes": "classes", "multilabel": "labels of 0 or 1", "targets": "targets"}[kind]
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    fitting = [name for name, other in KINDS.items() if other == kind and name != "binary"]
+    fitting = next(name for name, other in KINDS.items() if other == kind)
     raise ValueError(
         f"{source.name} does not fit the task {task!r}: it has {len(names)} {word} ({shown}), expected "
-        f"{EXPECTED[task]}. Use the task {fitting[0]!r}, or another source"
+        f"{EXPECTED[task]}. Use the task {fitting!r}, or another source"
     )
 
 
-def parse_numbers(cells: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Values float64 [N], nan where a cell is missing, and whether a cell is no finite number, bool [N]."""
+def parse_numbers(cells: Sequence[str]) -> np.ndarray:
+    """Values float64 [N]: nan where a cell is missing, inf where it is no finite number."""
+    return np.array([_parse_number(cell) for cell in cells], np.float64)
+
+
+def _parse_number(cell: str) -> float:
     try:
-        values = np.array([float(cell) for cell in cells])
-        if np.isfinite(values).all():
-            return values, np.zeros(len(values), bool)
+        if math.isfinite(value := float(cell)):
+            return value
     except ValueError:
         pass
-    values, wrong = np.full(len(cells), np.nan), np.zeros(len(cells), bool)
-    for i, cell in enumerate(cells):
-        if cell.lower() not in MISSING:
-            with contextlib.suppress(ValueError):
-                values[i] = float(cell)
-            wrong[i] = not math.isfinite(values[i])
-    return values, wrong
+    return math.nan if cell.lower() in MISSING else math.inf
 
 
 def number_columns(
-    columns: Mapping[str, Sequence[str]], chosen: np.ndarray, rows: np.ndarray, *, expected: str = "a number"
+    table: Table, names: Sequence[str], chosen: np.ndarray, *, expected: str = "a number"
 ) -> tuple[np.ndarray, list[str]]:
-    """(values float64 [len(chosen), columns], problems) of the chosen cells; a problem names row, column and cell."""
-    values, problems = np.empty((len(chosen), len(columns))), []
-    for j, (name, cells) in enumerate(columns.items()):
-        values[:, j], wrong = parse_numbers([cells[i] for i in chosen])
-        if expected == "0 or 1":
-            wrong |= ~np.isin(values[:, j], (0, 1)) & ~np.isnan(values[:, j])
-        for i in np.flatnonzero(wrong | np.isnan(values[:, j])).tolist():
-            found = f"is {cells[chosen[i]]!r}, expected {expected}" if wrong[i] else "is missing"
-            problems.append(f"row {rows[chosen[i]]}: {name} {found}")
+    """(values float64 [len(chosen), len(names)], problems) of chosen rows; a problem names row, column and cell."""
+    values, problems = np.empty((len(chosen), len(names))), []
+    for j, name in enumerate(names):
+        cells = [table.columns[name][i] for i in chosen]
+        values[:, j] = parse_numbers(cells)
+        good = np.isin(values[:, j], (0, 1)) if expected == "0 or 1" else np.isfinite(values[:, j])
+        for i in np.flatnonzero(~good).tolist():
+            found = "is missing" if np.isnan(values[i, j]) else f"is {cells[i]!r}, expected {expected}"
+            problems.append(f"row {table.rows[chosen[i]]}: {name} {found}")
     return values, problems
 
 
-def encode(
-    task: str, columns: Mapping[str, Sequence[str]], chosen: np.ndarray, rows: np.ndarray, where: str
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(labels of the chosen examples, class names) from columns of text [N].
+def encode(task: str, table: Table, names: Sequence[str], chosen: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(labels of the chosen examples, class names) from the named columns of a table.
 
-    Classes are those of the whole column, in natural order, so that every split has the same. rows: int [N], the
-    numbers of the rows in messages. Raises ValueError that lists the cells that do not fit the task.
+    Classes are those of the whole column, in natural order, so that every split has the same. Raises ValueError that
+    lists the cells that do not fit the task.
     """
     if KINDS[task] == "classes":
-        return _classes(task, columns, chosen, rows, where)
-    expected = "0 or 1" if task == "multilabel" else "a number"
-    values, problems = number_columns(columns, chosen, rows, expected=expected)
-    fix = {
-        "multilabel": "A column of several values is a class: use the task 'classification' with that one column.",
-        "regression": "Fill in or remove these rows; a column of text is a class, not a target.",
-    }
-    _refuse(task, where, columns, problems, fix[task])
-    return values.astype(np.int32 if task == "multilabel" else np.float32), tuple(columns)
+        return _encode_classes(task, table, names, chosen)
+    whole = task == "multilabel"
+    values, problems = number_columns(table, names, chosen, expected="0 or 1" if whole else "a number")
+    fix = "fill in or remove these rows; a column of text is a class, not a target"
+    if whole:
+        fix = "a column of several values is a class: use the task 'classification' with that one column"
+    _refuse(task, table, names, problems, fix)
+    return values.astype(np.int32 if whole else np.float32), tuple(names)
 
 
-def _classes(task, columns, chosen, rows, where) -> tuple[np.ndarray, tuple[str, ...]]:
-    if len(columns) != 1:
+def _encode_classes(task: str, table: Table, names: Sequence[str], chosen: np.ndarray):
+    if len(names) != 1:
         raise ValueError(
-            f"{where}: the task {task!r} takes one label column, found {len(columns)}: {', '.join(columns)}. Name one "
-            "with data.labels, or use the task 'multilabel' or 'regression'"
+            f"{table.where}: the task {task!r} takes one label column, found {len(names)}: {', '.join(names)}. Name "
+            "one with data.labels, or use the task 'multilabel' or 'regression'"
         )
-    ((name, cells),) = columns.items()
-    problems = [f"row {rows[i]}: {name} is missing" for i in chosen.tolist() if not cells[i]]
-    _refuse(task, where, columns, problems, "Fill in or remove these rows.")
+    (name,), cells = names, table.columns[names[0]]
+    problems = [f"row {table.rows[i]}: {name} is missing" for i in chosen if not cells[i]]
+    _refuse(task, table, names, problems, "fill in or remove these rows")
     found = [cell for cell in dict.fromkeys(cells) if cell]
-    values, wrong = parse_numbers(found)
-    if not wrong.any() and not np.isnan(values).any():
-        if fractions := [found[i] for i in np.flatnonzero(values % 1).tolist()]:
-            raise ValueError(
-                f"{where}: column {name!r} holds numbers with fractions, such as {', '.join(fractions[:3])}; expected "
-                f"classes for the task {task!r}. Use the task 'regression', or another column"
-            )
-        class_names = [found[i] for i in np.argsort(values, kind="stable")]
-    else:
-        class_names = sorted(found, key=natural_key)
-    number = {class_name: i for i, class_name in enumerate(class_names)}
-    return np.array([number[cells[i]] for i in chosen.tolist()], np.int32), tuple(class_names)
-
-
-def _refuse(task: str, where: str, columns: Mapping, problems: list[str], fix: str) -> None:
-    if problems:
+    values = parse_numbers(found)
+    numeric = np.isfinite(values).all()
+    if numeric and (fractions := [found[i] for i in np.flatnonzero(values % 1)]):
         raise ValueError(
-            f"{where}: {len(problems)} cells of {', '.join(columns)} do not fit the task {task!r}, expected "
-            f"{EXPECTED[task]}:\n{listed(problems)}\n{fix}"
+            f"{table.where}: column {name!r} holds numbers with fractions, such as {', '.join(fractions[:3])}; "
+            f"expected classes for the task {task!r}. Use the task 'regression', or another column"
         )
+    class_names = [found[i] for i in np.argsort(values, kind="stable")] if numeric else sorted(found, key=natural_key)
+    number = {class_name: i for i, class_name in enumerate(class_names)}
+    return np.array([number[cells[i]] for i in chosen], np.int32), tuple(class_names)
+
+
+def _refuse(task: str, table: Table, names: Sequence[str], problems: list[str], fix: str) -> None:
+    cells = f"{table.where}: {len(problems)} cells of {', '.join(names)}"
+    refuse(f"{cells} do not fit the task {task!r}, expected {EXPECTED[task]}; {fix}", problems)

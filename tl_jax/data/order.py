@@ -22,11 +22,11 @@ def derive(seed: int, name: str) -> int:
 class Shuffle:
     """The numbers 0 .. n - 1 epoch after epoch, in a new order in each epoch.
 
-    together: how many epochs are drawn at once, where n is so small that each by itself would take too long.
+    together: how many epochs are sampled at once, where n is so small that each by itself would take too long.
     """
 
     def __init__(self, n: int, seed: int, together: int = 1):
-        self.n, self.seed, self.together = n, seed, together
+        self.n, self.together = n, together
 
         def numbers(block: int) -> np.ndarray:
             rng = np.random.default_rng([seed, block])
@@ -35,9 +35,6 @@ class Shuffle:
             return rng.permuted(np.tile(np.arange(n), (together, 1)), axis=1).reshape(-1)
 
         self._numbers = functools.lru_cache(RECENT)(numbers)
-
-    def __reduce__(self):
-        return Shuffle, (self.n, self.seed, self.together)
 
     def __call__(self, counters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(number, epoch) of each counter."""
@@ -52,8 +49,8 @@ class Shuffle:
 class Order(NamedTuple):
     """Every round of as many counters as there are groups visits each group once, in an order shuffled anew.
 
-    Within a group the members are shuffled epoch by epoch. One group of all examples is the plain shuffled order.
-    groups: the members of each, indices of examples. rounds: the order of the groups. within: of the members.
+    groups: indices of the examples of each. rounds: the order of the groups. within: of the members of each group,
+    shuffled epoch by epoch. One group of all examples is the plain shuffled order.
     """
 
     groups: tuple[np.ndarray, ...]
@@ -62,9 +59,6 @@ class Order(NamedTuple):
 
     def __call__(self, counters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(index, epoch) of each counter: the example, and how often it came before."""
-        if len(self.groups) == 1:
-            numbers, epochs = self.within[0](counters)
-            return self.groups[0][numbers], epochs
         chosen, visits = self.rounds(counters)
         indices, epochs = np.empty_like(visits), np.empty_like(visits)
         for group in np.unique(chosen).tolist():
@@ -73,13 +67,8 @@ class Order(NamedTuple):
             indices[here] = self.groups[group][numbers]
         return indices, epochs
 
-    def counters_of(self, epochs: int) -> int:
-        """How many counters there are until every example has come `epochs` times."""
-        return epochs * len(self.groups) * max(map(len, self.groups))
 
-
-def make_order(groups: Sequence[np.ndarray], seed: int) -> Order:
-    """The order of examples in one or several groups."""
+def _make_order(groups: Sequence[np.ndarray], seed: int) -> Order:
     seeds = [seed] if len(groups) == 1 else [derive(seed, f"group {number}") for number in range(len(groups))]
     within = tuple(Shuffle(len(group), own) for group, own in zip(groups, seeds, strict=True))
     rounds = Shuffle(len(groups), derive(seed, "rounds"), together=max(1, 4096 // len(groups)))
@@ -88,9 +77,7 @@ def make_order(groups: Sequence[np.ndarray], seed: int) -> Order:
 
 def seeds_of(source: Source, seed: int) -> tuple[int, ...]:
     """The seed of each domain of a source; of one without domains the seed itself."""
-    if source.domains is None:
-        return (seed,)
-    return tuple(derive(seed, f"domain {d}") for d in range(len(source.domain_names)))
+    return (seed,) if source.domains is None else tuple(derive(seed, f"domain {d}") for d in range(source.num_domains))
 
 
 def make_orders(source: Source, order: str, seed: int) -> tuple[Order, ...]:
@@ -98,17 +85,14 @@ def make_orders(source: Source, order: str, seed: int) -> tuple[Order, ...]:
     domains = np.zeros(len(source), int) if source.domains is None else source.domains
     made, problems = [], []
     for d, own in enumerate(seeds_of(source, seed)):
-        members = np.flatnonzero(domains == d)
-        where = f"{source.domain_names[d]}: " if source.domains is not None else ""
-        groups = [members]
+        groups = [members := np.flatnonzero(domains == d)]
         if order == "class_balanced":
             groups = [members[source.labels[members] == c] for c in range(len(source.class_names))]
+        if all(map(len, groups)):
+            made.append(_make_order(groups, own))
+            continue
+        where = f"{source.domain_names[d]}: " if source.domains is not None else ""
         empty = [name for name, group in zip(source.class_names, groups, strict=False) if not len(group)]
-        if not len(members):
-            problems.append(f"{where}no examples")
-        elif empty:
-            problems.append(f"{where}no examples of {', '.join(empty)}")
-        else:
-            made.append(make_order(groups, own))
+        problems.append(f"{where}no examples" + (f" of {', '.join(empty)}" if len(members) else ""))
     refuse(f"the order {order!r} of {source.name} visits every class and domain", problems)
     return tuple(made)

@@ -4,6 +4,8 @@ import re
 
 import numpy as np
 
+from tl_jax.core.messages import shorten
+
 DESIGNS = "holdout, kfold:K, kfold:KxR, bootstrap:N, loo"
 FOLDS = "kfold:K:FOLD, bootstrap:NUMBER"
 REDRAWS = 1000
@@ -12,16 +14,13 @@ Split = tuple[np.ndarray, np.ndarray]
 
 
 def folds(design: str) -> list[tuple[str, int]]:
-    """The runs of a design as (resample, repeat); repeat r is to be split with `split_seed + r`.
+    """The runs of a design as (resample, repeat); repeat r is split with `split_seed + r`.
 
-    "holdout" -> [("", 0)], no resampling. "kfold:5" -> ("kfold:5:0", 0) ... ("kfold:5:4", 0); "kfold:5x2" repeats these
-    as repeat 1. "bootstrap:3" -> ("bootstrap:0", 0) ... ("bootstrap:2", 0). "loo" -> [("loo", 0)]. Raises ValueError
-    for any other design.
+    "holdout" -> ("", 0), no resampling. "kfold:5" -> ("kfold:5:0", 0) ... ("kfold:5:4", 0); "kfold:5x2" repeats these
+    as repeat 1. "bootstrap:3" -> ("bootstrap:0", 0) ... ("bootstrap:2", 0). "loo" -> ("loo", 0).
     """
-    if design in ("", "holdout"):
-        return [("", 0)]
-    if design == "loo":
-        return [("loo", 0)]
+    if design in ("", "holdout", "loo"):
+        return [("loo" if design == "loo" else "", 0)]
     if match := re.fullmatch(r"kfold:(\d+)(?:x(\d+))?", design):
         count, repeats = int(match[1]), int(match[2] or 1)
         if count >= 2 and repeats >= 1:
@@ -34,10 +33,9 @@ def folds(design: str) -> list[tuple[str, int]]:
 def split(labels: np.ndarray, resample: str, split_seed: int) -> Split:
     """(train indices, held-out indices) of one fold of a pool with these labels [N, ...], both ascending.
 
-    "kfold:5:0": fold 0 of 5, stratified and shuffled by split_seed. "bootstrap:3": train is draw number 3 of N examples
-    with replacement, so indices repeat; held out is what was not drawn (out of bag). A draw that misses a class, or
-    leaves nothing out, is redrawn, deterministically. Multi-label labels and targets are not stratified. Raises
-    ValueError for anything else, for a fold out of range, and for classes with too few examples.
+    "kfold:5:0": fold 0 of 5, stratified and shuffled by split_seed. "bootstrap:3": train is sample number 3 of N
+    examples with replacement; held out is what it lacks (out of bag). A sample that misses a class, or lacks nothing,
+    is taken again, deterministically. Multi-label labels and targets are not stratified.
     """
     labels = np.asarray(labels)
     if labels.ndim > 1 or labels.dtype.kind == "f":
@@ -46,25 +44,19 @@ def split(labels: np.ndarray, resample: str, split_seed: int) -> Split:
         return _kfold(labels, int(match[1]), int(match[2]), split_seed)
     if match := re.fullmatch(r"bootstrap:(\d+)", resample):
         return _bootstrap(labels, int(match[1]), split_seed)
-    hint = "; loo has no single fold, closed forms predict each example by all others" if resample == "loo" else ""
+    hint = "; loo has no single fold, probes predict each example by all others" if resample == "loo" else ""
     raise ValueError(f"unknown fold {resample!r}; known: {FOLDS}{hint}")
 
 
-def splits(labels: np.ndarray, design: str, split_seed: int) -> list[Split]:
-    """All (train indices, held-out indices) of a design, repeat after repeat; "loo" holds out each example alone."""
-    if design == "loo":
-        _check_members(labels, 2, "leave-one-out")
-        everything = np.arange(len(labels))
-        return [(np.delete(everything, i), everything[i : i + 1]) for i in everything]
-    if design in ("", "holdout"):
-        raise ValueError(f"design {design!r} resamples nothing; known: {DESIGNS.removeprefix('holdout, ')}")
-    return [split(labels, resample, split_seed + repeat) for resample, repeat in folds(design)]
+def leave_one_out(labels: np.ndarray) -> list[Split]:
+    """(train indices, held-out index) of every example of a pool with these classes [N]."""
+    _check_members(labels, 2, "leave-one-out")
+    everything = np.arange(len(labels))
+    return [(np.delete(everything, i), everything[i : i + 1]) for i in everything]
 
 
 def _kfold(labels: np.ndarray, count: int, fold: int, split_seed: int) -> Split:
-    from sklearn.model_selection import (
-        StratifiedKFold,
-    )  # here: it takes a second that others need not pay
+    from sklearn.model_selection import StratifiedKFold  # here: it takes a second that others need not pay
 
     if count < 2 or fold >= count:
         raise ValueError(f"kfold:{count}:{fold}: expected at least 2 folds, and a fold from 0 to {count - 1}")
@@ -89,12 +81,9 @@ def _bootstrap(labels: np.ndarray, number: int, split_seed: int) -> Split:
 
 
 def _check_members(labels: np.ndarray, least: int, what: str) -> None:
-    classes, counts = np.unique(labels, return_counts=True)
-    counted = zip(classes.tolist(), counts.tolist(), strict=True)
-    small = [f"class {c} has {n}" for c, n in counted if n < least]
-    if small:
-        more = f" and {len(small) - 10} more" if len(small) > 10 else ""
+    counted = zip(*np.unique(labels, return_counts=True), strict=True)
+    if small := [f"class {c} has {n}" for c, n in counted if n < least]:
         raise ValueError(
-            f"{what} need at least {least} examples of every class: {', '.join(small[:10])}{more}; use fewer folds, or "
-            "merge or drop the classes"
+            f"{what} need at least {least} examples of every class: {', '.join(shorten(small, 10))}; use fewer folds, "
+            "or merge or drop the classes"
         )

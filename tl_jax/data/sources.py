@@ -1,48 +1,32 @@
 """Where examples come from: `load` turns a source and a split, both strings, into a random-access `Source`."""
 
 import dataclasses
-import difflib
+import functools
 import logging
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tl_jax.core.messages import listed
-from tl_jax.data import labels as label_columns
-from tl_jax.data.examples import Source, find_unreadable, join, join_domains, overlap
+from tl_jax.core.checks import refuse
+from tl_jax.core.messages import listed, nearest
+from tl_jax.data.examples import Source, check_split, find_unreadable, join, join_domains, overlap
+from tl_jax.data.labels import KINDS, check_fit
 from tl_jax.data.readers import builtin
-from tl_jax.data.readers.arrays import load_arrays
+from tl_jax.data.readers.arrays import array_source, load_arrays
 from tl_jax.data.readers.folder import load_folder
 from tl_jax.data.readers.glyphs import load_glyphs
-from tl_jax.data.readers.packed import load_packed
+from tl_jax.data.readers.packed import PackedImages, load_packed
 from tl_jax.data.readers.tables import load_csv, load_table
 
 __all__ = ["list_split", "load", "overlap", "parse_split", "stratified_order", "without"]
 log = logging.getLogger(__name__)
-BUILTIN = {
-    "digits": builtin.load_digits,
-    "digits:inverted": builtin.load_inverted,
-    "digits:faded": builtin.load_faded,
-    "digits:pairs": builtin.load_pairs,
-    "digits:parity": builtin.load_parity,
-    "digits:ink": builtin.load_ink,
-    "glyphs": load_glyphs,
-}
+BUILTIN = {name: functools.partial(builtin.load_digits, name) for name in builtin.DIGITS} | {"glyphs": load_glyphs}
 IMAGES = {"folder": load_folder, "arrays": load_arrays, "packed": load_packed}
 COLUMNS = {"csv": load_csv, "table": load_table}  # sources with label columns
-FORMS = {
-    "folder": "folder:PATH",
-    "arrays": "arrays:FILE.npz",
-    "packed": "packed:FOLDER",
-    "csv": "csv:FILE",
-    "table": "table:FILE",
-    "tfds": "tfds:NAME or tfds:NAME:VERSION",
-}
 DIABETES = "table:diabetes"
-DECODED = (*BUILTIN, "packed", "table")  # nothing to decode; packed images have hashes
+FORMS = ("folder:PATH", "arrays:FILE.npz", "packed:FOLDER", "csv:FILE", "table:FILE", "tfds:NAME", "tfds:NAME:VERSION")
 
 
 def load(
@@ -62,84 +46,81 @@ def load(
     `task` says what the labels must be: classification, binary (of two classes, the second is positive), multilabel or
     regression. `labels` names the label columns of csv: and table: sources.
 
-    Slices such as `train[:80%]` cut a permutation that depends on `split_seed` and the number of examples; of classes
-    it is stratified, and depends on the labels as well. Complementary slices are disjoint and mixed alike. `shots` > 0
-    then draws that many examples of every class (in every domain) by `seed`; a larger draw contains the smaller.
+    Slices such as `train[:80%]` cut a permutation by `split_seed`, stratified where labels are classes. `shots` > 0
+    then takes that many examples of every class (in every domain) by `seed`; more shots contain the fewer.
     `on_error="fail"` raises ValueError naming every file whose header is no image; `"skip"` decodes every image once,
     now, and drops the bad ones into `Source.skipped`. `data_dir` is where tfds keeps its data. Raises ValueError on
     unknown sources or splits and on labels that do not fit the task, FileNotFoundError on missing data.
     """
     names = (source,) if isinstance(source, str) else tuple(source)
-    label_columns.check_task(task)
+    if task not in KINDS:
+        raise ValueError(f"there is no task {task!r}{nearest(task, KINDS)}; known: {', '.join(KINDS)}")
     if not names:
         raise ValueError("no source is given; expected one, or one for each domain")
-    if on_error not in ("fail", "skip"):
-        raise ValueError(f"on_error must be 'fail' or 'skip', found {on_error!r}")
+    check_on_error(on_error)
     if min(shots, seed, split_seed) < 0:
         raise ValueError(f"shots={shots}, seed={seed}, split_seed={split_seed}: none may be negative")
-    if shots and label_columns.KINDS[task] != "classes":
+    if shots and KINDS[task] != "classes":
         raise ValueError(f"shots={shots}: shots are examples of a class, and the task {task!r} has none; use a slice")
-    parts, pieces = parse_split(split), []
+    slices, domains = parse_split(split), []
     for name in names:
-        wholes = {part: _load_whole(name, part, task, labels, on_error, data_dir) for part in _names(parts)}
-        cut = [_cut(wholes[part.name], part, split_seed) for part in parts]
-        joined = join(cut) if len(cut) > 1 else cut[0]
-        joined = _draw_shots(joined, shots, seed) if shots else joined
-        pieces.append(dataclasses.replace(joined, domain_names=(name,)))
-    loaded = join_domains(pieces) if len(pieces) > 1 else pieces[0]
+        splits = dict.fromkeys(each.split for each in slices)
+        wholes = {split: _load_whole(name, split, task, labels, on_error, data_dir) for split in splits}
+        cut = [_cut(wholes[each.split], each, split_seed) for each in slices]
+        domain = join(cut) if len(cut) > 1 else cut[0]
+        domain = _draw_shots(domain, shots, seed) if shots else domain
+        domains.append(dataclasses.replace(domain, domain_names=(name,)))
+    loaded = join_domains(domains) if len(domains) > 1 else domains[0]
     name = f"{' + '.join(names)} {split}"
     return dataclasses.replace(loaded, name=name + (f", {shots} shots" if shots else ""))
 
 
-def _names(parts: Sequence["Part"]) -> list[str]:
-    return list(dict.fromkeys(part.name for part in parts))
+def check_on_error(on_error: str) -> None:
+    if on_error not in ("fail", "skip"):
+        raise ValueError(f"on_error must be 'fail' or 'skip', found {on_error!r}")
 
 
 def list_split(
-    source: str,
-    split: str,
-    data_dir: str | None = None,
-    *,
-    task: str = "classification",
-    labels: Sequence[str] = (),
+    source: str, split: str, data_dir: str | None = None, *, task: str = "classification", labels: Sequence[str] = ()
 ) -> Source:
     """A whole split of a source as it lies there, without a look at the images; raises as `load` does."""
     if not re.fullmatch(r"\w+", split):
-        raise ValueError(
-            f"expected the name of a whole split such as train, found {split!r}; slices are cut when loaded"
-        )
-    return _list_split(source, split, task, labels, data_dir)
-
-
-def _parse(source: str) -> tuple[str, str]:
-    """The kind of a source, or its name where it is built in, and its argument."""
+        raise ValueError(f"expected the name of a split such as train, found {split!r}; slices are cut when loaded")
     kind, _, argument = source.partition(":")
-    if source in BUILTIN:
-        return source, ""
-    if kind not in FORMS or not argument:
-        near = difflib.get_close_matches(source, [*BUILTIN, DIABETES], n=1) or difflib.get_close_matches(
-            kind, FORMS, n=1
-        )
-        hint = f"; did you mean {FORMS.get(near[0], near[0])!r}?" if near else "."
-        raise ValueError(f"unknown source {source!r}{hint} Sources: {', '.join([*BUILTIN, DIABETES, *FORMS.values()])}")
-    return kind, argument
+    if source not in BUILTIN and (kind not in (*IMAGES, *COLUMNS, "tfds") or not argument):
+        known = (*BUILTIN, DIABETES, *FORMS)
+        raise ValueError(f"unknown source {source!r}{nearest(source, known)}. Sources: {', '.join(known)}")
+    if labels and kind not in COLUMNS:
+        raise ValueError(f"data.labels={tuple(labels)} names columns of csv: and table: sources; {source} has none")
+    if source == DIABETES:
+        found = builtin.load_diabetes(split, task, labels)
+    elif kind in COLUMNS:
+        found = COLUMNS[kind](argument, split, task, labels)
+    elif kind == "tfds":
+        found = _load_tfds(argument, split, data_dir)
+    else:
+        found = BUILTIN[source](split) if source in BUILTIN else IMAGES[kind](argument, split)
+    if len(found) == 0:
+        raise ValueError(f"{found.name} holds no examples")
+    check_fit(found, task)
+    return found
 
 
-class Part(NamedTuple):
-    """One term of a split string: a split's name and the texts of its bounds ("", "80%", "200")."""
+class Slice(NamedTuple):
+    """One term of a split string: the name of a split and the texts of the bounds ("", "80%", "200")."""
 
-    name: str
+    split: str
     start: str
     stop: str
 
 
-def parse_split(split: str) -> list[Part]:
+def parse_split(split: str) -> list[Slice]:
     """Parses `train`, `train[:80%]`, `train[100:200]`, or several of these joined by `+`; raises ValueError."""
     bound = r"(\d+(?:\.\d+)?%|\d+)?"
     matches = [re.fullmatch(rf"\s*(\w+)(?:\[{bound}:{bound}\])?\s*", term) for term in split.split("+")]
     if not all(matches):
         raise ValueError(f"cannot read split {split!r}; write train, train[:80%], train[100:200] or train[:80%]+val")
-    return [Part(match[1], match[2] or "", match[3] or "") for match in matches]
+    return [Slice(*match.groups("")) for match in matches]
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -147,7 +128,7 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
 
     The k-th of a class's n members, shuffled, is placed at (k + 1/2) / n of the way; ties are broken at random.
     """
-    rng = np.random.default_rng([seed, 0x73706C69])  # a stream of its own, apart from that of the shots
+    rng = _slice_generator(seed)
     shuffled = rng.permutation(len(labels))
     place = np.empty(len(labels))
     for c in np.unique(labels):
@@ -156,82 +137,58 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
     return np.lexsort((rng.random(len(labels)), place))
 
 
-def _cut(source: Source, part: Part, split_seed: int) -> Source:
+def _cut(source: Source, cut: Slice, split_seed: int) -> Source:
     """The examples of a slice, in the source's own order."""
-    if not (part.start or part.stop):
+    if not (cut.start or cut.stop):
         return source
     n = len(source)
 
     def position(bound: str, default: int) -> int:
         return default if not bound else round(n * float(bound[:-1]) / 100) if bound[-1] == "%" else int(bound)
 
-    start, stop = position(part.start, 0), position(part.stop, n)
+    start, stop = position(cut.start, 0), position(cut.stop, n)
     if not 0 <= start < stop <= n:
-        raise ValueError(f"slice [{part.start}:{part.stop}] of {source.name} is empty or beyond its {n} examples")
-    return source.select(np.sort(_slice_order(source, split_seed)[start:stop]))
+        raise ValueError(f"slice [{cut.start}:{cut.stop}] of {source.name} is empty or beyond its {n} examples")
+    stratified = source.label_kind == "classes"
+    order = stratified_order(source.labels, split_seed) if stratified else _slice_generator(split_seed).permutation(n)
+    return source.select(np.sort(order[start:stop]))
 
 
-def _slice_order(source: Source, seed: int) -> np.ndarray:
-    if source.label_kind == "classes":
-        return stratified_order(source.labels, seed)
-    return np.random.default_rng([seed, 0x73706C69]).permutation(len(source))
+def _slice_generator(seed: int) -> np.random.Generator:
+    return np.random.default_rng([seed, 0x73706C69])  # a stream of its own, apart from that of the shots
 
 
 def _draw_shots(source: Source, shots: int, seed: int) -> Source:
     """`shots` examples of every class; each class draws from its own stream, so k shots are the first k of more."""
     members = [np.flatnonzero(source.labels == c) for c in range(len(source.class_names))]
     few = [f"{name}: {len(m)}" for name, m in zip(source.class_names, members, strict=True) if len(m) < shots]
-    if few:
-        raise ValueError(f"{shots} shots of {source.name}; {len(few)} classes have fewer examples:\n{listed(few)}")
-    drawn = [np.random.default_rng([seed, c]).permutation(m)[:shots] for c, m in enumerate(members)]
-    return source.select(np.sort(np.concatenate(drawn)))
+    refuse(f"{shots} shots of {source.name}; {len(few)} classes have fewer examples", few)
+    chosen = [np.random.default_rng([seed, c]).permutation(m)[:shots] for c, m in enumerate(members)]
+    return source.select(np.sort(np.concatenate(chosen)))
 
 
 def _load_whole(name: str, split: str, task: str, labels: Sequence[str], on_error: str, data_dir: str | None) -> Source:
-    source, kind = _list_split(name, split, task, labels, data_dir), _parse(name)[0]
-    if kind in DECODED:
+    source, fully = list_split(name, split, data_dir, task=task, labels=labels), on_error == "skip"
+    # Packed images have hashes. The files of tfds have checksums, and a second pass over large records is dear.
+    if name in BUILTIN or isinstance(source.inputs, PackedImages if fully else (PackedImages, TfdsImages)):
         return source
-    if on_error == "fail" and kind == "tfds":
-        return source  # its files carry checksums, and a second pass over large records is dear
-    bad = find_unreadable(source, fully=on_error == "skip")
-    reasons = [f"{source.ids[i]}: {reason}" for i, reason in bad.items()]
-    if bad and on_error == "fail":
-        raise ValueError(
-            f"{len(bad)} of {len(source)} files of {source.name} are not images that can be read:\n{listed(reasons)}\n"
-            "Repair or remove them, or set on_error='skip' to leave them out."
-        )
-    return without(source, list(bad), reasons) if bad else source
-
-
-def _list_split(name: str, split: str, task: str, labels: Sequence[str], data_dir: str | None) -> Source:
-    kind, argument = _parse(name)
-    if labels and kind not in COLUMNS:
-        raise ValueError(f"data.labels={tuple(labels)} names columns of csv: and table: sources; {name} has none")
-    if name == DIABETES:
-        source = builtin.load_diabetes(split, task, labels)
-    elif kind in COLUMNS:
-        source = COLUMNS[kind](argument, split, task, labels)
-    elif kind == "tfds":
-        source = _load_tfds(argument, split, data_dir)
-    else:
-        source = BUILTIN[kind](split) if kind in BUILTIN else IMAGES[kind](argument, split)
-    if len(source) == 0:
-        raise ValueError(f"{source.name} holds no examples")
-    label_columns.check_fit(source, task)
+    bad = find_unreadable(source, fully=fully)
+    if bad and fully:
+        return without(source, bad)
+    what = f"{len(bad)} of {len(source)} files of {source.name} are not images that can be read"
+    refuse(f"{what}; repair or remove them, or set on_error='skip' to leave them out", bad.values())
     return source
 
 
-def without(source: Source, bad: list[int], reasons: list[str]) -> Source:
-    """The source without its unreadable images, and why; raises ValueError where none is left, or none of a class."""
-    kept = source.select(np.setdiff1d(np.arange(len(source)), bad))
-    if not len(kept):
-        raise ValueError(f"no readable image is left of {source.name}:\n{listed(reasons)}")
+def without(source: Source, bad: Mapping[int, str]) -> Source:
+    """The source without bad images, {index: reason}; raises ValueError where none is left, or none of a class."""
+    kept, reasons = source.select(np.setdiff1d(np.arange(len(source)), list(bad))), tuple(bad.values())
+    refuse(f"no readable image is left of {source.name}", () if len(kept) else reasons)
     gone = np.setdiff1d(source.labels, kept.labels) if source.label_kind == "classes" else ()
-    if len(gone):
-        names = [source.class_names[c] for c in gone]
-        raise ValueError(f"no readable image is left of {len(gone)} classes of {source.name}:\n{listed(names)}")
+    names = [source.class_names[c] for c in gone]
+    refuse(f"no readable image is left of {len(gone)} classes of {source.name}", names)
     log.warning("%s: skipped %d of %d unreadable images:\n%s", source.name, len(bad), len(source), listed(reasons))
-    return dataclasses.replace(kept, skipped=tuple(reasons))
+    return dataclasses.replace(kept, skipped=reasons)
 
 
 class TfdsImages(NamedTuple):
@@ -259,46 +216,35 @@ def _load_tfds(name: str, split: str, data_dir: str | None) -> Source:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)  # the others are looked up on the network
-        near = difflib.get_close_matches(name.partition(":")[0], known, n=3)
-        raise ValueError(f"tfds knows no data set {name!r}; near it: {', '.join(near) or 'none'}") from None
+        raise ValueError(f"tfds knows no data set {name!r}{nearest(name.partition(':')[0], known)}") from None
     splits = {{"validation": "val"}.get(known, known): known for known in builder.info.splits}
-    if splits and split not in splits:  # what is not prepared knows no splits; as_data_source will say so
-        raise ValueError(f"tfds:{name} has no split {split!r}; it has {', '.join(splits)}. Take a part: 'train[80%:]'")
+    if splits:  # what is not prepared knows no splits; as_data_source will say so
+        check_split(f"tfds:{name}", split, splits)
     image, label = _tfds_keys(tfds, name, builder.info)
     try:
         records = builder.as_data_source(split=splits.get(split, split))
     except (AssertionError, NotImplementedError) as error:  # not prepared; prepared in a format of TensorFlow's
-        raise FileNotFoundError(f"{_how_to_prepare(name, builder.data_path)} (tfds: {error})") from None
+        raise FileNotFoundError(
+            f"tfds:{name} is not prepared as array_record at {builder.data_path} (tfds: {error}). Prepare it once, in "
+            'an environment of its own where tensorflow may be installed: python -c "import tensorflow_datasets as '
+            f"tfds; tfds.builder('{name}', file_format='array_record').download_and_prepare()\"; then give the folder "
+            "above the data set's as data_dir"
+        ) from None
     records.decoders = {image: tfds.decode.SkipDecoding()}  # decoded like every other source's images, by ops.decode
-    labels, sizes = _tfds_labels(records, image, label)
-    names = tuple(builder.info.features[label].names)
-    ids = tuple(f"{split}/{i}" for i in range(len(labels)))
-    return Source(f"tfds:{name} {split}", TfdsImages(records, image, np.arange(len(labels))), labels, names, ids, sizes)
-
-
-def _tfds_labels(records: Any, image: str, label: str) -> tuple[np.ndarray, np.ndarray]:
     labels, sizes = np.empty(len(records), np.int32), np.empty(len(records), np.int64)
     for i in range(len(records)):
         record = records[i]
         labels[i], sizes[i] = record[label], getattr(record[image], "nbytes", None) or len(record[image])
-    return labels, sizes
+    images, names = TfdsImages(records, image, np.arange(len(labels))), tuple(builder.info.features[label].names)
+    return array_source(f"tfds:{name}", split, images, labels, names, sizes)
 
 
 def _tfds_keys(tfds: Any, name: str, info: Any) -> tuple[str, str]:
     """The names of the image and of the label feature: the supervised pair, or the only ones of their kind."""
-    if info.supervised_keys and isinstance(info.features[info.supervised_keys[-1]], tfds.features.ClassLabel):
-        return info.supervised_keys[0], info.supervised_keys[-1]
     images = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.Image)]
     labels = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    if info.supervised_keys and info.supervised_keys[-1] in labels:
+        return info.supervised_keys[0], info.supervised_keys[-1]
     if len(images) != 1 or len(labels) != 1:
         raise ValueError(f"tfds:{name} is no classification of images: images {images}, class labels {labels}")
     return images[0], labels[0]
-
-
-def _how_to_prepare(name: str, path: Path) -> str:
-    return (
-        f"tfds:{name} is not prepared as array_record at {path}. Prepare it once, in an environment of its own where "
-        f'tensorflow may be installed: python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{name}', file_format='array_record').download_and_prepare()\"; "
-        "then give the folder above the data set's as data_dir"
-    )

@@ -11,11 +11,11 @@ from tl_jax.core.card import Card
 from tl_jax.core.checks import refuse
 from tl_jax.core.fields import DOMAIN, INDEX, LABEL, MASK
 from tl_jax.core.messages import listed
-from tl_jax.data import order
 from tl_jax.data.examples import Source
 from tl_jax.data.image import ops
 from tl_jax.data.image.augment import Preprocess, make_preprocess
 
+_local = threading.local()
 IN_MEMORY = 2**28  # bytes of input pixels that may be made once and kept, where they do not change from epoch to epoch
 
 
@@ -32,13 +32,8 @@ class View(NamedTuple):
 
 
 class Render(NamedTuple):
-    """How the images of a view are made."""
-
     preprocess: Preprocess
     draws: str
-
-
-_local = threading.local()
 
 
 def _draws(seed: int, counter: int) -> np.random.Generator:
@@ -51,10 +46,6 @@ def _draws(seed: int, counter: int) -> np.random.Generator:
     return _local.rng
 
 
-def draws_seed(seed: int, draws: str) -> int:
-    return order.derive(seed, f"draws {draws}") if draws else seed
-
-
 def write_example(
     source: Source,
     renders: Mapping[str, Render],
@@ -65,18 +56,17 @@ def write_example(
     counter: int = 0,
 ) -> None:
     """Writes one example into a row of each view; seeds: of the draws of each view, where there are any."""
+    name = f"{source.ids[index]} of {source.name}"
     try:
         image = ops.as_rgb(source.inputs[index])
     except ValueError as error:
-        raise ValueError(
-            f"cannot read {source.ids[index]} of {source.name}: {error}; repair or remove it, or set on_error='skip'"
-        ) from None
+        raise ValueError(f"cannot read {name}: {error}; repair or remove it, or set on_error='skip'") from None
     try:
         for field, render in renders.items():
             rng = _draws(seeds[field], counter) if seeds else None
             ops.put(out[field][row], render.preprocess(image, rng))
     except ValueError as error:
-        raise ValueError(f"{source.ids[index]} of {source.name}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
 def make_views(
@@ -102,10 +92,10 @@ def make_views(
             continue
         preprocess = make_preprocess(card, augment if augmented else ())
         if small := [size for size, _ in source.made_smaller if size < preprocess.resize_size]:
+            wanted = preprocess.resize_size
             raise ValueError(
                 f"{source.name} was packed with --size {min(small)}, but the card (input {card.input_size}) resizes "
-                f"images to a short side of {preprocess.resize_size}: pack it again, with --size "
-                f"{preprocess.resize_size} or more, or take the images themselves"
+                f"images to a short side of {wanted}: pack it with --size {wanted} or more, or take its files"
             )
         renders[field] = Render(preprocess, draws)
         if (pixels := _prepare(source, renders[field])) is not None:
@@ -116,8 +106,7 @@ def make_views(
 def _prepare(source: Source, render: Render) -> np.ndarray | None:
     """All input pixels at once [N, S, S, 3], where they are the same in every epoch and small; else None."""
     size = render.preprocess.input_size
-    total = len(source) * size**2 * 3
-    if not isinstance(source.inputs, np.ndarray) or render.preprocess.ops or total > IN_MEMORY:
+    if not isinstance(source.inputs, np.ndarray) or render.preprocess.ops or 3 * len(source) * size**2 > IN_MEMORY:
         return None
     if source.inputs.shape[1:3] == (render.preprocess.resize_size,) * 2 == (size,) * 2:
         return source.inputs

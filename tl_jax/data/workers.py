@@ -1,8 +1,10 @@
 """Worker processes that start clean, end with the main process, and hand batches over in shared memory."""
 
+import collections
 import contextlib
 import ctypes
 import functools
+import itertools
 import math
 import multiprocessing
 import os
@@ -11,8 +13,8 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any
@@ -27,15 +29,23 @@ MEMORY = "/dev/shm"  # where shared memory lies on Linux; containers often give 
 
 
 @contextlib.contextmanager
-def pool(num_workers: int, state: Any) -> Iterator[ProcessPoolExecutor]:
-    """Processes that keep `state`: `submit(apply, function, ...)` calls `function(state, ...)` in one of them.
+def pool(num_workers: int, state: Any, num_threads: int) -> Iterator[Callable[..., Future]]:
+    """`submit(function, ...)`, the Future of `function(state, ...)` in a worker process or, with 0 workers, a thread.
 
-    They end with the context, and when the main process dies. They start with the first submits, which must be made
-    under `signals_held`. Raises RuntimeError if one was killed.
+    Processes receive the state once, start with the first submits, which `ahead` makes, and end with the context or the
+    main process. Raises RuntimeError if one was killed.
     """
-    executor = ProcessPoolExecutor(num_workers, CONTEXT, _start, (state,))
+    if num_workers:
+        executor = ProcessPoolExecutor(num_workers, CONTEXT, _start, (state,))
+        submit = functools.partial(executor.submit, _apply)
+    else:
+        executor = ThreadPoolExecutor(num_threads)
+
+        def submit(function: Callable, *arguments: Any) -> Future:
+            return executor.submit(function, state, *arguments)
+
     try:
-        yield executor
+        yield submit
     except BrokenProcessPool:
         raise RuntimeError(
             "a data worker process died; it was killed, perhaps for memory, or the main module cannot be imported by "
@@ -45,30 +55,32 @@ def pool(num_workers: int, state: Any) -> Iterator[ProcessPoolExecutor]:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Processes started inside inherit the mask: a signal waits until the worker has its handlers."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+def ahead(submit: Callable[[Any], Callable[[], Any]], items: Iterable, count: int) -> Iterator:
+    """Yields `submit(item)()` of each item in order; up to `count` items are submitted before they are due."""
+    waiting = iter(items)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # workers inherit it: a signal waits until they can take it
     try:
-        yield
+        pending = collections.deque(submit(item) for item in itertools.islice(waiting, count))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    while pending:
+        result = pending.popleft()()
+        pending.extend(submit(item) for item in itertools.islice(waiting, 1))
+        yield result
 
 
-def apply(function: Callable, *arguments: Any) -> Any:
-    """Runs in a worker: the function of the state that the pool was made with."""
+def _apply(function: Callable, *arguments: Any) -> Any:
     return function(_state, *arguments)
 
 
 class Slots:
-    """Arrays in memory that worker processes share with the main one: a set of arrays by name, `count` times.
+    """Arrays in memory that worker processes share with the main one: `wanted`, {name: (shape, type)}, `count` times.
 
-    A slot is free again when the arrays that `view` gave for it have been collected, so nothing is copied and nothing
-    overwritten that is in use. The memory has no name: the system takes it back however the processes end.
+    A slot is free again when the arrays of its `view` have been collected: nothing is copied, and nothing that is in
+    use is overwritten. The memory has no name, so the system reclaims it however the processes end.
     """
 
     def __init__(self, count: int, wanted: Mapping[str, tuple[tuple[int, ...], str]]):
-        """wanted: (shape, type) of each array."""
         self._places, stride = {}, 0
         for name, (shape, dtype) in wanted.items():
             size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -81,27 +93,22 @@ class Slots:
         self._free = list(range(count))
 
     def take(self) -> int | None:
-        """The number of a free slot; None where all are in use, and the arrays must travel otherwise."""
+        """The number of a free slot; None where all are in use, and the arrays must be sent otherwise."""
         return self._free.pop() if self._free else None
 
     def arrays(self, slot: int) -> dict[str, np.ndarray]:
-        """The arrays of a slot."""
-        return self._cut(self._block(slot))
-
-    def view(self, slot: int) -> dict[str, np.ndarray]:
-        """The arrays of a slot, which becomes free when the last reference to any of them goes."""
-        block = self._block(slot)
-        weakref.finalize(block, self._free.append, slot).atexit = False  # every view of it has the same base
-        return self._cut(block)
-
-    def _block(self, slot: int) -> np.ndarray:
-        return np.frombuffer(self._memory, np.uint8, self._stride, slot * self._stride)
-
-    def _cut(self, block: np.ndarray) -> dict[str, np.ndarray]:
+        block = np.frombuffer(self._memory, np.uint8, self._stride, slot * self._stride)
         return {
             name: block[start:stop].view(dtype).reshape(shape)
             for name, (shape, dtype, start, stop) in self._places.items()
         }
+
+    def view(self, slot: int) -> dict[str, np.ndarray]:
+        """The arrays of a slot, which becomes free when the last reference to any of them goes."""
+        arrays = self.arrays(slot)
+        block = next(iter(arrays.values())).base  # the same of all arrays and of every view of them
+        weakref.finalize(block, self._free.append, slot).atexit = False
+        return arrays
 
 
 def _start(state: Any) -> None:

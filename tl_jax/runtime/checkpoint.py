@@ -143,7 +143,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         def put(array: np.ndarray, leaf: jax.Array) -> jax.Array:
             if leaf.is_fully_addressable:
                 return jax.device_put(array, leaf.sharding, may_alias=False)  # a step may then reuse the memory
-            return jax.make_array_from_callback(array.shape, leaf.sharding, lambda part: array[part])
+            return jax.make_array_from_callback(array.shape, leaf.sharding, lambda index: array[index])
 
         restored = [put(arrays[path], leaf) if path in arrays else leaf for path, leaf in flat.items()]
         return jax.tree.unflatten(jax.tree.structure(like), restored)

@@ -23,7 +23,7 @@ import numpy as np
 
 from tl_jax.core import files, messages, trees
 from tl_jax.core.card import PIXELS
-from tl_jax.data.pipeline import Batches, TrainBatches, shapes
+from tl_jax.data.pipeline import Batches, TrainBatches
 from tl_jax.data.views import IN_MEMORY
 from tl_jax.methods import rules
 from tl_jax.runtime import distributed
@@ -156,17 +156,18 @@ def _describe(root: pathlib.Path, column: Column, batches: Batches, variables: A
     source, render, draws = batches.source, batches.renders.get(column.view), ""
     if isinstance(batches, TrainBatches) and render is not None and render.preprocess.ops:
         ops, draws, seed, order = list(render.preprocess.ops), render.draws, batches.seed, batches.order
-        equal = batches.facts.domains * batches.process_count  # a batch has as many rows of each domain on each process
+        equal = source.num_domains * batches.process_count  # a batch has as many rows of each domain on each process
         size = max(size - size % equal, equal)
     else:  # in one order, whatever that of training is
         source, ops, seed, order, views = dataclasses.replace(source, domains=None), [], 0, "shuffled", 1
     renders, prepared = (
         {name: x for name, x in table.items() if name == column.view} for table in (batches.renders, batches.prepared)
     )
-    where = batches.process_index, batches.process_count
-    inputs = TrainBatches(source, renders, prepared, size, seed, order, False, *where)
+    how = {"seed": seed, "order": order, "labelled": False}
+    where = {"process_index": batches.process_index, "process_count": batches.process_count}
+    inputs = TrainBatches(source, renders, prepared, size, **how, **where)
     known = prepared.get(column.view)
-    shape, dtype = shapes(inputs)[column.view] if known is None else (known.shape[1:], known.dtype)
+    shape, dtype = inputs.shapes[column.view] if known is None else (known.shape[1:], known.dtype)
     row = jax.eval_shape(column.compute, variables, jax.ShapeDtypeStruct((1, *shape[1:]), dtype))
     key = {**column.key, "data": batches.source.fingerprint, "augment": ops, "seed": seed, "views": views}
     key |= {"order": order} if order != "shuffled" else {}

@@ -82,7 +82,7 @@ def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Sc
 
 
 def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:
-    material, data, method = run.material, run.settings.data, run.settings.phases[0].method
+    material, method = run.material, run.settings.phases[0].method
     grid, extra = tuple(method.grid), sorted(set(material.eval_batches) - {"test"})
     if len(grid) != 1 or extra:
         raise ValueError(
@@ -90,7 +90,7 @@ def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) 
             "with one given value; set one value in method.grid, and leave data.val and data.extra_eval empty"
         )
     pool = _predict(run, parallel, material.eval_batches, stop_requested)["test"]
-    examples = pool.features, pool.labels, resample.splits(pool.labels, "loo", data.split_seed)
+    examples = pool.features, pool.labels, resample.leave_one_out(pool.labels)
     check_stop = functools.partial(check, stop_requested, "between two fits")
     (logits,) = probes.cross_predict(method.name, *examples, run.task.outputs, grid[0], check_stop=check_stop)
     return Scored({"test": pool._replace(outputs={"logits": logits})}, {}, grid[0], [])

@@ -79,19 +79,19 @@ def make(settings: Sequence[Settings], parallel: sharding.Parallel) -> "Replicas
     grid = np.array([(members + members[:1] * width)[:width] for members in feeds.values()])
     first = [trees.flatten(runs[members[0]].material.variables) for members in feeds.values()]
     own = frozenset().union(*(_trained(runs[0], i) for i in range(len(runs[0].phases))))
-    frozen = [path for path in first[0] if path not in own]
-    shared = {p: first[0][p] for p in frozen if all(_same(first[0][p], flat[p]) for flat in first[1:])}
-    differing = {path: jnp.stack([flat[path] for flat in first]) for path in frozen if path not in shared}
+    shared, differing = {}, {}
+    for path, leaf in first[0].items():
+        leaves = [flat[path] for flat in first]
+        if path not in own and all(x is leaf or np.array_equal(x, leaf) for x in leaves):
+            shared[path] = leaf
+        elif path not in own:
+            differing[path] = jnp.stack(leaves)
     _check_prefixes(runs[0], differing)
     keys = jnp.stack([jax.random.PRNGKey(seed) for seed, _ in feeds])
     if len(feeds) == 1:
         grid, keys = grid[0], keys[0]
     placed = parallel.place((shared, {"key": keys, "frozen": differing}))
     return Replicas(Group(runs, grid, own, *placed), parallel)
-
-
-def _same(one: Any, other: Any) -> bool:
-    return one is other or np.array_equal(one, other)
 
 
 def _trained(run: Run, i: int) -> set[str]:

@@ -176,7 +176,8 @@ def cached(
     training = {name for name in sets if name in material.streams}
     columns = []
     if phase.plan.prefix and phase.plan.prefix.cached:
-        columns.append((_prefix_column(run, phase, variables()), sets))
+        reader, networks = phase.plan.readers[MODEL], material.networks
+        columns.append((feature_cache.prefix_column(phase.plan.prefix, reader, variables(), networks), sets))
     for name, reader in phase.plan.readers.items():
         if reader.column and training:
             own = {key: batches for key, batches in sets.items() if key in training}
@@ -193,16 +194,11 @@ def cached(
     return found
 
 
-def _prefix_column(run: Run, phase: Phase, variables: Any) -> feature_cache.Column:
-    return feature_cache.prefix_column(phase.plan.prefix, phase.plan.readers[MODEL], variables, run.material.networks)
-
-
 def refreshed(
     run: Run, i: int, variables: Any, memory: Mapping[str, Any], names: Iterable[str], stop: Stop
 ) -> dict[str, Any]:
     """The memory of all terms, that of the named ones computed anew from the data."""
     material, phase, new = run.material, run.phases[i], dict(memory)
-
     field, size = phase.plan.readers[MODEL].field, run.settings.loop.eval_batch_size
     views = {field: pipeline.View(material.card)}
 
@@ -223,8 +219,5 @@ def refreshed(
 
 def due(phase: Phase, step: int) -> list[str]:
     """The terms of a phase whose memory is computed anew before a step."""
-    terms = {name: term for name, (_, term) in phase.plan.method.terms.items() if term.refresh}
-    since = step - phase.start
-    return [
-        name for name, term in terms.items() if not since or (term.refresh_every and since % term.refresh_every == 0)
-    ]
+    terms, since = phase.plan.method.terms.items(), step - phase.start
+    return [x for x, (_, t) in terms if t.refresh and (not since or (t.refresh_every and since % t.refresh_every == 0))]

@@ -12,6 +12,8 @@ from tl_jax.core import checks
 from tl_jax.core.card import Card
 from tl_jax.data.image import ops
 
+SIZING = ("random_resized_crop", "random_crop")
+
 
 class Preprocess(NamedTuple):
     """`preprocess(image, rng)` makes uint8 [input_size, input_size, 3] of uint8 RGB [H, W, 3] or a Pillow image.
@@ -27,23 +29,17 @@ class Preprocess(NamedTuple):
 
     def __call__(self, image: np.ndarray | Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
         for name, parameters in self.ops:
-            image = image if name in ops.PILLOW else np.asarray(image)
-            image = ops.OPS[name](image, rng, **parameters)
-        cut = ops.shape_of(image) == (self.input_size, self.input_size) and any(name in SIZING for name, _ in self.ops)
-        if cut:
+            image = ops.OPS[name](image if name in ops.PILLOW else np.asarray(image), rng, **parameters)
+        if ops.shape_of(image) == (self.input_size, self.input_size) and any(name in SIZING for name, _ in self.ops):
             return image
         image = ops.resize(image, size=self.resize_size, interpolation=self.interpolation)
         return ops.centre_crop(image, self.input_size)
 
 
-SIZING = ("random_resized_crop", "random_crop")
-
-
 def make_preprocess(card: Card, augment: Sequence[tuple[str, Mapping]] = ()) -> Preprocess:
-    """Builds the preprocessing of a card, with augmentations for training.
+    """The preprocessing of a card, with augmentations, whose `size` and `interpolation` default to the card's.
 
-    `size` and `interpolation` of an augmentation default to the card's. Raises ValueError that lists every unknown op,
-    unknown parameter and value out of range at once.
+    Raises one ValueError that lists every unknown op, unknown parameter and value out of range.
     """
     if card.interpolation not in ops.RESAMPLE:
         raise ValueError(f"the card's interpolation {card.interpolation!r} is none of {', '.join(ops.RESAMPLE)}")
@@ -52,10 +48,7 @@ def make_preprocess(card: Card, augment: Sequence[tuple[str, Mapping]] = ()) -> 
     resize_size = math.floor(card.input_size / card.crop)
     filled = []
     for name, parameters in augment:
-        defaults = {
-            "size": resize_size if name == "resize" else card.input_size,
-            "interpolation": card.interpolation,
-        }
-        wanted = {key: value for key, value in defaults.items() if key in checks.parameters(ops.OPS[name])}
-        filled.append((name, wanted | dict(parameters)))
+        size = resize_size if name == "resize" else card.input_size
+        given = {"size": size, "interpolation": card.interpolation, **parameters}
+        filled.append((name, {key: given[key] for key in given if key in checks.parameters(ops.OPS[name])}))
     return Preprocess(tuple(filled), card.input_size, resize_size, card.interpolation)

@@ -2,8 +2,7 @@
 
 import io
 import math
-import threading
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -13,24 +12,13 @@ from tl_jax.data.image import rand_augment as ra
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "MPO")
 MAX_PIXELS = 2**26  # 64 megapixels are 192 MiB as RGB; a larger image is refused before it is decoded
-RESAMPLE = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-}
+RESAMPLE = {kind.name.lower(): kind for kind in Image.Resampling}
 
 
 def _interval(high: float = math.inf) -> checks.Check:
-    number = checks.number(0, high, above=True)
-
-    def fits(value: Any) -> bool:
-        pair = isinstance(value, list | tuple) and len(value) == 2 and all(map(number.fits, value))
-        return pair and value[0] <= value[1]
-
-    return checks.Check(fits, f"a pair (low, high) with 0 < low <= high{f' <= {high:g}' if high < math.inf else ''}")
+    expected = f"a pair (low, high) with 0 < low <= high{f' <= {high:g}' if high < math.inf else ''}"
+    pair = checks.sequence(checks.number(0, high, above=True), expected, 2)
+    return pair._replace(fits=lambda value: pair.fits(value) and value[0] <= value[1])
 
 
 # The kinds of parameters of the augmentations.
@@ -38,14 +26,13 @@ Interpolation = Annotated[str, checks.one_of(*RESAMPLE)]
 Size = Annotated[int, checks.integer(1, 16_384)]
 Fill = Annotated[int, checks.integer(0, 255)]
 Probability = Annotated[float, checks.number(0, 1)]
-Degrees = Annotated[float, checks.number(0, 180)]
 Amount = Annotated[float, checks.number(0, 100)]
 Areas = Annotated[tuple[float, float], _interval(1)]
 Ratios = Annotated[tuple[float, float], _interval()]
 
 
 def open_image(data: bytes | str) -> Image.Image:
-    """Reads the header of encoded bytes, or of the file at a path; raises ValueError with the reason if it is no image.
+    """Reads the header of encoded bytes, or of the file at a path; ValueError says why it is no image.
 
     The format is told from the content, never from the file name; only `FORMATS` up to `MAX_PIXELS` are read.
     """
@@ -65,11 +52,10 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decodes an encoded image into one of Pillow's, in mode RGB.
+    """Decodes an encoded image into a Pillow image in mode RGB; ValueError says how it is damaged.
 
     EXIF orientation is applied; of several frames the first is taken; 16-bit grey is scaled to 8 bits; transparent
-    pixels are laid on white; CMYK, grey and palette images become RGB. Raises ValueError with the reason on
-    damaged data.
+    pixels are laid on white; CMYK, grey and palette images become RGB.
     """
     image = open_image(data)
     try:
@@ -81,15 +67,13 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    """The error's first sentence without the repr of a memory stream, which names an address and no file."""
-    text = str(error).split(" <_io.")[0].strip()
-    return text or type(error).__name__
+    """The error's text without the repr of a memory stream, which names an address and no file."""
+    return str(error).split(" <_io.")[0].strip() or type(error).__name__
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips 16-bit grey at 255 instead of scaling it.
-        grey = np.asarray(image).astype(np.uint32)
+        grey = np.asarray(image).astype(np.uint32)  # Pillow's own conversion clips at 255 instead of scaling
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"pixel mode {image.mode} has no defined white; save it with 8 or 16 bits per channel")
@@ -100,10 +84,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def as_rgb(image: np.ndarray | bytes) -> np.ndarray | Image.Image:
-    """Encoded bytes as an image of Pillow's, uint8 [H, W], [H, W, 1] or [H, W, 3] as [H, W, 3]; ValueError on others.
-
-    Not everything becomes an array, since what is cut and resized first would be copied there and back.
-    """
+    """Encoded bytes as a Pillow image, uint8 [H, W], [H, W, 1] or [H, W, 3] as [H, W, 3]; ValueError on others."""
     if isinstance(image, bytes):
         return decode_image(image)
     if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
@@ -113,7 +94,6 @@ def as_rgb(image: np.ndarray | bytes) -> np.ndarray | Image.Image:
 
 
 def shape_of(image: np.ndarray | Image.Image) -> tuple[int, int]:
-    """Height and width."""
     return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
 
 
@@ -124,7 +104,7 @@ def resized(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def resize(image: np.ndarray | Image.Image, rng=None, *, size: Size, interpolation: Interpolation) -> np.ndarray:
-    """Resizes the short side to `size` pixels, the long side to `floor(size * long / short)` as torchvision does."""
+    """Resizes to `resized`, as torchvision does."""
     return _scale(image, *resized(*shape_of(image), size), interpolation)
 
 
@@ -152,6 +132,17 @@ def flip(image: np.ndarray, rng: np.random.Generator, *, probability: Probabilit
     return image[:, ::-1] if rng.random() < probability else image
 
 
+def _sides(rng: np.random.Generator, area: int, scale: Areas, ratio: Ratios) -> tuple[int, int]:
+    """The sides of a random box: its share of the area is uniform in scale, first / second log-uniform in ratio."""
+    area = area * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+
+
+def _place(rng: np.random.Generator, *room: int) -> list[int]:
+    return [int(rng.integers(side + 1)) for side in room]
+
+
 def random_resized_crop(
     image: np.ndarray | Image.Image,
     rng,
@@ -163,20 +154,17 @@ def random_resized_crop(
 ) -> np.ndarray:
     """Cuts a box of random area and aspect ratio and resizes it to `size` x `size` (Szegedy et al. 2015, section 6).
 
-    `scale` bounds the box's share of the area (uniform), `ratio` its width / height (log-uniform). After ten boxes that
-    do not fit, the largest central box within `ratio` is taken.
+    `scale` bounds the box's share of the area, `ratio` its width / height. After ten boxes that do not fit, the largest
+    central box within `ratio` is taken.
     """
     height, width = shape_of(image)
     for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        w, h = _sides(rng, height * width, scale, ratio)
         if 0 < w <= width and 0 < h <= height:
-            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            top, left = _place(rng, height - h, width - w)
             break
     else:
-        w = min(width, round(height * ratio[1]))
-        h = min(height, round(width / ratio[0]))
+        w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
         top, left = (height - h) // 2, (width - w) // 2
     # Cut, then resized: with a `box`, Pillow's resize would blend in pixels from outside of it.
     if isinstance(image, np.ndarray):
@@ -190,19 +178,19 @@ def random_crop(
     """Adds `padding` black pixels on every side, then cuts a `size` square at a random place (He et al. 2016, 4.2)."""
     height, width = (side + 2 * padding for side in image.shape[:2])
     if min(height, width) < size:
-        raise ValueError(
-            f"random_crop of {size} pixels from an image of {height} x {width} (padding included); "
-            "put ('resize', {}) before it or raise padding"
-        )
-    padded = image
+        what = f"random_crop of {size} pixels from an image of {height} x {width} (padding included)"
+        raise ValueError(what + "; put ('resize', {}) before it or raise padding")
     if padding:
         padded = np.zeros((height, width, 3), np.uint8)
         padded[padding : height - padding, padding : width - padding] = image
-    top, left = (int(rng.integers(side - size + 1)) for side in (height, width))
-    return padded[top : top + size, left : left + size]
+        image = padded
+    top, left = _place(rng, height - size, width - size)
+    return image[top : top + size, left : left + size]
 
 
-def rotation(image: np.ndarray, rng, *, degrees: Degrees = 15.0, fill: Fill = 0) -> np.ndarray:
+def rotation(
+    image: np.ndarray, rng, *, degrees: Annotated[float, checks.number(0, 180)] = 15.0, fill: Fill = 0
+) -> np.ndarray:
     """Rotates about the centre by a uniform angle within +-degrees; bilinear, size kept, corners filled with `fill`."""
     angle = rng.uniform(-degrees, degrees)
     return np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=(fill,) * 3))
@@ -210,25 +198,17 @@ def rotation(image: np.ndarray, rng, *, degrees: Degrees = 15.0, fill: Fill = 0)
 
 def zoom(image: np.ndarray, rng, *, factor: Ratios = (0.8, 1.2), fill: Fill = 0) -> np.ndarray:
     """Enlarges (factor > 1) or shrinks about the centre by a uniform factor; bilinear, size kept, borders `fill`."""
-    height, width = image.shape[:2]
-    s = 1 / rng.uniform(*factor)
+    (height, width), s = image.shape[:2], 1 / rng.uniform(*factor)
     matrix = (s, 0, (1 - s) * width / 2, 0, s, (1 - s) * height / 2)  # Pillow maps output to input, pixel centres at .5
-    pil = Image.fromarray(image)
-    fillcolor = (fill,) * 3
-    return np.asarray(
-        pil.transform(pil.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=fillcolor)
-    )
+    affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+    image = Image.fromarray(image).transform((width, height), affine, matrix, bilinear, fillcolor=(fill,) * 3)
+    return np.asarray(image)
 
 
 def translation(image: np.ndarray, rng, *, fraction: Probability = 0.1, fill: Fill = 0) -> np.ndarray:
     """Shifts by whole pixels, uniform within +-fraction of the width and of the height; uncovered pixels are `fill`."""
-    height, width = image.shape[:2]
-    dx, dy = (round(rng.uniform(-fraction, fraction) * side) for side in (width, height))
-    shifted = np.full_like(image, fill)
-    shifted[max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)] = image[
-        max(-dy, 0) : height + min(-dy, 0), max(-dx, 0) : width + min(-dx, 0)
-    ]
-    return shifted
+    shift = tuple(round(rng.uniform(-fraction, fraction) * side) for side in image.shape[1::-1])
+    return np.asarray(Image.fromarray(image).rotate(0, translate=shift, fillcolor=(fill,) * 3))
 
 
 def colour_jitter(
@@ -242,23 +222,22 @@ def colour_jitter(
 ) -> np.ndarray:
     """Changes brightness, contrast, saturation and hue, in random order (Krizhevsky et al. 2012; torchvision's form).
 
-    The first three multiply by a factor uniform in [max(0, 1 - x), 1 + x]; hue (at most 0.5) shifts the colour circle
-    by a uniform share of it within +-hue. An amount of 0 leaves its property alone.
+    The first three multiply by a factor uniform in [max(0, 1 - x), 1 + x]; hue shifts the colour circle by a uniform
+    share of it within +-hue. An amount of 0 leaves its property alone.
     """
-    pil = Image.fromarray(image)
-    amounts = (brightness, contrast, saturation)
+    image, amounts = Image.fromarray(image), (brightness, contrast, saturation)
     factors = [rng.uniform(max(0.0, 1 - amount), 1 + amount) for amount in amounts]
     shift = rng.uniform(-hue, hue)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for k in rng.permutation(4):
-        if k < 3 and amounts[k]:
-            pil = enhancers[k](pil).enhance(factors[k])
-        elif k == 3 and hue:
-            pil = shift_hue(pil, shift)
-    return np.asarray(pil)
+        if k == 3:
+            image = _shift_hue(image, shift) if hue else image
+        elif amounts[k]:
+            image = enhancers[k](image).enhance(factors[k])
+    return np.asarray(image)
 
 
-def shift_hue(image: Image.Image, share: float) -> Image.Image:
+def _shift_hue(image: Image.Image, share: float) -> Image.Image:
     """Turns the hue of an RGB image by `share` of the colour circle, in steps of 1/256."""
     h, s, v = image.convert("HSV").split()
     turned = (np.asarray(h).astype(np.int32) + int(share * 255)) % 256
@@ -289,68 +268,31 @@ def random_erasing(
 ) -> np.ndarray:
     """Overwrites a random box with uniform noise, with the given probability (Zhong et al. 2020, algorithm 1, RE-R).
 
-    `scale` bounds the box's share of the area (uniform), `ratio` its height / width (log-uniform); an image in which
-    ten boxes did not fit is left as it is.
+    `scale` bounds the box's share of the area, `ratio` its height / width. After ten boxes that do not fit, the
+    image is left as it is.
     """
     if rng.random() >= probability:
         return image
     height, width = image.shape[:2]
     for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        h, w = _sides(rng, height * width, scale, ratio)
         if 0 < h < height and 0 < w < width:
-            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            top, left = _place(rng, height - h, width - w)
             image = image.copy()
             image[top : top + h, left : left + w] = rng.integers(0, 256, (h, w, 3), np.uint8)
             break
     return image
 
 
-OPS = {
-    "flip": flip,
-    "resize": resize,
-    "random_resized_crop": random_resized_crop,
-    "random_crop": random_crop,
-    "rotation": rotation,
-    "zoom": zoom,
-    "translation": translation,
-    "colour_jitter": colour_jitter,
-    "rand_augment": rand_augment,
-    "random_erasing": random_erasing,
-}
+GEOMETRIC = (flip, resize, random_resized_crop, random_crop, rotation, zoom, translation)
+OPS = {op.__name__: op for op in (*GEOMETRIC, colour_jitter, rand_augment, random_erasing)}
 PILLOW = {"resize", "random_resized_crop"}  # what takes an image of Pillow's as well; all give arrays
 
 
 def put(row: np.ndarray, image: np.ndarray) -> None:
-    """Writes an image [S, S, 3] into its row of a batch; a mirrored one as fast as that can be done in numpy.
-
-    Numpy copies three reversed bytes at a time, which is 20 times slower than a plain copy. Here the bytes of each line
-    are reversed eight at a time, and then the first and third channel of each pixel exchanged by exclusive or.
-    """
-    size = image.shape[1]
-    if image.strides[1:] != (-3, 1) or size % 8 or not row.flags.c_contiguous:
+    """Writes an image [S, S, 3] into its row of a batch; a mirrored one by channels, six times as fast as at once."""
+    if image.strides[1] > 0:
         row[...] = image
-        return
-    forward, differ, mask = _buffers(image.shape)
-    forward[...] = image[:, ::-1]
-    words = forward.reshape(-1, 3 * size).view(">u8")
-    row.reshape(-1, 3 * size).view("<u8")[...] = words[:, ::-1]  # the other byte order: reversed inside as well
-    flat = row.reshape(-1)
-    first, third = flat[:-2], flat[2:]
-    np.bitwise_xor(first, third, out=differ)
-    differ &= mask
-    first ^= differ
-    third ^= differ
-
-
-_local = threading.local()
-
-
-def _buffers(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of this thread, for `put`: an image, its bytes without the last two, and of these 255 where a pixel begins."""
-    if getattr(_local, "shape", None) != shape:
-        mask = np.zeros(math.prod(shape), np.uint8)
-        mask[::3] = 255
-        _local.shape, _local.buffers = shape, (np.empty(shape, np.uint8), np.empty(mask.size - 2, np.uint8), mask[:-2])
-    return _local.buffers
+    else:
+        for channel in range(3):
+            row[..., channel] = image[..., channel]

@@ -2,18 +2,24 @@
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from tl_jax.data.examples import EncodedImages, Source
-from tl_jax.data.readers.folder import natural_key
+from tl_jax.data.examples import EncodedImages, Source, check_split
+from tl_jax.data.readers.folder import check_file
+
+KINDS = {"i1": "classes", "u1": "classes", "i2": "multilabel", "u2": "multilabel", "f2": "targets"}  # by type and ndim
 
 
-def array_source(name: str, split: str, images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> Source:
-    """A source over uint8 images [N, H, W, 3] in memory."""
-    ids = tuple(f"{split}/{i}" for i in range(len(images)))
-    sizes = np.full(len(images), images[0].nbytes if len(images) else 0, np.int64)
+def array_source(
+    name: str, split: str, images: Sequence, labels: np.ndarray, class_names: tuple[str, ...], sizes=None
+) -> Source:
+    """A source over images in memory: uint8 [N, H, W, 3], or a container of images whose sizes are given."""
+    ids = tuple(f"{split}/{i}" for i in range(len(labels)))
+    if sizes is None:
+        sizes = np.full(len(labels), images[0].nbytes if len(labels) else 0, np.int64)
     labels = labels.astype(np.float32 if labels.dtype.kind == "f" else np.int32)
     return Source(f"{name} {split}", images, labels, class_names, ids, sizes)
 
@@ -23,40 +29,23 @@ def load_arrays(path: str, split: str) -> Source:
 
     Keys: `image` (uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]), or `bytes` (uint8) with `offsets` (int [N + 1]) for
     encoded images; `label` or `labels` (classes int [N], from 0; labels of 0 and 1 [N, K]; numbers float [N] or
-    [N, T]); optionally `classes` (names). With a prefix (`train_image`,
-    `train_label`, ...) one file holds several splits; without, it is the train split. Raises FileNotFoundError, or
-    ValueError that lists what is wrong with the arrays.
+    [N, T]); optionally `classes` (names). With a prefix (`train_image`, `train_label`, ...) one file holds several
+    splits; without, it is the train split. Raises FileNotFoundError, or ValueError that says what is wrong.
     """
     root = Path(path).expanduser()
     file = root / f"{split}.npz" if root.is_dir() else root
-    if not file.is_file():
-        near = sorted((other.name for other in file.parent.glob("*.npz")), key=natural_key)
-        raise FileNotFoundError(f"no array file {file}; .npz files there: {', '.join(near) or 'none'}")
-    arrays = _read(file)
-    prefix = _prefix(file, list(arrays), split, single="train" if file == root else split)
+    check_file(file, ".npz")
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"cannot read {file}: {error}; expected an .npz of plain arrays (no objects)") from None
+    prefixes = [key.rpartition("_")[0] for key in arrays if key.endswith(("_image", "_bytes"))]
+    check_split(file, split, prefixes or ["train" if file == root else split])
+    prefix = f"{split}_" if prefixes else ""
     keys = ("image", "bytes", "offsets", "label", "labels")
     found = {key: arrays[prefix + key] for key in keys if prefix + key in arrays}
     return check_arrays(file, f"arrays:{path}", split, found, arrays.get("classes"))
-
-
-def _read(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"cannot read {file}: {error}; expected an .npz of plain arrays (no objects)") from None
-
-
-def _prefix(file: Path, keys: list[str], split: str, *, single: str) -> str:
-    """The key prefix of a split: `train_` where the file holds several splits, else none."""
-    if f"{split}_image" in keys or f"{split}_bytes" in keys:
-        return f"{split}_"
-    splits = [key.rpartition("_")[0] for key in keys if key.endswith(("_image", "_bytes"))]
-    if not splits and split != single:
-        splits = [single]
-    if splits:
-        raise ValueError(f"{file} has no split {split!r}; it has {', '.join(splits)}. Take a part: 'train[80%:]'")
-    return ""
 
 
 def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: np.ndarray | None) -> Source:
@@ -66,10 +55,8 @@ def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: 
         raise ValueError(f"{file} has {sorted(found)} for {split}; expected image, or bytes and offsets, and label")
     count = len(found["image"]) if "image" in found else len(found["offsets"]) - 1
     labels = labels[:, None] if labels.dtype.kind == "f" and labels.ndim == 1 else labels
-    kind = {("i", 1): "classes", ("u", 1): "classes", ("i", 2): "labels", ("u", 2): "labels", ("f", 2): "targets"}.get(
-        (labels.dtype.kind, labels.ndim)
-    )
-    if kind is None or len(labels) != count or (kind == "labels" and labels.max(initial=0) > 1):
+    kind = KINDS.get(f"{labels.dtype.kind}{labels.ndim}")
+    if kind is None or len(labels) != count or (kind == "multilabel" and labels.max(initial=0) > 1):
         raise ValueError(
             f"{file}: expected integer labels [{count}], labels of 0 and 1 [{count}, K] or numbers [{count}, T]; found "
             f"{labels.dtype} {labels.shape}"
@@ -82,22 +69,23 @@ def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: 
             f"{file}: labels run from {lowest} to {highest}, outside 0 .. {len(class_names) - 1} "
             f"({len(class_names)} classes); labels count from 0"
         )
-    labels = labels.astype(np.float32 if kind == "targets" else np.int32)
     if "image" in found:
-        return array_source(name, split, _rgb_stack(file, found["image"]), labels, class_names)
+        return array_source(name, split, _as_rgb(file, found["image"]), labels, class_names)
     offsets, data = found["offsets"].astype(np.int64), found["bytes"]
     if data.dtype != np.uint8 or offsets[0] < 0 or offsets[-1] > data.size or (np.diff(offsets) <= 0).any():
-        raise ValueError(f"{file}: offsets must rise within the {data.size} bytes (uint8); found {offsets[0]} .. "
-                         f"{offsets[-1]}, bytes of type {data.dtype}")  # fmt: skip
-    ids = tuple(f"{split}/{i}" for i in range(count))
+        raise ValueError(
+            f"{file}: offsets must rise within the {data.size} bytes (uint8); found {offsets[0]} .. {offsets[-1]}, "
+            f"bytes of type {data.dtype}"
+        )
     images = EncodedImages(data, offsets[:-1], offsets[1:])
-    return Source(f"{name} {split}", images, labels, class_names, ids, np.diff(offsets))
+    return array_source(name, split, images, labels, class_names, np.diff(offsets))
 
 
-def _rgb_stack(file: Path | str, images: np.ndarray) -> np.ndarray:
-    """Images [N, H, W], [N, H, W, 1] or [N, H, W, 3] as [N, H, W, 3]."""
+def _as_rgb(file: Path | str, images: np.ndarray) -> np.ndarray:
     stack = images[..., None] if images.ndim == 3 else images
     if stack.dtype != np.uint8 or stack.ndim != 4 or stack.shape[-1] not in (1, 3):
-        raise ValueError(f"{file}: image must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]; found "
-                         f"{images.dtype} {images.shape}. Scale floats to 0 .. 255 first.")  # fmt: skip
+        raise ValueError(
+            f"{file}: image must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]; found {images.dtype} "
+            f"{images.shape}. Scale floats to 0 .. 255 first."
+        )
     return np.repeat(stack, 3, axis=3) if stack.shape[-1] == 1 else stack

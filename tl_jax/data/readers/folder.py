@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tl_jax.core.messages import listed
-from tl_jax.data.examples import FileImages, Source
+from tl_jax.core.checks import refuse
+from tl_jax.core.messages import shorten
+from tl_jax.data.examples import Source, check_split, file_source
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SPLITS |= {"test": "test", "testing": "test"}  # names of split folders, in any case
@@ -19,35 +20,24 @@ def load_folder(path: str, split: str) -> Source:
     """Lists one split of a folder of images; labels are the positions of the class names in natural order.
 
     Files may lie at any depth below their class folder; hidden files and folders are ignored. Raises FileNotFoundError
-    on a missing folder or split, ValueError where there are no classes, empty classes, or classes that differ from
-    those of train.
+    on a missing folder, ValueError on a missing split and on classes that are empty or not those of train.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"no image folder at {root}{_near(root)}")
     splits = _split_folders(root)
-    if split not in splits:
-        raise ValueError(
-            f"{root} has no split {split!r}; it has {', '.join(splits)}. Take a part of one instead: 'train[80%:]'"
-        )
+    check_split(root, split, splits)
     classes = _class_folders(splits[split])
-    if "train" in splits and split != "train":
-        _check_same_classes(root, split, classes, _class_folders(splits["train"]))
+    train = _class_folders(splits["train"]) if "train" in splits and split != "train" else classes
+    missing, extra = sorted(set(train) - set(classes)), sorted(set(classes) - set(train))
+    if missing or extra:
+        raise ValueError(f"classes of {split} in {root} differ from train's: missing {missing}, not in train {extra}")
     files = {name: list_files(splits[split] / name) for name in classes}
-    if empty := [name for name in classes if not files[name]]:
-        raise ValueError(
-            f"{len(empty)} of {len(classes)} class folders of {splits[split]} are empty:\n{listed(empty)}\n"
-            "Add images to them or remove the folders."
-        )
+    empty, fix = [name for name in classes if not files[name]], "add images to them or remove the folders"
+    refuse(f"{len(empty)} of {len(classes)} class folders of {splits[split]} are empty; {fix}", empty)
     paths = [os.path.relpath(file, root) for name in classes for file in files[name]]
-    return Source(
-        name=f"folder:{path} {split}",
-        inputs=FileImages(str(root), tuple(paths)),
-        labels=np.repeat(np.arange(len(classes), dtype=np.int32), [len(files[name]) for name in classes]),
-        class_names=tuple(classes),
-        ids=tuple(Path(p).as_posix() for p in paths),
-        sizes=np.array([_size(root / p) for p in paths], np.int64),
-    )
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files[name]) for name in classes])
+    return file_source(f"folder:{path} {split}", str(root), paths, labels, classes)
 
 
 def natural_key(name: str) -> tuple:
@@ -56,14 +46,20 @@ def natural_key(name: str) -> tuple:
     return tuple((int(piece), "") if i % 2 else (0, piece.lower()) for i, piece in enumerate(pieces)), name
 
 
+def check_file(file: Path, suffix: str) -> None:
+    """Raises FileNotFoundError that names the files of this kind beside a missing one."""
+    if not file.is_file():
+        near = sorted((other.name for other in file.parent.glob(f"*{suffix}")), key=natural_key)
+        raise FileNotFoundError(f"no file {file}; {suffix} files there: {', '.join(shorten(near, 10)) or 'none'}")
+
+
 def _near(path: Path) -> str:
     """A hint for a missing path: entries of the deepest folder that exists whose names are close."""
-    missing = path
-    while not missing.parent.is_dir():
-        missing = missing.parent
-    entries = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir())
-    close = difflib.get_close_matches(missing.name, entries, n=3)
-    return f"; near it: {', '.join(str(missing.parent / name) for name in close)}" if close else ""
+    while not path.parent.is_dir():
+        path = path.parent
+    entries = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+    close = difflib.get_close_matches(path.name, entries, n=3)
+    return f"; near it: {', '.join(str(path.parent / name) for name in close)}" if close else ""
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -74,8 +70,7 @@ def _subfolders(folder: Path) -> list[str]:
 def _split_folders(root: Path) -> dict[str, Path]:
     """The folder of each split; a root without split folders is itself the train split."""
     found = {name: SPLITS[name.lower()] for name in _subfolders(root) if name.lower() in SPLITS}
-    same = [name for name, split in found.items() if list(found.values()).count(split) > 1]
-    if same:
+    if same := [name for name, split in found.items() if list(found.values()).count(split) > 1]:
         raise ValueError(f"{root} names one split twice: {', '.join(same)}; keep one folder per split")
     return {split: root / name for name, split in found.items()} or {"train": root}
 
@@ -86,12 +81,6 @@ def _class_folders(folder: Path) -> list[str]:
         count = sum(entry.is_file() for entry in folder.iterdir())
         raise ValueError(f"no class folders in {folder}, only {count} files; expected {folder}/CLASS/IMAGE")
     return classes
-
-
-def _check_same_classes(root: Path, split: str, classes: list[str], train: list[str]) -> None:
-    missing, extra = sorted(set(train) - set(classes)), sorted(set(classes) - set(train))
-    if missing or extra:
-        raise ValueError(f"classes of {split} in {root} differ from train's: missing {missing}, not in train {extra}")
 
 
 def list_files(folder: Path) -> list[str]:
@@ -105,7 +94,3 @@ def list_files(folder: Path) -> list[str]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         files += [os.path.join(where, name) for name in names if not name.startswith(".") and name not in LITTER]
     return sorted(files, key=natural_key)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0  # a dangling link is reported with the unreadable images

@@ -2,29 +2,27 @@
 
 import functools
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tl_jax.data.examples import Source
+from tl_jax.data.examples import Source, check_split
 from tl_jax.data.readers.arrays import array_source
 
-SIZES = {"train": 20_000, "val": 2_000}
-SEEDS = {"train": 1, "val": 2}
+SPLITS = {"train": (20_000, 1), "val": (2_000, 2)}  # (examples, seed)
 MERGED = "CIJKLMOPSUVWXYZ"  # letters whose two cases differ in size only (the merge of EMNIST, Cohen et al. 2017)
-CLASSES = tuple(
-    letter if letter not in MERGED else letter + letter.lower()
-    for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmnopqrstuvwxyz"
-    if letter.upper() not in MERGED or letter.isupper()
+CLASSES = (
+    *(letter + letter.lower() if letter in MERGED else letter for letter in ascii_uppercase),
+    *(letter for letter in ascii_lowercase if letter.upper() not in MERGED),
 )
-FONTS = tuple(
-    [f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")]
-    + [f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")]
-    + [f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")]
-    + [f"STIXGeneral{style}" for style in ("", "Bol", "Ital", "BolIta")]
-    + ["cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"]
-)
-FONTS = tuple({"STIXGeneralItal": "STIXGeneralItalic"}.get(font, font) for font in FONTS)
+FONTS = {
+    "DejaVuSans": ("", "-Bold", "-Oblique", "-BoldOblique"),
+    "DejaVuSansMono": ("", "-Bold", "-Oblique", "-BoldOblique"),
+    "DejaVuSerif": ("", "-Bold", "-Italic", "-BoldItalic"),
+    "STIXGeneral": ("", "Bol", "Italic", "BolIta"),
+    "cm": ("r10", "b10", "ss10", "ti10", "tt10"),
+}
 MASTER = 48  # pixels of the square on which each letter of each font is drawn once
 BITMAP = 32  # pixels of the bitmap whose 4 x 4 blocks are counted
 BATCH = 500  # letters warped at once, so that the work stays in the cache
@@ -34,28 +32,23 @@ def load_glyphs(split: str) -> Source:
     """37 classes of letters as uint8 RGB [N, 8, 8, 3]: 20,000 in train, 2,000 in val; rendered in a few seconds.
 
     As the makers of the digits did: a 32 x 32 bitmap filled by the letter, ink counted in 4 x 4 blocks, 0 .. 16 scaled
-    to 0 .. 255. Font, slant, rotation, width, weight and a smooth wobble are random. The splits share the fonts and
-    differ in their random draws; an image is a function of (split, index) only.
+    to 0 .. 255. Font, slant, rotation, width, weight and a smooth wobble are random. The splits share the fonts.
     """
-    if split not in SIZES:
-        raise ValueError(f"glyphs has no split {split!r}; it has {', '.join(SIZES)}. Take a part: 'train[80%:]'")
-    images, labels = _render(split)
-    return array_source("glyphs", split, images, labels, CLASSES)
+    check_split("glyphs", split, SPLITS)
+    return array_source("glyphs", split, *_render(split), CLASSES)
 
 
 @functools.cache
 def _render(split: str) -> tuple[np.ndarray, np.ndarray]:
-    masters, owners = _masters()
-    rng = np.random.default_rng([SEEDS[split], 0x676C])
-    labels = rng.permutation(np.arange(SIZES[split]) % len(CLASSES)).astype(np.int32)
+    (masters, owners), (size, seed) = _masters(), SPLITS[split]
+    rng = np.random.default_rng([seed, 0x676C])
+    labels = rng.permutation(np.arange(size) % len(CLASSES)).astype(np.int32)
     members = [np.flatnonzero(owners == c) for c in range(len(CLASSES))]
     draws = rng.random(len(labels))
     chosen = np.array([members[c][int(draw * len(members[c]))] for c, draw in zip(labels, draws, strict=True)])
-    ink = np.concatenate([
-        _count_blocks(_warp(masters[chosen[i : i + BATCH]], rng)) for i in range(0, len(chosen), BATCH)
-    ])  # fmt: skip
-    grey = np.rint(ink * (255 / 16)).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=3), labels
+    batches = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
+    ink = np.concatenate([_count_blocks(_warp(masters[batch], rng)) for batch in batches])
+    return np.repeat(np.rint(ink * (255 / 16)).astype(np.uint8)[..., None], 3, axis=3), labels
 
 
 @functools.cache
@@ -65,7 +58,7 @@ def _masters() -> tuple[np.ndarray, np.ndarray]:
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     masters, owners = [], []
-    for name in FONTS:
+    for name in (family + style for family, styles in FONTS.items() for style in styles):
         font = ImageFont.truetype(str(folder / f"{name}.ttf"), 80)
         for owner, letters in enumerate(CLASSES):
             for letter in letters:
@@ -86,9 +79,9 @@ def _warp(masters: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     count = len(masters)
     masters = _weight(masters, rng)
     angle, slant = rng.normal(0, 0.12, (2, count, 1, 1)).astype(np.float32)
-    stretch = np.exp(rng.normal(0, 0.15, (count, 1, 1))).astype(np.float32)
+    width = np.exp(rng.normal(0, 0.15, (count, 1, 1))).astype(np.float32)
     y, x = (np.mgrid[:MASTER, :MASTER] - (MASTER - 1) / 2).astype(np.float32)
-    u = (np.cos(angle) * x + (np.sin(angle) + slant) * y) * stretch
+    u = (np.cos(angle) * x + (np.sin(angle) + slant) * y) * width
     v = -np.sin(angle) * x + np.cos(angle) * y
     for k in (1, 2):  # one and two waves across the letter, each way
         amplitude = rng.normal(0, 1.6 / k, (2, count, 1, 1)).astype(np.float32)
@@ -104,14 +97,11 @@ def _warp(masters: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _weight(masters: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Thickens a random part of each letter's stroke by 0, 1 or 2 pixels: the maximum over shifts."""
     radius = rng.integers(0, 3, len(masters))
-    thick = masters
     for step in (1, 2):
-        grown = thick.copy()
-        for axis in (1, 2):
-            for shift in (-1, 1):
-                grown = np.maximum(grown, np.roll(thick, shift, axis))
-        thick = np.where((radius >= step)[:, None, None], grown, thick)
-    return thick
+        shifts = [np.roll(masters, shift, axis) for axis in (1, 2) for shift in (-1, 1)]
+        grown = functools.reduce(np.maximum, shifts, masters)
+        masters = np.where((radius >= step)[:, None, None], grown, masters)
+    return masters
 
 
 def _sample(images: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -3,24 +3,25 @@
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax.core.checks import refuse
+from tl_jax.core.files import atomic_write, write_text
 from tl_jax.core.messages import listed
 from tl_jax.data import workers
-from tl_jax.data.examples import FileImages, Source
+from tl_jax.data.examples import Source, header_shape
 from tl_jax.data.image import ops
-from tl_jax.data.readers.packed import FORMAT
-from tl_jax.data.sources import list_split, without
+from tl_jax.data.readers.packed import FILES, FORMAT
+from tl_jax.data.sources import check_on_error, list_split, without
 
 CHUNK = 32  # images per piece of work and line of the journal
 THREADS = os.cpu_count() or 1
@@ -30,16 +31,15 @@ FLUSH = 10  # seconds between two times that pixels are forced to disk and enter
 class Plan(NamedTuple):
     """What is packed where: image i takes `lengths[i]` bytes of `folder`/pixels.bin from `offsets[i]` on.
 
-    smaller: bool [N], whether an image is made smaller.
+    smaller: bool [N], whether an image is made smaller. meta: the first entries of meta.json.
     """
 
     source: Source
-    size: int
-    interpolation: str
     folder: Path
     offsets: np.ndarray
     lengths: np.ndarray
     smaller: np.ndarray
+    meta: dict[str, Any]
 
 
 def pack(
@@ -57,60 +57,47 @@ def pack(
     """Packs whole splits into `folder`; one that is packed already is left as it is.
 
     An image whose short side is longer than `size` is resized to it, as a card's resize would; others keep their
-    pixels. A call that was broken off, by whatever, goes on where it was and ends with the same bytes. Raises
-    ValueError that lists all images that cannot be decoded (on_error "skip" leaves them out), where the folder holds
-    something else or is being packed, and OSError where the disk has no room.
+    pixels. A call that was broken off continues where it was and ends with the same bytes. Raises ValueError that lists
+    all images that cannot be decoded (on_error "skip" leaves them out), where the folder holds something else or is
+    being packed, and OSError where the disk has no room.
     """
     if interpolation not in ops.RESAMPLE or size < 1:
-        raise ValueError(f"size={size}, interpolation={interpolation!r}; expected a positive size and one of "
-                         f"{', '.join(ops.RESAMPLE)}")  # fmt: skip
-    if on_error not in ("fail", "skip"):
-        raise ValueError(f"on_error must be 'fail' or 'skip', found {on_error!r}")
+        kinds = ", ".join(ops.RESAMPLE)
+        raise ValueError(f"size={size}, interpolation={interpolation!r}; expected a positive size and one of {kinds}")
+    check_on_error(on_error)
     if source.startswith("table:"):
         raise ValueError(f"{source} holds rows of a table; only images are packed")
     wholes = {split: list_split(source, split, data_dir) for split in dict.fromkeys(splits)}
     if any(whole.made_smaller for whole in wholes.values()):
         raise ValueError(f"{source} is packed, its images were resized once; pack the source that it was packed from")
-    root = Path(folder).expanduser()
+    root, plans = Path(folder).expanduser(), {}
     root.mkdir(parents=True, exist_ok=True)
     with _lock(root / ".lock"):
-        plans, wanted = {}, {}
         for split, whole in wholes.items():
-            wanted[split] = {"format": FORMAT, "source": source, "split": split, "size": size,
-                             "interpolation": interpolation, "source_sha256": whole.fingerprint}  # fmt: skip
-            partial = root / f".{split}.partial"
+            meta = {"format": FORMAT, "source": source, "split": split, "size": size, "interpolation": interpolation}
+            meta["source_sha256"] = whole.fingerprint
             if (root / split).exists():
-                _check_same(root / split / "meta.json", wanted[split])
+                _check_same(root / split / "meta.json", meta)
                 report(f"{root / split} is packed already")
-                continue
-            partial.mkdir(exist_ok=True)
-            _check_same(partial / "plan.json", wanted[split], write=True)
-            plans[split] = _plan(whole, size, interpolation, partial, report)
-        _make_room(plans.values(), root, report)
+            else:
+                plans[split] = _plan(whole, meta, root / f".{split}.partial", report)
+        _check_room(plans.values(), root, report)
         results = {split: _decode_all(plan, num_workers, report) for split, plan in plans.items()}
         if on_error == "fail":
             _check_decoded(plans, results)
         for split, plan in plans.items():
-            meta = _finish(plan, results[split], wanted[split])
+            meta = _finish(plan, results[split])
             os.rename(plan.folder, root / split)  # readers see the whole split or none
             _sync(root)
-            text = f"{root / split}: {meta['examples']:,} images, {meta['bytes'] / 1e9:.2f} GB, "
-            text += f"{meta['made_smaller']:,} made smaller"
-            report(f"{text}; {len(meta['skipped'])} left out:\n{listed(meta['skipped'])}" if meta["skipped"] else text)
+            text = f"{meta['examples']:,} images, {meta['bytes'] / 1e9:.2f} GB, {meta['made_smaller']:,} made smaller"
+            left_out = f"; {len(meta['skipped'])} left out:\n{listed(meta['skipped'])}" if meta["skipped"] else ""
+            report(f"{root / split}: {text}{left_out}")
 
 
-def _check_same(path: Path, wanted: dict[str, Any], *, write: bool = False) -> None:
-    """Raises ValueError where a file says that something else was packed; with `write`, makes a missing one."""
-    if write and not path.exists():
-        _write(path, json.dumps(wanted))
+def _check_same(path: Path, wanted: dict[str, Any]) -> None:
     found = json.loads(path.read_text())
-    if changed := [
-        f"  {key}: {found.get(key)!r} -> {value!r}" for key, value in wanted.items() if found.get(key) != value
-    ]:
-        raise ValueError(
-            f"{path.parent} holds another packing; choose another folder or remove it (there -> now):\n"
-            + "\n".join(changed)
-        )
+    changed = [f"{key}: {found.get(key)!r} -> {value!r}" for key, value in wanted.items() if found.get(key) != value]
+    refuse(f"{path.parent} holds another packing; choose another folder or remove it (there -> now)", changed)
 
 
 @contextlib.contextmanager
@@ -123,47 +110,40 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _plan(source: Source, size: int, interpolation: str, folder: Path, report: Callable[[str], None]) -> Plan:
+def _plan(source: Source, meta: dict[str, Any], folder: Path, report: Callable[[str], None]) -> Plan:
     """Reads the header of every image: the bytes it will take, and where."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / "plan.json").exists():
+        write_text(folder / "plan.json", json.dumps(meta))
+    _check_same(folder / "plan.json", meta)
 
     def shape(index: int) -> tuple[int, int]:
         try:
-            return _shape(source.inputs, index)
+            return header_shape(source.inputs, index)
         except (ValueError, OSError):
             return 0, 0  # decoding it will say why
 
     report(f"{source.name}: reading the headers of {len(source):,} images")
     with ThreadPoolExecutor(min(16, 4 * THREADS)) as pool:
         shapes = list(pool.map(shape, range(len(source))))
+    size = meta["size"]
     targets = [ops.resized(*shape, min(size, *shape)) if all(shape) else shape for shape in shapes]
     lengths = 3 * np.array(targets, np.int64).prod(axis=1)
     smaller = np.array([min(shape) > size for shape in shapes])
-    return Plan(source, size, interpolation, folder, np.cumsum(lengths) - lengths, lengths, smaller)
+    return Plan(source, folder, np.cumsum(lengths) - lengths, lengths, smaller, meta)
 
 
-def _shape(images: Any, index: int) -> tuple[int, int]:
-    """Height and width, up to a turn by EXIF, which changes no length."""
-    if isinstance(images, FileImages):
-        image = ops.open_image(os.path.join(images.root, images.paths[index]))
-    elif isinstance(image := images[index], bytes):
-        image = ops.open_image(image)
-    shape = ops.shape_of(image)
-    if not isinstance(image, np.ndarray):
-        image.close()
-    return shape
-
-
-def _make_room(plans: Iterable[Plan], root: Path, report: Callable[[str], None]) -> None:
+def _check_room(plans: Iterable[Plan], root: Path, report: Callable[[str], None]) -> None:
     """Says what the splits will take; raises OSError where that is more than is free."""
-    free, needed, there = shutil.disk_usage(root).free, 0, 0
+    free, needed = shutil.disk_usage(root).free, 0
     for plan in plans:
         path, size = plan.folder / "pixels.bin", int(plan.lengths.sum())
         needed += size + 1024 * len(plan.lengths)  # index, ids and journal, generously
-        there += path.stat().st_blocks * 512 if path.exists() else 0
+        needed -= path.stat().st_blocks * 512 if path.exists() else 0
         report(f"{plan.source.name}: {len(plan.lengths):,} images take {size:,} bytes; {free:,} are free")
-    if needed - there > free:
-        raise OSError(f"{root} has {free:,} bytes free, and {needed - there:,} more are needed; free some, choose a "
-                      "smaller --size, or another disk")  # fmt: skip
+    if needed > free:
+        fix = "free some, choose a smaller --size, or another disk"
+        raise OSError(f"{root} has {free:,} bytes free, and {needed:,} more are needed; {fix}")
 
 
 def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> list[list]:
@@ -176,14 +156,17 @@ def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> 
     with pixels.open("ab"):
         os.truncate(pixels, int(plan.lengths.sum()))
     began = flushed = time.perf_counter()
-    with _pool(plan, num_workers) as submit, journal.open("a") as file, pixels.open("rb+") as data:
-        fresh: dict[int, list] = {}
-        for number, (start, rows) in enumerate(_as_completed(submit, todo, 4 * (num_workers or THREADS)), 1):
-            fresh[start] = rows
+    fresh: dict[int, list] = {}
+    with workers.pool(num_workers, plan, THREADS) as submit, journal.open("a") as file, pixels.open("rb+") as data:
+        packed = workers.ahead(lambda start: submit(_pack_piece, start).result, todo, 4 * (num_workers or THREADS))
+        for number, start in enumerate(todo, 1):
+            fresh[start] = next(packed)
             if time.perf_counter() - flushed < FLUSH and number < len(todo):
                 continue
             os.fsync(data.fileno())  # pixels first: what the journal names is there, even after a power cut
-            good = {start: rows for start, rows in fresh.items() if all(map(_is_good, rows))}  # others are tried again
+            good = {
+                start: rows for start, rows in fresh.items() if all(len(row) == 3 for row in rows)
+            }  # others are tried again
             file.writelines(json.dumps([start, rows]) + "\n" for start, rows in good.items())
             file.flush()
             os.fsync(file.fileno())
@@ -192,10 +175,6 @@ def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> 
             rate = number * CHUNK / (flushed - began)
             report(f"{min(len(pieces) * CHUNK, count):,} of {count:,} images, {rate:,.0f} images/s")
     return [row for start in range(0, count, CHUNK) for row in pieces[start]]
-
-
-def _is_good(row: list) -> bool:
-    return len(row) == 3
 
 
 def _read_journal(journal: Path) -> dict[int, list]:
@@ -207,35 +186,7 @@ def _read_journal(journal: Path) -> dict[int, list]:
     return dict(json.loads(line) for line in whole.splitlines())
 
 
-def _as_completed(submit: Callable[[int], Future], todo: list[int], ahead: int) -> Iterator[tuple[int, list]]:
-    """(start, result) of each piece as it is done, a few ahead of what was taken."""
-    queue = iter(todo)
-    with workers.signals_held():
-        pending = {submit(start): start for start in itertools.islice(queue, ahead)}
-    while pending:
-        finished, _ = wait(pending, return_when=FIRST_COMPLETED)
-        for future in finished:
-            start = pending.pop(future)
-            pending |= {submit(following): following for following in itertools.islice(queue, 1)}
-            yield start, future.result()
-
-
-@contextlib.contextmanager
-def _pool(plan: Plan, num_workers: int) -> Iterator[Callable[[int], Future]]:
-    """submit(start) of a piece, to worker processes or, with none, to threads."""
-    if num_workers:
-        with workers.pool(num_workers, plan) as pool:
-            yield lambda start: pool.submit(workers.apply, _pack_piece, start)
-        return
-    threads = ThreadPoolExecutor(THREADS)
-    try:
-        yield lambda start: threads.submit(_pack_piece, plan, start)
-    finally:
-        threads.shutdown(wait=True, cancel_futures=True)
-
-
 def _pack_piece(plan: Plan, start: int) -> list[list]:
-    """Decodes, resizes and writes the images start ... start + CHUNK - 1."""
     with (plan.folder / "pixels.bin").open("rb+", buffering=0) as file:
         return [_pack_one(plan, i, file.fileno()) for i in range(start, min(start + CHUNK, len(plan.lengths)))]
 
@@ -243,8 +194,8 @@ def _pack_piece(plan: Plan, start: int) -> list[list]:
 def _pack_one(plan: Plan, index: int, file: int) -> list:
     try:
         image = ops.as_rgb(plan.source.inputs[index])
-        size = min(plan.size, *ops.shape_of(image))
-        image = np.ascontiguousarray(ops.resize(image, size=size, interpolation=plan.interpolation))
+        size = min(plan.meta["size"], *ops.shape_of(image))
+        image = np.ascontiguousarray(ops.resize(image, size=size, interpolation=plan.meta["interpolation"]))
     except (ValueError, OSError) as error:
         return [str(error)]
     if image.nbytes != plan.lengths[index]:
@@ -261,59 +212,46 @@ def _pack_one(plan: Plan, index: int, file: int) -> list:
 
 
 def _check_decoded(plans: dict[str, Plan], results: dict[str, list[list]]) -> None:
-    """Raises ValueError that lists the images of all splits that cannot be decoded."""
     bad = [reason for split, plan in plans.items() for reason in _reasons(plan, results[split]).values()]
-    if bad:
-        raise ValueError(
-            f"{len(bad)} of {sum(map(len, results.values()))} images cannot be decoded:\n{listed(bad, len(bad))}\n"
-            "The others are packed. Leave these out with --on_error skip, which goes on from here; or repair them, "
-            f"remove {' and '.join(str(plan.folder) for plan in plans.values())}, and start again."
-        )
+    folders = " and ".join(str(plan.folder) for plan in plans.values())
+    what = f"{len(bad)} of {sum(map(len, results.values()))} images cannot be decoded; the others are packed"
+    fix = f"leave these out with --on_error skip, which goes on from here, or repair them, remove {folders}"
+    refuse(f"{what}; {fix}, and start again", bad, len(bad))
 
 
 def _reasons(plan: Plan, results: list[list]) -> dict[int, str]:
-    return {i: f"{plan.source.ids[i]}: {row[0]}" for i, row in enumerate(results) if not _is_good(row)}
+    return {i: f"{plan.source.ids[i]}: {row[0]}" for i, row in enumerate(results) if len(row) == 1}
 
 
-def _finish(plan: Plan, results: list[list], wanted: dict[str, Any]) -> dict[str, Any]:
+def _finish(plan: Plan, results: list[list]) -> dict[str, Any]:
     """Writes the index and the meta data, and removes what only packing needs."""
     bad = _reasons(plan, results)
-    source = without(plan.source, list(bad), list(bad.values())) if bad else plan.source
+    source = without(plan.source, bad) if bad else plan.source
     good = [i for i in range(len(results)) if i not in bad]
-    arrays = {
-        "offsets": plan.offsets[good],
-        "shapes": np.array([results[i][:2] for i in good], np.int32),
-        "labels": source.labels.astype(np.int32),
-        "sha256": np.array([list(bytes.fromhex(results[i][2])) for i in good], np.uint8),
-    }
-    with (plan.folder / "index.npz").open("wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_write(plan.folder / "index.npz") as file:
+        np.savez(
+            file,
+            offsets=plan.offsets[good],
+            shapes=np.array([results[i][:2] for i in good], np.int32),
+            labels=source.labels.astype(np.int32),
+            sha256=np.array([list(bytes.fromhex(results[i][2])) for i in good], np.uint8),
+        )
     meta = {
-        **wanted,
+        **plan.meta,
         "examples": len(source),
         "made_smaller": int(plan.smaller[good].sum()),
         "bytes": int(plan.lengths.sum()),
         "index_sha256": hashlib.sha256((plan.folder / "index.npz").read_bytes()).hexdigest(),
-        "class_names": list(source.class_names),
-        "skipped": list(source.skipped),
-        "ids": list(source.ids),
+        "class_names": source.class_names,
+        "skipped": source.skipped,
+        "ids": source.ids,
     }
-    _write(plan.folder / "meta.json", json.dumps(meta))
-    for name in ("journal", "plan.json"):
-        (plan.folder / name).unlink()
+    write_text(plan.folder / "meta.json", json.dumps(meta))
+    for path in plan.folder.iterdir():
+        if path.name not in FILES:
+            path.unlink()
     _sync(plan.folder)
     return meta
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _sync(folder: Path) -> None:

@@ -12,18 +12,18 @@ import json
 import mmap
 import os
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tl_jax.core.messages import listed
+from tl_jax.core.checks import refuse
 from tl_jax.data.examples import Source
 from tl_jax.data.readers.folder import natural_key
 
 FORMAT = "tl_jax packed 2"
+FILES = ("pixels.bin", "index.npz", "meta.json")
 
 
 class Store(NamedTuple):
@@ -65,17 +65,18 @@ def load_packed(path: str, split: str) -> Source:
     Raises FileNotFoundError on a missing folder or split, ValueError where the files do not fit each other.
     """
     root = Path(path).expanduser()
-    found = sorted((meta.parent.name for meta in root.glob("*/meta.json")), key=natural_key)
+    found = _splits_in(root)
     if split not in found:
         begun = f"; {split} was begun, start its command again" if (root / f".{split}.partial").is_dir() else ""
+        fix = f"Pack one: python -m tl_jax pack SOURCE {path} --split {split}"
         raise FileNotFoundError(
-            f"no packed split {split!r} in {root}; there: {', '.join(found) or 'none'}{begun}. "
-            f"Pack one: python -m tl_jax pack SOURCE {path} --split {split}"
+            f"no packed split {split!r} in {root}; there: {', '.join(found) or 'none'}{begun}. {fix}"
         )
-    store = _opened(str((root / split).resolve()))
+    folder = str((root / split).resolve())
+    store = _opened(folder)
     return Source(
         name=f"packed:{path} {split}",
-        inputs=PackedImages(str((root / split).resolve()), np.arange(len(store.labels))),
+        inputs=PackedImages(folder, np.arange(len(store.labels))),
         labels=store.labels.copy(),
         class_names=tuple(store.meta["class_names"]),
         ids=tuple(store.meta["ids"]),
@@ -85,64 +86,56 @@ def load_packed(path: str, split: str) -> Source:
     )
 
 
+def _splits_in(root: Path) -> list[str]:
+    return sorted((meta.parent.name for meta in root.glob("*/meta.json")), key=natural_key)
+
+
 @functools.lru_cache(maxsize=16)
 def _opened(path: str) -> Store:
     return open_split(Path(path))
 
 
 def open_split(folder: Path) -> Store:
-    """Opens a packed split; raises ValueError where a file is missing, damaged or of another size than it should be."""
+    """Opens a packed split, without reading pixels; ValueError lists files that are missing or not as they were."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        if meta.get("format") != FORMAT:
+            raise ValueError(f"format {meta.get('format')!r}, expected {FORMAT!r}")
         index = (folder / "index.npz").read_bytes()
         with np.load(io.BytesIO(index), allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in ("offsets", "shapes", "labels", "sha256")}
-        size = (folder / "pixels.bin").stat().st_size
-        problems = list(_problems(meta, hashlib.sha256(index).hexdigest(), arrays, size))
+        counted = {f"{key}: examples": (len(value), meta["examples"]) for key, value in arrays.items()}
+        facts = {
+            "index.npz: sha256": (hashlib.sha256(index).hexdigest(), meta["index_sha256"]),
+            "pixels.bin: bytes": ((folder / "pixels.bin").stat().st_size, meta["bytes"]),
+            "meta.json: ids": (len(meta["ids"]), meta["examples"]),
+        }
+        problems = [f"{what} {a!r}, expected {b!r}" for what, (a, b) in (facts | counted).items() if a != b]
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         problems = [f"{type(error).__name__}: {error}"]
-    if problems:
-        raise ValueError(
-            f"the packed images in {folder} are damaged:\n{listed(problems)}\n"
-            "Copy the folder again, or remove it and pack the source anew."
-        )
+    fix = "copy the folder again, or remove it and pack the source anew"
+    refuse(f"the packed images in {folder} are damaged; {fix}", problems)
     with (folder / "pixels.bin").open("rb") as file:
         pixels = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     return Store(pixels, **arrays, meta=meta)
 
 
-def _problems(meta: dict, index_sha256: str, arrays: dict[str, np.ndarray], size: int) -> Iterator[str]:
-    """What does not fit; the pixels themselves are not read."""
-    if meta.get("format") != FORMAT:
-        yield f"meta.json: format {meta.get('format')!r}, expected {FORMAT!r}"
-        return
-    if index_sha256 != meta["index_sha256"]:
-        yield f"index.npz: sha256 {index_sha256}, expected {meta['index_sha256']}"
-    if size != meta["bytes"]:
-        yield f"pixels.bin: {size} bytes, expected {meta['bytes']}"
-    lengths = {**{key: len(value) for key, value in arrays.items()}, "ids": len(meta["ids"])}
-    if set(lengths.values()) != {meta["examples"]}:
-        yield f"expected {meta['examples']} examples, found {lengths}"
-
-
 def verify(folder: str) -> dict[str, int]:
     """Hashes every packed image; the number of sound ones per split. Raises ValueError that lists all that differ."""
     root = Path(folder).expanduser()
-    splits = sorted((meta.parent for meta in root.glob("*/meta.json")), key=lambda path: natural_key(path.name))
-    if not splits:
+    if not (splits := _splits_in(root)):
         raise FileNotFoundError(f"nothing packed in {root}; expected {root}/SPLIT/meta.json")
     counts, problems = {}, []
     for split in splits:
         try:
-            store = open_split(split)
+            store = open_split(root / split)
         except ValueError as error:
             problems.append(str(error))
             continue
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             found = pool.map(lambda i, s=store: hashlib.sha256(s.image(i)).digest(), range(len(store.labels)))
             differ = [i for i, digest in enumerate(found) if digest != store.sha256[i].tobytes()]
-        problems += [f"{split.name}: the pixels of {store.meta['ids'][i]} differ from those packed" for i in differ]
-        counts[split.name] = len(store.labels)
-    if problems:
-        raise ValueError(f"{len(problems)} problems in {root}:\n{listed(problems)}\nPack the source anew.")
+        problems += [f"{split}: the pixels of {store.meta['ids'][i]} differ from those packed" for i in differ]
+        counts[split] = len(store.labels)
+    refuse(f"{len(problems)} problems in {root}; pack the source anew", problems)
     return counts

@@ -1,74 +1,48 @@
 """Files of comma-separated values: images with label columns (csv:FILE), and rows of numbers (table:FILE)."""
 
+import collections
 import csv
-import difflib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from tl_jax.core.messages import listed, nearest
-from tl_jax.data import labels as label_columns
-from tl_jax.data.examples import FileImages, Source
-from tl_jax.data.readers.folder import SPLITS, natural_key
+from tl_jax.core.checks import refuse
+from tl_jax.core.messages import nearest
+from tl_jax.data.examples import Source, check_split, file_source
+from tl_jax.data.labels import Table, encode, number_columns, parse_numbers
+from tl_jax.data.readers.folder import SPLITS, check_file
 
 log = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("file", "image", "path", "filename")
 LABEL_COLUMNS = ("label", "target", "y")  # of a table, where no column is named
 
 
-class Table(NamedTuple):
-    """Columns of text. where: what messages call it; rows: the number of each row, counted as in a spreadsheet."""
-
-    where: str
-    columns: dict[str, Sequence[str]]
-    rows: np.ndarray
-
-    def find(self, names: Sequence[str]) -> str | None:
-        """The first column that has one of these names, in any case."""
-        by_name = {column.lower(): column for column in reversed(self.columns)}
-        return next((by_name[name] for name in names if name in by_name), None)
-
-
 def read_table(path: str) -> Table:
     """Reads a file with a header; raises FileNotFoundError, or ValueError that says what is wrong with it."""
     file = Path(path).expanduser()
-    if not file.is_file():
-        near = sorted((other.name for other in file.parent.glob("*.csv")), key=natural_key)
-        close = difflib.get_close_matches(file.name, near, n=3) or near[:10]
-        raise FileNotFoundError(f"no file {file}; .csv files there: {', '.join(close) or 'none'}")
+    check_file(file, ".csv")
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             records = [[cell.strip() for cell in record] for record in csv.reader(stream)]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except csv.Error as error:
-        raise ValueError(f"cannot read {file}: {error}; expected values separated by commas") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read {file}: {error}; expected UTF-8 text, values separated by commas") from None
     numbered = [(number, record) for number, record in enumerate(records, 1) if any(record)]
     if len(numbered) < 2:
         raise ValueError(f"{file} has {len(numbered)} rows; expected a header and at least one row of values")
     header = numbered[0][1]
-    _check_header(file, header)
-    if ragged := [f"row {n}: {len(record)} values" for n, record in numbered[1:] if len(record) != len(header)]:
-        raise ValueError(
-            f"{file}: {len(ragged)} rows do not have the {len(header)} values of the header:\n{listed(ragged)}\n"
-            'Put a value that contains a comma in quotation marks: "a, b".'
-        )
-    numbers, bodies = zip(*numbered[1:], strict=True)
-    return Table(str(file), dict(zip(header, zip(*bodies, strict=True), strict=True)), np.array(numbers))
-
-
-def _check_header(file: Path, header: list[str]) -> None:
     if len(header) == 1 and (separator := next((s for s in ";\t|" if s in header[0]), "")):
         raise ValueError(f"{file} has the one column {header[0]!r}; expected commas, found {separator!r} between names")
     problems = [f"column {i} has no name" for i, name in enumerate(header, 1) if not name]
-    twice = dict.fromkeys(name for name in header if name and header.count(name) > 1)
-    problems += [f"column {name!r} occurs {header.count(name)} times" for name in twice]
-    if problems:
-        raise ValueError(f"{file}: the header {header} cannot be used:\n{listed(problems)}\nRename the columns.")
+    counts = collections.Counter(name for name in header if name)
+    problems += [f"column {name!r} occurs {count} times" for name, count in counts.items() if count > 1]
+    refuse(f"{file}: the header {header} cannot be used; rename the columns", problems)
+    ragged = [f"row {n}: {len(record)} values" for n, record in numbered[1:] if len(record) != len(header)]
+    fix = 'put a value that contains a comma in quotation marks, "a, b"'
+    refuse(f"{file}: {len(ragged)} rows do not have the {len(header)} values of the header; {fix}", ragged)
+    numbers, bodies = zip(*numbered[1:], strict=True)
+    return Table(str(file), dict(zip(header, zip(*bodies, strict=True), strict=True)), np.array(numbers))
 
 
 def load_csv(path: str, split: str, task: str, labels: Sequence[str] = ()) -> Source:
@@ -88,19 +62,9 @@ def load_csv(path: str, split: str, task: str, labels: Sequence[str] = ()) -> So
     names = _label_names(table, labels, others, default=others)
     chosen, paths = rows_of_split(table, split), table.columns[images]
     _check_paths(table, images)
-    values, class_names = label_columns.encode(
-        task, {name: table.columns[name] for name in names}, chosen, table.rows, table.where
-    )
-    picked = tuple(paths[i] for i in chosen.tolist())
-    root = str(Path(table.where).parent)
-    return Source(
-        name=f"csv:{path} {split}",
-        inputs=FileImages(root, picked),
-        labels=values,
-        class_names=class_names,
-        ids=picked,
-        sizes=np.array([_size(os.path.join(root, p)) for p in picked], np.int64),
-    )
+    values, class_names = encode(task, table, names, chosen)
+    picked = [paths[i] for i in chosen]
+    return file_source(f"csv:{path} {split}", str(Path(table.where).parent), picked, values, class_names)
 
 
 def _check_paths(table: Table, column: str) -> None:
@@ -110,25 +74,15 @@ def _check_paths(table: Table, column: str) -> None:
             problems.append(f"row {row}: {column} is missing")
         elif first.setdefault(path, row) != row:
             problems.append(f"row {row}: {path} was already in row {first[path]}")
-    if problems:
-        raise ValueError(
-            f"{table.where}: {len(problems)} rows do not name an image of their own:\n{listed(problems)}\n"
-            "Keep one row for each image, with one column for each label."
-        )
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0  # named with the unreadable images
+    fix = "keep one row for each image, with one column for each label"
+    refuse(f"{table.where}: {len(problems)} rows do not name an image of their own; {fix}", problems)
 
 
 def load_table(path: str, split: str, task: str, labels: Sequence[str] = ()) -> Source:
     """The rows of a file as inputs: all columns of numbers beside the labels and `split`; see `table_source`."""
     table = read_table(path)
     images = table.find(IMAGE_COLUMNS)
-    if images and label_columns.parse_numbers(table.columns[images])[1].any():
+    if images and np.isinf(parse_numbers(table.columns[images])).any():
         raise ValueError(f"{table.where} lists image files in {images!r}; use csv:{path}, or remove the column")
     return table_source(f"table:{path} {split}", table, split, task, labels)
 
@@ -142,29 +96,19 @@ def table_source(name: str, table: Table, split: str, task: str, labels: Sequenc
     known = [column for column in table.columns if column.lower() in LABEL_COLUMNS]
     others = [column for column in table.columns if column != table.find(("split",))]
     names = _label_names(table, labels, others, default=known if len(known) == 1 else [])
-    chosen, inputs, text = rows_of_split(table, split), {}, []
+    chosen, inputs, text = rows_of_split(table, split), [], []
     for column in (column for column in others if column not in names):
-        cells = table.columns[column]
-        values, wrong = label_columns.parse_numbers(cells)
-        if wrong.any() and (wrong | np.isnan(values)).all():
-            text.append(column)
-        else:
-            inputs[column] = cells
+        values = parse_numbers(table.columns[column])
+        (text if np.isinf(values).any() and not np.isfinite(values).any() else inputs).append(column)
     if not inputs:
-        raise ValueError(
-            f"{table.where} has no column of numbers beside the labels {', '.join(names)}; found {', '.join(others)}"
-        )
-    values, problems = label_columns.number_columns(inputs, chosen, table.rows)
-    if problems:
-        raise ValueError(
-            f"{table.where}: {len(problems)} cells of the input columns are not numbers:\n{listed(problems)}\n"
-            "Fill in or remove these rows, or remove the columns."
-        )
+        found = f"no column of numbers beside the labels {', '.join(names)}; found {', '.join(others)}"
+        raise ValueError(f"{table.where} has {found}")
+    values, problems = number_columns(table, inputs, chosen)
+    fix = "fill in or remove these rows, or remove the columns"
+    refuse(f"{table.where}: {len(problems)} cells of the input columns are not numbers; {fix}", problems)
     if text:
         log.warning("%s: columns of text are not read: %s", table.where, ", ".join(text))
-    targets, class_names = label_columns.encode(
-        task, {column: table.columns[column] for column in names}, chosen, table.rows, table.where
-    )
+    targets, class_names = encode(task, table, names, chosen)
     return Source(
         name=name,
         inputs=values.astype(np.float32),
@@ -180,12 +124,10 @@ def _label_names(table: Table, labels: Sequence[str], others: list[str], default
     names = list(labels) or default
     problems = [f"{name!r}{nearest(name, others)}" for name in names if name not in others]
     if problems or not names or len(set(names)) < len(names):
-        found = f"the label columns {', '.join(names)}" if names and not problems else "no label column"
-        found += f" {', '.join(problems)}" if problems else ""
-        raise ValueError(
-            f"{table.where} has {found}; expected one or several different ones of {', '.join(others) or 'none'}. Name "
-            "them with data.labels"
-        )
+        twice = names and not problems
+        found = f"the label columns {', '.join(names)}" if twice else f"no label column {', '.join(problems)}".strip()
+        expected = f"one or several different ones of {', '.join(others) or 'none'}, named with data.labels"
+        raise ValueError(f"{table.where} has {found}; expected {expected}")
     return names
 
 
@@ -193,13 +135,7 @@ def rows_of_split(table: Table, split: str) -> np.ndarray:
     """The positions of the examples of a split; without a column `split` all are train."""
     column, count = table.find(("split",)), len(table.rows)
     names = ["train"] * count if column is None else [SPLITS.get(cell.lower()) for cell in table.columns[column]]
-    if unknown := [f"row {table.rows[i]}: {table.columns[column][i]!r}" for i in range(count) if names[i] is None]:
-        raise ValueError(
-            f"{table.where}: {len(unknown)} rows have no known split:\n{listed(unknown)}\n"
-            f"Expected one of {', '.join(SPLITS)}."
-        )
-    chosen = np.flatnonzero(np.array(names) == split)
-    if not len(chosen):
-        there = ", ".join(dict.fromkeys(names))
-        raise ValueError(f"{table.where} has no split {split!r}; it has {there}. Take a part of one: 'train[80%:]'")
-    return chosen
+    unknown = [f"row {table.rows[i]}: {table.columns[column][i]!r}" for i in range(count) if names[i] is None]
+    refuse(f"{table.where}: {len(unknown)} rows have no known split, expected one of {', '.join(SPLITS)}", unknown)
+    check_split(table.where, split, list(dict.fromkeys(names)))
+    return np.flatnonzero(np.array(names) == split)
