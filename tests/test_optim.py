@@ -155,9 +155,9 @@ def test_group_errors_come_together():
     ("group", "message"),
     [
         (Group("adamm"), "no optimizer 'adamm'.*did you mean 'adamw?'"),
-        (Group("sgd", (("momentun", 0.9),)), r"no argument 'momentun' \(did you mean 'momentum'\?\)"),
+        (Group("sgd", (("momentun", 0.9),)), r"no parameter 'momentun' \(did you mean 'momentum'\?\)"),
         (Group("sgd", (("momentum", "x"),)), "optax cannot run 'sgd'"),
-        (Group("adafactor", (("weight_decay_rate", 0.1),)), "no argument 'weight_decay_rate'"),
+        (Group("adafactor", (("weight_decay_rate", 0.1),)), "no parameter 'weight_decay_rate'"),
         (Group("lbfgs"), "optax cannot run 'lbfgs'"),
         (Group(weight_decay=-0.1), "weight_decay = -0.1, expected a number of at least 0"),
         (Group(lr_mult="x"), "lr_mult = 'x', expected a number of at least 0"),

@@ -1,4 +1,4 @@
-"""What every run leaves at its end, whatever way it went: predictions, audit, weights, and last of all result.json."""
+"""What every run writes at its end: costs, weights, predictions, audit, and last of all result.json."""
 
 import pathlib
 import statistics
@@ -16,21 +16,19 @@ from tl_jax.training import audit
 from tl_jax.training.build import Run, scored_splits
 from tl_jax.weights import delta, load
 
-RATES = ("flops_per_second", "mfu", "roofline")
-
 
 def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | None = None, replicas: int = 1) -> None:
     """Writes cost.json: what a step of phase i costs as compiled, with what is known of the other phases.
 
-    flops_per_step is the mean over the steps, memory_bytes the largest of the phases; seconds are those of training,
-    compilation included, evaluation not, over all starts of the run; data_wait_seconds those in which the devices had
-    no work for want of data; flops_per_second, mfu and roofline are medians of the rows of timing.jsonl. Of a run that
-    was trained together with others, seconds and flops_per_step are its share and "replicas" says how many shared;
+    flops_per_step is the mean over the steps, memory_bytes the largest of the phases; seconds are those of training
+    over all starts of the run, with compilation, without evaluation; data_wait_seconds those in which the devices
+    waited for data; flops_per_second, mfu and roofline are medians of the rows of timing.jsonl. Of a run that was
+    trained together with others, seconds and flops_per_step are its share and "replicas" says how many shared;
     memory_bytes is that of all together.
     """
     if jax.process_index():
         return
-    path = folder / "cost.json"
+    path, rows = folder / "cost.json", files.read_rows(folder / "timing.jsonl")
     phases = files.read_json(path)["phases"] if path.exists() else []
     if len(phases) != len(run.phases):  # none yet, or those of a run that ended before its first checkpoint
         phases = [None] * len(run.phases)
@@ -39,11 +37,10 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
         phases[i] = {**cost, "flops_per_step": share, "steps": run.phases[i].length}
     flops = [phase["flops_per_step"] * phase["steps"] for phase in phases if phase and phase["flops_per_step"]]
     memory = [phase["memory_bytes"] for phase in phases if phase and phase["memory_bytes"]]
-    rows = files.read_rows(folder / "timing.jsonl")
-    rates = {name: [row[name] for row in rows if row.get(name)] for name in RATES}
+    rates = {name: [row[name] for row in rows if row.get(name)] for name in ("flops_per_second", "mfu", "roofline")}
     table = {
         "trainable_parameters": audit.totals([phase.audit for phase in run.phases])["trainable"],
-        "flops_per_step": sum(flops) / run.total_steps if all(phases) and len(flops) == len(phases) else None,
+        "flops_per_step": sum(flops) / run.total_steps if len(flops) == len(phases) else None,
         "memory_bytes": max(memory, default=None),
         **{name: statistics.median(values) if values else None for name, values in rates.items()},
         "seconds": round(sum(row["seconds"] for row in rows), 3),
@@ -54,31 +51,6 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
         **({"replicas": replicas} if replicas > 1 else {}),
     }
     files.write_json(path, table)
-
-
-def facts(run: Run, spec: Spec) -> dict[str, Any]:
-    """What was run and what it is scored on, for result.json."""
-    split, data, shared = scored_splits(run)[0], run.settings.data, run.material.shared
-    about = {
-        "model": run.material.card.model,
-        "method": run.settings.phases[0].method.name,
-        "data": run.material.data[split].name,
-        "split": split,
-        "select": run.settings.loop.select,
-    }
-    if spec.name != "classification":
-        about["task"] = spec.name
-    if spec.threshold is not None:
-        about["threshold"] = spec.threshold
-    if data.transductive:
-        about["transductive"] = [{"stream": s, "scored": name, "examples": n} for (s, name), n in shared.items()]
-    return about
-
-
-def calibrated(run: Run, predictions: Mapping[str, Predictions]) -> tuple[Spec, dict[str, Predictions]]:
-    """The task's spec with what val decides (a threshold), and the predictions of what is scored under it."""
-    spec = run.task.calibrate(predictions["val"]) if "val" in predictions else run.task.spec
-    return spec, {name: predictions[name]._replace(spec=spec) for name in scored_splits(run)}
 
 
 def wanted_splits(run: Run) -> list[str]:
@@ -99,17 +71,14 @@ def finalize(
     verbose: bool,
     replicas: int = 1,
 ) -> dict[str, Any]:
-    """Proves the audit by the hashes of what is frozen, (as loaded, at the end), and writes what a run leaves.
+    """Proves the audit by the hashes of what is frozen, (as loaded, at the end), and writes all files of a run.
 
     predictions: of `wanted_splits`, at the selected step. step: that; last_step: the last that was trained.
     """
-    spec, scored = calibrated(run, predictions)
-    split, audits = scored_splits(run)[0], [phase.audit for phase in run.phases]
-    report = audit.prove(audits, *hashes)
-    chosen = run.settings.loop.select == "best_val" or spec != run.task.spec
-    result = {
-        **facts(run, spec),
-        "chosen_on_scored_split": chosen and split == "val",
+    material, settings = run.material, run.settings
+    spec = run.task.calibrate(predictions["val"]) if "val" in predictions else run.task.spec  # a threshold
+    report = audit.prove([phase.audit for phase in run.phases], *hashes)
+    numbers = {
         "step": step,
         "total_steps": run.total_steps,
         **({"stopped_early_at": last_step} if last_step < run.total_steps else {}),
@@ -118,47 +87,56 @@ def finalize(
     }
     if jax.process_index() == 0:
         note_cost(folder, run, len(run.phases) - 1, replicas=replicas)
-        write_weights(run, folder, variables, report, spec)
-    return write(run, folder, scored, result, report, verbose)
-
-
-def write_weights(run: Run, folder: pathlib.Path, variables: Any, report: Mapping[str, Any], spec: Spec) -> None:
-    """trained.safetensors, and model.safetensors where one plain network can hold what was trained."""
-    material, settings = run.material, run.settings
-    card, additions = material.card.replace(**tasks.card_fields(spec)), material.model.additions
-    delta.save(
-        folder / "trained.safetensors", variables, report, card,
-        model=settings.model.name, weights=material.base, seed=settings.loop.seed, additions=additions,
-    )  # fmt: skip
-    if peft.can_merge(additions):
-        load.export(peft.merge(variables, additions), settings.model.name, folder / "model.safetensors", card=card)
+        card, added = material.card.replace(**tasks.card_fields(spec)), material.model.additions
+        about = {"model": settings.model.name, "weights": material.base, "seed": settings.loop.seed, "additions": added}
+        delta.save(folder / "trained.safetensors", variables, report, card, **about)
+        if peft.can_merge(added):  # one plain network can have what was trained
+            load.export(peft.merge(variables, added), settings.model.name, folder / "model.safetensors", card=card)
+    scored = {name: predictions[name]._replace(spec=spec) for name in scored_splits(run)}
+    by_val = settings.loop.select == "best_val" or spec != run.task.spec
+    return write(run, folder, scored, report, numbers, by_val, verbose)
 
 
 def write(
     run: Run,
     folder: pathlib.Path,
     predictions: Mapping[str, Predictions],
-    result: Mapping[str, Any],
     report: Mapping[str, Any],
+    numbers: Mapping[str, Any],
+    by_val: bool,
     verbose: bool,
 ) -> dict[str, Any]:
-    """Scores and writes; returns the result with its metrics.
+    """Scores the predictions of `scored_splits` and writes them, the audit and the result, which it returns.
 
-    predictions: of result["split"], and of the sets of data.extra_eval by name. report: the proved audit. Figures are
-    drawn where `verbose`. Process 0 writes; result.json comes last: where it lies, the run is complete.
+    report: the proved audit. numbers: of the training, for the result. by_val: whether val decided anything. Figures
+    are drawn where `verbose`. Process 0 writes; result.json comes last: where it is, the run is complete.
     """
-    resamples = run.settings.loop.resamples
-    scores = {name: tasks.summarize(p, resamples=resamples) for name, p in predictions.items()}
-    own = predictions[result["split"]]
-    result = {**result, "metrics": scores.pop(result["split"]), "extra_eval": scores}
+    split, resamples = scored_splits(run)[0], run.settings.loop.resamples
+    scores = {name: tasks.summarize(values, resamples=resamples) for name, values in predictions.items()}
+    result = {**_facts(run, split, predictions[split].spec), "chosen_on_scored_split": by_val and split == "val"}
+    result |= {**numbers, "metrics": scores.pop(split), "extra_eval": scores}
     if jax.process_index() == 0:
         for name, values in predictions.items():
-            suffix = "" if values is own else f"-{name}"
-            tasks.save_predictions(folder / f"predictions{suffix}.npz", values)
+            tasks.save_predictions(folder / f"predictions{'' if name == split else f'-{name}'}.npz", values)
         files.write_json(folder / "audit.json", report)
         if verbose:
             from tl_jax.training import plots  # here, as matplotlib takes its time
 
-            plots.draw_run(files.read_rows(folder / "metrics.jsonl"), own, folder)
+            plots.draw_run(files.read_rows(folder / "metrics.jsonl"), predictions[split], folder)
         files.write_json(folder / "result.json", result)
     return result
+
+
+def _facts(run: Run, split: str, spec: Spec) -> dict[str, Any]:
+    """What was run and what it is scored on."""
+    shared = [{"stream": s, "scored": name, "examples": n} for (s, name), n in run.material.shared.items()]
+    return {
+        "model": run.material.card.model,
+        "method": run.settings.phases[0].method.name,
+        "data": run.material.data[split].name,
+        "split": split,
+        "select": run.settings.loop.select,
+        **({"task": spec.name} if spec.name != "classification" else {}),
+        **({"threshold": spec.threshold} if spec.threshold is not None else {}),
+        **({"transductive": shared} if run.settings.data.transductive else {}),
+    }

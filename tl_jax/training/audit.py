@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,23 +19,20 @@ from tl_jax.core.trees import FROZEN, Match
 from tl_jax.methods.rules import places
 from tl_jax.training import optim
 
-NORM_STATISTICS = re.compile(r"(.*)/(?:mean|var)")
-
 
 def norm_policies(batch_stats: Any, labels: Mapping[str, str], rules: trees.Rules) -> dict[str, str]:
     """The policy, "frozen" or "update", of every layer with running statistics, by its path.
 
     rules: ordered (path regex, policy). Without rules a layer's statistics are frozen exactly when all parameters of
-    the block that it stands in are: a frozen block computes what it computed when it was loaded.
+    its block are: a frozen block computes what it computed when it was loaded.
     """
-    layers = sorted({match[1] for match in map(NORM_STATISTICS.fullmatch, trees.flatten(batch_stats)) if match})
+    paths = trees.flatten(batch_stats)
+    layers = sorted({path.rpartition("/")[0] for path in paths if path.endswith(("/mean", "/var"))})
     if not rules:
-        trained = [path for path, label in labels.items() if label != FROZEN]
         blocks = {layer: re.sub(r"(/shortcut)?/norm\d*$", "", layer) for layer in layers}
-        return {
-            layer: "update" if any(path.startswith(f"{block}/") for path in trained) else FROZEN
-            for layer, block in blocks.items()
-        }
+        trained = [path for path, label in labels.items() if label != FROZEN]
+        updated = {block for block in blocks.values() if any(path.startswith(f"{block}/") for path in trained)}
+        return {layer: "update" if block in updated else FROZEN for layer, block in blocks.items()}
     if wrong := sorted({policy for _, policy in rules} - {FROZEN, "update"}):
         raise ValueError(f"unknown norm policies {wrong}; known: frozen, update")
     if not layers:
@@ -53,14 +52,13 @@ def make_audit(
     multipliers: Mapping[str, float] | None = None,
     auxiliary: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The whole audit as plain JSON data.
+    """The whole audit of a phase as plain JSON data.
 
     origins: `{collection/path: key in the weight file, "new", or "copy" of what was loaded}`. matches: the rule of each
     parameter path. policies: from `norm_policies`. data: facts of the data to show. multipliers: of layer-wise decay.
     auxiliary: the names of further networks, whose frozen parameters do not count in the totals.
     """
-    moments = _moment_counts(opt_state, matches)
-    parameters = []
+    moments, parameters, statistics = _moment_counts(opt_state, matches), [], []
     for path, leaf in trees.flatten(variables["params"]).items():
         group = matches[path].value
         settings = groups.get(group)
@@ -77,32 +75,39 @@ def make_audit(
                 "optimizer_values": moments[path],
             }
         )
-    statistics = [
-        {
-            "path": path,
-            "shape": list(np.shape(leaf)),
-            "origin": origins[f"batch_stats/{path}"],
-            "policy": policies[path.rpartition("/")[0]],
-        }
-        for path, leaf in trees.flatten(variables.get("batch_stats", {})).items()
-    ]
+    for path, leaf in trees.flatten(variables.get("batch_stats", {})).items():
+        origin, policy = origins[f"batch_stats/{path}"], policies[path.rpartition("/")[0]]
+        statistics.append({"path": path, "shape": list(np.shape(leaf)), "origin": origin, "policy": policy})
     counted = [row for row in parameters if row["trainable"] or row["path"].split("/")[0] not in auxiliary]
-    sizes = {row["path"]: int(np.prod(row["shape"])) for row in counted}
-    trainable = [row["path"] for row in parameters if row["trainable"]]
+    whole, trainable = _size(counted), _size(row for row in counted if row["trainable"])
     return {
         "parameters": parameters,
         "statistics": statistics,
         "groups": {name: group._asdict() for name, group in groups.items()},
         "totals": {
-            "parameters": sum(sizes.values()),
-            "trainable": sum(sizes[path] for path in trainable),
-            "frozen": sum(sizes.values()) - sum(sizes[path] for path in trainable),
-            "new": sum(sizes[row["path"]] for row in counted if row["origin"] == "new"),
+            "parameters": whole,
+            "trainable": trainable,
+            "frozen": whole - trainable,
+            "new": _size(row for row in counted if row["origin"] == "new"),
             "optimizer_values": sum(moments.values()),
         },
         "card": json.loads(card.to_json()),
         "data": dict(data),
     }
+
+
+def _size(rows: Iterable[Mapping[str, Any]]) -> int:
+    return sum(math.prod(row["shape"]) for row in rows)
+
+
+def _moment_counts(opt_state: Any, paths: Iterable[str]) -> dict[str, int]:
+    """The number of optimizer values (momentum, variance, ...) that each parameter path has."""
+    counts = dict.fromkeys(paths, 0)
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
+        for key in keys:
+            if isinstance(key, jax.tree_util.DictKey) and key.key in counts:
+                counts[key.key] += math.prod(np.shape(leaf))
+    return counts
 
 
 def labels_table(audit: Mapping[str, Any]) -> dict[str, str]:
@@ -112,7 +117,7 @@ def labels_table(audit: Mapping[str, Any]) -> dict[str, str]:
 
 
 def frozen_hashes(variables: Mapping[str, Any], audits: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """`{collection/path: sha256}` of what must not move in any of the phases: frozen parameters, frozen statistics."""
+    """`{collection/path: sha256}` of the parameters and statistics that are frozen in all of the phases."""
 
     def frozen(audit):
         rows = {f"params/{row['path']}" for row in audit["parameters"] if not row["trainable"]}
@@ -124,21 +129,20 @@ def frozen_hashes(variables: Mapping[str, Any], audits: Sequence[Mapping[str, An
 
 def check_frozen(start: Mapping[str, str], end: Mapping[str, str]) -> None:
     """Raises RuntimeError that names the frozen leaves whose sha256 has changed."""
-    if moved := messages.difference(start, end):
-        raise RuntimeError(
-            "frozen leaves changed during training, so this result must not be used:\n" + "\n".join(moved)
-        )
+    if changed := messages.difference(start, end):
+        what = "frozen leaves changed during training, so this result must not be used:"
+        raise RuntimeError("\n".join([what, *changed]))
 
 
 def totals(audits: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """The totals of a run: trainable is what trains in any phase, frozen what trains in none."""
-    sizes = {r["path"]: int(np.prod(r["shape"])) for a in audits for r in a["parameters"] if r["trainable"]}
-    trainable, whole = sum(sizes.values()), audits[0]["totals"]
+    rows = {row["path"]: row for audit in audits for row in audit["parameters"] if row["trainable"]}
+    trainable, whole = _size(rows.values()), audits[0]["totals"]
     return {**whole, "trainable": trainable, "frozen": whole["parameters"] - trainable}
 
 
 def join(audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The audit of a run, as audit.json holds it: its totals, and the audit of each phase."""
+    """The audit of a run, as in audit.json: its totals, and the audit of each phase."""
     return {"totals": totals(audits), "phases": list(audits)}
 
 
@@ -156,32 +160,26 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
     """The audit for the console: parameters folded by block, in the order of the network's cuts."""
     totals, card = audit["totals"], audit["card"]
     share = 100 * totals["trainable"] / totals["parameters"]
-    table = Table(
-        title=f"transfer audit: {audit['card']['model']}",
-        caption=(
-            f"{totals['trainable']:,} of {totals['parameters']:,} parameters train ({share:.2f} %), "
-            f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values\n"
-            f"{_input(card)}\n"
-            + ", ".join(f"{split} {facts['examples']:,} examples" for split, facts in audit["data"].items())
-        ),
-        box=box.SIMPLE_HEAD,
-    )
-    for name, justify in [("part", "left"), ("params", "right"), ("origin", "left"), ("group", "left"),
-                          ("lr x", "right"), ("decay", "right"), ("statistics", "left")]:  # fmt: skip
+    caption = (
+        f"{totals['trainable']:,} of {totals['parameters']:,} parameters train ({share:.2f} %), "
+        f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values\n{_input(card)}\n"
+    ) + ", ".join(f"{split} {facts['examples']:,} examples" for split, facts in audit["data"].items())
+    table = Table(title=f"transfer audit: {card['model']}", caption=caption, box=box.SIMPLE_HEAD)
+    for name in ("part", "params", "origin", "group", "lr x", "decay", "statistics"):
+        justify = "right" if name in ("params", "lr x", "decay") else "left"
         table.add_column(name, justify=justify, no_wrap=True)
-    policies = {}
+    policies, blocks = defaultdict(set), defaultdict(list)
     for row in audit["statistics"]:
-        policies.setdefault(_block_of(row["path"]), set()).add(row["policy"])
-    blocks: dict[str, list] = {}
+        policies[_block_of(row["path"])].add(row["policy"])
     rows = {row["path"]: row for row in audit["parameters"]}
     order = places([path for path in rows if path.startswith("backbone/")], cuts)
     # The backbone as the data flow through it, then the rest by name.
     for path in sorted(rows, key=lambda path: (path not in order, order.get(path, 0), path)):
-        blocks.setdefault(_block_of(path), []).append(rows[path])
+        blocks[_block_of(path)].append(rows[path])
     # Neighbours that differ in nothing but their size share a line.
     for cells, run in itertools.groupby(blocks, key=lambda name: _cells(blocks[name], policies.get(name, {"-"}))):
         names = list(run)
-        values = sum(int(np.prod(row["shape"])) for name in names for row in blocks[name])
+        values = _size(row for name in names for row in blocks[name])
         name = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1].removeprefix('backbone/')}"
         trains = any(row["trainable"] for row in blocks[names[0]])
         table.add_row(name, f"{values:,}", *cells, style=None if trains else "dim")
@@ -189,35 +187,20 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
 
 
 def _input(card: Mapping[str, Any]) -> str:
-    """What the network reads, in a line."""
     if columns := card.get("columns"):
         return f"input {len(columns)} columns, standardised: {', '.join(columns[:10])}{', ...' * (len(columns) > 10)}"
-    return (
-        f"input {card['input_size']} px, {card['interpolation']}, crop {card['crop']:g}, "
-        f"mean {card['mean']}, std {card['std']}"
-    )
+    size = f"input {card['input_size']} px, {card['interpolation']}, crop {card['crop']:g}"
+    return f"{size}, mean {card['mean']}, std {card['std']}"
 
 
 def _cells(rows: list[dict], policies: set[str]) -> tuple[str, ...]:
-    return (
-        "+".join(sorted({row["origin"] if row["origin"] in ("new", "copy") else "file" for row in rows})),
-        "+".join(sorted({row["group"] for row in rows})),
-        "/".join(f"{value:g}" for value in sorted({row["lr_mult"] for row in rows})),
-        "/".join(f"{value:g}" for value in sorted({row["weight_decay"] for row in rows})),
-        "+".join(sorted(policies)),
-    )
+    origins = {row["origin"] if row["origin"] in ("new", "copy") else "file" for row in rows}
+    rates, decays = ([f"{x:g}" for x in sorted({row[name] for row in rows})] for name in ("lr_mult", "weight_decay"))
+    named = (origins, {row["group"] for row in rows}, policies)
+    origin, group, policy = ("+".join(sorted(values)) for values in named)
+    return origin, group, "/".join(rates), "/".join(decays), policy
 
 
 def _block_of(path: str) -> str:
     folders = path.split("/")[:-1]
     return "/".join(folders[: 3 if len(folders) > 2 and folders[1].startswith("stage") else 2])
-
-
-def _moment_counts(opt_state: Any, paths: Mapping[str, Any]) -> dict[str, int]:
-    """The number of optimizer values (momentum, variance, ...) that each parameter path has."""
-    counts = dict.fromkeys(paths, 0)
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
-        for key in keys:
-            if isinstance(key, jax.tree_util.DictKey) and key.key in counts:
-                counts[key.key] += int(np.prod(np.shape(leaf)))
-    return counts

@@ -18,8 +18,7 @@ def predict(
 ) -> Predictions:
     """The task's outputs, labels and features of every example of the source, in its order, on every process.
 
-    eval_fn: from `Parallel.evaluate`; field: of a batch, what it reads. The last batch is padded and its
-    padding dropped by a mask; raises RuntimeError unless each example was seen exactly once, FloatingPointError for
+    eval_fn: from `Parallel.evaluate`; field: of a batch, what it reads. Raises as `collect`, and FloatingPointError for
     outputs that are not finite.
     """
     outputs, labels = collect(lambda x: eval_fn(variables, x), batches, field, parallel)
@@ -31,10 +30,10 @@ def collect(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The outputs {name: array} of eval_fn(inputs) for every example once, in the order of the source, and the labels.
 
-    axes: along which axis the examples lie, where it is not the first. Raises RuntimeError unless each example was seen
-    exactly once.
+    axes: the axis of the examples, where it is not the first. Padding is dropped by its mask; raises RuntimeError
+    unless each example was seen exactly once.
     """
-    source, axes, columns = batches.source, axes or {}, []
+    source, columns = batches.source, []
     for batch in batches:
         batch = parallel.put_batch(batch)
         outputs = eval_fn(batch[field])
@@ -43,14 +42,10 @@ def collect(
     facts = {name: np.concatenate([facts[name] for facts, _ in columns]) for name in columns[0][0]}
     seen = facts[INDEX][facts[MASK]]
     if not np.array_equal(np.sort(seen), np.arange(len(source))):
-        raise RuntimeError(
-            f"{source.name}: {len(seen)} of {len(source)} examples were scored; each must be, exactly once"
-        )
+        raise RuntimeError(f"{source.name}: {len(seen)} of {len(source)} examples were scored, not each exactly once")
     order = np.flatnonzero(facts[MASK])[np.argsort(seen)]
-    joined = {
-        name: np.concatenate([outputs[name] for _, outputs in columns], axes.get(name, 0)).take(
-            order, axes.get(name, 0)
-        )
-        for name in columns[0][1]
-    }
+    joined = {}
+    for name in columns[0][1]:
+        axis = (axes or {}).get(name, 0)
+        joined[name] = np.concatenate([outputs[name] for _, outputs in columns], axis).take(order, axis)
     return joined, facts[LABEL][order]

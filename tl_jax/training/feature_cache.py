@@ -1,13 +1,14 @@
-"""What frozen networks compute, cached: memory-mapped columns on disk, read by the same train step for all epochs.
+"""Cached outputs of frozen networks: memory-mapped columns on disk, read in every epoch by the same train step.
 
-Each set has a folder of its own, named by a hash of all that its numbers depend on: the frozen weights, the network,
-the card, the examples, the cut and the augmentation. Runs that agree in these share it.
+Each set has a folder named by a hash of all that its numbers depend on: the frozen weights, the network, the card, the
+examples, the cut and the augmentation. Runs that agree in these share it.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -37,10 +38,9 @@ SAVE_EVERY = 30.0  # seconds of computing that a kill may cost
 
 
 class Column(NamedTuple):
-    """A field of batches that a frozen network computes from one of their views.
+    """A field of batches that a frozen network computes from one of their views, or puts in its place (field == view).
 
-    field: its name; equal to `view` where it replaces what it is computed from. compute: (variables, x) -> [B, ...],
-    pure. key: what its numbers depend on, besides the examples and their views. title: for messages.
+    compute: (variables, x) -> [B, ...], pure. key: what its numbers depend on, besides the examples and their views.
     """
 
     field: str
@@ -58,8 +58,9 @@ def prefix_column(prefix: steps.Prefix, reader: steps.Reader, variables: Any, ne
         return steps.run_prefix(live, variables, x, reader.card)[0]
 
     flat = trees.flatten(variables)
-    key = _key(prefix.model, reader, {path: flat[path] for path in leaves_of(prefix, flat, networks)})
-    return Column(reader.field, reader.field, compute, {**key, "cut": prefix.cut}, f"at {prefix.cut}")
+    leaves = {path: flat[path] for path in leaves_of(prefix, flat, networks)}
+    key = _key(prefix.model, reader, leaves, prefix.cut)
+    return Column(reader.field, reader.field, compute, key, f"at {prefix.cut}")
 
 
 def logits_column(name: str, reader: steps.Reader, variables: Any) -> Column:
@@ -69,11 +70,11 @@ def logits_column(name: str, reader: steps.Reader, variables: Any) -> Column:
         own = steps.subtree(variables, name)
         return reader.module.apply(own, steps.normalise(x, reader.card), train=False)[0].astype("float32")
 
-    key = _key(reader.module, reader, trees.flatten(steps.subtree(variables, name)))
-    return Column(reader.column, reader.field, compute, {**key, "cut": "logits"}, f"of {name}")
+    key = _key(reader.module, reader, trees.flatten(steps.subtree(variables, name)), "logits")
+    return Column(reader.column, reader.field, compute, key, f"of {name}")
 
 
-def _key(module: Any, reader: steps.Reader, leaves: Mapping[str, Any]) -> dict[str, Any]:
+def _key(module: Any, reader: steps.Reader, leaves: Mapping[str, Any], cut: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": reader.card.model,
@@ -81,11 +82,12 @@ def _key(module: Any, reader: steps.Reader, leaves: Mapping[str, Any]) -> dict[s
         "weights": messages.fingerprint(trees.leaf_hashes(leaves)),
         "computed_in": np.dtype(module.dtype).name,
         "card": {field: getattr(reader.card, field) for field in PIXELS},
+        "cut": cut,
     }
 
 
 class Cached(NamedTuple):
-    """A set of features on disk. shape: [views, examples, ...] of dtype; `source` makes the images in this order."""
+    """A set of features [views, examples, ...] on disk; `source` yields the examples they are computed from."""
 
     folder: pathlib.Path
     key: dict[str, Any]
@@ -119,28 +121,27 @@ def fill(
     """The column of each set of batches, [views, N, ...], read from disk or computed now and kept there.
 
     sets: by name, for messages. variables: of all networks, placed on the devices. batch_size: of the computation.
-    views: of training batches with augmentation, the number of epochs that are kept: epoch e sees what it would see
-    without a cache in epoch e % views. folder: where the sets are kept; "" is FOLDER.
+    views: the number of epochs of augmented training batches that are kept: epoch e has the features of epoch
+    e % views. folder: where the sets are kept; "" is FOLDER.
 
-    A set is checked against the sha256 that it was written with, and computed anew where it is damaged. Raises OSError,
-    before anything is computed, where the disk has no room for what is missing; Preempted, with what was computed kept,
-    soon after `stop_requested(0)` has become true.
+    A set whose sha256 is not the one it was written with is computed anew. Raises OSError, before anything is computed,
+    where the disk has no room for what is missing; Preempted, with what was computed kept, soon after
+    `stop_requested(0)` has become true.
     """
     root = pathlib.Path(folder).expanduser() if folder else FOLDER
     found = {name: _describe(root, column, batches, variables, batch_size, views) for name, batches in sets.items()}
     kept, predict = {}, parallel.evaluate(column.compute)
-    distinct: dict[pathlib.Path, tuple[str, Cached]] = {}  # seeds and splits may agree in all that counts
-    for name, cached in found.items():
-        distinct.setdefault(cached.folder, (name, cached))
+    first = {cached.folder: name for name, cached in reversed(found.items())}  # several may agree in all that counts
+    distinct = {name: cached for name, cached in found.items() if first[cached.folder] == name}
     if jax.process_index() == 0:
-        _make_room(root, {name: c for folder, (name, c) in distinct.items() if not (folder / "meta.json").exists()})
-    for path, (name, cached) in distinct.items():
-        with _alone(cached, stop_requested):
+        _make_room(root, {name: c for name, c in distinct.items() if not (c.folder / "meta.json").exists()})
+    for name, cached in distinct.items():
+        with _locked(cached, stop_requested):
             if not distributed.from_first(lambda cached=cached: _is_sound(cached)):
                 log(f"computing the features of {name} {column.title}: {_size(cached)}")
                 _compute(cached, column.view, lambda x: predict(variables, x), parallel, stop_requested)
-        kept[path] = _read(cached)
-    return {name: kept[found[name].folder] for name in sets}
+        kept[cached.folder] = _read(cached)
+    return {name: kept[cached.folder] for name, cached in found.items()}
 
 
 def leaves_of(prefix: steps.Prefix, paths: Iterable[str], networks: Collection[str]) -> list[str]:
@@ -150,46 +151,34 @@ def leaves_of(prefix: steps.Prefix, paths: Iterable[str], networks: Collection[s
     return [path for path in paths if places.get(path, last + 1) <= last]
 
 
-def _describe(root: pathlib.Path, column: Column, batches: Batches, variables: Any, batch_size: int, views: int):
-    """Where a set lies, and what makes its inputs, each example once a view."""
-    render = batches.renders.get(column.view)
-    augmented = isinstance(batches, TrainBatches) and render is not None and bool(render.preprocess.ops)
-    if augmented:  # the rows of a batch are equal parts of all domains
-        parts = batches.source.num_domains * batches.process_count
-        size = max(batch_size - batch_size % parts, parts)
-        source = dataclasses.replace(batches, batch_size=size, labelled=False)
-    else:
-        plain = dataclasses.replace(batches.source, domains=None)  # in one order, whatever that of training is
-        source = TrainBatches(
-            source=plain, renders=batches.renders, prepared=batches.prepared, batch_size=batch_size, labelled=False,
-            process_index=batches.process_index, process_count=batches.process_count, seed=0,
-        )  # fmt: skip
-    own = {name: kept for name, kept in source.renders.items() if name == column.view}
-    source = dataclasses.replace(
-        source, renders=own, prepared={k: x for k, x in source.prepared.items() if k == column.view}
+def _describe(root: pathlib.Path, column: Column, batches: Batches, variables: Any, size: int, views: int) -> Cached:
+    """Where a set is kept, and what yields its examples, each once a view."""
+    source, render, draws = batches.source, batches.renders.get(column.view), ""
+    if isinstance(batches, TrainBatches) and render is not None and render.preprocess.ops:
+        ops, draws, seed, order = list(render.preprocess.ops), render.draws, batches.seed, batches.order
+        equal = source.num_domains * batches.process_count  # a batch has as many rows of each domain on each process
+        size = max(size - size % equal, equal)
+    else:  # in one order, whatever that of training is
+        source, ops, seed, order, views = dataclasses.replace(source, domains=None), [], 0, "shuffled", 1
+    renders, prepared = (
+        {name: x for name, x in table.items() if name == column.view} for table in (batches.renders, batches.prepared)
     )
-    kept = source.prepared.get(column.view)
-    shape, dtype = (kept.shape[1:], kept.dtype) if kept is not None else source.shapes[column.view]
+    how = {"seed": seed, "order": order, "labelled": False}
+    where = {"process_index": batches.process_index, "process_count": batches.process_count}
+    inputs = TrainBatches(source, renders, prepared, size, **how, **where)
+    known = prepared.get(column.view)
+    shape, dtype = inputs.shapes[column.view] if known is None else (known.shape[1:], known.dtype)
     row = jax.eval_shape(column.compute, variables, jax.ShapeDtypeStruct((1, *shape[1:]), dtype))
-    views = views if augmented else 1
-    key = {
-        **column.key,
-        "data": batches.source.fingerprint,
-        "augment": list(render.preprocess.ops) if augmented else [],
-        "seed": source.seed,
-        "views": views,
-    }
-    if augmented and source.order != "shuffled":
-        key["order"] = source.order
-    if augmented and render.draws:
-        key["draws"] = render.draws
-    key = json.loads(json.dumps(key))
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    return Cached(root / name, key, source, (views, len(batches.source), *row.shape[1:]), np.dtype(row.dtype))
+    key = {**column.key, "data": batches.source.fingerprint, "augment": ops, "seed": seed, "views": views}
+    key |= {"order": order} if order != "shuffled" else {}
+    key |= {"draws": draws} if draws else {}
+    text = json.dumps(key, sort_keys=True)
+    folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
+    return Cached(folder, json.loads(text), inputs, (views, len(source), *row.shape[1:]), np.dtype(row.dtype))
 
 
 def _make_room(root: pathlib.Path, missing: Mapping[str, Cached]) -> None:
-    """Says what will be written, and refuses it where the disk has no room for all of it."""
+    """Logs what will be written, and refuses it where the disk has no room for all of it."""
     if not missing:
         return
     root.mkdir(parents=True, exist_ok=True)
@@ -211,22 +200,19 @@ def _size(cached: Cached) -> str:
 
 
 @contextlib.contextmanager
-def _alone(cached: Cached, stop_requested: Stop):
-    """Holds the set for this process; where another one holds it, that is computing it, and is waited for."""
+def _locked(cached: Cached, stop_requested: Stop):
+    """Locks the set, on process 0; waits for another run that is computing it."""
     if jax.process_index():
         yield
         return
     cached.folder.mkdir(parents=True, exist_ok=True)
     with (cached.folder / ".lock").open("w") as file:
-        told = False
-        while True:
-            try:
+        for attempt in itertools.count():
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
-                if not told:
-                    log(f"waiting for another process, which computes the same features in {cached.folder}")
-                told = True
+            if not attempt:
+                log(f"waiting for another process, which computes the same features in {cached.folder}")
             if jax.process_count() == 1:
                 check(stop_requested, "while another process computes the features")
             time.sleep(0.1)
@@ -234,18 +220,16 @@ def _alone(cached: Cached, stop_requested: Stop):
 
 
 def _is_sound(cached: Cached) -> bool:
-    """Whether the set is there, whole, and holds the bytes that were written."""
+    """Whether the set is there, whole, and has the bytes that were written."""
     path = cached.folder / "meta.json"
     if not path.exists():
         return False
-    try:
+    with contextlib.suppress(OSError, ValueError):
         meta = files.read_json(path)
         with cached.file.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError) as error:
-        found, meta = str(error), {}
-    if (meta.get("key"), meta.get("sha256")) == (cached.key, found):
-        return True
+        if (meta.get("key"), meta.get("sha256")) == (cached.key, found):
+            return True
     log(f"the features in {cached.folder} are damaged; they are computed anew")
     path.unlink(missing_ok=True)
     (cached.folder / "progress.json").unlink(missing_ok=True)
@@ -253,9 +237,8 @@ def _is_sound(cached: Cached) -> bool:
 
 
 def _compute(cached: Cached, view: str, predict: Callable, parallel: Parallel, stop_requested: Stop) -> None:
-    """Runs all images through the prefix, from where an earlier process was stopped; process 0 writes."""
-    source, (views, n) = cached.source, cached.shape[:2]
-    size = cached.source.batch_size
+    """Runs all examples through the network, from where an earlier process was stopped; process 0 writes."""
+    source, (views, n), size = cached.source, cached.shape[:2], cached.source.batch_size
     progress, first = cached.folder / "progress.json", jax.process_index() == 0
 
     def begin() -> int:
@@ -265,16 +248,9 @@ def _compute(cached: Cached, view: str, predict: Callable, parallel: Parallel, s
         known = files.read_json(progress) if progress.exists() else {}
         return known["done"] if known.get("batch_size") == size else 0
 
-    start = distributed.from_first(begin)
-    stop, saved = source.steps_of(views), time.monotonic()
+    start, saved = distributed.from_first(begin), time.monotonic()
     values = cached.open("r+") if first else None
-
-    def save(done: int) -> None:
-        if first:
-            values.flush()
-            files.write_json(progress, {"done": done, "batch_size": size})
-
-    with contextlib.closing(source.iterate(start, stop)) as stream:
+    with contextlib.closing(source.iterate(start, source.steps_of(views))) as stream:
         for done, batch in enumerate(stream, start + 1):
             outputs = jax.device_get(predict(parallel.put_batch(batch[view])))
             if first:
@@ -282,21 +258,22 @@ def _compute(cached: Cached, view: str, predict: Callable, parallel: Parallel, s
                 kept = rows.epoch < views
                 values[rows.epoch[kept], rows.index[kept]] = outputs[kept]
             stopping = stop_requested(0)
-            if stopping or time.monotonic() - saved > SAVE_EVERY:
-                save(done)
+            if first and (stopping or time.monotonic() - saved > SAVE_EVERY):
+                values.flush()
+                files.write_json(progress, {"done": done, "batch_size": size})
                 saved = time.monotonic()
             if stopping:
-                raise Preempted(
-                    f"stopped after the features of {min(done * size, views * n):,} of {views * n:,} images"
-                )
-    if first:
-        values.flush()
-        with cached.file.open("rb") as file:
-            os.fsync(file.fileno())
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        meta = {"key": cached.key, "shape": cached.shape, "dtype": cached.dtype.name, "sha256": sha256}
-        files.write_json(cached.folder / "meta.json", meta)
-        progress.unlink(missing_ok=True)
+                count = min(done * size, views * n)
+                raise Preempted(f"stopped after the features of {count:,} of {views * n:,} images")
+    if not first:
+        return
+    values.flush()
+    with cached.file.open("rb") as file:
+        os.fsync(file.fileno())
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    meta = {"key": cached.key, "shape": cached.shape, "dtype": cached.dtype.name, "sha256": sha256}
+    files.write_json(cached.folder / "meta.json", meta)
+    progress.unlink(missing_ok=True)
 
 
 def _read(cached: Cached) -> np.ndarray:

@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -13,10 +13,12 @@ import optax
 from tl_jax.core import checks, messages
 from tl_jax.core.trees import FROZEN
 
-Duration = tuple[float, str]
+NonNegative = Annotated[float, checks.number(0)]
+FRACTION = checks.number(0, 1, above=True, below=True)
+Milestones = Annotated[Sequence[float], checks.sequence(FRACTION, "fractions between 0 and 1")]
 
 
-def to_steps(duration: Duration, *, batch_size: int, train_size: int) -> int:
+def to_steps(duration: tuple[float, str], *, batch_size: int, train_size: int) -> int:
     """A duration such as (5, "epochs"), (300, "steps") or (20_000, "examples") in whole steps, rounded up.
 
     An epoch is `train_size` examples, whether or not `batch_size` divides it.
@@ -30,39 +32,26 @@ def to_steps(duration: Duration, *, batch_size: int, train_size: int) -> int:
 
 def constant(peak: float, steps: int):
     """The peak rate throughout."""
-    del steps
     return lambda k: peak * jnp.ones_like(k)
 
 
-def cosine(peak: float, steps: int, *, final: Annotated[float, checks.number(0)] = 0.0):
+def cosine(peak: float, steps: int, *, final: NonNegative = 0.0):
     """Half a cosine from the peak to `final * peak` (Loshchilov & Hutter 2017, eq. 5, one period)."""
     return lambda k: peak * (final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(k / steps, 1.0))))
 
 
-def linear(peak: float, steps: int, *, final: Annotated[float, checks.number(0)] = 0.0):
+def linear(peak: float, steps: int, *, final: NonNegative = 0.0):
     """A straight line from the peak to `final * peak`."""
     return lambda k: peak * (1 - (1 - final) * jnp.minimum(k / steps, 1.0))
 
 
-MILESTONES = checks.sequence(checks.number(0, 1, above=True, below=True), "fractions between 0 and 1")
-
-
-def step(
-    peak: float,
-    steps: int,
-    *,
-    milestones: Annotated[Sequence[float], MILESTONES] = (1 / 3, 2 / 3),
-    factor: Annotated[float, checks.number(0)] = 0.1,
-):
+def step(peak: float, steps: int, *, milestones: Milestones = (1 / 3, 2 / 3), factor: NonNegative = 0.1):
     """The peak times `factor` for every milestone passed; milestones are fractions of the time after warm-up."""
-    return lambda k: (
-        peak * factor ** sum((k >= round(milestone * steps)).astype(jnp.float32) for milestone in milestones)
-    )
+    return lambda k: peak * factor ** sum((k >= round(m * steps)).astype(jnp.float32) for m in milestones)
 
 
 def inverse_sqrt(peak: float, steps: int, *, timescale: Annotated[float, checks.number(0, above=True)] = 1.0):
     """peak / sqrt(1 + (k - 1) / timescale) in the k-th step after warm-up, k = 1, 2, ...; 1/sqrt(k) at timescale 1."""
-    del steps
     return lambda k: peak / jnp.sqrt(1 + k / timescale)
 
 
@@ -93,70 +82,65 @@ def make_schedule(
 class Group(NamedTuple):
     """How the parameters of one group train.
 
-    optimizer: a name from optax (adamw, sgd, lamb, ...); args: its further keyword arguments, as pairs.
-    lr_mult: the factor on the schedule.
-    weight_decay: applied to the paths that `decay` matches in full; decoupled where the optimizer has its own (adamw,
-    lamb, lion), else an L2 term added to the gradient (sgd, adam).
+    optimizer: a name from optax (adamw, sgd, lamb, ...); args: its further keyword arguments, as pairs. lr_mult: the
+    factor on the schedule. weight_decay: applied to the paths that `decay` matches in full; decoupled where the
+    optimizer has its own (adamw, lamb, lion), else an L2 term added to the gradient (sgd, adam).
     """
 
     optimizer: Annotated[str, checks.TEXT] = "adamw"
     args: Annotated[tuple[tuple[str, Any], ...], checks.TABLE] = ()
-    lr_mult: Annotated[float, checks.number(0)] = 1.0
-    weight_decay: Annotated[float, checks.number(0)] = 0.0
+    lr_mult: NonNegative = 1.0
+    weight_decay: NonNegative = 0.0
     decay: Annotated[str, checks.REGEX] = ".*/kernel"
 
 
-def make_groups(
-    labels: Mapping[str, str], default: Group, overrides: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Group]:
+def make_groups(labels: Mapping[str, str], default: Group, overrides: Mapping[str, Mapping]) -> dict[str, Group]:
     """The settings of every trainable group that `labels` uses: `default` with the group's overrides.
 
     Raises one ValueError for overrides of groups that no parameter is in, unknown fields, invalid values,
     optimizers that optax cannot run, and decay patterns that decay nothing.
     """
-    used = sorted(set(labels.values()) - {FROZEN})
+    what, used = "the optimizer groups do not fit", sorted(set(labels.values()) - {FROZEN})
     problems = [] if used else ["every parameter is frozen: nothing to train; give at least one path another group"]
     for name, fields in overrides.items():
-        problems += _override_problems(name, fields, used)
-    checks.refuse("the optimizer groups do not fit", problems)
-    groups = {}
-    for name in used:
-        group = default._replace(**overrides.get(name, {}))
-        groups[name] = group = group._replace(args=tuple(sorted(dict(group.args).items())))
-        problems += [f"group {name!r}: {problem}" for problem in _group_problems(group)]
-    if not problems:
-        problems = _dead_decays(labels, groups)
-    checks.refuse("the optimizer groups do not fit", problems)
+        if name == FROZEN:
+            problems.append("'frozen' takes no settings: its parameters are never trained")
+        elif name not in used:
+            hint = messages.nearest(name, used)
+            problems.append(f"settings for group {name!r}, which no parameter is in{hint}; groups in use: {used}")
+        else:
+            problems += checks.table_problems(f"group {name!r}", fields, checks.parameters(Group))
+    checks.refuse(what, problems)
+    groups = {name: default._replace(**overrides.get(name, {})) for name in used}
+    groups = {name: group._replace(args=tuple(sorted(dict(group.args).items()))) for name, group in groups.items()}
+    problems = [f"group {name!r}: {problem}" for name, group in groups.items() for problem in _group_problems(group)]
+    checks.refuse(what, problems or _dead_decays(labels, groups))
     return groups
 
 
-def _override_problems(name: str, fields: Any, used: Sequence[str]) -> list[str]:
-    if name == FROZEN:
-        return ["'frozen' takes no settings: its parameters are never trained"]
-    if name not in used:
-        return [
-            f"settings for group {name!r}, which no parameter is in{messages.nearest(name, used)}; "
-            f"groups in use: {list(used)}"
-        ]
-    return checks.table_problems(f"group {name!r}", fields, checks.parameters(Group))
+COMMON = ("adafactor", "adam", "adamw", "lamb", "lars", "lion", "nadamw", "rmsprop", "sgd")
+RESERVED = ("learning_rate", "weight_decay", "weight_decay_rate", "mask", "weight_decay_mask")  # no further arguments
 
 
 def _group_problems(group: Group) -> list[str]:
     """What is wrong with one group by itself; the last check lets optax make and trace the optimizer."""
-    fields = {**group._asdict(), "args": dict(group.args)}
-    if wrong := checks.table_problems("its settings", fields, checks.parameters(Group)):
+    name, args = group.optimizer, dict(group.args)
+    if wrong := checks.table_problems("its settings", {**group._asdict(), "args": args}, checks.parameters(Group)):
         return wrong
-    try:
-        _check_args(f"optimizer {group.optimizer!r}", _factory(group.optimizer), dict(group.args))
-    except ValueError as error:
-        return [str(error)]
+    factory = getattr(optax, name, None)
+    parameters = inspect.signature(factory).parameters if callable(factory) else ()
+    if "learning_rate" not in parameters:
+        return [f"optax has no optimizer {name!r}{messages.nearest(name, COMMON)}; common ones: {', '.join(COMMON)}"]
+    known = {parameter: checks.ANY for parameter in parameters if parameter not in RESERVED}
+    if wrong := checks.table_problems(f"optimizer {name!r}", args, known):
+        return wrong
     try:
         tx = _group_transform(group, lambda count: 0.1 * jnp.ones_like(count))
         example = {"x/kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
         jax.eval_shape(lambda params: tx.update(params, tx.init(params), params), example)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return [f"optax cannot run {group.optimizer!r} with {dict(group.args)}: {reason}"]
+        return [f"optax cannot run {name!r} with {args}: {reason}"]
     return []
 
 
@@ -187,57 +171,39 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """One transformation of the flat trainable parameters: a clip of the norm (0: off), then each group's own.
 
-    Frozen parameters never enter: they are not differentiated, so that neither the clip nor a logged norm sees them,
-    the backward pass that only they need is not compiled, and no optimizer array exists for them.
+    Frozen parameters never enter: they are not differentiated, so neither the clip nor a logged norm sees them, the
+    backward pass that only they need is not compiled, and no optimizer array exists for them.
 
-    multipliers: a further factor on the learning rate of each path. offsets: the steps for which a path has been
-    trained when this optimizer takes over (see `offsets_after`); paths of one offset share their counts. blocks:
-    `{path: block}` of the paths whose learning rates Auto-RGN sets, see `scale_by_relative_gradient_norm`. values:
-    `{group: {"lr_mult", "weight_decay"}}` in place of the groups' own numbers; they may be traced, what decays at all
-    the groups say. apart: networks, by their first folder, that are clipped by their own norm: a discriminator's
-    gradient must not scale the backbone's.
+    multipliers: a further factor on the learning rate of each path. offsets: from `offsets_after`; paths of one offset
+    share their counts. blocks: `{path: block}` for `scale_by_relative_gradient_norm`. values: `{group: {"lr_mult",
+    "weight_decay"}}`, perhaps traced, in place of the groups' own numbers, which decide what decays at all. apart:
+    networks, by their first folder, that are clipped by their own norm: a discriminator's gradient must not scale the
+    backbone's.
     """
     trainable = {path: label for path, label in labels.items() if label != FROZEN}
     offsets = offsets or dict.fromkeys(trainable, 0)
     kinds = {path: f"{label}+{offsets[path]}" for path, label in trainable.items()}
     transforms = {
-        kinds[path]: _group_transform(groups[label], _shifted(schedule, offsets[path]), **(values or {}).get(label, {}))
+        kinds[path]: _group_transform(groups[label], schedule, offsets[path], **(values or {}).get(label, {}))
         for path, label in trainable.items()
     }
     tx = optax.multi_transform(transforms, kinds)
     if multipliers:
-        tx = optax.chain(tx, _scale_by_path(multipliers))
+        scale = optax.stateless(lambda updates, _: {path: multipliers[path] * x for path, x in updates.items()})
+        tx = optax.chain(tx, scale)
     if blocks:
         tx = scale_by_relative_gradient_norm(tx, blocks)
-    return optax.chain(_clip(clip, trainable, apart), tx) if clip else tx
-
-
-def _clip(norm: float, paths: Iterable[str], apart: Collection[str]) -> optax.GradientTransformation:
-    """A clip of the norm of all gradients, of each network that is `apart` by itself."""
-    owner = {path: path.split("/")[0] if path.split("/")[0] in apart else "" for path in paths}
-    names = sorted(set(owner.values()))
-    if len(names) == 1:
-        return optax.clip_by_global_norm(norm)
-    clip = optax.clip_by_global_norm(norm)
-
-    def update(updates, state, params=None):
-        parts = [{path: x for path, x in updates.items() if owner[path] == name} for name in names]
-        clipped = [clip.update(part, optax.EmptyState())[0] for part in parts]
-        return {path: x for part in clipped for path, x in part.items()}, state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def _shifted(schedule, offset: int):
-    return lambda count: schedule(count - offset)
-
-
-def _scale_by_path(multipliers: Mapping[str, float]) -> optax.GradientTransformation:
-    return optax.stateless(lambda updates, _: {path: multipliers[path] * update for path, update in updates.items()})
+    if not clip:
+        return tx
+    clip_norm = optax.clip_by_global_norm(clip)
+    owners = {path: folder if (folder := path.split("/")[0]) in apart else "" for path in trainable}
+    if len(names := sorted(set(owners.values()))) > 1:
+        clip_norm = optax.multi_transform(dict.fromkeys(names, clip_norm), owners)
+    return optax.chain(clip_norm, tx)
 
 
 class RelativeGradientNorm(NamedTuple):
-    """The state of `scale_by_relative_gradient_norm`: a running mean of the ratio of each block."""
+    """State: a running mean of the ratio of each block."""
 
     ratios: dict[str, jax.Array]
     inner: Any
@@ -246,11 +212,11 @@ class RelativeGradientNorm(NamedTuple):
 def scale_by_relative_gradient_norm(
     inner: optax.GradientTransformation, blocks: Mapping[str, str], decay: float = 0.9
 ) -> optax.GradientTransformation:
-    """Auto-RGN (Lee et al. 2023, "Surgical fine-tuning", section 4): the gradient decides how much each block moves.
+    """Auto-RGN (Lee et al. 2023, "Surgical fine-tuning", section 4): a learning rate of its own for each block.
 
-    The updates of block b are scaled by r_b / max r, where r_b = |g_b| / |w_b| is the norm of the block's gradient over
-    that of its parameters. The paper takes r anew once an epoch; here it is a debiased running mean over steps. Paths
-    that are not in `blocks` (a new head has no norm to speak of) keep their updates.
+    The updates of block b are scaled by r_b / max r, r_b = |g_b| / |w_b|: the norm of the block's gradient over that of
+    its parameters. The paper takes r anew once an epoch; here it is a running mean over steps. Paths that are not in
+    `blocks` (a new head has no norm to speak of) keep their updates.
     """
     names = sorted(set(blocks.values()))
 
@@ -282,13 +248,9 @@ def offsets_after(
     """The step offset of each trainable path where a phase begins: for how many steps it has its optimizer values.
 
     previous: labels, groups, offsets and length of the phase that ends, None before the first. A path that stays
-    trainable under the same kind of optimizer keeps its values and adds the length; any other starts at 0 with fresh
-    ones.
+    trainable under the same kind of optimizer keeps its values and adds the length; any other starts anew at 0.
     """
-    trainable = {path: label for path, label in labels.items() if label != FROZEN}
-    if previous is None:
-        return dict.fromkeys(trainable, 0)
-    old_labels, old_groups, old_offsets, length = previous
+    old_labels, old_groups, old_offsets, length = previous or ({}, {}, {}, 0)
 
     def kind(group: Group):
         return group.optimizer, tuple(sorted(dict(group.args).items())), group.weight_decay > 0
@@ -297,7 +259,8 @@ def offsets_after(
         path: old_offsets[path] + length
         if path in old_offsets and kind(old_groups[old_labels[path]]) == kind(groups[label])
         else 0
-        for path, label in trainable.items()
+        for path, label in labels.items()
+        if label != FROZEN
     }
 
 
@@ -306,30 +269,27 @@ def migrate(fresh: Any, old: Any, length: int) -> Any:
 
     length: the steps of the phase that ends. Raises RuntimeError if a value that must be carried over is not there.
     """
-    kept = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(old)[0]:
-        if place := _place(keys):
-            offset, suffix = place
-            kept[offset + length, suffix] = leaf
+    kept = {_place(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(old)[0]}
 
     def carry(keys, leaf):
-        place = _place(keys)
-        if place is None or place[0] == 0:
+        offset, suffix = _place(keys)
+        if not offset:
             return leaf
-        if place not in kept or kept[place].shape != leaf.shape:
+        value = kept.get((offset - length, suffix))
+        if value is None or value.shape != leaf.shape:
             raise RuntimeError(f"the optimizer state {jax.tree_util.keystr(keys)} was not found in the phase before")
         # Groups of one offset share their count, and a step that donates its state cannot hold one buffer twice.
-        return kept[place] if leaf.ndim else jnp.array(kept[place])
+        return value if leaf.ndim else jnp.array(value)
 
     return jax.tree_util.tree_map_with_path(carry, fresh)
 
 
-def _place(keys: tuple) -> tuple[int, str] | None:
-    """(offset, place inside its group's state) of an optimizer value; None for what belongs to no group."""
+def _place(keys: tuple) -> tuple[int | None, str]:
+    """(offset, place inside its group's state) of an optimizer value; no offset where it belongs to no group."""
     for i, key in enumerate(keys):
         if isinstance(key, jax.tree_util.GetAttrKey) and key.name == "inner_states":
             return int(keys[i + 1].key.rpartition("+")[2]), jax.tree_util.keystr(keys[i + 2 :])
-    return None
+    return None, jax.tree_util.keystr(keys)
 
 
 def decays(group: Group, path: str) -> bool:
@@ -337,17 +297,17 @@ def decays(group: Group, path: str) -> bool:
     return group.weight_decay > 0 and re.fullmatch(group.decay, path) is not None
 
 
-def _group_transform(group: Group, schedule, lr_mult=None, weight_decay=None) -> optax.GradientTransformation:
+def _group_transform(group: Group, schedule, offset: int = 0, lr_mult=None, weight_decay=None):
     lr_mult = group.lr_mult if lr_mult is None else lr_mult
     weight_decay = group.weight_decay if weight_decay is None else weight_decay
-    factory, args = _factory(group.optimizer), dict(group.args)
+    factory, args = getattr(optax, group.optimizer), dict(group.args)
     parameters = inspect.signature(factory).parameters
 
     def mask(params):
         return {path: jax.tree.map(lambda _, path=path: decays(group, path), leaf) for path, leaf in params.items()}
 
     def rate(count):
-        return lr_mult * schedule(count)
+        return lr_mult * schedule(count - offset)
 
     mask_name = next((name for name in ("mask", "weight_decay_mask") if name in parameters), None)
     if "weight_decay" in parameters and mask_name:
@@ -355,25 +315,3 @@ def _group_transform(group: Group, schedule, lr_mult=None, weight_decay=None) ->
     if not group.weight_decay:
         return factory(rate, **args)
     return optax.chain(optax.add_decayed_weights(weight_decay, mask=mask), factory(rate, **args))
-
-
-def _factory(name: str):
-    factory = getattr(optax, name, None)
-    if not callable(factory) or "learning_rate" not in inspect.signature(factory).parameters:
-        known = [
-            n
-            for n in vars(optax)
-            if n in ("adam", "adamw", "sgd", "lamb", "lars", "lion", "nadamw", "rmsprop", "adafactor")
-        ]
-        raise ValueError(
-            f"optax has no optimizer {name!r}{messages.nearest(name, known)}; common ones: {', '.join(sorted(known))}"
-        )
-    return factory
-
-
-def _check_args(what: str, function, args: Mapping[str, Any]) -> None:
-    reserved = {"learning_rate", "weight_decay", "weight_decay_rate", "mask", "weight_decay_mask"}
-    allowed = [name for name in inspect.signature(function).parameters if name not in reserved]
-    if unknown := [name for name in args if name not in allowed]:
-        hints = ", ".join(f"{name!r}{messages.nearest(name, allowed)}" for name in unknown)
-        raise ValueError(f"{what} has no argument {hints}; its arguments: {', '.join(allowed) or 'none'}")

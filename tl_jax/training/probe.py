@@ -1,5 +1,6 @@
-"""probe(run, ...): the run of a probe without gradient: features once, a classifier on them, the score. No steps."""
+"""The run of a probe without gradient: features once, a classifier on them, the score; no steps."""
 
+import functools
 import pathlib
 import time
 from collections.abc import Mapping
@@ -22,13 +23,10 @@ from tl_jax.weights import load
 
 
 class Scored(NamedTuple):
-    """What a probe came to.
-
-    predictions: of the scored split, first, and of every set of data.extra_eval. head: of a linear classifier.
-    """
+    """predictions: of `scored_splits`; head: of a linear classifier; the rest as in `probes.Fitted`."""
 
     predictions: dict[str, Predictions]
-    head: probes.Head | None
+    head: probes.Head
     chosen: float
     tried: list[dict[str, Any]]
 
@@ -38,10 +36,9 @@ def probe(
 ) -> dict[str, Any]:
     """Fits method.name, one of probes.NAMES, on the features of train, and scores it as training does.
 
-    Of train every example is seen once, without augmentation. method.grid is searched on val; neighbours are by cosine
-    similarity. A linear classifier is written as model.safetensors with its head in place. With data.resample "loo"
-    test is the whole pool: each example is predicted by all others, with the one value of the grid, and there is no
-    model to write.
+    Every example of train is seen once, without augmentation. method.grid is searched on val. A linear classifier is
+    written as model.safetensors with its head in place. With data.resample "loo" test is the whole pool: each example
+    is predicted by all others, with the one value of the grid, and there is no model to write.
 
     Raises Preempted soon after `stop_requested(0)` has become true: between two batches of features, or between two
     fits. Features computed so far are kept where cache is "features"; else the next run computes all again.
@@ -50,50 +47,38 @@ def probe(
     score = _leave_one_out if run.settings.data.resample == "loo" else _hold_out
     audits = [run.phases[0].audit]
     frozen = audit.frozen_hashes(material.variables, audits)
-    scored = score(run, parallel, stop_requested)
-    head = scored.head or {}
+    predictions, head, chosen, tried = score(run, parallel, stop_requested)
     variables = trees.merge(jax.device_get(material.variables), {f"params/head/{n}": x for n, x in head.items()})
     report = audit.prove(audits, frozen, audit.frozen_hashes(variables, audits))
-    result = {
-        **artifacts.facts(run, run.task.spec),
-        "chosen_on_scored_split": scored_splits(run)[0] == "val" and len(scored.tried) > 1,
-        "step": 0,
-        "total_steps": 0,
-        "trainable_parameters": sum(leaf.size for leaf in head.values()),
-        "frozen_sha256": report["proof"]["sha256"],
-        "chosen": scored.chosen,
-        "tried": scored.tried,
-    }
+    size = {"trainable_parameters": sum(leaf.size for leaf in head.values())}
     if jax.process_index() == 0:
         if head:
             load.export(variables, run.settings.model.name, folder / "model.safetensors", card=material.card)
-        cost = {"trainable_parameters": result["trainable_parameters"], "flops_per_step": None, "memory_bytes": None}
-        cost |= {"seconds": time.perf_counter() - began, "steps": 0, "device": jax.devices()[0].device_kind}
-        files.write_json(folder / "cost.json", cost)
-    return artifacts.write(run, folder, scored.predictions, result, report, verbose)
+        cost = {**size, "flops_per_step": None, "memory_bytes": None, "seconds": time.perf_counter() - began}
+        files.write_json(folder / "cost.json", {**cost, "steps": 0, "device": jax.devices()[0].device_kind})
+    numbers = {"step": 0, "total_steps": 0, **size, "frozen_sha256": report["proof"]["sha256"]}
+    numbers |= {"chosen": chosen, "tried": tried}
+    return artifacts.write(run, folder, predictions, report, numbers, len(tried) > 1, verbose)
 
 
 def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:
-    material, settings = run.material, run.settings
+    material, settings, method = run.material, run.settings, run.settings.phases[0].method
     distinct, index = _distinct(material.data[MAIN])
+    views = {material.card.input: pipeline.View(material.card)}
     size = next(iter(material.eval_batches.values())).batch_size  # so that one program serves all
-    batches = pipeline.eval_batches(
-        distinct, {material.card.input: pipeline.View(material.card)}, size, num_workers=settings.data.workers,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+    where = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = pipeline.eval_batches(distinct, views, size, num_workers=settings.data.workers, **where)
     seen = _predict(run, parallel, {**material.eval_batches, MAIN: batches}, stop_requested)
     train, val = seen.pop(MAIN), seen.get("val")
-    method = settings.phases[0].method
-    fitted = probes.fit(
-        method.name, (train.features[index], train.labels[index]), val and (val.features, val.labels),
-        run.task.outputs, method.grid, check_stop=lambda: check(stop_requested, "between two fits"),
-    )  # fmt: skip
+    examples = (train.features[index], train.labels[index]), val and (val.features, val.labels)
+    check_stop = functools.partial(check, stop_requested, "between two fits")
+    fitted = probes.fit(method.name, *examples, run.task.outputs, method.grid, check_stop=check_stop)
     # The one time that test is read; where there is none, val is scored.
     predictions = {
         name: seen[name]._replace(outputs={"logits": fitted.predict(seen[name].features)})
         for name in scored_splits(run)
     }
-    return Scored(predictions, fitted.head, fitted.chosen, fitted.tried)
+    return Scored(predictions, fitted.head or {}, fitted.chosen, fitted.tried)
 
 
 def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:
@@ -105,20 +90,18 @@ def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) 
             "with one given value; set one value in method.grid, and leave data.val and data.extra_eval empty"
         )
     pool = _predict(run, parallel, material.eval_batches, stop_requested)["test"]
-    splits = resample.leave_one_out(pool.labels)
-    (logits,) = probes.cross_predict(
-        method.name, pool.features, pool.labels, splits, run.task.outputs, grid[0],
-        check_stop=lambda: check(stop_requested, "between two fits"),
-    )  # fmt: skip
-    return Scored({"test": pool._replace(outputs={"logits": logits})}, None, grid[0], [])
+    examples = pool.features, pool.labels, resample.leave_one_out(pool.labels)
+    check_stop = functools.partial(check, stop_requested, "between two fits")
+    (logits,) = probes.cross_predict(method.name, *examples, run.task.outputs, grid[0], check_stop=check_stop)
+    return Scored({"test": pool._replace(outputs={"logits": logits})}, {}, grid[0], [])
 
 
 def _predict(
     run: Run, parallel: sharding.Parallel, sets: Mapping[str, pipeline.EvalBatches], stop_requested: Stop
 ) -> dict[str, Predictions]:
     """The features of each set, as predictions with the logits of the network as it was loaded."""
-    material = run.material
-    variables = parallel.place(material.variables)
+    card, spec = run.material.card, run.task.spec
+    variables = parallel.place(run.material.variables)
     eval_fn = parallel.evaluate(single.make_eval_step(run, run.phases[0].plan.prefix))
     sets = single.cached(run, run.phases[0], dict(sets), lambda: variables, parallel, stop_requested)
 
@@ -126,9 +109,8 @@ def _predict(
         check(stop_requested, "while the features are computed")
         return eval_fn(variables, x)
 
-    spec = run.task.spec
     return {
-        name: evaluate.predict(stopping, variables, batches, material.card.input, spec, parallel)
+        name: evaluate.predict(stopping, variables, batches, card.input, spec, parallel)
         for name, batches in sets.items()
     }
 
