@@ -145,12 +145,8 @@ def _finish(
         if errors := [found for found in own.values() if isinstance(found, FloatingPointError)]:
             outcomes[j] = not_finite(step - 1, step, f"its outputs are not: {errors[0]}")
             continue
-        variables, audits = program.variables(state, j), [phase.audit for phase in program.runs[j].phases]
-        hashes = tuple(
-            audit.frozen_hashes(tree, audits) for tree in (program.runs[j].material.variables, variables)
-        )  # fmt: skip
         outcomes[j] = artifacts.finalize(
-            program.runs[j], folders[j], variables, own, hashes, step=step, last_step=ended.step,
+            program.runs[j], folders[j], program.variables(state, j), own, step=step, last_step=ended.step,
             verbose=verbose and alone, replicas=len(program.runs),
         )  # fmt: skip
     return outcomes
