@@ -43,10 +43,9 @@ def study_of(config: ConfigDict) -> Study:
 def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never) -> dict[str, Any]:
     """Runs a config in a workdir, with all its arms and seeds, or its replicas.
 
-    Returns {"result": of the run itself, "comparison": comparison.json or None} or {"replicas": replicas.json}. The
-    experiment itself, with its first seed, lies in `workdir`, other arms and seeds in `workdir/runs/ARM-seedN`,
-    replicas in `workdir/replicas/NAME`. What has its result is not run again. Raises FloatingPointError where all
-    replicas diverged, Preempted as `train` does.
+    Returns {"result": of the run itself, "comparison": comparison.json or None} or {"replicas": replicas.json}. Other
+    arms and seeds lie in `workdir/runs/ARM-seedN`, replicas in `workdir/replicas/NAME`; what has its result is not run
+    again. Raises FloatingPointError where all replicas diverged, Preempted as `train` does.
     """
     workdir, study = pathlib.Path(workdir), study_of(config)
     runs = grid(study, free=("seed",) if config.replicas else ())

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def work(workdir: pathlib.Path, only: Collection[str] = (), stop_requested: Callable[..., bool] = lambda *_: False):
-    """Takes runs until none is left to take. Raises Preempted soon after `stop_requested()` has become true."""
+    """Takes runs until none is left; raises Preempted soon after `stop_requested()` has become true."""
     known = {row["key"] for row in store.read_plan(workdir)["runs"]}
     if unknown := sorted({*only} - known):
         raise ValueError(f"{workdir} has no run {', '.join(unknown)}; its study has {len(known)} runs, see study.json")
@@ -74,10 +74,7 @@ def work(workdir: pathlib.Path, only: Collection[str] = (), stop_requested: Call
 
 
 def choose(workdir: pathlib.Path, only: Collection[str], claims: contextlib.ExitStack):
-    """Claims the next run, or set of runs that are one program; None where nothing is left.
-
-    Returns their rows, which attempt each is (None: not to be had), and the set's folder ("": a run by itself).
-    """
+    """Claims the next run or set: its rows, which attempt each is (None: not to be had), the set's folder or ""."""
     with store.waiting_lock(workdir / ".take"):  # so that a set of runs is claimed by one worker
         rows = store.read_plan(workdir)["runs"]  # read again each time: another launcher may have added runs
         wanted = [row["key"] for row in rows if not only or row["key"] in only]

@@ -174,7 +174,6 @@ def mean_curve(results: Results, cell: Cell, column: str) -> dict | None:
 
 
 def pooled(results: Results, outputs: Mapping[str, Outputs], factor: str, level: str) -> dict | None:
-    """Reliability bins of all the finished runs of one level together."""
     keys = [run.key for cell in results.cells_where({factor: level}) for run in results.grid[cell].values()]
     found = [outputs[key] for key in keys if key in outputs]
     if not found:

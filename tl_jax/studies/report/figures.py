@@ -1,7 +1,6 @@
-"""The figures of a study: what its results allow is drawn, and what a reader would miss is named.
+"""The figures of a study: a maker yields (name, caption, path -> None), or a sentence that says why there is none.
 
-A maker takes the results, {metric: what report.analyse found} and {key of a run: its reduced predictions}, and yields
-figures, (name, caption, path -> None), or a sentence that says why there is none.
+It takes the results, {metric: what report.analyse found} and {key of a run: its reduced predictions}.
 """
 
 import itertools
@@ -35,8 +34,7 @@ def draw(results: Results, numbers: Numbers, folder: pathlib.Path) -> tuple[list
             notes.append(made)
             continue
         name, caption, draw_into = made
-        for suffix in (".png", ".svg"):
-            draw_into(folder / f"{name}{suffix}")
+        draw_into(folder / f"{name}.png"), draw_into(folder / f"{name}.svg")
         pictures.append(Picture(name, caption))
     return pictures, notes
 
@@ -122,7 +120,7 @@ def _line_figure(name: str, caption: str, results: Results, panels: dict, factor
 
 
 def _line_factor(results: Results, along: str) -> str:
-    """The factor that lines stand for where the x axis is `along`: one that can have colours, if any is left."""
+    """The factor that lines stand for: one that can have colours, if any is left."""
     others = [factor for factor in [*results.baseline, *results.factors] if factor != along]
     return next(iter([*_with_colours(results, others), *others]), "")
 
@@ -138,7 +136,7 @@ def _with_colours(results: Results, factors: list[str]) -> list[str]:
 
 
 def _panels(results: Results, along: str, make_line: Callable[[list[Cell]], dict | None]) -> dict | str:
-    """{title: {name: line}}: a line runs over the levels of `along` ("" for a line per cell), or why there is none."""
+    """{title: {name: line}}, lines over the levels of `along` ("": a line per cell), or why there is none."""
     of_lines = _line_factor(results, along)
     of_panels = [factor for factor in results.factors if factor not in (along, of_lines)]
     lines = list(results.factors.get(of_lines, [""]))
@@ -154,7 +152,6 @@ def _panels(results: Results, along: str, make_line: Callable[[list[Cell]], dict
 
 
 def _means_along(results: Results, metric: str, along: str, place: Mapping, cells: list[Cell]) -> dict | None:
-    """The means of cells as a line over {level of `along`: x}, from left to right; None where no cell has a value."""
     points = []
     for cell in sorted(cells, key=lambda cell: place[results.level(cell, along)]):
         mean = results.interval(results.scores(cell, metric).values())
@@ -189,7 +186,7 @@ def interaction(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     if not (fit := [name for name in order if len(results.factors[name]) <= charts.LINES]):
         yield f"interaction of {order[1]} and {order[0]}: too many levels to read"
         return
-    lines, (along,) = fit[0], [name for name in order if name != fit[0]]
+    lines, (along,) = fit[0], {*order} - {fit[0]}
     place = {level: i for i, level in enumerate(results.factors[along])}
     panel = {}
     for level in results.factors[lines]:

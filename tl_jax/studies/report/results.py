@@ -19,7 +19,7 @@ Unit = tuple[int, str]  # seed and fold: the same unit means the same data, so t
 
 
 class Run(NamedTuple):
-    """One run, in a state of store.STATES; scores and cost, the numbers of its files, are empty unless it is done."""
+    """One run, in a state of store.STATES; scores and cost are empty unless it is done."""
 
     key: str
     cell: Cell
@@ -33,7 +33,6 @@ class Run(NamedTuple):
 
     @property
     def word(self) -> str:
-        """The state for a reader."""
         return WORDS.get(self.state, self.state)
 
 
@@ -53,13 +52,11 @@ class Results(NamedTuple):
         return (run for units in self.grid.values() for run in units.values())
 
     def count_states(self) -> dict[str, int]:
-        """How many runs are done, failed and missing."""
         states = [run.state for run in self.runs()]
         done, failed = states.count("done"), states.count("failed")
         return {"done": done, "failed": failed, "missing": len(states) - done - failed}
 
     def scores(self, cell: Cell, metric: str) -> dict[Unit, float]:
-        """The metric of each run of a cell that has it."""
         found = {unit: run.scores.get(metric) for unit, run in self.grid.get(cell, {}).items()}
         return {unit: value for unit, value in found.items() if value is not None}
 
@@ -72,11 +69,9 @@ class Results(NamedTuple):
         return cell[list(self.factors).index(factor)]
 
     def with_level(self, cell: Cell, factor: str, level: str) -> Cell:
-        """The cell that differs in one factor alone."""
         return tuple(level if name == factor else own for name, own in zip(self.factors, cell, strict=True))
 
     def cells_where(self, fixed: Mapping[str, str]) -> list[Cell]:
-        """The planned cells that have these levels."""
         return [cell for cell in self.grid if all(self.level(cell, f) == level for f, level in fixed.items())]
 
     @property
@@ -88,7 +83,6 @@ class Results(NamedTuple):
         return math.exp(-1) / (1 - math.exp(-1)) if name == "bootstrap" else None
 
     def noun(self, count: int = 2) -> str:
-        """What a value of a cell comes from: a seed, or a fold of a resampling design."""
         return ("seed" if self.test_share is None else "fold") + ("" if count == 1 else "s")
 
     def interval(self, values: Sequence[float]) -> dict:

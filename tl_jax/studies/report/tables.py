@@ -51,8 +51,8 @@ def scaled(value: float | None, base: int, unit: str = "") -> str:
     while abs(value) >= base and power < 5:
         value, power = value / base, power + 1
     digits = f"{value:.0f}" if power == 0 or value >= 100 else f"{value:.1f}"
-    prefix = ("", "k", "M", "G", "T", "P")[power]
-    return f"{digits} {prefix.upper() + 'i' if prefix and base == 1024 else prefix}{unit}".strip()
+    prefixes = ("", "Ki", "Mi", "Gi", "Ti", "Pi") if base == 1024 else ("", *"kMGTP")
+    return f"{digits} {prefixes[power]}{unit}".strip()
 
 
 def to_markdown(title: str, sections: Sections) -> str:
@@ -147,16 +147,12 @@ def _html_block(block: Block, images: Mapping[str, bytes]) -> str:
             return "<ul>\n" + "\n".join(f"<li>{html.escape(line)}</li>" for line in block) + "\n</ul>"
         case Table():
             head, body = _html_row(block, block.headers, "th"), "\n".join(_html_row(block, row) for row in block.rows)
-            return (
-                f'<div class="table"><table>\n<caption>{html.escape(block.caption)}</caption>\n'
-                f"<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
-            )
+            caption = f'<div class="table"><table>\n<caption>{html.escape(block.caption)}</caption>'
+            return f"{caption}\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
         case Picture(name, caption):
             data, text = base64.b64encode(images[name]).decode(), html.escape(caption)
-            return (
-                f'<figure id="figure-{html.escape(name)}">\n<img alt="{text}" src="data:image/png;base64,{data}">\n'
-                f"<figcaption>{text}</figcaption>\n</figure>"
-            )
+            image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
+            return f'<figure id="figure-{html.escape(name)}">\n{image}\n<figcaption>{text}</figcaption>\n</figure>'
 
 
 def _html_row(table: Table, cells: Sequence[str], tag: str = "td") -> str:
