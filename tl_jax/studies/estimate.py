@@ -1,5 +1,6 @@
 """A study before it runs: its grid, what is done of it, and what the rest would cost. Nothing is trained for it."""
 
+import itertools
 import os
 import pathlib
 import time
@@ -72,10 +73,8 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
 
 def trace_cells(cells: Mapping[str, RunSpec]) -> dict[str, Work]:
     """Builds a run of each cell, as long as BUDGET lasts."""
-    works, problems, began = {}, [], time.monotonic()
-    for cell, run in cells.items():
-        if time.monotonic() - began > BUDGET:
-            break
+    works, problems, end = {}, [], time.monotonic() + BUDGET
+    for cell, run in itertools.takewhile(lambda _: time.monotonic() <= end, cells.items()):
         try:
             works[cell] = trace(run.config)
         except (ValueError, OSError) as error:

@@ -52,11 +52,9 @@ class Weights(NamedTuple):
 
 
 class Scorer(NamedTuple):
-    """scored: the split that the result is about."""
-
     predict: Callable[[Variables, str], tasks.Predictions]
     splits: tuple[str, ...]
-    scored: str
+    scored: str  # the split that the result is about
 
 
 def interpolate(a: Variables, b: Variables, alpha: float) -> Variables:
@@ -100,10 +98,8 @@ def load(folder: str | pathlib.Path) -> Weights:
     """Reads the weights, the options and the predictions of a finished run; ValueError where something is missing."""
     folder = pathlib.Path(folder)
     if missing := [name for name in NEEDED if not (folder / name).exists()]:
-        raise ValueError(
-            f"{folder} lacks {', '.join(missing)}; expected the folder of a finished run whose result is one plain "
-            "network (nearest neighbours, adapters and prompts write none)"
-        )
+        plain = "one plain network (nearest neighbours, adapters and prompts write none)"
+        raise ValueError(f"{folder} lacks {', '.join(missing)}; expected the folder of a finished run of {plain}")
     settings = read(options.from_flat(files.read_json(folder / "config.json")))
     loaded = pretrained.load(settings.model.name, folder / "model.safetensors")
     saved = tasks.load_predictions(folder / "predictions.npz")
@@ -249,13 +245,12 @@ def _check_saved(weights: Weights, predictions: tasks.Predictions) -> None:
     """Raises ValueError where a run's file predicts otherwise than the run did: it is not the whole of the network."""
     if (saved := weights.saved) is None:
         return
-    same = saved.ids.shape == predictions.ids.shape and (saved.ids == predictions.ids).all()
+    same = np.array_equal(saved.ids, predictions.ids)
     changed = int(tasks.METRICS[saved.spec.name].differ(saved, predictions).sum()) if same else len(saved.ids)
     if changed > max(1, CHANGED * len(saved.ids)):
-        raise ValueError(
-            f"model.safetensors of {weights.name} predicts {changed} of {len(saved.ids)} examples otherwise than its "
-            "predictions.npz says: the file or the data have changed, or the file is not all of its network"
-        )
+        told = f"model.safetensors of {weights.name} predicts {changed} of {len(saved.ids)} examples otherwise than its"
+        why = "the file or the data have changed, or the file is not all of its network"
+        raise ValueError(f"{told} predictions.npz says: {why}")
 
 
 def _write(scorer: Scorer, variables: Variables, weights: Weights, folder: pathlib.Path) -> dict[str, Any]:

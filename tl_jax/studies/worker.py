@@ -109,10 +109,8 @@ def take(workdir: pathlib.Path, row: Mapping[str, Any], attempt: int, stop_reque
     finish(workdir, row, result, attempt, f"{time.monotonic() - began:.1f} s")
 
 
-def finish(
-    workdir: pathlib.Path, row: Mapping[str, Any], result: Mapping[str, Any] | Exception, attempt: int, took: str = ""
-) -> None:
-    """Marks a run that ended in an exception as failed, and prints what became of it."""
+def finish(workdir: pathlib.Path, row: Mapping[str, Any], result: Any, attempt: int, took: str = "") -> None:
+    """Marks a run whose result is an exception as failed, and prints what became of it."""
     if isinstance(result, Exception):
         error = f"{type(result).__name__}: {result}"
         if distributed.is_first():

@@ -85,10 +85,8 @@ def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
         series: dict[str, list[dict]] = {}
         for row in rows:
             series.setdefault(row["level"] if coloured else "", []).append(mark(row))
-        caption = (
-            f"Difference in {metric} from {factor}={against}, other factors equal, paired: mean and 95 % interval (of "
-            f"each alone); filled where p (Holm) < {analysis.ALPHA}."
-        )
+        caption = f"Difference in {metric} from {factor}={against}, other factors equal, paired: mean and 95 % interval"
+        caption += f" (of each alone); filled where p (Holm) < {analysis.ALPHA}."
         label = f"difference in {metric}, 95 % interval"
         style = {"order": list(results.factors[factor]), "legend": factor, "reference": 0, "label": label}
         name = "differences" if len(results.baseline) == 1 else f"differences-{_file(factor)}"

@@ -85,10 +85,10 @@ def _md(text: str) -> str:
     return re.sub(r"^([#+>-]|\d+\.)(?=\s)", r"\\\1", text)
 
 
-LATEX = {
+LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"$<$", ">": r"$>$", "|": r"\textbar{}",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def to_latex(tables: Mapping[str, Table]) -> str:
@@ -115,9 +115,7 @@ def _latex_table(label: str, table: Table) -> str:
 
 def latex(text: str) -> str:
     """Text with LaTeX's special characters escaped, and the signs of numbers as minus signs."""
-    text = " ".join(str(text).split())
-    escaped = "".join(LATEX.get(character, character) for character in text)
-    escaped = re.sub(r"(?<![\w.,-])-(?=\d)", r"$-$", escaped)
+    escaped = re.sub(r"(?<![\w.,-])-(?=\d)", r"$-$", " ".join(str(text).split()).translate(LATEX))
     return re.sub(r"^\[", "{[}", escaped)  # at the start of a row a bracket would be an argument of the row's end
 
 
