@@ -96,7 +96,7 @@ def start_worker(workdir: pathlib.Path, slot: Slot) -> subprocess.Popen:
 
 
 def tell_failures(workdir: pathlib.Path) -> None:
-    """Prints every failed run with its error, and for each kind of error the end of one log."""
+    """Prints each kind of error with its runs and the end of one log."""
     alike: dict[str, tuple[list[str], list[str]]] = {}
     for row, folder in store.runs_in(workdir, "failed"):
         found = read_json(folder / "failed.json")

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from tl_jax import tasks
+from tl_jax.core import messages
 from tl_jax.studies.report import statistics
 from tl_jax.studies.report.results import COSTS, Cell, Outputs, Results, Unit, read_curve
 from tl_jax.tasks.intervals import mean_defined
 
 ALPHA = 0.05
+LISTED = 8  # settings in one sentence
 FEW = 5  # with fewer pairs a t-test sees large differences only
 
 
@@ -93,7 +95,9 @@ def _read_several(results: Results, metric: str, rows: list[dict[str, Any]]) -> 
         else:
             kind = f"{metric} is {_direction(metric, row['mean'])}"
         kinds.setdefault(kind, []).append(setting if row["mean"] is None else f"{setting}: {row['mean']:+.4f}")
-    told = "; ".join(f"{kind} in {len(names)} ({_listed(names)})" for kind, names in kinds.items())
+    told = "; ".join(
+        f"{kind} in {len(names)} ({'; '.join(messages.shorten(names, LISTED))})" for kind, names in kinds.items()
+    )
     few = _few(results, [row["n"] for row in rows if row["adjusted"] is not None])
     settings = "setting" if len(rows) == 1 else "settings"
     return f"{factor}={level} against {factor}={against}, in {len(rows)} {settings}: {told}{few}."
@@ -104,10 +108,6 @@ def _few(results: Results, counts: list[int]) -> str:
         return ""
     span = " to ".join(map(str, sorted({min(counts), max(counts)})))
     return f"; with {span} {results.noun(max(counts))} only large differences can be seen"
-
-
-def _listed(names: list[str], limit: int = 8) -> str:
-    return "; ".join(names[:limit]) + (f"; and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _direction(metric: str, mean: float) -> str:
@@ -126,7 +126,7 @@ def effects(results: Results, metric: str) -> tuple[list[dict[str, Any]] | str, 
     units = [unit for unit in next(iter(results.grid.values()), {}) if all(unit in column for column in scores)]
     if not units:
         lacking = [results.title(cell) for cell, column in zip(cells, scores, strict=True) if not column]
-        named = f"; without any value: {_listed(lacking)}" if lacking else ""
+        named = f"; without any value: {'; '.join(messages.shorten(lacking, LISTED))}" if lacking else ""
         return f"no {results.noun(1)} is complete in all {len(cells)} cells{named}", 0
     table = np.array([[column[unit] for unit in units] for column in scores])
     table = table.reshape(*map(len, results.factors.values()), len(units))

@@ -31,10 +31,9 @@ def _legend(figure, axes, title, names=()):
 
 def dots(path, rows: Sequence[str], series: Mapping[str, Sequence[dict]], label: str, *, order: Sequence[str] = (),
          legend="", reference=None):  # fmt: skip
-    """A mean with its interval and its values, a row each; `series` stand side by side, one alone with its numbers.
+    """A row of marks {"mean", "low", "high", "values", "sure", "text"} each; `series` stand side by side.
 
-    A mark is {"mean", "low", "high", "values", "sure", "text"}: not `sure` is hollow, and `text` stands where there is
-    no mean. `reference`: x of a vertical line.
+    Not `sure` is hollow, and `text` stands where there is no mean. `reference`: x of a vertical line.
     """
     several, step = len(series) > 1, 0.8 / len(series)
     height = min(0.9 + len(rows) * (0.14 + max(0.2 * len(series), 0.24)), 40)

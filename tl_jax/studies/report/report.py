@@ -208,7 +208,8 @@ def _effects(results: Results, numbers: dict) -> list[Block]:
         for row in found["effects"]:
             numbers_of = (*(text_of(row[name]) for name in ("ss", "df", "F")), p_value(row["p"]), p_value(row["p_gg"]))
             rows.append((" x ".join(row["effect"]), *numbers_of, text_of(row["eta2"])))
-        over = f"over {(used := found['effect_units'])} {results.noun(used)}"
+        used = found["effect_units"]
+        over = f"over {used} {results.noun(used)}"
         over += f" of {planned}: those that every cell has" if used < planned else ""
         blocks.append(Table(f"{metric}: main effects and interactions of two factors, {over}.", headers, rows))
     return blocks
