@@ -95,31 +95,24 @@ def _check_prefixes(run: Run, differing: Collection[str]) -> None:
                 raise ValueError(
                     f"cache='features' keeps one set of features for all replicas; of what {prefix.cut} depends on, "
                     f"which phase {i} freezes, {len(found)} of {len(needed)} leaves are not one for all, such as "
-                    f"{found[0]}; set model.weights, freeze no part behind a phase that trains it, or leave "
-                    "out cache"
+                    f"{found[0]}; set model.weights, freeze no part behind a phase that trains it, or leave out cache"
                 )
         own |= _trained(run, i)
 
 
 def _form(run: Run) -> dict[str, Any]:
     """What must be equal for two runs to be one program."""
-    flat = {key: value for key, value in run.settings.identity.items() if not _differs(key)}
-    table = {key: json.dumps(value) for key, value in flat.items()}
+    same = {key for key in run.settings.identity if key not in options.REPLICABLE and not key.startswith("groups.")}
+    table = {key: json.dumps(value) for key, value in run.settings.identity.items() if key in same}
     table |= dict(zip(("log_every in steps", "eval_every in steps"), intervals(run), strict=True))
     table |= {f"the data of {name}": s.fingerprint for name, s in run.material.data.items() if name != MAIN}
     for i, phase in enumerate(run.phases):
         kinds = {name: group._replace(lr_mult=0.0, weight_decay=0.0) for name, group in phase.groups.items()}
-        facts = {
-            "steps": (phase.start, phase.stop), "warm-up steps": phase.warmup_steps, "groups": kinds,
-            "labels": messages.fingerprint(phase.plan.labels),
-            "step offsets": messages.fingerprint(phase.offsets),
-        }  # fmt: skip
+        prints = {"labels": phase.plan.labels, "step offsets": phase.offsets}
+        facts = {"steps": (phase.start, phase.stop), "warm-up steps": phase.warmup_steps, "groups": kinds}
+        facts |= {name: messages.fingerprint(value) for name, value in prints.items()}
         table |= {f"phase {i}: {name}": str(value) for name, value in facts.items()}
     return table
-
-
-def _differs(key: str) -> bool:
-    return key in options.REPLICABLE or key.startswith("groups.")
 
 
 def whole(*parts: Mapping[str, Any]) -> dict[str, Any]:
