@@ -64,7 +64,6 @@ def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
 def prepare(settings: Settings, parallel: sharding.Parallel) -> Material:
     """Loads data and networks."""
     made = terms.make_terms(settings)
-    terms.check_use(settings, made)
     sharding.check_batch_size(settings.loop.batch_size, settings.loop.accumulate, parallel.mesh.size)
     keep_compiled_programs()
     data = inputs.load_sources(settings)
@@ -177,22 +176,21 @@ def _load_network(settings: Settings, name: str) -> Network:
     """A further network of the config: frozen, with the classes of its weight file, in eval mode."""
     given = settings.networks[name]
     loaded = load.load(given.name, given.weights, None, image_size=given.image_size or None)
-    module = loaded.model.clone(dtype=jnp.dtype(settings.model.dtype))
-    origin = given.weights or "new"
-    return Network(peft.Adapted(module), loaded.card, loaded.variables, origin=origin)
+    module = peft.Adapted(loaded.model.clone(dtype=jnp.dtype(settings.model.dtype)))
+    return Network(module, loaded.card, loaded.variables, origin=given.weights or "new")
 
 
 def _make_start(settings: Settings, model: peft.Adapted, variables: Any, card: Card, task: tasks.Task) -> Start:
     """What the terms are told before the first step."""
     example = load.example_input(card)
-    shapes = jax.eval_shape(lambda: model.apply(variables, example, train=False)[1])
+    outputs = jax.eval_shape(lambda: model.apply(variables, example, train=False)[1])
+    shapes = {name: leaf.shape for name, leaf in outputs.items()}
 
     def apply(network, variables, x, start=None, stop=None):
         x = x if start else steps.normalise(x, card)
         return model.apply(steps.subtree(variables, network), x, train=False, start=start, stop=stop)[1]
 
     source_head = functools.partial(load.source_head, settings.model.name, settings.model.weights)
-    shapes = {name: leaf.shape for name, leaf in shapes.items()}
     return Start(variables, None, task, model, shapes, None, apply, source_head, jax.random.key(settings.loop.seed))
 
 
@@ -201,9 +199,7 @@ def _join(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The variables of all networks as one tree, and where each leaf comes from."""
     joined = {kind: dict(tree) for kind, tree in variables.items()}
-    origins = dict(origins)
-    for path in trees.flatten(variables):
-        origins.setdefault(path, "new")  # added parameters
+    origins = {**dict.fromkeys(trees.flatten(variables), "new"), **origins}  # new: added parameters
     for name, network in networks.items():
         for kind, tree in network.variables.items():
             if tree:

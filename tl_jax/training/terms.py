@@ -36,15 +36,10 @@ def make_terms(settings: Settings) -> list[Terms]:
         problems += schedules.problems(f"terms.{name}.weight", weight)
         problems += checks.call_problems("term", name, arguments, TERMS)
     checks.refuse("the terms of the loss do not fit", problems)
-    made = [
-        {
-            name: (schedules.make(weight), TERMS[name](**arguments))
-            for name, (weight, arguments) in terms.items()
-            if weight != 0
-        }
-        for terms in given
-    ]
-    checks.refuse("the terms of the loss do not fit", [p for terms in made for p in _problems(settings, terms)])
+    given = [{name: pair for name, pair in terms.items() if pair[0] != 0} for terms in given]
+    made = [{name: (schedules.make(w), TERMS[name](**arguments)) for name, (w, arguments) in x.items()} for x in given]
+    problems = [problem for terms in made for problem in _problems(settings, terms)] + _unused(settings, made)
+    checks.refuse("the terms of the loss do not fit", problems)
     return made
 
 
@@ -75,13 +70,12 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
     return problems
 
 
-def check_use(settings: Settings, phases: Sequence[Terms]) -> None:
-    """Raises ValueError for streams and networks of the config that no term of any phase uses."""
+def _unused(settings: Settings, phases: Sequence[Terms]) -> list[str]:
+    """Streams and networks of the config that no term of any phase uses."""
     terms = [term for phase in phases for _, term in phase.values()]
     on, read = {stream for term in terms for stream in term.on}, {name for term in terms for name in term.reads}
     problems = [f"streams.{name} feeds no term" for name in settings.streams if name not in on]
-    problems += [f"networks.{name} is read by no term" for name in settings.networks if name not in read]
-    checks.refuse("the terms of the loss do not fit", problems)
+    return problems + [f"networks.{name} is read by no term" for name in settings.networks if name not in read]
 
 
 def initialise(
