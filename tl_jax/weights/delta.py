@@ -44,13 +44,8 @@ def save(
     }
     kinds = (*peft.MODEL, *(name for name, _ in additions))
     flat = {p: x for p, x in trees.flatten(variables).items() if p.split("/")[1] in kinds}
-    about = {
-        "model": model,
-        "weights": dict(weights),
-        "seed": seed,
-        "additions": [[name, dict(args)] for name, args in additions],
-        "rested": messages.fingerprint(frozen),
-    }
+    about = {"model": model, "weights": dict(weights), "seed": seed}
+    about |= {"additions": [[name, dict(args)] for name, args in additions], "rested": messages.fingerprint(frozen)}
     tensors = {path: np.asarray(leaf) for path, leaf in flat.items() if path not in frozen}
     formats.write_safetensors(path, tensors, {pretrained.CARD_KEY: card.to_json(), KEY: json.dumps(about)})
 

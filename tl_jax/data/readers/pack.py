@@ -164,10 +164,8 @@ def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> 
             if time.perf_counter() - flushed < FLUSH and number < len(todo):
                 continue
             os.fsync(data.fileno())  # pixels first: what the journal names is there, even after a power cut
-            good = {
-                start: rows for start, rows in fresh.items() if all(len(row) == 3 for row in rows)
-            }  # others are tried again
-            file.writelines(json.dumps([start, rows]) + "\n" for start, rows in good.items())
+            good = [piece for piece in fresh.items() if all(len(row) == 3 for row in piece[1])]  # others: tried again
+            file.writelines(json.dumps(piece) + "\n" for piece in good)
             file.flush()
             os.fsync(file.fileno())
             pieces |= fresh
@@ -228,14 +226,10 @@ def _finish(plan: Plan, results: list[list]) -> dict[str, Any]:
     bad = _reasons(plan, results)
     source = without(plan.source, bad) if bad else plan.source
     good = [i for i in range(len(results)) if i not in bad]
+    shapes = np.array([results[i][:2] for i in good], np.int32)
+    sha256 = np.array([list(bytes.fromhex(results[i][2])) for i in good], np.uint8)
     with atomic_write(plan.folder / "index.npz") as file:
-        np.savez(
-            file,
-            offsets=plan.offsets[good],
-            shapes=np.array([results[i][:2] for i in good], np.int32),
-            labels=source.labels.astype(np.int32),
-            sha256=np.array([list(bytes.fromhex(results[i][2])) for i in good], np.uint8),
-        )
+        np.savez(file, offsets=plan.offsets[good], shapes=shapes, labels=source.labels.astype(np.int32), sha256=sha256)
     meta = {
         **plan.meta,
         "examples": len(source),
