@@ -15,8 +15,7 @@ def kd(
 ) -> Term:
     """Knowledge distillation: T^2 KL(softmax(teacher / T) || softmax(student / T)) (Hinton et al. 2015, section 2).
 
-    Mean over the batch. teacher: a frozen network of config.networks with the same classes in the same order; it reads
-    the student's images, or its logits are cached.
+    Mean over the batch. teacher: a frozen network of config.networks with the same classes in the same order.
     """
 
     def loss(context: Context) -> Result:

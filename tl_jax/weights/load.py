@@ -231,12 +231,9 @@ def _resample(table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tenso
     """The file's position embedding on the model's grid, under the file's key; {} where it needs no resampling."""
     if POS_EMBED not in shapes:
         return {}
-    (source,), _ = tables.sources_of(table, POS_EMBED)
-    return {
-        key: vit.resample_pos_embed(value, shapes[POS_EMBED][1])
-        for key, value in tensors.items()
-        if tables.canonical(table, key) == source and vit.is_other_grid(value.shape, shapes[POS_EMBED])
-    }
+    ((source,), _), shape = tables.sources_of(table, POS_EMBED), shapes[POS_EMBED]
+    found = {key: x for key, x in tensors.items() if tables.canonical(table, key) == source}
+    return {k: vit.resample_pos_embed(x, shape[1]) for k, x in found.items() if vit.is_other_grid(x.shape, shape)}
 
 
 def _new_head(model: Any, features: tuple[int, ...], seed: int) -> dict[str, jax.Array]:
