@@ -19,9 +19,6 @@ LAYERS = ["backbone/stem/norm", f"{BLOCK}/norm1", f"{BLOCK}/shortcut/norm"]
 STATISTICS = trees.unflatten({f"{layer}/{name}": np.zeros(2) for layer in LAYERS for name in ("mean", "var")})
 
 
-EMPTY = {"parameters": [], "totals": {"parameters": 0}}
-
-
 def policies(*trained, rules=()):
     return audit.norm_policies(STATISTICS, {path: "x" if path in trained else "frozen" for path in PARAMS}, rules)
 
@@ -46,9 +43,14 @@ def test_norm_rules_decide_by_path_and_are_checked_as_rules():
 
 
 def test_the_proof_fails_when_one_frozen_value_moved_by_a_bit():
-    before = {"params/a": np.float32([1.0, 2.0]), "batch_stats/b": np.float32([3.0])}
-    after = {**before, "params/a": np.nextafter(before["params/a"], np.float32(9))}
-    hashes = trees.leaf_hashes(before)
-    assert audit.prove([EMPTY], hashes, trees.leaf_hashes(before))["proof"]["frozen_leaves"] == 2
+    before = {"params": {"a": np.float32([1.0, 2.0]), "c": np.float32([0.0])}, "batch_stats": {"b": np.float32([3.0])}}
+    frozen = {"path": "a", "trainable": False, "shape": [2]}
+    rows = {"parameters": [frozen, {"path": "c", "trainable": True, "shape": [1]}], "totals": {"parameters": 3}}
+    rows |= {"statistics": [{"path": "b", "policy": "frozen"}]}
+
+    def prove(**changes):
+        return audit.prove([rows], before, {**before, "params": {**before["params"], **changes}})
+
+    assert prove(c=np.float32([5.0]))["proof"]["frozen_leaves"] == 2
     with pytest.raises(RuntimeError, match="frozen leaves changed during training"):
-        audit.prove([EMPTY], hashes, trees.leaf_hashes(after))
+        prove(a=np.nextafter(before["params"]["a"], np.float32(9)))

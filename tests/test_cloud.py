@@ -66,14 +66,14 @@ def test_pods_get_the_words_as_they_are_and_their_places(tmp_path, recorder, cap
 
 def test_words_that_kubernetes_would_replace_are_kept(tmp_path):
     words = ["$(PROCESS_ID)", "$$(PROCESS_ID)", "$", "a$", "$$$", "$(", "${HOME}"]
-    job_set = yaml.safe_load(launchers.gke(words, (), GKE, tmp_path).stdin)
+    job_set = yaml.safe_load(launchers.gke(words, (), GKE, tmp_path)[1])
     command = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["command"]
     assert [kubernetes(word, {"PROCESS_ID": "1"}) for word in command[1 : len(words) + 1]] == words
 
 
 def test_one_pod_needs_no_place(tmp_path):
     settings = GKE.replace("processes=2", "processes=1")
-    assert "--coordinator" not in launchers.gke(["launch.py"], (), settings, tmp_path).stdin
+    assert "--coordinator" not in launchers.gke(["launch.py"], (), settings, tmp_path)[1]
 
 
 @pytest.mark.parametrize("launcher", ["tpu", "gke"])

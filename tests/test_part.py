@@ -52,7 +52,7 @@ def save_part(tmp_path, further=None, **changes):
         variables = {kind: {**tree, name: theirs[kind]} for kind, tree in variables.items()}
     path, config_seed = tmp_path / "trained.safetensors", config.seed
     delta.save(
-        path, variables, audit.prove([report], frozen, audit.frozen_hashes(variables, [report])), built.card,
+        path, variables, audit.prove([report], built.variables, variables), built.card,
         model=config.model.name, weights=built.base, seed=config_seed, additions=built.model.additions,
     )  # fmt: skip
     return Saved(path, built, report["totals"]["trainable"], variables)

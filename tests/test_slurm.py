@@ -105,7 +105,7 @@ def test_hostile_names_reach_the_program_as_they_are(tmp_path, recorder, capfd, 
 @pytest.mark.parametrize(("runs", "jobs"), [(1, 0), (5, 0), (5, 2), (5, 9), (2500, 0)])
 def test_every_run_belongs_to_exactly_one_task(tmp_path, recorder, runs, jobs):
     keys = [f"k{i}" for i in range(runs)]
-    words = launchers.slurm(["worker"], keys, "", tmp_path, jobs).command
+    words = launchers.slurm(["worker"], keys, "", tmp_path, jobs)[0]
     tasks = int(next(word for word in words if word.startswith("--array=0-")).removeprefix("--array=0-")) + 1
     assert tasks == min(runs, jobs or runs, 1000)
     taken = []
@@ -124,7 +124,7 @@ def test_every_run_belongs_to_exactly_one_task(tmp_path, recorder, runs, jobs):
     [(0, "RUNNING", False), (75, "RUNNING", True), (75, "CANCELLED", False), (1, "RUNNING", False)],
 )
 def test_only_a_job_that_was_stopped_and_not_cancelled_is_requeued(tmp_path, recorder, code, state, requeued):
-    words = launchers.slurm(["x"], (), "", tmp_path).command
+    words = launchers.slurm(["x"], (), "", tmp_path)[0]
     environment = {**os.environ, "CODE_srun": str(code), "ANSWER_squeue": state, "SLURM_JOB_ID": "7"}
     job = subprocess.run(
         ["bash", *words[words.index(f"{tmp_path}/slurm/job.sh") :]], env=environment, stdin=subprocess.DEVNULL

@@ -105,8 +105,15 @@ def test_the_greedy_soup_leaves_out_what_hurts_and_keeps_what_does_not():
     assert kept == [0, 1, 2]  # what changes nothing is kept
 
 
-def test_the_curve_between_two_runs_is_what_the_interpolated_networks_score(ends, tmp_path):
+def test_the_curve_between_two_runs_is_what_the_interpolated_networks_score(ends, tmp_path, monkeypatch):
     (a, first), (b, second) = ends
+    panels, draw = [], soups.charts.lines
+
+    def lines(path, found, *args, **style):
+        panels.extend(found.values())
+        draw(path, found, *args, **style)
+
+    monkeypatch.setattr(soups.charts, "lines", lines)
     report = soups.wise_ft(soups.load(a), soups.load(b), tmp_path / "out", 5)
     assert report["alphas"] == [0, 0.25, 0.5, 0.75, 1] and list(report["curves"]) == list(SPLITS)
     for i, alpha in enumerate(report["alphas"]):
@@ -121,6 +128,10 @@ def test_the_curve_between_two_runs_is_what_the_interpolated_networks_score(ends
     assert report["metrics"]["accuracy"]["value"] == report["curves"]["test"]["accuracy"][best]
     assert report["extra_eval"]["rest"]["accuracy"]["value"] == report["curves"]["rest"]["accuracy"][best]
     assert len({*val["loss"]}) == 5 and report["a"]["method"] == "linear_probe"
+    along, against = panels
+    assert list(along) == list(SPLITS) and list(against) == ["rest"]
+    x, y = (report["curves"][split]["accuracy"] for split in ("test", "rest"))
+    assert against["rest"] == {"x": x, "mean": y, "circle": [x[best], y[best]]}
     files = {"curve.json", "curve.png", "model.safetensors", "predictions.npz", "predictions-rest.npz"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert json.loads((tmp_path / "out" / "curve.json").read_text()) == json.loads(json.dumps(report))

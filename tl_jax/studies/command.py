@@ -65,9 +65,8 @@ def read_config(text: str, items: Sequence[str] = ()) -> ConfigDict:
     name, colon, argument = text.partition(":")
     path = pathlib.Path(name)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no config {name}{messages.nearest(name, map(str, path.parent.glob('*.py')))}"
-        )
+        near = messages.nearest(name, map(str, path.parent.glob("*.py")))
+        raise FileNotFoundError(f"there is no config {name}{near}")
     spec = importlib.util.spec_from_file_location("tl_jax_config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -79,12 +78,10 @@ def read_config(text: str, items: Sequence[str] = ()) -> ConfigDict:
 def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[str], stop: Callable[..., bool]) -> int:
     """Runs an experiment with its seeds and its baseline and prints the result, or hands it to a cluster."""
     workdir = pathlib.Path(args.workdir or f"workdirs/{pathlib.Path(args.config.partition(':')[0]).stem}")
-    settings = args.slurm or args.cloud
-    if args.launcher != "local" or settings or args.submit:
+    if args.launcher != "local":
         from tl_jax.studies import launchers
 
-        launchers.check_launcher(args.launcher, settings, args.submit)
-        command = [*program, *launchers.own_arguments(argv)]
+        command, settings = [*program, *launchers.own_arguments(argv)], args.slurm or args.cloud
         return launchers.hand_out(args.launcher, workdir, command=command, settings=settings, submit=args.submit)
     from tl_jax.runtime import distributed
     from tl_jax.studies import inprocess
@@ -97,8 +94,7 @@ def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and the items "option=value" of --config.OPTION=VALUE; ValueError for what does not fit together."""
     args, rest = make_parser().parse_known_args(argv)
-    items, unknown = [], []
-    words = iter(rest)
+    items, unknown, words = [], [], iter(rest)
     for word in words:
         if found := re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", word, re.DOTALL):
             items.append(f"{found[1]}={next(words, '') if found[2] is None else found[2]}")
@@ -110,26 +106,26 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ValueError("--config and --study are two things to run; a study's base config is in its study.py")
     if unknown:
         raise ValueError(f"{unknown} are no flags; write options of the config as --config.NAME=VALUE")
+    if args.launcher == "local" and (args.slurm or args.cloud or args.submit):
+        raise ValueError("--submit, --slurm and --cloud are for a cluster: add --launcher slurm, tpu or gke")
     if args.dry_run and (args.retry or args.submit):
         raise ValueError("--dry-run runs nothing: leave out --retry and --submit")
     if args.jobs < 0:
         raise ValueError(f"--jobs {args.jobs}: expected a number of at least 0")
-    others, why = ("jobs", "dry_run", "retry"), "only a study has these, see --study"
+    others, why = ("--jobs", "--dry-run", "--retry"), "only a study has these, see --study"
     if args.study:
-        others = ("coordinator", "num_processes", "process_id")
+        others = ("--coordinator", "--num-processes", "--process-id")
         why = "these are of one run in several processes, --config; a study has workers"
-    if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]:
+    if given := [flag for flag in others if getattr(args, flag[2:].replace("-", "_"))]:
         raise ValueError(f"{', '.join(given)}: {why}")
     return args, items
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all flags but --config.OPTION=VALUE."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        exit_on_error=False,
-        epilog="--config.OPTION=VALUE sets an option of the config; tl_jax/core/options.py lists all.",
-    )  # fmt: skip
+    epilog = "--config.OPTION=VALUE sets an option of the config; tl_jax/core/options.py lists all."
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "exit_on_error": False}
+    parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, **style)
     add = parser.add_argument
     add("--config", metavar="FILE[:ARGUMENT]", help="the experiment: a python file with get_config, and its argument")
     add("--study", metavar="FOLDER[:ARGUMENT]", help="the study: the folder of a study.py with get_study")

@@ -1,5 +1,6 @@
 """A study before it runs: its grid, what is done of it, and what the rest would cost. Nothing is trained for it."""
 
+import itertools
 import os
 import pathlib
 import time
@@ -36,8 +37,7 @@ class Work(NamedTuple):
 
 
 def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jobs: int = 0) -> None:
-    """Prints the grid with the state of its runs, and the cost of what is left. Raises ValueError for a cell that
-    does not fit its data, weights or network, with all such cells in one message."""
+    """Prints the grid with the state of its runs, and the cost of what is left; ValueError names cells that fail."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # runs may be under way on the same GPU
     cells: dict[str, list[RunSpec]] = {}
     for run in runs:
@@ -49,17 +49,15 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
         path = store.run_folder(workdir, run.key) / "cost.json"
         if states[run.key] == "done" and path.exists() and (value := read_json(path).get("seconds")) is not None:
             seconds.setdefault(title(run.levels), []).append(value)
-    present = [state for state in store.STATES if state in states.values()]
-    rows = []
+    present, rows = [state for state in store.STATES if state in states.values()], []
     for cell, members in cells.items():
         counts, work = [sum(states[run.key] == state for run in members) for state in present], works.get(cell)
         cost = ["-"] * 3 if work is None else [f"{work.steps:,}", f"{work.images:,}", scaled(work.flops, 1000)]
         took = f"{np.mean(seconds[cell]):.1f}" if cell in seconds else "-"
         rows.append((*members[0].levels.values(), str(len(members)), *(str(n or "-") for n in counts), *cost, took))
     headers = (*study.factors, "runs", *present, "steps", "images", "FLOPs", "s")
-    CONSOLE.print(
-        to_console(Table(f"{name}: {len(runs)} runs in {len(cells)} cells", headers, rows, len(study.factors)))
-    )
+    caption = f"{name}: {len(runs)} runs in {len(cells)} cells"
+    CONSOLE.print(to_console(Table(caption, headers, rows, len(study.factors))))
     CONSOLE.print("steps, images to train on, FLOPs of all steps (as traced) and seconds (as measured) are of one run")
     if left_out := len(cells) - len(works):
         CONSOLE.print(f"{left_out} cells were not built: {BUDGET:.0f} s were over; totals scale the others")
@@ -74,11 +72,9 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
 
 
 def trace_cells(cells: Mapping[str, RunSpec]) -> dict[str, Work]:
-    """Builds a run of each cell, as long as BUDGET lasts; ValueError names every cell that cannot be built."""
-    works, problems, began = {}, [], time.monotonic()
-    for cell, run in cells.items():
-        if time.monotonic() - began > BUDGET:
-            break
+    """Builds a run of each cell, as long as BUDGET lasts."""
+    works, problems, end = {}, [], time.monotonic() + BUDGET
+    for cell, run in itertools.takewhile(lambda _: time.monotonic() <= end, cells.items()):
         try:
             works[cell] = trace(run.config)
         except (ValueError, OSError) as error:
@@ -108,33 +104,28 @@ def trace(config) -> Work:
 
 def example_batch(run: Run, plan: steps.Plan) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """The shapes of a batch, with cached columns, which take one run over the data and are often there already."""
-    found = {
-        name: {field: jax.ShapeDtypeStruct(x.shape, x.dtype) for field, x in run.material.streams[name][0].items()}
-        for name in plan.streams
-    }
-    model, variables = plan.readers[MODEL], run.material.variables
-    for fields in found.values():
-        raw = dict(fields)
-        if plan.prefix and plan.prefix.cached:
-            column = feature_cache.prefix_column(plan.prefix, model, variables, run.material.networks)
-            fields[model.field] = jax.eval_shape(column.compute, variables, raw[column.view])
-        for name, reader in plan.readers.items():
-            if reader.column:
-                column = feature_cache.logits_column(name, reader, variables)
-                fields[column.field] = jax.eval_shape(column.compute, variables, raw[column.view])
+    variables, columns = run.material.variables, {}
+    if plan.prefix and plan.prefix.cached:
+        model = plan.readers[MODEL]
+        columns[model.field] = feature_cache.prefix_column(plan.prefix, model, variables, run.material.networks)
+    for name, reader in plan.readers.items():
+        if reader.column:
+            column = feature_cache.logits_column(name, reader, variables)
+            columns[column.field] = column
+    found = {}
+    for stream in plan.streams:
+        raw = {field: jax.ShapeDtypeStruct(x.shape, x.dtype) for field, x in run.material.streams[stream][0].items()}
+        shapes = {field: jax.eval_shape(it.compute, variables, raw[it.view]) for field, it in columns.items()}
+        found[stream] = raw | shapes
     return found
 
 
-def totals(
-    left: Mapping[str, int], works: Mapping[str, Work], seconds: Mapping[str, list[float]], jobs: int
-) -> list[str]:
+def totals(left: Mapping[str, int], works: Mapping[str, Work], seconds: Mapping[str, list], jobs: int) -> list[str]:
     """Sentences on the cost of the runs that are left, `{cell: runs}`."""
     if not (count := sum(left.values())):
         return ["all runs are done"]
     scale = count / max(sum(left[cell] for cell in works), 1)
-    steps, images, flops = (
-        scale * sum(left[cell] * (work[i] or 0) for cell, work in works.items()) for i in range(len(Work._fields))
-    )
+    steps, images, flops = (scale * sum(left[cell] * (work[i] or 0) for cell, work in works.items()) for i in range(3))
     lines = [f"to do: {count} runs, {steps:,.0f} steps, {images:,.0f} images, {scaled(flops, 1000)} FLOPs"]
     if uncounted := sum(left[cell] for cell, work in works.items() if work.flops is None):
         lines.append(f"the FLOPs of {uncounted} of them cannot be counted")
@@ -143,11 +134,8 @@ def totals(
         whole = sum(runs * float(np.mean(seconds.get(cell, every))) for cell, runs in left.items())
         return [*lines, f"about {_clock(whole / jobs)} with {jobs} at once, by the {len(every)} finished runs here"]
     rate = matmul_rate()
-    return [
-        *lines,
-        f"at least {_clock(flops / rate)}, at the {scaled(rate, 1000)} FLOP/s of a matrix product on all of this "
-        "machine's devices; starting, compiling and evaluating come on top",
-    ]
+    least = f"at least {_clock(flops / rate)}, at the {scaled(rate, 1000)} FLOP/s of a matrix product on all of this "
+    return [*lines, f"{least}machine's devices; starting, compiling and evaluating come on top"]
 
 
 def matmul_rate() -> float:

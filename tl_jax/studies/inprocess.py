@@ -43,10 +43,9 @@ def study_of(config: ConfigDict) -> Study:
 def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never) -> dict[str, Any]:
     """Runs a config in a workdir, with all its arms and seeds, or its replicas.
 
-    Returns {"result": of the run itself, "comparison": comparison.json or None} or {"replicas": replicas.json}. The
-    experiment itself, with its first seed, lies in `workdir`, other arms and seeds in `workdir/runs/ARM-seedN`,
-    replicas in `workdir/replicas/NAME`. What has its result is not run again. Raises FloatingPointError where all
-    replicas diverged, Preempted as `train` does.
+    Returns {"result": of the run itself, "comparison": comparison.json or None} or {"replicas": replicas.json}. Other
+    arms and seeds lie in `workdir/runs/ARM-seedN`, replicas in `workdir/replicas/NAME`; what has its result is not run
+    again. Raises FloatingPointError where all replicas diverged, Preempted as `train` does.
     """
     workdir, study = pathlib.Path(workdir), study_of(config)
     runs = grid(study, free=("seed",) if config.replicas else ())
@@ -79,15 +78,12 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
     log(tasks.format_table(result["metrics"], of=f"seed {config.seed}, {result['data']}"))
     if sets := result["extra_eval"]:
         log(tasks.format_sets(sets, tasks.METRICS[config.task].monitor[0][0]))
-    how = []
     if stopped := result.get("stopped_early_at"):
-        how.append(f"stopped early after step {stopped} of {result['total_steps']}")
+        log(f"stopped early after step {stopped} of {result['total_steps']}")
     if result["select"] == "best_val":
-        how.append(f"scored at step {result['step']}, the best on val")
+        log(f"scored at step {result['step']}, the best on val")
     if "threshold" in result:
-        how.append(f"positive from a probability of {result['threshold']:.3g}, chosen on val")
-    if how:
-        log("; ".join(how))
+        log(f"positive from a probability of {result['threshold']:.3g}, chosen on val")
     if result["chosen_on_scored_split"]:
         log("The checkpoint was chosen on the split scored here: these numbers are optimistic (name a data.test)")
     if found["comparison"]:
@@ -103,12 +99,12 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
     arms = {arm: {"values": values, **mean_interval(values)} for arm, values in table.items()}
     report = {"data": data, "seeds": list(study.seeds), "metric": metric, metric: arms}
     if BASELINE in table:
-        differences = [a - b for a, b in zip(*table.values(), strict=True)]
-        report["difference"] = {"values": differences, **mean_interval(differences)}
-        report["difference_by_seed_over_examples"] = over_examples = {}
+        differences, by_seed = [a - b for a, b in zip(*table.values(), strict=True)], {}
         for seed in study.seeds:
             pair = (tasks.load_predictions(folders[arm, seed] / "predictions.npz") for arm in table)
-            over_examples[str(seed)] = tasks.paired_difference(*pair, resamples=config.resamples)
+            by_seed[str(seed)] = tasks.paired_difference(*pair, resamples=config.resamples)
+        report["difference"] = {"values": differences, **mean_interval(differences)}
+        report["difference_by_seed_over_examples"] = by_seed
     if jax.process_index() == 0:
         write_json(workdir / "comparison.json", report)
         from tl_jax.studies.report import charts  # here, as matplotlib takes its time
@@ -135,14 +131,15 @@ def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.
     workdirs.check_options(workdir, options.flatten(config))
     if path.exists():
         return read_json(path)
-    folders = [workdir / "replicas" / run.levels[REPLICA] for run in runs]
+    folders, configs = [workdir / "replicas" / run.levels[REPLICA] for run in runs], [run.config for run in runs]
     with workdirs.lock(workdir):
         write_json(workdir / "config.json", options.flatten(config))
-        configs = [run.config for run in runs]
         results = train_together(configs, folders, workdir, verbose=True, stop_requested=stop)
         rows = [_row(config.task, *each) for each in zip(config.replicas, folders, results, strict=True)]
         if all(row["error"] for row in rows):
-            raise FloatingPointError("all replicas diverged:\n" + "\n".join(f"{r['name']}: {r['error']}" for r in rows))
+            raise FloatingPointError(
+                "\n".join(["all replicas diverged:", *(f"{r['name']}: {r['error']}" for r in rows)])
+            )
         table = {"replicas": rows, "best": best_of(config.task, rows)}
         write_json(path, table)
     return table

@@ -1,8 +1,8 @@
 """From the command line to a study under way, on this machine or on a cluster.
 
 A cluster's launcher is a function (arguments of python, keys of runs that follow them, settings, workdir, jobs) ->
-Plan; the workdir is the same folder here and there. It raises one ValueError for all settings that do not fit; what
-these mean is in docs/clusters.md.
+(command, its input); the workdir is the same folder here and there. It raises one ValueError for all settings that do
+not fit; docs/clusters.md has their meaning.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from tl_jax.core import messages
 from tl_jax.core.files import write_text
@@ -31,11 +31,14 @@ POSSIBLE = {
     "tpu": ("project", "python"),
     "gke": ("namespace", "directory", "python", "restarts", "limit.*", "selector.*"),
 }
+FORMS = {  # of gke's settings
+    "processes": (r"0*[1-9]\d*", "a whole number of at least 1"),
+    "restarts": (r"\d+", "a whole number of at least 0"),
+    "name": (r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", "up to 40 of a-z, 0-9 and -, first a letter, last no -"),
+}
 
 
-class Plan(NamedTuple):
-    command: list[str]
-    stdin: str = ""
+Plan = tuple[list[str], str]
 
 
 def start(
@@ -45,10 +48,8 @@ def start(
 ) -> int:  # fmt: skip
     """Plans the study `experiments/NAME[:argument]` in its workdir (default: workdirs/NAME) and launches it.
 
-    Returns the exit code; a dry run prints the grid and its cost, and writes nothing. ValueError for an invalid study,
-    or a workdir that holds something else.
+    Returns the exit code. A dry run prints the grid and its cost, and writes nothing. ValueError as of `store.plan`.
     """
-    check_launcher(launcher, settings, submit)
     name, question, study = studies.load(text)
     workdir = pathlib.Path(workdir or f"workdirs/{name}")
     if dry_run:
@@ -68,11 +69,6 @@ def start(
     return local.launch(workdir, jobs=jobs, stop_requested=stop_requested)
 
 
-def check_launcher(launcher: str, settings: str, submit: bool) -> None:
-    if launcher == "local" and (settings or submit):
-        raise ValueError("--submit, --slurm and --cloud are for a cluster: add --launcher slurm, tpu or gke")
-
-
 def hand_out(
     launcher: str, workdir: pathlib.Path, *, command: Sequence[str] = (), settings: str = "", jobs: int = 0,
     submit: bool = False,
@@ -81,8 +77,7 @@ def hand_out(
 
     Returns the exit code. Raises ValueError for settings that do not fit or a missing program.
     """
-    keys = [] if command else store.open_runs(workdir)
-    report = f"python -m tl_jax report {workdir}"
+    keys, report = [] if command else store.open_runs(workdir), f"python -m tl_jax report {workdir}"
     if not command and not keys:
         print(f"{workdir}: nothing to do, see {report}", flush=True)
         return 0
@@ -115,41 +110,36 @@ def slurm(arguments: Sequence[str], keys: Sequence[str], settings: str, workdir:
     write_text(place / "job.sh", (ASSETS / "job.sh").read_text())
     logs = str(place).replace("\\", "\\\\").replace("%", "%%")
     fixed = [sys.executable, *arguments]
-    return Plan([
+    return [
         "sbatch", f"--job-name={workdir.absolute().name}", f"--chdir={pathlib.Path.cwd()}",
         f"--output={logs}/{'%A_%a' if keys else '%j'}.log", "--open-mode=append", "--requeue", f"--signal=TERM@{GRACE}",
         *([f"--array=0-{tasks - 1}"] if keys else []),
         *(f"--{name}={value}" if value else f"--{name}" for name, value in options.items()),
         str(place / "job.sh"), str(tasks), str(len(fixed)), *fixed, *keys,
-    ])  # fmt: skip
+    ], ""  # fmt: skip
 
 
 def tpu(arguments: Sequence[str], keys: Sequence[str], settings: str, workdir: pathlib.Path, jobs: int = 0) -> Plan:
     """The command on every host of a TPU VM, by ssh; jax finds the other hosts by itself."""
     given = _cloud_settings("tpu", settings, jobs)
     run = shlex.join([given.get("python", ".venv/bin/python"), *arguments, *keys])
-    return Plan([
+    return [
         "gcloud", "compute", "tpus", "tpu-vm", "ssh", given["name"], f"--zone={given['zone']}",
         *([f"--project={given['project']}"] if "project" in given else []),
         "--worker=all", f"--command=cd {shlex.quote(given['directory'])} && exec {run}",
-    ])  # fmt: skip
+    ], ""  # fmt: skip
 
 
 def gke(arguments: Sequence[str], keys: Sequence[str], settings: str, workdir: pathlib.Path, jobs: int = 0) -> Plan:
     """The command in the pods of a JobSet, which starts all anew when one fails: the run resumes."""
     given = {"restarts": "3", "python": "python3", **_cloud_settings("gke", settings, jobs)}
-    problems = [
-        f"  {key}={given[key]}: expected a whole number of at least {least}"
-        for key, least in (("processes", 1), ("restarts", 0))
-        if not (given[key].isdigit() and int(given[key]) >= least)
-    ]
-    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", given["name"]):
-        problems.append(f"  name={given['name']}: expected up to 40 of a-z, 0-9 and -, first a letter, last no -")
-    if problems:
-        raise ValueError("--cloud does not fit:\n" + "\n".join(problems))
+    wrong = [key for key, (pattern, _) in FORMS.items() if not re.fullmatch(pattern, given[key])]
+    if wrong:
+        problems = [f"  {key}={given[key]}: expected {FORMS[key][1]}" for key in wrong]
+        raise ValueError("\n".join(["--cloud does not fit:", *problems]))
     namespace = [f"--namespace={given['namespace']}"] if "namespace" in given else []
-    text = json.dumps(_job_set([given["python"], *arguments, *keys], given), indent=1)
-    return Plan(["kubectl", "apply", *namespace, "-f", "-"], text)
+    job_set = _job_set([given["python"], *arguments, *keys], given)
+    return ["kubectl", "apply", *namespace, "-f", "-"], json.dumps(job_set, indent=1)
 
 
 CLUSTERS = {"slurm": slurm, "tpu": tpu, "gke": gke}

@@ -1,5 +1,6 @@
 """Runs a planned study on this machine: several workers at once, each with its share of the cores or its GPU."""
 
+import collections
 import glob
 import os
 import pathlib
@@ -26,10 +27,9 @@ class Slot(NamedTuple):  # what one worker may use
 
 
 def launch(workdir: pathlib.Path, *, jobs: int = 0, stop_requested: Callable[[], bool] = lambda: False) -> int:
-    """Starts workers until no run is left to take, and writes the report.
+    """Starts workers (jobs at once; 0 chooses) until no run is left to take, and writes the report.
 
-    jobs: workers at once; 0 chooses. Returns 0: nothing failed; 1: a run failed, or workers could not run; 75: stopped,
-    with everything saved.
+    Returns 0: nothing failed; 1: a run failed, or workers could not run; 75: stopped, with everything saved.
     """
     began, plan, keys = time.monotonic(), store.read_plan(workdir), store.open_runs(workdir)
     programs = len(together.sets(workdir, keys, plan.get("together", "none")))
@@ -37,9 +37,8 @@ def launch(workdir: pathlib.Path, *, jobs: int = 0, stop_requested: Callable[[],
     shape = f"{len(slots)} at once, logs in {workdir / 'runs'}/*/log.txt" if slots else "nothing to do"
     print(f"{len(plan['runs'])} runs, {len(keys)} to do: {shape}", flush=True)
     stopped = supervise(workdir, slots, stop_requested)
-    states = list(store.states(workdir).values())
-    counts = {state: states.count(state) for state in store.STATES}
-    text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    counts = collections.Counter(store.states(workdir).values())
+    text = ", ".join(f"{counts[state]} {state}" for state in store.STATES if counts[state])
     print(f"{text}; {time.monotonic() - began:.0f} s", flush=True)
     if stopped:
         print("stopped; everything is saved, the same command goes on from there", flush=True)
@@ -64,10 +63,8 @@ def supervise(workdir: pathlib.Path, slots: list[Slot], stop_requested: Callable
                 stopping = True
                 for process in workers.values():
                     process.terminate()
-            for index, process in list(workers.items()):
-                if process.poll() is None:
-                    continue
-                del workers[index]
+            for index in [index for index, process in workers.items() if process.poll() is not None]:
+                process = workers.pop(index)
                 stopped |= process.returncode == preemption.EXIT_CODE
                 if stopping or process.returncode in (0, preemption.EXIT_CODE):
                     continue
@@ -99,16 +96,14 @@ def start_worker(workdir: pathlib.Path, slot: Slot) -> subprocess.Popen:
 
 
 def tell_failures(workdir: pathlib.Path) -> None:
-    """Prints every failed run with its error, and for each kind of error the end of one log."""
-    alike: dict[str, list[str]] = {}
-    logs = {}
+    """Prints each kind of error with its runs and the end of one log."""
+    alike: dict[str, tuple[list[str], list[str]]] = {}
     for row, folder in store.runs_in(workdir, "failed"):
         found = read_json(folder / "failed.json")
-        run = f"  {store.name_of(row)}: {folder / 'log.txt'}"
-        alike.setdefault(found["error"], []).append(run)
-        logs.setdefault(found["error"], [f"    | {line}" for line in found["log"]])
-    for error, runs in alike.items():
-        print("\n".join([f"\nfailed: {error}", *runs, *logs[error]]), flush=True)
+        runs, _ = alike.setdefault(found["error"], ([], found["log"]))
+        runs.append(f"  {store.name_of(row)}: {folder / 'log.txt'}")
+    for error, (runs, log) in alike.items():
+        print("\n".join([f"\nfailed: {error}", *runs, *(f"    | {line}" for line in log)]), flush=True)
     if alike:
         print("--retry tries again what failed", flush=True)
 

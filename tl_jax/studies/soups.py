@@ -52,11 +52,9 @@ class Weights(NamedTuple):
 
 
 class Scorer(NamedTuple):
-    """(variables, split) -> predictions, the splits that there are, and the one that the result is about."""
-
     predict: Callable[[Variables, str], tasks.Predictions]
     splits: tuple[str, ...]
-    scored: str
+    scored: str  # the split that the result is about
 
 
 def interpolate(a: Variables, b: Variables, alpha: float) -> Variables:
@@ -100,10 +98,8 @@ def load(folder: str | pathlib.Path) -> Weights:
     """Reads the weights, the options and the predictions of a finished run; ValueError where something is missing."""
     folder = pathlib.Path(folder)
     if missing := [name for name in NEEDED if not (folder / name).exists()]:
-        raise ValueError(
-            f"{folder} lacks {', '.join(missing)}; expected the folder of a finished run whose result is one plain "
-            "network (nearest neighbours, adapters and prompts write none)"
-        )
+        plain = "one plain network (nearest neighbours, adapters and prompts write none)"
+        raise ValueError(f"{folder} lacks {', '.join(missing)}; expected the folder of a finished run of {plain}")
     settings = read(options.from_flat(files.read_json(folder / "config.json")))
     loaded = pretrained.load(settings.model.name, folder / "model.safetensors")
     saved = tasks.load_predictions(folder / "predictions.npz")
@@ -122,10 +118,10 @@ def load_start(end: Weights) -> Weights:
 
 def check_same(runs: Sequence[Weights]) -> None:
     """Raises one ValueError that lists in what the runs differ: model, classes, preprocessing or data."""
-    first, problems = _facts(runs[0]), []
+    problems = []
     for other in runs[1:]:
-        if lines := messages.difference(first, _facts(other)):
-            problems.append("\n".join([f"{runs[0].name} -> {other.name}:", *lines]))
+        if lines := messages.difference(_facts(runs[0]), _facts(other)):
+            problems += [f"{runs[0].name} -> {other.name}:", *lines]
     if problems:
         expected = "weights can be averaged between runs of the same model, classes and data alone; these differ"
         raise ValueError("\n".join([expected, *problems]))
@@ -141,9 +137,8 @@ def make_scorer(weights: Weights) -> Scorer:
         raise ValueError(f"the data of {weights.name} have other classes by now than when it ran: {card.class_names}")
     size = parallel.round_up(min(settings.loop.eval_batch_size, max(map(len, data.values()))))
     views, spec = {card.input: pipeline.View(card)}, tasks.spec_of(card)
-    batches = {split: pipeline.eval_batches(source, views, size, num_workers=settings.data.workers)
-               for split, source in data.items()}  # fmt: skip
-    reader = steps.Reader(weights.model, card, card.input)
+    workers, reader = settings.data.workers, steps.Reader(weights.model, card, card.input)
+    batches = {split: pipeline.eval_batches(data[split], views, size, num_workers=workers) for split in data}
     eval_fn = parallel.evaluate(steps.make_eval_step(reader, tasks.make(spec)))
 
     def predict(variables: Variables, split: str) -> tasks.Predictions:
@@ -178,13 +173,24 @@ def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11
     report |= {"alphas": values, "curves": curves, "chosen": chosen, "chosen_on_scored_split": scorer.scored == "val"}
     folder = pathlib.Path(folder)
     report |= _write(scorer, interpolate(a.variables, b.variables, chosen), b, folder)
-    metric = b.monitor[0][0]
-    lines = {split: {"x": values, "mean": curve[metric]} for split, curve in curves.items()}
-    names = (plotting.short(" ".join(filter(None, (end.method, pathlib.Path(end.name).name)))) for end in (a, b))
-    label = "alpha, from 0: {} to 1: {}; chosen {:g}".format(*names, chosen)
-    charts.lines(folder / "curve.png", {"": lines}, label, metric, order=list(lines))
+    _draw_curve(folder / "curve.png", report, b.monitor[0][0])
     files.write_json(folder / "curve.json", report)  # last: where it lies, the rest does
     return report
+
+
+def _draw_curve(path: pathlib.Path, report: dict[str, Any], metric: str) -> None:
+    """The metric against alpha, and on data.extra_eval against the scored split (Wortsman et al. 2022a, figure 1)."""
+    scored, extra = report["split"], report["extra_eval"]
+    curves = {split: scores[metric] for split, scores in report["curves"].items()}
+    names = (plotting.short(f"{report[end]['method']} {pathlib.Path(report[end]['run']).name}".strip()) for end in "ab")
+    along = {split: {"x": report["alphas"], "mean": curve} for split, curve in curves.items()}
+    against = {split: {"x": curves[scored], "mean": curves[split]} for split in extra}
+    for split, line in against.items():
+        line["circle"] = [summary[metric]["value"] for summary in (report["metrics"], extra[split])]
+    panels = {f"chosen: alpha {report['chosen']:g}": along}
+    panels |= {"extra_eval, chosen alpha circled": against} if extra else {}
+    labels = ["alpha, from 0: {}\nto 1: {}".format(*names), f"{metric} on {scored}"]
+    charts.lines(path, panels, labels, metric, order=list(curves))
 
 
 def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> dict[str, Any]:
@@ -209,7 +215,7 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
     alone = [score(load_variables(i)) for i in range(len(runs))]
     kept, chosen = greedy(alone, load_variables, score, monitor)
     others = {"uniform": average(map(load_variables, range(len(runs)))), "best": load_variables(kept[0])}
-    order = [*kept, *(i for i in range(len(runs)) if i not in kept)]
+    order = dict.fromkeys([*kept, *range(len(runs))])
     report = {
         "ingredients": [{"run": runs[i].name, "val": alone[i], "kept": i in kept} for i in order],
         "val": {"greedy": score(chosen), "uniform": score(others["uniform"]), "best": alone[kept[0]]},
@@ -239,13 +245,12 @@ def _check_saved(weights: Weights, predictions: tasks.Predictions) -> None:
     """Raises ValueError where a run's file predicts otherwise than the run did: it is not the whole of the network."""
     if (saved := weights.saved) is None:
         return
-    same = saved.ids.shape == predictions.ids.shape and (saved.ids == predictions.ids).all()
+    same = np.array_equal(saved.ids, predictions.ids)
     changed = int(tasks.METRICS[saved.spec.name].differ(saved, predictions).sum()) if same else len(saved.ids)
     if changed > max(1, CHANGED * len(saved.ids)):
-        raise ValueError(
-            f"model.safetensors of {weights.name} predicts {changed} of {len(saved.ids)} examples otherwise than its "
-            "predictions.npz says: the file or the data have changed, or the file is not all of its network"
-        )
+        told = f"model.safetensors of {weights.name} predicts {changed} of {len(saved.ids)} examples otherwise than its"
+        why = "the file or the data have changed, or the file is not all of its network"
+        raise ValueError(f"{told} predictions.npz says: {why}")
 
 
 def _write(scorer: Scorer, variables: Variables, weights: Weights, folder: pathlib.Path) -> dict[str, Any]:
@@ -253,8 +258,7 @@ def _write(scorer: Scorer, variables: Variables, weights: Weights, folder: pathl
     folder.mkdir(parents=True, exist_ok=True)
     summaries = {}
     for split in (scorer.scored, *(split for split in scorer.splits if split not in ("val", "test"))):
-        predictions = scorer.predict(variables, split)
-        suffix = "" if split == scorer.scored else f"-{split}"
+        predictions, suffix = scorer.predict(variables, split), "" if split == scorer.scored else f"-{split}"
         tasks.save_predictions(folder / f"predictions{suffix}.npz", predictions)
         summaries[split] = tasks.summarize(predictions, resamples=weights.settings.loop.resamples)
     pretrained.export(variables, weights.settings.model.name, folder / "model.safetensors", card=weights.card)

@@ -1,10 +1,8 @@
-"""The runs of a study in files: what is planned, which state each run is in, and who works on it.
+"""The runs of a study in files, W/runs/KEY: what is planned, which state each is in (docs/studies.md), who works on it.
 
-A run's folder is W/runs/KEY. A running one is locked; the lock goes with its process, however that ends, so that no
-crash leaves a wrong state. docs/studies.md has the states.
+A running one is locked; the lock goes with its process, however that ends, so that no crash leaves a wrong state.
 """
 
-import collections
 import contextlib
 import fcntl
 import os
@@ -24,11 +22,7 @@ STATES = ("done", "failed", "running", "stale", "todo")
 
 
 def plan(workdir: pathlib.Path, name: str, question: str, study: Study) -> list[RunSpec]:
-    """Writes W/study.json and the config.json of every run that is not done; finished runs stay finished.
-
-    Raises ValueError for an invalid study (see `grid`), and where the workdir holds something else: a
-    lone run, another study, or finished runs that this grid no longer has.
-    """
+    """Writes W/study.json and the config.json of all runs that are not done; ValueError as `grid`, `check_workdir`."""
     runs = grid(study)
     check_workdir(workdir, name, runs)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -51,7 +45,7 @@ def plan(workdir: pathlib.Path, name: str, question: str, study: Study) -> list[
 
 
 def check_workdir(workdir: pathlib.Path, name: str, runs: list[RunSpec]) -> None:
-    """Raises ValueError where this plan would lose sight of finished or running runs; says what differs."""
+    """Raises ValueError where the workdir holds a lone run, another study, or runs that this grid no longer has."""
     path, advice = workdir / "study.json", "choose another --workdir"
     if not path.exists():
         if lone := [file for file in ("config.json", "result.json", "comparison.json") if (workdir / file).exists()]:
@@ -62,20 +56,15 @@ def check_workdir(workdir: pathlib.Path, name: str, runs: list[RunSpec]) -> None
         raise ValueError(f"{workdir} holds the study {old['name']!r}, this is {name!r}; {advice}")
     planned = {run.key for run in runs}
     lost = [(row, folder) for row, folder in runs_in(workdir, "done", "running") if row["key"] not in planned]
-    if not lost:
-        return
-    now = {title(run.levels, run.seed, run.fold): run for run in runs}
+    now = {title(run.levels, run.seed, run.fold): config.flatten(run.config) for run in runs} if lost else {}
     lines: list[str] = []
     for row, folder in lost:
-        if run := now.get(name := name_of(row)):
-            lines += config.difference(read_json(folder / "config.json"), config.flatten(run.config))
-        else:
-            lines.append(f"  {name}: not in this grid")
-    lines = messages.shorten(list(dict.fromkeys(lines)), LINES)
-    raise ValueError(
-        f"{workdir} has {len(lost)} finished or running run(s) that this grid has not; levels and seeds can be added, "
-        f"not changed or dropped: {advice} (there -> now):\n" + "\n".join(lines)
-    )
+        flat, name = read_json(folder / "config.json"), name_of(row)
+        lines += config.difference(flat, now[name]) if name in now else [f"  {name}: not in this grid"]
+    if lost:
+        what = f"{workdir} has {len(lost)} finished or running run(s) that this grid has not; levels and seeds can be"
+        what += f" added, not changed or dropped: {advice} (there -> now):"
+        raise ValueError("\n".join([what, *messages.shorten(list(dict.fromkeys(lines)), LINES)]))
 
 
 def read_plan(workdir: pathlib.Path) -> dict[str, Any]:
@@ -96,7 +85,7 @@ def name_of(row: Mapping[str, Any]) -> str:
 
 
 def states(workdir: pathlib.Path) -> dict[str, str]:
-    """`{key: state}` of every planned run, in the order of the plan."""
+    """`{key: state}` in the order of the plan."""
     return {row["key"]: state(run_folder(workdir, row["key"])) for row in read_plan(workdir)["runs"]}
 
 
@@ -116,10 +105,10 @@ def state(folder: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def claim(folder: pathlib.Path, home: pathlib.Path | None = None) -> Iterator[int | None]:
-    """Claims a run for this process and yields which attempt this is, or None where the run is not to be had.
+    """Claims a run within the block and yields which attempt this is, or None where the run is not to be had.
 
     An attempt counts when its process died without leaving a newer checkpoint (in `home`, for a run of a set); after
-    ATTEMPTS of them the run is marked as failed instead. The claim ends with the block.
+    ATTEMPTS of them the run is marked as failed instead.
     """
     with (folder / ".claim").open("a+") as file:
         while not (taken := _try_lock(file, fcntl.LOCK_EX)) and _try_lock(file, fcntl.LOCK_SH):
@@ -145,16 +134,14 @@ def claim(folder: pathlib.Path, home: pathlib.Path | None = None) -> Iterator[in
 
 def fail(folder: pathlib.Path, error: str, attempts: int) -> None:
     """Marks a run as failed, with the last lines of its log."""
-    log, lines = folder / "log.txt", []
-    if log.exists():
-        with log.open(errors="replace") as file:
-            lines = [line.rstrip("\n") for line in collections.deque(file, LINES)]
+    log = folder / "log.txt"
+    lines = log.read_text(errors="replace").splitlines()[-LINES:] if log.exists() else []
     write_json(folder / "failed.json", {"error": error, "log": lines, "attempts": attempts})
     (folder / "claim.json").unlink(missing_ok=True)
 
 
 def retry(workdir: pathlib.Path) -> int:
-    """Turns every failed run into one to do, and says how many; what it had saved it goes on from."""
+    """Turns every failed run into one to do, which goes on from what it had saved; returns how many."""
     failed = runs_in(workdir, "failed")
     for _, folder in failed:
         (folder / "claim.json").unlink(missing_ok=True)

@@ -56,15 +56,11 @@ def metrics_of(study: Study) -> tuple[str, ...]:
 def title(levels: Mapping[str, str], seed: int | None = None, fold: str = "") -> str:
     """How messages name a cell, or a run of it: `unfrozen=1, shots=5, seed 2`."""
     parts = [f"{factor}={level}" for factor, level in levels.items()]
-    parts += [] if seed is None else [f"seed {seed}"]
-    return ", ".join(parts + ([fold] if fold else []))
+    return ", ".join(filter(None, [*parts, "" if seed is None else f"seed {seed}", fold]))
 
 
 def load(text: str) -> tuple[str, str, Study]:
-    """Name, question and study of `experiments/NAME[:argument]`, the folder or the file in it.
-
-    The file's docstring is the question, its `get_study(arg)` gives the study. Raises ValueError where one is missing.
-    """
+    """Name, question (the docstring) and study (by get_study) of `experiments/NAME[:argument]`, a folder or file."""
     place, _, argument = text.partition(":")
     path = pathlib.Path(place)
     file = path if path.suffix == ".py" else path / "study.py"
@@ -91,7 +87,6 @@ def load(text: str) -> tuple[str, str, Study]:
 def grid(study: Study, free: Collection[str] = ()) -> list[RunSpec]:
     """Every run, seed by seed, so that the first results are of all cells.
 
-    The same seed (and fold) has the same split, shots, order and new head in every cell, so that cells are paired.
     free: options of SHARED that levels may set all the same, as replicas do their seed. Raises one ValueError that
     lists all invalid options, levels, baselines, seeds, metrics and equal cells.
     """

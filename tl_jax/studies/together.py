@@ -21,10 +21,7 @@ DURATIONS = ("total", "log_every", "eval_every", "schedule.warmup")
 
 
 def members(workdir: pathlib.Path, key: str, only: Collection[str] = ()) -> tuple[list[str], pathlib.Path | None]:
-    """The runs to train together with a run, itself among them, and the set's folder; ([key], None): by itself.
-
-    A set that was begun stays as it is, so that its checkpoints serve it.
-    """
+    """The runs to train together with a run, and the set's folder; ([key], None): by itself. A set once begun stays."""
     plan = store.read_plan(workdir)
     begun = {path.parent: read_json(path) for path in sorted(workdir.glob("together/*/runs.json"))}
     for home, table in begun.items():
@@ -61,9 +58,9 @@ def group(flats: Mapping[str, Mapping[str, Any]], which: str) -> list[list[str]]
 
 
 def form_of(flat: Mapping[str, Any], which: str) -> str | None:
-    """What two runs must have alike to be one program, as a text; None for a run that has to be by itself.
+    """What two runs must have alike in their options to be one program; None for a run that has to be by itself.
 
-    flat: the options of a run. What depends on data and network is checked in tl_jax/training/replicas.py.
+    What depends on data and network is checked in tl_jax/training/replicas.py.
     """
     heads = flat["method.name"] == "linear_probe" and not flat["method.add"] and not flat["phases"]
     stepping = flat["method.name"] not in config.PROBES and flat["parallel"] == "jit"
@@ -74,8 +71,7 @@ def form_of(flat: Mapping[str, Any], which: str) -> str | None:
     spans += [value for phase in flat["phases"] for name, value in phase if name in DURATIONS]
     if any(amount and unit == "epochs" for amount, unit in spans):
         free.discard("data.shots")  # an epoch is as long as there are examples
-    alike, kinds = {key: value for key, value in flat.items() if key not in free}, {}
-    for name, fields in flat["groups"].items():
-        if kind := {field: value for field, value in fields.items() if field not in ("lr_mult", "weight_decay")}:
-            kinds[name] = kind
-    return json.dumps([alike, kinds], sort_keys=True)
+    alike = {key: value for key, value in flat.items() if key not in free}
+    kinds = [(group, field, value) for group, fields in flat["groups"].items() for field, value in fields.items()
+             if field not in ("lr_mult", "weight_decay")]  # fmt: skip
+    return json.dumps([alike, sorted(kinds)], sort_keys=True)

@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def work(workdir: pathlib.Path, only: Collection[str] = (), stop_requested: Callable[..., bool] = lambda *_: False):
-    """Takes runs until none is left to take. Raises Preempted soon after `stop_requested()` has become true."""
+    """Takes runs until none is left; raises Preempted soon after `stop_requested()` has become true."""
     known = {row["key"] for row in store.read_plan(workdir)["runs"]}
-    if unknown := sorted(set(only) - known):
+    if unknown := sorted({*only} - known):
         raise ValueError(f"{workdir} has no run {', '.join(unknown)}; its study has {len(known)} runs, see study.json")
     agreed = distributed.agreed(stop_requested)
     while True:
@@ -74,10 +74,7 @@ def work(workdir: pathlib.Path, only: Collection[str] = (), stop_requested: Call
 
 
 def choose(workdir: pathlib.Path, only: Collection[str], claims: contextlib.ExitStack):
-    """Claims the next run, or set of runs that are one program; None where nothing is left.
-
-    Returns their rows, which attempt each is (None: not to be had), and the set's folder ("": a run by itself).
-    """
+    """Claims the next run or set: its rows, which attempt each is (None: not to be had), the set's folder or ""."""
     with store.waiting_lock(workdir / ".take"):  # so that a set of runs is claimed by one worker
         rows = store.read_plan(workdir)["runs"]  # read again each time: another launcher may have added runs
         wanted = [row["key"] for row in rows if not only or row["key"] in only]
@@ -87,11 +84,8 @@ def choose(workdir: pathlib.Path, only: Collection[str], claims: contextlib.Exit
             return None
         keys, home = ([key], None) if jax.process_count() > 1 else together.members(workdir, key, only)
         rows = [row for row in rows if row["key"] in keys]
-        attempts = [
-            claims.enter_context(store.claim(store.run_folder(workdir, row["key"]), home))
-            if row["key"] in wanted else None
-            for row in rows
-        ]  # fmt: skip
+        folders = [store.run_folder(workdir, row["key"]) if row["key"] in wanted else None for row in rows]
+        attempts = [folder and claims.enter_context(store.claim(folder, home)) for folder in folders]
         return rows, attempts, str(home or "")
 
 
@@ -115,18 +109,15 @@ def take(workdir: pathlib.Path, row: Mapping[str, Any], attempt: int, stop_reque
     finish(workdir, row, result, attempt, f"{time.monotonic() - began:.1f} s")
 
 
-def finish(
-    workdir: pathlib.Path, row: Mapping[str, Any], result: Mapping[str, Any] | Exception, attempt: int, took: str = ""
-) -> None:
-    """Marks a run that ended in an exception as failed, and prints what became of it."""
+def finish(workdir: pathlib.Path, row: Mapping[str, Any], result: Any, attempt: int, took: str = "") -> None:
+    """Marks a run whose result is an exception as failed, and prints what became of it."""
     if isinstance(result, Exception):
         error = f"{type(result).__name__}: {result}"
         if distributed.is_first():
             store.fail(store.run_folder(workdir, row["key"]), error, attempt)
         log_run(workdir, row, f"failed: {error.partition(chr(10))[0]}")
         return
-    metric = store.read_plan(workdir)["metrics"][0]
-    value = store.score(result, metric)
+    value = store.score(result, metric := store.read_plan(workdir)["metrics"][0])
     log_run(workdir, row, f"{metric} {'undefined' if value is None else f'{value:.3f}'} ({took})")
 
 
@@ -135,26 +126,26 @@ def take_together(
     stop_requested: Callable[..., bool],
 ) -> None:  # fmt: skip
     """Does a set of runs, of which those with an attempt are claimed; where it cannot be, they are done one by one."""
-    wanted = [row for row, attempt in zip(rows, attempts, strict=True) if attempt]
     folders, began = [store.run_folder(workdir, row["key"]) for row in rows], time.monotonic()
     claimed = [folder if attempt else None for folder, attempt in zip(folders, attempts, strict=True)]
     if max(filter(None, attempts), default=0) >= store.ATTEMPTS:
         together.separate(home, "its process died")
-    if not wanted or read_json(home / "runs.json")["alone"]:
+    if not any(claimed) or read_json(home / "runs.json")["alone"]:
         return
     for folder in filter(None, claimed):
         with (folder / "log.txt").open("a") as file:
             file.write(f"trained together with {len(rows) - 1} other runs: {home / 'log.txt'}\n")
+    first = next(row for row, folder in zip(rows, claimed, strict=True) if folder)
     others = f"and {len(rows) - 1} runs with it"
     try:
         with output_into(home / "log.txt"):
             results = train_runs(folders, claimed, home, stop_requested)
     except preemption.Preempted as stop:
-        log_run(workdir, wanted[0], f"{others}: {stop}")
+        log_run(workdir, first, f"{others}: {stop}")
         raise
     except Exception as error:  # perhaps it is too large, or one run does not fit: each by itself says what is wrong
         together.separate(home, f"{type(error).__name__}: {error}")
-        log_run(workdir, wanted[0], f"{others} are done one by one: {str(error).partition(chr(10))[0]}")
+        log_run(workdir, first, f"{others} are done one by one: {str(error).partition(chr(10))[0]}")
         return
     took = f"{len(rows)} runs together in {time.monotonic() - began:.1f} s"
     for row, result in zip(rows, results, strict=True):
@@ -172,8 +163,8 @@ def train_runs(folders, claimed, home: pathlib.Path, stop_requested: Callable[..
 def train_run(folder: pathlib.Path, stop_requested: Callable[..., bool]) -> dict[str, Any]:
     from tl_jax.training.train import train
 
-    flat = read_json(folder / "config.json")
-    return train(config.from_flat(flat), folder, verbose=False, stop_requested=stop_requested)
+    options = config.from_flat(read_json(folder / "config.json"))
+    return train(options, folder, verbose=False, stop_requested=stop_requested)
 
 
 def log_run(workdir: pathlib.Path, row: Mapping[str, Any], text: str) -> None:

@@ -64,20 +64,19 @@ def finalize(
     folder: pathlib.Path,
     variables: Mapping[str, Any],
     predictions: Mapping[str, Predictions],
-    hashes: tuple[dict[str, str], dict[str, str]],
     *,
     step: int,
     last_step: int,
     verbose: bool,
     replicas: int = 1,
 ) -> dict[str, Any]:
-    """Proves the audit by the hashes of what is frozen, (as loaded, at the end), and writes all files of a run.
+    """Proves the audit by the hashes of what is frozen, and writes all files of a run.
 
     predictions: of `wanted_splits`, at the selected step. step: that; last_step: the last that was trained.
     """
     material, settings = run.material, run.settings
     spec = run.task.calibrate(predictions["val"]) if "val" in predictions else run.task.spec  # a threshold
-    report = audit.prove([phase.audit for phase in run.phases], *hashes)
+    report = audit.prove([phase.audit for phase in run.phases], material.variables, variables)
     numbers = {
         "step": step,
         "total_steps": run.total_steps,

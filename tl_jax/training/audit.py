@@ -146,11 +146,12 @@ def join(audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"totals": totals(audits), "phases": list(audits)}
 
 
-def prove(audits: Sequence[Mapping[str, Any]], start: Mapping[str, str], end: Mapping[str, str]) -> dict[str, Any]:
+def prove(audits: Sequence[Mapping[str, Any]], loaded: Any, variables: Any) -> dict[str, Any]:
     """The audit of a run with its proof: each leaf that no phase trains has the sha256 that it was loaded with.
 
     Raises RuntimeError otherwise.
     """
+    start, end = (frozen_hashes(tree, audits) for tree in (loaded, variables))
     check_frozen(start, end)
     proof = {"frozen_leaves": len(start), "bit_equal": True, "sha256": messages.fingerprint(end), "hashes": dict(end)}
     return {**join(audits), "proof": proof}

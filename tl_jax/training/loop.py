@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tl_jax import config, tasks
@@ -205,11 +205,10 @@ def identity_of(program: Program) -> dict[str, Any]:
     first, *others = program.runs
     if not others:
         return first.identity
-    return {
-        **first.identity,
-        "replicas": {str(j): messages.fingerprint(run.settings.identity) for j, run in enumerate(program.runs)},
-        "data of replicas": {str(j): run.material.data[MAIN].fingerprint for j, run in enumerate(program.runs)},
-    }
+    runs = {str(j): run for j, run in enumerate(program.runs)}
+    options = {j: messages.fingerprint(run.settings.identity) for j, run in runs.items()}
+    data = {j: run.material.data[MAIN].fingerprint for j, run in runs.items()}
+    return {**first.identity, "replicas": options, "data of replicas": data}
 
 
 def resume(checkpoints: Checkpoints, identity: Mapping[str, Any], initial: Any) -> tuple[Any, dict[str, Any]]:
@@ -241,13 +240,10 @@ def resume(checkpoints: Checkpoints, identity: Mapping[str, Any], initial: Any) 
 
 def log_training(run_log: RunLog, step: int, sums: Mapping[str, float], lr: float) -> None:
     """Writes the means since the last line."""
-    of_steps = ("grad_norm",)
-    row = {
-        f"train/{name}": value / sums["steps" if name in of_steps else "examples"]
-        for name, value in sums.items()
-        if name not in ("examples", "steps")
+    counts = {
+        name: "steps" if name == "grad_norm" else "examples" for name in sums if name not in ("examples", "steps")
     }
-    row["train/lr"] = lr
+    row = {**{f"train/{name}": sums[name] / sums[count] for name, count in counts.items()}, "train/lr": lr}
     run_log.write(step, row)
     run_log.progress(step, row, sums["examples"])
 
@@ -285,10 +281,3 @@ def stopped_early(run: Run, rows: Sequence[Mapping[str, Any]]) -> bool:
         if since >= loop.patience:
             return True
     return False
-
-
-def selected_steps(run: Run, ended: Ended, wanted: Collection[int]) -> dict[int, int]:
-    """The step that is scored of each run: its best on val, or the last."""
-    if run.settings.loop.select == "last":
-        return dict.fromkeys(wanted, ended.step)
-    return {j: best_step(run, ended.rows[j]) for j in wanted}

@@ -150,9 +150,12 @@ def _make_plan(
     """What a step of the phase computes."""
     loop, method = settings.loop, phase.method
     frozen_norms = tuple(path for path, policy in policies.items() if policy == trees.FROZEN)
-    model = dataclasses.replace(
-        material.model, stoch_norm=_stoch_norm(method.stoch_norm, frozen_norms, policies)
-    ).clone(frozen_norms=frozen_norms)
+    if method.stoch_norm and len(frozen_norms) == len(policies):
+        raise ValueError(
+            "method.stoch_norm samples batch or running statistics, but no BatchNorm layer is in train mode "
+            f"({len(policies)} in the network, all frozen); train their blocks, or set method.norm"
+        )
+    model = dataclasses.replace(material.model, stoch_norm=method.stoch_norm).clone(frozen_norms=frozen_norms)
     readers = {**material.readers, MODEL: material.readers[MODEL]._replace(module=model)}
     task_args = _task_args(settings, material)
     task = tasks.make(material.spec, label_smoothing=method.label_smoothing, **task_args)
@@ -221,13 +224,3 @@ def check_prefixes(settings: Settings, phases: Sequence[Phase]) -> None:
             problems.append(f"phase {i} mixes inputs, {mixing}: cached outputs are of single examples; leave it out")
     if problems:
         raise ValueError("the frozen prefix of the network does not go with:\n  " + "\n  ".join(problems))
-
-
-def _stoch_norm(probability: float, frozen_norms: Sequence[str], policies: Mapping[str, str]) -> float:
-    """The probability of running statistics; ValueError where no BatchNorm layer could use it."""
-    if probability and len(frozen_norms) == len(policies):
-        raise ValueError(
-            "method.stoch_norm samples batch or running statistics, but no BatchNorm layer is in train mode "
-            f"({len(policies)} in the network, all frozen); train their blocks, or set method.norm"
-        )
-    return probability

@@ -45,11 +45,9 @@ def probe(
     """
     began, folder, material = time.perf_counter(), pathlib.Path(folder), run.material
     score = _leave_one_out if run.settings.data.resample == "loo" else _hold_out
-    audits = [run.phases[0].audit]
-    frozen = audit.frozen_hashes(material.variables, audits)
     predictions, head, chosen, tried = score(run, parallel, stop_requested)
     variables = trees.merge(jax.device_get(material.variables), {f"params/head/{n}": x for n, x in head.items()})
-    report = audit.prove(audits, frozen, audit.frozen_hashes(variables, audits))
+    report = audit.prove([run.phases[0].audit], material.variables, variables)
     size = {"trainable_parameters": sum(leaf.size for leaf in head.values())}
     if jax.process_index() == 0:
         if head:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,41 +23,6 @@ from tl_jax.training.single import Line, Stop
 
 FIELDS = ("lr_mult", "weight_decay")  # of a parameter group: the numbers in which replicas may differ
 AXES = steps.TrainState(None, *(0,) * (len(steps.TrainState._fields) - 1))  # of a state of all replicas: one step
-
-
-class Group(NamedTuple):
-    """Runs that are one program. Replicas of one seed and number of shots see the same batches: a feed.
-
-    grid: the replica at each place, [M] where all are of one feed, else [D, M], a row a feed; places that are left over
-    repeat a replica. own: what is trained, `collection/path`, which every place has for itself. shared: the frozen
-    leaves that are equal for all. feeds: the random key and the frozen leaves that differ, [D, ...] where there are D.
-    """
-
-    runs: list[Run]
-    grid: np.ndarray
-    own: frozenset[str]
-    shared: dict[str, jax.Array]
-    feeds: dict[str, Any]
-
-    @property
-    def places(self) -> list[int]:
-        """Where each replica is in the flattened grid."""
-        return [int(np.flatnonzero(self.grid == j)[0]) for j in range(len(self.runs))]
-
-    @property
-    def rows(self) -> list[int]:
-        """The first replica of each feed."""
-        return [int(row[0]) for row in (self.grid if self.grid.ndim == 2 else self.grid[None])]
-
-    def over(self, function: Callable, own_axes: Any = 0, out_axes: Any = 0) -> Callable:
-        """function(own, feed, numbers) at every place of the grid; what does not depend on a place is done once."""
-        for feed_axis in (None, 0)[: self.grid.ndim]:
-            function = jax.vmap(function, (own_axes, feed_axis, 0), out_axes)
-        return function
-
-    def flat(self, leaf: Any) -> Any:
-        """An array of every place with one leading axis, that of the flattened grid."""
-        return leaf.reshape(-1, *leaf.shape[self.grid.ndim :])
 
 
 def make(settings: Sequence[Settings], parallel: sharding.Parallel) -> "Replicas":
@@ -90,8 +55,7 @@ def make(settings: Sequence[Settings], parallel: sharding.Parallel) -> "Replicas
     keys = jnp.stack([jax.random.PRNGKey(seed) for seed, _ in feeds])
     if len(feeds) == 1:
         grid, keys = grid[0], keys[0]
-    placed = parallel.place((shared, {"key": keys, "frozen": differing}))
-    return Replicas(Group(runs, grid, own, *placed), parallel)
+    return Replicas(runs, grid, own, *parallel.place((shared, {"key": keys, "frozen": differing})), parallel)
 
 
 def _trained(run: Run, i: int) -> set[str]:
@@ -131,31 +95,24 @@ def _check_prefixes(run: Run, differing: Collection[str]) -> None:
                 raise ValueError(
                     f"cache='features' keeps one set of features for all replicas; of what {prefix.cut} depends on, "
                     f"which phase {i} freezes, {len(found)} of {len(needed)} leaves are not one for all, such as "
-                    f"{found[0]}; set model.weights, freeze no part behind a phase that trains it, or leave "
-                    "out cache"
+                    f"{found[0]}; set model.weights, freeze no part behind a phase that trains it, or leave out cache"
                 )
         own |= _trained(run, i)
 
 
 def _form(run: Run) -> dict[str, Any]:
     """What must be equal for two runs to be one program."""
-    flat = {key: value for key, value in run.settings.identity.items() if not _differs(key)}
-    table = {key: json.dumps(value) for key, value in flat.items()}
+    same = {key for key in run.settings.identity if key not in options.REPLICABLE and not key.startswith("groups.")}
+    table = {key: json.dumps(value) for key, value in run.settings.identity.items() if key in same}
     table |= dict(zip(("log_every in steps", "eval_every in steps"), intervals(run), strict=True))
     table |= {f"the data of {name}": s.fingerprint for name, s in run.material.data.items() if name != MAIN}
     for i, phase in enumerate(run.phases):
         kinds = {name: group._replace(lr_mult=0.0, weight_decay=0.0) for name, group in phase.groups.items()}
-        facts = {
-            "steps": (phase.start, phase.stop), "warm-up steps": phase.warmup_steps, "groups": kinds,
-            "labels": messages.fingerprint(phase.plan.labels),
-            "step offsets": messages.fingerprint(phase.offsets),
-        }  # fmt: skip
+        prints = {"labels": phase.plan.labels, "step offsets": phase.offsets}
+        facts = {"steps": (phase.start, phase.stop), "warm-up steps": phase.warmup_steps, "groups": kinds}
+        facts |= {name: messages.fingerprint(value) for name, value in prints.items()}
         table |= {f"phase {i}: {name}": str(value) for name, value in facts.items()}
     return table
-
-
-def _differs(key: str) -> bool:
-    return key in options.REPLICABLE or key.startswith("groups.")
 
 
 def whole(*parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,12 +121,47 @@ def whole(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Replicas:
-    """A group of runs as a program of the training loop; all but `step` of its state has the axes of the grid."""
+    """Several runs as a program of the training loop; all but `step` of its state has the axes of the grid.
 
-    def __init__(self, group: Group, parallel: sharding.Parallel):
-        self.runs, self.group, self._parallel = group.runs, group, parallel
+    Replicas of one seed and number of shots see the same batches: a feed. grid: the replica at each place, [M] where
+    all are of one feed, else [D, M], a row a feed; places that are left over repeat a replica. own: what is trained,
+    `collection/path`, which every place has for itself. shared: the frozen leaves that are equal for all. feeds: the
+    random key and the frozen leaves that differ, [D, ...] where there are D.
+    """
+
+    def __init__(
+        self,
+        runs: list[Run],
+        grid: np.ndarray,
+        own: frozenset[str],
+        shared: dict[str, jax.Array],
+        feeds: dict[str, Any],
+        parallel: sharding.Parallel,
+    ):
+        self.runs, self._grid, self._own, self._shared, self._feeds = runs, grid, own, shared, feeds
+        self._parallel = parallel
         self._rates: dict[int, Any] = {}
         self._evals: dict[Any, tuple[bool, Callable]] = {}
+
+    @property
+    def _places(self) -> list[int]:
+        """Where each replica is in the flattened grid."""
+        return [int(np.flatnonzero(self._grid == j)[0]) for j in range(len(self.runs))]
+
+    @property
+    def _rows(self) -> list[int]:
+        """The first replica of each feed."""
+        return [int(row[0]) for row in (self._grid if self._grid.ndim == 2 else self._grid[None])]
+
+    def _over(self, function: Callable, own_axes: Any = 0, out_axes: Any = 0) -> Callable:
+        """function(own, feed, numbers) at every place of the grid; what does not depend on a place is done once."""
+        for feed_axis in (None, 0)[: self._grid.ndim]:
+            function = jax.vmap(function, (own_axes, feed_axis, 0), out_axes)
+        return function
+
+    def _flat(self, leaf: Any) -> Any:
+        """An array of every place with one leading axis, that of the flattened grid."""
+        return leaf.reshape(-1, *leaf.shape[self._grid.ndim :])
 
     def constant_hashes(self) -> dict[str, str]:
         return {}  # checkpoints hold what is trained, and nothing else
@@ -179,7 +171,7 @@ class Replicas:
         phases = [run.phases[i] for run in self.runs]
 
         def place(values):
-            return np.array(list(values), np.float32)[self.group.grid]
+            return np.array(list(values), np.float32)[self._grid]
 
         return {
             "lr": place(phase.lr for phase in phases),
@@ -206,17 +198,17 @@ class Replicas:
     def _separate(self, state: steps.TrainState) -> steps.TrainState:
         """What a run has for itself of its state; its variables are a flat table."""
         flat = trees.flatten(single.current_variables(state))
-        return state._replace(params={path: flat[path] for path in self.group.own}, batch_stats={}, key=None)
+        return state._replace(params={path: flat[path] for path in self._own}, batch_stats={}, key=None)
 
     def initial(self, i: int) -> steps.TrainState:
-        group, plan = self.group, self.runs[0].phases[i].plan
-        firsts = [self.runs[j].material for j in group.grid.flat]
+        plan = self.runs[0].phases[i].plan
+        firsts = [self.runs[j].material for j in self._grid.flat]
 
         def stack(*leaves):
-            return jnp.stack(leaves).reshape(*group.grid.shape, *jnp.shape(leaves[0]))
+            return jnp.stack(leaves).reshape(*self._grid.shape, *jnp.shape(leaves[0]))
 
         flats = [trees.flatten(material.variables) for material in firsts]
-        own = {path: stack(*(flat[path] for flat in flats)) for path in group.own}
+        own = {path: stack(*(flat[path] for flat in flats)) for path in self._own}
         memory = jax.tree.map(stack, *(material.memory for material in firsts))
 
         def begin(own, memory, shared, feeds, numbers):
@@ -225,38 +217,38 @@ class Replicas:
                 tree = whole(shared, feed["frozen"], variables)
                 return self._separate(steps.init_state(plan, self._optimizer(i, numbers), tree, memory, 0))
 
-            return group.over(one, out_axes=AXES)((own, memory), feeds, numbers)
+            return self._over(one, out_axes=AXES)((own, memory), feeds, numbers)
 
-        state = jax.jit(begin)(own, memory, group.shared, group.feeds, self.numbers(i))
+        state = jax.jit(begin)(own, memory, self._shared, self._feeds, self.numbers(i))
         return self._parallel.place(state)
 
     def enter(self, i: int, state: steps.TrainState) -> steps.TrainState:
-        group, (before, phase) = self.group, self.runs[0].phases[i - 1 : i + 1]
+        before, phase = self.runs[0].phases[i - 1 : i + 1]
 
         def enter(state, shared, feeds, numbers):
             def one(own, feed, numbers):
                 joined = self._join(own, feed["key"], shared, feed["frozen"])
                 return self._separate(steps.enter_phase(phase.plan, self._optimizer(i, numbers), joined, before.length))
 
-            return group.over(one, AXES, AXES)(state, feeds, numbers)
+            return self._over(one, AXES, AXES)(state, feeds, numbers)
 
-        return self._parallel.place(jax.jit(enter)(state, group.shared, group.feeds, self.numbers(i)))
+        return self._parallel.place(jax.jit(enter)(state, self._shared, self._feeds, self.numbers(i)))
 
     def refresh(self, i: int, state: steps.TrainState, names: Sequence[str], stop: Stop) -> steps.TrainState:
         params, memory = jax.device_get((state.params, state.memory))
-        flat, found = jax.tree.map(lambda x: np.array(self.group.flat(x)), memory), {}
-        for j, place in enumerate(self.group.places):
+        flat, found = jax.tree.map(lambda x: np.array(self._flat(x)), memory), {}
+        for j, place in enumerate(self._places):
             own = jax.tree.map(lambda x, place=place: x[place], flat)
             found[j] = jax.device_get(
                 single.refreshed(self.runs[j], i, self._variables_at(params, j), own, names, stop)
             )
-        made = [found[j] for j in self.group.grid.flat]
-        stacked = jax.tree.map(lambda *x: np.stack(x).reshape(*self.group.grid.shape, *x[0].shape), *made)
+        made = [found[j] for j in self._grid.flat]
+        stacked = jax.tree.map(lambda *x: np.stack(x).reshape(*self._grid.shape, *x[0].shape), *made)
         return state._replace(memory=self._parallel.place(stacked))
 
     def frozen_hashes(self, i: int, state: steps.TrainState) -> dict[str, str]:
         """Hashes of what phase i keeps frozen, as it lies in the grid."""
-        tree = whole(self.group.shared, self.group.feeds["frozen"], state.params)
+        tree = whole(self._shared, self._feeds["frozen"], state.params)
         return audit.frozen_hashes(tree, [self.runs[0].phases[i].audit])
 
     def batches(self, i: int, state: Any, names: Sequence[str], stop: Stop) -> dict[str, Any]:
@@ -264,7 +256,7 @@ class Replicas:
         training = [name for name in names if name in self.runs[0].material.streams]
         scored = [name for name in names if name not in training]
         found: dict[str, Any] = {name: [] for name in training}
-        for d, j in enumerate(self.group.rows):
+        for d, j in enumerate(self._rows):
             run = self.runs[j]
             sets = {name: run.material.streams[name] for name in training}
             sets |= {name: run.material.eval_batches[name] for name in scored} if d == 0 else {}
@@ -277,7 +269,7 @@ class Replicas:
         with contextlib.ExitStack() as stack:
             made = [
                 single.streams_of(self.runs[j], {name: each[d] for name, each in sets.items()}, start, stop)
-                for d, j in enumerate(self.group.rows)
+                for d, j in enumerate(self._rows)
             ]
             for stream in made:
                 stack.enter_context(contextlib.closing(stream))
@@ -286,16 +278,16 @@ class Replicas:
 
     def _put(self, batches: Sequence[Mapping[str, Mapping[str, np.ndarray]]]) -> Any:
         """The batches of every feed to the devices, each divided over all of them."""
-        if self.group.grid.ndim == 1:
+        if self._grid.ndim == 1:
             return self._parallel.put_batch(batches[0])
         sharded = NamedSharding(self._parallel.mesh, PartitionSpec(None, sharding.AXIS))
         return jax.tree.map(lambda *x: jax.device_put(np.stack(x), sharded), *batches)
 
     def compile(self, i: int, state: Any, batch: Any) -> tuple[Callable, dict[str, Any]]:
-        group, numbers = self.group, self._parallel.place(self.numbers(i))
+        numbers = self._parallel.place(self.numbers(i))
 
         def inputs(batch):
-            return {"shared": group.shared, "feeds": {**group.feeds, "batch": batch}, "numbers": numbers}
+            return {"shared": self._shared, "feeds": {**self._feeds, "batch": batch}, "numbers": numbers}
 
         step, cost = self._parallel.compile(self.make_train_step(i), state, inputs(batch))
         return lambda state, batch: step(state, inputs(batch)), cost
@@ -310,7 +302,7 @@ class Replicas:
                 step = steps.make_train_step(plan, self._optimizer(i, numbers))
                 return self._separate(step(joined, feed["batch"]))
 
-            return self.group.over(one, AXES, AXES)(state, inputs["feeds"], inputs["numbers"])
+            return self._over(one, AXES, AXES)(state, inputs["feeds"], inputs["numbers"])
 
         return train_step
 
@@ -327,14 +319,14 @@ class Replicas:
         sums, lr, bad = jax.tree.map(np.ravel, jax.device_get((line.sums, line.lr, line.bad_step)))
         return {
             j: ({name: float(value[place]) for name, value in sums.items()}, float(lr[place]), int(bad[place]))
-            for j, place in enumerate(self.group.places)
+            for j, place in enumerate(self._places)
         }
 
     def predict(self, i: int, state: steps.TrainState, batches: Any, wanted: Sequence[int]) -> dict[int, Any]:
         """{replica: its Predictions, or the FloatingPointError of one that diverged}; equal features are one array."""
-        group, run, prefix = self.group, self.runs[0], single.eval_prefix(self.runs[0], i)
+        run, prefix = self.runs[0], single.eval_prefix(self.runs[0], i)
         evaluated = {**state.params, **state.ema}
-        variables, field = (group.shared, group.feeds["frozen"], evaluated), run.material.readers[MODEL].field
+        variables, field = (self._shared, self._feeds["frozen"], evaluated), run.material.readers[MODEL].field
         if prefix not in self._evals:
             depends = _depend(self._make_eval(prefix, None), variables, batches[0][field])
             self._evals[prefix] = depends, self._make_eval(prefix, 0 if depends else None)
@@ -344,7 +336,7 @@ class Replicas:
         outputs, labels = evaluate.collect(lambda x: eval_fn(variables, x), batches, field, self._parallel, axes)
         features, found = outputs.pop(steps.FEATURES), {}
         for j in wanted:
-            place = group.places[j]
+            place = self._places[j]
             own = {name: values[place] for name, values in outputs.items()}
             try:
                 found[j] = make_predictions(
@@ -355,7 +347,7 @@ class Replicas:
         return found
 
     def _make_eval(self, prefix: steps.Prefix | None, features_axis: int | None) -> Callable:
-        group, step = self.group, single.make_eval_step(self.runs[0], prefix)
+        step = single.make_eval_step(self.runs[0], prefix)
 
         def evaluate_all(variables, x):
             shared, frozen, own = variables
@@ -364,21 +356,21 @@ class Replicas:
                 outputs = step(whole(shared, frozen, own), x)
                 return outputs.pop(steps.FEATURES), outputs
 
-            features, outputs = group.over(one, out_axes=(features_axis, 0))(own, frozen, jnp.zeros(group.grid.shape))
+            features, outputs = self._over(one, out_axes=(features_axis, 0))(own, frozen, jnp.zeros(self._grid.shape))
             return {
-                **{name: group.flat(values) for name, values in outputs.items()},
-                steps.FEATURES: features if features_axis is None else group.flat(features),
+                **{name: self._flat(values) for name, values in outputs.items()},
+                steps.FEATURES: features if features_axis is None else self._flat(features),
             }
 
         return self._parallel.evaluate(evaluate_all)
 
     def _variables_at(self, own: Mapping[str, np.ndarray], j: int) -> dict[str, Any]:
         """The variables of one replica, on the host."""
-        group, place = self.group, self.group.places[j]
-        shared, frozen = jax.device_get((group.shared, group.feeds["frozen"]))
-        if group.grid.ndim == 2:
-            frozen = {path: leaf[place // group.grid.shape[1]] for path, leaf in frozen.items()}
-        return whole(shared, frozen, {path: group.flat(leaf)[place] for path, leaf in own.items()})
+        place = self._places[j]
+        shared, frozen = jax.device_get((self._shared, self._feeds["frozen"]))
+        if self._grid.ndim == 2:
+            frozen = {path: leaf[place // self._grid.shape[1]] for path, leaf in frozen.items()}
+        return whole(shared, frozen, {path: self._flat(leaf)[place] for path, leaf in own.items()})
 
     def variables(self, state: steps.TrainState, j: int) -> dict[str, Any]:
         return self._variables_at(jax.device_get({**state.params, **state.ema}), j)

@@ -12,7 +12,7 @@ from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.log import log
 from tl_jax.training import artifacts, audit, probe, replicas
 from tl_jax.training.build import Run, assemble, prepare
-from tl_jax.training.loop import Ended, Loop, not_finite, selected_steps
+from tl_jax.training.loop import Ended, Loop, best_step, not_finite
 from tl_jax.training.settings import Settings, read
 from tl_jax.training.single import Program, Single, Stop
 
@@ -64,10 +64,9 @@ def train_together(
 ) -> list[Outcome | None]:
     """Trains configs that differ in replicable options alone as one program, each into its folder.
 
-    Their checkpoints lie in `home`. Returns each result.json, the error of a replica that diverged, which stops no
-    other, or None where the folder is None: such a replica is trained, so that a checkpoint of the same set of configs
-    goes on, but writes nothing. Raises ValueError for configs that do not fit together or anything, and Preempted as
-    `train` does.
+    Their checkpoints are in `home`. Returns each result.json, the error of a replica that diverged, which stops no
+    other, or None where the folder is None: such a replica is trained, as the checkpoint is of the whole set, but
+    writes nothing. Raises as `train` does.
     """
     parallel = sharding.make_parallel("jit")
     settings = [read(config) for config in configs]
@@ -122,7 +121,9 @@ def _train(
             return dict.fromkeys(folders, error)
         outcomes: dict[int, Outcome] = {j: error for j, error in ended.failed.items() if j in folders}
         left = [j for j in folders if j not in outcomes]
-        selected = selected_steps(program.runs[0], ended, left)
+        first = program.runs[0]
+        last = first.settings.loop.select == "last"
+        selected = {j: ended.step if last else best_step(first, ended.rows[j]) for j in left}
         for step in sorted(set(selected.values())):
             chosen = [j for j in left if selected[j] == step]
             outcomes |= _finish(program, ended, step, chosen, folders, checkpoints, verbose, stop)
@@ -133,24 +134,18 @@ def _finish(
     program: Program, ended: Ended, step: int, chosen: Sequence[int], folders, checkpoints: Checkpoints, verbose, stop
 ) -> dict[int, Outcome]:
     """Scores the runs whose selected step this is, and writes what they leave."""
-    run, outcomes = program.runs[0], {}
-    i = run.phase_of(step)
+    run, outcomes, i = program.runs[0], {}, program.runs[0].phase_of(step)
     state = ended.state if step == ended.step else checkpoints.restore(step, program.initial(i))
     names = artifacts.wanted_splits(run)
     sets = program.batches(i, state, names, stop)  # the one time that test is read
     predictions = {name: program.predict(i, state, sets[name], chosen) for name in names}
-    alone = len(program.runs) == 1
     for j in chosen:
         own = {name: found[j] for name, found in predictions.items()}
         if errors := [found for found in own.values() if isinstance(found, FloatingPointError)]:
             outcomes[j] = not_finite(step - 1, step, f"its outputs are not: {errors[0]}")
             continue
-        variables, audits = program.variables(state, j), [phase.audit for phase in program.runs[j].phases]
-        hashes = tuple(
-            audit.frozen_hashes(tree, audits) for tree in (program.runs[j].material.variables, variables)
-        )  # fmt: skip
         outcomes[j] = artifacts.finalize(
-            program.runs[j], folders[j], variables, own, hashes, step=step, last_step=ended.step,
-            verbose=verbose and alone, replicas=len(program.runs),
+            program.runs[j], folders[j], program.variables(state, j), own, step=step, last_step=ended.step,
+            verbose=verbose and len(program.runs) == 1, replicas=len(program.runs),
         )  # fmt: skip
     return outcomes

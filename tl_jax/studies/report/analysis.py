@@ -1,19 +1,21 @@
 """What the numbers of a study say: means, paired differences, effects, ranks and costs, as plain data and sentences."""
 
 import itertools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from tl_jax import tasks
+from tl_jax.core import messages
 from tl_jax.studies.report import statistics
 from tl_jax.studies.report.results import COSTS, Cell, Outputs, Results, Unit, read_curve
 from tl_jax.tasks.intervals import mean_defined
 
 ALPHA = 0.05
+LISTED = 8  # settings in one sentence
 FEW = 5  # with fewer pairs a t-test sees large differences only
-FLIPPED = {1: ("wins", "losses"), -1: ("losses", "wins")}
 
 
 def means(results: Results, metric: str) -> dict[Cell, dict]:
@@ -27,28 +29,29 @@ def means(results: Results, metric: str) -> dict[Cell, dict]:
 def differences(results: Results, metric: str) -> list[dict[str, Any]]:
     """Every level of a factor with a baseline against that baseline, all other factors equal, paired by seed and fold.
 
-    Rows: factor, level, against, cell, base, those of `statistics.paired`, better and worse (pairs), and `adjusted`,
-    Holm's p-value over all rows of the metric.
+    Rows: factor, level, against, cell, those of `statistics.paired`, the differences as values, better and worse
+    (pairs), and `adjusted`, Holm's p-value over all rows of the metric.
     """
     rows = []
     for factor, against in results.baseline.items():
-        bases = results.cells_where({factor: against})
-        for level, base in itertools.product(results.factors[factor], bases):
+        for level, base in itertools.product(results.factors[factor], results.cells_where({factor: against})):
             cell = results.with_level(base, factor, level)
-            if level != against and cell in results.grid:
-                rows.append({"factor": factor, "level": level, "against": against, "cell": cell, "base": base})
-    for row in rows:
-        a, b = (results.scores(row[name], metric) for name in ("cell", "base"))
-        pairs = [(a[unit], b[unit]) for unit in results.grid[row["cell"]] if unit in a and unit in b]
-        row |= statistics.paired(*np.reshape(pairs, (-1, 2)).T, test_share=results.test_share)
-        row["better"], row["worse"] = (row[name] for name in FLIPPED[tasks.direction(metric)])
+            if level == against or cell not in results.grid:
+                continue
+            row = {"factor": factor, "level": level, "against": against, "cell": cell}
+            a, b = results.scores(cell, metric), results.scores(base, metric)
+            pairs = np.reshape([(a[unit], b[unit]) for unit in a if unit in b], (-1, 2)).T
+            row |= statistics.paired(*pairs, test_share=results.test_share)
+            row["values"] = np.subtract(*pairs).tolist()
+            row["better"], row["worse"] = (row["wins"], row["losses"])[:: tasks.direction(metric)]
+            rows.append(row)
     for row, adjusted in zip(rows, statistics.holm([row["p"] for row in rows]), strict=True):
         row["adjusted"] = adjusted
     return rows
 
 
 def reading(results: Results, metric: str, rows: list[dict[str, Any]]) -> list[str]:
-    """The comparisons of one metric in plain words, a sentence for each level that is compared."""
+    """The comparisons of one metric in words, a sentence for each level."""
     if not any(results.scores(cell, metric) for cell in results.grid):
         known = sorted({name for run in results.runs() for name in run.scores})
         has = f" (the finished ones have {', '.join(known)})" if known else ""
@@ -56,10 +59,8 @@ def reading(results: Results, metric: str, rows: list[dict[str, Any]]) -> list[s
     if not results.baseline:
         return ["The study names no baseline level, so its cells are shown side by side and not compared."]
     if len(results.factors) > 1:
-        groups: dict[tuple[str, str], list[dict]] = {}
-        for row in rows:
-            groups.setdefault((row["factor"], row["level"]), []).append(row)
-        return [_read_several(results, metric, group) for group in groups.values()]
+        groups = itertools.groupby(rows, operator.itemgetter("factor", "level"))
+        return [_read_several(results, metric, list(group)) for _, group in groups]
     return [_read_one(results, metric, row) for row in rows]
 
 
@@ -94,21 +95,19 @@ def _read_several(results: Results, metric: str, rows: list[dict[str, Any]]) -> 
         else:
             kind = f"{metric} is {_direction(metric, row['mean'])}"
         kinds.setdefault(kind, []).append(setting if row["mean"] is None else f"{setting}: {row['mean']:+.4f}")
-    told = "; ".join(f"{kind} in {len(names)} ({_listed(names)})" for kind, names in kinds.items())
+    told = "; ".join(
+        f"{kind} in {len(names)} ({'; '.join(messages.shorten(names, LISTED))})" for kind, names in kinds.items()
+    )
     few = _few(results, [row["n"] for row in rows if row["adjusted"] is not None])
     settings = "setting" if len(rows) == 1 else "settings"
     return f"{factor}={level} against {factor}={against}, in {len(rows)} {settings}: {told}{few}."
 
 
 def _few(results: Results, counts: list[int]) -> str:
-    if not counts or min(counts) >= FEW:
+    if min(counts, default=FEW) >= FEW:
         return ""
     span = " to ".join(map(str, sorted({min(counts), max(counts)})))
     return f"; with {span} {results.noun(max(counts))} only large differences can be seen"
-
-
-def _listed(names: list[str], limit: int = 8) -> str:
-    return "; ".join(names[:limit]) + (f"; and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _direction(metric: str, mean: float) -> str:
@@ -127,7 +126,7 @@ def effects(results: Results, metric: str) -> tuple[list[dict[str, Any]] | str, 
     units = [unit for unit in next(iter(results.grid.values()), {}) if all(unit in column for column in scores)]
     if not units:
         lacking = [results.title(cell) for cell, column in zip(cells, scores, strict=True) if not column]
-        named = f"; without any value: {_listed(lacking)}" if lacking else ""
+        named = f"; without any value: {'; '.join(messages.shorten(lacking, LISTED))}" if lacking else ""
         return f"no {results.noun(1)} is complete in all {len(cells)} cells{named}", 0
     table = np.array([[column[unit] for unit in units] for column in scores])
     table = table.reshape(*map(len, results.factors.values()), len(units))
@@ -150,11 +149,10 @@ def ranks(results: Results, factor: str, metric: str) -> dict[str, Any] | str:
 
 def costs(results: Results) -> list[dict[str, Any]]:
     """The mean cost of each cell over its finished runs, and its ratio to the cell of the baseline levels."""
-    means: dict[Cell, dict[str, float | None]] = {}
+    rows, means = [], {}
     for cell, units in results.grid.items():
-        found = {name: [run.cost[name] for run in units.values() if run.cost.get(name) is not None] for name in COSTS}
-        means[cell] = {name: float(np.mean(values)) if values else None for name, values in found.items()}
-    rows = []
+        columns = {name: [run.cost.get(name) for run in units.values()] for name in COSTS}
+        means[cell] = {name: statistics.mean_interval(column)["mean"] for name, column in columns.items()}
     for cell, own in means.items():
         base = tuple(results.baseline.get(factor, level) for factor, level in zip(results.factors, cell, strict=True))
         of_base = means.get(base, {}) if results.baseline else {}
@@ -169,15 +167,13 @@ def mean_curve(results: Results, cell: Cell, column: str) -> dict | None:
     curves = [read_curve(run, column) for run in results.grid.get(cell, {}).values()]
     if not (curves := [curve for curve in curves if len(curve)]):
         return None
-    first, last = max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves)
     steps = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
-    steps = steps[(steps >= first) & (steps <= last)]
+    steps = steps[(steps >= max(curve[0, 0] for curve in curves)) & (steps <= min(curve[-1, 0] for curve in curves))]
     rows = [results.interval(values) for values in zip(*(np.interp(steps, *curve.T) for curve in curves), strict=True)]
     return {"x": steps, **{name: [row[name] for row in rows] for name in ("mean", "low", "high")}} if rows else None
 
 
 def pooled(results: Results, outputs: Mapping[str, Outputs], factor: str, level: str) -> dict | None:
-    """Reliability bins of all the finished runs of one level together."""
     keys = [run.key for cell in results.cells_where({factor: level}) for run in results.grid[cell].values()]
     found = [outputs[key] for key in keys if key in outputs]
     if not found:
@@ -196,6 +192,5 @@ def class_changes(
         other = results.grid.get(results.with_level(base, factor, level), {})
         for unit, run in results.grid[base].items():
             if unit in other and run.key in outputs and other[unit].key in outputs:
-                change = outputs[other[unit].key].recall - outputs[run.key].recall
-                found.setdefault(unit, []).append(change)
+                found.setdefault(unit, []).append(outputs[other[unit].key].recall - outputs[run.key].recall)
     return np.array([mean_defined(np.array(changes), axis=0) for changes in found.values()])

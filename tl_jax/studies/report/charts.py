@@ -19,22 +19,21 @@ def look(name: str, order: Sequence[str]) -> dict:
     return {"color": PALETTE[place % LINES], "marker": MARKERS[place % len(MARKERS)]}
 
 
-def _legend(figure, axes, title, names=None):
-    """The lines of the first axes, or those of `names` that occur in any."""
-    found = [pair for axis in axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
-    if names is not None:
-        handles = {label: handle for handle, label in reversed(found)}
-        found = [(handles[label], label) for label in dict.fromkeys(names) if label in handles]
+def _legend(figure, axes, title, names=()):
+    """The lines of the axes, each once, those of `names` first."""
+    handles = dict.fromkeys(names)
+    for axis in reversed(axes):
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    found = [(handle, label) for label, handle in handles.items() if handle]
     style = {"loc": "outside right upper", "fontsize": 8, "title_fontsize": 8}
     figure.legend(*zip(*found, strict=True), title=title or None, **style)
 
 
 def dots(path, rows: Sequence[str], series: Mapping[str, Sequence[dict]], label: str, *, order: Sequence[str] = (),
          legend="", reference=None):  # fmt: skip
-    """A mean with its interval and its values, a row each; `series` stand side by side, one alone with its numbers.
+    """A row of marks {"mean", "low", "high", "values", "sure", "text"} each; `series` stand side by side.
 
-    A mark is {"mean", "low", "high", "values", "sure", "text"}: not `sure` is hollow, and `text` stands where there is
-    no mean. `reference`: x of a vertical line.
+    Not `sure` is hollow, and `text` stands where there is no mean. `reference`: x of a vertical line.
     """
     several, step = len(series) > 1, 0.8 / len(series)
     height = min(0.9 + len(rows) * (0.14 + max(0.2 * len(series), 0.24)), 40)
@@ -93,14 +92,16 @@ def comparison(path, named: Mapping[str, Sequence[float] | Mapping], label: str)
     dots(path, list(named), {"": marks}, f"{label}, 95 % interval")
 
 
-def lines(path, panels: Mapping[str, Mapping[str, dict]], x_label: str, y_label: str, *, order: Sequence[str],
-          legend="", log=False, ticks=None, bars=False):  # fmt: skip
+def lines(path, panels: Mapping[str, Mapping[str, dict]], x_label: str | Sequence[str], y_label: str, *,
+          order: Sequence[str], legend="", log=False, ticks=None, bars=False):  # fmt: skip
     """Lines of means with their intervals, a panel each for {title: {line: {"x", "mean", "low", "high"}}}.
 
-    ticks: [(x, text)]. bars: intervals as bars, the lines set apart a little, instead of bands.
+    x_label: of the panels at the bottom, or one for each. A line may have "circle", a point (x, y) to mark. ticks: [(x,
+    text)]. bars: intervals as bars, the lines set apart a little, instead of bands.
     """
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows, several = -(-len(panels) // columns), len(order) > 1
+    labels = [""] * (len(panels) - columns) + [x_label] * columns if isinstance(x_label, str) else x_label
     width, height = (5.2, 3.5) if len(panels) == 1 else (2.5 * columns, 2.3 * rows + 0.2)
     with figure_at(path, (width + 1.5 * several, height), rows=rows, columns=columns) as (figure, axes):
         shown = axes[: len(panels)]
@@ -118,8 +119,7 @@ def lines(path, panels: Mapping[str, Mapping[str, dict]], x_label: str, y_label:
                 axis.set_xticks([x for x, _ in ticks], [short(text, 16) for _, text in ticks])
         low, high = zip(*(axis.get_ylim() for axis in shown), strict=True)
         for i, axis in enumerate(shown):
-            axis.set(ylim=(min(low), max(high)), xlabel=x_label if i + columns >= len(panels) else "")
-            axis.set_ylabel(y_label if i % columns == 0 else "")
+            axis.set(ylim=(min(low), max(high)), xlabel=labels[i], ylabel=y_label if i % columns == 0 else "")
         if several:
             _legend(figure, shown, legend, [short(name, 30) for name in order])
 
@@ -132,8 +132,10 @@ def _line(axis, name, order, line, bars=False):
         axis.vlines(x, numbers["low"], numbers["high"], color=style["color"], linewidth=1.5, alpha=0.7)
     elif "low" in line:
         axis.fill_between(x, numbers["low"], numbers["high"], color=style["color"], alpha=0.16, linewidth=0)
-    style |= {"linewidth": 1.5, "label": short(name, 30), "markersize": 5.5} | ({"marker": ""} if len(x) > 15 else {})
-    axis.plot(x, numbers["mean"], **style, **WHITE_EDGE)
+    style |= {"marker": ""} if len(x) > 15 and "circle" not in line else {}
+    axis.plot(x, numbers["mean"], **style, **WHITE_EDGE, linewidth=1.5, markersize=5.5, label=short(name, 30))
+    if "circle" in line:
+        axis.plot(*numbers["circle"], "o", color=INK, markersize=12, fillstyle="none")
 
 
 def pareto(path, points: Sequence[dict], best: Sequence[int], label: str, *, order: Sequence[str], legend=""):

@@ -1,7 +1,6 @@
-"""The figures of a study: what its results allow is drawn, and what a reader would miss is named.
+"""The figures of a study: a maker yields (name, caption, path -> None), or a sentence that says why there is none.
 
-A maker takes the results, {metric: what report.analyse found} and {key of a run: its reduced predictions}, and yields
-figures, (name, caption, path -> None), or a sentence that says why there is none.
+It takes the results, {metric: what report.analyse found} and {key of a run: its reduced predictions}.
 """
 
 import itertools
@@ -35,8 +34,7 @@ def draw(results: Results, numbers: Numbers, folder: pathlib.Path) -> tuple[list
             notes.append(made)
             continue
         name, caption, draw_into = made
-        for suffix in (".png", ".svg"):
-            draw_into(folder / f"{name}{suffix}")
+        draw_into(folder / f"{name}.png"), draw_into(folder / f"{name}.svg")
         pictures.append(Picture(name, caption))
     return pictures, notes
 
@@ -73,10 +71,8 @@ def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     metric = results.metrics[0]
 
     def mark(row):
-        a, b = (results.scores(row[name], metric) for name in ("cell", "base"))
-        values = [a[unit] - b[unit] for unit in a if unit in b]
         sure = row["adjusted"] is not None and row["adjusted"] < analysis.ALPHA
-        return {**row, "values": values, "sure": sure, "text": "" if values else "no pair"}
+        return {**row, "sure": sure, "text": "" if row["n"] else "no pair"}
 
     for factor, against in results.baseline.items():
         rows = [row for row in numbers[metric]["differences"] if row["factor"] == factor]
@@ -84,21 +80,17 @@ def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
             yield f"differences from {factor}={against}: no level has a {results.noun(1)} in common with it"
             continue
         levels = list(dict.fromkeys(row["level"] for row in rows))
-        if len(results.factors) == 1 or len(levels) > charts.LINES:
-            names = [results.title(row["cell"]) for row in rows]
-            series, legend = {"": [mark(row) for row in rows]}, ""
-        else:
-            names = list(dict.fromkeys(results.title(row["cell"], without=[factor]) for row in rows))
-            series = {level: [mark(row) for row in rows if row["level"] == level] for level in levels}
-            legend = factor
-        caption = (
-            f"Difference in {metric} from {factor}={against}, other factors equal, paired: mean and 95 % interval (of "
-            f"each alone); filled where p (Holm) < {analysis.ALPHA}."
-        )
+        coloured = len(results.factors) > 1 and len(levels) <= charts.LINES
+        names = [results.title(row["cell"], without=[factor] if coloured else ()) for row in rows]
+        series: dict[str, list[dict]] = {}
+        for row in rows:
+            series.setdefault(row["level"] if coloured else "", []).append(mark(row))
+        caption = f"Difference in {metric} from {factor}={against}, other factors equal, paired: mean and 95 % interval"
+        caption += f" (of each alone); filled where p (Holm) < {analysis.ALPHA}."
         label = f"difference in {metric}, 95 % interval"
-        style = {"order": list(results.factors[factor]), "legend": legend, "reference": 0, "label": label}
+        style = {"order": list(results.factors[factor]), "legend": factor, "reference": 0, "label": label}
         name = "differences" if len(results.baseline) == 1 else f"differences-{_file(factor)}"
-        yield name, caption, partial(charts.dots, rows=names, series=series, **style)
+        yield name, caption, partial(charts.dots, rows=list(dict.fromkeys(names)), series=series, **style)
 
 
 def budget(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
@@ -111,8 +103,8 @@ def budget(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
         place = {level: count or max(shots.values()) * 3 for level, count in shots.items()}  # 0 shots: all examples
         ticks = [(place[level], str(count or "all")) for level, count in shots.items()]
         panels = _panels(results, factor, partial(_means_along, results, metric, factor, place))
-        if isinstance(panels, str) or not any(panels.values()):
-            yield f"{metric} against {factor}: {panels if isinstance(panels, str) else 'no run has a value'}"
+        if isinstance(panels, str) or not panels:
+            yield f"{metric} against {factor}: {panels or 'no run has a value'}"
             continue
         caption = f"{metric} against the number of training examples per class; bands are 95 % intervals."
         style = {"x_label": "examples per class", "log": True, "ticks": ticks}
@@ -126,7 +118,7 @@ def _line_figure(name: str, caption: str, results: Results, panels: dict, factor
 
 
 def _line_factor(results: Results, along: str) -> str:
-    """The factor that lines stand for where the x axis is `along`: one that can have colours, if any is left."""
+    """The factor that lines stand for: one that can have colours, if any is left."""
     others = [factor for factor in [*results.baseline, *results.factors] if factor != along]
     return next(iter([*_with_colours(results, others), *others]), "")
 
@@ -142,11 +134,11 @@ def _with_colours(results: Results, factors: list[str]) -> list[str]:
 
 
 def _panels(results: Results, along: str, make_line: Callable[[list[Cell]], dict | None]) -> dict | str:
-    """{title: {name: line}}: a line runs over the levels of `along` ("" for a line per cell), or why there is none."""
+    """{title: {name: line}}, lines over the levels of `along` ("": a line per cell), or why there is none."""
     of_lines = _line_factor(results, along)
     of_panels = [factor for factor in results.factors if factor not in (along, of_lines)]
     lines = list(results.factors.get(of_lines, [""]))
-    panels = list(itertools.product(*(results.factors[factor] for factor in of_panels)))
+    panels = list(itertools.product(*map(results.factors.get, of_panels)))
     if len(lines) > charts.LINES or len(panels) > PANELS:
         return f"{len(lines)} lines in {len(panels)} panels would be too many to read"
     made: dict[str, dict] = {}
@@ -158,13 +150,12 @@ def _panels(results: Results, along: str, make_line: Callable[[list[Cell]], dict
 
 
 def _means_along(results: Results, metric: str, along: str, place: Mapping, cells: list[Cell]) -> dict | None:
-    """The means of cells as a line over {level of `along`: x}, from left to right; None where no cell has a value."""
     points = []
-    for x, cell in sorted(((place[results.level(cell, along)], cell) for cell in cells), key=lambda pair: pair[0]):
+    for cell in sorted(cells, key=lambda cell: place[results.level(cell, along)]):
         mean = results.interval(results.scores(cell, metric).values())
         if mean["n"]:
-            points.append((x, *(mean[name] for name in ("mean", "low", "high"))))
-    return dict(zip(("x", "mean", "low", "high"), zip(*points, strict=True), strict=True)) if points else None
+            points.append({**mean, "x": place[results.level(cell, along)]})
+    return {name: [point[name] for point in points] for name in ("x", "mean", "low", "high")} if points else None
 
 
 def parameters(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
@@ -193,11 +184,13 @@ def interaction(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     if not (fit := [name for name in order if len(results.factors[name]) <= charts.LINES]):
         yield f"interaction of {order[1]} and {order[0]}: too many levels to read"
         return
-    lines, (along,) = fit[0], [name for name in order if name != fit[0]]
+    lines, (along,) = fit[0], {*order} - {fit[0]}
     place = {level: i for i, level in enumerate(results.factors[along])}
-    found = {level: _means_along(results, metric, along, place, results.cells_where({lines: level}))
-             for level in results.factors[lines]}  # fmt: skip
-    if panel := {level: line for level, line in found.items() if line}:
+    panel = {}
+    for level in results.factors[lines]:
+        if line := _means_along(results, metric, along, place, results.cells_where({lines: level})):
+            panel[level] = line
+    if panel:
         caption = f"Interaction of {along} and {lines} in {metric}: mean and 95 % interval; parallel lines mean none."
         style = {"x_label": along, "ticks": [(x, level) for level, x in place.items()], "bars": True}
         yield _line_figure("interaction", caption, results, {"": panel}, lines, metric, **style)
@@ -246,8 +239,8 @@ def calibration(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     if len(levels) > charts.LINES:
         yield f"reliability: {factor} has {len(levels)} levels, too many lines to read"
     else:
-        lines = {level: analysis.pooled(results, outputs, factor, level) for level in levels}
-        lines, axes = {level: bins for level, bins in lines.items() if bins}, next(iter(outputs.values())).axes
+        found = {level: analysis.pooled(results, outputs, factor, level) for level in levels}
+        lines, axes = {level: bins for level, bins in found.items() if bins}, next(iter(outputs.values())).axes
         also = " and all other factors" if len(results.factors) > 1 else ""
         caption = f"Reliability of each {factor}: {' by '.join(axes)}, pooled over {results.noun()}{also}."
         yield "calibration", caption, partial(charts.reliability, series=lines, axes=axes, order=levels, legend=factor)

@@ -1,7 +1,6 @@
-"""The report of a study, from its files alone: `python -m tl_jax report W`.
+"""The report of a study, from its files alone, whatever runs are finished: `python -m tl_jax report W`.
 
-It can be written at any time, whatever runs are finished; the same files give the same bytes. Only the columns
-"wall time" (report.md, .html, .tex) and "seconds" (report.csv) differ between two executions of one study.
+The same files give the same bytes; two executions of one study differ in the columns "wall time" and "seconds" alone.
 """
 
 import csv
@@ -47,8 +46,9 @@ def write(workdir: pathlib.Path) -> dict[str, Any]:
     write_text(workdir / "report.csv", to_csv(results))
     metrics = {}
     for metric, found in numbers.items():
-        levels = [dict(zip(results.factors, cell, strict=True)) for cell in found["means"]]
-        cells = [{"levels": each, **mean} for each, mean in zip(levels, found["means"].values(), strict=True)]
+        cells = [
+            {"levels": dict(zip(results.factors, cell, strict=True)), **found["means"][cell]} for cell in results.grid
+        ]
         metrics[metric] = {"cells": cells, **{name: found[name] for name in ("differences", "effects", "ranks")}}
     return {
         "name": results.name,
@@ -60,7 +60,6 @@ def write(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def analyse(results: Results, metric: str) -> dict[str, Any]:
-    """All statistics of one metric."""
     rows = analysis.differences(results, metric)
     effects, units = analysis.effects(results, metric) if len(results.factors) > 1 else ([], 0)
     return {
@@ -76,7 +75,7 @@ def analyse(results: Results, metric: str) -> dict[str, Any]:
 def make_sections(
     results: Results, numbers: dict, pictures: list[Picture], notes: list[str]
 ) -> tuple[Sections, dict[str, Table]]:
-    """The report from top to bottom, and those of its tables that a paper would show."""
+    """The report from top to bottom, and the tables that a paper would show."""
 
     def pictures_of(*kinds: str) -> list[Picture]:
         return [picture for kind in kinds for picture in pictures if picture.name.partition("-")[0] == kind]
@@ -157,7 +156,6 @@ def _units(units: list[Unit]) -> str:
 
 
 def _mean_table(results: Results, metric: str, means: dict) -> Table:
-    """Two factors as a matrix, otherwise a list."""
     units, factors = results.noun(), list(results.factors)
     caption = f"{metric}: mean over {units} [95 % interval]"
     if any(mean["n"] < mean["planned"] for mean in means.values()):
@@ -183,9 +181,8 @@ def _mean_cell(results: Results, cell: Cell, mean: dict) -> str:
 
 
 def _difference_table(results: Results, metric: str, rows: list[dict]) -> Table:
-    headers = ("cell", "against", "difference", "95 % interval", "p", "p (Holm)", "d_z", "better", "worse", "equal",
-               "n")  # fmt: skip
-    lines = []
+    effect, counts = ("p", "p (Holm)", "d_z"), ("better", "worse", "equal", "n")
+    headers, lines = ("cell", "against", "difference", "95 % interval", *effect, *counts), []
     for row in rows:
         span = NONE if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
         lines.append((
@@ -198,20 +195,19 @@ def _difference_table(results: Results, metric: str, rows: list[dict]) -> Table:
 
 
 def _effects(results: Results, numbers: dict) -> list[Block]:
-    blocks: list[Block] = []
     if len(results.factors) == 1:
-        return blocks
+        return []
+    blocks: list[Block] = []
     headers = ("effect", "sum of squares", "df", "F", "p", "p (GG)", "eta squared")
     planned = max(map(len, results.grid.values()), default=0)
     for metric, found in numbers.items():
         if isinstance(found["effects"], str):
             blocks.append(f"{metric}: not computed, because {found['effects']}.")
             continue
-        rows = [
-            (" x ".join(row["effect"]), *(text_of(row[name]) for name in ("ss", "df", "F")), p_value(row["p"]),
-             p_value(row["p_gg"]), text_of(row["eta2"]))
-            for row in found["effects"]
-        ]  # fmt: skip
+        rows = []
+        for row in found["effects"]:
+            numbers_of = (*(text_of(row[name]) for name in ("ss", "df", "F")), p_value(row["p"]), p_value(row["p_gg"]))
+            rows.append((" x ".join(row["effect"]), *numbers_of, text_of(row["eta2"])))
         used = found["effect_units"]
         over = f"over {used} {results.noun(used)}"
         over += f" of {planned}: those that every cell has" if used < planned else ""

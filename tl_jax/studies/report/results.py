@@ -19,7 +19,7 @@ Unit = tuple[int, str]  # seed and fold: the same unit means the same data, so t
 
 
 class Run(NamedTuple):
-    """One run, in a state of store.STATES; scores and cost, the numbers of its files, are empty unless it is done."""
+    """One run, in a state of store.STATES; scores and cost are empty unless it is done."""
 
     key: str
     cell: Cell
@@ -33,7 +33,6 @@ class Run(NamedTuple):
 
     @property
     def word(self) -> str:
-        """The state for a reader: everything that is neither done nor failed is missing."""
         return WORDS.get(self.state, self.state)
 
 
@@ -53,14 +52,11 @@ class Results(NamedTuple):
         return (run for units in self.grid.values() for run in units.values())
 
     def count_states(self) -> dict[str, int]:
-        """How many runs are done, failed and missing."""
-        counts = dict.fromkeys(("done", "failed", "missing"), 0)
-        for run in self.runs():
-            counts[run.state if run.state in counts else "missing"] += 1
-        return counts
+        states = [run.state for run in self.runs()]
+        done, failed = states.count("done"), states.count("failed")
+        return {"done": done, "failed": failed, "missing": len(states) - done - failed}
 
     def scores(self, cell: Cell, metric: str) -> dict[Unit, float]:
-        """The metric of each run of a cell that has it."""
         found = {unit: run.scores.get(metric) for unit, run in self.grid.get(cell, {}).items()}
         return {unit: value for unit, value in found.items() if value is not None}
 
@@ -73,11 +69,9 @@ class Results(NamedTuple):
         return cell[list(self.factors).index(factor)]
 
     def with_level(self, cell: Cell, factor: str, level: str) -> Cell:
-        """The cell that differs in one factor alone."""
         return tuple(level if name == factor else own for name, own in zip(self.factors, cell, strict=True))
 
     def cells_where(self, fixed: Mapping[str, str]) -> list[Cell]:
-        """The planned cells that have these levels."""
         return [cell for cell in self.grid if all(self.level(cell, f) == level for f, level in fixed.items())]
 
     @property
@@ -89,7 +83,6 @@ class Results(NamedTuple):
         return math.exp(-1) / (1 - math.exp(-1)) if name == "bootstrap" else None
 
     def noun(self, count: int = 2) -> str:
-        """What a value of a cell comes from: a seed, or a fold of a resampling design."""
         return ("seed" if self.test_share is None else "fold") + ("" if count == 1 else "s")
 
     def interval(self, values: Sequence[float]) -> dict:
@@ -124,25 +117,21 @@ def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
         cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
     except ValueError as error:  # a run whose numbers cannot be read is shown as failed, the others as they are
         return run._replace(state="failed", error=last_line(str(error), workdir))
-    scores = _scalars(result.get("metrics", {}))
-    for name, summary in result.get("extra_eval", {}).items():
-        scores |= {f"{name}/{metric}": value for metric, value in _scalars(summary).items()}
+    summaries = {"": result.get("metrics", {})}
+    summaries |= {f"{name}/": summary for name, summary in result.get("extra_eval", {}).items()}
+    scores = {f"{prefix}{metric}": _finite(entry["value"]) for prefix, summary in summaries.items()
+              for metric, entry in summary.items() if isinstance(entry, dict)}  # fmt: skip
     known = {"trainable_parameters": result.get("trainable_parameters"), **cost}
-    return run._replace(
-        scores=scores, cost={name: _finite(known.get(name)) for name in COSTS}, device=cost.get("device") or ""
-    )
+    known_costs = {name: _finite(known.get(name)) for name in COSTS}
+    return run._replace(scores=scores, cost=known_costs, device=cost.get("device") or "")
 
 
 def last_line(error: str, workdir: pathlib.Path) -> str:
-    """The last line of an error that is not blank, without the path of the study."""
-    text = ([line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"])[-1]
+    """The last line of an error, without the path of the study."""
+    text = (error.strip().splitlines() or ["no message"])[-1].strip()
     for place in (str(workdir.resolve()), str(workdir)):
         text = text.replace(f"{place}/", "") if len(place) > 1 else text
     return text
-
-
-def _scalars(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    return {name: _finite(entry["value"]) for name, entry in summary.items() if isinstance(entry, dict)}
 
 
 def _finite(value: Any) -> float | None:
@@ -186,8 +175,7 @@ def read_outputs(results: Results) -> tuple[dict[str, Outputs], list[str]]:
 def curve_column(results: Results) -> str:
     """The column of metrics.jsonl with the metric that selects; classification's where no run has one."""
     columns = [f"val/{metrics.monitor[0][0]}" for metrics in tasks.METRICS.values()]
-    found = (column for run in results.runs() for column in columns if len(read_curve(run, column)))
-    return next(found, columns[0])
+    return next((name for run in results.runs() for name in columns if len(read_curve(run, name))), columns[0])
 
 
 def read_curve(run: Run, name: str) -> np.ndarray:

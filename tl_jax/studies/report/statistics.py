@@ -20,8 +20,7 @@ ROUNDING = 64 * np.finfo(np.float64).eps  # relative to the largest score: diffe
 def mean_interval(values: Sequence, level: float = 0.95, test_share: float | None = None) -> dict:
     """The mean over n seeds and its Student-t interval: {"mean", "low", "high", "n"}.
 
-    mean -+ t(n - 1) sd / sqrt(n), sd with n - 1 (Student 1908). Assumes independent, normal values. None: the bounds of
-    fewer than two, the mean of none.
+    mean -+ t(n - 1) sd / sqrt(n), sd with n - 1 (Student 1908), of independent, normal values.
     """
     values = _numbers(values, "values")
     if values.ndim != 1:
@@ -213,7 +212,6 @@ def _check(level: float = 0.95, test_share: float | None = None) -> None:
 
 
 def _largest(*arrays: np.ndarray) -> float:
-    """The largest magnitude among the numbers present; 0 where there are none."""
     return max(float(np.abs(array[~np.isnan(array)]).max(initial=0)) for array in arrays)
 
 
@@ -223,7 +221,6 @@ def _without_residue(deviations: np.ndarray, *scores: np.ndarray) -> np.ndarray:
 
 
 def _student(values: np.ndarray, level: float, test_share: float | None) -> tuple:
-    """Mean, bounds and standard error of values without gaps."""
     _check(level, test_share)
     n = len(values)
     if n < 2:

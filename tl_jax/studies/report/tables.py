@@ -51,8 +51,8 @@ def scaled(value: float | None, base: int, unit: str = "") -> str:
     while abs(value) >= base and power < 5:
         value, power = value / base, power + 1
     digits = f"{value:.0f}" if power == 0 or value >= 100 else f"{value:.1f}"
-    prefix = ("", "k", "M", "G", "T", "P")[power]
-    return f"{digits} {prefix.upper() + 'i' if prefix and base == 1024 else prefix}{unit}".strip()
+    prefixes = ("", "Ki", "Mi", "Gi", "Ti", "Pi") if base == 1024 else ("", *"kMGTP")
+    return f"{digits} {prefixes[power]}{unit}".strip()
 
 
 def to_markdown(title: str, sections: Sections) -> str:
@@ -85,10 +85,10 @@ def _md(text: str) -> str:
     return re.sub(r"^([#+>-]|\d+\.)(?=\s)", r"\\\1", text)
 
 
-LATEX = {
+LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"$<$", ">": r"$>$", "|": r"\textbar{}",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def to_latex(tables: Mapping[str, Table]) -> str:
@@ -115,9 +115,7 @@ def _latex_table(label: str, table: Table) -> str:
 
 def latex(text: str) -> str:
     """Text with LaTeX's special characters escaped, and the signs of numbers as minus signs."""
-    text = " ".join(str(text).split())
-    escaped = "".join(LATEX.get(character, character) for character in text)
-    escaped = re.sub(r"(?<![\w.,-])-(?=\d)", r"$-$", escaped)
+    escaped = re.sub(r"(?<![\w.,-])-(?=\d)", r"$-$", " ".join(str(text).split()).translate(LATEX))
     return re.sub(r"^\[", "{[}", escaped)  # at the start of a row a bracket would be an argument of the row's end
 
 
@@ -147,16 +145,12 @@ def _html_block(block: Block, images: Mapping[str, bytes]) -> str:
             return "<ul>\n" + "\n".join(f"<li>{html.escape(line)}</li>" for line in block) + "\n</ul>"
         case Table():
             head, body = _html_row(block, block.headers, "th"), "\n".join(_html_row(block, row) for row in block.rows)
-            return (
-                f'<div class="table"><table>\n<caption>{html.escape(block.caption)}</caption>\n'
-                f"<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
-            )
+            caption = f'<div class="table"><table>\n<caption>{html.escape(block.caption)}</caption>'
+            return f"{caption}\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
         case Picture(name, caption):
             data, text = base64.b64encode(images[name]).decode(), html.escape(caption)
-            return (
-                f'<figure id="figure-{html.escape(name)}">\n<img alt="{text}" src="data:image/png;base64,{data}">\n'
-                f"<figcaption>{text}</figcaption>\n</figure>"
-            )
+            image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
+            return f'<figure id="figure-{html.escape(name)}">\n{image}\n<figcaption>{text}</figcaption>\n</figure>'
 
 
 def _html_row(table: Table, cells: Sequence[str], tag: str = "td") -> str:
