@@ -95,10 +95,8 @@ def checked_source_head(start: Start) -> Mapping[str, jax.Array]:
     """The classifier that the weights were trained with; ValueError where there is none for the network's features."""
     head, width = start.source_head(), start.shapes["pre_logits"][-1]
     if head is None:
-        fix = "load weights with a head, or take co_tuning out of terms"
-        raise ValueError(
-            f"co_tuning needs the classifier that the weights were trained with, and these have none: {fix}"
-        )
+        none = "the weights have no classifier (a random start, or a file without its head)"
+        raise ValueError(f"co_tuning: {none}; load weights with a head, or take co_tuning out of terms")
     if (expected := head["kernel"].shape[0]) != width:
         found = f"the source head takes {expected} features, but the network has {width}"
         raise ValueError(f"{found}: a layer between them was dropped, so that co_tuning cannot use this head")
