@@ -229,16 +229,11 @@ def _data_problems(flat: Mapping[str, Any]) -> list[str]:
     views, cache_dir = flat["views"], flat["cache_dir"]
     tfds = any(name.startswith("tfds:") for name in (source if isinstance(source, list) else [source]))
     cached = flat["cache"] or any(network.get("cache") for network in flat["networks"].values())
+    unread, unscored = not cached and (views > 1 or cache_dir), patience and not flat["data.val"]
     return _where(
         (data_dir and not tfds, f"data.data_dir = {data_dir!r} belongs to tfds sources; this is {source!r}"),
-        (
-            not cached and (views > 1 or cache_dir),
-            f"views = {views!r}, cache_dir = {cache_dir!r}: they belong to cache = 'features'",
-        ),
-        (
-            patience and not flat["data.val"],
-            f"patience = {patience!r}: the score is that of val, and data.val is ''; name a split",
-        ),
+        (unread, f"views = {views!r}, cache_dir = {cache_dir!r}: they belong to cache = 'features'"),
+        (unscored, f"patience = {patience!r}: the score is that of val, and data.val is ''; name a split"),
         (min_delta and not patience, f"min_delta = {min_delta!r} belongs to patience, which is 0"),
     )
 

@@ -96,10 +96,9 @@ def by_split(data: Any) -> dict[str, Source]:
             found[split] = each
             continue
         if not isinstance(each, list | tuple) or len(each) not in (2, 3) or isinstance(each[0], str):
-            raise ValueError(
-                f"{split}: found {type(each).__name__}; expected a source such as 'folder:PATH', a path, a pair "
-                "(images uint8 [N, H, W, 3], labels), a Dataset, or a table {split: pair or Dataset}"
-            )
+            pair = "a pair (images uint8 [N, H, W, 3], labels), a Dataset, or a table {split: pair or Dataset}"
+            expected = f"expected a source such as 'folder:PATH', a path, {pair}"
+            raise ValueError(f"{split}: found {type(each).__name__}; {expected}")
         images, labels, *classes = map(np.asarray, each)
         given = {"image": images, "label": labels}
         found[split] = arrays.check_arrays("the arrays", "arrays", split, given, classes[0] if classes else None)

@@ -188,10 +188,9 @@ def match_labels(source: Source, spec: tasks.Spec, named: bool) -> np.ndarray:
         return source.labels
     subset = source.label_kind == "classes" and set(theirs) <= set(ours)
     if not subset and (len(theirs) != len(ours) or (named and theirs != tuple(map(str, range(len(theirs)))))):
-        raise ValueError(
-            f"{source.name} has {len(theirs)} classes, labels or targets ({', '.join(theirs[:5])}, ...), the network "
-            f"{len(ours)} ({', '.join(ours[:5])}, ...); expected the same names"
-        )
+        found = f"{len(theirs)} classes, labels or targets ({', '.join(theirs[:5])}, ...)"
+        own = f"the network {len(ours)} ({', '.join(ours[:5])}, ...)"
+        raise ValueError(f"{source.name} has {found}, {own}; expected the same names")
     if not (subset and named):
         without, order = ("the data name", "the card names") if named else ("the card names", "the data name")
         shown = ", ".join((ours if named else theirs)[:10]) + (", ..." if len(theirs) > 10 else "")

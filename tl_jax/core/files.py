@@ -1,6 +1,7 @@
-"""Files that are replaced as a whole, JSON and rows of JSON; a reader sees the old file or the new one."""
+"""Files that are replaced as a whole, so that a reader sees the old or the new one; locks, JSON and rows of JSON."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -21,6 +22,17 @@ def atomic_write(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, busy: str):
+    """Locks a file until the block or the process ends; ValueError `busy` where another process has the lock."""
+    with path.open("w") as file:  # stays: removing it would let two in that opened it before and after
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(busy) from None
+        yield
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -41,10 +41,8 @@ def check_fit(source: Source, task: str) -> None:
     word = {"classes": "classes", "multilabel": "labels of 0 or 1", "targets": "targets"}[kind]
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     fitting = next(name for name, other in KINDS.items() if other == kind)
-    raise ValueError(
-        f"{source.name} does not fit the task {task!r}: it has {len(names)} {word} ({shown}), expected "
-        f"{EXPECTED[task]}. Use the task {fitting!r}, or another source"
-    )
+    found = f"{source.name} does not fit the task {task!r}: it has {len(names)} {word} ({shown})"
+    raise ValueError(f"{found}, expected {EXPECTED[task]}. Use the task {fitting!r}, or another source")
 
 
 def parse_numbers(cells: Sequence[str]) -> np.ndarray:
@@ -95,10 +93,9 @@ def encode(task: str, table: Table, names: Sequence[str], chosen: np.ndarray) ->
 
 def _encode_classes(task: str, table: Table, names: Sequence[str], chosen: np.ndarray):
     if len(names) != 1:
-        raise ValueError(
-            f"{table.where}: the task {task!r} takes one label column, found {len(names)}: {', '.join(names)}. Name "
-            "one with data.labels, or use the task 'multilabel' or 'regression'"
-        )
+        found = f"the task {task!r} takes one label column, found {len(names)}: {', '.join(names)}"
+        fix = "Name one with data.labels, or use the task 'multilabel' or 'regression'"
+        raise ValueError(f"{table.where}: {found}. {fix}")
     (name,), cells = names, table.columns[names[0]]
     problems = [f"row {table.rows[i]}: {name} is missing" for i in chosen if not cells[i]]
     _refuse(task, table, names, problems, "fill in or remove these rows")
@@ -106,10 +103,9 @@ def _encode_classes(task: str, table: Table, names: Sequence[str], chosen: np.nd
     values = parse_numbers(found)
     numeric = np.isfinite(values).all()
     if numeric and (fractions := [found[i] for i in np.flatnonzero(values % 1)]):
-        raise ValueError(
-            f"{table.where}: column {name!r} holds numbers with fractions, such as {', '.join(fractions[:3])}; "
-            f"expected classes for the task {task!r}. Use the task 'regression', or another column"
-        )
+        found = f"column {name!r} holds numbers with fractions, such as {', '.join(fractions[:3])}"
+        fix = f"expected classes for the task {task!r}. Use the task 'regression', or another column"
+        raise ValueError(f"{table.where}: {found}; {fix}")
     class_names = [found[i] for i in np.argsort(values, kind="stable")] if numeric else sorted(found, key=natural_key)
     number = {class_name: i for i, class_name in enumerate(class_names)}
     return np.array([number[cells[i]] for i in chosen], np.int32), tuple(class_names)

@@ -209,10 +209,8 @@ def train_batches(
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, found {seed}")
-    if order not in orders.ORDERS:
-        raise ValueError(
-            f"there is no order {order!r}{nearest(order, orders.ORDERS)}; known: {', '.join(orders.ORDERS)}"
-        )
+    if order not in (known := orders.ORDERS):
+        raise ValueError(f"there is no order {order!r}{nearest(order, known)}; known: {', '.join(known)}")
     seed = seed if name == "train" else orders.derive(seed, name)
     made = make_views(source, views, augmented=True)
     batches = TrainBatches(source, *made, batch_size, seed=seed, order=order, **options)
@@ -279,7 +277,5 @@ def _render(state: tuple[Batches, workers.Slots], step: int, slot: int | None) -
 def _check_sizes(batches: Batches, domains: int = 1) -> None:
     size, index, count = batches.batch_size, batches.process_index, batches.process_count
     if size < 1 or size % (count * domains) or not 0 <= index < count:
-        raise ValueError(
-            f"batch_size {size} for {domains} domains in process {index} of {count}: expected a positive multiple of "
-            f"{count * domains}, as every process takes equal slices of all domains, and a process index below {count}"
-        )
+        expected = f"a positive multiple of {count * domains}, an equal slice of each domain in each process"
+        raise ValueError(f"batch_size {size} for {domains} domains in process {index} of {count}: expected {expected}")

@@ -74,16 +74,12 @@ def _bootstrap(labels: np.ndarray, number: int, split_seed: int) -> Split:
         held_out = np.setdiff1d(np.arange(len(labels)), train)
         if len(held_out) and len(np.unique(labels[train])) == len(classes):
             return train, held_out
-    raise ValueError(
-        f"bootstrap:{number}: none of {REDRAWS} draws of {len(labels)} examples held all {len(classes)} classes; "
-        "the classes are too small, use kfold"
-    )
+    found = f"none of {REDRAWS} draws of {len(labels)} examples held all {len(classes)} classes"
+    raise ValueError(f"bootstrap:{number}: {found}; the classes are too small, use kfold")
 
 
 def _check_members(labels: np.ndarray, least: int, what: str) -> None:
     counted = zip(*np.unique(labels, return_counts=True), strict=True)
     if small := [f"class {c} has {n}" for c, n in counted if n < least]:
-        raise ValueError(
-            f"{what} need at least {least} examples of every class: {', '.join(shorten(small, 10))}; use fewer folds, "
-            "or merge or drop the classes"
-        )
+        found, fix = ", ".join(shorten(small, 10)), "use fewer folds, or merge or drop the classes"
+        raise ValueError(f"{what} need at least {least} examples of every class: {found}; {fix}")

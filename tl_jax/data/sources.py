@@ -224,12 +224,10 @@ def _load_tfds(name: str, split: str, data_dir: str | None) -> Source:
     try:
         records = builder.as_data_source(split=splits.get(split, split))
     except (AssertionError, NotImplementedError) as error:  # not prepared; prepared in a format of TensorFlow's
-        raise FileNotFoundError(
-            f"tfds:{name} is not prepared as array_record at {builder.data_path} (tfds: {error}). Prepare it once, in "
-            'an environment of its own where tensorflow may be installed: python -c "import tensorflow_datasets as '
-            f"tfds; tfds.builder('{name}', file_format='array_record').download_and_prepare()\"; then give the folder "
-            "above the data set's as data_dir"
-        ) from None
+        found = f"tfds:{name} is not prepared as array_record at {builder.data_path} (tfds: {error})"
+        call = f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
+        fix = f"Prepare it once where tensorflow is installed, {call}; then give the folder above it as data_dir"
+        raise FileNotFoundError(f"{found}. {fix}") from None
     records.decoders = {image: tfds.decode.SkipDecoding()}  # decoded like every other source's images, by ops.decode
     labels, sizes = np.empty(len(records), np.int32), np.empty(len(records), np.int64)
     for i in range(len(records)):

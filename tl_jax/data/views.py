@@ -91,12 +91,10 @@ def make_views(
             prepared[field] = source.inputs[None]
             continue
         preprocess = make_preprocess(card, augment if augmented else ())
-        if small := [size for size, _ in source.made_smaller if size < preprocess.resize_size]:
-            wanted = preprocess.resize_size
-            raise ValueError(
-                f"{source.name} was packed with --size {min(small)}, but the card (input {card.input_size}) resizes "
-                f"images to a short side of {wanted}: pack it with --size {wanted} or more, or take its files"
-            )
+        wanted = preprocess.resize_size
+        if small := [size for size, _ in source.made_smaller if size < wanted]:
+            found = f"packed with --size {min(small)}, but the card resizes to a short side of {wanted}"
+            raise ValueError(f"{source.name} was {found}: pack it with --size {wanted} or more, or take its files")
         renders[field] = Render(preprocess, draws)
         if (pixels := _prepare(source, renders[field])) is not None:
             prepared[field] = pixels[None]

@@ -47,10 +47,9 @@ def pool(num_workers: int, state: Any, num_threads: int) -> Iterator[Callable[..
     try:
         yield submit
     except BrokenProcessPool:
-        raise RuntimeError(
-            "a data worker process died; it was killed, perhaps for memory, or the main module cannot be imported by "
-            "it (see above). Fewer num_workers take less memory; 0 uses threads"
-        ) from None
+        cause = "it was killed, perhaps for memory, or the main module cannot be imported by it (see above)"
+        fix = "Fewer num_workers take less memory; 0 uses threads"
+        raise RuntimeError(f"a data worker process died; {cause}. {fix}") from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -98,10 +97,8 @@ class Slots:
 
     def arrays(self, slot: int) -> dict[str, np.ndarray]:
         block = np.frombuffer(self._memory, np.uint8, self._stride, slot * self._stride)
-        return {
-            name: block[start:stop].view(dtype).reshape(shape)
-            for name, (shape, dtype, start, stop) in self._places.items()
-        }
+        places = self._places.items()
+        return {name: block[a:b].view(dtype).reshape(shape) for name, (shape, dtype, a, b) in places}
 
     def view(self, slot: int) -> dict[str, np.ndarray]:
         """The arrays of a slot, which becomes free when the last reference to any of them goes."""

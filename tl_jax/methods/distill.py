@@ -15,8 +15,7 @@ def kd(
 ) -> Term:
     """Knowledge distillation: T^2 KL(softmax(teacher / T) || softmax(student / T)) (Hinton et al. 2015, section 2).
 
-    Mean over the batch. teacher: a frozen network of config.networks with the same classes in the same order; it reads
-    the student's images, or its logits are cached.
+    Mean over the batch. teacher: a frozen network of config.networks with the same classes in the same order.
     """
 
     def loss(context: Context) -> Result:
@@ -24,10 +23,8 @@ def kd(
         answers, _ = context.forward(teacher, MAIN)
         target = jax.lax.stop_gradient(answers["logits"].astype(jnp.float32))
         if target.shape != student.shape:
-            raise ValueError(
-                f"kd: the logits of {teacher!r} are {target.shape[1:]}, those of the model {student.shape[1:]}; "
-                "expected the same classes in the same order"
-            )
+            found = f"the logits of {teacher!r} are {target.shape[1:]}, those of the model {student.shape[1:]}"
+            raise ValueError(f"kd: {found}; expected the same classes in the same order")
         p, q = jax.nn.log_softmax(target / temperature), jax.nn.log_softmax(student / temperature)
         agree = (student.argmax(axis=-1) == target.argmax(axis=-1)).mean(dtype=jnp.float32)
         return Result(temperature**2 * jnp.sum(jnp.exp(p) * (p - q), axis=-1).mean(), {"agreement": agree})

@@ -58,8 +58,7 @@ def delta(
     standardised over the channels and divided by 5; strength 0.01 on the sum over a batch of 48, which is alpha = 0.48.
 
     cuts: names in `out`, default the last before pre_logits. Switching off needs C runs of what lies behind the cut for
-    each of `examples` training examples (stage3 of a ResNet-50: 1024 x 256 runs of stage4, 4e14 operations).
-    Memory: a second copy of all but the head, with statistics and added parameters; per step one more forward pass.
+    each of `examples` training examples. Memory: a second copy of all but the head; per step one more forward pass.
     """
 
     def loss(context: Context) -> Result:

@@ -32,10 +32,8 @@ def choose_cuts(known: Sequence[str], cuts: Sequence[str]) -> list[str]:
     """The cuts of DELTA among the network's own, in order: those named, or the last before pre_logits."""
     known = [cut for cut in known if cut != "pre_logits"]
     if unknown := [cut for cut in cuts if cut not in known]:
-        raise ValueError(
-            f"delta with cuts={list(cuts)}: the network has no {unknown}{messages.nearest(unknown[0], known)}; "
-            f"its cuts before pre_logits: {known}"
-        )
+        lacking = f"the network has no {unknown}{messages.nearest(unknown[0], known)}"
+        raise ValueError(f"delta with cuts={list(cuts)}: {lacking}; its cuts before pre_logits: {known}")
     return list(dict.fromkeys(cuts)) or known[-1:]
 
 
@@ -97,15 +95,11 @@ def checked_source_head(start: Start) -> Mapping[str, jax.Array]:
     """The classifier that the weights were trained with; ValueError where there is none for the network's features."""
     head, width = start.source_head(), start.shapes["pre_logits"][-1]
     if head is None:
-        raise ValueError(
-            "co_tuning needs the classifier that the weights were trained with, and these have none (a random start, "
-            "or a file without its head): load weights with a head, or take co_tuning out of terms"
-        )
+        none = "the weights have no classifier (a random start, or a file without its head)"
+        raise ValueError(f"co_tuning: {none}; load weights with a head, or take co_tuning out of terms")
     if (expected := head["kernel"].shape[0]) != width:
-        raise ValueError(
-            f"the source head takes {expected} features, but the network has {width}: "
-            "a layer between them was dropped, so that co_tuning cannot use this head"
-        )
+        found = f"the source head takes {expected} features, but the network has {width}"
+        raise ValueError(f"{found}: a layer between them was dropped, so that co_tuning cannot use this head")
     return head
 
 

@@ -100,10 +100,8 @@ def cross_predict(
     logits, left = np.empty((count, num_classes), np.float32), np.ones(count, bool)
     for number, (train, held) in enumerate(splits):
         if (wrong := held[np.isin(held, train) | ~left[held]]).size:
-            raise ValueError(
-                f"split {number} holds out examples that it trains on, or that the repeat has held out before: "
-                f"{wrong[:5].tolist()}; expected each example held out exactly once in a repeat"
-            )
+            what = "holds out examples that it trains on, or that the repeat has held out before"
+            raise ValueError(f"split {number} {what}: {wrong[:5].tolist()}; expected each exactly once in a repeat")
         if left_out is None:
             model = fit(name, (features[train], labels[train]), None, num_classes, (value,), check_stop=check_stop)
             logits[held] = model.predict(features[held])
@@ -114,10 +112,8 @@ def cross_predict(
             finished.append(logits)
             logits, left = np.empty_like(logits), np.ones(count, bool)
     if not left.all() or not finished:
-        raise ValueError(
-            f"{left.sum()} of {count} examples are never held out, such as {np.flatnonzero(left)[:5].tolist()}; "
-            "expected each exactly once in a repeat, as in leave-one-out or k-fold"
-        )
+        missed = f"{left.sum()} of {count} examples are never held out, such as {np.flatnonzero(left)[:5].tolist()}"
+        raise ValueError(f"{missed}; expected each exactly once in a repeat, as in leave-one-out or k-fold")
     return finished
 
 

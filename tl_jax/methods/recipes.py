@@ -45,10 +45,7 @@ def methods(total: float, unit: str = "epochs") -> dict[str, Changes]:
         "head_then_last": {"phases": phases({}, _last(2), **length)},
         "gradual": {"phases": phases({}, _last(1), _last(2), FULL, **length)},
         # penalties
-        "l2_sp": _penalised("l2_sp"),
-        "delta": _penalised("delta"),
-        "bss": _penalised("bss"),
-        "co_tuning": _penalised("co_tuning"),
+        **{name: _penalised(name) for name in ("l2_sp", "delta", "bss", "co_tuning")},
         "stoch_norm": {**FULL, "method.stoch_norm": 0.5},
         "r_drop": {**_penalised("r_drop"), "model.drop_path": 0.1},
         "l1": _penalised("l1", paths="head/kernel"),
@@ -59,9 +56,7 @@ def methods(total: float, unit: str = "epochs") -> dict[str, Changes]:
         "prompt_deep": _added("prompt", deep=True),
         "ssf": _added("ssf"),
         # without gradient
-        "knn": {"method.name": "knn"},
-        "logistic": {"method.name": "logistic"},
-        "ridge": {"method.name": "ridge"},
+        **{name: {"method.name": name} for name in ("knn", "logistic", "ridge")},
     }
 
 

@@ -30,10 +30,8 @@ def make_rules(
     values = {"k": k, "blocks": list(blocks), "rules": list(rules)}
     wanted = {"last_k": "k", "first_k": "k", "blocks": "blocks", "rules": "rules"}.get(name)
     if wrong := [f"{option}={value!r}" for option, value in values.items() if bool(value) != (option == wanted)]:
-        raise ValueError(
-            f"method {name!r} with {', '.join(wrong)}: "
-            f"k >= 1 belongs to last_k and first_k, blocks to blocks, rules to rules, and to no other"
-        )
+        owners = "k >= 1 belongs to last_k and first_k, blocks to blocks, rules to rules, and to no other"
+        raise ValueError(f"method {name!r} with {', '.join(wrong)}: {owners}")
     if name == "rules":
         return [tuple(rule) for rule in rules]
     if name == "full":

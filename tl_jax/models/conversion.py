@@ -151,6 +151,5 @@ def _defect(key: str, array: np.ndarray, shape: tuple[int, ...]) -> tuple[str, s
 
 def listing(problems: Mapping[str, Sequence[str]]) -> str:
     """One line such as `2 unused keys [a, b]; 9 unfilled leaves [a, b, c, d, e, and 4 more]`."""
-    return "; ".join(
-        f"{len(texts)} {kind} [{', '.join(shorten(texts, SHOWN))}]" for kind, texts in problems.items() if texts
-    )
+    found = {kind: texts for kind, texts in problems.items() if texts}
+    return "; ".join(f"{len(texts)} {kind} [{', '.join(shorten(texts, SHOWN))}]" for kind, texts in found.items())

@@ -100,10 +100,8 @@ def classify(
     """
     cut = reads(module)
     if cut not in out and start != cut:
-        raise ValueError(
-            f"start={start!r}, but the head begins with {module.head[0][0]}, which reads the output of {cut!r}: "
-            f"start at {cut!r} or before it"
-        )
+        begins = f"start={start!r}, but the head begins with {module.head[0][0]}"
+        raise ValueError(f"{begins}, which reads the output of {cut!r}: start at {cut!r} or before it")
     x = out.get(cut, x)
     if module.num_classes == 0:
         embedding = logits = x

@@ -91,13 +91,9 @@ def _adapter(model, params, bottleneck: Count = 16, where: Annotated[str, checks
     """
     if problems := _needs_vit("adapter", model):
         return {}, problems
-    zeros, width = nn.initializers.zeros, model.width
-    own = {"down/kernel": ((width, bottleneck), nn.initializers.truncated_normal(0.01))}
-    own |= {
-        "down/bias": ((bottleneck,), zeros),
-        "up/kernel": ((bottleneck, width), zeros),
-        "up/bias": ((width,), zeros),
-    }
+    zeros, normal, width = nn.initializers.zeros, nn.initializers.truncated_normal(0.01), model.width
+    own = {"down/kernel": ((width, bottleneck), normal), "down/bias": ((bottleneck,), zeros)}
+    own |= {"up/kernel": ((bottleneck, width), zeros), "up/bias": ((width,), zeros)}
     places = [f"backbone/block{i}/{branch}" for i in range(model.depth) for branch in BRANCHES[where]]
     return {f"{place}/{leaf}": start for place in places for leaf, start in own.items()}, []
 
@@ -167,10 +163,8 @@ def _by_layer(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict
     """`{module path: {addition: its parameters}}`; raises ValueError where `params` has others than `names`."""
     found = [name for name in MAKERS if name in params]
     if set(found) != set(names):
-        raise ValueError(
-            f"the parameters hold the additions {found}, the model is built with {list(names)}: "
-            "give the same additions to init and to the model"
-        )
+        differ = f"the parameters hold the additions {found}, the model is built with {list(names)}"
+        raise ValueError(f"{differ}: give the same additions to init and to the model")
     table: dict[str, dict[str, Any]] = {}
     for name in found:
         for path, leaf in trees.flatten(params[name]).items():
@@ -206,36 +200,28 @@ class Adapted:
         return dataclasses.replace(self, model=self.model.clone(**fields))
 
     def apply(
-        self,
-        variables: Mapping[str, Any],
-        images: jax.Array,
-        train: bool = False,
-        start: str | None = None,
-        stop: str | None = None,
-        mutable: Any = False,
-        rngs: Mapping[str, jax.Array] | None = None,
+        self, variables: Mapping[str, Any], x: jax.Array, train: bool = False, start: str | None = None, **call: Any
     ):
         """As `model.apply`; raises ValueError where parameters and additions, or prompts and `start`, do not fit."""
         options, network = check(self.additions), _network(variables)
         table = _by_layer(variables["params"], tuple(options))
         if "prompt" in options and start is not None:
-            _check_tokens(self.model, variables["params"]["prompt"], images, start)
-        call = {"train": train, "start": start, "stop": stop, "mutable": mutable, "rngs": rngs}
+            _check_tokens(self.model, variables["params"]["prompt"], x, start)
+        call |= {"train": train, "start": start}
         if not table and not self.stoch_norm:
-            return self.model.apply(network, images, **call)
+            return self.model.apply(network, x, **call)
         alpha = options.get("lora", {}).get("alpha", 0.0)
         with nn.intercept_methods(functools.partial(_intercept, table, alpha, self.stoch_norm)):
-            return self.model.clone(fold=False).apply(network, images, **call)
+            return self.model.clone(fold=False).apply(network, x, **call)
 
 
 def _check_tokens(model: vit.ViT, prompt: Mapping[str, Any], x: jax.Array, start: str) -> None:
     """Raises ValueError where x was taken from the network without prompts."""
     patches, prompts = (model.image_size // model.patch_size) ** 2, prompt["backbone"]["stem"]["tokens"].shape[1]
-    if x.ndim == 3 and x.shape[1] != 1 + prompts + patches:
-        raise ValueError(
-            f"start={start!r} with {x.shape[1]} tokens, expected {1 + prompts + patches}: the class token, {prompts} "
-            f"prompts, {patches} patches; take the input from this adapted model, out[{start!r}]"
-        )
+    if x.ndim == 3 and x.shape[1] != (wanted := 1 + prompts + patches):
+        expected = f"expected {wanted}: the class token, {prompts} prompts, {patches} patches"
+        found = f"start={start!r} with {x.shape[1]} tokens"
+        raise ValueError(f"{found}, {expected}; take the input from this adapted model, out[{start!r}]")
 
 
 def _intercept(table, alpha, stoch_norm, next_fun, args, kwargs, context):

@@ -10,18 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tl_jax.core.card import Card
-from tl_jax.models import conversion
-from tl_jax.models.layers import (
-    Conv,
-    DropPath,
-    Policy,
-    batch_norm,
-    conv_norm,
-    drop_path_rates,
-    max_pool,
-    recomputed,
-    run_parts,
-)
+from tl_jax.models import conversion, layers
 from tl_jax.models.variant import Model, Variant, with_flavours
 
 
@@ -31,12 +20,12 @@ class ConvNorm(nn.Module):
     features: int
     size: int
     stride: int
-    policy: Policy
+    policy: layers.Policy
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = Conv(self.features, self.size, self.stride, dtype=self.policy.dtype, name="conv")
-        return conv_norm(self, conv, batch_norm(self, "norm", train), x)
+        conv = layers.Conv(self.features, self.size, self.stride, dtype=self.policy.dtype, name="conv")
+        return layers.conv_norm(self, conv, layers.batch_norm(self, "norm", train), x)
 
 
 class Block(nn.Module):
@@ -49,7 +38,7 @@ class Block(nn.Module):
     groups: int
     base_width: int
     cifar: bool
-    policy: Policy
+    policy: layers.Policy
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -62,11 +51,12 @@ class Block(nn.Module):
         y = x
         for i, (features, size, stride, groups) in enumerate(convs, start=1):
             last = i == len(convs)
-            conv = Conv(features, size, stride, groups, self.policy.dtype, name=f"conv{i}")
+            conv = layers.Conv(features, size, stride, groups, self.policy.dtype, name=f"conv{i}")
             # The last scale starts at zero: every block starts as the identity (Goyal et al. 2017, section 5.1).
-            norm = batch_norm(self, f"norm{i}", train, nn.initializers.zeros if last else nn.initializers.ones)
-            y = conv_norm(self, conv, norm, y, shortcut if last and not dropped else None, not (last and dropped))
-        return nn.relu(shortcut + DropPath(self.drop_path)(y, train)) if dropped else y
+            norm = layers.batch_norm(self, f"norm{i}", train, nn.initializers.zeros if last else nn.initializers.ones)
+            added = shortcut if last and not dropped else None
+            y = layers.conv_norm(self, conv, norm, y, added, not (last and dropped))
+        return nn.relu(shortcut + layers.DropPath(self.drop_path)(y, train)) if dropped else y
 
     def shortcut_of(self, x: jax.Array, features: int, train: bool) -> jax.Array:
         if self.stride == 1 and x.shape[-1] == features:
@@ -115,13 +105,13 @@ class ResNet(Model):
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
         kind = {name: getattr(self, name) for name in ("bottleneck", "groups", "base_width", "cifar", "policy")}
-        block = functools.partial(recomputed(Block, self.remat), **kind)
-        rates = drop_path_rates(self.drop_path, sum(self.depths))
+        block = functools.partial(layers.recomputed(Block, self.remat), **kind)
+        rates = layers.drop_path_rates(self.drop_path, sum(self.depths))
 
         def stem(x):
             size, stride = (3, 1) if self.cifar else (7, 2)
             x = ConvNorm(self.widths[0], size, stride, self.policy, name="stem")(x, train)
-            return nn.relu(x if self.cifar else max_pool(x))  # the maximum first: a quarter of the pixels is left
+            return nn.relu(x if self.cifar else layers.max_pool(x))  # the maximum first leaves a quarter of the pixels
 
         parts = [stem]
         for i, depth in enumerate(self.depths):
@@ -130,7 +120,7 @@ class ResNet(Model):
             parts += [functools.partial(stage, j, train=train) for j in range(depth)]
         # XLA (jaxlib 0.11.2, CPU) returns NaN where it fuses a convolution in bfloat16 into this mean.
         parts.append(lambda x: jnp.mean(jax.lax.optimization_barrier(x), axis=(1, 2), dtype=jnp.float32))
-        return run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
+        return layers.run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
 
 
 _BLOCK, _COUNTERS = r"backbone/stage(\d)/block(\d+)", r".*\.num_batches_tracked"
@@ -151,9 +141,9 @@ def _hf_layout() -> conversion.Layout:
     """ResNetForImageClassification counts stages and convolutions from 0; a bare ResNetModel has no prefix."""
     places = [("backbone/stem/{}", "resnet.embedder.embedder")]
     for stage in range(4):
-        block, layers = rf"backbone/stage{stage + 1}/block(\d+)", rf"resnet.encoder.stages.{stage}.layers.\1"
-        places += [(f"{block}/shortcut/{{}}", f"{layers}.shortcut")]
-        places += [(f"{block}/{{}}{i + 1}", f"{layers}.layer.{i}") for i in range(3)]
+        block, source = rf"backbone/stage{stage + 1}/block(\d+)", rf"resnet.encoder.stages.{stage}.layers.\1"
+        places += [(f"{block}/shortcut/{{}}", f"{source}.shortcut")]
+        places += [(f"{block}/{{}}{i + 1}", f"{source}.layer.{i}") for i in range(3)]
     rules = []
     for path, source in places:
         rules += conversion.conv(path.format("conv"), f"{source}.convolution")

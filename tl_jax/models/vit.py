@@ -34,10 +34,8 @@ class Stem(nn.Module):
         if size % patch:
             raise ValueError(f"image_size={size} is no multiple of patch_size={patch}")
         if images.shape[1:3] != (size, size):
-            raise ValueError(
-                f"images are {images.shape[1]}x{images.shape[2]}, but the position embedding was made for "
-                f"{size}x{size}: resize the images or load the weights with image_size="
-            )
+            found = f"{images.shape[1]}x{images.shape[2]}, but the position embedding was made for {size}x{size}"
+            raise ValueError(f"images are {found}: resize the images or load the weights with image_size=")
         patch_embed = nn.Conv(self.width, (patch, patch), (patch, patch), "VALID", dtype=self.dtype, name="patch_embed")
         x = patch_embed(images)
         x = x.reshape(x.shape[0], -1, self.width)

@@ -83,9 +83,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         text = json.dumps({**meta, "step": step})  # now: the caller's rows go on growing
         elsewhere = {path: {**_form(flat[path]), "sha256": sha256} for path, sha256 in self._constant.items()}
         if not self._manager.save(step, args=ocp.args.Composite(state=_Save(self._copy, text, elsewhere))):
-            raise ValueError(
-                f"{self._folder} has checkpoints after step {step}, {older[-1:]}: they are not of this run"
-            )
+            raise ValueError(f"{self._folder} has later checkpoints than step {step}, of another run: {older[-1:]}")
         self._free_copy()
 
     def _saved(self, state: Any) -> dict[str, jax.Array]:

@@ -152,7 +152,7 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
-def _roll_call(address: str, index: int, count: int, start: Callable[[], Any]) -> rollcall.Meeting:
+def _roll_call(address: str, count: int, index: int, start: Callable[[], Any]) -> rollcall.Meeting:
     return rollcall.join(address, index, count) if index else rollcall.gather(address, count, start)
 
 
@@ -160,9 +160,7 @@ def _meet(place: Place) -> rollcall.RollCall:
     """The roll call at the coordinator's address, then jax at a port that process 0 finds free."""
     host, _ = rollcall.split(place.coordinator)
     host = f"[{host}]" if ":" in host else host
-    connections, names, address = _roll_call(
-        place.coordinator, place.index, place.count, lambda: f"{host}:{_free_port()}"
-    )
+    connections, names, address = _roll_call(*place[:3], lambda: f"{host}:{_free_port()}")
     jax.distributed.initialize(
         address, place.count, place.index, local_device_ids=place.devices, cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=HEARTBEAT,
@@ -180,5 +178,5 @@ def _meet_on_tpu() -> rollcall.RollCall | None:
         return None
     own = [int(octet) for octet in socket.gethostbyname(socket.gethostname()).split(".")]
     *octets, port = map(int, multihost_utils.broadcast_one_to_all(np.array([*own, _free_port()], np.int32)))
-    connections, names, _ = _roll_call(f"{'.'.join(map(str, octets))}:{port}", index, count, lambda: "")
+    connections, names, _ = _roll_call(f"{'.'.join(map(str, octets))}:{port}", count, index, lambda: "")
     return rollcall.RollCall(index, names, connections)

@@ -3,11 +3,11 @@
 import contextlib
 import json
 import math
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,13 +41,7 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        folder: pathlib.Path | None,
-        rows: list[dict],
-        start: int,
-        total: int,
-        verbose: bool = True,
-        replicas: int = 1,
+        self, folder: Path | None, rows: list[dict], start: int, total: int, verbose: bool = True, replicas: int = 1
     ):
         self._writes = jax.process_index() == 0 and folder is not None
         self._paths = {name: folder / f"{name}.jsonl" for name in ("metrics", "timing")} if folder else {}

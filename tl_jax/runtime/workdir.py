@@ -1,7 +1,6 @@
 """The folder of a run: one process at a time, one config."""
 
 import contextlib
-import fcntl
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -10,16 +9,11 @@ from tl_jax import config
 from tl_jax.core import files
 
 
-@contextlib.contextmanager
-def lock(workdir: pathlib.Path):
+def lock(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
     """Locks the workdir until the block or the process ends; raises ValueError where another process has the lock."""
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is running in {workdir}; wait, or choose another --workdir") from None
-        yield
+    busy = f"another process is running in {workdir}; wait, or choose another --workdir"
+    return files.locked(workdir / ".lock", busy)
 
 
 def check_options(workdir: pathlib.Path, options: Mapping[str, Any]) -> None:

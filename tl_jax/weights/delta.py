@@ -37,20 +37,12 @@ def save(
     rows = {f"{kind}/{row['path']}": row for kind in tables for row in report["phases"][0][tables[kind]]}
     new = {path for path, row in rows.items() if row["origin"] == "new" and weights["file"]}
     model_paths = tuple(f"{kind}/{name}/" for kind in variables for name in peft.MODEL)
-    frozen = {
-        path: sha256
-        for path, sha256 in report["proof"]["hashes"].items()
-        if path.startswith(model_paths) and not path.startswith(pretrained.HEAD) and path not in new
-    }
+    hashes = {path: sha256 for path, sha256 in report["proof"]["hashes"].items() if path.startswith(model_paths)}
+    frozen = {path: x for path, x in hashes.items() if not path.startswith(pretrained.HEAD) and path not in new}
     kinds = (*peft.MODEL, *(name for name, _ in additions))
     flat = {p: x for p, x in trees.flatten(variables).items() if p.split("/")[1] in kinds}
-    about = {
-        "model": model,
-        "weights": dict(weights),
-        "seed": seed,
-        "additions": [[name, dict(args)] for name, args in additions],
-        "rested": messages.fingerprint(frozen),
-    }
+    about = {"model": model, "weights": dict(weights), "seed": seed}
+    about |= {"additions": [[name, dict(args)] for name, args in additions], "rested": messages.fingerprint(frozen)}
     tensors = {path: np.asarray(leaf) for path, leaf in flat.items() if path not in frozen}
     formats.write_safetensors(path, tensors, {pretrained.CARD_KEY: card.to_json(), KEY: json.dumps(about)})
 

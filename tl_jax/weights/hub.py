@@ -57,9 +57,7 @@ def _from_hub(spec, pinned):
 
     match = _HF.fullmatch(spec)
     if not match or not match["revision"]:
-        why = (
-            "the revision (a commit, tag or branch such as @main) is required, and a commit makes the run reproducible"
-        )
+        why = "the revision is required: a branch such as @main, a tag, or a commit, which makes the run reproducible"
         raise ValueError(f"{spec}: expected hf://owner/name[/file]@revision; {why}")
     repo, file, revision = match["repo"], match["file"] or WHOLE, match["revision"]
     # The library reads its environment at import; reading it here makes a later setting count too.

@@ -21,6 +21,7 @@ from tl_jax.weights import formats, hub
 CARD_KEY = "tl_jax.card"
 HEAD = ("params/head/", "batch_stats/head/")
 POS_EMBED = "params/backbone/stem/pos_embed"
+Tensors = Mapping[str, np.ndarray]  # of a file, by its keys
 
 
 class Loaded(NamedTuple):
@@ -63,7 +64,9 @@ def load(
         card = _with_columns(models.get(name).card, columns, path)
         classes = card.num_classes if num_classes is None else num_classes
         card = card.replace(num_classes=classes, input_size=image_size or card.input_size, head=head if classes else ())
-        return _random(models.get(name), card, head_init, seed)
+        model = _make(models.get(name).module, card, head_init)
+        variables = jax.jit(lambda key: model.init(key, example_input(card)))(jax.random.key(seed))
+        return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
     tensors, layout, variant, card, sha256 = _read(name, path)
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
@@ -87,13 +90,7 @@ def load(
     return Loaded(model, variables, card, {x: origins.get(x, "new") for x in shapes}, layout, tuple(dropped), sha256)
 
 
-def _random(variant: models.Variant, card: Card, head_init: str, seed: int) -> Loaded:
-    model = _make(variant.module, card, head_init)
-    variables = jax.jit(lambda key: model.init(key, example_input(card)))(jax.random.key(seed))
-    return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
-
-
-def _read(name: str, path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], str, models.Variant, Card, str]:
+def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Variant, Card, str]:
     """A file's tensors, layout, variant, card (its own, or the variant's with source and hash) and sha256."""
     file = hub.resolve(path)
     tensors, metadata = formats.read(file)
@@ -109,12 +106,7 @@ def _read(name: str, path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], s
 
 
 def _with_head(
-    card: Card,
-    num_classes: int | None,
-    head: Layers,
-    table: tables.Layout,
-    tensors: Mapping[str, np.ndarray],
-    path: Any,
+    card: Card, num_classes: int | None, head: Layers, table: tables.Layout, tensors: Tensors, path: Any
 ) -> Card:
     """The card of a file with the head that its network gets."""
     if num_classes is not None:
@@ -176,9 +168,7 @@ def export(
     problems = {
         "missing leaves": sorted(shapes.keys() - found.keys()),
         "surplus leaves": sorted(found.keys() - shapes.keys()),
-        "wrong shapes": [
-            f"{x} is {found[x]}, expected {shapes[x]}" for x in found if shapes.get(x) not in (None, found[x])
-        ],
+        "wrong shapes": [f"{x} is {s}, expected {shapes[x]}" for x, s in found.items() if shapes.get(x, s) != s],
         "non-finite values": [leaf for leaf, value in flat.items() if not np.isfinite(value.astype(np.float32)).all()],
     }
     if any(problems.values()):
@@ -226,7 +216,7 @@ def _backbone_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return {leaf: shape for leaf, shape in _default_shapes(name).items() if not leaf.startswith(HEAD)}
 
 
-def _detect(name: str, path: Any, tensors: Mapping[str, np.ndarray]) -> str:
+def _detect(name: str, path: Any, tensors: Tensors) -> str:
     """The layout whose table reads most of the file's keys; ties go to the first."""
     leaves, layouts = list(_default_shapes(name)), models.get(name).layouts
     counts = {key: tables.coverage(table, leaves, tensors) for key, table in layouts.items()}
@@ -237,16 +227,13 @@ def _detect(name: str, path: Any, tensors: Mapping[str, np.ndarray]) -> str:
     return best
 
 
-def _resample(table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray]):
+def _resample(table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors) -> Tensors:
     """The file's position embedding on the model's grid, under the file's key; {} where it needs no resampling."""
     if POS_EMBED not in shapes:
         return {}
-    (source,), _ = tables.sources_of(table, POS_EMBED)
-    return {
-        key: vit.resample_pos_embed(value, shapes[POS_EMBED][1])
-        for key, value in tensors.items()
-        if tables.canonical(table, key) == source and vit.is_other_grid(value.shape, shapes[POS_EMBED])
-    }
+    ((source,), _), shape = tables.sources_of(table, POS_EMBED), shapes[POS_EMBED]
+    found = {key: x for key, x in tensors.items() if tables.canonical(table, key) == source}
+    return {k: vit.resample_pos_embed(x, shape[1]) for k, x in found.items() if vit.is_other_grid(x.shape, shape)}
 
 
 def _new_head(model: Any, features: tuple[int, ...], seed: int) -> dict[str, jax.Array]:
@@ -255,7 +242,7 @@ def _new_head(model: Any, features: tuple[int, ...], seed: int) -> dict[str, jax
     return {leaf: x for leaf, x in trees.flatten(init(jax.random.key(seed))).items() if leaf.startswith(HEAD)}
 
 
-def _message(name: str, path: Any, layout: str, tensors: Mapping[str, np.ndarray], problems: Mapping[str, Any]) -> str:
+def _message(name: str, path: Any, layout: str, tensors: Tensors, problems: Mapping[str, Any]) -> str:
     (kind, texts), *others = problems.items()
     if not others and kind == "unfilled leaves" and all(text.startswith(HEAD) for text in texts):
         hint = "; the file has no head: give num_classes for a new one, or 0 for none"
@@ -265,12 +252,12 @@ def _message(name: str, path: Any, layout: str, tensors: Mapping[str, np.ndarray
     return f"{path} does not fit {name} (best layout: {layout}): {tables.listing(problems)}{hint}"
 
 
-def _looks_like(tensors: Mapping[str, np.ndarray]) -> str:
+def _looks_like(tensors: Tensors) -> str:
     names = [f"{name} (layout {layout})" for name, layout in candidates(tensors)]
     return f"; the file looks like {' or '.join(names)}" if names else ""
 
 
-def candidates(tensors: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
+def candidates(tensors: Tensors) -> list[tuple[str, str]]:
     """The (model, layout) pairs whose backbone the tensors fill, judged by names and shapes; flavours left out."""
     found, related = [], {}
     for name, variant in models.MODELS.items():

@@ -4,12 +4,7 @@ import math
 
 from PIL import Image, ImageEnhance, ImageOps
 
-ENHANCE = {
-    "brightness": ImageEnhance.Brightness,
-    "color": ImageEnhance.Color,
-    "contrast": ImageEnhance.Contrast,
-    "sharpness": ImageEnhance.Sharpness,
-}
+ENHANCE = {name.lower(): getattr(ImageEnhance, name) for name in ("Brightness", "Color", "Contrast", "Sharpness")}
 # Output to input coordinates of a shear about the top left corner, or of a shift by whole pixels.
 MATRICES = {
     "shear_x": lambda strength: (1, strength, 0, 0, 1, 0),

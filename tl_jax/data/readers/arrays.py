@@ -57,26 +57,20 @@ def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: 
     labels = labels[:, None] if labels.dtype.kind == "f" and labels.ndim == 1 else labels
     kind = KINDS.get(f"{labels.dtype.kind}{labels.ndim}")
     if kind is None or len(labels) != count or (kind == "multilabel" and labels.max(initial=0) > 1):
-        raise ValueError(
-            f"{file}: expected integer labels [{count}], labels of 0 and 1 [{count}, K] or numbers [{count}, T]; found "
-            f"{labels.dtype} {labels.shape}"
-        )
+        expected = f"integer labels [{count}], labels of 0 and 1 [{count}, K] or numbers [{count}, T]"
+        raise ValueError(f"{file}: expected {expected}; found {labels.dtype} {labels.shape}")
     highest = int(labels.max(initial=0)) if kind == "classes" else labels.shape[1] - 1
     class_names = tuple(map(str, range(highest + 1)) if classes is None else classes.astype(str).tolist())
     lowest = 0 if kind == "targets" else labels.min(initial=0)
     if lowest < 0 or highest >= len(class_names):
-        raise ValueError(
-            f"{file}: labels run from {lowest} to {highest}, outside 0 .. {len(class_names) - 1} "
-            f"({len(class_names)} classes); labels count from 0"
-        )
+        expected = f"0 .. {len(class_names) - 1} ({len(class_names)} classes); labels count from 0"
+        raise ValueError(f"{file}: labels run from {lowest} to {highest}, outside {expected}")
     if "image" in found:
         return array_source(name, split, _as_rgb(file, found["image"]), labels, class_names)
     offsets, data = found["offsets"].astype(np.int64), found["bytes"]
     if data.dtype != np.uint8 or offsets[0] < 0 or offsets[-1] > data.size or (np.diff(offsets) <= 0).any():
-        raise ValueError(
-            f"{file}: offsets must rise within the {data.size} bytes (uint8); found {offsets[0]} .. {offsets[-1]}, "
-            f"bytes of type {data.dtype}"
-        )
+        found = f"{offsets[0]} .. {offsets[-1]}, bytes of type {data.dtype}"
+        raise ValueError(f"{file}: offsets must rise within the {data.size} bytes (uint8); found {found}")
     images = EncodedImages(data, offsets[:-1], offsets[1:])
     return array_source(name, split, images, labels, class_names, np.diff(offsets))
 
@@ -84,8 +78,6 @@ def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: 
 def _as_rgb(file: Path | str, images: np.ndarray) -> np.ndarray:
     stack = images[..., None] if images.ndim == 3 else images
     if stack.dtype != np.uint8 or stack.ndim != 4 or stack.shape[-1] not in (1, 3):
-        raise ValueError(
-            f"{file}: image must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]; found {images.dtype} "
-            f"{images.shape}. Scale floats to 0 .. 255 first."
-        )
+        found = f"{images.dtype} {images.shape}. Scale floats to 0 .. 255 first."
+        raise ValueError(f"{file}: image must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]; found {found}")
     return np.repeat(stack, 3, axis=3) if stack.shape[-1] == 1 else stack

@@ -1,13 +1,11 @@
 """Packing: every image of a split decoded and resized once, into the files that readers/packed.py reads."""
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tl_jax.core.checks import refuse
-from tl_jax.core.files import atomic_write, write_text
+from tl_jax.core.files import atomic_write, locked, write_text
 from tl_jax.core.messages import listed
 from tl_jax.data import workers
 from tl_jax.data.examples import Source, header_shape
@@ -72,7 +70,7 @@ def pack(
         raise ValueError(f"{source} is packed, its images were resized once; pack the source that it was packed from")
     root, plans = Path(folder).expanduser(), {}
     root.mkdir(parents=True, exist_ok=True)
-    with _lock(root / ".lock"):
+    with locked(root / ".lock", f"another process is packing into {root}; wait for it"):
         for split, whole in wholes.items():
             meta = {"format": FORMAT, "source": source, "split": split, "size": size, "interpolation": interpolation}
             meta["source_sha256"] = whole.fingerprint
@@ -98,16 +96,6 @@ def _check_same(path: Path, wanted: dict[str, Any]) -> None:
     found = json.loads(path.read_text())
     changed = [f"{key}: {found.get(key)!r} -> {value!r}" for key, value in wanted.items() if found.get(key) != value]
     refuse(f"{path.parent} holds another packing; choose another folder or remove it (there -> now)", changed)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:  # stays: removing it would let two in that opened it before and after
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is packing into {path.parent}; wait for it") from None
-        yield
 
 
 def _plan(source: Source, meta: dict[str, Any], folder: Path, report: Callable[[str], None]) -> Plan:
@@ -164,10 +152,8 @@ def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> 
             if time.perf_counter() - flushed < FLUSH and number < len(todo):
                 continue
             os.fsync(data.fileno())  # pixels first: what the journal names is there, even after a power cut
-            good = {
-                start: rows for start, rows in fresh.items() if all(len(row) == 3 for row in rows)
-            }  # others are tried again
-            file.writelines(json.dumps([start, rows]) + "\n" for start, rows in good.items())
+            good = [piece for piece in fresh.items() if all(len(row) == 3 for row in piece[1])]  # others: tried again
+            file.writelines(json.dumps(piece) + "\n" for piece in good)
             file.flush()
             os.fsync(file.fileno())
             pieces |= fresh
@@ -228,14 +214,10 @@ def _finish(plan: Plan, results: list[list]) -> dict[str, Any]:
     bad = _reasons(plan, results)
     source = without(plan.source, bad) if bad else plan.source
     good = [i for i in range(len(results)) if i not in bad]
+    shapes = np.array([results[i][:2] for i in good], np.int32)
+    sha256 = np.array([list(bytes.fromhex(results[i][2])) for i in good], np.uint8)
     with atomic_write(plan.folder / "index.npz") as file:
-        np.savez(
-            file,
-            offsets=plan.offsets[good],
-            shapes=np.array([results[i][:2] for i in good], np.int32),
-            labels=source.labels.astype(np.int32),
-            sha256=np.array([list(bytes.fromhex(results[i][2])) for i in good], np.uint8),
-        )
+        np.savez(file, offsets=plan.offsets[good], shapes=shapes, labels=source.labels.astype(np.int32), sha256=sha256)
     meta = {
         **plan.meta,
         "examples": len(source),

@@ -68,10 +68,8 @@ def load_packed(path: str, split: str) -> Source:
     found = _splits_in(root)
     if split not in found:
         begun = f"; {split} was begun, start its command again" if (root / f".{split}.partial").is_dir() else ""
-        fix = f"Pack one: python -m tl_jax pack SOURCE {path} --split {split}"
-        raise FileNotFoundError(
-            f"no packed split {split!r} in {root}; there: {', '.join(found) or 'none'}{begun}. {fix}"
-        )
+        fix = f"{begun}. Pack one: python -m tl_jax pack SOURCE {path} --split {split}"
+        raise FileNotFoundError(f"no packed split {split!r} in {root}; there: {', '.join(found) or 'none'}{fix}")
     folder = str((root / split).resolve())
     store = _opened(folder)
     return Source(
