@@ -15,7 +15,7 @@ import numpy as np
 from tl_jax import config as options
 from tl_jax.core.files import read_json
 from tl_jax.methods import probes
-from tl_jax.methods.term import MAIN, MODEL
+from tl_jax.methods.term import MAIN
 from tl_jax.runtime import sharding
 from tl_jax.runtime.log import CONSOLE
 from tl_jax.studies import local, store, together
@@ -104,19 +104,11 @@ def trace(config) -> Work:
 
 def example_batch(run: Run, plan: steps.Plan) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """The shapes of a batch, with cached columns, which take one run over the data and are often there already."""
-    variables, columns = run.material.variables, {}
-    if plan.prefix and plan.prefix.cached:
-        model = plan.readers[MODEL]
-        columns[model.field] = feature_cache.prefix_column(plan.prefix, model, variables, run.material.networks)
-    for name, reader in plan.readers.items():
-        if reader.column:
-            column = feature_cache.logits_column(name, reader, variables)
-            columns[column.field] = column
-    found = {}
+    variables, found = run.material.variables, {}
+    columns = feature_cache.columns_of(plan, lambda: variables, run.material.networks)
     for stream in plan.streams:
         raw = {field: jax.ShapeDtypeStruct(x.shape, x.dtype) for field, x in run.material.streams[stream][0].items()}
-        shapes = {field: jax.eval_shape(it.compute, variables, raw[it.view]) for field, it in columns.items()}
-        found[stream] = raw | shapes
+        found[stream] = raw | {it.field: jax.eval_shape(it.compute, variables, raw[it.view]) for it in columns}
     return found
 
 

@@ -26,6 +26,7 @@ from tl_jax.core.card import PIXELS
 from tl_jax.data.pipeline import Batches, TrainBatches
 from tl_jax.data.views import IN_MEMORY
 from tl_jax.methods import rules
+from tl_jax.methods.term import MODEL
 from tl_jax.runtime import distributed
 from tl_jax.runtime.log import log
 from tl_jax.runtime.preemption import Preempted, Stop, check
@@ -84,6 +85,15 @@ def _key(module: Any, reader: steps.Reader, leaves: Mapping[str, Any], cut: str)
         "card": {field: getattr(reader.card, field) for field in PIXELS},
         "cut": cut,
     }
+
+
+def columns_of(plan: steps.Plan, variables: Callable[[], Any], networks: Collection[str], training: bool = True):
+    """The columns that a phase reads: of its frozen prefix, and in training the logits of further networks."""
+    readers = {name: reader for name, reader in plan.readers.items() if reader.column and training}
+    found = [logits_column(name, reader, variables()) for name, reader in readers.items()]
+    if plan.prefix and plan.prefix.cached:
+        found.insert(0, prefix_column(plan.prefix, plan.readers[MODEL], variables(), networks))
+    return found
 
 
 class Cached(NamedTuple):

@@ -173,22 +173,13 @@ def cached(
 ) -> dict[str, Any]:
     """The sets, with the outputs of what is frozen in place of its inputs where the config says so."""
     loop, material = run.settings.loop, run.material
-    training = {name for name in sets if name in material.streams}
-    columns = []
-    if phase.plan.prefix and phase.plan.prefix.cached:
-        reader, networks = phase.plan.readers[MODEL], material.networks
-        columns.append((feature_cache.prefix_column(phase.plan.prefix, reader, variables(), networks), sets))
-    for name, reader in phase.plan.readers.items():
-        if reader.column and training:
-            own = {key: batches for key, batches in sets.items() if key in training}
-            columns.append((feature_cache.logits_column(name, reader, variables()), own))
+    training = {name: batches for name, batches in sets.items() if name in material.streams}
     epochs = -(-run.total_steps * loop.batch_size // len(material.data[MAIN]))
+    how = {"views": min(loop.views, epochs), "batch_size": loop.batch_size, "folder": loop.cache_dir}
     found = dict(sets)
-    for column, wanted in columns:
-        made = feature_cache.fill(
-            wanted, column, variables(), parallel, views=min(loop.views, epochs), batch_size=loop.batch_size,
-            folder=loop.cache_dir, stop_requested=stop,
-        )  # fmt: skip
+    for column in feature_cache.columns_of(phase.plan, variables, material.networks, bool(training)):
+        wanted = sets if column.field == column.view else training
+        made = feature_cache.fill(wanted, column, variables(), parallel, **how, stop_requested=stop)
         for name, values in made.items():
             found[name] = dataclasses.replace(found[name], prepared={**found[name].prepared, column.field: values})
     return found
