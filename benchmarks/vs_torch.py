@@ -90,7 +90,7 @@ def make_ours(name: str, way: str, folder: pathlib.Path) -> tuple[Callable[[], o
     from configs import transfer
     from tl_jax import config as options
     from tl_jax.runtime import sharding
-    from tl_jax.training import single
+    from tl_jax.training import single, steps
     from tl_jax.training.build import build
     from tl_jax.weights import load
 
@@ -110,7 +110,9 @@ def make_ours(name: str, way: str, folder: pathlib.Path) -> tuple[Callable[[], o
     batch, kept = parallel.put_batch({"train": host_batch}), [program.initial(0)]
     if way == "forward":
         variables, images = single.current_variables(kept.pop()), batch["train"]["image"]
-        traced = parallel.evaluate(single.make_eval_step(run)).trace(variables, images)
+        traced = parallel.evaluate(steps.make_eval_step(run.material.readers["model"], run.task)).trace(
+            variables, images
+        )
         compiled = traced.lower().compile()
 
         def call():

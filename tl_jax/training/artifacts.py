@@ -38,19 +38,19 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
     flops = [phase["flops_per_step"] * phase["steps"] for phase in phases if phase and phase["flops_per_step"]]
     memory = [phase["memory_bytes"] for phase in phases if phase and phase["memory_bytes"]]
     rates = {name: [row[name] for row in rows if row.get(name)] for name in ("flops_per_second", "mfu", "roofline")}
+    seconds, waited = (sum(row.get(name, 0.0) for row in rows) for name in ("seconds", "data_wait_seconds"))
     table = {
         "trainable_parameters": audit.totals([phase.audit for phase in run.phases])["trainable"],
         "flops_per_step": sum(flops) / run.total_steps if len(flops) == len(phases) else None,
         "memory_bytes": max(memory, default=None),
         **{name: statistics.median(values) if values else None for name, values in rates.items()},
-        "seconds": round(sum(row["seconds"] for row in rows), 3),
-        "data_wait_seconds": round(sum(row.get("data_wait_seconds", 0.0) for row in rows), 3),
+        "seconds": round(seconds, 3),
+        "data_wait_seconds": round(waited, 3),
         "steps": run.total_steps,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "phases": phases,
-        **({"replicas": replicas} if replicas > 1 else {}),
     }
-    files.write_json(path, table)
+    files.write_json(path, table | ({"replicas": replicas} if replicas > 1 else {}))
 
 
 def wanted_splits(run: Run) -> list[str]:

@@ -42,7 +42,6 @@ class Run(NamedTuple):
 
     @property
     def total_steps(self) -> int:
-        """The steps of all phases."""
         return self.phases[-1].stop
 
     def phase_of(self, step: int) -> int:
@@ -68,7 +67,7 @@ def prepare(settings: Settings, parallel: sharding.Parallel) -> Material:
     keep_compiled_programs()
     data = inputs.load_sources(settings)
     train = data[MAIN]
-    spec = tasks.fit_spec(settings.task, train.labels, train.class_names)
+    spec = tasks.fit_spec(settings.loop.task, train.labels, train.class_names)
     loaded = load_model(settings, tasks.make(spec).outputs, train.class_names, train.columns)
     card = _finish_card(settings, loaded.card, spec, train)
     model = _configure(settings, loaded, parallel)

@@ -22,7 +22,7 @@ def load_sources(settings: Settings) -> dict[str, Source]:
     """The sources of train, val, test, extra_eval and further streams, by name; ValueError where they do not fit."""
     data, loop = settings.data, settings.loop
     _check_splits(data, loop.select == "best_val" or bool(loop.patience), settings.streams)
-    common = {"task": settings.task, "labels": data.labels, "seed": loop.seed, "split_seed": data.split_seed}
+    common = {"task": settings.loop.task, "labels": data.labels, "seed": loop.seed, "split_seed": data.split_seed}
     common |= {"on_error": data.on_error, "data_dir": data.data_dir or None}
     found = {
         name: sources.load(data.source, split, shots=data.shots if name == MAIN else 0, **common)
@@ -66,7 +66,7 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
     """Raises ValueError for classes that differ between splits, and for examples that are trained on and scored."""
     train, data = found[MAIN], settings.data
     classes = dict(enumerate(train.class_names))
-    if settings.task in ("classification", "binary") and len(classes) < 2:
+    if settings.loop.task in ("classification", "binary") and len(classes) < 2:
         raise ValueError(f"{train.name} has the one class {classes[0]!r}; expected at least two to tell apart")
     for name, source in found.items():
         if changed := messages.difference(classes, dict(enumerate(source.class_names))):

@@ -1,6 +1,7 @@
 """The training loop: steps, lines of metrics, evaluations and checkpoints of a program, phase by phase."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import pathlib
@@ -28,6 +29,7 @@ class Ended(NamedTuple):
     failed: dict[int, FloatingPointError]
 
 
+@dataclasses.dataclass(eq=False)
 class Loop:
     """A program on its way: `Loop(...).run()` trains it to the end, from its newest checkpoint on.
 
@@ -35,25 +37,18 @@ class Loop:
     saved, soon after `stop_requested(steps done)` has become true.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        checkpoints: Checkpoints,
-        folders: Mapping[int, pathlib.Path],
-        parallel: sharding.Parallel,
-        verbose: bool,
-        stop_requested: Stop,
-    ):
-        self.program, self.checkpoints, self.folders, self.parallel = program, checkpoints, folders, parallel
-        self.verbose, self.stop_requested = verbose, stop_requested
-        self.first: Run = program.runs[0]
-        self.log_every, self.eval_every = intervals(self.first)
-        self.failed: dict[int, FloatingPointError] = {}
-        self.line: Line | None = None  # whose sums may still be on their way: nothing is waited for without need
+    program: Program
+    checkpoints: Checkpoints
+    folders: Mapping[int, pathlib.Path]
+    parallel: sharding.Parallel
+    verbose: bool
+    stop_requested: Stop
+    line: Line | None = None  # whose sums may still be on their way: nothing is waited for without need
 
     def run(self) -> Ended:
         """Trains every phase that is left."""
-        run, count = self.first, len(self.program.runs)
+        self.first, count = self.program.runs[0], len(self.program.runs)
+        run, (self.log_every, self.eval_every) = self.first, intervals(self.first)
         self.identity = identity_of(self.program)
         self.state, meta = resume(
             self.checkpoints, self.identity, lambda step: self.program.initial(run.phase_of(step))

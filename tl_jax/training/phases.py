@@ -71,7 +71,6 @@ class Phase(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The number of steps."""
         return self.stop - self.start
 
 

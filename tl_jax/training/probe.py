@@ -13,11 +13,11 @@ from tl_jax.core import files, trees
 from tl_jax.data import pipeline, resample
 from tl_jax.data.examples import Source
 from tl_jax.methods import probes
-from tl_jax.methods.term import MAIN
+from tl_jax.methods.term import MAIN, MODEL
 from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Stop, check
 from tl_jax.tasks import Predictions
-from tl_jax.training import artifacts, audit, evaluate, single
+from tl_jax.training import artifacts, audit, evaluate, single, steps
 from tl_jax.training.build import Run, scored_splits
 from tl_jax.weights import load
 
@@ -98,9 +98,9 @@ def _predict(
     run: Run, parallel: sharding.Parallel, sets: Mapping[str, pipeline.EvalBatches], stop_requested: Stop
 ) -> dict[str, Predictions]:
     """The features of each set, as predictions with the logits of the network as it was loaded."""
-    card, spec = run.material.card, run.task.spec
+    card, spec, reader = run.material.card, run.task.spec, run.material.readers[MODEL]
     variables = parallel.place(run.material.variables)
-    eval_fn = parallel.evaluate(single.make_eval_step(run, run.phases[0].plan.prefix))
+    eval_fn = parallel.evaluate(steps.make_eval_step(reader, run.task, run.phases[0].plan.prefix))
     sets = single.cached(run, run.phases[0], dict(sets), lambda: variables, parallel, stop_requested)
 
     def stopping(variables, x):

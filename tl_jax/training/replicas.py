@@ -1,6 +1,7 @@
 """Many runs in one program: replicas differ in learning rate, weight decay, seed or shots and share what is frozen."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -120,6 +121,7 @@ def whole(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return {"batch_stats": {}, **trees.unflatten({path: leaf for part in parts for path, leaf in part.items()})}
 
 
+@dataclasses.dataclass(eq=False)
 class Replicas:
     """Several runs as a program of the training loop; all but `step` of its state has the axes of the grid.
 
@@ -129,39 +131,34 @@ class Replicas:
     random key and the frozen leaves that differ, [D, ...] where there are D.
     """
 
-    def __init__(
-        self,
-        runs: list[Run],
-        grid: np.ndarray,
-        own: frozenset[str],
-        shared: dict[str, jax.Array],
-        feeds: dict[str, Any],
-        parallel: sharding.Parallel,
-    ):
-        self.runs, self._grid, self._own, self._shared, self._feeds = runs, grid, own, shared, feeds
-        self._parallel = parallel
-        self._rates: dict[int, Any] = {}
-        self._evals: dict[Any, tuple[bool, Callable]] = {}
+    runs: list[Run]
+    grid: np.ndarray
+    own: frozenset[str]
+    shared: dict[str, jax.Array]
+    feeds: dict[str, Any]
+    parallel: sharding.Parallel
+    _rates: dict[int, Any] = dataclasses.field(default_factory=dict)
+    _evals: dict[Any, tuple[bool, Callable]] = dataclasses.field(default_factory=dict)
 
     @property
     def _places(self) -> list[int]:
         """Where each replica is in the flattened grid."""
-        return [int(np.flatnonzero(self._grid == j)[0]) for j in range(len(self.runs))]
+        return [int(np.flatnonzero(self.grid == j)[0]) for j in range(len(self.runs))]
 
     @property
     def _rows(self) -> list[int]:
         """The first replica of each feed."""
-        return [int(row[0]) for row in (self._grid if self._grid.ndim == 2 else self._grid[None])]
+        return [int(row[0]) for row in (self.grid if self.grid.ndim == 2 else self.grid[None])]
 
     def _over(self, function: Callable, own_axes: Any = 0, out_axes: Any = 0) -> Callable:
         """function(own, feed, numbers) at every place of the grid; what does not depend on a place is done once."""
-        for feed_axis in (None, 0)[: self._grid.ndim]:
+        for feed_axis in (None, 0)[: self.grid.ndim]:
             function = jax.vmap(function, (own_axes, feed_axis, 0), out_axes)
         return function
 
     def _flat(self, leaf: Any) -> Any:
         """An array of every place with one leading axis, that of the flattened grid."""
-        return leaf.reshape(-1, *leaf.shape[self._grid.ndim :])
+        return leaf.reshape(-1, *leaf.shape[self.grid.ndim :])
 
     def constant_hashes(self) -> dict[str, str]:
         return {}  # checkpoints hold what is trained, and nothing else
@@ -171,7 +168,7 @@ class Replicas:
         phases = [run.phases[i] for run in self.runs]
 
         def place(values):
-            return np.array(list(values), np.float32)[self._grid]
+            return np.array(list(values), np.float32)[self.grid]
 
         return {
             "lr": place(phase.lr for phase in phases),
@@ -198,17 +195,17 @@ class Replicas:
     def _separate(self, state: steps.TrainState) -> steps.TrainState:
         """What a run has for itself of its state; its variables are a flat table."""
         flat = trees.flatten(single.current_variables(state))
-        return state._replace(params={path: flat[path] for path in self._own}, batch_stats={}, key=None)
+        return state._replace(params={path: flat[path] for path in self.own}, batch_stats={}, key=None)
 
     def initial(self, i: int) -> steps.TrainState:
         plan = self.runs[0].phases[i].plan
-        firsts = [self.runs[j].material for j in self._grid.flat]
+        firsts = [self.runs[j].material for j in self.grid.flat]
 
         def stack(*leaves):
-            return jnp.stack(leaves).reshape(*self._grid.shape, *jnp.shape(leaves[0]))
+            return jnp.stack(leaves).reshape(*self.grid.shape, *jnp.shape(leaves[0]))
 
         flats = [trees.flatten(material.variables) for material in firsts]
-        own = {path: stack(*(flat[path] for flat in flats)) for path in self._own}
+        own = {path: stack(*(flat[path] for flat in flats)) for path in self.own}
         memory = jax.tree.map(stack, *(material.memory for material in firsts))
 
         def begin(own, memory, shared, feeds, numbers):
@@ -219,8 +216,8 @@ class Replicas:
 
             return self._over(one, out_axes=AXES)((own, memory), feeds, numbers)
 
-        state = jax.jit(begin)(own, memory, self._shared, self._feeds, self.numbers(i))
-        return self._parallel.place(state)
+        state = jax.jit(begin)(own, memory, self.shared, self.feeds, self.numbers(i))
+        return self.parallel.place(state)
 
     def enter(self, i: int, state: steps.TrainState) -> steps.TrainState:
         before, phase = self.runs[0].phases[i - 1 : i + 1]
@@ -232,7 +229,7 @@ class Replicas:
 
             return self._over(one, AXES, AXES)(state, feeds, numbers)
 
-        return self._parallel.place(jax.jit(enter)(state, self._shared, self._feeds, self.numbers(i)))
+        return self.parallel.place(jax.jit(enter)(state, self.shared, self.feeds, self.numbers(i)))
 
     def refresh(self, i: int, state: steps.TrainState, names: Sequence[str], stop: Stop) -> steps.TrainState:
         params, memory = jax.device_get((state.params, state.memory))
@@ -242,13 +239,13 @@ class Replicas:
             found[j] = jax.device_get(
                 single.refreshed(self.runs[j], i, self._variables_at(params, j), own, names, stop)
             )
-        made = [found[j] for j in self._grid.flat]
-        stacked = jax.tree.map(lambda *x: np.stack(x).reshape(*self._grid.shape, *x[0].shape), *made)
-        return state._replace(memory=self._parallel.place(stacked))
+        made = [found[j] for j in self.grid.flat]
+        stacked = jax.tree.map(lambda *x: np.stack(x).reshape(*self.grid.shape, *x[0].shape), *made)
+        return state._replace(memory=self.parallel.place(stacked))
 
     def frozen_hashes(self, i: int, state: steps.TrainState) -> dict[str, str]:
         """Hashes of what phase i keeps frozen, as it lies in the grid."""
-        tree = whole(self._shared, self._feeds["frozen"], state.params)
+        tree = whole(self.shared, self.feeds["frozen"], state.params)
         return audit.frozen_hashes(tree, [self.runs[0].phases[i].audit])
 
     def batches(self, i: int, state: Any, names: Sequence[str], stop: Stop) -> dict[str, Any]:
@@ -260,8 +257,8 @@ class Replicas:
             run = self.runs[j]
             sets = {name: run.material.streams[name] for name in training}
             sets |= {name: run.material.eval_batches[name] for name in scored} if d == 0 else {}
-            place = functools.partial(self._parallel.place, run.material.variables)
-            for name, batches in single.cached(run, run.phases[i], sets, place, self._parallel, stop).items():
+            place = functools.partial(self.parallel.place, run.material.variables)
+            for name, batches in single.cached(run, run.phases[i], sets, place, self.parallel, stop).items():
                 found[name] = [*found[name], batches] if name in training else batches
         return found
 
@@ -278,18 +275,18 @@ class Replicas:
 
     def _put(self, batches: Sequence[Mapping[str, Mapping[str, np.ndarray]]]) -> Any:
         """The batches of every feed to the devices, each divided over all of them."""
-        if self._grid.ndim == 1:
-            return self._parallel.put_batch(batches[0])
-        sharded = NamedSharding(self._parallel.mesh, PartitionSpec(None, sharding.AXIS))
+        if self.grid.ndim == 1:
+            return self.parallel.put_batch(batches[0])
+        sharded = NamedSharding(self.parallel.mesh, PartitionSpec(None, sharding.AXIS))
         return jax.tree.map(lambda *x: jax.device_put(np.stack(x), sharded), *batches)
 
     def compile(self, i: int, state: Any, batch: Any) -> tuple[Callable, dict[str, Any]]:
-        numbers = self._parallel.place(self.numbers(i))
+        numbers = self.parallel.place(self.numbers(i))
 
         def inputs(batch):
-            return {"shared": self._shared, "feeds": {**self._feeds, "batch": batch}, "numbers": numbers}
+            return {"shared": self.shared, "feeds": {**self.feeds, "batch": batch}, "numbers": numbers}
 
-        step, cost = self._parallel.compile(self.make_train_step(i), state, inputs(batch))
+        step, cost = self.parallel.compile(self.make_train_step(i), state, inputs(batch))
         return lambda state, batch: step(state, inputs(batch)), cost
 
     def make_train_step(self, i: int) -> Callable:
@@ -326,14 +323,14 @@ class Replicas:
         """{replica: its Predictions, or the FloatingPointError of one that diverged}; equal features are one array."""
         run, prefix = self.runs[0], single.eval_prefix(self.runs[0], i)
         evaluated = {**state.params, **state.ema}
-        variables, field = (self._shared, self._feeds["frozen"], evaluated), run.material.readers[MODEL].field
+        variables, field = (self.shared, self.feeds["frozen"], evaluated), run.material.readers[MODEL].field
         if prefix not in self._evals:
             depends = _depend(self._make_eval(prefix, None), variables, batches[0][field])
             self._evals[prefix] = depends, self._make_eval(prefix, 0 if depends else None)
         depends, eval_fn = self._evals[prefix]
         names = [name for name in jax.eval_shape(eval_fn, variables, batches[0][field]) if name != steps.FEATURES]
         axes = {**dict.fromkeys(names, 1), steps.FEATURES: int(depends)}
-        outputs, labels = evaluate.collect(lambda x: eval_fn(variables, x), batches, field, self._parallel, axes)
+        outputs, labels = evaluate.collect(lambda x: eval_fn(variables, x), batches, field, self.parallel, axes)
         features, found = outputs.pop(steps.FEATURES), {}
         for j in wanted:
             place = self._places[j]
@@ -347,7 +344,7 @@ class Replicas:
         return found
 
     def _make_eval(self, prefix: steps.Prefix | None, features_axis: int | None) -> Callable:
-        step = single.make_eval_step(self.runs[0], prefix)
+        step = steps.make_eval_step(self.runs[0].material.readers[MODEL], self.runs[0].task, prefix)
 
         def evaluate_all(variables, x):
             shared, frozen, own = variables
@@ -356,20 +353,20 @@ class Replicas:
                 outputs = step(whole(shared, frozen, own), x)
                 return outputs.pop(steps.FEATURES), outputs
 
-            features, outputs = self._over(one, out_axes=(features_axis, 0))(own, frozen, jnp.zeros(self._grid.shape))
+            features, outputs = self._over(one, out_axes=(features_axis, 0))(own, frozen, jnp.zeros(self.grid.shape))
             return {
                 **{name: self._flat(values) for name, values in outputs.items()},
                 steps.FEATURES: features if features_axis is None else self._flat(features),
             }
 
-        return self._parallel.evaluate(evaluate_all)
+        return self.parallel.evaluate(evaluate_all)
 
     def _variables_at(self, own: Mapping[str, np.ndarray], j: int) -> dict[str, Any]:
         """The variables of one replica, on the host."""
         place = self._places[j]
-        shared, frozen = jax.device_get((self._shared, self._feeds["frozen"]))
-        if self._grid.ndim == 2:
-            frozen = {path: leaf[place // self._grid.shape[1]] for path, leaf in frozen.items()}
+        shared, frozen = jax.device_get((self.shared, self.feeds["frozen"]))
+        if self.grid.ndim == 2:
+            frozen = {path: leaf[place // self.grid.shape[1]] for path, leaf in frozen.items()}
         return whole(shared, frozen, {path: self._flat(leaf)[place] for path, leaf in own.items()})
 
     def variables(self, state: steps.TrainState, j: int) -> dict[str, Any]:

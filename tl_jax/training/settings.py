@@ -62,11 +62,6 @@ class Settings(NamedTuple):
     table: Mapping[str, Any]
     identity: Mapping[str, Any]
 
-    @property
-    def task(self) -> str:
-        """The name of the task."""
-        return self.loop.task
-
 
 def read(config: Any) -> Settings:
     """Takes a config apart; raises one ValueError for invalid values, before anything is loaded."""

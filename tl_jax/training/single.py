@@ -133,7 +133,8 @@ class Single:
             return {0: error}
 
     def _make_eval(self, prefix: steps.Prefix | None) -> Callable:
-        return self._parallel.evaluate(make_eval_step(self._run, prefix))
+        reader = self._run.material.readers[MODEL]
+        return self._parallel.evaluate(steps.make_eval_step(reader, self._run.task, prefix))
 
     def variables(self, state: TrainState, j: int) -> dict[str, Any]:
         return trees.to_host(steps.eval_variables(state))
@@ -147,13 +148,7 @@ def current_variables(state: TrainState) -> dict[str, Any]:
 def eval_prefix(run: Run, i: int) -> steps.Prefix | None:
     """The prefix that evaluation in a phase must know of: one that is cached, or computes in another type."""
     prefix = run.phases[i].plan.prefix
-    plain = prefix is None or (not prefix.cached and prefix.model.dtype == run.material.model.dtype)
-    return None if plain else prefix
-
-
-def make_eval_step(run: Run, prefix: steps.Prefix | None = None) -> Callable:
-    """The step that evaluates a run."""
-    return steps.make_eval_step(run.material.readers[MODEL], run.task, prefix)
+    return prefix if prefix and (prefix.cached or prefix.model.dtype != run.material.model.dtype) else None
 
 
 def streams_of(run: Run, sets: Mapping[str, Any], start: int, stop: int) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The pure steps: TrainState, train_step (the only value_and_grad), eval_step."""
 
+import functools
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -15,8 +16,12 @@ from tl_jax.methods.term import AVERAGE, MAIN, MODEL, Context, Method
 from tl_jax.tasks import Task
 from tl_jax.training import optim
 
+FEATURES = "features"
 NEVER = jnp.iinfo(jnp.int32).max
 SUMS = ("loss", "examples", "grad_norm", "steps")  # and those of the task and of the terms
+
+
+_add = functools.partial(jax.tree.map, jnp.add)
 
 
 class TrainState(NamedTuple):
@@ -374,10 +379,3 @@ def make_eval_step(reader: Reader, task: Task, prefix: Prefix | None = None) -> 
         return {**task.keep(out), FEATURES: out["pre_logits"].astype(jnp.float32)}
 
     return eval_step
-
-
-FEATURES = "features"
-
-
-def _add(left, right):
-    return jax.tree.map(jnp.add, left, right)

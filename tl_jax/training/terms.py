@@ -11,7 +11,7 @@ from tl_jax.training.settings import Settings
 
 # What a term may need, whether a run has it, and how to give it to it.
 NEEDS: dict[str, tuple[Callable[[Settings], bool], str]] = {
-    "classes": (lambda s: s.task == "classification", "task = 'classification'"),
+    "classes": (lambda s: s.loop.task == "classification", "task = 'classification'"),
     "stochastic": (
         lambda s: bool(s.model.dropout or s.model.drop_path or any(p.method.stoch_norm for p in s.phases)),
         "something random in the network: model.dropout, model.drop_path or method.stoch_norm above 0",

@@ -55,13 +55,9 @@ def train(
 
 
 def train_together(
-    configs: Sequence[Any],
-    folders: Sequence[pathlib.Path | None],
-    home: pathlib.Path,
-    *,
-    verbose: bool = False,
+    configs: Sequence[Any], folders: Sequence[pathlib.Path | None], home: pathlib.Path, *, verbose: bool = False,
     stop_requested: Stop = never,
-) -> list[Outcome | None]:
+) -> list[Outcome | None]:  # fmt: skip
     """Trains configs that differ in replicable options alone as one program, each into its folder.
 
     Their checkpoints are in `home`. Returns each result.json, the error of a replica that diverged, which stops no
