@@ -216,7 +216,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters_statistics_and_l
 
 
 @pytest.mark.parametrize("make", [RESNET, CIFAR], ids=["resnet", "cifar"])
-@pytest.mark.parametrize("remat", ["", "block"])
+@pytest.mark.parametrize("remat", ["", pytest.param("block", marks=pytest.mark.slow)])
 def test_frozen_norms_keep_their_statistics_and_use_them(make, remat):
     model = make(num_classes=5, remat=remat)
     variables = random_variables(model)

@@ -101,7 +101,7 @@ def test_every_vit_layout_goes_out_and_comes_back_bit_equal(kind, small_vit, tmp
         ("resnet18", "timm"),
         ("resnet18.hf", "hf"),
         pytest.param("resnet50", "hf", marks=pytest.mark.slow),
-        ("resnet50", "native"),
+        pytest.param("resnet50", "native", marks=pytest.mark.slow),
         ("resnet8_cifar", "cifar"),
         ("resnet8_cifar", "native"),
     ],
@@ -241,6 +241,7 @@ def test_the_builtin_weights_have_their_own_card():
     assert (card.num_classes, len(card.class_names), card.class_names[0]) == (37, 37, "A")
 
 
+@pytest.mark.slow
 def test_flavour_of_a_file_survives_an_export_in_timm_names(tmp_path):
     name = "deit_tiny_patch16_224"
     variables = random_variables(name)

@@ -109,6 +109,7 @@ def argument_bytes(make, devices, fsdp):
     return compiled.memory_analysis().argument_size_in_bytes, compiled.as_text()
 
 
+@pytest.mark.slow
 def test_divided_parameters_give_the_numbers_of_one_device_and_lie_in_parts():
     check_divided(compare(make_vit, [(1, 0)], count=2), 4)
 
