@@ -34,7 +34,12 @@ def make_up_weights(name, path):
     return str(path)
 
 
-@pytest.mark.parametrize("name", NAMES)
+FAST = ("quickstart", "methods", "diabetes", "dann_digits")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_every_config_trains_one_step_on_made_up_data(name, tmp_path):
     source = make_up(tmp_path / "made_up.npz")
     get_config = importlib.import_module(f"configs.{name}").get_config

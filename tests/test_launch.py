@@ -70,6 +70,7 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path, args, message):
     assert "Traceback" not in output and len(output.splitlines()) < 12, output
 
 
+@pytest.mark.slow
 def test_arms_and_seeds_are_compared_in_pairs(tmp_path):
     arms = ["--config.seeds=(1,)", "--config.baseline=(('model.weights',''),)", "--config.model.image_size=16"]
     code, output = launch(*SMOKE, *arms, "--workdir", tmp_path / "w")
@@ -135,6 +136,7 @@ def test_runs_killed_at_random_moments_end_bit_equal_to_an_unbroken_one(tmp_path
         finished += 1
 
 
+@pytest.mark.slow
 def test_the_program_of_one_device_with_all_optimisations_computes_what_numpy_and_torch_do(tmp_path):
     """The other tests turn XLA's optimisations off and simulate devices; this one sees what a user runs."""
     torch = pytest.importorskip("torch_reference").torch

@@ -186,6 +186,7 @@ def test_zero_classes_give_features_and_no_head(make):
     np.testing.assert_array_equal(features, out["pre_logits"])
 
 
+@pytest.mark.slow
 def test_cifar_resnet_takes_any_size():
     model = CIFAR(num_classes=3)
     variables = random_variables(model)

@@ -257,6 +257,7 @@ def test_the_best_step_may_lie_in_an_earlier_phase(tmp_path):
 TERMS = ({}, {"l2_sp": {"alpha": 0.01, "beta": 0.01}}, {"task": {"weight": 0.5}, "l1": {"weight": 1e-3}}, {})
 
 
+@pytest.mark.slow
 def test_each_phase_logs_its_own_terms_and_a_stop_between_or_inside_changes_none(tmp_path):
     lengths = ((1.0, "steps"), TWO, (1.0, "steps"), (1.0, "steps"))
     phases = tuple((("total", total), ("terms", terms)) for total, terms in zip(lengths, TERMS, strict=True))

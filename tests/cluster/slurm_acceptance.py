@@ -51,7 +51,7 @@ def text_of(path):
 
 def submit(folder, command, settings):
     """Hands a run to SLURM as the launcher does; returns the job and its log."""
-    words = launchers.slurm(command, (), settings, folder).command
+    words, _ = launchers.slurm(command, (), settings, folder)
     job = run(words[0], "--parsable", *words[1:]).strip()
     return job, folder / "slurm" / f"{job}.log"
 
