@@ -34,7 +34,7 @@ def make_up_weights(name, path):
     return str(path)
 
 
-FAST = ("quickstart", "methods", "diabetes", "dann_digits")
+FAST = ("quickstart", "methods", "diabetes")
 
 
 @pytest.mark.parametrize(

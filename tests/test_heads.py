@@ -79,7 +79,10 @@ def test_no_layers_are_the_dense_layer_on_pre_logits_bit_for_bit(make):
     np.testing.assert_array_equal(out["embedding"], features)
 
 
-@pytest.mark.parametrize(("make", "cut"), [(RESNET, "stage2"), (VIT, "block1")], ids=["resnet", "vit"])
+@pytest.mark.parametrize(
+    ("make", "cut"),
+    [pytest.param(RESNET, "stage2", id="resnet"), pytest.param(VIT, "block1", id="vit", marks=pytest.mark.slow)],
+)
 def test_pool_and_flatten_read_the_last_cut_before_pre_logits(make, cut):
     flat, pooled = make(num_classes=5, head=FLAT), make(num_classes=5, head=(("pool", {}),))
     variables = random_variables(flat)

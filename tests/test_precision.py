@@ -168,7 +168,11 @@ def test_a_step_in_parts_takes_the_memory_of_a_part_and_one_gradient(make, optim
 
 
 @pytest.mark.parametrize(
-    "make", [pytest.param(VIT, id="vit"), pytest.param(RESNETS[0], id="resnet", marks=pytest.mark.slow)]
+    "make",
+    [
+        pytest.param(VIT, id="vit", marks=pytest.mark.slow),
+        pytest.param(RESNETS[0], id="resnet", marks=pytest.mark.slow),
+    ],
 )
 def test_every_remat_gives_the_same_gradient(make):
     variables = jax.jit(make(head_init="lecun").init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))

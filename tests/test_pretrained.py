@@ -69,6 +69,7 @@ def close(actual, expected, tolerance=1e-4):
     assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_image_size_rebuilds_the_model_for_another_grid_and_says_so(small_vit, small_files):
     loaded = load.load(small_vit, small_files[small_vit], image_size=80)
     assert loaded.card.input_size == loaded.model.image_size == 80

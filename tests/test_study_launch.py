@@ -230,6 +230,7 @@ def study(tmp_path):
     return ["--study", tmp_path / "shots", "--workdir", tmp_path / "w"]
 
 
+@pytest.mark.slow
 def test_a_study_runs_to_its_report_although_some_of_its_runs_fail(tmp_path, study):
     code, output = launch(*study, "--jobs", "2", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"))
     assert code == 1, output
