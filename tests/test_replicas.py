@@ -116,10 +116,17 @@ CASES["delta, phases"] = {
 CASES["phases, cached features"] = {**CASES["phases"], "cache": "features", "select": "best_val"}
 CASES["seeds, cached views"] = {**CASES["seeds"], "cache": "features", "views": 2, "method.mixup": 0.0}
 FAST = ("shots, cached features",)
+COVERED = ("delta", "phases")  # each is part of a case with phases that CI runs
 
 
 @pytest.mark.parametrize(
-    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+    "case",
+    [
+        case
+        if case in FAST
+        else pytest.param(case, marks=[pytest.mark.slow, *([pytest.mark.exhaustive] if case in COVERED else [])])
+        for case in CASES
+    ],
 )
 def test_a_replica_is_the_run_by_itself(case, tmp_path):
     config = make_config(CASES[case], cache_dir=str(tmp_path / "features") if "cached" in case else "")

@@ -343,8 +343,13 @@ FLAT = {"arrays": 0, "bytes": 400_000, "objects": 5000, "resident": 30_000_000}
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("leak", "found"),
-    [("pass", set()), ("leaked.append(jax.device_put(0.0)) if done % 500 == 0 else None", {"arrays"})],
-    ids=["as it is", "an array an evaluation"],
+    [
+        pytest.param("pass", set(), id="as it is"),
+        pytest.param(
+            "leaked.append(jax.device_put(0.0)) if done % 500 == 0 else None", {"arrays"},
+            id="an array an evaluation", marks=pytest.mark.exhaustive,
+        ),
+    ],
 )  # fmt: skip
 def test_memory_is_flat_over_ten_thousand_steps(tmp_path, leak, found):
     root = pathlib.Path(__file__).resolve().parents[1]
