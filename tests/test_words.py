@@ -20,7 +20,7 @@ NAMES = {
 }  # fmt: skip
 PHRASES = re.compile(
     r"cannot be meant|closed[- ]forms?\b|\bgives? it back|whole files or none|\bfurther sets?\b|\bcohorts?\b|"
-    r"\bstretch(es)?\b|data\.also|\b(trains|is trained) and rests\b",
+    r"\bstretch(es)?\b|data\.also|\b(trains|is trained) and rests\b|(?<!Pareto )\bfront\b(?!'s| door)",
     re.IGNORECASE,
 )
 
