@@ -16,7 +16,7 @@ from tl_jax.training.loop import Ended, Loop, best_step, not_finite
 from tl_jax.training.settings import Settings, read
 from tl_jax.training.single import Program, Single, Stop
 
-Outcome = dict[str, Any] | FloatingPointError
+ResultOrError = dict[str, Any] | FloatingPointError
 
 
 def never(step: int) -> bool:
@@ -48,16 +48,16 @@ def train(
             stack.enter_context(_opened(run, folder))
         if settings.phases[0].method.name in probes.NAMES:
             return probe.probe(run, parallel, folder, verbose, stop_requested)
-        (outcome,) = _train(Single(run, parallel), {0: folder}, folder, parallel, verbose, stop_requested).values()
-    if isinstance(outcome, FloatingPointError):
-        raise outcome
-    return outcome
+        (result,) = _train(Single(run, parallel), {0: folder}, folder, parallel, verbose, stop_requested).values()
+    if isinstance(result, FloatingPointError):
+        raise result
+    return result
 
 
 def train_together(
     configs: Sequence[Any], folders: Sequence[pathlib.Path | None], home: pathlib.Path, *, verbose: bool = False,
     stop_requested: Stop = never,
-) -> list[Outcome | None]:  # fmt: skip
+) -> list[ResultOrError | None]:  # fmt: skip
     """Trains configs that differ in replicable options alone as one program, each into its folder.
 
     Their checkpoints are in `home`. Returns each result.json, the error of a replica that diverged, which stops no
@@ -68,13 +68,13 @@ def train_together(
     settings = [read(config) for config in configs]
     program = replicas.make(settings, parallel)
     known = {j: finished(settings[j], folder) for j, folder in enumerate(folders) if folder}
-    outcomes: dict[int, Outcome] = {j: result for j, result in known.items() if result}
+    results: dict[int, ResultOrError] = {j: result for j, result in known.items() if result}
     with contextlib.ExitStack() as stack:
-        left = {j: folders[j] for j in known if j not in outcomes}
+        left = {j: folders[j] for j in known if j not in results}
         for j, folder in left.items():
             stack.enter_context(_opened(program.runs[j], folder))
-        outcomes |= _train(program, left, home, parallel, verbose, stop_requested)
-    return [outcomes.get(j) if folder else None for j, folder in enumerate(folders)]
+        results |= _train(program, left, home, parallel, verbose, stop_requested)
+    return [results.get(j) if folder else None for j, folder in enumerate(folders)]
 
 
 def finished(settings: Settings, folder: pathlib.Path) -> dict[str, Any] | None:
@@ -107,7 +107,7 @@ def _show(run: Run) -> None:
 
 def _train(
     program: Program, folders: Mapping[int, pathlib.Path], home: pathlib.Path, parallel, verbose: bool, stop: Stop
-) -> dict[int, Outcome]:
+) -> dict[int, ResultOrError]:
     """Trains a program and writes what its runs leave; the result or the error of each run that has a folder."""
     with Checkpoints(home / "checkpoints", program.constant_hashes()) as checkpoints:
         loop = Loop(program, checkpoints, folders, parallel, verbose, stop)
@@ -115,22 +115,22 @@ def _train(
             ended = loop.run()
         except FloatingPointError as error:  # of the only run, which ends at once
             return dict.fromkeys(folders, error)
-        outcomes: dict[int, Outcome] = {j: error for j, error in ended.failed.items() if j in folders}
-        left = [j for j in folders if j not in outcomes]
+        results: dict[int, ResultOrError] = {j: error for j, error in ended.failed.items() if j in folders}
+        left = [j for j in folders if j not in results]
         first = program.runs[0]
         last = first.settings.loop.select == "last"
         selected = {j: ended.step if last else best_step(first, ended.rows[j]) for j in left}
         for step in sorted(set(selected.values())):
             chosen = [j for j in left if selected[j] == step]
-            outcomes |= _finish(program, ended, step, chosen, folders, checkpoints, verbose, stop)
-    return outcomes
+            results |= _finish(program, ended, step, chosen, folders, checkpoints, verbose, stop)
+    return results
 
 
 def _finish(
     program: Program, ended: Ended, step: int, chosen: Sequence[int], folders, checkpoints: Checkpoints, verbose, stop
-) -> dict[int, Outcome]:
+) -> dict[int, ResultOrError]:
     """Scores the runs whose selected step this is, and writes what they leave."""
-    run, outcomes, i = program.runs[0], {}, program.runs[0].phase_of(step)
+    run, results, i = program.runs[0], {}, program.runs[0].phase_of(step)
     state = ended.state if step == ended.step else checkpoints.restore(step, program.initial(i))
     names = artifacts.wanted_splits(run)
     sets = program.batches(i, state, names, stop)  # the one time that test is read
@@ -138,10 +138,10 @@ def _finish(
     for j in chosen:
         own = {name: found[j] for name, found in predictions.items()}
         if errors := [found for found in own.values() if isinstance(found, FloatingPointError)]:
-            outcomes[j] = not_finite(step - 1, step, f"its outputs are not: {errors[0]}")
+            results[j] = not_finite(step - 1, step, f"its outputs are not: {errors[0]}")
             continue
-        outcomes[j] = artifacts.finalize(
+        results[j] = artifacts.finalize(
             program.runs[j], folders[j], program.variables(state, j), own, step=step, last_step=ended.step,
             verbose=verbose and len(program.runs) == 1, replicas=len(program.runs),
         )  # fmt: skip
-    return outcomes
+    return results
