@@ -2,6 +2,8 @@
 
 import inspect
 import io
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -134,6 +136,52 @@ def test_an_image_with_too_many_pixels_is_refused_before_decoding():
     data = encoded(Image.new("1", (9000, 9000)), "PNG")
     with pytest.raises(ValueError, match="9000 x 9000 pixels"):
         ops.decode(data)
+
+
+def test_what_is_no_image_is_not_blamed_on_one_format(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"not an image")
+    for data in (b"not an image", b"\x89PNG\r\n\x1a\n1234", str(tmp_path / "a.jpg")):
+        with pytest.raises(ValueError, match=r"^not a readable image \(cannot identify image file"):
+            ops.open_image(data)
+    with pytest.raises(ValueError, match=r"not a readable image \(it is empty\)"):
+        ops.open_image(b"")
+    frames = [Image.fromarray(photo()), Image.new("RGB", (7, 5), "red")]
+    data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert ops.open_image(data).format == "MPO" and ops.decode(data).shape == photo().shape
+
+
+def claiming(width, height):
+    """A small JPEG whose header says another size."""
+    data = encoded(Image.new("RGB", (64, 64)), "JPEG")
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + data[at + 4 :]
+
+
+def test_a_jpeg_that_claims_more_pixels_than_its_bytes_can_hold_is_refused_by_its_header(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(claiming(8000, 8000))
+    for data in (claiming(8000, 8000), str(tmp_path / "a.jpg")):
+        with pytest.raises(ValueError, match=r"damaged JPEG .* bytes cannot hold 8000 x 8000 pixels"):
+            ops.open_image(data)
+    smallest = encoded(Image.new("L", (4000, 4000)), "JPEG", progressive=True, optimize=True)
+    assert ops.decode(smallest).shape == (4000, 4000, 3)
+
+
+def test_large_images_are_decoded_one_after_the_other_and_small_ones_side_by_side(monkeypatch):
+    data, most, now = encoded(Image.new("RGB", (40, 30)), "PNG"), [], []
+
+    def read(_):
+        with ops.reading(data) as image:
+            now.append(image)
+            most.append(len(now))
+            time.sleep(0.01)
+            now.pop()
+
+    for pixels, expected in ((40 * 30, 1), (3 * 40 * 30, 3)):
+        monkeypatch.setattr(ops, "_free", pixels)
+        most.clear()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(read, range(16)))
+        assert max(most) == expected and ops._free == pixels
 
 
 def test_a_format_outside_the_list_is_refused():

@@ -324,6 +324,21 @@ def test_sizes_that_the_processes_cannot_share_are_refused(digits):
         eval_batches(digits, views(CARD), 8)[13]
 
 
+def test_batches_that_the_machine_cannot_hold_are_refused_before_they_are_made(digits):
+    for make in (
+        lambda: train_batches(digits, views(SAME), 10**12, 0),
+        lambda: eval_batches(digits, views(CARD), 10**12),
+    ):
+        with pytest.raises(ValueError, match=r"batch_size 1000000000000 of digits .* GB of memory; choose a smaller"):
+            make()
+
+
+def test_a_file_that_is_gone_is_named_where_its_batch_is_due(photos, tmp_path):
+    (tmp_path / "b" / "4.jpg").unlink()
+    with pytest.raises(OSError, match=r"cannot read b/4\.jpg of folder:.*No such file"):
+        list(eval_batches(photos, views(CARD), 3))
+
+
 def test_an_image_too_small_for_its_crop_is_named(digits):
     batches = train_batches(digits, views(CARD, [("random_crop", {})]), 8, 0)
     with pytest.raises(ValueError, match=r"train/\d+ of digits .*random_crop of 12 pixels .* 8 x 8"):

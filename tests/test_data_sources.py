@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -362,7 +363,25 @@ def test_skip_refuses_to_lose_a_whole_class(folder):
         ({"image": np.zeros((2, 4, 4), np.uint8)}, "expected image, or bytes and offsets, and label"),
         ({"bytes": np.zeros(4, np.uint8), "offsets": [0, 9], "label": [0]}, "offsets must rise within the 4 bytes"),
         ({"image": np.zeros((0, 4, 4), np.uint8), "label": np.zeros(0, int)}, "holds no examples"),
-        ({"image": np.array([None, 1], object), "label": [0, 1]}, "no objects"),
+        ({"image": np.array([None, 1], object), "label": [0, 1]}, "it holds Python objects; expected .* plain arrays"),
+        ({"image": np.zeros((4, 4, 4), np.uint8), "label": [0, 9, 1, 2]}, r"\(0, 1, 2, 9\) stand for 10 classes .*`cl"),
+        ({"image": np.zeros((2, 4, 4), np.uint8), "label": [0, 2**40]}, "2 different labels .* 1099511627777 classes"),
+        ({"image": np.zeros((2, 4, 4), np.uint8), "label": [0, 1], "classes": ["a", "a"]}, "more than once.*\n  'a'"),
+        ({"image": np.zeros((2, 4, 4), np.uint8), "label": [-1, 2**40]}, "1 different labels .* 1099511627777 classes"),
+        ({"image": np.zeros((2, 0, 0), np.uint8), "label": [0, 1]}, "An image needs pixels"),
+        (
+            {"bytes": np.zeros(9, np.uint8), "offsets": [0, 3.7, 9], "label": [0, 1]},
+            "offsets must be integers, .*float64",
+        ),
+        (
+            {"bytes": np.zeros((9, 9), np.uint8), "offsets": [0, 9], "label": [0]},
+            r"bytes has 2 dimensions, expected \[1\]",
+        ),
+        (
+            {"image": np.uint8(3), "label": 1, "classes": "ab"},
+            r"(?s)3 arrays .*image has 0 .*\(3, 4\)\n  label has 0 .*\(1, 2\)\n  classes has 0",
+        ),
+        ({"bytes": np.zeros(9, np.uint8), "offsets": 3, "label": [0]}, r"offsets has 0 dimensions, expected \[1\]"),
     ],
 )
 def test_wrong_arrays_are_described(tmp_path, arrays, message):
@@ -375,6 +394,55 @@ def test_a_file_that_is_no_archive_is_described(tmp_path):
     (tmp_path / "x.npz").write_bytes(b"PK\x03\x04 truncated")
     with pytest.raises(ValueError, match=r"cannot read .*x\.npz"):
         sources.load(f"arrays:{tmp_path}/x.npz")
+
+
+def test_classes_without_an_example_are_said_where_the_split_is_not_train(tmp_path, caplog):
+    arrays = {"train_image": np.zeros((3, 4, 4), np.uint8), "train_label": [0, 1, 2]}
+    np.savez(tmp_path / "x.npz", **arrays, val_image=np.zeros((2, 4, 4), np.uint8), val_label=[0, 2])
+    assert sources.load(f"arrays:{tmp_path}/x.npz", "val").class_names == ("0", "1", "2")
+    assert "2 different labels (0, 2) stand for 3 classes in val; the others have no example" in caplog.text
+    np.savez(tmp_path / "y.npz", **arrays, val_image=np.zeros((2, 4, 4), np.uint8), val_label=[0, 2**40])
+    with pytest.raises(ValueError, match="1099511627777 classes in val"):
+        sources.load(f"arrays:{tmp_path}/y.npz", "val")
+
+
+@pytest.mark.parametrize("shape", ["(True,)}", "(" * 9000, "(-1,)}", "(10**17,)}", "(99999999999999999,)}"])
+def test_hostile_headers_of_arrays_are_one_message(tmp_path, shape):
+    header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}\n".encode()
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("label.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match=r"cannot read .*x\.npz: .*expected an \.npz of plain arrays"):
+        sources.load(f"arrays:{tmp_path}/x.npz")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_bit_flips_of_an_array_file_are_found_or_change_nothing(tmp_path, save):
+    rng = np.random.default_rng(0)
+    save(tmp_path / "x.npz", image=rng.integers(0, 4, (6, 8, 8), np.uint8), label=np.arange(6) % 3, classes=list("abc"))
+    sound, expected = (tmp_path / "x.npz").read_bytes(), sources.load(f"arrays:{tmp_path}/x.npz").fingerprint
+    for at in range(len(sound)):
+        damaged = bytearray(sound)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        (tmp_path / "x.npz").write_bytes(damaged)
+        try:
+            assert sources.load(f"arrays:{tmp_path}/x.npz").fingerprint == expected
+        except ValueError as error:
+            assert "x.npz" in str(error) and "allow_pickle" not in str(error)
+
+
+def test_a_pickle_is_refused_without_advice_to_load_it(tmp_path):
+    (tmp_path / "x.npz").write_bytes(pickle.dumps([1]))
+    with pytest.raises(ValueError, match=r"x\.npz: it is no \.npz archive; expected an \.npz of plain arrays"):
+        sources.load(f"arrays:{tmp_path}/x.npz")
+
+
+def test_pipes_among_the_images_are_all_named_and_never_opened(folder):
+    os.mkfifo(folder / "train/ant/pipe.png")
+    os.mkfifo(folder / "train/bee/pipe.png")
+    (folder / "x.csv").write_text("file,label\ntrain/ant/a.png,0\ntrain/ant/pipe.png,1\ntrain/bee/pipe.png,1\n")
+    for source in (f"folder:{folder}", f"csv:{folder}/x.csv"):
+        with pytest.raises(ValueError, match=r"(?s)2 of . files are pipes.*remove them:.*ant/pipe\.png.*bee/pipe\.png"):
+            sources.load(source, on_error="skip")
 
 
 def test_an_unknown_error_policy_is_refused():

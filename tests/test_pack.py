@@ -119,12 +119,14 @@ def test_a_packing_that_was_killed_goes_on_and_ends_with_the_same_bytes(photos, 
         process.kill()
     with pytest.raises(FileNotFoundError, match="train was begun, start its command again"):
         sources.load(f"packed:{tmp_path}/p")
-    with (tmp_path / "p/.train.partial/journal").open("a") as journal:
-        journal.write('[10, [["4')  # a line cut short, as by a power cut
+    journal = tmp_path / "p/.train.partial/journal"
+    lines = journal.read_bytes().splitlines()
+    lines[0] = lines[0].replace(b"[0, [", b"[8, [")  # a damaged line: its piece is done again
+    journal.write_bytes(b"\n".join([*lines, b'[10, [["4']))  # and one cut short, as by a power cut
     monkeypatch.setattr(pack, "CHUNK", 2)
     said = []
     pack.pack(photos, str(tmp_path / "p"), size=20, report=said.append)
-    assert "6 of 13 images were packed before" in said
+    assert "4 of 13 images were packed before" in said
     pack.pack(photos, str(tmp_path / "whole"), size=20, **QUIET)
     assert files(tmp_path / "p") == files(tmp_path / "whole")
 
@@ -142,10 +144,59 @@ def test_damage_is_named(photos, tmp_path):
     with pytest.raises(ValueError, match=r"2 problems.*\n.*train/ant/3\.jpg differ.*\n.*val/bee/0\.jpg differ"):
         packed.verify(str(tmp_path / "p"))
     meta = tmp_path / "p/train/meta.json"
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"bytes": 7, "examples": 9}))
+    body = {key: value for key, value in json.loads(meta.read_text()).items() if key != "sha256"}
+    meta.write_bytes(packed.sealed(json.dumps(body | {"bytes": 7, "examples": 9}).encode()))
     packed._opened.cache_clear()
     with pytest.raises(ValueError, match=r"damaged; .*:\n  pixels.bin: bytes \d+, expected 7\n  .* 13, expected 9"):
         sources.load(f"packed:{tmp_path}/p")
+
+
+def flipped(path, at, bit):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_every_bit_flip_of_the_meta_data_is_found_when_a_pack_is_opened(photos, tmp_path):
+    pack.pack(photos, str(tmp_path / "p"), ("val",), size=20, **QUIET)
+    meta, split = tmp_path / "p/val/meta.json", tmp_path / "p/val"
+    sound = meta.read_bytes()
+    for at, bit in np.ndindex(len(sound), 8):
+        damaged = bytearray(sound)
+        damaged[at] ^= 1 << bit
+        meta.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"are damaged; .*\n.*meta\.json is not as it was written"):
+            packed.open_split(split)
+    for text in ("[]", "", "7", '{"format": "tl_jax packed 2"}'):
+        meta.write_text(text)
+        for call in (lambda: packed.verify(str(tmp_path / "p")), lambda: sources.load(f"packed:{tmp_path}/p", "val"),
+                     lambda: pack.pack(photos, str(tmp_path / "p"), ("val",), size=20, **QUIET)):  # fmt: skip
+            with pytest.raises(
+                ValueError, match=r"meta\.json is not as it was written, or not in the format .*pack the source anew"
+            ):
+                call()
+
+
+def test_every_bit_flip_of_the_pixels_is_found_where_its_image_is_read(photos, tmp_path):
+    pack.pack(photos, str(tmp_path / "p"), ("val",), size=20, **QUIET)
+    pixels, rng = tmp_path / "p/val/pixels.bin", np.random.default_rng(0)
+    for _ in range(200):
+        at, bit = int(rng.integers(pixels.stat().st_size)), int(rng.integers(8))
+        flipped(pixels, at, bit)
+        store, damaged = packed.open_split(pixels.parent), []
+        for index in range(4):
+            try:
+                store.image(index)
+            except OSError as error:
+                assert store.meta["ids"][index] in str(error)
+                damaged.append(index)
+        assert damaged == [int(np.searchsorted(store.offsets, at, "right")) - 1]
+        flipped(pixels, at, bit)
+    flipped(pixels, 0, 0)
+    packed._opened.cache_clear()
+    batches = pipeline.eval_batches(sources.load(f"packed:{tmp_path}/p", "val"), VIEWS, 4)
+    with pytest.raises(OSError, match=r"cannot read val/ant/0\.jpg of packed:.* are not those that were packed"):
+        batches[0]
 
 
 def test_all_images_that_cannot_be_decoded_are_listed_and_can_be_left_out(photos, tmp_path):

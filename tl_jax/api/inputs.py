@@ -11,7 +11,7 @@ from tl_jax.core import files
 from tl_jax.core.card import Card
 from tl_jax.core.messages import listed, nearest
 from tl_jax.data import sources
-from tl_jax.data.examples import Source
+from tl_jax.data.examples import Source, sizes_of
 from tl_jax.data.labels import number_columns
 from tl_jax.data.readers import arrays, folder, tables
 
@@ -34,6 +34,7 @@ def list_inputs(data: Any, card: Card) -> tuple[Sequence[str], Any]:
         if missing := [str(path) for path in paths if not path.exists()]:
             raise FileNotFoundError(f"{len(missing)} of {len(paths)} paths do not exist:\n{listed(missing)}")
         names = [name for path in paths for name in (folder.list_files(path) if path.is_dir() else [str(path)])]
+        sizes_of(names)
         found = [pathlib.Path(name) for name in names]
     if not len(found):
         raise ValueError(f"there is no input in {data if given is not data else 'what was given'}")

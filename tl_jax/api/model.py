@@ -99,7 +99,8 @@ def _batches(model: Model, data: Any, batch_size: int) -> Iterator[tuple[list[tu
             if model.card.input == "table":
                 return np.asarray(items[i], np.float32)
             item = items[i].read_bytes() if isinstance(items[i], pathlib.Path) else items[i]
-            return np.asarray(preprocess(ops.as_rgb(item)))
+            with ops.reading(item) as image:
+                return np.asarray(preprocess(image))
         except (ValueError, OSError) as error:
             return str(error)
 

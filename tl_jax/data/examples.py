@@ -5,12 +5,14 @@ import functools
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax.core.checks import refuse
 from tl_jax.data.image import ops
 
 HEAD = 2**14  # bytes of each encoded image that a fingerprint reads
@@ -159,9 +161,16 @@ class Source:
 def file_source(name: str, root: str, paths: Sequence[str], labels: np.ndarray, class_names: Sequence[str]) -> Source:
     """A source of image files, named by their paths below root. A missing file is reported where it is read."""
     images = FileImages(root, tuple(paths))
-    files = map(images.path, range(len(paths)))
-    sizes = np.array([os.path.getsize(file) if os.path.exists(file) else 0 for file in files], np.int64)
+    sizes = np.array(sizes_of([images.path(i) for i in range(len(paths))]), np.int64)
     return Source(name, images, labels, tuple(class_names), images.paths, sizes)
+
+
+def sizes_of(files: Sequence[str]) -> list[int]:
+    """The bytes of each file, 0 where it is missing; refuses pipes, sockets and devices, which hang or never end."""
+    found = {file: os.stat(file) for file in files if os.path.exists(file)}
+    special = [file for file, s in found.items() if not (stat.S_ISREG(s.st_mode) or stat.S_ISDIR(s.st_mode))]
+    refuse(f"{len(special)} of {len(files)} files are pipes, sockets or devices, expected images; remove them", special)
+    return [found[file].st_size if file in found else 0 for file in files]
 
 
 def check_split(where: Any, split: str, known: Collection[str]) -> None:
@@ -241,7 +250,8 @@ def find_unreadable(source: Source, *, fully: bool) -> dict[int, str]:
             if not fully:
                 header_shape(source.inputs, index)
             elif isinstance(image := source.inputs[index], bytes):
-                ops.decode(image)
+                with ops.reading(image):
+                    pass
         except (ValueError, OSError) as error:
             return f"{source.ids[index]}: {error}"
         return ""

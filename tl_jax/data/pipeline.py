@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 THREADS = min(4, os.cpu_count() or 1)
 SPARE = 3  # batches in shared memory besides those being made: with the consumer, on their way to the device
 WORTH_WORKERS = 1024  # examples below which threads have made all batches before a worker process has started
+ROW = 64  # bytes of a row of a batch besides its views: index, label, and how they were found
 Batch = dict[str, np.ndarray]
 
 
@@ -279,3 +281,9 @@ def _check_sizes(batches: Batches, domains: int = 1) -> None:
     if size < 1 or size % (count * domains) or not 0 <= index < count:
         expected = f"a positive multiple of {count * domains}, an equal slice of each domain in each process"
         raise ValueError(f"batch_size {size} for {domains} domains in process {index} of {count}: expected {expected}")
+    pixels = sum(math.prod(shape) for shape, _ in batches.shapes.values())
+    rows = size // count * sum(values[0, :1].nbytes for values in batches.prepared.values())
+    needed = (THREADS + 1) * (pixels + rows + ROW * size)
+    if needed > (there := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        found = f"the {THREADS + 1} batches made ahead take {needed / 1e9:,.0f} GB of {there / 1e9:,.0f} GB of memory"
+        raise ValueError(f"batch_size {size} of {batches.source.name}: {found}; choose a smaller one")

@@ -1,5 +1,6 @@
 """Views of an example: which network reads it, how it is augmented, and the pixels or rows that come of it."""
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Mapping
@@ -57,16 +58,19 @@ def write_example(
 ) -> None:
     """Writes one example into a row of each view; seeds: of the draws of each view, where there are any."""
     name = f"{source.ids[index]} of {source.name}"
-    try:
-        image = ops.as_rgb(source.inputs[index])
-    except ValueError as error:
-        raise ValueError(f"cannot read {name}: {error}; repair or remove it, or set on_error='skip'") from None
-    try:
-        for field, render in renders.items():
-            rng = _draws(seeds[field], counter) if seeds else None
-            ops.put(out[field][row], render.preprocess(image, rng))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            image = stack.enter_context(ops.reading(source.inputs[index]))
+        except ValueError as error:
+            raise ValueError(f"cannot read {name}: {error}; repair or remove it, or set on_error='skip'") from None
+        except OSError as error:
+            raise OSError(f"cannot read {name}: {error}") from None
+        try:
+            for field, render in renders.items():
+                rng = _draws(seeds[field], counter) if seeds else None
+                ops.put(out[field][row], render.preprocess(image, rng))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def make_views(

@@ -1,7 +1,11 @@
 """Decoding, the card's resize and crop, and the augmentations: pure functions on uint8 images [H, W, 3]."""
 
+import contextlib
 import io
 import math
+import os
+import threading
+from collections.abc import Iterator
 from typing import Annotated
 
 import numpy as np
@@ -10,8 +14,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from tl_jax.core import checks
 from tl_jax.data.image import rand_augment as ra
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "MPO")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # MPO is read as JPEG; Pillow has no reader by that name
 MAX_PIXELS = 2**26  # 64 megapixels are 192 MiB as RGB; a larger image is refused before it is decoded
+JPEG_PIXELS = 1024  # of one byte: a JPEG takes at least a bit for each 8 x 8 pixels, so twice what is possible
 RESAMPLE = {kind.name.lower(): kind for kind in Image.Resampling}
 
 
@@ -20,6 +25,9 @@ def _interval(high: float = math.inf) -> checks.Check:
     pair = checks.sequence(checks.number(0, high, above=True), expected, 2)
     return pair._replace(fits=lambda value: pair.fits(value) and value[0] <= value[1])
 
+
+_budget = threading.Condition()
+_free = MAX_PIXELS  # of the pixels that the threads of this process may read at one time
 
 # The kinds of parameters of the augmentations.
 Interpolation = Annotated[str, checks.one_of(*RESAMPLE)]
@@ -36,6 +44,8 @@ def open_image(data: bytes | str) -> Image.Image:
 
     The format is told from the content, never from the file name; only `FORMATS` up to `MAX_PIXELS` are read.
     """
+    if not data:
+        raise ValueError("not a readable image (it is empty)")
     try:
         image = Image.open(data if isinstance(data, str) else io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # on damaged headers Pillow raises almost any type
@@ -43,6 +53,10 @@ def open_image(data: bytes | str) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise ValueError(f"image of {image.width} x {image.height} pixels; at most {MAX_PIXELS} are read")
+    size = os.path.getsize(data) if isinstance(data, str) else len(data)
+    if image.format in ("JPEG", "MPO") and image.width * image.height > JPEG_PIXELS * size:
+        image.close()
+        raise ValueError(f"damaged JPEG ({size:,} bytes cannot hold {image.width} x {image.height} pixels)")
     return image
 
 
@@ -57,7 +71,10 @@ def decode_image(data: bytes) -> Image.Image:
     EXIF orientation is applied; of several frames the first is taken; 16-bit grey is scaled to 8 bits; transparent
     pixels are laid on white; CMYK, grey and palette images become RGB.
     """
-    image = open_image(data)
+    return _load(open_image(data))
+
+
+def _load(image: Image.Image) -> Image.Image:
     try:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
@@ -87,10 +104,33 @@ def as_rgb(image: np.ndarray | bytes) -> np.ndarray | Image.Image:
     """Encoded bytes as a Pillow image, uint8 [H, W], [H, W, 1] or [H, W, 3] as [H, W, 3]; ValueError on others."""
     if isinstance(image, bytes):
         return decode_image(image)
-    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
+    fits = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))
+    if image.dtype != np.uint8 or not (fits and image.size):
         raise ValueError(f"an image must be uint8 [H, W], [H, W, 1] or [H, W, 3], found {image.dtype} {image.shape}")
     image = image[..., None] if image.ndim == 2 else image
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+
+
+@contextlib.contextmanager
+def reading(image: np.ndarray | bytes) -> Iterator[np.ndarray | Image.Image]:
+    """`as_rgb` of an image that is kept within the block; raises as it does.
+
+    By their headers, the images that the threads of a process read at one time have at most `MAX_PIXELS`; others wait.
+    """
+    global _free
+    if not isinstance(image, bytes):
+        yield as_rgb(image)
+        return
+    pixels = math.prod((header := open_image(image)).size)
+    with _budget:
+        _budget.wait_for(lambda: _free >= pixels)
+        _free -= pixels
+    try:
+        yield _load(header)
+    finally:
+        with _budget:
+            _free += pixels
+            _budget.notify_all()
 
 
 def shape_of(image: np.ndarray | Image.Image) -> tuple[int, int]:

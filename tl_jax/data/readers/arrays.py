@@ -1,22 +1,30 @@
 """Images in arrays: .npz files of pixels or of encoded images."""
 
-import zipfile
-import zlib
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from tl_jax.core.checks import refuse
+from tl_jax.core.messages import shorten
 from tl_jax.data.examples import EncodedImages, Source, check_split
 from tl_jax.data.readers.folder import check_file
 
 KINDS = {"i1": "classes", "u1": "classes", "i2": "multilabel", "u2": "multilabel", "f2": "targets"}  # by type and ndim
+NDIM = {"image": (3, 4), "bytes": [1], "offsets": [1], "label": (1, 2), "labels": (1, 2), "classes": [1]}
+UNNAMED = 2**16  # classes that may go without names
+log = logging.getLogger(__name__)
 
 
 def array_source(
     name: str, split: str, images: Sequence, labels: np.ndarray, class_names: tuple[str, ...], sizes=None
 ) -> Source:
     """A source over images in memory: uint8 [N, H, W, 3], or a container of images whose sizes are given."""
+    twice = [repr(name) for name, count in Counter(class_names).items() if count > 1]
+    refuse(f"{name} {split}: {len(twice)} class names occur more than once; give every class its own", twice)
     ids = tuple(f"{split}/{i}" for i in range(len(labels)))
     if sizes is None:
         sizes = np.full(len(labels), images[0].nbytes if len(labels) else 0, np.int64)
@@ -36,9 +44,9 @@ def load_arrays(path: str, split: str) -> Source:
     file = root / f"{split}.npz" if root.is_dir() else root
     check_file(file, ".npz")
     try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        with file.open("rb") as stream:
+            arrays = read_npz(stream)
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}; expected an .npz of plain arrays (no objects)") from None
     prefixes = [key.rpartition("_")[0] for key in arrays if key.endswith(("_image", "_bytes"))]
     check_split(file, split, prefixes or ["train" if file == root else split])
@@ -48,11 +56,31 @@ def load_arrays(path: str, split: str) -> Source:
     return check_arrays(file, f"arrays:{path}", split, found, arrays.get("classes"))
 
 
+def read_npz(stream: BinaryIO) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file; ValueError says why it is none, or that it is damaged."""
+    if stream.read(4) != b"PK\x03\x04":
+        raise ValueError("it is no .npz archive")
+    stream.seek(0)
+    try:
+        with np.load(stream, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+            stream.seek(-12 - len(archive.zip.comment), 2)  # where a zip file counts its members, which zipfile ignores
+            if len(archive.files) != int.from_bytes(stream.read(2), "little"):
+                raise ValueError("its directory is damaged, members are missing")
+    except Exception as error:  # on damaged headers zipfile and numpy raise almost any type
+        text = "it holds Python objects" if "pickle" in str(error) else f"{type(error).__name__}: {error}"
+        raise ValueError(text) from None
+    return arrays
+
+
 def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: np.ndarray | None) -> Source:
     """A source of arrays with the keys of `load_arrays`; file: what messages call them."""
     labels = found.get("label", found.get("labels"))
     if labels is None or not ("image" in found or {"bytes", "offsets"} <= set(found)):
         raise ValueError(f"{file} has {sorted(found)} for {split}; expected image, or bytes and offsets, and label")
+    ndim = {key: array.ndim for key, array in (found | {"classes": classes}).items() if array is not None}
+    wrong = [f"{key} has {n} dimensions, expected {NDIM[key]}" for key, n in ndim.items() if n not in NDIM[key]]
+    refuse(f"{file}: {len(wrong)} arrays cannot be what their names say", wrong)
     count = len(found["image"]) if "image" in found else len(found["offsets"]) - 1
     labels = labels[:, None] if labels.dtype.kind == "f" and labels.ndim == 1 else labels
     kind = KINDS.get(f"{labels.dtype.kind}{labels.ndim}")
@@ -60,13 +88,17 @@ def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: 
         expected = f"integer labels [{count}], labels of 0 and 1 [{count}, K] or numbers [{count}, T]"
         raise ValueError(f"{file}: expected {expected}; found {labels.dtype} {labels.shape}")
     highest = int(labels.max(initial=0)) if kind == "classes" else labels.shape[1] - 1
-    class_names = tuple(map(str, range(highest + 1)) if classes is None else classes.astype(str).tolist())
     lowest = 0 if kind == "targets" else labels.min(initial=0)
+    if classes is None and kind == "classes":
+        _check_gaps(file, split, np.unique(labels[labels >= 0]).tolist())
+    class_names = tuple(map(str, range(highest + 1)) if classes is None else classes.astype(str).tolist())
     if lowest < 0 or highest >= len(class_names):
         expected = f"0 .. {len(class_names) - 1} ({len(class_names)} classes); labels count from 0"
         raise ValueError(f"{file}: labels run from {lowest} to {highest}, outside {expected}")
     if "image" in found:
         return array_source(name, split, _as_rgb(file, found["image"]), labels, class_names)
+    if found["offsets"].dtype.kind not in "iu":
+        raise ValueError(f"{file}: offsets must be integers, found {found['offsets'].dtype}")
     offsets, data = found["offsets"].astype(np.int64), found["bytes"]
     if data.dtype != np.uint8 or offsets[0] < 0 or offsets[-1] > data.size or (np.diff(offsets) <= 0).any():
         found = f"{offsets[0]} .. {offsets[-1]}, bytes of type {data.dtype}"
@@ -75,9 +107,22 @@ def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: 
     return array_source(name, split, images, labels, class_names, np.diff(offsets))
 
 
+def _check_gaps(file: Path | str, split: str, present: list[int]) -> None:
+    """Refuses labels that leave out classes nobody has named; where it is not train, a few may have no example."""
+    count = max(present, default=-1) + 1
+    if count == len(present):
+        return
+    shown = ", ".join(shorten(list(map(str, present)), 10))
+    found = f"{file}: {len(present)} different labels ({shown}) stand for {count} classes in {split}"
+    if split == "train" or count > UNNAMED:
+        raise ValueError(f"{found}; number them from 0 without gaps, or add `classes` with a name for each of {count}")
+    log.warning("%s; the others have no example there", found)
+
+
 def _as_rgb(file: Path | str, images: np.ndarray) -> np.ndarray:
     stack = images[..., None] if images.ndim == 3 else images
-    if stack.dtype != np.uint8 or stack.ndim != 4 or stack.shape[-1] not in (1, 3):
-        found = f"{images.dtype} {images.shape}. Scale floats to 0 .. 255 first."
+    if stack.dtype != np.uint8 or stack.ndim != 4 or 0 in stack.shape[1:] or stack.shape[-1] not in (1, 3):
+        fix = "An image needs pixels." if 0 in images.shape[1:] else "Scale floats to 0 .. 255 first."
+        found = f"{images.dtype} {images.shape}. {fix}"
         raise ValueError(f"{file}: image must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]; found {found}")
     return np.repeat(stack, 3, axis=3) if stack.shape[-1] == 1 else stack

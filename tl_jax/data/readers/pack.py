@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tl_jax.core.checks import refuse
-from tl_jax.core.files import atomic_write, locked, write_text
+from tl_jax.core.files import atomic_write, locked
 from tl_jax.core.messages import listed
 from tl_jax.data import workers
 from tl_jax.data.examples import Source, header_shape
 from tl_jax.data.image import ops
-from tl_jax.data.readers.packed import FILES, FORMAT
+from tl_jax.data.readers.packed import FILES, FORMAT, checksum, padded, read_sealed, sealed
 from tl_jax.data.sources import check_on_error, list_split, without
 
 CHUNK = 32  # images per piece of work and line of the journal
@@ -27,7 +28,7 @@ FLUSH = 10  # seconds between two times that pixels are forced to disk and enter
 
 
 class Plan(NamedTuple):
-    """What is packed where: image i takes `lengths[i]` bytes of `folder`/pixels.bin from `offsets[i]` on.
+    """What is packed where: image i takes `lengths[i]` bytes of `folder`/pixels.bin from `offsets[i]`; offsets [N + 1].
 
     smaller: bool [N], whether an image is made smaller. meta: the first entries of meta.json.
     """
@@ -93,7 +94,7 @@ def pack(
 
 
 def _check_same(path: Path, wanted: dict[str, Any]) -> None:
-    found = json.loads(path.read_text())
+    found = read_sealed(path)
     changed = [f"{key}: {found.get(key)!r} -> {value!r}" for key, value in wanted.items() if found.get(key) != value]
     refuse(f"{path.parent} holds another packing; choose another folder or remove it (there -> now)", changed)
 
@@ -102,7 +103,7 @@ def _plan(source: Source, meta: dict[str, Any], folder: Path, report: Callable[[
     """Reads the header of every image: the bytes it will take, and where."""
     folder.mkdir(exist_ok=True)
     if not (folder / "plan.json").exists():
-        write_text(folder / "plan.json", json.dumps(meta))
+        _write_sealed(folder / "plan.json", meta)
     _check_same(folder / "plan.json", meta)
 
     def shape(index: int) -> tuple[int, int]:
@@ -118,14 +119,14 @@ def _plan(source: Source, meta: dict[str, Any], folder: Path, report: Callable[[
     targets = [ops.resized(*shape, min(size, *shape)) if all(shape) else shape for shape in shapes]
     lengths = 3 * np.array(targets, np.int64).prod(axis=1)
     smaller = np.array([min(shape) > size for shape in shapes])
-    return Plan(source, folder, np.cumsum(lengths) - lengths, lengths, smaller, meta)
+    return Plan(source, folder, np.append(0, np.cumsum(padded(lengths))), lengths, smaller, meta)
 
 
 def _check_room(plans: Iterable[Plan], root: Path, report: Callable[[str], None]) -> None:
     """Says what the splits will take; raises OSError where that is more than is free."""
     free, needed = shutil.disk_usage(root).free, 0
     for plan in plans:
-        path, size = plan.folder / "pixels.bin", int(plan.lengths.sum())
+        path, size = plan.folder / "pixels.bin", int(plan.offsets[-1])
         needed += size + 1024 * len(plan.lengths)  # index, ids and journal, generously
         needed -= path.stat().st_blocks * 512 if path.exists() else 0
         report(f"{plan.source.name}: {len(plan.lengths):,} images take {size:,} bytes; {free:,} are free")
@@ -135,14 +136,14 @@ def _check_room(plans: Iterable[Plan], root: Path, report: Callable[[str], None]
 
 
 def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> list[list]:
-    """[height, width, sha256] of every image, or [reason] of one that cannot be used."""
+    """[height, width, sha256, checksum] of every image, or [reason] of one that cannot be used."""
     journal, pixels = plan.folder / "journal", plan.folder / "pixels.bin"
     pieces, count = _read_journal(journal), len(plan.lengths)
     todo = [start for start in range(0, count, CHUNK) if start not in pieces]
     if pieces:
         report(f"{len(pieces) * CHUNK:,} of {count:,} images were packed before")
     with pixels.open("ab"):
-        os.truncate(pixels, int(plan.lengths.sum()))
+        os.truncate(pixels, int(plan.offsets[-1]))
     began = flushed = time.perf_counter()
     fresh: dict[int, list] = {}
     with workers.pool(num_workers, plan, THREADS) as submit, journal.open("a") as file, pixels.open("rb+") as data:
@@ -152,8 +153,8 @@ def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> 
             if time.perf_counter() - flushed < FLUSH and number < len(todo):
                 continue
             os.fsync(data.fileno())  # pixels first: what the journal names is there, even after a power cut
-            good = [piece for piece in fresh.items() if all(len(row) == 3 for row in piece[1])]  # others: tried again
-            file.writelines(json.dumps(piece) + "\n" for piece in good)
+            good = [piece for piece in fresh.items() if all(len(row) > 1 for row in piece[1])]  # others: tried again
+            file.writelines(_journal_line(json.dumps(piece)) for piece in good)
             file.flush()
             os.fsync(file.fileno())
             pieces |= fresh
@@ -164,12 +165,16 @@ def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> 
 
 
 def _read_journal(journal: Path) -> dict[int, list]:
-    """The pieces that are done; a last line that was cut short is removed."""
-    text = journal.read_text() if journal.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        os.truncate(journal, len(whole.encode()))
-    return dict(json.loads(line) for line in whole.splitlines())
+    """The pieces that are done; a line that was cut short or damaged is removed, and its piece done again."""
+    found = journal.read_bytes().decode(errors="replace").split("\n") if journal.exists() else []
+    good = [line for line in found if line and _journal_line(line[9:]) == line + "\n"]
+    with atomic_write(journal) as file:
+        file.writelines(line.encode() + b"\n" for line in good)
+    return dict(json.loads(line[9:]) for line in good)
+
+
+def _journal_line(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x} {text}\n"
 
 
 def _pack_piece(plan: Plan, start: int) -> list[list]:
@@ -179,14 +184,16 @@ def _pack_piece(plan: Plan, start: int) -> list[list]:
 
 def _pack_one(plan: Plan, index: int, file: int) -> list:
     try:
-        image = ops.as_rgb(plan.source.inputs[index])
-        size = min(plan.meta["size"], *ops.shape_of(image))
-        image = np.ascontiguousarray(ops.resize(image, size=size, interpolation=plan.meta["interpolation"]))
+        with ops.reading(plan.source.inputs[index]) as image:
+            size = min(plan.meta["size"], *ops.shape_of(image))
+            image = np.ascontiguousarray(ops.resize(image, size=size, interpolation=plan.meta["interpolation"]))
     except (ValueError, OSError) as error:
         return [str(error)]
     if image.nbytes != plan.lengths[index]:
         return [f"its header promises {plan.lengths[index]} bytes at this size, its pixels are {image.nbytes}"]
-    data, at = memoryview(image).cast("B"), int(plan.offsets[index])
+    pixels = np.zeros(padded(image.nbytes), np.uint8)
+    pixels[: image.nbytes] = image.reshape(-1)
+    data, at = memoryview(pixels), int(plan.offsets[index])
     while data:
         try:
             written = os.pwrite(file, data, at)
@@ -194,7 +201,7 @@ def _pack_one(plan: Plan, index: int, file: int) -> list:
             text = f"cannot write to {plan.folder}: {error.strerror}; the same command goes on from here"
             raise OSError(text) from None
         data, at = data[written:], at + written
-    return [*image.shape[:2], hashlib.sha256(image).hexdigest()]
+    return [*image.shape[:2], hashlib.sha256(image).hexdigest(), checksum(pixels)]
 
 
 def _check_decoded(plans: dict[str, Plan], results: dict[str, list[list]]) -> None:
@@ -216,24 +223,31 @@ def _finish(plan: Plan, results: list[list]) -> dict[str, Any]:
     good = [i for i in range(len(results)) if i not in bad]
     shapes = np.array([results[i][:2] for i in good], np.int32)
     sha256 = np.array([list(bytes.fromhex(results[i][2])) for i in good], np.uint8)
+    index = {"offsets": plan.offsets[good], "shapes": shapes, "labels": source.labels.astype(np.int32)}
+    sums = np.array([results[i][3] for i in good], np.uint64)
     with atomic_write(plan.folder / "index.npz") as file:
-        np.savez(file, offsets=plan.offsets[good], shapes=shapes, labels=source.labels.astype(np.int32), sha256=sha256)
+        np.savez(file, **index, sha256=sha256, sums=sums)
     meta = {
         **plan.meta,
         "examples": len(source),
         "made_smaller": int(plan.smaller[good].sum()),
-        "bytes": int(plan.lengths.sum()),
+        "bytes": int(plan.offsets[-1]),
         "index_sha256": hashlib.sha256((plan.folder / "index.npz").read_bytes()).hexdigest(),
         "class_names": source.class_names,
         "skipped": source.skipped,
         "ids": source.ids,
     }
-    write_text(plan.folder / "meta.json", json.dumps(meta))
+    _write_sealed(plan.folder / "meta.json", meta)
     for path in plan.folder.iterdir():
         if path.name not in FILES:
             path.unlink()
     _sync(plan.folder)
     return meta
+
+
+def _write_sealed(path: Path, table: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        file.write(sealed(json.dumps(table).encode()))
 
 
 def _sync(folder: Path) -> None:
