@@ -278,6 +278,22 @@ def test_programs_are_looked_at_once_and_what_was_noted_without_one_goes(program
     assert compiled_programs._mend(programs)
 
 
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_program_that_was_damaged_after_it_was_looked_at_is_replaced(programs, damage):
+    """Warnings are errors here: jax would warn at each start."""
+    start_and_compile(programs, 1)
+    kept = start_and_compile(programs)
+    path = programs / next(name for name in kept if "lambda" in name)
+    data = bytearray(kept[path.name])
+    data[len(data) // 2] ^= 1
+    path.chmod(0o600)
+    path.write_bytes({"flip": data, "cut": data[:100], "empty": b""}[damage])
+    path.chmod(0o400)
+    second = start_and_compile(programs, 1)
+    assert second.keys() == kept.keys() and second[path.name] != data
+    assert start_and_compile(programs, 1) == second
+
+
 def test_a_program_that_another_process_is_writing_stays(programs, monkeypatch):
     start_and_compile(programs)
     monkeypatch.setattr(compiled_programs, "SECONDS", 60)

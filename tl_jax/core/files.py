@@ -2,26 +2,46 @@
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import pathlib
+import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Opens a binary file that appears under its name only when it is complete and on disk; else nothing changes."""
+    """Opens a binary file that appears under its name only when it is complete and on disk; else nothing changes.
+
+    What processes left that were killed while they wrote the same file goes.
+    """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), leftover.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever writes it has the lock
+            leftover.unlink()
+    file = _temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(file.name, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        pathlib.Path(file.name).unlink(missing_ok=True)
+
+
+def _temporary(path: pathlib.Path) -> BinaryIO:
+    """A new file beside `path`, locked as long as it is open."""
+    while True:
+        file = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp").open("xb")
+        with contextlib.suppress(OSError):  # a file system without locks: nothing is ever removed there
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # another process took it for a leftover before it was locked
 
 
 @contextlib.contextmanager
@@ -50,7 +70,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
         if not isinstance(value, dict):
             raise ValueError("no table in it")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); move the file away, or take another workdir") from None
     return value
 
@@ -63,6 +83,24 @@ def as_tuples(value: Any) -> Any:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; none where there is no file, and a last line that was cut short is left out."""
-    lines = path.read_text().split("\n") if path.exists() else [""]
-    return [json.loads(line) for line in lines[:-1]]
+    """The rows of a .jsonl file; none where there is no file, and a last line that was cut short is left out.
+
+    Raises ValueError that names the file and its damaged lines.
+    """
+    rows, damaged = sound_rows(path)
+    if damaged:
+        where = ", ".join(map(str, damaged[:10]))
+        raise ValueError(f"{path} is damaged: expected a table of JSON in each line, found none in {where}; restore it")
+    return rows
+
+
+def sound_rows(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """As `read_rows`, and the numbers of the lines, from 1, that are no rows."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    rows, damaged = [], []
+    for number, line in enumerate(lines[:-1], 1):
+        row = None
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+        (rows if isinstance(row, dict) else damaged).append(row if isinstance(row, dict) else number)
+    return rows, damaged

@@ -42,18 +42,19 @@ def _mend(folder: pathlib.Path) -> bool:
     """Removes programs that a process died writing, which jax would neither read nor replace; False: no lock to be had.
 
     jax writes a program, then when it was last used ("atime"): one without that was not finished. Another process may
-    have read an unfinished one and noted its use: so each is looked at once, and then marked as read-only.
+    have read an unfinished one and noted its use: so each is looked at once, and then marked as read-only and of time
+    0. One that is marked and has another time was changed since.
     """
     import filelock
 
     try:
         with filelock.FileLock(folder / ".lockfile", timeout=SECONDS):
-            modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
-            for name in modes:
+            facts = {path.name: path.stat() for path in folder.iterdir()}
+            for name in facts:
                 key, _, kind = name.rpartition("-")
-                if kind == "atime" and f"{key}-cache" not in modes:
+                if kind == "atime" and f"{key}-cache" not in facts:
                     (folder / name).unlink()
-                elif kind == "cache" and not (f"{key}-atime" in modes and _is_whole(folder / name, modes[name])):
+                elif kind == "cache" and not (f"{key}-atime" in facts and _is_whole(folder / name, facts[name])):
                     (folder / name).unlink()
                     (folder / f"{key}-atime").unlink(missing_ok=True)
     except filelock.Timeout:
@@ -63,10 +64,10 @@ def _mend(folder: pathlib.Path) -> bool:
     return True
 
 
-def _is_whole(program: pathlib.Path, mode: int) -> bool:
+def _is_whole(program: pathlib.Path, facts: os.stat_result) -> bool:
     """Whether a program ends where its compression says; of zstandard, if that is installed, the beginning must do."""
-    if not mode & stat.S_IWUSR:
-        return True
+    if not facts.st_mode & stat.S_IWUSR:
+        return not facts.st_mtime_ns
     data, stream = program.read_bytes(), zlib.decompressobj()
     try:
         stream.decompress(data)
@@ -74,5 +75,6 @@ def _is_whole(program: pathlib.Path, mode: int) -> bool:
     except zlib.error:
         whole = data.startswith(b"\x28\xb5\x2f\xfd")
     if whole:
+        os.utime(program, (0, 0))
         program.chmod(stat.S_IRUSR)
     return whole

@@ -14,7 +14,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from tl_jax.core.files import write_text
+from tl_jax.core.files import atomic_write, sound_rows, write_text
 
 CONSOLE = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 UNSHOWN, SHOWN = ("train/grad_norm", "train/lr"), 4  # of a line of metrics, on the console
@@ -48,8 +48,7 @@ class RunLog:
         self.rows = list(rows)
         if self._writes:
             write_text(self._paths["metrics"], "".join(json.dumps(row) + "\n" for row in rows))
-            if not start:
-                write_text(self._paths["timing"], "")
+            self._begin_timing(start)
         self._clock = self._began = time.perf_counter()
         self._start, self._timed, self._total = start, start, total
         self._share, self.waited = 1 / replicas, 0.0
@@ -61,6 +60,16 @@ class RunLog:
             columns = "train", BarColumn(), MofNCompleteColumn(), "{task.fields[text]}", "{task.fields[rate]}"
             self._bar = Progress(*columns, TimeRemainingColumn(), console=CONSOLE, transient=True)
             self._task = self._bar.add_task("train", total=total, completed=start, text="compiling", rate="")
+
+    def _begin_timing(self, start: int) -> None:
+        """Keeps the whole lines of earlier starts; "null" stands for those that were lost: no sum is believed then."""
+        path = self._paths["timing"]
+        text = path.read_bytes() if start and path.exists() else b""
+        with atomic_write(path) as file:
+            file.write(text[: text.rfind(b"\n") + 1])
+        known = {str(row.get("step")) for row in sound_rows(path)[0]}
+        if any("train/lr" in row and str(row["step"]) not in known for row in self.rows):
+            self._append("timing", None)
 
     def __enter__(self) -> "RunLog":
         if self._bar:
@@ -109,7 +118,7 @@ class RunLog:
         yield
         self._clock += time.perf_counter() - began
 
-    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+    def _append(self, name: str, row: Mapping[str, Any] | None) -> None:
         if self._writes:
             with self._paths[name].open("a") as file:
                 file.write(json.dumps(row) + "\n")

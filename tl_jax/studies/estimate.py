@@ -1,5 +1,6 @@
 """A study before it runs: its grid, what is done of it, and what the rest would cost. Nothing is trained for it."""
 
+import contextlib
 import itertools
 import os
 import pathlib
@@ -47,8 +48,9 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
     seconds: dict[str, list[float]] = {}  # of the finished runs of each cell
     for run in runs:
         path = store.run_folder(workdir, run.key) / "cost.json"
-        if states[run.key] == "done" and path.exists() and (value := read_json(path).get("seconds")) is not None:
-            seconds.setdefault(title(run.levels), []).append(value)
+        with contextlib.suppress(OSError, ValueError):  # none, or damaged: what it took is not known
+            if states[run.key] == "done" and isinstance(value := read_json(path).get("seconds"), int | float):
+                seconds.setdefault(title(run.levels), []).append(value)
     present, rows = [state for state in store.STATES if state in states.values()], []
     for cell, members in cells.items():
         counts, work = [sum(states[run.key] == state for run in members) for state in present], works.get(cell)

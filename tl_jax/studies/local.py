@@ -68,7 +68,7 @@ def supervise(workdir: pathlib.Path, slots: list[Slot], stop_requested: Callable
                 stopped |= process.returncode == preemption.EXIT_CODE
                 if stopping or process.returncode in (0, preemption.EXIT_CODE):
                     continue
-                held = {read_json(folder / "claim.json")["pid"]: row for row, folder in store.runs_in(workdir, "stale")}
+                held = {store.read_claim(folder)["pid"]: row for row, folder in store.runs_in(workdir, "stale")}
                 deaths[index] += process.pid not in held
                 place = f" in {store.name_of(held[process.pid])}" if process.pid in held else ""
                 print(f"a worker ended with code {process.returncode}{place}", flush=True)

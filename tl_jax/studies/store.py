@@ -119,7 +119,7 @@ def claim(folder: pathlib.Path, home: pathlib.Path | None = None) -> Iterator[in
         saved = [int(path.name) for path in (home or folder).glob("checkpoints/*") if path.name.isdigit()]
         path, step, attempts = folder / "claim.json", max(saved, default=-1), 1
         if path.exists():
-            last = read_json(path)
+            last = read_claim(folder)
             attempts = 1 if last["step"] < step else last["attempts"] + 1
         if attempts > ATTEMPTS:
             fail(folder, f"its process died {ATTEMPTS} times", ATTEMPTS)
@@ -130,6 +130,16 @@ def claim(folder: pathlib.Path, home: pathlib.Path | None = None) -> Iterator[in
             yield attempts
         finally:
             path.unlink(missing_ok=True)
+
+
+def read_claim(folder: pathlib.Path) -> dict[str, int]:
+    """Process, attempts and step of the claim in a run's folder; of a damaged one as if none had been tried."""
+    unknown = {"pid": -1, "attempts": 0, "step": -1}
+    with contextlib.suppress(OSError, ValueError):
+        known = read_json(folder / "claim.json")
+        if all(type(known.get(name)) is int for name in unknown):
+            return known
+    return unknown
 
 
 def fail(folder: pathlib.Path, error: str, attempts: int) -> None:

@@ -1,5 +1,6 @@
 """What every run writes at its end: costs, weights, predictions, audit, and last of all result.json."""
 
+import math
 import pathlib
 import statistics
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ import jax
 from tl_jax import tasks
 from tl_jax.core import files
 from tl_jax.models import peft
+from tl_jax.runtime.log import log
 from tl_jax.tasks import Predictions, Spec
 from tl_jax.tasks.task import unchanged
 from tl_jax.training import audit
@@ -24,33 +26,51 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
     over all starts of the run, with compilation, without evaluation; data_wait_seconds those in which the devices
     waited for data; flops_per_second, mfu and roofline are medians of the rows of timing.jsonl. Of a run that was
     trained together with others, seconds and flops_per_step are its share and "replicas" says how many shared;
-    memory_bytes is that of all together.
+    memory_bytes is that of all together. What a damaged file would have told is None.
     """
     if jax.process_index():
         return
-    path, rows = folder / "cost.json", files.read_rows(folder / "timing.jsonl")
-    phases = files.read_json(path)["phases"] if path.exists() else []
-    if len(phases) != len(run.phases):  # none yet, or those of a run that ended before its first checkpoint
-        phases = [None] * len(run.phases)
+    path, phases = folder / "cost.json", _known_phases(folder / "cost.json", len(run.phases))
+    rows, damaged = files.sound_rows(folder / "timing.jsonl")
+    timed = [row for row in rows if all(_is_number(value) for value in row.values())]
+    if lost := len(damaged) + len(rows) - len(timed):
+        log(f"{folder / 'timing.jsonl'} is damaged, {lost} lines: the seconds of the run are not known")
     if cost:
         share = cost["flops_per_step"] and cost["flops_per_step"] / replicas
         phases[i] = {**cost, "flops_per_step": share, "steps": run.phases[i].length}
     flops = [phase["flops_per_step"] * phase["steps"] for phase in phases if phase and phase["flops_per_step"]]
     memory = [phase["memory_bytes"] for phase in phases if phase and phase["memory_bytes"]]
-    rates = {name: [row[name] for row in rows if row.get(name)] for name in ("flops_per_second", "mfu", "roofline")}
-    seconds, waited = (sum(row.get(name, 0.0) for row in rows) for name in ("seconds", "data_wait_seconds"))
+    rates = {name: [row[name] for row in timed if row.get(name)] for name in ("flops_per_second", "mfu", "roofline")}
+    sums = {name: round(sum(row.get(name) or 0.0 for row in timed), 3) for name in ("seconds", "data_wait_seconds")}
     table = {
         "trainable_parameters": audit.totals([phase.audit for phase in run.phases])["trainable"],
         "flops_per_step": sum(flops) / run.total_steps if len(flops) == len(phases) else None,
         "memory_bytes": max(memory, default=None),
         **{name: statistics.median(values) if values else None for name, values in rates.items()},
-        "seconds": round(seconds, 3),
-        "data_wait_seconds": round(waited, 3),
+        **(dict.fromkeys(sums) if lost else sums),
         "steps": run.total_steps,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "phases": phases,
     }
     files.write_json(path, table | ({"replicas": replicas} if replicas > 1 else {}))
+
+
+def _known_phases(path: pathlib.Path, count: int) -> list[dict[str, Any] | None]:
+    """What cost.json tells of each phase: of none where there is none, it is damaged, or it is of other phases."""
+    numbers, phases = ("flops_per_step", "memory_bytes", "steps"), []
+    try:
+        phases = files.read_json(path)["phases"] if path.exists() else []
+        if not all(phase is None or all(_is_number(phase[name]) for name in numbers) for phase in phases):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError):
+        log(f"{path} is damaged: what earlier starts noted in it is not known")
+        phases = []
+    return phases if len(phases) == count else [None] * count
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of a table of costs is one; None: not known."""
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
 def wanted_splits(run: Run) -> list[str]:

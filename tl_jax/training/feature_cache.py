@@ -134,9 +134,9 @@ def fill(
     views: the number of epochs of augmented training batches that are kept: epoch e has the features of epoch
     e % views. folder: where the sets are kept; "" is FOLDER.
 
-    A set whose sha256 is not the one it was written with is computed anew. Raises OSError, before anything is computed,
-    where the disk has no room for what is missing; Preempted, with what was computed kept, soon after
-    `stop_requested(0)` has become true.
+    A set, finished or not, whose bytes are not those that were written is computed anew. Raises OSError, before
+    anything is computed, where the disk has no room for what is missing, and where it does not hold what was written;
+    Preempted, with what was computed kept, soon after `stop_requested(0)` has become true.
     """
     root = pathlib.Path(folder).expanduser() if folder else FOLDER
     found = {name: _describe(root, column, batches, variables, batch_size, views) for name, batches in sets.items()}
@@ -147,7 +147,7 @@ def fill(
         _make_room(root, {name: c for name, c in distinct.items() if not (c.folder / "meta.json").exists()})
     for name, cached in distinct.items():
         with _locked(cached, stop_requested):
-            if not distributed.from_first(lambda cached=cached: _is_sound(cached)):
+            if not distributed.from_first(lambda cached=cached: _is_sound(cached, stop_requested)):
                 log(f"computing the features of {name} {column.title}: {_size(cached)}")
                 _compute(cached, column.view, lambda x: predict(variables, x), parallel, stop_requested)
         kept[cached.folder] = _read(cached)
@@ -229,16 +229,14 @@ def _locked(cached: Cached, stop_requested: Stop):
         yield
 
 
-def _is_sound(cached: Cached) -> bool:
+def _is_sound(cached: Cached, stop_requested: Stop) -> bool:
     """Whether the set is there, whole, and has the bytes that were written."""
     path = cached.folder / "meta.json"
     if not path.exists():
         return False
     with contextlib.suppress(OSError, ValueError):
         meta = files.read_json(path)
-        with cached.file.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if (meta.get("key"), meta.get("sha256")) == (cached.key, found):
+        if (meta.get("key"), meta.get("sha256")) == (cached.key, _sha256(cached, stop_requested)):
             return True
     log(f"the features in {cached.folder} are damaged; they are computed anew")
     path.unlink(missing_ok=True)
@@ -249,41 +247,108 @@ def _is_sound(cached: Cached) -> bool:
 def _compute(cached: Cached, view: str, predict: Callable, parallel: Parallel, stop_requested: Stop) -> None:
     """Runs all examples through the network, from where an earlier process was stopped; process 0 writes."""
     source, (views, n), size = cached.source, cached.shape[:2], cached.source.batch_size
-    progress, first = cached.folder / "progress.json", jax.process_index() == 0
+    progress, first, total = cached.folder / "progress.json", jax.process_index() == 0, source.steps_of(views)
 
-    def begin() -> int:
+    def begin() -> tuple[int, str]:
+        finished = _finished(cached, total, stop_requested)
         with cached.file.open("ab") as file:  # mapped pages without room on the disk would kill the process
             os.posix_fallocate(file.fileno(), 0, cached.nbytes)
             file.truncate(cached.nbytes)
-        known = files.read_json(progress) if progress.exists() else {}
-        return known["done"] if known.get("batch_size") == size else 0
+        return finished
 
-    start, saved = distributed.from_first(begin), time.monotonic()
-    values = cached.open("r+") if first else None
-    with contextlib.closing(source.iterate(start, source.steps_of(views))) as stream:
+    (start, checksum), saved = distributed.from_first(begin), time.monotonic()
+    values, checksum = cached.open("r+") if first else None, int(checksum, 16)
+    with contextlib.closing(source.iterate(start, total)) as stream:
         for done, batch in enumerate(stream, start + 1):
             outputs = jax.device_get(predict(parallel.put_batch(batch[view])))
             if first:
                 rows = source.rows(done - 1)
                 kept = rows.epoch < views
                 values[rows.epoch[kept], rows.index[kept]] = outputs[kept]
+                places = (rows.epoch * n + rows.index)[kept].tolist()
+                checksum += sum(_row_hash(cached, *each) for each in zip(places, outputs[kept], strict=True))
             stopping = stop_requested(0)
-            if first and (stopping or time.monotonic() - saved > SAVE_EVERY):
+            if first and (stopping or done == total or time.monotonic() - saved > SAVE_EVERY):
                 values.flush()
-                files.write_json(progress, {"done": done, "batch_size": size})
+                files.write_json(progress, {"done": done, "batch_size": size, "rows": f"{checksum:x}"})
                 saved = time.monotonic()
             if stopping:
                 count = min(done * size, views * n)
                 raise Preempted(f"stopped after the features of {count:,} of {views * n:,} images")
-    if not first:
-        return
-    values.flush()
+    if first:
+        _finish(cached, checksum, stop_requested)
+
+
+def _finished(cached: Cached, total: int, stop_requested: Stop) -> tuple[int, str]:
+    """The number of steps, of `total`, whose rows an earlier process has left as it wrote them, and their checksum."""
+    path, size, views, n = cached.folder / "progress.json", cached.source.batch_size, *cached.shape[:2]
+    if not path.exists():
+        return 0, "0"
+    try:
+        known, length = files.read_json(path), cached.file.stat().st_size
+        done = known.get("done")
+        wrong = (known.get("batch_size"), length) != (size, cached.nbytes)
+        if wrong or type(done) is not int or not 0 < done <= total:
+            found = f"done = {done!r} batches of {known.get('batch_size')!r}, {length} bytes"
+            expected = f"done = 1 .. {total} batches of {size}, {cached.nbytes} bytes"
+            raise ValueError(f"{cached.folder} has {found}; expected {expected}")
+        written = np.zeros((views + 1, n), bool)
+        for step in range(done):
+            rows = cached.source.rows(step)
+            written[np.minimum(rows.epoch, views), rows.index] = True
+        if (checksum := f"{_checksum(cached, written[:views], stop_requested):x}") == known.get("rows"):
+            return done, checksum
+        raise ValueError(f"{cached.file} has other rows than were written")
+    except (OSError, ValueError) as error:
+        log(f"unfinished features are computed anew: {error}")
+        path.unlink()
+        return 0, "0"
+
+
+def _finish(cached: Cached, checksum: int, stop_requested: Stop) -> None:
+    """Writes meta.json, which makes the set a finished one, if the disk holds what was computed."""
+    progress = cached.folder / "progress.json"
     with cached.file.open("rb") as file:
         os.fsync(file.fileno())
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    meta = {"key": cached.key, "shape": cached.shape, "dtype": cached.dtype.name, "sha256": sha256}
-    files.write_json(cached.folder / "meta.json", meta)
-    progress.unlink(missing_ok=True)
+    if _checksum(cached, np.ones(cached.shape[:2], bool), stop_requested) != checksum:
+        progress.unlink()
+        raise OSError(f"{cached.file} has other rows than were written; check the disk, then start again")
+    meta = {"key": cached.key, "shape": cached.shape, "dtype": cached.dtype.name}
+    files.write_json(cached.folder / "meta.json", meta | {"sha256": _sha256(cached, stop_requested)})
+    progress.unlink()
+
+
+def _row_hash(cached: Cached, place: int, row: Any) -> int:
+    """Of a row at its place; a checksum is their sum: rows are computed in one order and read in another."""
+    digest = hashlib.sha256(f"{cached.folder.name} {place} ".encode())
+    digest.update(row if isinstance(row, bytes) else row.tobytes())
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _checksum(cached: Cached, written: np.ndarray, stop_requested: Stop) -> int:
+    """Of the rows on disk that are `written`, bool [views, N]."""
+    length, total = cached.nbytes // written.size, 0
+    with cached.file.open("rb") as file:
+        for number, place in enumerate(np.flatnonzero(written).tolist()):
+            if number % 256 == 0:
+                _pause(stop_requested)
+            file.seek(place * length)
+            total += _row_hash(cached, place, file.read(length))
+    return total
+
+
+def _sha256(cached: Cached, stop_requested: Stop) -> str:
+    digest = hashlib.sha256()
+    with cached.file.open("rb") as file:
+        while block := file.read(2**24):
+            _pause(stop_requested)
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _pause(stop_requested: Stop) -> None:
+    if jax.process_count() == 1:  # several have to ask equally often
+        check(stop_requested, "while the features on disk were checked")
 
 
 def _read(cached: Cached) -> np.ndarray:
