@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import hashlib
 import itertools
 import json
 import random
@@ -14,10 +13,13 @@ import pytest
 from scipy import stats
 
 from tl_jax import __main__ as command
+from tl_jax import config as options
 from tl_jax import tasks
-from tl_jax.core.files import write_json
+from tl_jax.core import manifest
+from tl_jax.core.files import read_json, write_json
 from tl_jax.studies.report import analysis, charts, figures, report, tables
 from tl_jax.studies.report.results import load
+from tl_jax.training import finished
 
 METHODS = {
     "full": {"method.name": "full"},
@@ -47,14 +49,9 @@ def write_run(folder, levels, seed, seconds, classes=3):
     predictions, summary = outputs(skill, seed, classes=classes)
     parameters = PARAMETERS.get(levels.get("method"), 7)
     tasks.save_predictions(folder / "predictions.npz", predictions)
-    write_json(
-        folder / "result.json",
-        {
-            "metrics": summary,
-            "extra_eval": {"shifted": outputs(skill / 2, seed)[1]},
-            "trainable_parameters": parameters,
-        },
-    )
+    shifted, other = outputs(skill / 2, seed)
+    tasks.save_predictions(folder / "predictions-shifted.npz", shifted)
+    result = {"metrics": summary, "extra_eval": {"shifted": other}, "trainable_parameters": parameters}
     cost = {
         "trainable_parameters": parameters,
         "flops_per_step": 3e9,
@@ -64,6 +61,7 @@ def write_run(folder, levels, seed, seconds, classes=3):
     write_json(folder / "cost.json", {**cost, "steps": 40, "device": "cpu"})
     rows = [{"step": step, "val/loss": 1.0, "val/accuracy": 0.5 + skill / 10 - 1 / step} for step in (10, 20, 30, 40)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest.write(folder, "result.json", result)
 
 
 def make_study(
@@ -71,10 +69,11 @@ def make_study(
     design="holdout", folds=("",), order=0, seconds=12.5, question="Which method wins?", classes=3,
 ):  # fmt: skip
     """A study's files; `order` shuffles their creation. Runs in `unfinished`, (*levels, seed), fail or stay to do."""
-    runs = []
+    runs, configs = [], {}
     for seed, fold, *cell in itertools.product(seeds, folds, *factors.values()):
         levels = dict(zip(factors, cell, strict=True))
-        key = hashlib.sha256(repr((levels, seed, fold)).encode()).hexdigest()[:12]
+        config = {"model.weights": repr((levels, seed, fold))}
+        configs[key := options.fingerprint(options.from_flat(config))[:12]] = config
         runs.append({"key": key, "levels": levels, "seed": seed, "fold": fold})
     plan = {"name": "made_up", "question": question, "factors": factors, "baseline": baseline, "seeds": list(seeds)}
     workdir.mkdir()
@@ -82,7 +81,7 @@ def make_study(
     for i, run in random.Random(order).sample(list(enumerate(runs)), len(runs)):
         folder = workdir / "runs" / run["key"]
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
+        write_json(folder / "config.json", configs[run["key"]])
         place = (*run["levels"].values(), run["seed"])
         if place == FAILED and place in unfinished:
             error = f"Traceback\n  File\nValueError: {workdir}/runs/{run['key']} has nan | at step 3"
@@ -257,7 +256,10 @@ def test_markdown_shows_names_as_they_are():
     assert r"| p\|q | \*r\* |" in text and r"| last_k | \_s\_ \<b> |" in text
 
 
-def test_a_clear_difference_is_told_with_its_direction_and_an_unclear_one_as_not_seen(tmp_path, no_figures):
+def test_a_clear_difference_is_told_with_its_direction_and_an_unclear_one_as_not_seen(
+    tmp_path, no_figures, monkeypatch
+):
+    monkeypatch.setattr(finished, "read", lambda folder: read_json(folder / "result.json"))  # values made up below
     factors = {"method": {"full": {}, "probe": {}, "same": {}}}
     workdir = make_study(tmp_path / "w", factors, {"method": "full"}, seeds=range(8), names=("accuracy", "nll"))
     rows = {(run.cell, run.unit): run for run in load(workdir).runs()}
@@ -340,16 +342,19 @@ def test_a_study_before_its_first_run_says_that_nothing_can_be_said(tmp_path, ba
     assert "| full | missing | missing |" in text and "accuracy per cell: no run has a value" in text
 
 
-def test_a_damaged_result_is_a_failed_run_and_damaged_predictions_are_named(tmp_path, no_figures):
+def test_runs_whose_result_or_predictions_were_changed_are_failed_runs(tmp_path, no_figures):
     workdir = make_study(tmp_path / "w", {"method": METHODS}, {"method": "full"})
-    first, second, *_ = load(workdir).runs()
+    first, second, third, *_ = load(workdir).runs()
     (first.folder / "result.json").write_text("{")
     (second.folder / "predictions.npz").write_bytes(b"PK")
+    (third.folder / "predictions.npz").write_bytes(b"PK")
+    manifest.write(third.folder)
     summary = report.write(workdir)
     text = (workdir / "report.md").read_text()
-    assert summary["runs"] == {"done": 8, "failed": 1, "missing": 0}
-    assert f"runs/{first.key}/result.json is damaged" in text
-    assert f"runs/{second.key}/predictions.npz: no sound predictions.npz" in section(text, "Figures left out")
+    assert summary["runs"] == {"done": 6, "failed": 3, "missing": 0}
+    for run, name in ((first, "result.json"), (second, "predictions.npz")):
+        assert re.search(rf"runs/{run.key} is not as its run left it.*: {name} .found ", text)
+    assert f"runs/{third.key}/predictions.npz: no sound predictions.npz" in section(text, "Failed and missing runs")
 
 
 def test_three_factors_many_levels_and_one_level_can_be_reported(tmp_path, monkeypatch):

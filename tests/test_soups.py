@@ -11,7 +11,7 @@ from configs import quickstart
 from tl_jax import __main__ as command
 from tl_jax import config as options
 from tl_jax import tasks
-from tl_jax.core import files, trees
+from tl_jax.core import files, manifest, trees
 from tl_jax.data import pipeline, sources
 from tl_jax.methods import probes
 from tl_jax.runtime import sharding
@@ -60,7 +60,7 @@ def finish(folder, variables, scored="test", **changes):
     names = sources.load("digits", "test").class_names
     load.export(variables, "resnet8_cifar", folder / "model.safetensors", card=CARD.replace(class_names=names))
     tasks.save_predictions(folder / "predictions.npz", forward(variables, SPLITS[scored]))
-    files.write_json(folder / "result.json", {})
+    manifest.write(folder, "result.json", {"metrics": {}, "extra_eval": {}})
     return folder
 
 
@@ -219,6 +219,7 @@ def test_runs_that_cannot_be_averaged_are_refused_with_all_that_differs(ends, he
         soups.load_start(soups.load(begun_at_random))
     stale = finish(tmp_path / "stale", with_head(head, -1.0))
     (stale / "predictions.npz").write_bytes((a / "predictions.npz").read_bytes())
+    manifest.write(stale)
     with pytest.raises(ValueError, match=r"predicts \d+ of \d+ examples otherwise than its predictions.npz"):
         soups.wise_ft(soups.load(a), soups.load(stale), tmp_path / "out", 2)
     with pytest.raises(ValueError, match="at least two runs, found 1"):

@@ -8,6 +8,7 @@ import pytest
 
 from configs import smoke
 from tl_jax import config as options
+from tl_jax.core import manifest
 from tl_jax.runtime import sharding, workdir
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.preemption import Preempted
@@ -24,6 +25,7 @@ FILES = {
     "metrics.jsonl",
     "timing.jsonl",
     "result.json",
+    "MANIFEST.json",
     "predictions.npz",
     "model.safetensors",
     "trained.safetensors",
@@ -258,6 +260,7 @@ def test_a_config_json_without_an_option_that_came_later_is_of_the_same_run(fini
     ours.pop("checkpoints"), reference.pop("checkpoints")
     assert ours == reference
     remove("data.resample")
+    manifest.write(tmp_path / "w")  # as the older version would have
     assert train(make_config(), tmp_path / "w") == json.loads(json.dumps(finished[1]))
     remove("select")  # of a value that it did not have at first: as if it had been left at that
     with pytest.raises(ValueError, match=r"other options.*\n  select: 'last' -> 'best_val'$"):

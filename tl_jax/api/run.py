@@ -19,10 +19,11 @@ from tl_jax import tasks
 from tl_jax.api import inputs
 from tl_jax.api import model as models
 from tl_jax.api.model import Metrics, Model
-from tl_jax.core import files
+from tl_jax.core import files, manifest
 from tl_jax.core.messages import nearest
 from tl_jax.methods import probes, recipes
 from tl_jax.tasks import answers
+from tl_jax.training import artifacts, finished
 from tl_jax.training import train as training
 from tl_jax.weights import delta, hub
 from tl_jax.weights import load as pretrained
@@ -53,7 +54,7 @@ class Run:
     @functools.cached_property
     def result(self) -> dict[str, Any]:
         """result.json: the metrics, and what was run."""
-        return files.read_json(self.folder / "result.json")
+        return finished.read(self.folder)
 
     @property
     def metrics(self) -> Metrics:
@@ -114,10 +115,7 @@ class Run:
         """A figure of the run, which a notebook shows; ValueError lists those that there are."""
         path = self.folder / f"{name}.png"
         if not path.exists():
-            from tl_jax.training import plots  # here, as matplotlib takes its time
-
-            rows, saved = self.folder / "metrics.jsonl", self.folder / "predictions.npz"
-            plots.draw_run(files.read_rows(rows), tasks.load_predictions(saved), self.folder)
+            artifacts.draw(self.folder)
         if not path.exists():
             there = sorted(figure.stem for figure in self.folder.glob("*.png"))
             raise ValueError(f"the run has no figure {name!r}{nearest(name, there)}; it has {', '.join(there)}")
@@ -129,6 +127,7 @@ def load_run(path: str | os.PathLike, weights: str | os.PathLike | None = None) 
     folder = pathlib.Path(path)
     if not (folder / "result.json").exists():
         raise ValueError(f"{folder} is no folder of a finished run: there is no result.json in it")
+    manifest.check(folder)
     return Run(folder, weights if weights is None else os.fspath(weights))
 
 

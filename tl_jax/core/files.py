@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import pathlib
@@ -53,6 +54,12 @@ def locked(path: pathlib.Path, busy: str):
         except BlockingIOError:
             raise ValueError(busy) from None
         yield
+
+
+def sha256(path) -> str:
+    """The file's SHA-256 as 64 lower-case hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

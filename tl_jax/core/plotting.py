@@ -35,6 +35,7 @@ STYLE = {
 
 
 def short(name, limit=22):
+    name = name.encode(errors="backslashreplace").decode()  # of a folder whose name is not UTF-8
     return name if len(name) <= limit else name[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 

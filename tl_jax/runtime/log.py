@@ -32,6 +32,16 @@ def log(message: Any) -> None:
         CONSOLE.print(message)
 
 
+@contextlib.contextmanager
+def tolerate(what: str) -> Iterator[None]:
+    """Makes one line of the log of an error in the block, for what never stands between a run and its result."""
+    try:
+        yield
+    except Exception as error:
+        lines = f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode().split()
+        log(f"{what}: left out ({' '.join(lines)}); everything else is written")
+
+
 class RunLog:
     """Rows of one run and its progress bar.
 

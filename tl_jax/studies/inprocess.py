@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 
 from tl_jax import config as options
 from tl_jax import tasks
+from tl_jax.core import manifest
 from tl_jax.core.files import read_json, read_rows, write_json
 from tl_jax.runtime import workdir as workdirs
-from tl_jax.runtime.log import log
+from tl_jax.runtime.log import log, tolerate
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies.report.statistics import mean_interval
 from tl_jax.studies.report.tables import Table, to_console
@@ -107,9 +108,11 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
         report["difference_by_seed_over_examples"] = by_seed
     if jax.process_index() == 0:
         write_json(workdir / "comparison.json", report)
-        from tl_jax.studies.report import charts  # here, as matplotlib takes its time
+        with tolerate("comparison.png"):
+            from tl_jax.studies.report import charts  # here, as matplotlib takes its time
 
-        charts.comparison(workdir / "comparison.png", table, f"{metric} on {report['data']}, {len(study.seeds)} seeds")
+            label = f"{metric} on {report['data']}, {len(study.seeds)} seeds"
+            charts.comparison(workdir / "comparison.png", table, label)
     return report
 
 
@@ -130,6 +133,7 @@ def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.
     path = workdir / "replicas.json"
     workdirs.check_options(workdir, options.flatten(config))
     if path.exists():
+        manifest.check(workdir)
         return read_json(path)
     folders, configs = [workdir / "replicas" / run.levels[REPLICA] for run in runs], [run.config for run in runs]
     with workdirs.lock(workdir):
@@ -141,7 +145,7 @@ def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.
                 "\n".join(["all replicas diverged:", *(f"{r['name']}: {r['error']}" for r in rows)])
             )
         table = {"replicas": rows, "best": best_of(config.task, rows)}
-        write_json(path, table)
+        manifest.write(workdir, path.name, table)
     return table
 
 

@@ -19,9 +19,10 @@ from tl_jax.core import files, messages, plotting
 from tl_jax.core.card import Card
 from tl_jax.data import pipeline
 from tl_jax.runtime import sharding
+from tl_jax.runtime.log import tolerate
 from tl_jax.studies.report import charts
 from tl_jax.tasks.task import Monitor
-from tl_jax.training import build, evaluate, inputs, steps
+from tl_jax.training import build, evaluate, finished, inputs, steps
 from tl_jax.training.settings import Settings, read
 from tl_jax.weights import load as pretrained
 
@@ -95,11 +96,12 @@ def greedy(
 
 
 def load(folder: str | pathlib.Path) -> Weights:
-    """Reads the weights, the options and the predictions of a finished run; ValueError where something is missing."""
+    """Reads weights, options and predictions of a finished run; ValueError where a file is missing or was changed."""
     folder = pathlib.Path(folder)
     if missing := [name for name in NEEDED if not (folder / name).exists()]:
         plain = "one plain network (nearest neighbours, adapters and prompts write none)"
         raise ValueError(f"{folder} lacks {', '.join(missing)}; expected the folder of a finished run of {plain}")
+    finished.read(folder)
     settings = read(options.from_flat(files.read_json(folder / "config.json")))
     loaded = pretrained.load(settings.model.name, folder / "model.safetensors")
     saved = tasks.load_predictions(folder / "predictions.npz")
@@ -173,8 +175,9 @@ def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11
     report |= {"alphas": values, "curves": curves, "chosen": chosen, "chosen_on_scored_split": scorer.scored == "val"}
     folder = pathlib.Path(folder)
     report |= _write(scorer, interpolate(a.variables, b.variables, chosen), b, folder)
-    _draw_curve(folder / "curve.png", report, b.monitor[0][0])
-    files.write_json(folder / "curve.json", report)  # last: where it lies, the rest does
+    files.write_json(folder / "curve.json", report)  # where it lies, the rest does, but for the figure
+    with tolerate("curve.png"):
+        _draw_curve(folder / "curve.png", report, b.monitor[0][0])
     return report
 
 
@@ -207,7 +210,7 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
         raise ValueError("a soup is chosen on val, and these runs have none; run them anew with a data.val")
 
     def load_variables(i: int) -> Variables:
-        return load(runs[i].name).variables
+        return pretrained.load(runs[i].settings.model.name, runs[i].name).variables
 
     def score(variables: Variables) -> dict[str, float]:
         return tasks.scores(scorer.predict(variables, "val"))
@@ -229,8 +232,9 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
     report |= {name: tasks.summarize(other, resamples=resamples) for name, other in predictions.items()}
     named = {"best run": "best", "uniform soup": "uniform", "greedy soup": "metrics"}
     rows = {name: report[key][monitor[0][0]] for name, key in named.items()}
-    charts.comparison(folder / "soup.png", rows, f"{scorer.scored} {monitor[0][0]}")
     files.write_json(folder / "soup.json", report)
+    with tolerate("soup.png"):
+        charts.comparison(folder / "soup.png", rows, f"{scorer.scored} {monitor[0][0]}")
     return report
 
 

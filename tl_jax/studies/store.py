@@ -11,10 +11,12 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
+from ml_collections import ConfigDict
+
 from tl_jax import config
 from tl_jax.core import messages
 from tl_jax.core.files import read_json, write_json
-from tl_jax.studies.study import RunSpec, Study, grid, metrics_of, title
+from tl_jax.studies.study import KEY, RunSpec, Study, grid, metrics_of, title
 
 ATTEMPTS = 3  # of a run whose process dies: more would be the same again
 LINES = 20  # of a run's log that its failure keeps
@@ -31,7 +33,8 @@ def plan(workdir: pathlib.Path, name: str, question: str, study: Study) -> list[
             folder, flat = run_folder(workdir, run.key), config.flatten(run.config)
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / "config.json"
-            if not path.exists() or (state(folder) != "done" and read_json(path) != flat):  # the speed may be another
+            # The speed may be another; the file of a run under way stays as its manifest will say.
+            if not path.exists() or (state(folder) not in ("done", "running") and read_json(path) != flat):
                 write_json(path, flat)
         factors = {name: {level: dict(o) for level, o in levels.items()} for name, levels in study.factors.items()}
         rows = [{key: getattr(run, key) for key in ("key", "levels", "seed", "fold")} for run in runs]
@@ -73,6 +76,17 @@ def read_plan(workdir: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"there is no {path}: plan a study first, python launch.py --study NAME --workdir {workdir}")
     return read_json(path)
+
+
+def read_config(folder: pathlib.Path) -> ConfigDict:
+    """The config of a planned run; ValueError where it is not the one that the folder's name is the hash of."""
+    found = config.from_flat(read_json(folder / "config.json"))
+    if (key := config.fingerprint(found)[:KEY]) != folder.name:
+        wrong = f"its options have the hash {key}, expected that of the folder's name: it was changed"
+        raise ValueError(
+            f"{folder / 'config.json'}: {wrong}. Start the study again, which writes it anew, or restore it"
+        )
+    return found
 
 
 def run_folder(workdir: pathlib.Path, key: str) -> pathlib.Path:

@@ -16,6 +16,7 @@ from tl_jax.data import resample
 
 SHARED = ("seed", "seeds", "baseline", "replicas", "data.resample")  # the study's own: no level may set them
 TOGETHER = ("heads", "all", "none")
+KEY = 12  # hex digits of the hash of its options, which name a run
 SHOWN = 20  # offenders in one message
 
 
@@ -39,7 +40,7 @@ class Study(NamedTuple):
 
 
 class RunSpec(NamedTuple):
-    """One run of a study; key: the first 12 hex digits of the hash of its options, and the name of its folder."""
+    """One run of a study; key: the first KEY hex digits of the hash of its options, and the name of its folder."""
 
     levels: dict[str, str]
     seed: int
@@ -103,7 +104,7 @@ def grid(study: Study, free: Collection[str] = ()) -> list[RunSpec]:
         config = options.override(study.base, changes)
         problems += _problems_of_run(study, levels, config)
         name = f"{fold}, repeat {repeat}" if repeat else fold
-        run = RunSpec(levels, config.seed, name, config, options.fingerprint(config)[:12])
+        run = RunSpec(levels, config.seed, name, config, options.fingerprint(config)[:KEY])
         if (same := runs.setdefault(run.key, run)) is not run:
             problems.append(f"{title(same.levels)} and {title(levels)} are the same run: no option differs")
     _refuse(problems)

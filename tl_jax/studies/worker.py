@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 
-from tl_jax import config
 from tl_jax.core.files import read_json
 from tl_jax.runtime import distributed, preemption
 from tl_jax.runtime.compile_cache import keep_compiled_programs
@@ -156,15 +155,14 @@ def take_together(
 def train_runs(folders, claimed, home: pathlib.Path, stop_requested: Callable[..., bool]):
     from tl_jax.training.train import train_together  # the imports that take seconds wait until there is work
 
-    configs = [config.from_flat(read_json(folder / "config.json")) for folder in folders]
+    configs = [store.read_config(folder) for folder in folders]
     return train_together(configs, claimed, home, stop_requested=stop_requested)
 
 
 def train_run(folder: pathlib.Path, stop_requested: Callable[..., bool]) -> dict[str, Any]:
     from tl_jax.training.train import train
 
-    options = config.from_flat(read_json(folder / "config.json"))
-    return train(options, folder, verbose=False, stop_requested=stop_requested)
+    return train(store.read_config(folder), folder, verbose=False, stop_requested=stop_requested)
 
 
 def log_run(workdir: pathlib.Path, row: Mapping[str, Any], text: str) -> None:

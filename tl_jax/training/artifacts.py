@@ -1,4 +1,4 @@
-"""What every run writes at its end: costs, weights, predictions, audit, and last of all result.json."""
+"""What every run writes at its end: costs, weights, predictions, audit, their manifest, result.json; then figures."""
 
 import math
 import pathlib
@@ -9,9 +9,9 @@ from typing import Any
 import jax
 
 from tl_jax import tasks
-from tl_jax.core import files
+from tl_jax.core import files, manifest
 from tl_jax.models import peft
-from tl_jax.runtime.log import log
+from tl_jax.runtime.log import log, tolerate
 from tl_jax.tasks import Predictions, Spec
 from tl_jax.tasks.task import unchanged
 from tl_jax.training import audit
@@ -128,7 +128,7 @@ def write(
     """Scores the predictions of `scored_splits` and writes them, the audit and the result, which it returns.
 
     report: the proved audit. numbers: of the training, for the result. by_val: whether val decided anything. Figures
-    are drawn where `verbose`. Process 0 writes; result.json comes last: where it is, the run is complete.
+    are drawn at last where `verbose`. Process 0 writes; where result.json is, the run is complete.
     """
     split, resamples = scored_splits(run)[0], run.settings.loop.resamples
     scores = {name: tasks.summarize(values, resamples=resamples) for name, values in predictions.items()}
@@ -138,12 +138,19 @@ def write(
         for name, values in predictions.items():
             tasks.save_predictions(folder / f"predictions{'' if name == split else f'-{name}'}.npz", values)
         files.write_json(folder / "audit.json", report)
+        manifest.write(folder, "result.json", result)
         if verbose:
-            from tl_jax.training import plots  # here, as matplotlib takes its time
-
-            plots.draw_run(files.read_rows(folder / "metrics.jsonl"), predictions[split], folder)
-        files.write_json(folder / "result.json", result)
+            draw(folder)
     return result
+
+
+def draw(folder: pathlib.Path) -> None:
+    """Draws the figures of a finished run; a failure is one line of the log."""
+    with tolerate("figures"):
+        from tl_jax.training import plots  # here, as matplotlib takes its time
+
+        saved = tasks.load_predictions(folder / "predictions.npz")
+        plots.draw_run(files.read_rows(folder / "metrics.jsonl"), saved, folder)
 
 
 def _facts(run: Run, split: str, spec: Spec) -> dict[str, Any]:

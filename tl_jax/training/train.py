@@ -5,12 +5,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tl_jax.core import files
+from tl_jax.core import files, manifest
 from tl_jax.methods import probes
 from tl_jax.runtime import distributed, sharding, workdir
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.log import log
-from tl_jax.training import artifacts, audit, probe, replicas
+from tl_jax.training import artifacts, audit, finished, probe, replicas
 from tl_jax.training.build import Run, assemble, prepare
 from tl_jax.training.loop import Ended, Loop, best_step, not_finite
 from tl_jax.training.settings import Settings, read
@@ -34,8 +34,10 @@ def train(
     finite; Preempted, with everything saved, soon after `stop_requested(steps done)` has become true.
     """
     settings, folder = read(config), pathlib.Path(folder)
-    if result := distributed.from_first(lambda: finished(settings, folder)):
+    if result := distributed.from_first(lambda: known_result(settings, folder)):
         log(f"{folder} holds the finished run of these options: its result is shown, data and weights are not read")
+        if verbose and distributed.is_first() and not any(folder.glob("*.png")):  # stopped while they were drawn
+            artifacts.draw(folder)
         return result
     if settings.table["replicas"]:
         raise ValueError("the config has replicas, which are runs of their own: see tl_jax.studies")
@@ -67,7 +69,7 @@ def train_together(
     parallel = sharding.make_parallel("jit")
     settings = [read(config) for config in configs]
     program = replicas.make(settings, parallel)
-    known = {j: finished(settings[j], folder) for j, folder in enumerate(folders) if folder}
+    known = {j: known_result(settings[j], folder) for j, folder in enumerate(folders) if folder}
     results: dict[int, ResultOrError] = {j: result for j, result in known.items() if result}
     with contextlib.ExitStack() as stack:
         left = {j: folders[j] for j in known if j not in results}
@@ -77,17 +79,17 @@ def train_together(
     return [results.get(j) if folder else None for j, folder in enumerate(folders)]
 
 
-def finished(settings: Settings, folder: pathlib.Path) -> dict[str, Any] | None:
-    """The result that lies in a workdir, if any; raises ValueError where the workdir is of other options."""
+def known_result(settings: Settings, folder: pathlib.Path) -> dict[str, Any] | None:
+    """The result that lies in a workdir, if any; ValueError where that is of other options, or was changed."""
     workdir.check_options(folder, settings.table)
-    path = folder / "result.json"
-    return files.read_json(path) if path.exists() else None
+    return finished.read(folder) if (folder / "result.json").exists() else None
 
 
 @contextlib.contextmanager
 def _opened(run: Run, folder: pathlib.Path):
     """Holds the workdir of a run for this process, with its options and its audit in it."""
     with workdir.lock(folder):
+        (folder / manifest.NAME).unlink(missing_ok=True)  # of a process that died before result.json
         files.write_json(folder / "config.json", dict(run.settings.table))
         files.write_json(folder / "audit.json", audit.join([phase.audit for phase in run.phases]))
         yield

@@ -1,7 +1,6 @@
 """Weight files without their frameworks: .safetensors, .npz and torch.save <-> flat dicts of numpy arrays."""
 
 import functools
-import hashlib
 import io
 import json
 import math
@@ -14,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from tl_jax.core import files
+from tl_jax.core import files, manifest
 from tl_jax.weights import torch_files
 
 SUFFIXES = {
@@ -40,6 +39,7 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise IsADirectoryError(f"{path} is a folder, expected a weight file; weight files in it: {found or 'none'}")
     if not path.is_file():
         raise FileNotFoundError(f"no weight file at {path}")
+    manifest.check_weights(path)
     try:
         tensors, metadata = _READERS[_sniff(path)](path)
         if not tensors:
@@ -53,6 +53,9 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     return tensors, metadata
+
+
+sha256 = files.sha256
 
 
 def write_safetensors(path, tensors: dict, metadata: dict[str, str]) -> None:
@@ -70,12 +73,6 @@ def write_safetensors(path, tensors: dict, metadata: dict[str, str]) -> None:
     with files.atomic_write(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.write(memoryview(data)[end:])
-
-
-def sha256(path) -> str:
-    """The file's SHA-256 as 64 lower-case hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sniff(path) -> str:

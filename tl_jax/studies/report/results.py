@@ -11,6 +11,7 @@ from tl_jax import tasks
 from tl_jax.core.files import read_json, read_rows
 from tl_jax.studies import store
 from tl_jax.studies.report import statistics
+from tl_jax.training import finished
 
 COSTS = ("trainable_parameters", "flops_per_step", "memory_bytes", "seconds")
 WORDS = {"todo": "missing", "running": "missing (running)", "stale": "missing (its process died)"}
@@ -113,7 +114,8 @@ def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
             return run._replace(error=last_line(read_json(folder / "failed.json").get("error", ""), workdir))
         if run.state != "done":
             return run
-        result = read_json(folder / "result.json")
+        store.read_config(folder)
+        result = finished.read(folder)
         cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
     except ValueError as error:  # a run whose numbers cannot be read is shown as failed, the others as they are
         return run._replace(state="failed", error=last_line(str(error), workdir))
