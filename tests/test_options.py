@@ -113,7 +113,8 @@ INITIAL = """
 "model.image_size": 0, "model.keep_head": false, "model.reinit": [], "model.head": [], "model.head_init": "zeros",
 "model.dtype": "float32", "model.prefix_dtype": "", "model.dropout": 0.0, "model.drop_path": 0.0, "model.remat": "",
 "model.attention": "xla", "networks": {}, "data.source": "digits", "data.train": "train[:80%]", "data.val":
-"train[80%:]", "data.test": "", "data.extra_eval": [], "data.labels": [], "data.resample": "", "data.shots": 0,
+"train[80%:]", "data.test": "", "data.extra_eval": [], "data.labels": [], "data.resample": "", "data.group": "",
+"data.allow_duplicates": false, "data.shots": 0,
 "data.sampling": "shuffled", "data.split_seed": 0, "data.augment": [], "data.on_error": "fail", "data.data_dir": "",
 "data.workers": 0, "data.card": {}, "data.override_card": false, "data.transductive": false, "streams": {},
 "norm_batches": "joint", "method.name": "linear_probe", "method.k": 0, "method.blocks": [], "method.rules": [],

@@ -98,6 +98,8 @@ _ROWS = (
     _option("data.extra_eval", (), SETS, "extra sets to score at the end: triples (name, source, split)"),
     _option("data.labels", (), TEXTS, "the columns that hold the labels, of sources that have columns"),
     _option("data.resample", "", TEXT, "cut train and test from the split train: kfold:K:FOLD | bootstrap:DRAW | loo"),
+    _option("data.group", "", TEXT, "what no slice or fold cuts: a column or array by name, or a pattern in the ids"),
+    _option("data.allow_duplicates", False, FLAG, "allow duplicates of training examples among what is scored"),
     _option("data.shots", 0, integer(0), "training examples per class; 0: all", replica=True),
     _option("data.sampling", "shuffled", SAMPLING, "class_balanced: every class equally often"),
     _option("data.split_seed", 0, integer(0), "of the permutation that slices cut; runs of all seeds share their val"),

@@ -165,4 +165,5 @@ def _facts(run: Run, split: str, spec: Spec) -> dict[str, Any]:
         **({"task": spec.name} if spec.name != "classification" else {}),
         **({"threshold": spec.threshold} if spec.threshold is not None else {}),
         **({"transductive": shared} if run.settings.data.transductive else {}),
+        "duplicates": run.material.duplicates,
     }

@@ -164,7 +164,7 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
     caption = (
         f"{totals['trainable']:,} of {totals['parameters']:,} parameters train ({share:.2f} %), "
         f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values\n{_input(card)}\n"
-    ) + ", ".join(f"{split} {facts['examples']:,} examples" for split, facts in audit["data"].items())
+    ) + ", ".join(f"{split} {_count(facts)}" for split, facts in audit["data"].items())
     table = Table(title=f"transfer audit: {card['model']}", caption=caption, box=box.SIMPLE_HEAD)
     for name in ("part", "params", "origin", "group", "lr x", "decay", "statistics"):
         justify = "right" if name in ("params", "lr x", "decay") else "left"
@@ -185,6 +185,11 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
         trains = any(row["trainable"] for row in blocks[names[0]])
         table.add_row(name, f"{values:,}", *cells, style=None if trains else "dim")
     return table
+
+
+def _count(facts: Mapping[str, Any]) -> str:
+    grouped = f" in {facts['groups']:,} groups" if "groups" in facts else ""
+    return f"{facts['examples']:,} examples{grouped}"
 
 
 def _input(card: Mapping[str, Any]) -> str:

@@ -85,11 +85,12 @@ def prepare(settings: Settings, parallel: sharding.Parallel) -> Material:
         column = name if name in given and settings.networks[name].cache else ""
         own_card = card if network.module is model else network.card
         readers[name] = steps.Reader(network.module, own_card, fields.get(name, card.input), column)
-    facts = {name: {"name": s.name, "examples": len(s), "fingerprint": s.fingerprint} for name, s in data.items()}
+    facts = {name: inputs.facts_of(source) for name, source in data.items()}
     base = {"file": settings.model.weights, "sha256": loaded.sha256}
     return Material(
         data, streams, eval_batches, model, variables, origins, memory, networks, readers,
         start._replace(variables=variables), spec, card, base, facts, inputs.transductive(data, settings),
+        inputs.find_duplicates(data, settings),
     )  # fmt: skip
 
 

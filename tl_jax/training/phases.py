@@ -28,7 +28,8 @@ class Material(NamedTuple):
 
     data: the sources by name. streams: of training, by step. eval_batches: of all that is scored. model: as it is
     evaluated. variables, origins, memory: as training begins. networks: the further ones, readers: all of them. start:
-    what the terms are told. shared: examples that are trained on without labels and scored, for result.json.
+    what the terms are told. shared: examples that are trained on without labels and scored; duplicates: from
+    `inputs.find_duplicates`; both for result.json.
     """
 
     data: dict[str, Source]
@@ -46,6 +47,7 @@ class Material(NamedTuple):
     base: dict[str, str]
     facts: dict[str, dict[str, Any]]
     shared: dict[tuple[str, str], int]
+    duplicates: dict[str, Any]
 
 
 class Phase(NamedTuple):

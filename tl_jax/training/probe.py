@@ -88,7 +88,7 @@ def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) 
             "with one given value; set one value in method.grid, and leave data.val and data.extra_eval empty"
         )
     pool = _predict(run, parallel, material.eval_batches, stop_requested)["test"]
-    examples = pool.features, pool.labels, resample.leave_one_out(pool.labels)
+    examples = pool.features, pool.labels, resample.leave_one_out(pool.labels, material.data["test"].groups)
     check_stop = functools.partial(check, stop_requested, "between two fits")
     (logits,) = probes.cross_predict(method.name, *examples, run.task.outputs, grid[0], check_stop=check_stop)
     return Scored({"test": pool._replace(outputs={"logits": logits})}, {}, grid[0], [])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tl_jax.core import files, manifest
+from tl_jax.data import duplicates
 from tl_jax.methods import probes
 from tl_jax.runtime import distributed, sharding, workdir
 from tl_jax.runtime.checkpoint import Checkpoints
@@ -103,6 +104,7 @@ def _show(run: Run) -> None:
         if prefix := phase.plan.prefix:
             once = "its outputs are cached" if prefix.cached else "cache='features' would compute it once"
             log(f"frozen prefix, up to {prefix.cut}: no gradient, no statistics; {once}\n")
+    log(duplicates.summary(run.material.duplicates))
     for (stream, name), count in run.material.shared.items():
         log(f"transductive: {count} examples of {name}, which is scored, are in the training stream {stream!r}")
 
