@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.test_run import load_data, make_config
+from tl_jax import tasks
 from tl_jax.data import resample, sources
 from tl_jax.training.train import train
 
@@ -143,3 +144,48 @@ def test_a_run_with_groups_says_how_many(tmp_path, method):
     train(make_config(**changes, **({"method.grid": (1.0,)} if method == "ridge" else {})), tmp_path)
     facts = json.loads((tmp_path / "audit.json").read_text())["phases"][0]["data"]
     assert (facts["train"]["groups"], facts["test"]["groups"]) == (8, 2)
+
+
+def grouped_predictions(rng, groups=40, each=6):
+    """Predictions whose examples are right or wrong a group at a time, mostly."""
+    names = np.repeat([f"g{i}" for i in range(groups)], each)
+    right = np.repeat(rng.random(groups) < 0.7, each) ^ (rng.random(groups * each) < 0.05)
+    labels = rng.integers(0, 2, len(names))
+    logits = np.eye(2)[np.where(right, labels, 1 - labels)]
+    return tasks.make_predictions({"logits": logits}, labels, np.arange(len(names)), tasks.Spec(class_names=("a", "b")),
+                                  groups=names)  # fmt: skip
+
+
+def test_intervals_draw_groups_where_there_are_some(tmp_path):
+    predictions = grouped_predictions(np.random.default_rng(0))
+    tasks.save_predictions(tmp_path / "p.npz", predictions)
+    saved = tasks.load_predictions(tmp_path / "p.npz")
+    found, alone = (tasks.summarize(p, resamples=400, seed=3) for p in (saved, saved._replace(groups=None)))
+    rng, right = np.random.default_rng(3), predictions.values.argmax(1) == predictions.labels
+    per_group = right.reshape(40, 6)  # by numpy: the mean of groups drawn with replacement
+    means = [per_group[drawn].mean() for drawn in rng.integers(40, size=(400, 40))]
+    np.testing.assert_allclose(
+        [found["accuracy"]["low"], found["accuracy"]["high"]], np.quantile(means, [0.025, 0.975]), atol=1e-6
+    )
+    widths = [x["accuracy"]["high"] - x["accuracy"]["low"] for x in (found, alone)]
+    assert found["groups"] == 40 and "groups" not in alone and widths[0] > 1.8 * widths[1]
+    assert found["accuracy"]["value"] == alone["accuracy"]["value"]
+
+
+@pytest.mark.parametrize(("grouped", "low", "high"), [(True, 0.90, 0.99), (False, 0.0, 0.8)])
+def test_intervals_of_groups_hold_the_true_accuracy_and_those_of_examples_do_not(grouped, low, high):
+    rng, held = np.random.default_rng(1), 0
+    for seed in range(120):
+        predictions = grouped_predictions(rng)
+        predictions = predictions if grouped else predictions._replace(groups=None)
+        entry = tasks.summarize(predictions, resamples=200, seed=seed)["accuracy"]
+        held += entry["low"] <= 0.7 * 0.95 + 0.3 * 0.05 <= entry["high"]
+    assert low <= held / 120 <= high
+
+
+def test_paired_differences_draw_groups_too():
+    a, b = (grouped_predictions(np.random.default_rng(seed)) for seed in range(2))
+    b = b._replace(labels=a.labels, outputs={"logits": np.eye(2, dtype=np.float32)[a.labels]})
+    wide = tasks.paired_difference(a, b, resamples=300)
+    narrow = tasks.paired_difference(a._replace(groups=None), b._replace(groups=None), resamples=300)
+    assert wide["value"] == narrow["value"] and wide["high"] - wide["low"] > 1.5 * (narrow["high"] - narrow["low"])
