@@ -148,7 +148,7 @@ def test_a_run_with_groups_says_how_many(tmp_path, method):
 
 def grouped_predictions(rng, groups=40, each=6):
     """Predictions whose examples are right or wrong a group at a time, mostly."""
-    names = np.repeat([f"g{i}" for i in range(groups)], each)
+    names = np.repeat([f"g{i:02}" for i in range(groups)], each)
     right = np.repeat(rng.random(groups) < 0.7, each) ^ (rng.random(groups * each) < 0.05)
     labels = rng.integers(0, 2, len(names))
     logits = np.eye(2)[np.where(right, labels, 1 - labels)]
