@@ -18,6 +18,7 @@ from tl_jax.core.card import Card
 from tl_jax.core.trees import FROZEN, Match
 from tl_jax.methods.rules import places
 from tl_jax.training import optim
+from tl_jax.weights import sanity
 
 
 def norm_policies(batch_stats: Any, labels: Mapping[str, str], rules: trees.Rules) -> dict[str, str]:
@@ -190,6 +191,11 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
 def _count(facts: Mapping[str, Any]) -> str:
     grouped = f" in {facts['groups']:,} groups" if "groups" in facts else ""
     return f"{facts['examples']:,} examples{grouped}"
+
+
+def sanity_lines(audit: Mapping[str, Any]) -> list[str]:
+    """What the values of each weight file look like, for the console under the table; of the first phase alone."""
+    return [f"weights of {name}: {sanity.line(found)}" for name, found in audit.get("sanity", {}).items()]
 
 
 def _input(card: Mapping[str, Any]) -> str:
