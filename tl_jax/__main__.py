@@ -191,7 +191,7 @@ COMMANDS = {
         arg("--out", default="", help="the folder for labels.csv, .json and .png (default: RUN/labels)"),
         arg("--folds", type=int, default=5, help="each is judged by a model of the others"),
         arg("--seed", type=int, default=0, help="of the folds"),
-        arg("--top", type=int, default=50, help="how many are listed, suspects or not, and shown as pictures"),
+        arg("--top", type=int, default=50, help="how many are listed, suspects or not"),
         arg("--splits", default="", help="names with commas, such as train,val; default: all that the run names"),
         arg("--label", default="", help="which label of a multilabel task"),
     )),

@@ -29,6 +29,7 @@ from tl_jax.training import build, inputs, probe
 from tl_jax.training.settings import read
 from tl_jax.training.train import never
 
+PICTURES = 64  # at most, on the sheet
 CLOSE = 1e-9  # a class whose examples all have one probability reaches its own mean
 Row = dict[str, Any]
 
@@ -97,9 +98,9 @@ def suspects(
     """Ranks the examples of a finished run by the out-of-fold probability of their label, the lowest first.
 
     out: a folder, RUN/labels unless given, for labels.csv (the `top` first, and every further suspect), labels.json
-    (the table that is returned) and, of images, labels.png (the `top` first); see docs/data.md. splits: of the run, all
-    unless given. label: one of a multilabel task. Raises ValueError for a run that is not finished or was changed, and
-    where its labels cannot be judged so.
+    (the table that is returned) and, of images, labels.png (of the `top` up to PICTURES); see docs/data.md. splits: of
+    the run, all unless given. label: one of a multilabel task. Raises ValueError for a run that is not finished or was
+    changed, and where its labels cannot be judged so.
     """
     found = load_run(run)
     flat, folder = found.options, pathlib.Path(out or found.folder / "labels")
@@ -142,7 +143,8 @@ def suspects(
     files.write_json(folder / "labels.json", summary)
     if places[0][1].input == "image":
         with tolerate(str(folder / "labels.png")):
-            _draw(rows[:top], [places[i] for i in chosen[:top]], folder / "labels.png")
+            first = min(top, PICTURES)
+            _draw(rows[:first], [places[i] for i in chosen[:first]], folder / "labels.png")
     _show(rows[:10], summary)
     print(f"wrote {', '.join(sorted(path.name for path in folder.glob('labels.*')))} to {folder}")
     return summary
@@ -229,7 +231,8 @@ def _show(rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
     print(f"out of fold: accuracy {summary['accuracy']:.4f}, nll {summary['nll']:.4f}")
     if summary["too_few"]:
         print(f"left out, as fewer examples than folds: {cut(', '.join(summary['too_few']), 40)}")
-    print(f"{summary['suspects']:,} suspects; an estimated {summary['errors']:.1%} of the labels are wrong")
+    wrong = f"an estimated {summary['errors']:.1%} of the labels are wrong, or hard to tell"
+    print(f"{summary['suspects']:,} suspects; {wrong}")
     print(f"\n{'given':20}    {'suggested':20}  suspects  share of the label")
     for pair in summary["pairs"][:10]:
         print(f"{cut(pair['given'], 20)} -> {cut(pair['suggested'], 20)}  {pair['suspects']:8,}  {pair['share']:.1%}")
