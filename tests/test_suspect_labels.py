@@ -2,6 +2,7 @@
 
 import csv
 import json
+import types
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from tl_jax import __main__ as commands
 from tl_jax import config as options
 from tl_jax.api import labels
 from tl_jax.core import manifest, plotting
-from tl_jax.data import sources
+from tl_jax.data import resample, sources
 from tl_jax.methods import probes
 from tl_jax.runtime import sharding
 from tl_jax.training import feature_cache, train
@@ -67,7 +68,7 @@ def by_the_paper(given, p):
     for x in range(n):
         reached = [j for j in range(k) if thresholds[j] is not None and p[x][j] >= thresholds[j] - 1e-9]
         if reached:
-            best = max(reached, key=lambda j: p[x][j])
+            best = max(reached, key=lambda j: (p[x][j], j == given[x]))
             joint[given[x]][best] += 1
             suspects += [x] if best != given[x] else []
     share = [[0.0] * k for _ in range(k)]
@@ -93,8 +94,8 @@ def test_the_confident_joint_is_that_of_the_paper(n, k, sharp):
     np.testing.assert_allclose(found.share, share, atol=1e-15)
     assert found.share.sum() == pytest.approx(1) and np.flatnonzero(found.suspect).tolist() == suspects
     assert (found.suggested != given).all()
-    if sharp == 0:  # all probabilities are equal: every example reaches the threshold of every class
-        assert (found.joint.sum(axis=1) == np.bincount(given, minlength=k)).all()
+    if sharp == 0:  # all probabilities are equal: every example reaches the threshold of every class, its own too
+        assert not suspects and (found.joint.diagonal() == np.bincount(given, minlength=k)).all()
 
 
 def test_an_example_may_be_confident_of_a_class_that_is_not_its_most_probable_one():
@@ -164,7 +165,8 @@ def test_planted_errors_of_digits_are_at_the_top_whatever_the_number_of_devices(
 
 def test_the_splits_of_a_run_are_pooled_each_example_once(tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "_draw", lambda *_: None)
-    monkeypatch.setattr(labels, "out_of_fold", lambda x, y, k, *_: np.full((len(y), k), 1 / k))
+    told = []
+    monkeypatch.setattr(labels, "out_of_fold", lambda x, y, k, *more: told.append(more) or np.full((len(y), k), 1 / k))
     small = {"data.train": "train[:20%]", "data.val": "", "data.test": ""}
     loo = train_run(tmp_path / "loo", **{**small, "data.resample": "loo", "method.name": "knn", "method.grid": (3.0,)})
     assert sum(labels.suspects(loo)["splits"].values()) == 206
@@ -174,7 +176,24 @@ def test_the_splits_of_a_run_are_pooled_each_example_once(tmp_path, monkeypatch)
     assert list(found) == ["train", "val", "test", "other"]  # rest is val
     assert found["train"] + found["test"] == 206 and (found["val"], found["other"]) == (206, 77)
     assert labels.suspects(run, tmp_path / "only" / "labels", splits=["val"])["splits"] == {"val": 206}
-    assert {row["split"] for row in read(tmp_path / "only")} == {"val"}
+    assert {row["split"] for row in read(tmp_path / "only")} == {"val"} and told[-1] == (5, 0, None)
+    grouped = train_run(tmp_path / "grouped", **{"data.group": r"\d$", "data.train": "train[:50%]", "data.test": ""})
+    labels.suspects(grouped, seed=3)
+    assert told[-1][:2] == (5, 3) and len(set(told[-1][2])) == 7 and len(told[-1][2]) > 600
+
+
+def test_no_fold_cuts_a_group(monkeypatch):
+    rng = np.random.default_rng(0)
+    groups, truth, calls = np.repeat(np.arange(24), 4).astype(str), rng.permuted(np.tile([0, 1], 48)), []
+
+    def split(y, design, seed, groups):
+        calls.append(found := resample.split(y, design, seed, groups))
+        assert not {*groups[found[0]]} & {*groups[found[1]]}
+        return found
+
+    monkeypatch.setattr(labels, "resample", types.SimpleNamespace(split=split))
+    p = labels.out_of_fold(rng.normal(size=(96, 3)), truth, 2, 4, 0, groups)
+    assert len(calls) == 8 and p.shape == (96, 2) and p.sum(axis=1) == pytest.approx(1)
 
 
 def test_rows_of_a_table_are_judged_by_their_columns_and_small_classes_are_left_out(tmp_path, capsys):

@@ -20,6 +20,7 @@ from tl_jax.core import files
 from tl_jax.core.checks import refuse
 from tl_jax.data import pipeline, resample, sources
 from tl_jax.data.examples import Source
+from tl_jax.data.groups import numbered
 from tl_jax.data.image import ops
 from tl_jax.methods import probes
 from tl_jax.runtime import sharding
@@ -52,14 +53,15 @@ def confident(labels: np.ndarray, probabilities: np.ndarray) -> Judged:
 
     An example is confidently of the most probable of those classes that reach their threshold, the mean probability of
     the class over the examples that are labelled so (section 3.1, equations 1 and 2); each row of the joint is then
-    scaled to the number of examples with its label (equation 3). The suggestion for a suspect is its confident class,
-    for others the most probable class besides the label.
+    scaled to the number of examples with its label (equation 3). Of equals the label itself counts. The suggestion for
+    a suspect is its confident class, for others the most probable class besides the label.
     """
     rows, classes = np.arange(len(labels)), probabilities.shape[1]
     counts, given = np.bincount(labels, minlength=classes), probabilities[rows, labels]
     thresholds = np.bincount(labels, given, classes) / np.maximum(counts, 1) - CLOSE
     likely = np.where((probabilities >= thresholds) & (counts > 0), probabilities, -1.0)
-    sure, best, joint = likely.max(axis=1) >= 0, likely.argmax(axis=1), np.zeros((classes, classes), np.int64)
+    highest, joint = likely.max(axis=1), np.zeros((classes, classes), np.int64)
+    sure, best = highest >= 0, np.where(likely[rows, labels] == highest, labels, likely.argmax(axis=1))
     np.add.at(joint, (labels[sure], best[sure]), 1)
     share = joint * (counts / np.maximum(joint.sum(axis=1), 1) / len(labels))[:, None]
     suspect, others = sure & (best != labels), probabilities.copy()
@@ -67,17 +69,21 @@ def confident(labels: np.ndarray, probabilities: np.ndarray) -> Judged:
     return Judged(joint, share, suspect, np.where(suspect, best, others.argmax(axis=1)))
 
 
-def out_of_fold(features: np.ndarray, labels: np.ndarray, classes: int, folds: int, seed: int) -> np.ndarray:
+def out_of_fold(
+    features: np.ndarray, labels: np.ndarray, classes: int, folds: int, seed: int, groups: np.ndarray | None = None
+) -> np.ndarray:
     """Probabilities float64 [N, classes] of each example by a logistic regression that has not seen its fold.
 
-    features [N, D], labels [N] with at least `folds` >= 3 examples of each class that occurs. In each fold a part of
-    the other folds chooses the strength of the penalty by its nll, and all of them are then fitted with it.
+    features [N, D]; labels [N] with at least `folds` >= 3 examples of each class that occurs, or with as many groups
+    [N], which no fold cuts. In each fold a part of the other folds chooses the strength of the penalty by its nll, and
+    all of them are then fitted with it.
     """
     probabilities = np.empty((len(labels), classes))
     for fold in range(folds):
-        seen, unseen = resample.split(labels, f"kfold:{folds}:{fold}", seed)
-        least = np.unique(labels[seen], return_counts=True)[1].min()
-        inner = resample.split(labels[seen], f"kfold:{min(folds, least)}:0", seed)
+        seen, unseen = resample.split(labels, f"kfold:{folds}:{fold}", seed, groups)
+        own = None if groups is None else groups[seen]
+        least = _members(labels[seen], classes, own)
+        inner = resample.split(labels[seen], f"kfold:{min(folds, least[least > 0].min())}:0", seed, own)
         fitted, val = ((features[seen[part]], labels[seen[part]]) for part in inner)
         chosen = best = math.inf
         for value in probes.GRIDS["logistic"]:  # from strong to weak, which takes longer, until the nll rises
@@ -89,6 +95,12 @@ def out_of_fold(features: np.ndarray, labels: np.ndarray, classes: int, folds: i
         logits = model.predict(features[unseen]).astype(np.float64)
         probabilities[unseen] = scipy.special.softmax(logits, axis=1)
     return probabilities
+
+
+def _members(labels: np.ndarray, classes: int, groups: np.ndarray | None) -> np.ndarray:
+    """How many examples, or groups, each class has, [classes]."""
+    pairs = np.unique(np.stack([labels, numbered(groups, len(labels))]), axis=1)
+    return np.bincount(pairs[0], minlength=classes)
 
 
 def suspects(
@@ -122,13 +134,14 @@ def suspects(
     names, labels = places[0][1].class_names, np.concatenate([source.labels for source in data.values()])
     if label:
         names, labels = (f"not {label}", label), labels[:, names.index(label)]
-    counts = np.bincount(labels, minlength=len(names))
+    groups = None if places[0][1].groups is None else np.concatenate([source.groups for source in data.values()])
+    counts = _members(labels, len(names), groups)
     few = [f"{names[k]} ({counts[k]})" for k in np.flatnonzero((counts > 0) & (counts < folds))]
     if (counts >= folds).sum() < 2:
         raise ValueError(f"found {', '.join(few)} and too few others; expected two classes of {folds} (--folds) each")
     kept = np.flatnonzero(counts[labels] >= folds)
     labels, places = labels[kept], [places[k] for k in kept]
-    p = out_of_fold(features[kept], labels, len(names), folds, seed)
+    p = out_of_fold(features[kept], labels, len(names), folds, seed, None if groups is None else groups[kept])
     judged, given = confident(labels, p), p[np.arange(len(labels)), labels]
     rows, chosen = _rank(names, labels, p, judged, places, top)
     summary = {
@@ -157,9 +170,10 @@ def _read(flat: Mapping[str, Any], splits: Sequence[str]) -> tuple[dict[str, Sou
     kept = {name: x for name, x in flat.items() if name.startswith(("model.", "data.")) or name in ("task", "seed")}
     kept |= {"data.resample": "kfold:2:0"} if flat["data.resample"] == "loo" else {}  # any cut holds the whole
     config = options.from_flat({
-        **kept, "data.augment": (), "data.sampling": "shuffled", "model.dropout": 0.0, "model.drop_path": 0.0,
-        "model.head": (), "model.keep_head": False, "method.name": "linear_probe", "cache": "features",
-        "cache_dir": flat["cache_dir"], "batch_size": math.ceil(32 / several) * several,
+        **kept, "data.augment": (), "data.sampling": "shuffled", "data.allow_duplicates": True,
+        "model.dropout": 0.0, "model.drop_path": 0.0, "model.head": (), "model.keep_head": False,
+        "method.name": "linear_probe", "cache": "features", "cache_dir": flat["cache_dir"],
+        "batch_size": math.ceil(32 / several) * several,
     })  # fmt: skip
     made = build.build(config, parallel) if weights else None
     there = made.material.data if made else inputs.load_sources(read(config))
