@@ -163,6 +163,21 @@ def test_planted_errors_of_digits_are_at_the_top_whatever_the_number_of_devices(
         np.testing.assert_allclose(*([float(row[name]) for row in table] for table in (again, rows)), atol=2e-3)
 
 
+def test_lookalikes_across_the_splits_are_those_of_centred_features():
+    data = {name: sources.load("digits", cut) for name, cut in (("train", "train[:70]"), ("val", "train[70:100]"))}
+    data["other"] = sources.load("digits", "test[:10]")
+    x = np.random.default_rng(0).normal(3, 1, (110, 5)).astype(np.float32)
+    x[83] = x[11] * 1.0001
+    found = labels._lookalikes(data, x)
+    z = x.astype(np.float64) - x.astype(np.float64).mean(axis=0)
+    cosines = z @ z.T / np.outer(np.linalg.norm(z, axis=1), np.linalg.norm(z, axis=1))
+    best = np.sort(cosines[70:, :70].max(axis=1))[::-1]
+    np.testing.assert_allclose([pair["cosine"] for pair in found], best[: len(found)], atol=1e-4)
+    assert len(found) == labels.LOOKALIKES
+    assert found[0]["train"] == data["train"].ids[11] and found[0]["scored"] == f"val: {data['val'].ids[13]}"
+    assert labels._lookalikes({"train": data["train"]}, x) == labels._lookalikes({"val": data["val"]}, x) == []
+
+
 def test_the_splits_of_a_run_are_pooled_each_example_once(tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "_draw", lambda *_: None)
     told = []

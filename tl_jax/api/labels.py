@@ -31,6 +31,7 @@ from tl_jax.training.settings import read
 from tl_jax.training.train import never
 
 PICTURES = 64  # at most, on the sheet
+LOOKALIKES = 20  # pairs across the splits
 CLOSE = 1e-9  # a class whose examples all have one probability reaches its own mean
 Row = dict[str, Any]
 
@@ -130,6 +131,7 @@ def suspects(
     }
     refuse("suspect labels cannot be looked for", [text for text, wrong in problems.items() if wrong])
     data, features, origin = _read(flat, [name for name in known if name in splits or not splits])
+    alike = _lookalikes(data, features)
     places = [(split, source, k) for split, source in data.items() for k in range(len(source))]
     names, labels = places[0][1].class_names, np.concatenate([source.labels for source in data.values()])
     if label:
@@ -148,7 +150,7 @@ def suspects(
         "run": str(run), "splits": {split: len(source) for split, source in data.items()}, "features": origin,
         "folds": folds, "seed": seed, "too_few": few, "labels": len(labels), "suspects": int(judged.suspect.sum()),
         "accuracy": float((p.argmax(axis=1) == labels).mean()), "nll": float(-np.log(np.maximum(given, 1e-300)).mean()),
-        "errors": float(judged.share.sum() - judged.share.trace()), "pairs": _pairs(names, judged),
+        "errors": float(judged.share.sum() - judged.share.trace()), "pairs": _pairs(names, judged), "lookalikes": alike,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     answers.write_csv(rows, text := io.StringIO())
@@ -197,6 +199,32 @@ def _read(flat: Mapping[str, Any], splits: Sequence[str]) -> tuple[dict[str, Sou
         fix = "take a run that began with pretrained weights; one by method.name=logistic is done in a minute"
         raise ValueError(f"the features of {name} with random weights tell nothing of photos; {fix}")
     return data, np.concatenate(features), origin
+
+
+def _lookalikes(data: Mapping[str, Source], features: np.ndarray) -> list[Row]:
+    """The scored examples that are most similar to one of train, each with that one: the cosine of centred features.
+
+    No similarity makes two photos copies: the list is for the eye, and finds crops, which `data.duplicates` does not.
+    """
+    count, scored = (
+        len(data.get("train", ())),
+        [(split, i) for split in data if split != "train" for i in data[split].ids],
+    )
+    if not count or not scored:
+        return []
+    centred = features - features.mean(axis=0)
+    centred /= np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    parts = np.array_split(centred[-len(scored) :], len(scored) * count // 2**26 + 1)
+    best = [((similar := part @ centred[:count].T).argmax(axis=1), similar.max(axis=1)) for part in parts]
+    nearest, cosine = (np.concatenate(each) for each in zip(*best, strict=True))
+    return [
+        {
+            "cosine": round(float(cosine[i]), 4),
+            "train": data["train"].ids[nearest[i]],
+            "scored": "{}: {}".format(*scored[i]),
+        }
+        for i in np.argsort(-cosine, kind="stable")[:LOOKALIKES].tolist()
+    ]
 
 
 def _rank(names: Sequence[str], labels: np.ndarray, p: np.ndarray, judged: Judged, places: Sequence[tuple], top: int):
@@ -250,6 +278,9 @@ def _show(rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
     print(f"\n{'given':20}    {'suggested':20}  suspects  share of the label")
     for pair in summary["pairs"][:10]:
         print(f"{cut(pair['given'], 20)} -> {cut(pair['suggested'], 20)}  {pair['suspects']:8,}  {pair['share']:.1%}")
+    print(f"\nmost alike across the splits, by features\ncosine  {'train':34}  scored")
+    for pair in summary["lookalikes"][:5]:
+        print(f"{pair['cosine']:6.3f}  {cut(pair['train'], 34)}  {cut(pair['scored'], 34).rstrip()}")
     print(f"\nrank  p(given)  {'given':10}    {'suggested':10}  {'split':6}  id (*: suspect)")
     for row in rows:
         rank = f"{row['rank']:4}{'*' if row['suspect'] == 'yes' else ' '} {float(row['probability_given']):8.4f}"
