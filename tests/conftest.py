@@ -10,12 +10,16 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import pytest
 
+from tl_jax.data import duplicates
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the suite's time is compiling small programs: compile each once, and with little optimisation.
 jax.config.update("jax_disable_most_optimizations", True)
 _CACHE = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+duplicates.FOLDER = pathlib.Path(_CACHE.name, "duplicates")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -141,7 +142,6 @@ def test_damaged_images_are_named_all_at_once_before_training(photos, tmp_path):
 
 def test_looks_are_kept_and_damage_of_what_is_kept_is_no_matter(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(duplicates, "FOLDER", tmp_path / "kept")
-    monkeypatch.setattr(duplicates, "KEPT", 0.0)
     table = found_in(photos)
     kept = sorted((tmp_path / "kept").glob("*.npz"))
     assert len(kept) == 2
@@ -151,6 +151,17 @@ def test_looks_are_kept_and_damage_of_what_is_kept_is_no_matter(photos, tmp_path
     for path, damage in zip(kept, (lambda text: text[:-7], lambda text: text[:500] + b"x" + text[501:]), strict=True):
         path.write_bytes(damage(path.read_bytes()))
     assert found_in(photos) == table
+    monkeypatch.setattr(duplicates, "KEPT", 2 * kept[0].stat().st_size - 1)
+    kept[0].unlink()
+    assert found_in(photos) == table
+    assert len(list((tmp_path / "kept").glob("*.npz"))) == 1  # both are too many
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes everywhere")
+def test_a_home_that_cannot_be_written_costs_time_only(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(duplicates, "FOLDER", tmp_path / "locked" / "kept")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert found_in(photos)["pairs"] == []
 
 
 def run_config(root, **changes):

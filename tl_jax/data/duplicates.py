@@ -6,11 +6,12 @@ than 0.8. A copy that was cropped, turned or redrawn is not found. Small images 
 different digits of 28 pixels correlate as copies do.
 """
 
+import contextlib
 import hashlib
 import io
+import itertools
 import os
 import pathlib
-import time
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ WITHIN = 30_000  # examples up to which a set is searched for near duplicates wi
 BLOCK = 2**26  # correlations in memory at a time
 SHOWN = 100  # pairs that are named
 FOLDER = pathlib.Path.home() / ".cache" / "tl_jax" / "duplicates"
-KEPT = 2.0  # seconds of reading from which on the looks are kept there
+KEPT = 2**30  # bytes there, beyond which the oldest go
 
 
 class Looks(NamedTuple):
@@ -139,25 +140,22 @@ def _vectors(thumbnails: np.ndarray, side: int) -> np.ndarray:
 
 
 def looks_of(source: Source, rows: np.ndarray) -> Looks:
-    """The looks of some examples of a source; those that took long to read are kept on disk.
+    """The looks of some examples of a source; kept on disk, where it takes more than memory to read these.
 
     Raises ValueError that names every image that cannot be read.
     """
     source = source if len(rows) == len(source) else source.select(rows)
-    path, began = FOLDER / f"{source.fingerprint}.npz", time.perf_counter()
-    if (kept := _read(path)) is not None and len(kept.hashes) == len(source):
+    in_memory, path = isinstance(source.inputs, np.ndarray), FOLDER / f"{source.fingerprint}.npz"
+    if not in_memory and (kept := _read(path)) is not None and len(kept.hashes) == len(source):
         return kept
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         each = list(pool.map(lambda i: _look(source, i), range(len(source))))
     damaged = [found for found in each if isinstance(found, str)]
     refuse(f"{len(damaged)} of {len(source)} images of {source.name} cannot be read", damaged)
     looks = Looks(*map(np.stack, zip(*each, strict=True)))
-    if time.perf_counter() - began > KEPT:
-        text = io.BytesIO()
-        np.savez(text, **looks._asdict())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with files.atomic_write(path) as file:
-            file.write(hashlib.sha256(text.getvalue()).digest() + text.getvalue())
+    if not in_memory:
+        with contextlib.suppress(OSError):  # no home to write to, or it is full: read them every time
+            _write(path, looks)
     return looks
 
 
@@ -179,6 +177,18 @@ def _look(source: Source, index: int) -> tuple[np.ndarray, np.ndarray, bool] | s
 def _hash(example: np.ndarray) -> np.ndarray:
     digest = hashlib.blake2b(np.ascontiguousarray(example), digest_size=16, key=repr(example.shape).encode())
     return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _write(path: pathlib.Path, looks: Looks) -> None:
+    text = io.BytesIO()
+    np.savez(text, **looks._asdict())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic_write(path) as file:
+        file.write(hashlib.sha256(text.getvalue()).digest() + text.getvalue())
+    newest = sorted(path.parent.glob("*.npz"), key=lambda other: -other.stat().st_mtime)
+    for other, total in zip(newest, itertools.accumulate(other.stat().st_size for other in newest), strict=True):
+        if total > KEPT:
+            other.unlink(missing_ok=True)
 
 
 def _read(path: pathlib.Path) -> Looks | None:

@@ -55,13 +55,16 @@ class Run(NamedTuple):
 
 
 def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
-    """Loads and wires everything that a config names; raises ValueError for what does not fit together."""
+    """Loads and wires everything that a config names; raises ValueError for what does not fit together.
+
+    Reads no example: what trains takes `prepare`, which compares them all, and `assemble`.
+    """
     settings = read(config)
-    return assemble(settings, prepare(settings, parallel), parallel)
+    return assemble(settings, prepare(settings, parallel, compare=False), parallel)
 
 
-def prepare(settings: Settings, parallel: sharding.Parallel) -> Material:
-    """Loads data and networks."""
+def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = True) -> Material:
+    """Loads data and networks. compare: look for duplicates, and refuse those of scored examples in training."""
     made = terms.make_terms(settings)
     sharding.check_batch_size(settings.loop.batch_size, settings.loop.accumulate, parallel.mesh.size)
     check_hashes(settings)
@@ -94,7 +97,7 @@ def prepare(settings: Settings, parallel: sharding.Parallel) -> Material:
     return Material(
         data, streams, eval_batches, model, variables, origins, memory, networks, readers,
         start._replace(variables=variables), spec, card, base, looked, facts, inputs.transductive(data, settings),
-        inputs.find_duplicates(data, settings),
+        inputs.find_duplicates(data, settings) if compare else {},
     )  # fmt: skip
 
 
