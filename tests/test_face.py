@@ -239,7 +239,7 @@ def test_predict_gives_what_a_run_with_added_parameters_scored(method, files, tm
     began = tl_jax.load("small_vit", image_size=32, num_classes=0)
     tl_jax.export(began.variables, "small_vit", base, card=began.card)
     model = tl_jax.load("small_vit", base, num_classes=0, image_size=32)
-    splits = {"train": (IMAGES[:32], LABELS[:32]), "test": (IMAGES[:4], LABELS[:4])}
+    splits = {"train": (IMAGES[4:36], LABELS[4:36]), "test": (IMAGES[:4], LABELS[:4])}
     both = {"method.add": (("prompt", {"tokens": 2}), ("adapter", {"bottleneck": 3}))} if method == "prompt" else {}
     changes = {**QUICK, **both, "lr": 1e-2}
     run = tl_jax.fit(model, splits, method=method, epochs=2, workdir=tmp_path / "w", changes=changes, verbose=False)
