@@ -1,6 +1,5 @@
 """Unfinished feature caches that were damaged: what is computed from them has the right numbers, or nothing has."""
 
-import json
 import random
 import shutil
 
@@ -67,7 +66,7 @@ def longer(path):
 
 
 def change(path, **entries):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    files.write_json(path, {**files.read_json(path), **entries})
 
 
 def swap(draw, path):
