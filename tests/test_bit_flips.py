@@ -242,13 +242,13 @@ class Kept:
         return jax.tree.map(jnp.copy, self._known["initial", i])  # a step reuses the memory of its state
 
 
-def go_on(folder, config, program):
+def go_on(folder, config, program, stop=train.never):
     """Trains an unfinished run to its end."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "prepare", lambda *_: None)
         patch.setattr(train, "assemble", lambda *_: program.runs[0])
         patch.setattr(train, "Single", lambda *_: program)
-        result = train.train(config, folder / "w", verbose=False)
+        result = train.train(config, folder / "w", verbose=False, stop_requested=stop)
     told = {name: (folder / "w" / name).read_bytes() for name in ("metrics.jsonl", "trained.safetensors", "audit.json")}
     return result, told
 

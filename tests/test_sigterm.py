@@ -222,5 +222,5 @@ def test_every_other_command_ends_at_once_and_does_its_work_when_it_is_started_a
         code, seconds, output = stop(process)
         assert code in (0, -signal.SIGTERM) and seconds < BOUND, output
     finish(*command)
-    left = [path for path in tmp_path.rglob("*.tmp")]
+    left = list(tmp_path.rglob("*.tmp"))
     assert not left
