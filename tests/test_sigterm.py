@@ -157,7 +157,7 @@ KINDS = {
     "leave-one-out": [*PROBE[:1], f"{PROBE[1]}=ridge", "--config.method.grid=(1.0,)", "--config.data.resample=loo",
                       "--config.data.val=", "--config.data.test="],
     "replicas": ["--config.replicas=((('lr',1e-3),),(('lr',1e-2),))"],
-    "arms and seeds": ["--config.seeds=(1,)", "--config.baseline=(('lr',0.001),)"],
+    "arms and seeds": ["--config.seeds=(1,)", "--config.baseline=(('lr',0.5),)"],
     "a big test set": ["--config.data.test=test", "--config.eval_batch_size=4"],
     "many resamples": ["--config.resamples=20000"],
     "worker processes": ["--config.data.workers=1"],
@@ -186,7 +186,7 @@ def test_every_kind_of_run_is_stopped_at_random_moments_and_ends_in_the_same_num
         process = start(*command)
         time.sleep(draw.uniform(0.3, took))
         code, seconds, output = stop(process)
-        assert code in (0, 75), output
+        assert code in (0, 75) or (code == -signal.SIGTERM and not output), output  # before it watches
         late += [seconds] if seconds >= BOUND else []
         if code == 0:
             break

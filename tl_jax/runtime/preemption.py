@@ -5,6 +5,7 @@ waited for or metrics are computed, a thread answers for it after GRACE seconds:
 the process. Files are replaced as a whole, so nothing is half written.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -60,6 +61,7 @@ def watch() -> Callable[..., bool]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, request)
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # all is done: python would let it kill the process
     reader, writer = os.pipe()  # written to when a signal comes, which the main thread may hear of much later
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
