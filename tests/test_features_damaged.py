@@ -1,12 +1,12 @@
 """Unfinished feature caches that were damaged: what is computed from them has the right numbers, or nothing has."""
 
-import json
 import random
 import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_bit_flips import Kept, go_on
 
 from configs import smoke
 from tl_jax import config as options
@@ -14,6 +14,7 @@ from tl_jax.core import files
 from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.training import build, feature_cache
+from tl_jax.training.single import Single
 
 VIEWS, SIZE = 3, 8  # views of 40 examples in batches of 8: 15 steps
 KEY = {"format": feature_cache.FORMAT, "weights": "none"}
@@ -67,7 +68,7 @@ def longer(path):
 
 
 def change(path, **entries):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    files.write_json(path, {**files.read_json(path), **entries})
 
 
 def swap(draw, path):
@@ -168,3 +169,56 @@ def test_a_stop_is_answered_while_what_is_on_disk_is_checked(compute, unfinished
             with pytest.raises(Preempted, match="while the features on disk were checked"):
                 compute(tmp_path / name, stop)
         np.testing.assert_array_equal(compute(tmp_path / name), unfinished[1])
+
+
+FINISHED = {
+    "features: bit": DAMAGES["features: bit"],
+    "features: cut": DAMAGES["features: cut"],
+    "features: longer": DAMAGES["features: longer"],
+    "features: gone": DAMAGES["features: gone"],
+    "meta: bit": lambda draw, at: flip(draw, at / "meta.json"),
+    "meta: cut": lambda draw, at: cut(draw, at / "meta.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on cached features: its cache, stopped half-way and finished, what it ends in, and how to run it."""
+    root = tmp_path_factory.mktemp("runs")
+    changes = {
+        "data.augment": (("rotation", {"degrees": 20.0}),), "cache": "features", "cache_dir": str(root / "12"),
+        "views": VIEWS, "batch_size": SIZE, "total": (15.0, "steps"), "eval_every": (15.0, "steps"), "resamples": 5,
+    }  # fmt: skip
+    config = options.override(smoke.get_config(), changes)
+    parallel = sharding.make_parallel()
+    program = Kept(Single(build.build(config, parallel), parallel))
+
+    def run(stop=None):
+        shutil.rmtree(root / "w", ignore_errors=True)
+        asked = []
+        return go_on(root, config, program, lambda step: asked.append(step) or len(asked) == stop)
+
+    for name, steps in (("6", 6), ("other", 9), ("half", 12)):
+        with pytest.raises(Preempted, match=f"features of {steps * SIZE} of 120 images"):
+            run(steps)
+        (root / "12").rename(root / name)
+    right = run()
+    (root / "12").rename(root / "finished")
+    return root, right, run
+
+
+@pytest.mark.parametrize("start", [0, *(pytest.param(start, marks=pytest.mark.slow) for start in range(10, 50, 10))])
+def test_a_whole_run_on_a_damaged_cache_ends_in_the_numbers_of_a_sound_one_or_is_refused(trained, start):
+    """50 seeded trials: 38 of unfinished caches, two of each kind of damage, and 12 of finished ones."""
+    root, right, run = trained
+    trials = [("half", DAMAGES[name]) for name in DAMAGES] * 2 + [("finished", FINISHED[name]) for name in FINISHED] * 2
+    assert len(trials) == 50
+    for number, (name, damage) in enumerate(trials[start : start + 10], start):
+        shutil.rmtree(root / "12", ignore_errors=True)
+        shutil.copytree(root / name, root / "12")
+        victims = [path for path in sorted((root / "12").iterdir()) if (path / "features.bin").exists()]
+        damage(random.Random(number), victims[number % len(victims)])
+        try:
+            assert run() == right, f"trial {number}"
+        except (ValueError, OSError) as error:
+            assert "features" in str(error), f"trial {number}: {error}"

@@ -1,6 +1,5 @@
 """The runs of a study in files: what a plan writes, the states of a run, and what happens when a process dies."""
 
-import json
 import subprocess
 import sys
 import threading
@@ -33,7 +32,7 @@ def folder(tmp_path):
 
 def test_a_plan_holds_all_that_the_report_and_the_workers_need(tmp_path):
     runs = plan(tmp_path, base={"data.workers": 2}, seeds=(3, 1))
-    table = json.loads((tmp_path / "study.json").read_text())
+    table = read_json(tmp_path / "study.json")
     rows = table.pop("runs")
     assert table == {
         "name": "depth", "question": "How deep?", "factors": FACTORS, "baseline": {"trained": "head"}, "seeds": [3, 1],

@@ -1,6 +1,7 @@
 """python -m tl_jax COMMAND ...; `python -m tl_jax COMMAND --help` says what a command takes.
 
 Exit codes: 0 done; 1 some inputs cannot be read; 2 bad input, in one message; 75 stopped, see train; 130 Ctrl-C.
+SIGTERM ends every command but train at once; what was complete is kept.
 """
 
 import argparse

@@ -7,9 +7,12 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Any, BinaryIO
+
+SEAL = re.compile(r'.{10}[0-9a-f]{64}", ')  # where _sealed puts it
 
 
 @contextlib.contextmanager
@@ -63,7 +66,13 @@ def sha256(path) -> str:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Writes a table as JSON, with the sha256 of its text as first entry, "seal", which `read_json` checks."""
+    text = json.dumps(value, indent=1) + "\n"
+    write_text(path, _sealed(text) if text.startswith("{\n") else text)
+
+
+def _sealed(text: str) -> str:
+    return f'{{"seal": "{hashlib.sha256(text.encode()).hexdigest()}", {text[1:]}'
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -72,11 +81,18 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads what `write_json` wrote; raises ValueError that names the file where it is something else."""
+    """Reads what `write_json` wrote; raises ValueError that names the file where one bit of it is another.
+
+    A table that never had a seal, such as one written by hand, is read as it is.
+    """
     try:
-        value = json.loads(path.read_text())
+        text = path.read_bytes().decode()
+        value = json.loads(text)
         if not isinstance(value, dict):
             raise ValueError("no table in it")
+        # A flipped bit spoils the word or the hash, and not both.
+        if (value.pop("seal", None) or SEAL.match(text)) and _sealed("{" + text[len(_sealed("{")) :]) != text:
+            raise ValueError("its text is not that which was written")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); move the file away, or take another workdir") from None
     return value

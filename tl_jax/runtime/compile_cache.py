@@ -1,9 +1,9 @@
 """Keeping compiled programs from one start to the next."""
 
+import hashlib
 import os
 import pathlib
 import stat
-import zlib
 
 FOLDER = pathlib.Path(".cache", "tl_jax", "compiled")  # under the user's home
 SECONDS = 5  # to wait for other processes
@@ -16,6 +16,7 @@ def keep_compiled_programs() -> None:
     Whoever can write to the folder can run code here, so it is not used unless it is private and can be locked.
     """
     import jax
+    from jax._src import compilation_cache as programs
     from jax.experimental.compilation_cache import compilation_cache
 
     if jax.config.jax_compilation_cache_dir:
@@ -36,27 +37,23 @@ def keep_compiled_programs() -> None:
     # A run has some ten small programs, which together take as long to compile as a large one.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()  # jax looks once; a notebook may have compiled something already
+    programs._cache, programs._cache_initialized = _checked(folder), True  # jax 0.10 has no public way
 
 
 def _mend(folder: pathlib.Path) -> bool:
-    """Removes programs that a process died writing, which jax would neither read nor replace; False: no lock to be had.
+    """Removes notes of use without a program, and programs without a note, at which jax stumbles; False: no lock.
 
-    jax writes a program, then when it was last used ("atime"): one without that was not finished. Another process may
-    have read an unfinished one and noted its use: so each is looked at once, and then marked as read-only and of time
-    0. One that is marked and has another time was changed since.
+    jax writes a program, then when it was last used ("atime"): a process can die between the two.
     """
     import filelock
 
     try:
         with filelock.FileLock(folder / ".lockfile", timeout=SECONDS):
-            facts = {path.name: path.stat() for path in folder.iterdir()}
-            for name in facts:
+            names = {path.name for path in folder.iterdir()}
+            for name in names:
                 key, _, kind = name.rpartition("-")
-                if kind == "atime" and f"{key}-cache" not in facts:
+                if {"atime": f"{key}-cache", "cache": f"{key}-atime"}.get(kind, name) not in names:
                     (folder / name).unlink()
-                elif kind == "cache" and not (f"{key}-atime" in facts and _is_whole(folder / name, facts[name])):
-                    (folder / name).unlink()
-                    (folder / f"{key}-atime").unlink(missing_ok=True)
     except filelock.Timeout:
         return True  # another process does it
     except OSError:
@@ -64,17 +61,21 @@ def _mend(folder: pathlib.Path) -> bool:
     return True
 
 
-def _is_whole(program: pathlib.Path, facts: os.stat_result) -> bool:
-    """Whether a program ends where its compression says; of zstandard, if that is installed, the beginning must do."""
-    if not facts.st_mode & stat.S_IWUSR:
-        return not facts.st_mtime_ns
-    data, stream = program.read_bytes(), zlib.decompressobj()
-    try:
-        stream.decompress(data)
-        whole = stream.eof
-    except zlib.error:
-        whole = data.startswith(b"\x28\xb5\x2f\xfd")
-    if whole:
-        os.utime(program, (0, 0))
-        program.chmod(stat.S_IRUSR)
-    return whole
+def _checked(folder: pathlib.Path):
+    """jax's store of programs, with the sha256 of each behind it; what has another when it is read is removed."""
+    from jax._src import lru_cache
+
+    class Checked(lru_cache.LRUCache):
+        def get(self, key: str) -> bytes | None:
+            found = super().get(key)
+            if found is None or hashlib.sha256(found[:-32]).digest() == found[-32:]:
+                return found and found[:-32]
+            with self.lock:
+                for kind in ("cache", "atime"):
+                    (folder / f"{key}-{kind}").unlink(missing_ok=True)
+            return None  # it is compiled anew, and kept
+
+        def put(self, key: str, value: bytes) -> None:
+            super().put(key, value + hashlib.sha256(value).digest())
+
+    return Checked(str(folder), max_size=BYTES)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tl_jax.runtime import rollcall
+from tl_jax.runtime import preemption, rollcall
 
 HEARTBEAT = 60  # seconds, of jax: the second line behind the roll call, and so slower
 # What a collective says when another process has gone: that one, not this, is to be named.
@@ -48,6 +48,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
     elif place is None and on_tpu_hosts(os.environ):
         _line = _meet_on_tpu()
     if _line is not None:
+        preemption.ALONE[0] = False
         sys.excepthook = lambda kind, error, traceback: fail(error, 1, traceback=True)
         atexit.register(_line.finalize)
 

@@ -36,7 +36,8 @@ def launch(workdir: pathlib.Path, *, jobs: int = 0, stop_requested: Callable[[],
     slots = divide(min(jobs or default_jobs(), programs), os.environ)
     shape = f"{len(slots)} at once, logs in {workdir / 'runs'}/*/log.txt" if slots else "nothing to do"
     print(f"{len(plan['runs'])} runs, {len(keys)} to do: {shape}", flush=True)
-    stopped = supervise(workdir, slots, stop_requested)
+    with preemption.saved_by(None):  # the workers save, and it asks ten times a second
+        stopped = supervise(workdir, slots, stop_requested)
     counts = collections.Counter(store.states(workdir).values())
     text = ", ".join(f"{counts[state]} {state}" for state in store.STATES if counts[state])
     print(f"{text}; {time.monotonic() - began:.0f} s", flush=True)

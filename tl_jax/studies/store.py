@@ -5,6 +5,7 @@ A running one is locked; the lock goes with its process, however that ends, so t
 
 import contextlib
 import fcntl
+import functools
 import os
 import pathlib
 import socket
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 from tl_jax import config
 from tl_jax.core import messages
 from tl_jax.core.files import read_json, write_json
+from tl_jax.runtime import preemption
 from tl_jax.studies.study import KEY, RunSpec, Study, grid, metrics_of, title
 
 ATTEMPTS = 3  # of a run whose process dies: more would be the same again
@@ -140,10 +142,13 @@ def claim(folder: pathlib.Path, home: pathlib.Path | None = None) -> Iterator[in
             yield None
             return
         write_json(path, {"host": socket.gethostname(), "pid": os.getpid(), "attempts": attempts, "step": step})
+        remove = functools.partial(path.unlink, missing_ok=True)
+        preemption.CLEANUPS.append(remove)
         try:
             yield attempts
         finally:
-            path.unlink(missing_ok=True)
+            preemption.CLEANUPS.remove(remove)
+            remove()
 
 
 def read_claim(folder: pathlib.Path) -> dict[str, int]:

@@ -23,7 +23,13 @@ DURATIONS = ("total", "log_every", "eval_every", "schedule.warmup")
 def members(workdir: pathlib.Path, key: str, only: Collection[str] = ()) -> tuple[list[str], pathlib.Path | None]:
     """The runs to train together with a run, and the set's folder; ([key], None): by itself. A set once begun stays."""
     plan = store.read_plan(workdir)
-    begun = {path.parent: read_json(path) for path in sorted(workdir.glob("together/*/runs.json"))}
+    begun = {}
+    for path in sorted(workdir.glob("together/*/runs.json")):
+        try:
+            begun[path.parent] = read_json(path)
+        except ValueError as error:  # the same runs, chosen again, make the same folder and go on from what it saved
+            print(f"a set of runs is chosen anew: {error}", flush=True)
+            path.unlink()
     for home, table in begun.items():
         if key in table["runs"]:
             return ([key], None) if table["alone"] else (table["runs"], home)

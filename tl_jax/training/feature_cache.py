@@ -29,7 +29,7 @@ from tl_jax.methods import rules
 from tl_jax.methods.term import MODEL
 from tl_jax.runtime import distributed
 from tl_jax.runtime.log import log
-from tl_jax.runtime.preemption import Preempted, Stop, check
+from tl_jax.runtime.preemption import Preempted, Stop, check, saved_by
 from tl_jax.runtime.sharding import Parallel
 from tl_jax.training import steps
 
@@ -258,9 +258,12 @@ def _compute(cached: Cached, view: str, predict: Callable, parallel: Parallel, s
 
     (start, checksum), saved = distributed.from_first(begin), time.monotonic()
     values, checksum = cached.open("r+") if first else None, int(checksum, 16)
-    with contextlib.closing(source.iterate(start, total)) as stream:
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(contextlib.closing(source.iterate(start, total)))
         for done, batch in enumerate(stream, start + 1):
             outputs = jax.device_get(predict(parallel.put_batch(batch[view])))
+            if done == start + 1:  # what takes long, compiling, is over, and there is something to save
+                stack.enter_context(saved_by(None))
             if first:
                 rows = source.rows(done - 1)
                 kept = rows.epoch < views

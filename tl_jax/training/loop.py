@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tl_jax import config, tasks
 from tl_jax.core import messages
 from tl_jax.methods.term import MAIN
-from tl_jax.runtime import roofline, sharding
+from tl_jax.runtime import preemption, roofline, sharding
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.log import RunLog, feed, log
 from tl_jax.runtime.preemption import Preempted
@@ -53,7 +53,7 @@ class Loop:
         self.state, meta = resume(
             self.checkpoints, self.identity, lambda step: self.program.initial(run.phase_of(step))
         )
-        start = int(self.state.step)
+        start = self.saved = int(self.state.step)
         rows = meta.get("rows") or [[] for _ in range(count)]
         self.failed = {int(j): FloatingPointError(text) for j, text in meta.get("failed", {}).items()}
         self.frozen = meta.get("frozen")
@@ -63,6 +63,10 @@ class Loop:
             logs = (RunLog(self.folders.get(j), rows[j], *about) for j in range(count))
             self.logs = dict(enumerate(map(stack.enter_context, logs)))
             done = start
+            if meta.get("owed"):
+                self._evaluate(
+                    first, start, self.program.batches(first, self.state, ["val"], self.stop_requested)["val"]
+                )
             for i in range(first, len(run.phases)):
                 if self._over():
                     break
@@ -80,7 +84,28 @@ class Loop:
 
     def _refresh(self, i: int, step: int) -> None:
         if names := single.due(self.first.phases[i], step):
-            self.state = self.program.refresh(i, self.state, names, self.stop_requested)
+            with self._saved(i, step):
+                state = self.program.refresh(i, self.state, names, self.stop_requested)
+            self.state = state
+
+    @contextlib.contextmanager
+    def _saved(self, i: int, done: int, owed: bool = False):
+        """Within the block, which leaves the state alone, a stop is answered by a checkpoint after `done` steps."""
+
+        def save() -> None:
+            if done > self.saved:
+                self._write_line(wait=True)
+                self._read(self.program.take_line(i, self.state, done)[1])
+                self._prove_frozen(i)
+                self._save(done, owed)
+            self.checkpoints.wait()
+
+        try:
+            with preemption.saved_by(save):
+                yield
+        except Preempted:
+            save()
+            raise
 
     def _phase(self, i: int, start: int) -> int:
         """Trains phase i from a step on; the step after which it ended."""
@@ -90,14 +115,16 @@ class Loop:
         names = [*phase.plan.streams, *(["val"] if "val" in self.first.material.data else [])]
         sets = program.batches(i, self.state, names, self.stop_requested)
         val = sets.pop("val", None)
-        with contextlib.closing(program.iterate(sets, start, phase.stop)) as stream:
+        with contextlib.closing(program.iterate(sets, start, phase.stop)) as stream, preemption.saved_by(None):
             batches = feed(self.logs.values(), stream, lambda: self.state.step.is_ready())
-            for done, batch in enumerate(batches, start + 1):
+            for done in range(start + 1, phase.stop + 1):
+                with self._saved(i, done - 1):
+                    batch = next(batches)
+                    if step_fn is None:
+                        step_fn, cost = program.compile(i, self.state, batch)
+                        self._note_cost(i, cost)
                 if done > start + 1:
                     self._refresh(i, done - 1)
-                if step_fn is None:
-                    step_fn, cost = program.compile(i, self.state, batch)
-                    self._note_cost(i, cost)
                 self.state = step_fn(self.state, batch)
                 if done == start + 1:
                     self.checkpoints.prepare(self.state)  # while the device is busy
@@ -130,7 +157,8 @@ class Loop:
 
     def _evaluate(self, i: int, done: int, val: Any) -> None:
         """Scores every run that goes on on val."""
-        task, found = self.first.task, self.program.predict(i, self.state, val, list(self._going()))
+        with self._saved(i, done, owed=True):
+            task, found = self.first.task, self.program.predict(i, self.state, val, list(self._going()))
         lost = {j: each for j, each in found.items() if isinstance(each, FloatingPointError)}
         self._fail({j: not_finite(done - 1, done, f"its outputs on val are not: {lost[j]}") for j in lost})
         scores = {j: task.scores(each) for j, each in found.items() if j not in lost}
@@ -141,13 +169,16 @@ class Loop:
             name = task.monitor[0][0]
             log(f"step {done}  {len(scores)} replicas, best val {name} {scores[best][name]:.4g} (replica {best})")
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, owed: bool = False) -> None:
+        """Starts a checkpoint; owed: the evaluation on val after this step is not in it, and comes when it goes on."""
         rows = [each.rows for each in self.logs.values()]
         best = {best_step(self.first, each.rows) for each in self._going().values()}
         chooses = len(self.logs) == 1 or self.first.settings.loop.select == "best_val"
         failed = {str(j): str(error) for j, error in self.failed.items()}
         meta = {**self.identity, "rows": rows, "frozen": self.frozen, "failed": failed}
+        meta |= {"owed": True} if owed else {}
         self.checkpoints.save(done, self.state, meta, keep=best if chooses else ())
+        self.saved = done
 
     def _over(self) -> bool:
         """Whether nothing is left to train: every run diverged, or stopped early."""

@@ -8,7 +8,7 @@ from typing import Any
 from tl_jax.core import files, manifest
 from tl_jax.data import duplicates
 from tl_jax.methods import probes
-from tl_jax.runtime import distributed, sharding, workdir
+from tl_jax.runtime import distributed, preemption, sharding, workdir
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.log import log
 from tl_jax.training import artifacts, audit, finished, probe, replicas
@@ -116,7 +116,10 @@ def _train(
     program: Program, folders: Mapping[int, pathlib.Path], home: pathlib.Path, parallel, verbose: bool, stop: Stop
 ) -> dict[int, ResultOrError]:
     """Trains a program and writes what its runs leave; the result or the error of each run that has a folder."""
-    with Checkpoints(home / "checkpoints", program.constant_hashes()) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(preemption.saved_by(None))  # while the last checkpoint is written at the end
+        checkpoints = stack.enter_context(Checkpoints(home / "checkpoints", program.constant_hashes()))
+        stack.enter_context(preemption.saved_by(checkpoints.wait))
         loop = Loop(program, checkpoints, folders, parallel, verbose, stop)
         try:
             ended = loop.run()

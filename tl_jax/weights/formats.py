@@ -1,6 +1,7 @@
 """Weight files without their frameworks: .safetensors, .npz and torch.save <-> flat dicts of numpy arrays."""
 
 import functools
+import hashlib
 import io
 import json
 import math
@@ -22,6 +23,7 @@ SUFFIXES = {
     ".npz": ("npz",),
     **dict.fromkeys(TORCH, ("torch zip", "torch legacy")),
 }
+SEAL, UNSEALED = "tl_jax.sha256", "0" * 64
 _SAFETENSORS_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 _DAMAGE = (safetensors.SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, MemoryError, OSError)
 
@@ -60,20 +62,39 @@ sha256 = files.sha256
 
 
 def write_safetensors(path, tensors: dict, metadata: dict[str, str]) -> None:
-    """Writes arrays (any strides, numpy or jax) and string metadata; equal content gives equal bytes."""
+    """Writes arrays (any strides, numpy or jax) and string metadata; equal content gives equal bytes.
+
+    The metadata gets the sha256 of the file with zeros in its place, which `read` checks.
+    """
     arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     if wrong := [key for key, value in metadata.items() if not isinstance(value, str)]:
         raise ValueError(f"safetensors metadata holds strings only; encode these first, e.g. with json.dumps: {wrong}")
     data = safetensors.numpy.save(arrays, metadata)
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    if metadata:  # the library writes metadata in random order; sorted, the same weights have the same sha256
-        header["__metadata__"] = dict(sorted(metadata.items()))
-    header = json.dumps(header, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    # The library writes metadata in random order; sorted, the same weights have the same sha256.
+    header["__metadata__"] = dict(sorted({**metadata, SEAL: UNSEALED}.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head, rest = len(text).to_bytes(8, "little") + text, memoryview(data)[end:]
+    digest = hashlib.sha256(head)
+    digest.update(rest)
     with files.atomic_write(path) as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.write(memoryview(data)[end:])
+        file.write(head.replace(UNSEALED.encode(), digest.hexdigest().encode(), 1))
+        file.write(rest)
+
+
+def _check_seal(path, seal: str) -> None:
+    """Raises ValueError where a file is not the one that `write_safetensors` wrote."""
+    with open(path, "rb") as file:
+        size = file.read(8)
+        head = size + file.read(int.from_bytes(size, "little"))
+        digest = hashlib.sha256(head.replace(seal.encode(), UNSEALED.encode(), 1))
+        while block := file.read(2**24):
+            digest.update(block)
+    if digest.hexdigest() != seal:
+        found = f"its content has the sha256 {digest.hexdigest()[:12]}, expected {seal[:12]} by its metadata"
+        raise ValueError(f"{found}: it was changed or damaged; copy the file again")
 
 
 def _sniff(path) -> str:
@@ -107,7 +128,10 @@ def _read_safetensors(path):
         dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
         if wrong := {name: dtype for name, dtype in dtypes.items() if dtype not in _SAFETENSORS_DTYPES}:
             raise ValueError(f"element types without a numpy counterpart: {wrong}; convert them to float32 first")
-        return {name: _native(file.get_tensor(name)) for name in dtypes}, file.metadata() or {}
+        metadata = file.metadata() or {}
+        if seal := metadata.pop(SEAL, ""):
+            _check_seal(path, seal)
+        return {name: _native(file.get_tensor(name)) for name in dtypes}, metadata
 
 
 def _read_npz(path):

@@ -136,11 +136,12 @@ def open_split(folder: Path) -> Store:
         if meta.get("format") != FORMAT:
             raise ValueError(f"format {meta.get('format')!r}, expected {FORMAT!r}")
         index = (folder / "index.npz").read_bytes()
+        if (sha256 := hashlib.sha256(index).hexdigest()) != meta["index_sha256"]:
+            raise ValueError(f"index.npz: sha256 {sha256!r}, expected {meta['index_sha256']!r}")
         found = read_npz(io.BytesIO(index))
         arrays = {key: found[key] for key in ("offsets", "shapes", "labels", "sha256", "sums")}
         counted = {f"{key}: examples": (len(value), meta["examples"]) for key, value in arrays.items()}
         facts = {
-            "index.npz: sha256": (hashlib.sha256(index).hexdigest(), meta["index_sha256"]),
             "pixels.bin: bytes": ((folder / "pixels.bin").stat().st_size, meta["bytes"]),
             "meta.json: ids": (len(meta["ids"]), meta["examples"]),
         }
