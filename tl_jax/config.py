@@ -55,7 +55,10 @@ def flatten(config: ConfigDict, section: str = "") -> dict[str, Any]:
         if isinstance(value, ConfigDict) and name not in WHOLE:
             flat |= flatten(value, f"{name}.")
         else:
-            flat[name] = _plain(value.to_dict() if isinstance(value, ConfigDict) else value)
+            try:
+                flat[name] = _plain(value.to_dict() if isinstance(value, ConfigDict) else value)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ValueError(f"{name} = {messages.brief(value)}: expected what JSON can hold ({error})") from None
     return flat
 
 
@@ -112,8 +115,9 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
             with node.unlocked():
                 del node[name]
                 node[name] = table
-        except (TypeError, ValueError) as error:
-            problems.append(f"{key!r} = {value!r}: {error}")
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            reason = str(error) if len(str(error)) < 2 * messages.SHOWN else f"expected a {type(node[name]).__name__}"
+            problems.append(f"{key!r} = {messages.brief(value)}: {reason}")
     if problems:
         raise ValueError("; ".join(problems))
     return config
@@ -136,7 +140,7 @@ def parse(config: ConfigDict, arg: str | Sequence[str]) -> ConfigDict:
         node = _owner(config, name)
         if not equals or node is None:
             hint = "" if node else messages.nearest(key, [*SHORT, *flatten(config)])
-            problems.append(f"{item!r} is not key=value with a known key{hint}")
+            problems.append(f"{messages.brief(item)} is not key=value with a known key{hint}")
             continue
         value = node[name.rpartition(".")[2]]
         try:
@@ -144,9 +148,9 @@ def parse(config: ConfigDict, arg: str | Sequence[str]) -> ConfigDict:
             text = text.capitalize() if isinstance(value, bool) else text
             changes[name] = text if plain else ast.literal_eval(text)
             override(config, {name: changes[name]})
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             default = value.to_dict() if isinstance(value, ConfigDict) else value
-            problems.append(f"{item!r} does not have the type of the default, {default!r}")
+            problems.append(f"{messages.brief(item)} does not have the type of the default, {default!r}")
     if problems:
         raise ValueError(f"options of the config: {'; '.join(problems)}; short keys: {', '.join(SHORT)}")
     return override(config, changes).lock()
@@ -170,7 +174,9 @@ def check(config: ConfigDict) -> None:
     flat = flatten(config)
     problems = [f"{key} does not exist{messages.nearest(key, OPTIONS)}" for key in flat if key not in OPTIONS]
     expected = {name: option.check for name, option in OPTIONS.items() if not option.check.fits(flat[name])}
-    problems += [f"{name} = {flat[name]!r}: expected {check.expected}" for name, check in expected.items()]
+    problems += [
+        f"{name} = {messages.brief(flat[name])}: expected {check.expected}" for name, check in expected.items()
+    ]
     # What follows looks into values and compares them, so that each must be valid by itself first.
     finders = _table_problems, _phase_problems, _replica_problems, _data_problems
     problems = problems or [problem for find in finders for problem in find(flat)]
