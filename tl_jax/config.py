@@ -4,6 +4,7 @@ import ast
 import copy
 import functools
 import json
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,8 +34,23 @@ def make() -> ConfigDict:
 
 
 def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
-    """The config of a flat table such as a config.json or an `identity`; an absent option has its initial value."""
+    """The config of a flat table such as a config.json or an `identity`; an absent option has its initial value.
+
+    Raises ValueError where an option stands in the place of a section, or inside of another.
+    """
+    names = [key for key in flat if key not in INITIAL]
+    wrong = [key for key in names if any(f"{a}.".startswith(f"{b}.") for x in INITIAL for a, b in ((x, key), (key, x)))]
+    if wrong or "" in flat:
+        raise ValueError(f"{', '.join(map(repr, wrong or ['']))} cannot be an option; expected those of {len(INITIAL)}")
     return _config({**INITIAL, **flat}).lock()
+
+
+def read(path: pathlib.Path) -> ConfigDict:
+    """The config of a config.json; ValueError that names the file where it is none."""
+    try:
+        return from_flat(files.read_json(path))
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
 
 
 def _config(flat: Mapping[str, Any]) -> ConfigDict:

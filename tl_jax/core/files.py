@@ -11,6 +11,20 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
+from tl_jax.core.checks import Check
+from tl_jax.core.messages import brief
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Gives an error of the block the file's name where the system leaves it out, as for a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
+
 
 @contextlib.contextmanager
 def atomic_write(path):
@@ -25,7 +39,7 @@ def atomic_write(path):
             leftover.unlink()
     file = _temporary(path)
     try:
-        with file:
+        with writing(path), file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -71,12 +85,20 @@ def write_text(path: pathlib.Path, text: str) -> None:
         file.write(text.encode())
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads what `write_json` wrote; raises ValueError that names the file where it is something else."""
+def read_json(path: pathlib.Path, fields: Mapping[str, Check] | None = None) -> dict[str, Any]:
+    """Reads what `write_json` wrote; raises ValueError that names the file where it is something else.
+
+    fields: those that the table must have, others may be there.
+    """
     try:
         value = json.loads(path.read_text())
         if not isinstance(value, dict):
             raise ValueError("no table in it")
+        wrong = [name for name, check in (fields or {}).items() if name not in value or not check.fits(value[name])]
+        if wrong:
+            found = [f"{name} = {brief(value[name])}" if name in value else f"no {name}" for name in wrong]
+            expected = (f"{name}: {fields[name].expected}" for name in wrong)
+            raise ValueError(f"it has {', '.join(found)}; expected {', '.join(expected)}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); move the file away, or take another workdir") from None
     return value

@@ -11,10 +11,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from tl_jax import config
-from tl_jax.core import messages
+from tl_jax.core import checks, messages
 from tl_jax.core.files import read_json, write_json
 from tl_jax.studies import store
 
+SET = {"runs": checks.TEXTS, "alone": checks.TEXT}  # what runs.json has
 LARGEST = 64  # runs in one program
 RATES = ("lr", "weight_decay", "groups")
 DURATIONS = ("total", "log_every", "eval_every", "schedule.warmup")
@@ -23,7 +24,7 @@ DURATIONS = ("total", "log_every", "eval_every", "schedule.warmup")
 def members(workdir: pathlib.Path, key: str, only: Collection[str] = ()) -> tuple[list[str], pathlib.Path | None]:
     """The runs to train together with a run, and the set's folder; ([key], None): by itself. A set once begun stays."""
     plan = store.read_plan(workdir)
-    begun = {path.parent: read_json(path) for path in sorted(workdir.glob("together/*/runs.json"))}
+    begun = {path.parent: read_json(path, SET) for path in sorted(workdir.glob("together/*/runs.json"))}
     for home, table in begun.items():
         if key in table["runs"]:
             return ([key], None) if table["alone"] else (table["runs"], home)
