@@ -17,11 +17,11 @@ from tl_jax.core.messages import brief
 
 @contextlib.contextmanager
 def writing(path):
-    """Gives an error of the block the file's name where the system leaves it out, as for a full disk."""
+    """Gives an error of the block the file's name where the system leaves it out, or names a temporary one."""
     try:
         yield
     except OSError as error:
-        if error.errno and error.filename is None:
+        if error.errno and str(error.filename or ".tmp").endswith(".tmp"):
             error.filename = str(path)
         raise
 
@@ -37,7 +37,8 @@ def atomic_write(path):
         with contextlib.suppress(OSError), leftover.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever writes it has the lock
             leftover.unlink()
-    file = _temporary(path)
+    with writing(path):
+        file = _temporary(path)
     try:
         with writing(path), file:
             yield file
