@@ -103,7 +103,8 @@ def test_the_fingerprint_changes_with_every_option_that_decides_numbers():
     table, unchanged = options.flatten(options.make()), options.fingerprint(options.make())
     prints = {key: options.fingerprint(options.from_flat({**table, key: other_value(table[key])})) for key in table}
     same = {key for key, value in prints.items() if value == unchanged}
-    assert same == {"data.workers", "cache_dir", "fsdp"} == {key for key in OPTIONS if not OPTIONS[key].numbers}
+    assert same == {key for key in OPTIONS if not OPTIONS[key].numbers}
+    assert same == {"model.weights_sha256", "data.workers", "cache_dir", "fsdp"}
     assert len(set(prints.values())) == 1 + len(table) - len(same)
 
 
@@ -113,7 +114,8 @@ INITIAL = """
 "model.image_size": 0, "model.keep_head": false, "model.reinit": [], "model.head": [], "model.head_init": "zeros",
 "model.dtype": "float32", "model.prefix_dtype": "", "model.dropout": 0.0, "model.drop_path": 0.0, "model.remat": "",
 "model.attention": "xla", "networks": {}, "data.source": "digits", "data.train": "train[:80%]", "data.val":
-"train[80%:]", "data.test": "", "data.extra_eval": [], "data.labels": [], "data.resample": "", "data.shots": 0,
+"train[80%:]", "data.test": "", "data.extra_eval": [], "data.labels": [], "data.resample": "", "data.group": "",
+"data.allow_duplicates": false, "data.shots": 0,
 "data.sampling": "shuffled", "data.split_seed": 0, "data.augment": [], "data.on_error": "fail", "data.data_dir": "",
 "data.workers": 0, "data.card": {}, "data.override_card": false, "data.transductive": false, "streams": {},
 "norm_batches": "joint", "method.name": "linear_probe", "method.k": 0, "method.blocks": [], "method.rules": [],
@@ -123,7 +125,8 @@ INITIAL = """
 "clip": 1.0, "groups": {}, "layer_decay": 1.0, "schedule.name": "cosine", "schedule.warmup": [0.0, "epochs"],
 "schedule.args": {}, "ema": 0.0, "phases": [], "eval_batch_size": 128, "log_every": [10.0, "steps"], "eval_every":
 [1.0, "epochs"], "select": "last", "patience": 0, "min_delta": 0.0, "resamples": 1000, "seeds": [], "baseline": [],
-"replicas": [], "cache": "", "views": 1, "cache_dir": "", "parallel": "jit", "fsdp": 0}
+"replicas": [], "cache": "", "views": 1, "cache_dir": "", "parallel": "jit", "fsdp": 0,
+"model.weights_sha256": ""}
 """
 
 

@@ -54,7 +54,8 @@ def small_files(small_resnet, small_vit, tmp_path):
 def random_variables(name, seed=0):
     rng = np.random.default_rng(seed)
     shapes = load._default_shapes(name)
-    return trees.unflatten({path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()})
+    flat = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
+    return trees.unflatten({path: np.abs(x) if path.endswith("/var") else x for path, x in flat.items()})
 
 
 def images(size, batch=2, seed=0):

@@ -192,7 +192,11 @@ def swap_data(tmp_path):
 
     def write(values):
         np.savez(
-            path, train_image=values, train_label=np.arange(40) % 4, test_image=values[:8], test_label=np.arange(8) % 4
+            path,
+            train_image=values,
+            train_label=np.arange(40) % 4,
+            test_image=255 - values[:8],
+            test_label=np.arange(8) % 4,
         )
 
     write(rng.integers(0, 256, (40, 8, 8, 3), np.uint8))

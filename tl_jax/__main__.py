@@ -96,6 +96,13 @@ def _print_metrics(summary: dict[str, Any], as_json: bool) -> None:
         Console().print(*filter(None, tables))
 
 
+def labels(args: Args) -> None:
+    from tl_jax.api.labels import suspects
+
+    splits = args.splits.split(",") if args.splits else ()
+    suspects(args.run, args.out, folds=args.folds, seed=args.seed, top=args.top, splits=splits, label=args.label)
+
+
 def inspect(args: Args) -> None:
     print(tl_jax.inspect(args.source))
 
@@ -209,6 +216,15 @@ COMMANDS = {
         *_SHOWN,
         arg("--level", type=_SHARE, default=0.95, help="of the intervals"),
         arg("--seed", type=one(SEED), default=0, help="of the bootstrap"),
+    )),
+    labels: ("rank the labels of a finished run's data by how likely they are wrong", (
+        arg("run", help="the folder of the run"),
+        arg("--out", default="", help="the folder for labels.csv, .json and .png (default: RUN/labels)"),
+        arg("--folds", type=int, default=5, help="each is judged by a model of the others"),
+        arg("--seed", type=int, default=0, help="of the folds"),
+        arg("--top", type=int, default=50, help="how many are listed, suspects or not"),
+        arg("--splits", default="", help="names with commas, such as train,val; default: all that the run names"),
+        arg("--label", default="", help="which label of a multilabel task"),
     )),
     inspect: ("list a weight file's tensors and the models it fits", (_WEIGHTS,)),
     convert: ("write a weight file as safetensors with a card", (

@@ -3,6 +3,7 @@
 A name with dots is in a section: `model.name` is `config.model.name`, and the flag `--config.model.name=resnet50`.
 """
 
+import re
 from typing import Any, NamedTuple
 
 from tl_jax.core import checks
@@ -19,7 +20,7 @@ class Option(NamedTuple):
     doc: str
     phase: bool = False  # a phase may change it
     replica: bool = False  # replicas may differ in it
-    numbers: bool = True  # False where it only changes the speed
+    numbers: bool = True  # False where it only changes the speed, or checks something
 
 
 def _option(name: str, initial: Any, check: checks.Check, doc: str, **marks: bool) -> Option:
@@ -60,7 +61,10 @@ STREAM = {
     "sampling": SAMPLING,
     "shots": integer(0),
 }
-NETWORK = {"name": TEXT, "weights": TEXT, "image_size": PIXELS, "cache": one_of("", "features")}
+HASH = checks.Check(
+    lambda x: bool(TEXT.fits(x) and re.fullmatch("([0-9a-f]{64})?", x)), "64 lower-case hex digits, or ''"
+)
+NETWORK = {"name": TEXT, "weights": TEXT, "image_size": PIXELS, "sha256": HASH, "cache": one_of("", "features")}
 CARD = {
     "input_size": integer(1, 4096),
     "mean": sequence(number(), "a sequence of numbers"),
@@ -83,6 +87,8 @@ _ROWS = (
     # The network
     _option("model.name", "resnet18", TEXT, "the architecture, see docs/weights.md"),
     _option("model.weights", "", TEXT, "file, builtin:NAME or hf://owner/name[/file]@revision; \"\": random numbers"),
+    _option("model.weights_sha256", "", HASH, "what the bytes of that file must have; \"\": any, and config.json "
+            "keeps what they had", numbers=False),
     _option("model.image_size", 0, PIXELS, "pixels; 0: the size on the weight card"),
     _option("model.keep_head", False, FLAG, "go on with the file's classifier, for the same classes; else a new head"),
     _option("model.reinit", (), TEXTS, "blocks that start from random numbers all the same: stage3, block11, ..."),
@@ -95,7 +101,7 @@ _ROWS = (
     _option("model.remat", "", one_of("", "block", "dots"), "recompute in the backward pass: all of a block, or all "
             "but matrix products and convolutions"),
     _option("model.attention", "xla", one_of("xla", "cudnn"), "cudnn: its fused kernel, on a GPU in bfloat16"),
-    _option("networks", {}, TABLES, "{name: {name, weights, image_size, cache}}; cache 'features': kept on disk"),
+    _option("networks", {}, TABLES, "{name: {name, weights, image_size, sha256, cache}}; cache 'features': on disk"),
 
     # The data
     _option("data.source", "digits", SOURCE, "digits | glyphs | folder:PATH | csv:FILE | arrays:FILE.npz | "
@@ -106,6 +112,8 @@ _ROWS = (
     _option("data.extra_eval", (), SETS, "extra sets to score at the end: triples (name, source, split)"),
     _option("data.labels", (), TEXTS, "the columns that hold the labels, of sources that have columns"),
     _option("data.resample", "", TEXT, "cut train and test from the split train: kfold:K:FOLD | bootstrap:DRAW | loo"),
+    _option("data.group", "", TEXT, "what no slice or fold cuts: a column or array by name, or a pattern in the ids"),
+    _option("data.allow_duplicates", False, FLAG, "allow duplicates of training examples among what is scored"),
     _option("data.shots", 0, integer(0), "training examples per class; 0: all", replica=True),
     _option("data.sampling", "shuffled", SAMPLING, "class_balanced: every class equally often"),
     _option("data.split_seed", 0, SEED, "of the permutation that slices cut; runs of all seeds share their val"),

@@ -89,6 +89,7 @@ class Source:
     sizes: int64 [N], the bytes of each input. skipped: which examples were dropped as unreadable, and why.
     made_smaller: the short side and interpolation to which images were resized before they came here.
     domain_names: the sources as given to `load`. domains: int32 [N] that count into several domain_names.
+    groups: text [N], the group of each example, which no slice and no fold cuts.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Source:
     columns: tuple[str, ...] = ()
     domains: np.ndarray | None = None
     domain_names: tuple[str, ...] = ()
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -134,6 +136,7 @@ class Source:
             ids=tuple(self.ids[i] for i in indices),
             sizes=self.sizes[indices],
             domains=None if self.domains is None else self.domains[indices],
+            groups=None if self.groups is None else self.groups[indices],
         )
 
     @functools.cached_property
@@ -205,6 +208,7 @@ def join(sources: Sequence[Source]) -> Source:
         labels=np.concatenate([source.labels for source in sources]),
         ids=ids,
         sizes=np.concatenate([source.sizes for source in sources]),
+        groups=None if first.groups is None else np.concatenate([source.groups for source in sources]),
         skipped=tuple(text for source in sources for text in source.skipped),
         made_smaller=tuple(dict.fromkeys(pair for source in sources for pair in source.made_smaller)),
     )
@@ -215,18 +219,21 @@ def join_domains(sources: Sequence[Source]) -> Source:
     names = tuple(name for source in sources for name in source.domain_names)
     if len(set(names)) < len(names):
         raise ValueError(f"several domains, but one source is given twice: {', '.join(names)}")
-    renamed = [dataclasses.replace(source, ids=tuple(_origins(source))) for source in sources]
+    renamed = [dataclasses.replace(source, ids=tuple(origins(source))) for source in sources]
+    if sources[0].groups is not None:
+        prefixed = [np.char.add(f"{s.domain_names[0]}: ", s.groups) for s in sources]
+        renamed = [dataclasses.replace(s, groups=groups) for s, groups in zip(renamed, prefixed, strict=True)]
     domains = np.repeat(np.arange(len(sources), dtype=np.int32), [len(source) for source in sources])
     return dataclasses.replace(join(renamed), domains=domains, domain_names=names)
 
 
 def overlap(a: Source, b: Source) -> tuple[str, ...]:
     """The ids, as `a` has them, of the examples that two sources share: the same id of the same source or domain."""
-    there = set(_origins(b))
-    return tuple(dict.fromkeys(i for i, origin in zip(a.ids, _origins(a), strict=True) if origin in there))
+    there = set(origins(b))
+    return tuple(dict.fromkeys(i for i, origin in zip(a.ids, origins(a), strict=True) if origin in there))
 
 
-def _origins(source: Source) -> Sequence[str]:
+def origins(source: Source) -> Sequence[str]:
     """The ids, each after the name of its source, as those of several domains are already."""
     return source.ids if source.domains is not None else [f"{''.join(source.domain_names)}/{i}" for i in source.ids]
 

@@ -5,6 +5,7 @@ import re
 import numpy as np
 
 from tl_jax.core.messages import shorten
+from tl_jax.data.groups import numbered
 
 DESIGNS = "holdout, kfold:K, kfold:KxR, bootstrap:N, loo"
 FOLDS = "kfold:K:FOLD, bootstrap:NUMBER"
@@ -30,47 +31,56 @@ def folds(design: str) -> list[tuple[str, int]]:
     raise ValueError(f"unknown design {design!r}; known: {DESIGNS}, with K of at least 2 and R and N of at least 1")
 
 
-def split(labels: np.ndarray, resample: str, split_seed: int) -> Split:
+def split(labels: np.ndarray, resample: str, split_seed: int, groups: np.ndarray | None = None) -> Split:
     """(train indices, held-out indices) of one fold of a pool with these labels [N, ...], both ascending.
 
     "kfold:5:0": fold 0 of 5, stratified and shuffled by split_seed. "bootstrap:3": train is sample number 3 of N
     examples with replacement; held out is what it lacks (out of bag). A sample that misses a class, or lacks nothing,
-    is taken again, deterministically. Multi-label labels and targets are not stratified.
+    is taken again, deterministically. Multi-label labels and targets are not stratified. With groups [N] what is cut or
+    drawn are the groups, whole.
     """
     labels = np.asarray(labels)
     if labels.ndim > 1 or labels.dtype.kind == "f":
         labels = np.zeros(len(labels), np.int32)  # as one class of all examples
     if match := re.fullmatch(r"kfold:(\d+):(\d+)", resample):
-        return _kfold(labels, int(match[1]), int(match[2]), split_seed)
+        return _kfold(labels, int(match[1]), int(match[2]), split_seed, groups)
     if match := re.fullmatch(r"bootstrap:(\d+)", resample):
-        return _bootstrap(labels, int(match[1]), split_seed)
+        return _bootstrap(labels, int(match[1]), split_seed, groups)
     hint = "; loo has no single fold, probes predict each example by all others" if resample == "loo" else ""
     raise ValueError(f"unknown fold {resample!r}; known: {FOLDS}{hint}")
 
 
-def leave_one_out(labels: np.ndarray) -> list[Split]:
-    """(train indices, held-out index) of every example of a pool with these classes [N]."""
-    _check_members(labels, 2, "leave-one-out")
-    everything = np.arange(len(labels))
-    return [(np.delete(everything, i), everything[i : i + 1]) for i in everything]
+def leave_one_out(labels: np.ndarray, groups: np.ndarray | None = None) -> list[Split]:
+    """(train indices, held-out indices) of every example, or group, of a pool with these classes [N]."""
+    _check_members(labels, 2, "leave-one-out", groups)
+    member = numbered(groups, len(labels))
+    order, ends = np.argsort(member, kind="stable"), np.bincount(member).cumsum()[:-1]
+    return [(np.delete(np.arange(len(labels)), held), held) for held in np.split(order, ends)]
 
 
-def _kfold(labels: np.ndarray, count: int, fold: int, split_seed: int) -> Split:
-    from sklearn.model_selection import StratifiedKFold  # here: it takes a second that others need not pay
+def _kfold(labels: np.ndarray, count: int, fold: int, split_seed: int, groups: np.ndarray | None) -> Split:
+    from sklearn import model_selection  # here: it takes a second that others need not pay
 
     if count < 2 or fold >= count:
         raise ValueError(f"kfold:{count}:{fold}: expected at least 2 folds, and a fold from 0 to {count - 1}")
-    _check_members(labels, count, f"{count} folds")
-    splitter = StratifiedKFold(count, shuffle=True, random_state=split_seed)
-    return list(splitter.split(np.zeros(len(labels)), labels))[fold]
+    _check_members(labels, count, f"{count} folds", groups)
+    kind = model_selection.StratifiedKFold if groups is None else model_selection.StratifiedGroupKFold
+    splitter = kind(count, shuffle=True, random_state=split_seed)
+    train, held_out = list(splitter.split(np.zeros(len(labels)), labels, groups))[fold]
+    if (missing := np.setdiff1d(labels, labels[train])).size or not held_out.size:  # groups may be large
+        found = f"train without the classes {missing.tolist()}" if missing.size else "nothing held out"
+        raise ValueError(f"kfold:{count}:{fold} of whole groups has {found}; use fewer folds or another split_seed")
+    return train, held_out
 
 
-def _bootstrap(labels: np.ndarray, number: int, split_seed: int) -> Split:
-    _check_members(labels, 2, "a bootstrap")
-    classes = np.unique(labels)
+def _bootstrap(labels: np.ndarray, number: int, split_seed: int, groups: np.ndarray | None) -> Split:
+    _check_members(labels, 2, "a bootstrap", groups)
+    classes, member = np.unique(labels), numbered(groups, len(labels))
+    order, sizes = np.argsort(member, kind="stable"), np.bincount(member)
+    members = np.split(order, sizes.cumsum()[:-1])
     for attempt in range(REDRAWS):
         rng = np.random.default_rng([split_seed, 0x626F6F74, number, attempt])  # a stream of its own
-        train = np.sort(rng.integers(len(labels), size=len(labels)))
+        train = np.sort(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]))
         held_out = np.setdiff1d(np.arange(len(labels)), train)
         if len(held_out) and len(np.unique(labels[train])) == len(classes):
             return train, held_out
@@ -78,8 +88,10 @@ def _bootstrap(labels: np.ndarray, number: int, split_seed: int) -> Split:
     raise ValueError(f"bootstrap:{number}: {found}; the classes are too small, use kfold")
 
 
-def _check_members(labels: np.ndarray, least: int, what: str) -> None:
-    counted = zip(*np.unique(labels, return_counts=True), strict=True)
+def _check_members(labels: np.ndarray, least: int, what: str, groups: np.ndarray | None) -> None:
+    pairs = np.unique(np.stack([labels, numbered(groups, len(labels))]), axis=1)
+    counted = zip(*np.unique(pairs[0], return_counts=True), strict=True)
     if small := [f"class {c} has {n}" for c, n in counted if n < least]:
         found, fix = ", ".join(shorten(small, 10)), "use fewer folds, or merge or drop the classes"
-        raise ValueError(f"{what} need at least {least} examples of every class: {found}; {fix}")
+        of = "examples" if groups is None else "groups with examples"
+        raise ValueError(f"{what} need at least {least} {of} of every class: {found}; {fix}")

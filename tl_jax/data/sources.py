@@ -11,6 +11,7 @@ import numpy as np
 
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import listed, nearest
+from tl_jax.data import groups
 from tl_jax.data.examples import Source, check_split, find_unreadable, join, join_domains, overlap
 from tl_jax.data.labels import KINDS, check_fit
 from tl_jax.data.readers import builtin
@@ -23,7 +24,7 @@ from tl_jax.data.readers.tables import load_csv, load_table
 __all__ = ["list_split", "load", "overlap", "parse_split", "stratified_order", "without"]
 log = logging.getLogger(__name__)
 BUILTIN = {name: functools.partial(builtin.load_digits, name) for name in builtin.DIGITS} | {"glyphs": load_glyphs}
-IMAGES = {"folder": load_folder, "arrays": load_arrays, "packed": load_packed}
+IMAGES = {"folder": load_folder, "packed": load_packed}
 COLUMNS = {"csv": load_csv, "table": load_table}  # sources with label columns
 DIABETES = "table:diabetes"
 FORMS = ("folder:PATH", "arrays:FILE.npz", "packed:FOLDER", "csv:FILE", "table:FILE", "tfds:NAME", "tfds:NAME:VERSION")
@@ -35,6 +36,7 @@ def load(
     *,
     task: str = "classification",
     labels: Sequence[str] = (),
+    group: str = "",
     shots: int = 0,
     seed: int = 0,
     split_seed: int = 0,
@@ -44,9 +46,11 @@ def load(
     """Loads a split of a source; see docs/data.md for both languages. Several sources are the domains of one.
 
     `task` says what the labels must be: classification, binary (of two classes, the second is positive), multilabel or
-    regression. `labels` names the label columns of csv: and table: sources.
+    regression. `labels` names the label columns of csv: and table: sources. `group` says what belongs together: the
+    name of a column (csv:, table:) or of an array (arrays:), else a regular expression that finds the group in the ids.
 
-    Slices such as `train[:80%]` cut a permutation by `split_seed`, stratified where labels are classes. `shots` > 0
+    Slices such as `train[:80%]` cut a permutation by `split_seed`, stratified where labels are classes; where there
+    are groups it is one of groups, and a slice begins and ends at the nearest end of a group. `shots` > 0
     then takes that many examples of every class (in every domain) by `seed`; more shots contain the fewer.
     `on_error="fail"` raises ValueError naming every file whose header is no image; `"skip"` decodes every image once,
     now, and drops the bad ones into `Source.skipped`. `data_dir` is where tfds keeps its data. Raises ValueError on
@@ -65,7 +69,7 @@ def load(
     slices, domains = parse_split(split), []
     for name in names:
         splits = dict.fromkeys(each.split for each in slices)
-        wholes = {split: _load_whole(name, split, task, labels, on_error, data_dir) for split in splits}
+        wholes = {split: _load_whole(name, split, task, labels, group, on_error, data_dir) for split in splits}
         cut = [_cut(wholes[each.split], each, split_seed) for each in slices]
         domain = join(cut) if len(cut) > 1 else cut[0]
         domain = _draw_shots(domain, shots, seed) if shots else domain
@@ -81,21 +85,29 @@ def check_on_error(on_error: str) -> None:
 
 
 def list_split(
-    source: str, split: str, data_dir: str | None = None, *, task: str = "classification", labels: Sequence[str] = ()
+    source: str,
+    split: str,
+    data_dir: str | None = None,
+    *,
+    task: str = "classification",
+    labels: Sequence[str] = (),
+    group: str = "",
 ) -> Source:
     """A whole split of a source as it lies there, without a look at the images; raises as `load` does."""
     if not re.fullmatch(r"\w+", split):
         raise ValueError(f"expected the name of a split such as train, found {split!r}; slices are cut when loaded")
     kind, _, argument = source.partition(":")
-    if source not in BUILTIN and (kind not in (*IMAGES, *COLUMNS, "tfds") or not argument):
+    if source not in BUILTIN and (kind not in (*IMAGES, *COLUMNS, "arrays", "tfds") or not argument):
         known = (*BUILTIN, DIABETES, *FORMS)
         raise ValueError(f"unknown source {source!r}{nearest(source, known)}. Sources: {', '.join(known)}")
     if labels and kind not in COLUMNS:
         raise ValueError(f"data.labels={tuple(labels)} names columns of csv: and table: sources; {source} has none")
     if source == DIABETES:
-        found = builtin.load_diabetes(split, task, labels)
+        found = builtin.load_diabetes(split, task, labels, group)
     elif kind in COLUMNS:
-        found = COLUMNS[kind](argument, split, task, labels)
+        found = COLUMNS[kind](argument, split, task, labels, group)
+    elif kind == "arrays":
+        found = load_arrays(argument, split, group)
     elif kind == "tfds":
         found = _load_tfds(argument, split, data_dir)
     else:
@@ -103,7 +115,7 @@ def list_split(
     if len(found) == 0:
         raise ValueError(f"{found.name} holds no examples")
     check_fit(found, task)
-    return found
+    return groups.by_pattern(found, group) if group and found.groups is None else found
 
 
 class Slice(NamedTuple):
@@ -142,16 +154,29 @@ def _cut(source: Source, cut: Slice, split_seed: int) -> Source:
     if not (cut.start or cut.stop):
         return source
     n = len(source)
+    order, ends = _permutation(source, split_seed)
 
     def position(bound: str, default: int) -> int:
-        return default if not bound else round(n * float(bound[:-1]) / 100) if bound[-1] == "%" else int(bound)
+        place = default if not bound else round(n * float(bound[:-1]) / 100) if bound[-1] == "%" else int(bound)
+        return int(ends[np.abs(ends - place).argmin()]) if place <= n else place
 
     start, stop = position(cut.start, 0), position(cut.stop, n)
     if not 0 <= start < stop <= n:
-        raise ValueError(f"slice [{cut.start}:{cut.stop}] of {source.name} is empty or beyond its {n} examples")
-    stratified = source.label_kind == "classes"
-    order = stratified_order(source.labels, split_seed) if stratified else _slice_generator(split_seed).permutation(n)
+        whole = f" in {len(ends) - 1} groups, which are not cut" if source.groups is not None else ""
+        raise ValueError(f"slice [{cut.start}:{cut.stop}] of {source.name} is empty or beyond its {n} examples{whole}")
     return source.select(np.sort(order[start:stop]))
+
+
+def _permutation(source: Source, split_seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order [N] that slices cut, and where they may: between any two examples, or any two groups."""
+    member = groups.numbered(source.groups, len(source))
+    if source.label_kind == "classes":
+        grouped = source.labels if source.groups is None else groups.majority(source.labels, member)
+        chosen = stratified_order(grouped, split_seed)
+    else:
+        chosen = _slice_generator(split_seed).permutation(member.max() + 1)
+    order = np.argsort(np.argsort(chosen)[member], kind="stable")
+    return order, np.concatenate([[0], np.bincount(member)[chosen].cumsum()])
 
 
 def _slice_generator(seed: int) -> np.random.Generator:
@@ -167,8 +192,10 @@ def _draw_shots(source: Source, shots: int, seed: int) -> Source:
     return source.select(np.sort(np.concatenate(chosen)))
 
 
-def _load_whole(name: str, split: str, task: str, labels: Sequence[str], on_error: str, data_dir: str | None) -> Source:
-    source, fully = list_split(name, split, data_dir, task=task, labels=labels), on_error == "skip"
+def _load_whole(
+    name: str, split: str, task: str, labels: Sequence[str], group: str, on_error: str, data_dir: str | None
+) -> Source:
+    source, fully = list_split(name, split, data_dir, task=task, labels=labels, group=group), on_error == "skip"
     # Packed images have hashes. The files of tfds have checksums, and a second pass over large records is dear.
     if name in BUILTIN or isinstance(source.inputs, PackedImages if fully else (PackedImages, TfdsImages)):
         return source

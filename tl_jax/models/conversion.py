@@ -10,7 +10,7 @@ import numpy as np
 from tl_jax.core.messages import shorten
 
 SHOWN = 5  # offenders that a message names per kind
-KINDS = ("unused keys", "unfilled leaves", "wrong shapes", "no floats", "non-finite values")
+KINDS = ("unused keys", "unfilled leaves", "wrong shapes", "no floats", "non-finite values", "negative variances")
 Shapes = Mapping[str, tuple[int, ...]]  # per target path
 
 
@@ -127,7 +127,8 @@ def fill(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]):
             problems["unfilled leaves"].append(f"{leaf} (no {', '.join(set(sources) - set(spelling))})")
             continue
         arrays = [tensors[key] for key in keys]
-        defects = [_defect(*each) for each in zip(keys, arrays, source_shapes(transform, shape), strict=True)]
+        expected = source_shapes(transform, shape)
+        defects = [_defect(leaf, *each) for each in zip(keys, arrays, expected, strict=True)]
         for kind, text in filter(None, defects):
             problems[kind].append(text)
         if not any(defects):
@@ -138,15 +139,18 @@ def fill(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]):
     return flat, origins, {kind: offenders for kind, offenders in problems.items() if offenders}
 
 
-def _defect(key: str, array: np.ndarray, shape: tuple[int, ...]) -> tuple[str, str] | None:
-    """What keeps an array from filling its place: (kind, description)."""
+def _defect(leaf: str, key: str, array: np.ndarray, shape: tuple[int, ...]) -> tuple[str, str] | None:
+    """What keeps an array of a file from filling its place in a leaf: (kind, description)."""
     if array.shape != shape:
         return "wrong shapes", f"{key} is {array.shape}, expected {shape}"
     if not np.issubdtype(array.dtype, np.floating):
         return "no floats", f"{key} is {array.dtype}"
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which is what counts here
         bad = array.size - int(np.isfinite(array.astype(np.float32)).sum())
-    return ("non-finite values", f"{key} ({bad} of {array.size})") if bad else None
+    if bad:
+        return "non-finite values", f"{key} ({bad} of {array.size})"
+    below = int((array < 0).sum()) if leaf.endswith("/var") else 0  # the mean of squares is never below zero
+    return ("negative variances", f"{key} ({below} of {array.size})") if below else None
 
 
 def listing(problems: Mapping[str, Sequence[str]]) -> str:

@@ -113,6 +113,7 @@ def load_start(end: Weights) -> Weights:
     """The network as a run began, with the random parts of model.reinit, under the head that the run ended with."""
     if not end.settings.model.weights:
         raise ValueError(f"{end.name} began with random weights, to which no interpolation leads; give a run instead")
+    build.check_hashes(end.settings)
     begun = build.load_model(end.settings, end.card.num_classes, end.card.class_names, end.card.columns)
     params = {**begun.variables["params"], "head": end.variables["params"]["head"]}
     return end._replace(name=START, method="", variables={**begun.variables, "params": params}, saved=None)

@@ -96,12 +96,12 @@ def confusion(predictions: Predictions) -> np.ndarray:
 def summarize(predictions: Predictions, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> dict:
     """Every metric with its interval, as plain JSON-able data (undefined numbers are None); see docs/metrics.md.
 
-    Intervals are percentiles of the bootstrap over examples (Efron 1979), with the same resamples for all metrics.
-    Each of `scalar_names` is {"value", "low", "high"}; also count; a list of rows per_class, per_label or per_target;
-    confusion (rows: true, columns: predicted); level, resamples, seed.
+    Intervals are percentiles of the bootstrap over examples (Efron 1979), or over their groups, with the same resamples
+    for all metrics. Each of `scalar_names` is {"value", "low", "high"}; also count, and groups where there are some; a
+    list of rows per_class, per_label or per_target; confusion (rows: true, columns: predicted); level, resamples, seed.
     """
     metrics, value, count = METRICS[predictions.spec.name], point(predictions), len(predictions.labels)
-    chunks = [_estimates(predictions, weights) for weights in resample(count, resamples, seed)]
+    chunks = [_estimates(predictions, weights) for weights in resample(count, resamples, seed, predictions.groups)]
     samples = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in value}
     found = {name: interval(value[name], samples[name], level) for name in metrics.scalars if name in value}
     if metrics.rows:
@@ -114,7 +114,8 @@ def summarize(predictions: Predictions, *, resamples: int = 1000, level: float =
                 row[name.removesuffix("_each")] = interval(value[name][k], samples[name][:, k], level)
     if metrics.answer:
         found["confusion"] = confusion(predictions).tolist()
-    return {"count": count, **found, "level": level, "resamples": resamples, "seed": seed}
+    grouped = {} if predictions.groups is None else {"groups": len(np.unique(predictions.groups))}
+    return {"count": count, **grouped, **found, "level": level, "resamples": resamples, "seed": seed}
 
 
 def paired_difference(
@@ -140,7 +141,7 @@ def paired_difference(
         raise ValueError(f"unknown metric {metric!r}{nearest(metric, parts)}; known: {', '.join(parts)}")
     value, *samples = (
         np.subtract(*(parts[metric](p, weights)[metric] for p in (a, b)))
-        for weights in itertools.chain([once], resample(len(order), resamples, seed))
+        for weights in itertools.chain([once], resample(len(order), resamples, seed, a.groups))
     )
     return interval(value[0], np.concatenate(samples), level)
 

@@ -1,4 +1,4 @@
-"""The one bootstrap over examples that all metrics share (Efron 1979), and the weighted sums that they are made of."""
+"""The one bootstrap that all metrics share (Efron 1979), and the weighted sums that they are made of."""
 
 from collections.abc import Iterator
 
@@ -11,16 +11,22 @@ CHUNK = 2**22  # weights in memory at a time: 16 MiB in float32
 BINS = 15  # of probabilities, for calibration
 
 
-def resample(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yields [N, B] float32: how often each example is in each of B resamples of N, in chunks that fit the memory."""
+def resample(count: int, resamples: int, seed: int, groups: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Yields [N, B] float32: how often each example is in each of B resamples of N, in chunks that fit the memory.
+
+    With groups [N] it is these that are drawn, each whole (the cluster bootstrap: Davison and Hinkley 1997, section
+    3.8), as the examples of a group are not independent.
+    """
     if resamples < 1:
         raise ValueError(f"resamples={resamples}: expected at least 1")
     rng, size = np.random.default_rng(seed), max(1, CHUNK // count)
+    member = slice(None) if groups is None else np.unique(groups, return_inverse=True)[1]
+    count = count if groups is None else member.max() + 1
     for start in range(0, resamples, size):
         columns = min(size, resamples - start)
         sampled = rng.integers(count, size=(columns, count))
         flat = (sampled * columns + np.arange(columns)[:, None]).ravel()
-        yield np.bincount(flat, minlength=count * columns).reshape(count, columns).astype(np.float32)
+        yield np.bincount(flat, minlength=count * columns).reshape(count, columns).astype(np.float32)[member]
 
 
 def interval(value: float, samples: np.ndarray, level: float) -> dict:

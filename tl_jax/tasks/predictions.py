@@ -22,6 +22,7 @@ class Predictions(NamedTuple):
     ids: np.ndarray  # text [N]
     spec: Spec
     features: np.ndarray | None = None  # float32 [N, D], what the head reads
+    groups: np.ndarray | None = None  # text [N], of data.group
 
     @property
     def values(self) -> np.ndarray:
@@ -29,7 +30,7 @@ class Predictions(NamedTuple):
         return self.outputs[OUTPUT[self.spec.name]]
 
 
-def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None) -> Predictions:
+def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None, groups=None) -> Predictions:
     """Checks and types the arrays; one ValueError for all that is wrong, FloatingPointError where outputs diverged."""
     if spec.name not in OUTPUT:
         raise ValueError(f"there is no task {spec.name!r}{nearest(spec.name, OUTPUT)}; known: {', '.join(OUTPUT)}")
@@ -38,6 +39,7 @@ def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None) -
         raise ValueError(f"predictions of a {spec.name} task have the output {output}, found {sorted(outputs)}")
     values, labels, ids = np.asarray(outputs[output], np.float32), np.asarray(labels), np.asarray(ids, str)
     features = None if features is None else np.asarray(features, np.float32)
+    groups = None if groups is None else np.asarray(groups, str)
     labels = labels[:, None] if spec.name == "regression" and labels.ndim == 1 else labels
     dimensions, least = 1 if spec.name == "binary" else 2, 2 if spec.name == "classification" else 1
     if values.ndim != dimensions or values.shape[0] == 0 or (dimensions == 2 and values.shape[1] < least):
@@ -51,6 +53,8 @@ def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None) -
         wrong.append(f"{len(spec.class_names)} class names, expected {values.shape[1]}")
     if features is not None and (features.ndim != 2 or len(features) != count):
         wrong.append(f"features have shape {features.shape}, expected [{count}, D]")
+    if groups is not None and groups.shape != (count,):
+        wrong.append(f"groups have shape {groups.shape}, expected [{count}]")
     bad = np.flatnonzero(~np.isfinite(values.reshape(count, -1)).all(axis=1))
     diverged = f"{len(bad)} rows of {output} are not finite, first {bad[:5].tolist()}; did the training diverge?"
     if wrong:
@@ -58,7 +62,7 @@ def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None) -
     if len(bad):
         raise FloatingPointError(diverged)
     kind = np.float32 if spec.name == "regression" else np.int32
-    return Predictions({output: values}, labels.astype(kind), ids, spec, features)
+    return Predictions({output: values}, labels.astype(kind), ids, spec, features, groups)
 
 
 def _label_problems(values: np.ndarray, labels: np.ndarray, spec: Spec) -> list[str]:
@@ -79,10 +83,11 @@ def _label_problems(values: np.ndarray, labels: np.ndarray, spec: Spec) -> list[
 
 def save_predictions(path, predictions: Predictions) -> None:
     """Writes checked predictions atomically; see `make_predictions` for the errors."""
-    outputs, labels, ids, spec, features = make_predictions(*predictions)
+    outputs, labels, ids, spec, *further = make_predictions(*predictions)
     rest = spec._asdict()
     arrays = {**outputs, "labels": labels, "ids": ids, "class_names": np.asarray(rest.pop("class_names"), str)}
-    arrays |= {"task": np.asarray(json.dumps(rest))} | ({} if features is None else {"features": features})
+    arrays |= {"task": np.asarray(json.dumps(rest))}
+    arrays |= {name: x for name, x in zip(("features", "groups"), further, strict=True) if x is not None}
     with files.atomic_write(path) as file:
         np.savez(file, **arrays)
 
@@ -95,10 +100,10 @@ def load_predictions(path) -> Predictions:
             table = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
             output = OUTPUT.get(table.get("name", Spec().name), "logits")
             expected = {output, "labels", "ids", "class_names"}
-            if wrong := sorted(expected.symmetric_difference(arrays) - {"features", "task"}):
+            if wrong := sorted(expected.symmetric_difference(arrays) - {"features", "groups", "task"}):
                 raise ValueError(f"holds {arrays.files}, expected {sorted(expected)}; missing or unknown: {wrong}")
             spec = Spec(**table, class_names=tuple(map(str, arrays["class_names"])))
-            given = {output: arrays[output]}, arrays["labels"], arrays["ids"], spec, arrays.get("features")
-            return make_predictions(*given)
+            further = arrays.get("features"), arrays.get("groups")
+            return make_predictions({output: arrays[output]}, arrays["labels"], arrays["ids"], spec, *further)
     except (ValueError, TypeError, EOFError, FloatingPointError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: no sound predictions.npz ({error})") from None

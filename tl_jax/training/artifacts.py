@@ -159,10 +159,12 @@ def _facts(run: Run, split: str, spec: Spec) -> dict[str, Any]:
     return {
         "model": run.material.card.model,
         "method": run.settings.phases[0].method.name,
+        **({"weights_sha256": sha256} if (sha256 := run.material.base["sha256"]) else {}),
         "data": run.material.data[split].name,
         "split": split,
         "select": run.settings.loop.select,
         **({"task": spec.name} if spec.name != "classification" else {}),
         **({"threshold": spec.threshold} if spec.threshold is not None else {}),
         **({"transductive": shared} if run.settings.data.transductive else {}),
+        "duplicates": run.material.duplicates,
     }

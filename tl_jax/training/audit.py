@@ -18,6 +18,7 @@ from tl_jax.core.card import Card
 from tl_jax.core.trees import FROZEN, Match
 from tl_jax.methods.rules import places
 from tl_jax.training import optim
+from tl_jax.weights import sanity
 
 
 def norm_policies(batch_stats: Any, labels: Mapping[str, str], rules: trees.Rules) -> dict[str, str]:
@@ -164,7 +165,7 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
     caption = (
         f"{totals['trainable']:,} of {totals['parameters']:,} parameters train ({share:.2f} %), "
         f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values\n{_input(card)}\n"
-    ) + ", ".join(f"{split} {facts['examples']:,} examples" for split, facts in audit["data"].items())
+    ) + ", ".join(f"{split} {_count(facts)}" for split, facts in audit["data"].items())
     table = Table(title=f"transfer audit: {card['model']}", caption=caption, box=box.SIMPLE_HEAD)
     for name in ("part", "params", "origin", "group", "lr x", "decay", "statistics"):
         justify = "right" if name in ("params", "lr x", "decay") else "left"
@@ -185,6 +186,16 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
         trains = any(row["trainable"] for row in blocks[names[0]])
         table.add_row(name, f"{values:,}", *cells, style=None if trains else "dim")
     return table
+
+
+def _count(facts: Mapping[str, Any]) -> str:
+    grouped = f" in {facts['groups']:,} groups" if "groups" in facts else ""
+    return f"{facts['examples']:,} examples{grouped}"
+
+
+def sanity_lines(audit: Mapping[str, Any]) -> list[str]:
+    """What the values of each weight file look like, for the console under the table; of the first phase alone."""
+    return [f"weights of {name}: {sanity.line(found)}" for name, found in audit.get("sanity", {}).items()]
 
 
 def _input(card: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from tl_jax.tasks import Spec
 from tl_jax.training import audit, inputs, optim, steps, terms
 from tl_jax.training.phases import Material, Phase, check_prefixes, make_phase
 from tl_jax.training.settings import Settings, naming, read
-from tl_jax.weights import load
+from tl_jax.weights import hub, load, sanity
 
 
 class Run(NamedTuple):
@@ -64,6 +64,7 @@ def prepare(settings: Settings, parallel: sharding.Parallel) -> Material:
     """Loads data and networks."""
     made = terms.make_terms(settings)
     sharding.check_batch_size(settings.loop.batch_size, settings.loop.accumulate, parallel.mesh.size)
+    check_hashes(settings)
     keep_compiled_programs()
     data, table = inputs.load_sources(settings), settings.table
     train = data[MAIN]
@@ -72,7 +73,7 @@ def prepare(settings: Settings, parallel: sharding.Parallel) -> Material:
     with naming(table, *(f"model.{name}" for name in ("name", "weights", "image_size", "reinit", "head", "head_init"))):
         loaded = load_model(settings, tasks.make(spec).outputs, train.class_names, train.columns)
     with naming(table, "model.name", "data.source", "data.card"):
-        card = _finish_card(settings, loaded.card, spec, train)
+        card = _finish_card(settings, loaded.card.replace(sha256=loaded.sha256), spec, train)
     with naming(table, "method.add"):
         model = _configure(settings, loaded, parallel)
         added = peft.init(model.model, loaded.variables, model.additions, jax.random.key(settings.loop.seed))
@@ -89,11 +90,15 @@ def prepare(settings: Settings, parallel: sharding.Parallel) -> Material:
         column = name if name in given and settings.networks[name].cache else ""
         own_card = card if network.module is model else network.card
         readers[name] = steps.Reader(network.module, own_card, fields.get(name, card.input), column)
-    facts = {name: {"name": s.name, "examples": len(s), "fingerprint": s.fingerprint} for name, s in data.items()}
+    facts = {name: inputs.facts_of(source) for name, source in data.items()}
     base = {"file": settings.model.weights, "sha256": loaded.sha256}
+    files = {MODEL: (loaded.variables, loaded.origins)}
+    files |= {name: (network.variables, {}) for name, network in given.items() if settings.networks[name].weights}
+    looked = {name: found for name, each in files.items() if (found := _examine(*each))}
     return Material(
         data, streams, eval_batches, model, variables, origins, memory, networks, readers,
-        start._replace(variables=variables), spec, card, base, facts, inputs.transductive(data, settings),
+        start._replace(variables=variables), spec, card, base, looked, facts, inputs.transductive(data, settings),
+        inputs.find_duplicates(data, settings),
     )  # fmt: skip
 
 
@@ -117,6 +122,19 @@ def assemble(settings: Settings, material: Material, parallel: sharding.Parallel
     run = Run(settings, material, tuple(phases), json.loads(json.dumps(tables)))
     intervals(run)
     return run
+
+
+def check_hashes(settings: Settings) -> None:
+    """Raises one ValueError for all weight files that have not the sha256 that the config gives."""
+    given = {"model.weights_sha256": (settings.model.weights, settings.model.weights_sha256)}
+    given |= {f"networks.{name}.sha256": (each.weights, each.sha256) for name, each in settings.networks.items()}
+    hub.check({option: pair for option, pair in given.items() if all(pair)})
+
+
+def _examine(variables: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
+    """What `sanity.examine` finds in the leaves of a network that a file gave; {} where none did."""
+    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(variables).items() if origins.get(path) != "new"}
+    return sanity.examine(flat) if flat else {}
 
 
 def load_model(

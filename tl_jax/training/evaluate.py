@@ -22,7 +22,8 @@ def predict(
     outputs that are not finite.
     """
     outputs, labels = collect(lambda x: eval_fn(variables, x), batches, field, parallel)
-    return make_predictions(outputs, labels, list(batches.source.ids), spec, outputs.pop(FEATURES))
+    source, features = batches.source, outputs.pop(FEATURES)
+    return make_predictions(outputs, labels, list(source.ids), spec, features, source.groups)
 
 
 def collect(

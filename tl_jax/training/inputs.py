@@ -2,16 +2,17 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 
-from tl_jax.core import messages
+from tl_jax.core import checks, messages
 from tl_jax.core.card import PIXELS, Card
-from tl_jax.data import pipeline, resample, sources
+from tl_jax.data import duplicates, groups, pipeline, resample, sources
 from tl_jax.data.examples import Source
 from tl_jax.data.pipeline import EvalBatches, TrainBatches, View
 from tl_jax.methods.term import MAIN
-from tl_jax.runtime import sharding
+from tl_jax.runtime import distributed, sharding
 from tl_jax.runtime.log import log
 from tl_jax.training.settings import DataSettings, Settings, StreamSettings, naming
 
@@ -24,7 +25,7 @@ def load_sources(settings: Settings) -> dict[str, Source]:
     with naming(settings.table, "data.train", "data.val", "data.test"):
         _check_splits(data, loop.select == "best_val" or bool(loop.patience), settings.streams)
     common = {"task": settings.loop.task, "labels": data.labels, "seed": loop.seed, "split_seed": data.split_seed}
-    common |= {"on_error": data.on_error, "data_dir": data.data_dir or None}
+    common |= {"on_error": data.on_error, "data_dir": data.data_dir or None, "group": data.group}
 
     def read(name, source, split, shots=0):
         with naming(settings.table, *_options_of(name, settings)):
@@ -94,6 +95,13 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
                 f"{', '.join(_options_of(name, settings)[:2])}: {count} of {name} ({found[name].name}) are also in "
                 f"train ({train.name}), such as {min(shared)}; use splits that do not overlap"
             )
+    lines = [
+        f"{len(both)} groups of {stream} are in {name} too, such as {both[0]!r}"
+        for stream in trained_names(settings)
+        for name in scored_names(found, settings)
+        if not (name == "test" and data.resample == "loo") and (both := groups.shared(found[stream], found[name]))
+    ]
+    checks.refuse("data.group says what no split may cut; take slices of one split, which keep groups whole", lines)
     if (shared := transductive(found, settings)) and not data.transductive:
         stream, name = next(iter(shared))
         raise ValueError(
@@ -103,9 +111,39 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
         )
 
 
+def facts_of(source: Source) -> dict[str, Any]:
+    """What the audit tells of a source; its fingerprint tells whether a resumed run reads the same."""
+    grouped = {} if source.groups is None else {"groups": len(set(source.groups.tolist()))}
+    return {"name": source.name, "examples": len(source), **grouped, "fingerprint": source.fingerprint}
+
+
 def scored_names(found: Mapping[str, Source], settings: Settings) -> list[str]:
     """The names of the sources that are scored."""
     return [name for name in found if name != MAIN and name not in settings.streams]
+
+
+def trained_names(settings: Settings) -> list[str]:
+    """The names of the streams that may not hold what is scored: all but those that transductive training allows."""
+    further = [name for name, stream in settings.streams.items() if stream.labelled or not settings.data.transductive]
+    return [MAIN, *further]
+
+
+def find_duplicates(found: Mapping[str, Source], settings: Settings) -> dict[str, Any]:
+    """The duplicates of the run, for result.json; ValueError where examples that are scored have some in training.
+
+    Rows of a table may be equal without being the same example: these are told, never refused.
+    """
+    trained = trained_names(settings)
+    compared = {name: found[name] for name in [*trained, *scored_names(found, settings)]}
+    table = distributed.from_first(lambda: duplicates.find(compared, trained))
+    if (count := sum(table["across"].values())) and not settings.data.allow_duplicates and not found[MAIN].columns:
+        fix = (
+            "remove one of each pair, keep what belongs together in groups (data.group), or set "
+            "data.allow_duplicates=True, which result.json then says"
+        )
+        lines = [f"{kind}: {a} = {b}" for kind, a, b in table["pairs"][:count]]
+        checks.refuse(f"{count} examples are trained on and scored, under two names or as a near copy; {fix}", lines)
+    return table
 
 
 def transductive(found: Mapping[str, Source], settings: Settings) -> dict[tuple[str, str], int]:
@@ -122,7 +160,7 @@ def _resample(pool: Source, design: str, split_seed: int) -> dict[str, Source]:
     """Train and test of one fold of the pool; leave-one-out keeps all of it in both."""
     if design == "loo":
         return {"test": dataclasses.replace(pool, name=f"{pool.name}, leave-one-out")}
-    train, held_out = resample.split(pool.labels, design, split_seed)
+    train, held_out = resample.split(pool.labels, design, split_seed, pool.groups)
     return {
         MAIN: dataclasses.replace(pool.select(train), name=f"{pool.name}, {design}"),
         "test": dataclasses.replace(pool.select(held_out), name=f"{pool.name}, held out of {design}"),

@@ -28,7 +28,8 @@ class Material(NamedTuple):
 
     data: the sources by name. streams: of training, by step. eval_batches: of all that is scored. model: as it is
     evaluated. variables, origins, memory: as training begins. networks: the further ones, readers: all of them. start:
-    what the terms are told. shared: examples that are trained on without labels and scored, for result.json.
+    what the terms are told. sanity: of each network that a file gave, by weights/sanity.py. shared: examples that are
+    trained on without labels and scored; duplicates: from `inputs.find_duplicates`; both for result.json.
     """
 
     data: dict[str, Source]
@@ -44,8 +45,10 @@ class Material(NamedTuple):
     spec: Spec
     card: Card
     base: dict[str, str]
+    sanity: dict[str, dict[str, Any]]
     facts: dict[str, dict[str, Any]]
     shared: dict[tuple[str, str], int]
+    duplicates: dict[str, Any]
 
 
 class Phase(NamedTuple):
@@ -119,6 +122,7 @@ def make_phase(
         auxiliary=tuple(networks),
     )  # fmt: skip
     report["weights"] = material.base
+    report |= {} if previous else {"sanity": material.sanity}
     start = previous.stop if previous else 0
     plan = _make_plan(settings, phase, phase_terms, material, parallel, labels, policies)
     return Phase(

@@ -67,7 +67,7 @@ def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Sc
     size = next(iter(material.eval_batches.values())).batch_size  # so that one program serves all
     where = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = pipeline.eval_batches(distinct, views, size, num_workers=settings.data.workers, **where)
-    seen = _predict(run, parallel, {**material.eval_batches, MAIN: batches}, stop_requested)
+    seen = predict(run, parallel, {**material.eval_batches, MAIN: batches}, stop_requested)
     train, val = seen.pop(MAIN), seen.get("val")
     examples = (train.features[index], train.labels[index]), val and (val.features, val.labels)
     check_stop = functools.partial(check, stop_requested, "between two fits")
@@ -89,15 +89,15 @@ def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) 
             f"data.resample='loo' with method.grid={grid} and the extra sets {extra}: it scores data.train itself, "
             "with one given value; set one value in method.grid, and leave data.val and data.extra_eval empty"
         )
-    pool = _predict(run, parallel, material.eval_batches, stop_requested)["test"]
-    examples = pool.features, pool.labels, resample.leave_one_out(pool.labels)
+    pool = predict(run, parallel, material.eval_batches, stop_requested)["test"]
+    examples = pool.features, pool.labels, resample.leave_one_out(pool.labels, material.data["test"].groups)
     check_stop = functools.partial(check, stop_requested, "between two fits")
     with naming(run.settings.table, "method.name", "method.grid"):
         (logits,) = probes.cross_predict(method.name, *examples, run.task.outputs, grid[0], check_stop=check_stop)
     return Scored({"test": pool._replace(outputs={"logits": logits})}, {}, grid[0], [])
 
 
-def _predict(
+def predict(
     run: Run, parallel: sharding.Parallel, sets: Mapping[str, pipeline.EvalBatches], stop_requested: Stop
 ) -> dict[str, Predictions]:
     """The features of each set, as predictions with the logits of the network as it was loaded."""

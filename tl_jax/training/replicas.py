@@ -336,9 +336,8 @@ class Replicas:
             place = self._places[j]
             own = {name: values[place] for name, values in outputs.items()}
             try:
-                found[j] = make_predictions(
-                    own, labels, list(batches.source.ids), run.task.spec, features[place] if depends else features
-                )
+                read, source = features[place] if depends else features, batches.source
+                found[j] = make_predictions(own, labels, list(source.ids), run.task.spec, read, source.groups)
             except FloatingPointError as error:  # no reason for the others to stop
                 found[j] = error
         return found

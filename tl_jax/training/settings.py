@@ -50,6 +50,7 @@ class NetworkSettings(NamedTuple):
     weights: str = ""
     image_size: int = 0
     cache: str = ""
+    sha256: str = ""  # that the file must have; "": any
 
 
 class Settings(NamedTuple):

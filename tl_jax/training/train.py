@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tl_jax.core import files, manifest
+from tl_jax.data import duplicates
 from tl_jax.methods import probes
 from tl_jax.runtime import distributed, sharding, workdir
 from tl_jax.runtime.checkpoint import Checkpoints
@@ -90,7 +91,8 @@ def _opened(run: Run, folder: pathlib.Path):
     """Holds the workdir of a run for this process, with its options and its audit in it."""
     with workdir.lock(folder):
         (folder / manifest.NAME).unlink(missing_ok=True)  # of a process that died before result.json
-        files.write_json(folder / "config.json", dict(run.settings.table))
+        found = {"model.weights_sha256": run.material.base["sha256"]}  # so that this config asks for the same bytes
+        files.write_json(folder / "config.json", {**run.settings.table, **found})
         files.write_json(folder / "audit.json", audit.join([phase.audit for phase in run.phases]))
         yield
 
@@ -100,9 +102,12 @@ def _show(run: Run) -> None:
     for phase in run.phases:
         log(f"\nphase {phase.start} .. {phase.stop} of {run.total_steps} steps" if len(run.phases) > 1 else "")
         log(audit.to_table(phase.audit, run.material.model.cuts))
+        for line in audit.sanity_lines(phase.audit):
+            log(line)
         if prefix := phase.plan.prefix:
             once = "its outputs are cached" if prefix.cached else "cache='features' would compute it once"
             log(f"frozen prefix, up to {prefix.cut}: no gradient, no statistics; {once}\n")
+    log(duplicates.summary(run.material.duplicates))
     for (stream, name), count in run.material.shared.items():
         log(f"transductive: {count} examples of {name}, which is scored, are in the training stream {stream!r}")
 

@@ -16,10 +16,11 @@ import safetensors.numpy
 from tl_jax.core import files, manifest
 from tl_jax.weights import torch_files
 
+TORCH = (".pth", ".pt", ".th", ".bin")
 SUFFIXES = {
     ".safetensors": ("safetensors",),
     ".npz": ("npz",),
-    **dict.fromkeys((".pth", ".pt", ".th", ".bin"), ("torch zip", "torch legacy")),
+    **dict.fromkeys(TORCH, ("torch zip", "torch legacy")),
 }
 _SAFETENSORS_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 _DAMAGE = (safetensors.SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, MemoryError, OSError)

@@ -1,10 +1,11 @@
-"""Where weights come from: `builtin:NAME`, `hf://owner/name[/file]@revision`, or a path; each with an optional hash."""
+"""Where weights come from, `builtin:NAME`, `hf://owner/name[/file]@revision`, or a path; and hashes of the bytes."""
 
 import difflib
 import hashlib
 import os
 import pathlib
 import re
+from collections.abc import Mapping
 
 from tl_jax.weights import formats
 
@@ -32,6 +33,33 @@ def resolve(spec: str | os.PathLike) -> pathlib.Path:
     if pin and (found := formats.sha256(path)) != pin:
         raise ValueError(f"{spec}: sha256 is {found}, expected {pin}; the file changed or the pin is of another one")
     return path
+
+
+def check(expected: Mapping[str, tuple[str, str]]) -> None:
+    """Raises one ValueError for all files of `{option: (weight spec, sha256)}` whose bytes have another sha256."""
+    found = {key: formats.sha256(resolve(spec)) for key, (spec, _) in expected.items()}
+    wrong = [
+        f"{key}: {spec} has sha256 {found[key]}, expected {pin}"
+        for key, (spec, pin) in expected.items()
+        if found[key] != pin
+    ]
+    if wrong:
+        fix = "bring back the file that was meant; if these bytes are, set the option to ''"
+        raise ValueError("\n  ".join([f"weight files that are not the expected ones; {fix}:", *wrong]))
+
+
+def check_name(path: pathlib.Path) -> str:
+    """The sha256 of a file; ValueError where its name ends in the beginning of another, as torch.hub's names do.
+
+    Such an end is 8 to 64 hex digits behind - or _, digits and letters, of a file of torch.save: a converted file has
+    other bytes under the same name, and 20210101 is a date.
+    """
+    found, name = formats.sha256(path), re.fullmatch(r".*[-_]([0-9a-f]{8,64})", path.stem)
+    hashed = name and path.suffix in formats.TORCH and not name[1].isdigit() and not name[1].isalpha()
+    if hashed and not found.startswith(name[1]):
+        fix = "download it again; if these bytes are meant, rename the file"
+        raise ValueError(f"{path} has sha256 {found}, expected one that begins with {name[1]}, as its name says; {fix}")
+    return found
 
 
 def _builtin(name):

@@ -55,7 +55,8 @@ def load(
     (`head_init`, "zeros" or "lecun", is of the last), 0 makes none. `image_size` rebuilds a model with position
     embeddings for another input, resampling them. `columns`: of a table, in the order in which the network reads them.
     A file whose publisher computes or preprocesses differently gives the model's flavour (`card.model` names it).
-    Raises one ValueError that lists every unused key, unfilled leaf, wrong shape and non-finite value.
+    Raises ValueError for a file whose bytes have another hash than its name says, and one that lists every unused key,
+    unfilled leaf, wrong shape, non-finite value and negative variance.
     """
     if head_init not in HEAD_INIT:
         raise ValueError(f"head_init={messages.brief(head_init)} is unknown; known: {', '.join(HEAD_INIT)}")
@@ -94,11 +95,12 @@ def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Var
     """A file's tensors, layout, variant, card (its own, or the variant's with source and hash) and sha256."""
     file = hub.resolve(path)
     tensors, metadata = formats.read(file)
+    sha256 = hub.check_name(file)
     card = Card.from_json(metadata[CARD_KEY]) if CARD_KEY in metadata else None
     if not (name or card):
         raise ValueError(f"{path} has no weight card that names its model: give the name{_looks_like(tensors)}")
     name = name or card.model
-    layout, variant, sha256 = _detect(name, path, tensors), models.get(name), formats.sha256(file)
+    layout, variant = _detect(name, path, tensors), models.get(name)
     if card and card.model not in (name, *variant.flavours.values()):
         raise ValueError(f"{path} holds weights of {card.model!r} according to its card, asked for was {name!r}")
     variant = models.get(card.model if card else variant.flavours.get(layout, name))
@@ -153,7 +155,7 @@ def export(
 
     timm and torchvision load the file with their strict `load_state_dict`; a head with layers lies under this package's
     names, which they do not know. Raises one ValueError for a card of another model, and for missing, surplus,
-    misshapen or non-finite leaves.
+    misshapen or non-finite leaves, and negative variances.
     """
     variant = models.get(name)
     if card.model not in (name, *variant.flavours.values()):
@@ -170,6 +172,7 @@ def export(
         "surplus leaves": sorted(found.keys() - shapes.keys()),
         "wrong shapes": [f"{x} is {s}, expected {shapes[x]}" for x, s in found.items() if shapes.get(x, s) != s],
         "non-finite values": [leaf for leaf, value in flat.items() if not np.isfinite(value.astype(np.float32)).all()],
+        "negative variances": [leaf for leaf, value in flat.items() if leaf.endswith("/var") and (value < 0).any()],
     }
     if any(problems.values()):
         raise ValueError(f"cannot export these variables as {name}: {tables.listing(problems)}")

@@ -10,6 +10,7 @@ import numpy as np
 
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import shorten
+from tl_jax.data import groups
 from tl_jax.data.examples import EncodedImages, Source, check_split
 from tl_jax.data.readers.folder import check_file
 
@@ -32,13 +33,14 @@ def array_source(
     return Source(f"{name} {split}", images, labels, class_names, ids, sizes)
 
 
-def load_arrays(path: str, split: str) -> Source:
+def load_arrays(path: str, split: str, group: str = "") -> Source:
     """Reads one split of an .npz file, or the file `{split}.npz` of a folder.
 
     Keys: `image` (uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]), or `bytes` (uint8) with `offsets` (int [N + 1]) for
     encoded images; `label` or `labels` (classes int [N], from 0; labels of 0 and 1 [N, K]; numbers float [N] or
-    [N, T]); optionally `classes` (names). With a prefix (`train_image`, `train_label`, ...) one file holds several
-    splits; without, it is the train split. Raises FileNotFoundError, or ValueError that says what is wrong.
+    [N, T]); optionally `classes` (names), and the array that `group` names (int or text [N]). With a prefix
+    (`train_image`, `train_label`, ...) one file holds several splits; without, it is the train split. Raises
+    FileNotFoundError, or ValueError that says what is wrong.
     """
     root = Path(path).expanduser()
     file = root / f"{split}.npz" if root.is_dir() else root
@@ -53,7 +55,15 @@ def load_arrays(path: str, split: str) -> Source:
     prefix = f"{split}_" if prefixes else ""
     keys = ("image", "bytes", "offsets", "label", "labels")
     found = {key: arrays[prefix + key] for key in keys if prefix + key in arrays}
-    return check_arrays(file, f"arrays:{path}", split, found, arrays.get("classes"))
+    source = check_arrays(file, f"arrays:{path}", split, found, arrays.get("classes"))
+    if not group:
+        return source
+    named = arrays.get(prefix + group)
+    if named is None or named.dtype.kind not in "iuU" or named.shape != (len(source),):
+        is_there = f"it is {named.dtype} {list(named.shape)}" if named is not None else f"arrays: {', '.join(arrays)}"
+        expected = f"data.group={group!r} to be the array {prefix + group!r}, integers or text [{len(source)}]"
+        raise ValueError(f"{file}: expected {expected}; {is_there}")
+    return groups.with_groups(source, named.astype(str).tolist())
 
 
 def read_npz(stream: BinaryIO) -> dict[str, np.ndarray]:

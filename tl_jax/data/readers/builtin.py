@@ -55,13 +55,13 @@ def load_digits(name: str, split: str) -> Source:
     return array_source(name, split, np.repeat(grey[..., None], 3, axis=3), labels, class_names)
 
 
-def load_diabetes(split: str, task: str, labels: Sequence[str] = ()) -> Source:
+def load_diabetes(split: str, task: str, labels: Sequence[str] = (), group: str = "") -> Source:
     """scikit-learn's diabetes: ten measurements, unscaled, and `target`. Every fourth row is test, the others train."""
     data, target = _read("diabetes_data_raw.csv.gz"), _read("diabetes_target.csv.gz")
     columns = {name: cells for name, *cells in zip(DIABETES, *(line.split() for line in data), strict=True)}
     columns |= {"target": target, "split": ["test" if i % 4 == 3 else "train" for i in range(len(data))]}
     table = Table("table:diabetes", columns, np.arange(1, len(data) + 1))
-    return table_source(f"table:diabetes {split}", table, split, task, labels)
+    return table_source(f"table:diabetes {split}", table, split, task, labels, group)
 
 
 def _read(name: str) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import nearest
+from tl_jax.data import groups
 from tl_jax.data.examples import Source, check_split, file_source
 from tl_jax.data.labels import Table, encode, number_columns, parse_numbers
 from tl_jax.data.readers.folder import SPLITS, check_file
@@ -45,8 +46,8 @@ def read_table(path: str) -> Table:
     return Table(str(file), dict(zip(header, zip(*bodies, strict=True), strict=True)), np.array(numbers))
 
 
-def load_csv(path: str, split: str, task: str, labels: Sequence[str] = ()) -> Source:
-    """The images that a file lists, with its label columns.
+def load_csv(path: str, split: str, task: str, labels: Sequence[str] = (), group: str = "") -> Source:
+    """The images that a file lists, with its label columns and the column of groups.
 
     The column `file`, `image`, `path` or `filename` holds paths relative to the folder of the file; the optional column
     `split` the names of splits, without it all is train. `labels` names the label columns; by default all others.
@@ -58,13 +59,15 @@ def load_csv(path: str, split: str, task: str, labels: Sequence[str] = ()) -> So
             f"{table.where} has no column of image files; found {', '.join(table.columns)}, expected one of "
             f"{', '.join(IMAGE_COLUMNS)}. Rename it, or use table:{path} for rows of numbers"
         )
-    others = [column for column in table.columns if column not in (images, table.find(("split",)))]
+    _check_group(table, group)
+    others = [column for column in table.columns if column not in (images, group, table.find(("split",)))]
     names = _label_names(table, labels, others, default=others)
     chosen, paths = rows_of_split(table, split), table.columns[images]
     _check_paths(table, images)
     values, class_names = encode(task, table, names, chosen)
     picked = [paths[i] for i in chosen]
-    return file_source(f"csv:{path} {split}", str(Path(table.where).parent), picked, values, class_names)
+    found = file_source(f"csv:{path} {split}", str(Path(table.where).parent), picked, values, class_names)
+    return _grouped(found, table, group, chosen)
 
 
 def _check_paths(table: Table, column: str) -> None:
@@ -78,23 +81,24 @@ def _check_paths(table: Table, column: str) -> None:
     refuse(f"{table.where}: {len(problems)} rows do not name an image of their own; {fix}", problems)
 
 
-def load_table(path: str, split: str, task: str, labels: Sequence[str] = ()) -> Source:
-    """The rows of a file as inputs: all columns of numbers beside the labels and `split`; see `table_source`."""
+def load_table(path: str, split: str, task: str, labels: Sequence[str] = (), group: str = "") -> Source:
+    """The rows of a file as inputs: all columns of numbers beside labels, group and `split`; see `table_source`."""
     table = read_table(path)
     images = table.find(IMAGE_COLUMNS)
     if images and np.isinf(parse_numbers(table.columns[images])).any():
         raise ValueError(f"{table.where} lists image files in {images!r}; use csv:{path}, or remove the column")
-    return table_source(f"table:{path} {split}", table, split, task, labels)
+    return table_source(f"table:{path} {split}", table, split, task, labels, group)
 
 
-def table_source(name: str, table: Table, split: str, task: str, labels: Sequence[str] = ()) -> Source:
+def table_source(name: str, table: Table, split: str, task: str, labels: Sequence[str] = (), group: str = "") -> Source:
     """One split of a table as a source of float32 rows.
 
     labels: the label columns; by default the one column that is called label, target or y. Columns of text are left
     out, with a warning. Raises ValueError that lists every cell that is missing or no number.
     """
     known = [column for column in table.columns if column.lower() in LABEL_COLUMNS]
-    others = [column for column in table.columns if column != table.find(("split",))]
+    _check_group(table, group)
+    others = [column for column in table.columns if column not in (group, table.find(("split",)))]
     names = _label_names(table, labels, others, default=known if len(known) == 1 else [])
     chosen, inputs, text = rows_of_split(table, split), [], []
     for column in (column for column in others if column not in names):
@@ -109,7 +113,7 @@ def table_source(name: str, table: Table, split: str, task: str, labels: Sequenc
     if text:
         log.warning("%s: columns of text are not read: %s", table.where, ", ".join(text))
     targets, class_names = encode(task, table, names, chosen)
-    return Source(
+    found = Source(
         name=name,
         inputs=values.astype(np.float32),
         labels=targets,
@@ -118,6 +122,17 @@ def table_source(name: str, table: Table, split: str, task: str, labels: Sequenc
         sizes=np.full(len(chosen), 4 * len(inputs), np.int64),
         columns=tuple(inputs),
     )
+    return _grouped(found, table, group, chosen)
+
+
+def _check_group(table: Table, group: str) -> None:
+    if group and group not in table.columns:
+        known = f"{nearest(group, table.columns)}; columns: {', '.join(table.columns)}"
+        raise ValueError(f"{table.where} has no column data.group={group!r}{known}")
+
+
+def _grouped(source: Source, table: Table, group: str, chosen: np.ndarray) -> Source:
+    return groups.with_groups(source, [table.columns[group][i] for i in chosen]) if group else source
 
 
 def _label_names(table: Table, labels: Sequence[str], others: list[str], default: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tl_jax import tasks
 from tl_jax.core.files import read_json, read_rows
+from tl_jax.core.messages import shorten
 from tl_jax.studies import store
 from tl_jax.studies.report import statistics
 from tl_jax.training import finished
@@ -31,6 +32,7 @@ class Run(NamedTuple):
     scores: Mapping[str, float | None] = {}
     cost: Mapping[str, float | None] = {}
     device: str = ""
+    weights: tuple[str, str] = ("", "")  # file and sha256
 
     @property
     def word(self) -> str:
@@ -98,7 +100,25 @@ def load(workdir: pathlib.Path) -> Results:
     for row in plan["runs"]:
         cell, unit = tuple(row["levels"][factor] for factor in plan["factors"]), (row["seed"], row["fold"])
         grid.setdefault(cell, {})[unit] = _load_run(workdir, row["key"], cell, unit)
-    return Results(*(plan[field] for field in Results._fields[:-1]), grid)
+    found = Results(*(plan[field] for field in Results._fields[:-1]), grid)
+    _check_weights(found, workdir)
+    return found
+
+
+def _check_weights(results: Results, workdir: pathlib.Path) -> None:
+    """Raises one ValueError for runs that name the same weight file and were trained on different bytes of it."""
+    runs: dict[str, dict[str, list[str]]] = {}
+    for run in results.runs():
+        if all(run.weights):
+            runs.setdefault(run.weights[0], {}).setdefault(run.weights[1], []).append(run.key)
+    wrong = []
+    for file, kinds in runs.items():
+        texts = [f"sha256 {sha256[:12]} in {', '.join(shorten(keys, 5))}" for sha256, keys in kinds.items()]
+        wrong += [f"{file}: {'; '.join(texts)}"] if len(kinds) > 1 else []
+    if wrong:
+        fix = "bring back the one file that was meant, remove the folders of the others in runs/, and train these again"
+        what = f"{workdir} has runs that name the same weights and were trained on different bytes; {fix}:"
+        raise ValueError("\n  ".join([what, *wrong]))
 
 
 def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
@@ -109,7 +129,7 @@ def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
             return run._replace(error=last_line(read_json(folder / "failed.json", store.FAILED)["error"], workdir))
         if run.state != "done":
             return run
-        store.read_config(folder)
+        config = store.read_config(folder)
         result = finished.read(folder)
         cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
     except ValueError as error:  # a run whose numbers cannot be read is shown as failed, the others as they are
@@ -120,7 +140,8 @@ def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
               for metric, entry in summary.items() if isinstance(entry, dict)}  # fmt: skip
     known = {"trainable_parameters": result.get("trainable_parameters"), **cost}
     known_costs = {name: _finite(known.get(name)) for name in COSTS}
-    return run._replace(scores=scores, cost=known_costs, device=cost.get("device") or "")
+    weights = config.model.weights, result.get("weights_sha256", "")
+    return run._replace(scores=scores, cost=known_costs, device=cost.get("device") or "", weights=weights)
 
 
 def last_line(error: str, workdir: pathlib.Path) -> str:
