@@ -26,6 +26,8 @@ OPTIONS = {
     "--workers": ("-1", "x", "1000000000"),
     "--interpolation": ("x", ""),
     "--split": ("", "tst", "train[", "train[5:5]", "train,train"),
+    "--splits": ("tst", ",", "train[:10%]"),
+    "--label": ("x",),
     "--labels": ("x", "", ",", "x,x"),
     "--num-classes": ("3", "x"),
     "--layout": ("x", ""),
@@ -57,6 +59,7 @@ def valid(place):
         "predict": [run, f"{images}/a/1.png"],
         "evaluate": [run, "digits"],
         "metrics": [f"{run}/predictions.npz"],
+        "labels": [run],
         "inspect": [GLYPHS],
         "convert": ["resnet8_cifar", GLYPHS, str(place / "out.safetensors")],
         "pack": [f"folder:{images}", str(place / "packed")],
@@ -70,7 +73,12 @@ def valid(place):
 def harmless(argv):
     """What equals the default, is not needed (weights of a run that has its own), or is a fine name of a folder."""
     name, (flag, value) = argv[0], argv[-1].split("=", 1)
-    taken = {("predict", "--weights", value), ("soup", "--out", "x.txt"), ("wise_ft", "--out", "x.txt")}
+    taken = {
+        ("predict", "--weights", value),
+        ("soup", "--out", "x.txt"),
+        ("wise_ft", "--out", "x.txt"),
+        ("labels", "--out", "x.txt"),
+    }
     return value in ("", "train,train") or (name, flag, value) in taken
 
 

@@ -220,9 +220,9 @@ COMMANDS = {
     labels: ("rank the labels of a finished run's data by how likely they are wrong", (
         arg("run", help="the folder of the run"),
         arg("--out", default="", help="the folder for labels.csv, .json and .png (default: RUN/labels)"),
-        arg("--folds", type=int, default=5, help="each is judged by a model of the others"),
-        arg("--seed", type=int, default=0, help="of the folds"),
-        arg("--top", type=int, default=50, help="how many are listed, suspects or not"),
+        arg("--folds", type=one(checks.integer(2, 1000)), default=5, help="each is judged by a model of the others"),
+        arg("--seed", type=one(SEED), default=0, help="of the folds"),
+        arg("--top", type=_COUNT, default=50, help="how many are listed, suspects or not"),
         arg("--splits", default="", help="names with commas, such as train,val; default: all that the run names"),
         arg("--label", default="", help="which label of a multilabel task"),
     )),
@@ -262,12 +262,13 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def _flags(args: Args) -> str:
-    """The options that are names and were set, each of which an error may be about."""
+def _flags(args: Args, error: Exception) -> str:
+    """The options that are names and were set, where an error does not say which it is about; --out of the system's."""
     known = ((names[0], options.get("default")) for names, options in COMMANDS[args.function][1])
+    known = [(flag, default) for flag, default in known if flag != "--out" or isinstance(error, OSError)]
     given = ((flag, default, vars(args).get(flag[2:].replace("-", "_"))) for flag, default in known)
-    shown = [f"{flag} {x!r}" for flag, default, x in given if isinstance(x, str) and x != default and flag != "--out"]
-    return f"{', '.join(shown)}: " if shown else ""
+    shown = [f"{flag} {x!r}" for flag, default, x in given if isinstance(x, str) and x != default]
+    return f"{', '.join(shown)}: " if shown and "--" not in str(error) else ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -286,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.function(args) or 0
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {_flags(args) if '--' not in str(error) else ''}{error}", file=sys.stderr)
+        print(f"error: {_flags(args, error)}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; what was complete is kept", file=sys.stderr)
