@@ -4,7 +4,6 @@ import functools
 import inspect
 import math
 import re
-import sys
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tl_jax.core.messages import brief, nearest, shorten
 
+FLOAT32_MAX = 3.4028234663852886e38
 LARGEST = 2**63 - 1  # integer that numpy and jax have a type for
 UNITS = ("epochs", "steps", "examples")
 
@@ -28,7 +28,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
     """A finite number from low to high; above, below: without that bound itself."""
 
     def fits(value: Any) -> bool:
-        finite = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        finite = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
         return finite and (low < value if above else low <= value) and (value < high if below else value <= high)
 
     bounds = [f"{'above' if above else 'of at least'} {low:g}"] if low > -math.inf else []

@@ -54,7 +54,7 @@ def _options_of(name: str, settings: Settings) -> tuple[str, ...]:
     if name not in SPLITS:
         return (f"streams.{name}" if name in settings.streams else "data.extra_eval",)
     split = f"data.{name} = {messages.brief(getattr(settings.data, name))}"
-    return "data.source", split, "data.data_dir", "task", *(["data.shots"] if name == MAIN else [])
+    return "data.source", split, "data.group", "data.data_dir", "task", *(["data.shots"] if name == MAIN else [])
 
 
 def _check_splits(data: DataSettings, chooses: bool, streams: Iterable[str]) -> None:
