@@ -376,7 +376,7 @@ def test_the_command_line_writes_the_report_or_names_what_is_missing(tmp_path, c
     assert "this rests on 3 seeds alone" in capsys.readouterr().out and (workdir / "report.html").exists()
     assert command.main(["report", str(tmp_path)]) == 2 and "study.json" in capsys.readouterr().err
     write_json(tmp_path / "study.json", {"name": "x"})
-    assert command.main(["report", str(tmp_path)]) == 2 and "lacks question, factors" in capsys.readouterr().err
+    assert command.main(["report", str(tmp_path)]) == 2 and "it has no question, no factors" in capsys.readouterr().err
 
 
 def test_numbers_are_scaled_by_the_prefixes_of_their_unit():

@@ -46,7 +46,10 @@ def make_study(workdir, states):
     for key, name in states.items():
         (workdir / "runs" / key).mkdir(parents=True)
         (workdir / "runs" / key / name).write_text("{}")
-    (workdir / "study.json").write_text(json.dumps({"runs": [{"key": key} for key in states]}))
+    rows = [{"key": key, "levels": {"run": key}, "seed": 0, "fold": ""} for key in states]
+    plan = {"name": "x", "question": "", "baseline": {}, "seeds": [0], "metrics": ["accuracy"], "design": "holdout"}
+    plan |= {"factors": {"run": {key: {} for key in states}}, "runs": rows}
+    (workdir / "study.json").write_text(json.dumps(plan))
     return workdir
 
 

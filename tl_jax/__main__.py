@@ -5,15 +5,18 @@ SIGTERM ends every command but train at once; what was complete is kept.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import tl_jax
-from tl_jax.core import files
+from tl_jax.core import checks, files
+from tl_jax.core.options import PIXELS, SEED
 
 Args = argparse.Namespace
 
@@ -32,8 +35,8 @@ def predict(args: Args) -> int:
     from tl_jax.tasks import answers
 
     formats = {".csv": answers.write_csv, ".jsonl": answers.write_jsonl}
-    if not (write := formats.get(pathlib.Path(args.out or "-.csv").suffix)):
-        raise ValueError(f"--out {args.out}: expected a .csv or .jsonl file")
+    _check_out(args.out, *formats)
+    write = formats[pathlib.Path(args.out or "-.csv").suffix]
     run, unreadable = tl_jax.load_run(args.run, args.weights), []
 
     def readable():
@@ -55,12 +58,22 @@ def predict(args: Args) -> int:
     return 1 if unreadable else 0
 
 
+def _check_out(out: str, *suffixes: str) -> None:
+    """Raises ValueError, before any work, for a file that cannot be written."""
+    path = pathlib.Path(out)
+    if out and not (path.suffix in suffixes and path.parent.is_dir()):
+        raise ValueError(f"--out {out}: expected a {' or '.join(suffixes)} file in a folder that is there")
+
+
 def evaluate(args: Args) -> None:
     from tl_jax.api.model import score
 
+    _check_out(args.out, ".npz")
     alone = args.weights or args.model
     if len(args.what) != (1 if alone else 2):
         raise ValueError("expected RUN DATA, or --model NAME --weights FILE DATA")
+    if args.image_size and not alone:
+        raise ValueError(f"--image-size {args.image_size} belongs to --weights; a run has its own size")
     size, labels = args.image_size, args.labels.split(",") if args.labels else ()
     network = tl_jax.load(args.model, args.weights, image_size=size) if alone else tl_jax.load_run(args.what[0])
     found = score(network, args.what[-1], args.split, labels=labels, batch_size=args.batch_size)
@@ -106,6 +119,8 @@ def convert(args: Args) -> None:
 def pack(args: Args) -> None:
     from tl_jax.data.readers import pack as packing
 
+    if args.data_dir and not args.source.startswith("tfds:"):
+        raise ValueError(f"--data_dir {args.data_dir} belongs to tfds sources; this is {args.source}")
     packing.pack(
         args.source, args.folder, args.split.split(","), size=args.size, interpolation=args.interpolation,
         num_workers=args.workers, on_error=args.on_error, data_dir=args.data_dir,
@@ -153,12 +168,28 @@ def arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return names, options
 
 
+def one(check: checks.Check, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    """The type of an argument that has to fit a check."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if check.fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text[:100]!r}: expected {check.expected}")
+
+    return parse
+
+
+_COUNT, _SIZE, _PIXELS = one(checks.integer(1, 10**6)), one(checks.integer(1, 2**14)), one(PIXELS)
+_WORKERS = one(checks.integer(0, 1024))
+_SHARE = one(checks.number(0, 1, above=True, below=True), float)
+_FOLDER = one(checks.Check(bool, "a folder"), str)
 _SHOWN = (
-    arg("--resamples", type=int, default=1000, help="of the bootstrap behind the intervals"),
+    arg("--resamples", type=_COUNT, default=1000, help="of the bootstrap behind the intervals"),
     arg("--json", action="store_true", help="print JSON instead of tables"),
 )
-_BATCH = arg("--batch-size", type=int, default=128, help="over all devices")
-_OUT = arg("--out", required=True, help="the folder to write to")
+_BATCH = arg("--batch-size", type=_COUNT, default=128, help="over all devices")
+_OUT = arg("--out", required=True, type=_FOLDER, help="the folder to write to")
 _WEIGHTS = arg("source", help="a file, builtin:NAME or hf://owner/name[/file]@revision")
 COMMANDS = {
     train: ("train a config file; flags as of launch.py", (
@@ -175,7 +206,7 @@ COMMANDS = {
         arg("what", nargs="+", metavar="[RUN] DATA", help="a run's folder, and a source, folder or .npz file"),
         arg("--model", default="", help="instead of RUN: the model of --weights; not needed where its card names it"),
         arg("--weights", default="", help="instead of RUN: a weight file, with its own head"),
-        arg("--image-size", type=int, default=0, help="pixels, instead of those on the card"),
+        arg("--image-size", type=_PIXELS, default=0, help="pixels, instead of those on the card"),
         arg("--split", default="", help="such as test or train[:10%%]; default: test, else val, else train"),
         arg("--labels", default="", help="label columns, with commas, of csv: and table: sources"),
         arg("--out", default="", help="write the predictions to this .npz file too"),
@@ -184,15 +215,15 @@ COMMANDS = {
     metrics: ("the metrics of a predictions.npz", (
         arg("file", help="predictions.npz of a run"),
         *_SHOWN,
-        arg("--level", type=float, default=0.95, help="of the intervals"),
-        arg("--seed", type=int, default=0, help="of the bootstrap"),
+        arg("--level", type=_SHARE, default=0.95, help="of the intervals"),
+        arg("--seed", type=one(SEED), default=0, help="of the bootstrap"),
     )),
     labels: ("rank the labels of a finished run's data by how likely they are wrong", (
         arg("run", help="the folder of the run"),
         arg("--out", default="", help="the folder for labels.csv, .json and .png (default: RUN/labels)"),
-        arg("--folds", type=int, default=5, help="each is judged by a model of the others"),
-        arg("--seed", type=int, default=0, help="of the folds"),
-        arg("--top", type=int, default=50, help="how many are listed, suspects or not"),
+        arg("--folds", type=one(checks.integer(2, 1000)), default=5, help="each is judged by a model of the others"),
+        arg("--seed", type=one(SEED), default=0, help="of the folds"),
+        arg("--top", type=_COUNT, default=50, help="how many are listed, suspects or not"),
         arg("--splits", default="", help="names with commas, such as train,val; default: all that the run names"),
         arg("--label", default="", help="which label of a multilabel task"),
     )),
@@ -203,15 +234,15 @@ COMMANDS = {
         arg("out", help="the .safetensors file to write"),
         arg("--layout", help="names of the tensors written (default: timm's)"),
         arg("--num-classes", type=int, choices=[0], help="0 leaves the classifier out"),
-        arg("--image-size", type=int, default=0, help="resample the position embeddings for this input size"),
+        arg("--image-size", type=_PIXELS, default=0, help="resample the position embeddings for this input size"),
     )),
     pack: ("decode and resize images once, for the source packed:FOLDER", (
         arg("source", help="such as folder:PATH, see docs/data.md"),
         arg("folder", help="where to pack; splits lie side by side in it"),
         arg("--split", default="train", help="one or several names, with commas: train,val"),
-        arg("--size", type=int, default=256, help="pixels of the short side; smaller images stay"),
+        arg("--size", type=_SIZE, default=256, help="pixels of the short side; smaller images stay"),
         arg("--interpolation", default="bicubic", help="bicubic | bilinear | ..."),
-        arg("--workers", type=int, default=os.cpu_count(), help="processes that decode; 0: threads"),
+        arg("--workers", type=_WORKERS, default=os.cpu_count(), help="processes that decode; 0: threads"),
         arg("--on_error", choices=["fail", "skip"], default="fail", help="damaged images"),
         arg("--data_dir", help="of tfds"),
     )),
@@ -222,7 +253,7 @@ COMMANDS = {
     wise_ft: ("interpolate between the weights of two runs, chosen on val", (
         arg("a", help="a run's folder, or `start` for the weights that the other began with"),
         arg("b", help="a run's folder"),
-        arg("--alphas", type=int, default=11, help="number of points on the curve, both ends included"),
+        arg("--alphas", type=one(checks.integer(2, 10**4)), default=11, help="points on the curve, both ends included"),
         _OUT,
     )),
     soup: ("average the weights of runs greedily, chosen on val", (
@@ -230,6 +261,15 @@ COMMANDS = {
         _OUT,
     )),
 }  # fmt: skip
+
+
+def _flags(args: Args, error: Exception) -> str:
+    """The options that are names and were set, where an error does not say which it is about; --out of the system's."""
+    known = ((names[0], options.get("default")) for names, options in COMMANDS[args.function][1])
+    known = [(flag, default) for flag, default in known if flag != "--out" or isinstance(error, OSError)]
+    given = ((flag, default, vars(args).get(flag[2:].replace("-", "_"))) for flag, default in known)
+    shown = [f"{flag} {x!r}" for flag, default, x in given if isinstance(x, str) and x != default]
+    return f"{', '.join(shown)}: " if shown and "--" not in str(error) else ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -248,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.function(args) or 0
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_flags(args, error)}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; what was complete is kept", file=sys.stderr)

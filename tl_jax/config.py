@@ -4,6 +4,7 @@ import ast
 import copy
 import functools
 import json
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,8 +34,23 @@ def make() -> ConfigDict:
 
 
 def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
-    """The config of a flat table such as a config.json or an `identity`; an absent option has its initial value."""
+    """The config of a flat table such as a config.json or an `identity`; an absent option has its initial value.
+
+    Raises ValueError where an option stands in the place of a section, or inside of another.
+    """
+    names = [key for key in flat if key not in INITIAL]
+    wrong = [key for key in names if any(f"{a}.".startswith(f"{b}.") for x in INITIAL for a, b in ((x, key), (key, x)))]
+    if wrong or "" in flat:
+        raise ValueError(f"{', '.join(map(repr, wrong or ['']))} cannot be an option; expected those of {len(INITIAL)}")
     return _config({**INITIAL, **flat}).lock()
+
+
+def read(path: pathlib.Path) -> ConfigDict:
+    """The config of a config.json; ValueError that names the file where it is none."""
+    try:
+        return from_flat(files.read_json(path))
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
 
 
 def _config(flat: Mapping[str, Any]) -> ConfigDict:
@@ -55,7 +71,10 @@ def flatten(config: ConfigDict, section: str = "") -> dict[str, Any]:
         if isinstance(value, ConfigDict) and name not in WHOLE:
             flat |= flatten(value, f"{name}.")
         else:
-            flat[name] = _plain(value.to_dict() if isinstance(value, ConfigDict) else value)
+            try:
+                flat[name] = _plain(value.to_dict() if isinstance(value, ConfigDict) else value)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ValueError(f"{name} = {messages.brief(value)}: expected what JSON can hold ({error})") from None
     return flat
 
 
@@ -112,8 +131,9 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
             with node.unlocked():
                 del node[name]
                 node[name] = table
-        except (TypeError, ValueError) as error:
-            problems.append(f"{key!r} = {value!r}: {error}")
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            reason = str(error) if len(str(error)) < 2 * messages.SHOWN else f"expected a {type(node[name]).__name__}"
+            problems.append(f"{key!r} = {messages.brief(value)}: {reason}")
     if problems:
         raise ValueError("; ".join(problems))
     return config
@@ -136,7 +156,7 @@ def parse(config: ConfigDict, arg: str | Sequence[str]) -> ConfigDict:
         node = _owner(config, name)
         if not equals or node is None:
             hint = "" if node else messages.nearest(key, [*SHORT, *flatten(config)])
-            problems.append(f"{item!r} is not key=value with a known key{hint}")
+            problems.append(f"{messages.brief(item)} is not key=value with a known key{hint}")
             continue
         value = node[name.rpartition(".")[2]]
         try:
@@ -144,9 +164,9 @@ def parse(config: ConfigDict, arg: str | Sequence[str]) -> ConfigDict:
             text = text.capitalize() if isinstance(value, bool) else text
             changes[name] = text if plain else ast.literal_eval(text)
             override(config, {name: changes[name]})
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             default = value.to_dict() if isinstance(value, ConfigDict) else value
-            problems.append(f"{item!r} does not have the type of the default, {default!r}")
+            problems.append(f"{messages.brief(item)} does not have the type of the default, {default!r}")
     if problems:
         raise ValueError(f"options of the config: {'; '.join(problems)}; short keys: {', '.join(SHORT)}")
     return override(config, changes).lock()
@@ -170,7 +190,9 @@ def check(config: ConfigDict) -> None:
     flat = flatten(config)
     problems = [f"{key} does not exist{messages.nearest(key, OPTIONS)}" for key in flat if key not in OPTIONS]
     expected = {name: option.check for name, option in OPTIONS.items() if not option.check.fits(flat[name])}
-    problems += [f"{name} = {flat[name]!r}: expected {check.expected}" for name, check in expected.items()]
+    problems += [
+        f"{name} = {messages.brief(flat[name])}: expected {check.expected}" for name, check in expected.items()
+    ]
     # What follows looks into values and compares them, so that each must be valid by itself first.
     finders = _table_problems, _phase_problems, _replica_problems, _data_problems
     problems = problems or [problem for find in finders for problem in find(flat)]

@@ -72,7 +72,7 @@ class Run:
     @functools.cached_property
     def options(self) -> dict[str, Any]:
         """config.json: every option of the run."""
-        return options.flatten(options.from_flat(files.read_json(self.folder / "config.json")))
+        return options.flatten(options.read(self.folder / "config.json"))
 
     @property
     def labels(self) -> list[str]:

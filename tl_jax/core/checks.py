@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
-from tl_jax.core.messages import nearest, shorten
+from tl_jax.core.messages import brief, nearest, shorten
 
+FLOAT32_MAX = 3.4028234663852886e38
+LARGEST = 2**63 - 1  # integer that numpy and jax have a type for
 UNITS = ("epochs", "steps", "examples")
 
 
@@ -26,7 +28,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
     """A finite number from low to high; above, below: without that bound itself."""
 
     def fits(value: Any) -> bool:
-        finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        finite = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
         return finite and (low < value if above else low <= value) and (value < high if below else value <= high)
 
     bounds = [f"{'above' if above else 'of at least'} {low:g}"] if low > -math.inf else []
@@ -34,11 +36,10 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
     return Check(fits, " ".join(["a number", " and ".join(bounds)]).strip())
 
 
-def integer(low: int, high: float = math.inf) -> Check:
+def integer(low: int, high: int = LARGEST) -> Check:
     """A whole number from low to high."""
-    real = number(low, high)
-    expected = real.expected.replace("a number", "an integer")
-    return Check(lambda value: isinstance(value, int) and real.fits(value), expected)
+    real, bounds = number(low, high), f" of at least {low}" + (f" and at most {high}" if high < LARGEST else "")
+    return Check(lambda value: isinstance(value, int) and real.fits(value), f"an integer{bounds}")
 
 
 def one_of(*names: Any) -> Check:
@@ -56,7 +57,10 @@ def either(one: Check, other: Check) -> Check:
 
 def duration(*, zero: bool = False) -> Check:
     """(amount, unit) with a unit of UNITS."""
-    amount, expected = number(0, above=not zero), f"(amount {'>= 0' if zero else '> 0'}, one of {', '.join(UNITS)})"
+    amount, expected = (
+        number(0, LARGEST, above=not zero),
+        f"(amount {'>= 0' if zero else '> 0'}, one of {', '.join(UNITS)})",
+    )
     return Check(lambda x: _is_sequence(x, 2) and amount.fits(x[0]) and x[1] in UNITS, expected)
 
 
@@ -98,21 +102,21 @@ def parameters(function: Callable) -> dict[str, Check]:
 def table_problems(what: str, given: Any, known: Mapping[str, Check]) -> list[str]:
     """What is wrong with arguments {parameter: value}; one sentence for each."""
     if not isinstance(given, Mapping):
-        return [f"{what}: {given!r} is not a table {{parameter: value}}"]
+        return [f"{what}: {brief(given)} is not a table {{parameter: value}}"]
     problems = []
     for name, value in given.items():
         if name not in known:
             has = ", ".join(known) or "none"
-            problems.append(f"{what} has no parameter {name!r}{nearest(str(name), known)}; it has: {has}")
+            problems.append(f"{what} has no parameter {brief(name)}{nearest(str(name), known)}; it has: {has}")
         elif not known[name].fits(value):
-            problems.append(f"{what}: {name} = {value!r}, expected {known[name].expected}")
+            problems.append(f"{what}: {name} = {brief(value)}, expected {known[name].expected}")
     return problems
 
 
 def call_problems(kind: str, name: Any, given: Any, registry: Mapping[str, Callable]) -> list[str]:
     """What is wrong with one entry (name, {parameter: value}) for a registry of functions with annotated parameters."""
     if name not in registry:
-        return [f"there is no {kind} {name!r}{nearest(str(name), registry)}; known: {', '.join(registry)}"]
+        return [f"there is no {kind} {brief(name)}{nearest(str(name), registry)}; known: {', '.join(registry)}"]
     return table_problems(name, given, parameters(registry[name]))
 
 
@@ -124,7 +128,7 @@ def pairs_problems(kind: str, pairs: Sequence, registry: Mapping[str, Callable])
             problems += call_problems(kind, *pair, registry)
             counts[pair[0]] += 1
         else:
-            problems.append(f"{pair!r} is not a pair (name, {{parameter: value}})")
+            problems.append(f"{brief(pair)} is not a pair (name, {{parameter: value}})")
     return problems + [f"{kind} {name!r} is given {count} times" for name, count in counts.items() if count > 1]
 
 

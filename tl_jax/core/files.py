@@ -12,7 +12,21 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
+from tl_jax.core.checks import Check
+from tl_jax.core.messages import brief
+
 SEAL = re.compile(r'.{10}[0-9a-f]{64}", ')  # where _sealed puts it
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Gives an error of the block the file's name where the system leaves it out, or names a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and str(error.filename or ".tmp").endswith(".tmp"):
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -26,9 +40,10 @@ def atomic_write(path):
         with contextlib.suppress(OSError), leftover.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever writes it has the lock
             leftover.unlink()
-    file = _temporary(path)
+    with writing(path):
+        file = _temporary(path)
     try:
-        with file:
+        with writing(path), file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -80,10 +95,11 @@ def write_text(path: pathlib.Path, text: str) -> None:
         file.write(text.encode())
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path, fields: Mapping[str, Check] | None = None) -> dict[str, Any]:
     """Reads what `write_json` wrote; raises ValueError that names the file where one bit of it is another.
 
-    A table that never had a seal, such as one written by hand, is read as it is.
+    A table that never had a seal, such as one written by hand, is read as it is. fields: those that the table must
+    have, others may be there.
     """
     try:
         text = path.read_bytes().decode()
@@ -93,6 +109,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         # A flipped bit spoils the word or the hash, and not both.
         if (value.pop("seal", None) or SEAL.match(text)) and _sealed("{" + text[len(_sealed("{")) :]) != text:
             raise ValueError("its text is not that which was written")
+        wrong = [name for name, check in (fields or {}).items() if name not in value or not check.fits(value[name])]
+        if wrong:
+            found = [f"{name} = {brief(value[name])}" if name in value else f"no {name}" for name in wrong]
+            expected = (f"{name}: {fields[name].expected}" for name in wrong)
+            raise ValueError(f"it has {', '.join(found)}; expected {', '.join(expected)}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); move the file away, or take another workdir") from None
     return value

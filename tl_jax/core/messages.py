@@ -5,11 +5,22 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+SHOWN = 200  # characters of a value
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint ` (did you mean 'x'?)` for an error message, or nothing where no known name is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def brief(value: Any) -> str:
+    """A value as an error message shows it: on one line, of at most SHOWN characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list within a list within ...
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def shorten(offenders: Sequence[str], shown: int) -> list[str]:

@@ -35,6 +35,7 @@ SEVERAL = sequence(checks.CHANGES, "a sequence, each pairs (dotted option, value
 TABLES = checks.Check(lambda x: TABLE.fits(x) and all(map(TABLE.fits, x.values())), "{name: {parameter: value}}")
 _SCHEDULE = checks.Check(lambda value: NAMED.fits([value]), "a pair (schedule, {parameter: value})")
 SEED = integer(0, 2**32 - 1)
+PIXELS = integer(0, 4096)
 RATE = number(0, 1, below=True)
 GRID = sequence(number(0), "numbers, (value, ...)")
 WEIGHT = checks.either(number(), _SCHEDULE)
@@ -63,8 +64,15 @@ STREAM = {
 HASH = checks.Check(
     lambda x: bool(TEXT.fits(x) and re.fullmatch("([0-9a-f]{64})?", x)), "64 lower-case hex digits, or ''"
 )
-NETWORK = {"name": TEXT, "weights": TEXT, "image_size": integer(0), "sha256": HASH, "cache": one_of("", "features")}
-CARD = dict.fromkeys(("input_size", "mean", "std", "interpolation", "crop", "licence"), checks.ANY)
+NETWORK = {"name": TEXT, "weights": TEXT, "image_size": PIXELS, "sha256": HASH, "cache": one_of("", "features")}
+CARD = {
+    "input_size": integer(1, 4096),
+    "mean": sequence(number(), "a sequence of numbers"),
+    "std": POSITIVE,
+    "interpolation": TEXT,
+    "crop": number(0.1, 10),
+    "licence": TEXT,
+}
 
 # fmt: off
 _ROWS = (
@@ -81,7 +89,7 @@ _ROWS = (
     _option("model.weights", "", TEXT, "file, builtin:NAME or hf://owner/name[/file]@revision; \"\": random numbers"),
     _option("model.weights_sha256", "", HASH, "what the bytes of that file must have; \"\": any, and config.json "
             "keeps what they had", numbers=False),
-    _option("model.image_size", 0, integer(0), "pixels; 0: the size on the weight card"),
+    _option("model.image_size", 0, PIXELS, "pixels; 0: the size on the weight card"),
     _option("model.keep_head", False, FLAG, "go on with the file's classifier, for the same classes; else a new head"),
     _option("model.reinit", (), TEXTS, "blocks that start from random numbers all the same: stage3, block11, ..."),
     _option("model.head", (), NAMED, "layers between the features and the last dense layer: pairs (name, arguments)"),
@@ -108,11 +116,11 @@ _ROWS = (
     _option("data.allow_duplicates", False, FLAG, "allow duplicates of training examples among what is scored"),
     _option("data.shots", 0, integer(0), "training examples per class; 0: all", replica=True),
     _option("data.sampling", "shuffled", SAMPLING, "class_balanced: every class equally often"),
-    _option("data.split_seed", 0, integer(0), "of the permutation that slices cut; runs of all seeds share their val"),
+    _option("data.split_seed", 0, SEED, "of the permutation that slices cut; runs of all seeds share their val"),
     _option("data.augment", (), NAMED, "pairs (name, {parameter: value}), see docs/data.md"),
     _option("data.on_error", "fail", one_of("fail", "skip"), "unreadable images; skip counts them"),
     _option("data.data_dir", "", TEXT, "where tfds keeps its data"),
-    _option("data.workers", 0, integer(0), "processes that decode and augment", numbers=False),
+    _option("data.workers", 0, integer(0, 1024), "processes that decode and augment", numbers=False),
     _option("data.card", {}, TABLE, "fields of the weight card to replace, such as mean; needs data.override_card"),
     _option("data.override_card", False, FLAG, "allow data.card to change what the weights expect of their input"),
     _option("data.transductive", False, FLAG, "allow an unlabelled training stream to hold examples that are scored"),
@@ -159,14 +167,14 @@ _ROWS = (
     _option("select", "last", one_of("last", "best_val"), "the checkpoint that is scored at the end"),
     _option("patience", 0, integer(0), "evaluations without improvement until the run stops; 0: off"),
     _option("min_delta", 0.0, number(0), "how much an improvement must be, for patience"),
-    _option("resamples", 1000, integer(1), "of the bootstrap behind every interval"),
+    _option("resamples", 1000, integer(1, 10**6), "of the bootstrap behind every interval"),
 
     # Several runs, memory and speed
     _option("seeds", (), sequence(SEED, "integers, (seed, ...)"), "further seeds of the same run"),
     _option("baseline", (), checks.CHANGES, "a second arm to compare with: pairs (dotted option, value)"),
     _option("replicas", (), SEVERAL, "runs that are trained as one program, each pairs (dotted option, value)"),
     _option("cache", "", one_of("", "features"), "features: keep the outputs of the frozen prefix on disk"),
-    _option("views", 1, integer(1), "epochs of augmentation that are kept so; epoch e sees those of e % views"),
+    _option("views", 1, integer(1, 10**6), "epochs of augmentation that are kept so; epoch e sees those of e % views"),
     _option("cache_dir", "", TEXT, "where they are kept; \"\": ~/.cache/tl_jax/features", numbers=False),
     _option("parallel", "jit", one_of("jit", "pmap"), "how a step is divided over the devices"),
     _option("fsdp", 0, integer(0), "divide arrays of at least this size over the devices; 0: none", numbers=False),

@@ -22,11 +22,11 @@ def folds(design: str) -> list[tuple[str, int]]:
     """
     if design in ("", "holdout", "loo"):
         return [("loo" if design == "loo" else "", 0)]
-    if match := re.fullmatch(r"kfold:(\d+)(?:x(\d+))?", design):
+    if match := re.fullmatch(r"kfold:(\d{1,4})(?:x(\d{1,3}))?", design):
         count, repeats = int(match[1]), int(match[2] or 1)
         if count >= 2 and repeats >= 1:
             return [(f"kfold:{count}:{fold}", repeat) for repeat in range(repeats) for fold in range(count)]
-    if (match := re.fullmatch(r"bootstrap:(\d+)", design)) and int(match[1]) >= 1:
+    if (match := re.fullmatch(r"bootstrap:(\d{1,6})", design)) and int(match[1]) >= 1:
         return [(f"bootstrap:{number}", 0) for number in range(int(match[1]))]
     raise ValueError(f"unknown design {design!r}; known: {DESIGNS}, with K of at least 2 and R and N of at least 1")
 

@@ -15,7 +15,7 @@ def dann(
     strength: Annotated[Any, schedules.CHECK] = ("sigmoid", {"alpha": 10.0}),
     target: Annotated[str, checks.TEXT] = "target",
     features: Annotated[str, checks.one_of("embedding", "pre_logits")] = "embedding",
-    width: Annotated[int, checks.integer(1)] = 1024,
+    width: Annotated[int, checks.integer(1, 2**14)] = 1024,
 ) -> Term:
     """DANN: features that a discriminator D of the domains cannot use (Ganin et al. 2016, section 4).
 

@@ -20,7 +20,7 @@ READS_MAP = ("pool", "flatten")  # layers that take the output of the last cut b
 Layers = Sequence[tuple[str, Mapping[str, Any]]]
 
 
-def _dense(head, i, x, train, features: Annotated[int, checks.integer(1)] = 256):
+def _dense(head, i, x, train, features: Annotated[int, checks.integer(1, 2**14)] = 256):
     return nn.Dense(features, kernel_init=HE, name=f"dense{i}")(x)
 
 

@@ -27,7 +27,7 @@ REFUSED = "the added parameters cannot be made"
 MODEL = ("backbone", "head")  # the keys of the model; further networks have their own (teacher, ...)
 BRANCHES = {"both": ("attn", "mlp"), "mlp": ("mlp",)}
 ATTENTION = r"backbone/.*/attn/(qkv|proj)/kernel"
-Count = Annotated[int, checks.integer(1)]
+Count = Annotated[int, checks.integer(1, 2**14)]
 Regex = Annotated[str, checks.REGEX]
 Positive = Annotated[float, checks.number(0, above=True)]
 

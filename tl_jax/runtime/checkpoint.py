@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -18,6 +19,9 @@ import orbax.checkpoint as ocp
 
 from tl_jax.core import messages, trees
 from tl_jax.runtime import leaves
+
+# orbax prints each error of a save three times, with tracebacks; `wait` and `close` raise it.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 class Restored(NamedTuple):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from tl_jax.core import messages, trees
+from tl_jax.core import files, messages, trees
 
 CHUNK = 2**23  # bytes written or read at once
 BLOCK = 4096  # past the system's cache, a disk takes multiples of this, from memory that begins at one
@@ -43,14 +43,16 @@ def write(
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = {path: pool.submit(trees.leaf_hash, leaf) for path, leaf in leaves.items()}
         try:
-            _write_to_disk(folder / "leaves", [trees.as_bytes(leaf) for leaf in leaves.values()])
+            with files.writing(folder / "leaves"):
+                _write_to_disk(folder / "leaves", [trees.as_bytes(leaf) for leaf in leaves.values()])
         except BaseException:
+            (folder / "leaves").unlink(missing_ok=True)  # perhaps the disk is full
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         for path, value in hashes.items():
             table[path]["sha256"] = value.result()
     text = f'{{"meta": {meta}, "leaves": {json.dumps(table)}}}'
-    with open(folder / "index", "w") as file:
+    with files.writing(folder / "index"), open(folder / "index", "w") as file:
         file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
         file.flush()
         os.fsync(file.fileno())

@@ -14,7 +14,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from tl_jax.core.files import atomic_write, sound_rows, write_text
+from tl_jax.core.files import atomic_write, sound_rows, write_text, writing
 
 CONSOLE = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 UNSHOWN, SHOWN = ("train/grad_norm", "train/lr"), 4  # of a line of metrics, on the console
@@ -130,7 +130,7 @@ class RunLog:
 
     def _append(self, name: str, row: Mapping[str, Any] | None) -> None:
         if self._writes:
-            with self._paths[name].open("a") as file:
+            with writing(self._paths[name]), self._paths[name].open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
 

@@ -18,6 +18,7 @@ from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies.report.statistics import mean_interval
 from tl_jax.studies.report.tables import Table, to_console
 from tl_jax.studies.study import RunSpec, Study, grid, metrics_of
+from tl_jax.training.settings import naming
 from tl_jax.training.train import Stop, never, train, train_together
 
 ARM, TRANSFER, BASELINE, REPLICA = "arm", "transfer", "baseline", "replica"
@@ -49,7 +50,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never)
     again. Raises FloatingPointError where all replicas diverged, Preempted as `train` does.
     """
     workdir, study = pathlib.Path(workdir), study_of(config)
-    runs = grid(study, free=("seed",) if config.replicas else ())
+    with naming(options.flatten(config), "replicas", "baseline", "seeds"):
+        runs = grid(study, free=("seed",) if config.replicas else ())
     if config.replicas:
         return {"replicas": _run_replicas(config, runs, workdir, stop_requested)}
     runs = [run for arm in study.factors[ARM] for run in runs if run.levels[ARM] == arm]
@@ -62,7 +64,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never)
         if opens and several:
             log(f"\n{arm}, seeds {list(study.seeds)}")
         folders[key] = workdir / "runs" / f"{arm}-seed{seed}" if i else workdir
-        results[key] = train(spec.config, folders[key], verbose=opens, stop_requested=stop_requested)
+        with naming({}, *([BASELINE] if arm == BASELINE else [])):
+            results[key] = train(spec.config, folders[key], verbose=opens, stop_requested=stop_requested)
         if several:
             value = results[key]["metrics"][metric]["value"]
             log(f"{arm}, seed {seed}: {metric} {value:.3f} in {folders[key]}")

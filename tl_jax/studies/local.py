@@ -100,7 +100,7 @@ def tell_failures(workdir: pathlib.Path) -> None:
     """Prints each kind of error with its runs and the end of one log."""
     alike: dict[str, tuple[list[str], list[str]]] = {}
     for row, folder in store.runs_in(workdir, "failed"):
-        found = read_json(folder / "failed.json")
+        found = read_json(folder / "failed.json", store.FAILED)
         runs, _ = alike.setdefault(found["error"], ([], found["log"]))
         runs.append(f"  {store.name_of(row)}: {folder / 'log.txt'}")
     for error, (runs, log) in alike.items():

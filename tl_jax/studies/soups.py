@@ -102,7 +102,7 @@ def load(folder: str | pathlib.Path) -> Weights:
         plain = "one plain network (nearest neighbours, adapters and prompts write none)"
         raise ValueError(f"{folder} lacks {', '.join(missing)}; expected the folder of a finished run of {plain}")
     finished.read(folder)
-    settings = read(options.from_flat(files.read_json(folder / "config.json")))
+    settings = read(options.read(folder / "config.json"))
     loaded = pretrained.load(settings.model.name, folder / "model.safetensors")
     saved = tasks.load_predictions(folder / "predictions.npz")
     model, method = loaded.model.clone(dtype=jnp.dtype(settings.model.dtype)), settings.phases[0].method.name

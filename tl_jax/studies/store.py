@@ -8,6 +8,7 @@ import fcntl
 import functools
 import os
 import pathlib
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
@@ -15,14 +16,38 @@ from typing import IO, Any
 from ml_collections import ConfigDict
 
 from tl_jax import config
-from tl_jax.core import messages
+from tl_jax.core import checks, messages
+from tl_jax.core.checks import TABLE, TEXT, TEXTS
 from tl_jax.core.files import read_json, write_json
+from tl_jax.core.options import SEED, TABLES
+from tl_jax.data import resample
 from tl_jax.runtime import preemption
 from tl_jax.studies.study import KEY, RunSpec, Study, grid, metrics_of, title
 
 ATTEMPTS = 3  # of a run whose process dies: more would be the same again
 LINES = 20  # of a run's log that its failure keeps
+FAILED = {"error": TEXT, "log": TEXTS, "attempts": checks.integer(0)}  # what failed.json has
+ROW = {"key": TEXT, "levels": TABLE, "seed": SEED, "fold": TEXT}  # a run in study.json
+PLAN = {  # what study.json has
+    "name": TEXT, "question": TEXT,
+    "factors": checks.Check(lambda x: TABLE.fits(x) and all(map(TABLES.fits, x.values())), "{factor: {level: {}}}"),
+    "baseline": TABLE, "seeds": checks.sequence(SEED, "integers"),
+    "metrics": checks.Check(lambda x: TEXTS.fits(x) and len(x) > 0, "names of metrics"),
+    "design": checks.Check(lambda x: _is_design(x), f"one of {resample.DESIGNS}"),
+    "runs": checks.Check(lambda x: isinstance(x, list) and all(map(_is_row, x)), f"rows of {', '.join(ROW)}"),
+}  # fmt: skip
 STATES = ("done", "failed", "running", "stale", "todo")
+
+
+def _is_row(row: Any) -> bool:
+    whole = isinstance(row, dict) and row.keys() >= ROW.keys() and all(ROW[name].fits(row[name]) for name in ROW)
+    return whole and re.fullmatch(r"\w+", row["key"]) is not None
+
+
+def _is_design(text: Any) -> bool:
+    with contextlib.suppress(ValueError, TypeError):
+        return bool(resample.folds(text))
+    return False
 
 
 def plan(workdir: pathlib.Path, name: str, question: str, study: Study) -> list[RunSpec]:
@@ -56,7 +81,7 @@ def check_workdir(workdir: pathlib.Path, name: str, runs: list[RunSpec]) -> None
         if lone := [file for file in ("config.json", "result.json", "comparison.json") if (workdir / file).exists()]:
             raise ValueError(f"{workdir} holds a run by itself ({', '.join(lone)}), not a study; {advice}")
         return
-    old = read_json(path)
+    old = read_plan(workdir)
     if old["name"] != name:
         raise ValueError(f"{workdir} holds the study {old['name']!r}, this is {name!r}; {advice}")
     planned = {run.key for run in runs}
@@ -73,16 +98,22 @@ def check_workdir(workdir: pathlib.Path, name: str, runs: list[RunSpec]) -> None
 
 
 def read_plan(workdir: pathlib.Path) -> dict[str, Any]:
-    """W/study.json; ValueError where no study is planned."""
+    """W/study.json; ValueError where no study is planned, and where the file is no plan."""
     path = workdir / "study.json"
     if not path.exists():
         raise ValueError(f"there is no {path}: plan a study first, python launch.py --study NAME --workdir {workdir}")
-    return read_json(path)
+    plan = read_json(path, PLAN)
+    chosen = [plan["baseline"], *(row["levels"] for row in plan["runs"])]
+    if any(level not in [*plan["factors"].get(name, ())] for each in chosen for name, level in each.items()) or any(
+        row["levels"].keys() != plan["factors"].keys() for row in plan["runs"]
+    ):
+        raise ValueError(f"{path} is damaged: its runs or its baseline have other levels than its factors; restore it")
+    return plan
 
 
 def read_config(folder: pathlib.Path) -> ConfigDict:
     """The config of a planned run; ValueError where it is not the one that the folder's name is the hash of."""
-    found = config.from_flat(read_json(folder / "config.json"))
+    found = config.read(folder / "config.json")
     if (key := config.fingerprint(found)[:KEY]) != folder.name:
         wrong = f"its options have the hash {key}, expected that of the folder's name: it was changed"
         raise ValueError(

@@ -11,10 +11,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from tl_jax import config
-from tl_jax.core import messages
+from tl_jax.core import checks, messages
 from tl_jax.core.files import read_json, write_json
 from tl_jax.studies import store
 
+SET = {"runs": checks.TEXTS, "alone": checks.TEXT}  # what runs.json has
 LARGEST = 64  # runs in one program
 RATES = ("lr", "weight_decay", "groups")
 DURATIONS = ("total", "log_every", "eval_every", "schedule.warmup")
@@ -26,7 +27,7 @@ def members(workdir: pathlib.Path, key: str, only: Collection[str] = ()) -> tupl
     begun = {}
     for path in sorted(workdir.glob("together/*/runs.json")):
         try:
-            begun[path.parent] = read_json(path)
+            begun[path.parent] = read_json(path, SET)
         except ValueError as error:  # the same runs, chosen again, make the same folder and go on from what it saved
             print(f"a set of runs is chosen anew: {error}", flush=True)
             path.unlink()

@@ -1,7 +1,8 @@
 """Takes the runs of a planned study one after the other: python -m tl_jax.studies.worker W
 
 Any number of workers, on any machines that share W, do each run once; a worker can be several processes. Exit codes: 0
-nothing left to take (a run that failed is in its failed.json); 75 stopped with everything saved; 2 no study in W.
+nothing left to take (a run that failed is in its failed.json); 75 stopped with everything saved; 2 no study in W, or
+it cannot be read or written.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 
 import jax
 
-from tl_jax.core.files import read_json
+from tl_jax.core.files import read_json, writing
 from tl_jax.runtime import distributed, preemption
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.runtime.malloc import keep_memory
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
         work(arguments.workdir, arguments.only, stop_requested)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         distributed.fail(error, 2)  # returns where there is one process
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -69,7 +70,7 @@ def work(workdir: pathlib.Path, only: Collection[str] = (), stop_requested: Call
             elif attempts[0] is not None:
                 take(workdir, rows[0], attempts[0], agreed)
             elif store.state(folder := store.run_folder(workdir, rows[0]["key"])) == "failed":  # for good, meanwhile
-                log_run(workdir, rows[0], f"failed: {read_json(folder / 'failed.json')['error']}")
+                log_run(workdir, rows[0], f"failed: {read_json(folder / 'failed.json', store.FAILED)['error']}")
 
 
 def choose(workdir: pathlib.Path, only: Collection[str], claims: contextlib.ExitStack):
@@ -178,14 +179,15 @@ def output_into(path: pathlib.Path) -> Iterator[None]:
     """Appends all that this process prints to a file, compiled libraries and the traceback of an error included."""
     sys.stdout.flush(), sys.stderr.flush()
     saved = {number: os.dup(number) for number in (1, 2)}
-    with path.open("a", buffering=1) as file:
+    with writing(path), path.open("a", buffering=1) as file:
         for number in saved:
             os.dup2(file.fileno(), number)
         try:
             with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
                 yield
         except Exception:
-            traceback.print_exc(file=file)
+            with contextlib.suppress(OSError):  # the error may be that the disk is full
+                traceback.print_exc(file=file)
             raise
         finally:
             for number, copy in saved.items():

@@ -24,7 +24,7 @@ from tl_jax.runtime.log import log
 from tl_jax.tasks import Spec
 from tl_jax.training import audit, inputs, optim, steps, terms
 from tl_jax.training.phases import Material, Phase, check_prefixes, make_phase
-from tl_jax.training.settings import Settings, read
+from tl_jax.training.settings import Settings, naming, read
 from tl_jax.weights import hub, load, sanity
 
 
@@ -69,13 +69,17 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
     sharding.check_batch_size(settings.loop.batch_size, settings.loop.accumulate, parallel.mesh.size)
     check_hashes(settings)
     keep_compiled_programs()
-    data = inputs.load_sources(settings)
+    data, table = inputs.load_sources(settings), settings.table
     train = data[MAIN]
-    spec = tasks.fit_spec(settings.loop.task, train.labels, train.class_names)
-    loaded = load_model(settings, tasks.make(spec).outputs, train.class_names, train.columns)
-    card = _finish_card(settings, loaded.card.replace(sha256=loaded.sha256), spec, train)
-    model = _configure(settings, loaded, parallel)
-    added = peft.init(model.model, loaded.variables, model.additions, jax.random.key(settings.loop.seed))
+    with naming(table, "task", "data.source"):
+        spec = tasks.fit_spec(settings.loop.task, train.labels, train.class_names)
+    with naming(table, *(f"model.{name}" for name in ("name", "weights", "image_size", "reinit", "head", "head_init"))):
+        loaded = load_model(settings, tasks.make(spec).outputs, train.class_names, train.columns)
+    with naming(table, "model.name", "data.source", "data.card"):
+        card = _finish_card(settings, loaded.card.replace(sha256=loaded.sha256), spec, train)
+    with naming(table, "method.add"):
+        model = _configure(settings, loaded, parallel)
+        added = peft.init(model.model, loaded.variables, model.additions, jax.random.key(settings.loop.seed))
     variables = {"batch_stats": {}, **loaded.variables, "params": {**loaded.variables["params"], **added}}
     start = _make_start(settings, model, variables, card, tasks.make(spec))
     given = {name: _load_network(settings, name) for name in settings.networks}
@@ -106,7 +110,8 @@ def assemble(settings: Settings, material: Material, parallel: sharding.Parallel
     phases: list[Phase] = []
     for phase_settings, phase_terms in zip(settings.phases, terms.make_terms(settings), strict=True):
         previous = phases[-1] if phases else None
-        phases.append(make_phase(settings, phase_settings, phase_terms, material, parallel, previous))
+        with naming({}, *([f"phases[{len(phases)}]"] if settings.table["phases"] else [])):
+            phases.append(make_phase(settings, phase_settings, phase_terms, material, parallel, previous))
     check_prefixes(settings, phases)
     labels = [audit.labels_table(phase.audit) for phase in phases]
     tables = {
@@ -117,7 +122,9 @@ def assemble(settings: Settings, material: Material, parallel: sharding.Parallel
         "data": {split: fact["fingerprint"] for split, fact in material.facts.items()},
         "weights": material.base,
     }
-    return Run(settings, material, tuple(phases), json.loads(json.dumps(tables)))
+    run = Run(settings, material, tuple(phases), json.loads(json.dumps(tables)))
+    intervals(run)
+    return run
 
 
 def check_hashes(settings: Settings) -> None:
@@ -195,7 +202,8 @@ def _configure(settings: Settings, loaded: load.Loaded, parallel: sharding.Paral
 def _load_network(settings: Settings, name: str) -> Network:
     """A further network of the config: frozen, with the classes of its weight file, in eval mode."""
     given = settings.networks[name]
-    loaded = load.load(given.name, given.weights, None, image_size=given.image_size or None)
+    with naming({}, f"networks.{name}"):
+        loaded = load.load(given.name, given.weights, None, image_size=given.image_size or None)
     module = peft.Adapted(loaded.model.clone(dtype=jnp.dtype(settings.model.dtype)))
     return Network(module, loaded.card, loaded.variables, origin=given.weights or "new")
 
@@ -232,7 +240,8 @@ def intervals(run: Run) -> tuple[int, int]:
     """log_every and eval_every in steps."""
     loop = run.settings.loop
     sizes = {"batch_size": loop.batch_size, "train_size": len(run.material.data[MAIN])}
-    return optim.to_steps(loop.log_every, **sizes), optim.to_steps(loop.eval_every, **sizes)
+    with naming(run.settings.table, "log_every", "eval_every"):
+        return optim.to_steps(loop.log_every, **sizes), optim.to_steps(loop.eval_every, **sizes)
 
 
 def scored_splits(run: Run) -> list[str]:

@@ -191,7 +191,10 @@ def _make_room(root: pathlib.Path, missing: Mapping[str, Cached]) -> None:
     """Logs what will be written, and refuses it where the disk has no room for all of it."""
     if not missing:
         return
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        raise OSError(f"cache_dir = {messages.brief(str(root))} cannot be written: {error}; name another") from None
     listing = "\n".join(f"  {name}: {_size(cached)}" for name, cached in missing.items())
     there = sum(cached.file.stat().st_blocks * 512 for cached in missing.values() if cached.file.exists())
     needed, free = sum(cached.nbytes for cached in missing.values()) - there, shutil.disk_usage(root).free
@@ -251,7 +254,8 @@ def _compute(cached: Cached, view: str, predict: Callable, parallel: Parallel, s
 
     def begin() -> tuple[int, str]:
         finished = _finished(cached, total, stop_requested)
-        with cached.file.open("ab") as file:  # mapped pages without room on the disk would kill the process
+        # Mapped pages without room on the disk would kill the process.
+        with files.writing(cached.file), cached.file.open("ab") as file:
             os.posix_fallocate(file.fileno(), 0, cached.nbytes)
             file.truncate(cached.nbytes)
         return finished

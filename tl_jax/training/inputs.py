@@ -14,7 +14,7 @@ from tl_jax.data.pipeline import EvalBatches, TrainBatches, View
 from tl_jax.methods.term import MAIN
 from tl_jax.runtime import distributed, sharding
 from tl_jax.runtime.log import log
-from tl_jax.training.settings import DataSettings, Settings, StreamSettings
+from tl_jax.training.settings import DataSettings, Settings, StreamSettings, naming
 
 SPLITS = ("train", "val", "test")
 
@@ -22,27 +22,39 @@ SPLITS = ("train", "val", "test")
 def load_sources(settings: Settings) -> dict[str, Source]:
     """The sources of train, val, test, extra_eval and further streams, by name; ValueError where they do not fit."""
     data, loop = settings.data, settings.loop
-    _check_splits(data, loop.select == "best_val" or bool(loop.patience), settings.streams)
+    with naming(settings.table, "data.train", "data.val", "data.test"):
+        _check_splits(data, loop.select == "best_val" or bool(loop.patience), settings.streams)
     common = {"task": settings.loop.task, "labels": data.labels, "seed": loop.seed, "split_seed": data.split_seed}
     common |= {"on_error": data.on_error, "data_dir": data.data_dir or None, "group": data.group}
+
+    def read(name, source, split, shots=0):
+        with naming(settings.table, *_options_of(name, settings)):
+            return sources.load(source, split, shots=shots, **common)
+
     found = {
-        name: sources.load(data.source, split, shots=data.shots if name == MAIN else 0, **common)
+        name: read(name, data.source, split, data.shots if name == MAIN else 0)
         for name in SPLITS
         if (split := getattr(data, name))
     }
     if data.resample:
-        found |= _resample(found[MAIN], data.resample, data.split_seed)
-    found |= {name: sources.load(source, split, **common) for name, source, split in data.extra_eval}
-    found |= {
-        name: sources.load(stream.source, stream.split, shots=stream.shots, **common)
-        for name, stream in settings.streams.items()
-    }
+        with naming(settings.table, "data.resample"):
+            found |= _resample(found[MAIN], data.resample, data.split_seed)
+    found |= {name: read(name, source, split) for name, source, split in data.extra_eval}
+    found |= {name: read(name, stream.source, stream.split, stream.shots) for name, stream in settings.streams.items()}
     _check_sources(found, settings)
     for source in found.values():
         if source.skipped:
             names = "\n  ".join(source.skipped[:5])
             log(f"{source.name}: skipped {len(source.skipped)} unreadable images:\n  {names}")
     return found
+
+
+def _options_of(name: str, settings: Settings) -> tuple[str, ...]:
+    """The options that say which examples a source has, for `naming`."""
+    if name not in SPLITS:
+        return (f"streams.{name}" if name in settings.streams else "data.extra_eval",)
+    split = f"data.{name} = {messages.brief(getattr(settings.data, name))}"
+    return "data.source", split, "data.group", "data.data_dir", "task", *(["data.shots"] if name == MAIN else [])
 
 
 def _check_splits(data: DataSettings, chooses: bool, streams: Iterable[str]) -> None:
@@ -68,16 +80,20 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
     train, data = found[MAIN], settings.data
     classes = dict(enumerate(train.class_names))
     if settings.loop.task in ("classification", "binary") and len(classes) < 2:
-        raise ValueError(f"{train.name} has the one class {classes[0]!r}; expected at least two to tell apart")
+        raise ValueError(
+            f"data.source: {train.name} has the one class {classes[0]!r}; expected at least two to tell apart"
+        )
     for name, source in found.items():
         if changed := messages.difference(classes, dict(enumerate(source.class_names))):
-            raise ValueError(f"the classes of train and {name} differ (train -> {name}):\n" + "\n".join(changed))
+            which = f"{_options_of(name, settings)[0]}: the classes of train and {name} differ (train -> {name})"
+            raise ValueError("\n".join([f"{which}:", *changed]))
     for name in scored_names(found, settings):
         left_out_in_turn = name == "test" and data.resample == "loo"
         if not left_out_in_turn and (shared := sources.overlap(train, found[name])):
+            count = f"{len(shared)} of {len(found[name])} examples"
             raise ValueError(
-                f"{len(shared)} of {len(found[name])} examples of {name} ({found[name].name}) are also in train "
-                f"({train.name}), such as {min(shared)}; use splits that do not overlap"
+                f"{', '.join(_options_of(name, settings)[:2])}: {count} of {name} ({found[name].name}) are also in "
+                f"train ({train.name}), such as {min(shared)}; use splits that do not overlap"
             )
     lines = [
         f"{len(both)} groups of {stream} are in {name} too, such as {both[0]!r}"
@@ -89,9 +105,9 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
     if (shared := transductive(found, settings)) and not data.transductive:
         stream, name = next(iter(shared))
         raise ValueError(
-            f"{shared[stream, name]} of {len(found[name])} examples of {name}, which is scored, are also in the "
-            f"training stream {stream!r}; use splits that do not overlap, or set data.transductive=True, which "
-            "result.json then says"
+            f"streams.{stream}: {shared[stream, name]} of {len(found[name])} examples of {name}, which is scored, are "
+            f"also in the training stream {stream!r}; use splits that do not overlap, or set data.transductive=True, "
+            "which result.json then says"
         )
 
 
@@ -170,18 +186,21 @@ def make_streams(
     streams = {}
     for name, stream in {MAIN: main, **settings.streams}.items():
         views = {field: View(card, tuple(stream.augment)) for field, card in cards.items()}
-        sharding.check_batch_size(stream.batch_size, loop.accumulate, parallel.mesh.size)
-        streams[name] = pipeline.train_batches(
-            found[name], views, stream.batch_size, loop.seed, name=name, order=stream.sampling,
-            labelled=stream.labelled, **processes,
-        )  # fmt: skip
+        keys = [f"streams.{name}"] if name in settings.streams else ["batch_size", "data.augment", "data.sampling"]
+        with naming(settings.table, *keys):
+            sharding.check_batch_size(stream.batch_size, loop.accumulate, parallel.mesh.size)
+            streams[name] = pipeline.train_batches(
+                found[name], views, stream.batch_size, loop.seed, name=name, order=stream.sampling,
+                labelled=stream.labelled, **processes,
+            )  # fmt: skip
     scored = {name: source for name, source in found.items() if name not in streams}
     # One size for all, so that one program serves them; it pads val, which is scored often, the least.
     count = len(found.get("val", found.get("test")))
     size = parallel.round_up(-(-count // -(-count // loop.eval_batch_size)))
     first = next(iter(cards))
     views = {first: View(cards[first])}
-    return streams, {
-        name: pipeline.eval_batches(source, views, size, num_workers=data.workers, **processes)
-        for name, source in scored.items()
-    }
+    with naming(settings.table, "eval_batch_size", "data.source"):
+        return streams, {
+            name: pipeline.eval_batches(source, views, size, num_workers=data.workers, **processes)
+            for name, source in scored.items()
+        }

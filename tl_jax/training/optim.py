@@ -14,12 +14,13 @@ from tl_jax.core import checks, messages
 from tl_jax.core.trees import FROZEN
 
 NonNegative = Annotated[float, checks.number(0)]
+MOST_STEPS = 2**31 - 1  # what the counter of steps can hold
 FRACTION = checks.number(0, 1, above=True, below=True)
 Milestones = Annotated[Sequence[float], checks.sequence(FRACTION, "fractions between 0 and 1")]
 
 
 def to_steps(duration: tuple[float, str], *, batch_size: int, train_size: int) -> int:
-    """A duration such as (5, "epochs"), (300, "steps") or (20_000, "examples") in whole steps, rounded up.
+    """A duration such as (5, "epochs"), (300, "steps") or (20_000, "examples") in whole steps, rounded up: 1 at least.
 
     An epoch is `train_size` examples, whether or not `batch_size` divides it.
     """
@@ -27,7 +28,10 @@ def to_steps(duration: tuple[float, str], *, batch_size: int, train_size: int) -
     examples_each = {"steps": batch_size, "examples": 1, "epochs": train_size}
     if unit not in examples_each or not 0 <= amount < math.inf:
         raise ValueError(f"duration {duration!r}: expected (amount >= 0, one of {', '.join(examples_each)})")
-    return math.ceil(amount * examples_each[unit] / batch_size - 1e-9)
+    steps = float(amount) * examples_each[unit] / batch_size
+    if steps > MOST_STEPS:
+        raise ValueError(f"duration {duration!r} is {steps:.3g} steps of {batch_size} examples; at most {MOST_STEPS:,}")
+    return max(math.ceil(steps - 1e-9), int(amount > 0))
 
 
 def constant(peak: float, steps: int):

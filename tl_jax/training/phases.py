@@ -20,7 +20,7 @@ from tl_jax.models.head import reads
 from tl_jax.runtime import sharding
 from tl_jax.tasks import Spec
 from tl_jax.training import audit, optim, steps, terms
-from tl_jax.training.settings import LoopSettings, PhaseSettings, Settings
+from tl_jax.training.settings import LoopSettings, PhaseSettings, Settings, naming, phase_table
 
 
 class Material(NamedTuple):
@@ -86,17 +86,19 @@ def make_phase(
     previous: Phase | None,
 ) -> Phase:
     """One phase after the previous one."""
-    networks, variables, method = material.networks, material.variables, phase.method
+    networks, variables, method, table = material.networks, material.variables, phase.method, phase_table(phase)
     params = variables["params"]
     paths = list(trees.flatten(params))
     own = [path for path in paths if path.split("/")[0] not in networks]
     name = "linear_probe" if method.name in probes.NAMES else method.name
     cuts = material.model.cuts
-    own_rules = rules.make_rules(name, own, cuts, method.k, method.blocks, method.rules)
     groups_of = {name: network.group for name, network in networks.items()}
-    matches = trees.match_rules(paths, rules.auxiliary(paths, groups_of) + own_rules)
+    with naming(table, "method.name", "method.k", "method.blocks", "method.rules"):
+        own_rules = rules.make_rules(name, own, cuts, method.k, method.blocks, method.rules)
+        matches = trees.match_rules(paths, rules.auxiliary(paths, groups_of) + own_rules)
     labels = {path: match.value for path, match in matches.items()}
-    policies = _norm_policies(variables["batch_stats"], labels, networks, method.norm)
+    with naming(table, "method.norm"):
+        policies = _norm_policies(variables["batch_stats"], labels, networks, method.norm)
     groups, offsets, lengths = _make_groups(settings.loop, phase, labels, material.facts, previous)
     multipliers = rules.layer_multipliers(own, cuts, phase.layer_decay) if phase.layer_decay < 1 else {}
     trained = (path for path in own if labels[path] != trees.FROZEN)
@@ -111,7 +113,8 @@ def make_phase(
         more = {"multipliers": multipliers, "offsets": offsets, "blocks": blocks, "values": values, "apart": apart}
         return optim.make_optimizer(labels, groups, schedule, phase.clip, **more)
 
-    schedule = make_schedule(phase.lr)
+    with naming(table, "schedule.name", "schedule.args", "schedule.warmup", "total"):
+        schedule = make_schedule(phase.lr)
     tx = make_optimizer(schedule, groups)
     opt_state = jax.eval_shape(tx.init, trees.split(params, labels)[0])
     report = audit.make_audit(
@@ -138,11 +141,14 @@ def _norm_policies(batch_stats: Any, labels: Mapping[str, str], networks, norm: 
 def _make_groups(loop: LoopSettings, phase: PhaseSettings, labels, facts, previous: Phase | None):
     """The optimizer groups, the steps that each path has been trained for, and (length, warm-up) in steps."""
     sizes = {"batch_size": loop.batch_size, "train_size": facts[MAIN]["examples"]}
-    lengths = tuple(optim.to_steps(duration, **sizes) for duration in (phase.total, phase.schedule_warmup))
+    table = phase_table(phase)
+    with naming(table, "total", "schedule.warmup"):
+        lengths = tuple(optim.to_steps(duration, **sizes) for duration in (phase.total, phase.schedule_warmup))
     default = optim.Group(
         phase.optimizer, tuple(phase.optimizer_args.items()), weight_decay=phase.weight_decay, decay=phase.decay
     )
-    groups = optim.make_groups(labels, default, phase.groups)
+    with naming(table, "method.name", "groups", "optimizer", "optimizer_args", "weight_decay", "decay"):
+        groups = optim.make_groups(labels, default, phase.groups)
     known = previous and (previous.plan.labels, previous.groups, previous.offsets, previous.length)
     return groups, optim.offsets_after(known, labels, groups), lengths
 
@@ -161,7 +167,8 @@ def _make_plan(
     model = dataclasses.replace(material.model, stoch_norm=method.stoch_norm).clone(frozen_norms=frozen_norms)
     readers = {**material.readers, MODEL: material.readers[MODEL]._replace(module=model)}
     task_args = _task_args(settings, material)
-    task = tasks.make(material.spec, label_smoothing=method.label_smoothing, **task_args)
+    with naming(settings.table | phase_table(phase), "task_args", "method.label_smoothing"):
+        task = tasks.make(material.spec, label_smoothing=method.label_smoothing, **task_args)
     running = jax.eval_shape(
         task.running, {"logits": jnp.zeros((1, task.outputs))}, jnp.asarray(material.data[MAIN].labels[:1])
     )  # fmt: skip

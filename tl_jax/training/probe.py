@@ -19,6 +19,7 @@ from tl_jax.runtime.preemption import Stop, check
 from tl_jax.tasks import Predictions
 from tl_jax.training import artifacts, audit, evaluate, single, steps
 from tl_jax.training.build import Run, scored_splits
+from tl_jax.training.settings import naming
 from tl_jax.weights import load
 
 
@@ -70,7 +71,8 @@ def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Sc
     train, val = seen.pop(MAIN), seen.get("val")
     examples = (train.features[index], train.labels[index]), val and (val.features, val.labels)
     check_stop = functools.partial(check, stop_requested, "between two fits")
-    fitted = probes.fit(method.name, *examples, run.task.outputs, method.grid, check_stop=check_stop)
+    with naming(settings.table, "method.name", "method.grid", "data.val"):
+        fitted = probes.fit(method.name, *examples, run.task.outputs, method.grid, check_stop=check_stop)
     # The one time that test is read; where there is none, val is scored.
     predictions = {
         name: seen[name]._replace(outputs={"logits": fitted.predict(seen[name].features)})
@@ -90,7 +92,8 @@ def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) 
     pool = predict(run, parallel, material.eval_batches, stop_requested)["test"]
     examples = pool.features, pool.labels, resample.leave_one_out(pool.labels, material.data["test"].groups)
     check_stop = functools.partial(check, stop_requested, "between two fits")
-    (logits,) = probes.cross_predict(method.name, *examples, run.task.outputs, grid[0], check_stop=check_stop)
+    with naming(run.settings.table, "method.name", "method.grid"):
+        (logits,) = probes.cross_predict(method.name, *examples, run.task.outputs, grid[0], check_stop=check_stop)
     return Scored({"test": pool._replace(outputs={"logits": logits})}, {}, grid[0], [])
 
 

@@ -1,10 +1,12 @@
 """A config taken apart, once: what each piece of a run is told. Fields and types are those of core/options.py."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tl_jax import config as options
-from tl_jax.core import files
+from tl_jax.core import files, messages
 from tl_jax.core.options import OPTIONS, Option
 
 Pairs = tuple[tuple[str, Mapping[str, Any]], ...]
@@ -67,9 +69,11 @@ class Settings(NamedTuple):
 def read(config: Any) -> Settings:
     """Takes a config apart; raises one ValueError for invalid values, before anything is loaded."""
     options.check(config)
-    changed = [options.override(config, dict(phase)) for phase in config.phases] or [config]
-    for phase in changed:
-        options.check(phase)
+    changed = []
+    for i, phase in enumerate(config.phases):
+        with naming({}, f"phases[{i}]"):
+            changed.append(options.override(config, dict(phase)))
+            options.check(changed[-1])
     flat = _plain(config)
     batch = {"batch_size": flat["batch_size"], "augment": flat["data.augment"]}
     return Settings(
@@ -78,10 +82,37 @@ def read(config: Any) -> Settings:
         loop=_pick(LoopSettings, flat, RUN),
         streams={name: StreamSettings(**{**batch, **given}) for name, given in flat["streams"].items()},
         networks={name: NetworkSettings(**given) for name, given in flat["networks"].items()},
-        phases=[_phase(_plain(phase)) for phase in changed],
+        phases=[_phase(_plain(phase)) for phase in changed or [config]],
         table=options.flatten(config),
         identity=options.identity(config),
     )
+
+
+def phase_table(phase: PhaseSettings) -> dict[str, Any]:
+    """`{dotted option: value}` of what a phase may change, for `naming`."""
+    method, *others = phase
+    return dict(zip((*_section("method."), *PHASE), (*method, *others), strict=True))
+
+
+@contextlib.contextmanager
+def naming(table: Mapping[str, Any], *keys: str) -> Iterator[None]:
+    """Puts the options that an error of the block is about before its text, unless it has one of these keys already.
+
+    table: `{dotted option: value}`, of which those count that were set, or all keys where none was; a key that is not
+    in it always counts. An OSError stays one, as the system's own has the file's name in its text.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if not keys or any(
+            re.search(rf"(?<![\w.]){re.escape(key)}{'' if '.' in key else ' ?[=:]'}", str(error)) for key in keys
+        ):
+            raise
+        initial = {key: files.as_tuples(options.INITIAL[key]) for key in keys if key in table}
+        changed = [key for key in keys if key not in table or files.as_tuples(table[key]) != initial[key]]
+        about = (f"{key} = {messages.brief(table[key])}" if key in table else key for key in changed or keys)
+        kind = next(kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind))
+        raise kind(f"{', '.join(about)}: {error}") from error
 
 
 def _phase(flat: Mapping[str, Any]) -> PhaseSettings:

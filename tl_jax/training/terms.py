@@ -7,7 +7,7 @@ from tl_jax.core import checks
 from tl_jax.core.messages import nearest
 from tl_jax.methods import TERMS, schedules
 from tl_jax.methods.term import AVERAGE, MAIN, MODEL, TASK, Network, Start, Term
-from tl_jax.training.settings import Settings
+from tl_jax.training.settings import Settings, naming
 
 # What a term may need, whether a run has it, and how to give it to it.
 NEEDS: dict[str, tuple[Callable[[Settings], bool], str]] = {
@@ -32,9 +32,10 @@ def make_terms(settings: Settings) -> list[Terms]:
     """
     problems, given = [], [{TASK: {}, **phase.terms} for phase in settings.phases]
     given = [{name: _apart(arguments) for name, arguments in terms.items()} for terms in given]
-    for name, (weight, arguments) in (pair for terms in given for pair in terms.items()):
-        problems += schedules.problems(f"terms.{name}.weight", weight)
-        problems += checks.call_problems("term", name, arguments, TERMS)
+    for i, name, (weight, arguments) in ((i, *pair) for i, terms in enumerate(given) for pair in terms.items()):
+        where = f"phases[{i}]: " if settings.table["phases"] else ""
+        problems += schedules.problems(f"{where}terms.{name}.weight", weight)
+        problems += [where + problem for problem in checks.call_problems("term", name, arguments, TERMS)]
     checks.refuse("the terms of the loss do not fit", problems)
     given = [{name: pair for name, pair in terms.items() if pair[0] != 0} for terms in given]
     made = [{name: (schedules.make(w), TERMS[name](**arguments)) for name, (w, arguments) in x.items()} for x in given]
@@ -74,8 +75,9 @@ def _unused(settings: Settings, phases: Sequence[Terms]) -> list[str]:
     """Streams and networks of the config that no term of any phase uses."""
     terms = [term for phase in phases for _, term in phase.values()]
     on, read = {stream for term in terms for stream in term.on}, {name for term in terms for name in term.reads}
-    problems = [f"streams.{name} feeds no term" for name in settings.streams if name not in on]
-    return problems + [f"networks.{name} is read by no term" for name in settings.networks if name not in read]
+    where = " of the phases" if settings.table["phases"] else ""
+    problems = [f"streams.{name} feeds no term{where}" for name in settings.streams if name not in on]
+    return problems + [f"networks.{name} is read by no term{where}" for name in settings.networks if name not in read]
 
 
 def initialise(
@@ -84,7 +86,8 @@ def initialise(
     """The networks and the memory of all terms; given: the networks of the config, which a term may read."""
     networks, memory = dict(given), {}
     for name, term in {name: term for terms in phases for name, (_, term) in terms.items()}.items():
-        made, kept = term.init(start)
+        with naming({}, f"terms.{name}"):
+            made, kept = term.init(start)
         for network, value in made.items():
             known = networks.get(network, value)
             both = known.variables, value.variables
@@ -94,7 +97,7 @@ def initialise(
             memory[name] = kept
         if unknown := [network for network in term.reads if network not in {MODEL, AVERAGE, *networks}]:
             raise ValueError(
-                f"{name} reads the networks {unknown}, which are not there: add networks.{unknown[0]}"
+                f"terms.{name} reads the networks {unknown}, which are not there: add networks.{unknown[0]}"
                 f"{nearest(unknown[0], networks)}"
             )
     return networks, memory

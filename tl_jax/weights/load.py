@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tl_jax import models
-from tl_jax.core import trees
+from tl_jax.core import messages, trees
 from tl_jax.core.card import Card
 from tl_jax.models import conversion as tables
 from tl_jax.models import head as heads
@@ -59,7 +59,7 @@ def load(
     unfilled leaf, wrong shape, non-finite value and negative variance.
     """
     if head_init not in HEAD_INIT:
-        raise ValueError(f"head_init={head_init!r} is unknown; known: {', '.join(HEAD_INIT)}")
+        raise ValueError(f"head_init={messages.brief(head_init)} is unknown; known: {', '.join(HEAD_INIT)}")
     head = heads.check(head)
     if not path:
         card = _with_columns(models.get(name).card, columns, path)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tl_jax.core.checks import refuse
-from tl_jax.core.files import atomic_write, locked
+from tl_jax.core.files import atomic_write, locked, writing
 from tl_jax.core.messages import listed
 from tl_jax.data import workers
 from tl_jax.data.examples import Source, header_shape
@@ -154,9 +154,10 @@ def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> 
                 continue
             os.fsync(data.fileno())  # pixels first: what the journal names is there, even after a power cut
             good = [piece for piece in fresh.items() if all(len(row) > 1 for row in piece[1])]  # others: tried again
-            file.writelines(_journal_line(json.dumps(piece)) for piece in good)
-            file.flush()
-            os.fsync(file.fileno())
+            with writing(journal):
+                file.writelines(_journal_line(json.dumps(piece)) for piece in good)
+                file.flush()
+                os.fsync(file.fileno())
             pieces |= fresh
             fresh, flushed = {}, time.perf_counter()
             rate = number * CHUNK / (flushed - began)

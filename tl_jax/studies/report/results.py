@@ -93,19 +93,14 @@ class Results(NamedTuple):
         return statistics.mean_interval(list(values), test_share=self.test_share)
 
 
-FIELDS = (*Results._fields[:-1], "runs")  # of study.json
-
-
 def load(workdir: pathlib.Path) -> Results:
     """Reads W/study.json and W/runs/*; ValueError names the file that is not as planned."""
     plan = store.read_plan(workdir)
-    if missing := [field for field in FIELDS if field not in plan]:
-        raise ValueError(f"{workdir / 'study.json'} lacks {', '.join(missing)}; a study's plan has {', '.join(FIELDS)}")
     grid: dict[Cell, dict[Unit, Run]] = {}
     for row in plan["runs"]:
         cell, unit = tuple(row["levels"][factor] for factor in plan["factors"]), (row["seed"], row["fold"])
         grid.setdefault(cell, {})[unit] = _load_run(workdir, row["key"], cell, unit)
-    found = Results(*(plan[field] for field in FIELDS[:-1]), grid)
+    found = Results(*(plan[field] for field in Results._fields[:-1]), grid)
     _check_weights(found, workdir)
     return found
 
@@ -131,7 +126,7 @@ def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
     run = Run(key, cell, unit, store.state(folder), folder)
     try:
         if run.state == "failed":
-            return run._replace(error=last_line(read_json(folder / "failed.json").get("error", ""), workdir))
+            return run._replace(error=last_line(read_json(folder / "failed.json", store.FAILED)["error"], workdir))
         if run.state != "done":
             return run
         config = store.read_config(folder)
