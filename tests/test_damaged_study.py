@@ -84,13 +84,15 @@ def test_a_damaged_failure_is_named(workdir, capsys, table):
     assert report.write(workdir)["runs"]["failed"] == 1
 
 
-def test_a_damaged_set_is_named(workdir):
+def test_a_damaged_set_is_chosen_anew(workdir, monkeypatch, capsys):
     key = store.read_plan(workdir)["runs"][0]["key"]
-    (workdir / "together" / "x").mkdir(parents=True)
+    monkeypatch.setattr(store, "open_runs", lambda workdir: [key])
+    path = workdir / "together" / "x" / "runs.json"
+    path.parent.mkdir(parents=True)
     for table in ({}, {"runs": 3, "alone": ""}, {"runs": [], "alone": None}):
-        write_json(workdir / "together" / "x" / "runs.json", table)
-        with pytest.raises(ValueError, match=r"runs\.json is damaged"):
-            together.members(workdir, key)
+        write_json(path, table)
+        assert together.members(workdir, key) == ([key], None) and not path.exists()
+        assert "runs.json is damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("table", [{"model": 1}, {"model.name.x": 1}, {"": 1}, {"data": {"source": "x"}}, {"lr.x": 1}])

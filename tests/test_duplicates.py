@@ -108,7 +108,7 @@ def test_small_images_and_rows_are_compared_for_equality_alone():
     assert table["pairs"] == [["exact", "train: train/3", "test: train/7"]]
 
 
-@pytest.mark.parametrize("source", ["digits", "glyphs"])
+@pytest.mark.parametrize("source", ["digits", pytest.param("glyphs", marks=pytest.mark.slow)])
 def test_the_images_that_come_with_the_package_have_no_duplicates(source):
     splits = {name: sources.load(source, cut) for name, cut in (("train", "train[:50%]"), ("val", "train[50%:]"))}
     assert duplicates.find(splits, ["train"])["pairs"] == []

@@ -1,6 +1,5 @@
 """Packed sources: the same images, labels and batches as the files; what is broken off, damaged or too small."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from tl_jax import __main__ as command
+from tl_jax.core import files as stored
 from tl_jax.core.card import Card
 from tl_jax.data import pipeline, sources
 from tl_jax.data.pipeline import View
@@ -144,8 +144,7 @@ def test_damage_is_named(photos, tmp_path):
     with pytest.raises(ValueError, match=r"2 problems.*\n.*train/ant/3\.jpg differ.*\n.*val/bee/0\.jpg differ"):
         packed.verify(str(tmp_path / "p"))
     meta = tmp_path / "p/train/meta.json"
-    body = {key: value for key, value in json.loads(meta.read_text()).items() if key != "sha256"}
-    meta.write_bytes(packed.sealed(json.dumps(body | {"bytes": 7, "examples": 9}).encode()))
+    stored.write_json(meta, stored.read_json(meta) | {"bytes": 7, "examples": 9})
     packed._opened.cache_clear()
     with pytest.raises(ValueError, match=r"damaged; .*:\n  pixels.bin: bytes \d+, expected 7\n  .* 13, expected 9"):
         sources.load(f"packed:{tmp_path}/p")
@@ -165,14 +164,14 @@ def test_every_bit_flip_of_the_meta_data_is_found_when_a_pack_is_opened(photos, 
         damaged = bytearray(sound)
         damaged[at] ^= 1 << bit
         meta.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"are damaged; .*\n.*meta\.json is not as it was written"):
+        with pytest.raises(ValueError, match=r"are damaged; .*\n.*meta\.json is damaged"):
             packed.open_split(split)
     for text in ("[]", "", "7", '{"format": "tl_jax packed 2"}'):
         meta.write_text(text)
         for call in (lambda: packed.verify(str(tmp_path / "p")), lambda: sources.load(f"packed:{tmp_path}/p", "val"),
                      lambda: pack.pack(photos, str(tmp_path / "p"), ("val",), size=20, **QUIET)):  # fmt: skip
             with pytest.raises(
-                ValueError, match=r"meta\.json is not as it was written, or not in the format .*pack the source anew"
+                ValueError, match=r"meta\.json is damaged|'tl_jax packed 2', expected|holds another packing"
             ):
                 call()
 

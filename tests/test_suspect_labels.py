@@ -249,12 +249,11 @@ def test_one_label_of_a_multilabel_task_at_a_time(tmp_path):
 
 def test_what_cannot_be_judged_is_refused_in_one_message(tmp_path, capsys):
     run = train_run(tmp_path / "run", **{"data.train": "train[:10%]", "data.val": "train[90%:]", "data.test": ""})
-    wrong = ["--folds", "2", "--seed", "-1", "--top", "0", "--splits", "val,tset", "--label", "7"]
-    assert commands.main(["labels", str(run), *wrong]) == 2
-    message = capsys.readouterr().err
+    with pytest.raises(ValueError, match="suspect labels cannot be looked for") as error:
+        labels.suspects(run, folds=2, seed=-1, top=0, splits=("val", "tset"), label="7")
     for text in ("--folds 2: expected at least 3", "--seed -1: expected 0 .. 2**32 - 1", "--top 0: expected at least 1",
                  "--splits val,tset: expected some of train,val", "--label '7': this task takes none"):  # fmt: skip
-        assert text in message
+        assert text in str(error.value)
     assert commands.main(["labels", str(tmp_path)]) == 2 and "no folder of a finished run" in capsys.readouterr().err
     (run / "predictions.npz").write_bytes(b"changed")
     assert commands.main(["labels", str(run)]) == 2 and "not as its run left it" in capsys.readouterr().err

@@ -221,7 +221,7 @@ COMMANDS = {
     labels: ("rank the labels of a finished run's data by how likely they are wrong", (
         arg("run", help="the folder of the run"),
         arg("--out", default="", help="the folder for labels.csv, .json and .png (default: RUN/labels)"),
-        arg("--folds", type=one(checks.integer(2, 1000)), default=5, help="each is judged by a model of the others"),
+        arg("--folds", type=one(checks.integer(3, 1000)), default=5, help="each is judged by a model of the others"),
         arg("--seed", type=one(SEED), default=0, help="of the folds"),
         arg("--top", type=_COUNT, default=50, help="how many are listed, suspects or not"),
         arg("--splits", default="", help="names with commas, such as train,val; default: all that the run names"),

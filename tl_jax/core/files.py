@@ -115,7 +115,7 @@ def read_json(path: pathlib.Path, fields: Mapping[str, Check] | None = None) -> 
             expected = (f"{name}: {fields[name].expected}" for name in wrong)
             raise ValueError(f"it has {', '.join(found)}; expected {', '.join(expected)}")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); move the file away, or take another workdir") from None
+        raise ValueError(f"{path} is damaged ({error}); restore the file, or move it away") from None
     return value
 
 

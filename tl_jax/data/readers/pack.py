@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tl_jax.core.checks import refuse
-from tl_jax.core.files import atomic_write, locked, writing
+from tl_jax.core.files import atomic_write, locked, read_json, write_json, writing
 from tl_jax.core.messages import listed
 from tl_jax.data import workers
 from tl_jax.data.examples import Source, header_shape
 from tl_jax.data.image import ops
-from tl_jax.data.readers.packed import FILES, FORMAT, checksum, padded, read_sealed, sealed
+from tl_jax.data.readers.packed import FILES, FORMAT, checksum, padded
 from tl_jax.data.sources import check_on_error, list_split, without
 
 CHUNK = 32  # images per piece of work and line of the journal
@@ -94,7 +94,7 @@ def pack(
 
 
 def _check_same(path: Path, wanted: dict[str, Any]) -> None:
-    found = read_sealed(path)
+    found = read_json(path)
     changed = [f"{key}: {found.get(key)!r} -> {value!r}" for key, value in wanted.items() if found.get(key) != value]
     refuse(f"{path.parent} holds another packing; choose another folder or remove it (there -> now)", changed)
 
@@ -103,7 +103,7 @@ def _plan(source: Source, meta: dict[str, Any], folder: Path, report: Callable[[
     """Reads the header of every image: the bytes it will take, and where."""
     folder.mkdir(exist_ok=True)
     if not (folder / "plan.json").exists():
-        _write_sealed(folder / "plan.json", meta)
+        write_json(folder / "plan.json", meta)
     _check_same(folder / "plan.json", meta)
 
     def shape(index: int) -> tuple[int, int]:
@@ -238,17 +238,12 @@ def _finish(plan: Plan, results: list[list]) -> dict[str, Any]:
         "skipped": source.skipped,
         "ids": source.ids,
     }
-    _write_sealed(plan.folder / "meta.json", meta)
+    write_json(plan.folder / "meta.json", meta)
     for path in plan.folder.iterdir():
         if path.name not in FILES:
             path.unlink()
     _sync(plan.folder)
     return meta
-
-
-def _write_sealed(path: Path, table: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        file.write(sealed(json.dumps(table).encode()))
 
 
 def _sync(folder: Path) -> None:

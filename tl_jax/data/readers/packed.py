@@ -3,14 +3,12 @@
 FOLDER/SPLIT/pixels.bin   uint8 [height, width, 3] of each image, filled up with zeros to a multiple of 8 bytes
 FOLDER/SPLIT/index.npz    offsets int64 [N], shapes int32 [N, 2], labels int32 [N], sha256 uint8 [N, 32] of the pixels,
                           sums uint64 [N] of their 64-bit words, compared whenever an image is read
-FOLDER/SPLIT/meta.json    sha256 of all that follows; what was packed how, class names, ids, what was left out,
-                          the sha256 of the index
+FOLDER/SPLIT/meta.json    what was packed how, class names, ids, what was left out, the sha256 of the index
 """
 
 import functools
 import hashlib
 import io
-import json
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax.core import files
 from tl_jax.core.checks import refuse
 from tl_jax.data.examples import Source
 from tl_jax.data.readers.arrays import read_npz
@@ -63,20 +62,6 @@ def padded(size: Any) -> Any:
 def checksum(pixels: np.ndarray) -> int:
     """The sum of the 64-bit words of uint8 [8 n]: no single flipped bit leaves it as it was."""
     return int(pixels.view("<u8").sum(dtype=np.uint64))
-
-
-def sealed(body: bytes) -> bytes:
-    """The text of a JSON table, with the sha256 of its bytes as its first entry."""
-    return b'{"sha256": "%s", %s' % (hashlib.sha256(body).hexdigest().encode(), body[1:])
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """What `sealed` wrote; ValueError where one bit of it differs."""
-    text = path.read_bytes()
-    if sealed(b"{" + text[len(sealed(b"{")) :]) != text:
-        found = f"{path} is not as it was written, or not in the format {FORMAT!r} of this version"
-        raise ValueError(f"{found}; remove its folder and pack the source anew")
-    return json.loads(text)
 
 
 class PackedImages(NamedTuple):
@@ -132,7 +117,7 @@ def _opened(path: str) -> Store:
 def open_split(folder: Path) -> Store:
     """Opens a packed split, without reading pixels; ValueError lists files that are missing or not as they were."""
     try:
-        meta = read_sealed(folder / "meta.json")
+        meta = files.read_json(folder / "meta.json")
         if meta.get("format") != FORMAT:
             raise ValueError(f"format {meta.get('format')!r}, expected {FORMAT!r}")
         index = (folder / "index.npz").read_bytes()
