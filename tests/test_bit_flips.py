@@ -402,6 +402,7 @@ def try_flips(left, seed, count):
     assert not wrong, "\n".join([f"{len(wrong)} of {count} flips:", *sorted(wrong)])
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_changes_a_number_without_a_word(left):
     try_flips(left, 0, len(left.kinds()))
 

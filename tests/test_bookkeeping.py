@@ -65,7 +65,14 @@ COST = {
 }
 
 
-@pytest.mark.parametrize("name, damage", [("timing.jsonl", kind) for kind in TIMING] + [("cost.json", k) for k in COST])
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        pytest.param(name, kind, marks=() if kind in ("flips", "half") else pytest.mark.slow)
+        for name, kinds in (("timing.jsonl", TIMING), ("cost.json", COST))
+        for kind in kinds
+    ],
+)
 def test_a_run_whose_books_are_damaged_ends_with_its_numbers(stopped, tmp_path, name, damage):
     shutil.copytree(stopped[0], tmp_path / "w")
     path = tmp_path / "w" / name

@@ -161,6 +161,7 @@ def same(found, expected, tolerance=1e-5):
     jax.tree.map(lambda a, b: close(a, np.asarray(b), tolerance), found, expected)
 
 
+@pytest.mark.slow
 def test_a_step_by_hand_is_the_plain_step(monkeypatch):
     model, images = network(bottleneck=True), draw(0, 3, 34, 30, 3)
     variables = drawn(model, images)

@@ -290,6 +290,7 @@ def test_bad_input_is_one_message_and_exit_code_2(run, arguments, message, capsy
     assert error.startswith("error: ") and message in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_train_runs_any_file_with_get_config(tmp_path):
     (tmp_path / "own.py").write_text(
         "from tl_jax import config\n\n\ndef get_config(arg=''):\n"

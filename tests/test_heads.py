@@ -250,6 +250,7 @@ def test_a_plain_head_has_the_familys_names_and_no_layers_on_its_card(small, tmp
         assert '"head"' not in metadata[load.CARD_KEY]
 
 
+@pytest.mark.slow
 def test_a_new_head_replaces_the_layers_of_a_file_and_has_the_numbers_of_its_seed(small, tmp_path):
     path, name = tmp_path / "w.safetensors", small[1]
     old = load.load(name, "", 4, head=FLAT)

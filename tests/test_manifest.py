@@ -225,6 +225,7 @@ def test_figures_never_stand_between_a_run_and_its_result(original, tmp_path, mo
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_the_figures_of_a_comparison_and_of_an_interpolation_do_not_stand_there_either(
     original, tmp_path, monkeypatch, capsys
 ):

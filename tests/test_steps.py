@@ -63,7 +63,7 @@ def assert_close(left, right, rtol=1e-5, atol=1e-6):
         np.testing.assert_allclose(leaf, flat_right[path], rtol=rtol, atol=atol, err_msg=path)
 
 
-@pytest.mark.parametrize(("method", "last_k"), [("linear_probe", 0), ("last_k", 1)])
+@pytest.mark.parametrize(("method", "last_k"), [pytest.param("linear_probe", 0, marks=pytest.mark.slow), ("last_k", 1)])
 def test_frozen_parameters_and_statistics_are_bit_equal_after_100_steps(method, last_k):
     before, *_ = setup(method, last_k=last_k)
     after, labels = run(100, method=method, last_k=last_k)
@@ -130,7 +130,8 @@ def test_the_moving_average_follows_its_recurrence_over_all_that_moves_and_nothi
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"mode": "pmap"}, pytest.param({"mode": "pmap", "accumulate": 2}, marks=pytest.mark.slow)]
+    "options",
+    [{"mode": "pmap"}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({}, {"mode": "pmap", "accumulate": 2}))],
 )
 def test_devices_and_mode_do_not_change_losses_or_parameters(options):
     base = {"accumulate": options["accumulate"]} if "accumulate" in options else {}

@@ -178,6 +178,7 @@ def test_lookalikes_across_the_splits_are_those_of_centred_features():
     assert labels._lookalikes({"train": data["train"]}, x) == labels._lookalikes({"val": data["val"]}, x) == []
 
 
+@pytest.mark.slow
 def test_the_splits_of_a_run_are_pooled_each_example_once(tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "_draw", lambda *_: None)
     told = []
@@ -234,6 +235,7 @@ def test_rows_of_a_table_are_judged_by_their_columns_and_small_classes_are_left_
         labels.suspects(run, folds=61)
 
 
+@pytest.mark.slow
 def test_one_label_of_a_multilabel_task_at_a_time(tmp_path):
     few = {"total": (1.0, "steps"), "batch_size": 16, "eval_every": (1.0, "steps"), "log_every": (1.0, "steps")}
     run = train_run(tmp_path / "run", **{

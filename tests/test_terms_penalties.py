@@ -562,7 +562,7 @@ def small_vit():
 
 @pytest.mark.parametrize(
     ("make_module", "cut", "channels"),
-    [(RESNET, "stage3", 64), pytest.param(small_vit, "block0", 12, marks=pytest.mark.slow)],
+    [pytest.param(RESNET, "stage3", 64, marks=pytest.mark.slow), (small_vit, "block0", 12)],
 )
 def test_all_penalties_compose_on_a_real_network(make_module, cut, channels):
     start, names = start_of(make_module(), 32), tuple(PENALTIES)

@@ -132,7 +132,7 @@ def test_a_run_that_crashed_three_times_ends_bit_equal_to_an_unbroken_one(finish
     assert remains(tmp_path / "w") == remains(finished[0])
 
 
-@pytest.mark.parametrize("step", [1, 3, 4])
+@pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4))])
 def test_a_request_to_stop_saves_the_step_and_the_same_command_goes_on(finished, tmp_path, step):
     with pytest.raises(Preempted, match=f"after step {step} of 4"):
         train(make_config(), tmp_path / "w", stop_requested=lambda done: done == step)
@@ -144,6 +144,7 @@ def test_a_request_to_stop_saves_the_step_and_the_same_command_goes_on(finished,
     assert ours == reference
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_first_checkpoint_may_start_over_with_other_options(tmp_path):
     crashed(make_config(), tmp_path / "w", 1)
     assert train(make_config(lr=0.5), tmp_path / "w")["step"] in (2, 4)
