@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
+from tl_jax.core import machine
 from tl_jax.core.card import Card
 from tl_jax.data import pipeline, sources, workers
 from tl_jax.data.image import ops
@@ -343,3 +344,14 @@ def test_an_image_too_small_for_its_crop_is_named(digits):
     batches = train_batches(digits, views(CARD, [("random_crop", {})]), 8, 0)
     with pytest.raises(ValueError, match=r"train/\d+ of digits .*random_crop of 12 pixels .* 8 x 8"):
         batches[0]
+
+
+def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
+    whole = machine.memory()
+    (tmp_path / "none").write_text("max\n")
+    (tmp_path / "limit").write_text("1000000\n")
+    monkeypatch.setattr(machine, "CGROUPS", (str(tmp_path / "none"), str(tmp_path / "absent")))
+    assert whole <= machine.memory() <= 2**50
+    monkeypatch.setattr(machine, "CGROUPS", (str(tmp_path / "none"), str(tmp_path / "limit")))
+    with pytest.raises(ValueError, match=r"batch_size 4096 of digits train: the . batches made ahead take .* of 0 GB"):
+        train_batches(sources.load("digits", "train"), {"image": pipeline.View(CARD)}, 4096, 0)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -259,3 +261,12 @@ def test_classes_whose_folders_are_not_utf_8_are_trained_on_and_drawn(tmp_path):
     assert finished.read(tmp_path / "w")["metrics"]["count"] == 8
     assert (tmp_path / "w" / "confusion_matrix.png").exists()
     assert json.loads((tmp_path / "w" / "result.json").read_text())["metrics"]["per_class"][1]["class"] == "bee\udcff"
+    image, out = os.fsencode(tmp_path / "data" / "test") + b"/bee\xff/0.png", tmp_path / "o.csv"
+    command = [sys.executable, "-m", "tl_jax", "predict", str(tmp_path / "w"), image]
+    assert subprocess.run([*command, "--out", str(out)], check=False).returncode == 0
+    shown = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "PYTHONUTF8": "1"}).stdout
+    assert image in out.read_bytes() and b"bee\xff" in shown
+    # Whoever reads the output may stop: no error, and no noise.
+    head = " ".join(f"'{os.fsdecode(word)}'" for word in command) + f" '{tmp_path}/data/test' | head -n 1"
+    found = subprocess.run(["bash", "-o", "pipefail", "-c", head], capture_output=True, check=True)
+    assert found.stdout.startswith(b"file,class,") and not found.stderr

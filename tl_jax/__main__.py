@@ -48,7 +48,8 @@ def predict(args: Args) -> int:
 
     if args.out:
         with files.atomic_write(args.out) as file:
-            text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+            form = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # names of files need not be UTF-8
+            text = io.TextIOWrapper(file, **form, write_through=True)
             write(readable(), text)
             text.detach()
     else:
@@ -285,8 +286,14 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument(*names, **options)
     # What follows `train` belongs to absl, --help too.
     args = Args(function=train, rest=argv[1:]) if argv[:1] == ["train"] else parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     try:
         return args.function(args) or 0
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {_flags(args, error)}{error}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax.core import machine
 from tl_jax.core.fields import DOMAIN, INDEX, LABEL, MASK
 from tl_jax.core.messages import nearest
 from tl_jax.data import order as orders
@@ -284,6 +285,6 @@ def _check_sizes(batches: Batches, domains: int = 1) -> None:
     pixels = sum(math.prod(shape) for shape, _ in batches.shapes.values())
     rows = size // count * sum(values[0, :1].nbytes for values in batches.prepared.values())
     needed = (THREADS + 1) * (pixels + rows + ROW * size)
-    if needed > (there := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+    if needed > (there := machine.memory()):
         found = f"the {THREADS + 1} batches made ahead take {needed / 1e9:,.0f} GB of {there / 1e9:,.0f} GB of memory"
         raise ValueError(f"batch_size {size} of {batches.source.name}: {found}; choose a smaller one")

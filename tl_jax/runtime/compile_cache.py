@@ -16,7 +16,6 @@ def keep_compiled_programs() -> None:
     Whoever can write to the folder can run code here, so it is not used unless it is private and can be locked.
     """
     import jax
-    from jax._src import compilation_cache as programs
     from jax.experimental.compilation_cache import compilation_cache
 
     if jax.config.jax_compilation_cache_dir:
@@ -37,7 +36,7 @@ def keep_compiled_programs() -> None:
     # A run has some ten small programs, which together take as long to compile as a large one.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()  # jax looks once; a notebook may have compiled something already
-    programs._cache, programs._cache_initialized = _checked(folder), True  # jax 0.10 has no public way
+    _check_programs(folder)
 
 
 def _mend(folder: pathlib.Path) -> bool:
@@ -61,9 +60,18 @@ def _mend(folder: pathlib.Path) -> bool:
     return True
 
 
-def _checked(folder: pathlib.Path):
-    """jax's store of programs, with the sha256 of each behind it; what has another when it is read is removed."""
-    from jax._src import lru_cache
+def _check_programs(folder: pathlib.Path) -> None:
+    """Puts the sha256 of each program behind it; a program that has another when it is read is removed.
+
+    jax has no public way to this: a version that keeps its programs otherwise does so unchecked.
+    """
+    try:
+        from jax._src import compilation_cache as programs
+        from jax._src import lru_cache
+
+        _ = lru_cache.LRUCache.get, lru_cache.LRUCache.put, programs._cache, programs._cache_initialized
+    except (ImportError, AttributeError):
+        return
 
     class Checked(lru_cache.LRUCache):
         def get(self, key: str) -> bytes | None:
@@ -78,4 +86,4 @@ def _checked(folder: pathlib.Path):
         def put(self, key: str, value: bytes) -> None:
             super().put(key, value + hashlib.sha256(value).digest())
 
-    return Checked(str(folder), max_size=BYTES)
+    programs._cache, programs._cache_initialized = Checked(str(folder), max_size=BYTES), True

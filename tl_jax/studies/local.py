@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import tl_jax
+from tl_jax.core import machine
 from tl_jax.core.files import read_json
 from tl_jax.runtime import preemption
 from tl_jax.runtime.log import CONSOLE
@@ -130,8 +131,7 @@ def default_jobs() -> int:
     """One worker per GPU; one on a TPU, which a single process holds; else one per core, as far as memory goes."""
     if glob.glob("/dev/accel*"):
         return 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return len(_gpus(os.environ)) or max(1, min(len(_cores()), memory // MEMORY))
+    return len(_gpus(os.environ)) or max(1, min(len(_cores()), machine.memory() // MEMORY))
 
 
 def divide(jobs: int, environment: Mapping[str, str]) -> list[Slot]:
