@@ -408,7 +408,7 @@ def test_no_flipped_bit_changes_a_number_without_a_word(left):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, *(pytest.param(i, marks=pytest.mark.exhaustive) for i in range(3, 21))])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(i, marks=pytest.mark.exhaustive) for i in range(2, 21))])
 def test_no_flipped_bit_of_two_thousand_changes_a_number_without_a_word(left, seed):
     try_flips(left, seed, 100)
 

@@ -208,7 +208,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", range(0, 50, 10))
+@pytest.mark.parametrize("start", [0, *(pytest.param(i, marks=pytest.mark.exhaustive) for i in range(10, 50, 10))])
 def test_a_whole_run_on_a_damaged_cache_ends_in_the_numbers_of_a_sound_one_or_is_refused(trained, start):
     """50 seeded trials: 38 of unfinished caches, two of each kind of damage, and 12 of finished ones."""
     root, right, run = trained

@@ -97,7 +97,7 @@ def test_a_pack_that_cannot_be_written_is_named_and_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [20, 150])
+@pytest.mark.parametrize("size", [20, pytest.param(150, marks=pytest.mark.exhaustive)])
 def test_a_run_whose_disk_is_full_ends_in_one_line_and_the_same_command_finishes(tmp_path, size):
     """size: of the largest file, in KiB: the exported weights, or a checkpoint, which is written in the background."""
     options = ["--config", "configs/smoke.py", "--config.method.name=full", "--config.total=(8.0,'steps')"]

@@ -518,7 +518,7 @@ def image_config(name, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm_batches", ["joint", "per_stream"])
+@pytest.mark.parametrize("norm_batches", ["joint", pytest.param("per_stream", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", IMAGES)
 def test_eight_devices_train_the_configs_as_one_does(name, norm_batches, tmp_path):
     if norm_batches == "per_stream" and name != "dann_digits":

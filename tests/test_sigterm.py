@@ -127,6 +127,7 @@ def test_a_run_that_blocks_as_it_compiles_and_as_it_scores_is_stopped_and_goes_o
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_that_blocks_anywhere_is_stopped_and_goes_on_to_the_same_numbers(tmp_path, whole, moment):
     stop_blocked(moment, *RUN, "--workdir", tmp_path / "w")
@@ -175,8 +176,15 @@ def command_of(kind, folder):
     return ["launch.py", *RUN, *given, "--workdir", folder / "w"]
 
 
+CI = ("several phases", "cached features", "a study", "predict")  # of those that follow
+
+
+def each(names):
+    return [pytest.param(name, marks=() if name in CI else pytest.mark.exhaustive) for name in names]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", each(KINDS))
 def test_every_kind_of_run_is_stopped_at_random_moments_and_ends_in_the_same_numbers(tmp_path, kind):
     (tmp_path / "whole").mkdir(), (tmp_path / "stopped").mkdir()
     began = time.monotonic()
@@ -197,7 +205,7 @@ def test_every_kind_of_run_is_stopped_at_random_moments_and_ends_in_the_same_num
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["predict", "evaluate", "soup", "wise_ft", "pack", "report"])
+@pytest.mark.parametrize("name", each(["predict", "evaluate", "soup", "wise_ft", "pack", "report"]))
 def test_every_other_command_ends_at_once_and_does_its_work_when_it_is_started_again(tmp_path, whole, name):
     """It has nothing to save: the signal ends it, as any program that does not ask for it."""
     out, photos = tmp_path / "out", tmp_path / "photos"
