@@ -413,6 +413,7 @@ def test_no_flipped_bit_of_two_thousand_changes_a_number_without_a_word(left, se
     try_flips(left, seed, 100)
 
 
+@pytest.mark.slow
 def test_every_file_has_a_reader_but_for_locks_and_every_reason_a_file(left):
     """Who adds a file that nothing protects gets UNNOTICED above, or adds a reason here."""
     empty = {path.name for path in left.sound.rglob("*") if path.is_file() and not path.stat().st_size}

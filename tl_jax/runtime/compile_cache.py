@@ -1,5 +1,6 @@
 """Keeping compiled programs from one start to the next."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -36,7 +37,10 @@ def keep_compiled_programs() -> None:
     # A run has some ten small programs, which together take as long to compile as a large one.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()  # jax looks once; a notebook may have compiled something already
-    _check_programs(folder)
+    with contextlib.suppress(ImportError, AttributeError, TypeError):  # another version of jax keeps them unchecked
+        from jax._src import compilation_cache as programs  # there is no public way
+
+        programs._cache, programs._cache_initialized = _checked(folder), True
 
 
 def _mend(folder: pathlib.Path) -> bool:
@@ -60,18 +64,9 @@ def _mend(folder: pathlib.Path) -> bool:
     return True
 
 
-def _check_programs(folder: pathlib.Path) -> None:
-    """Puts the sha256 of each program behind it; a program that has another when it is read is removed.
-
-    jax has no public way to this: a version that keeps its programs otherwise does so unchecked.
-    """
-    try:
-        from jax._src import compilation_cache as programs
-        from jax._src import lru_cache
-
-        _ = lru_cache.LRUCache.get, lru_cache.LRUCache.put, programs._cache, programs._cache_initialized
-    except (ImportError, AttributeError):
-        return
+def _checked(folder: pathlib.Path):
+    """jax's store of programs, with the sha256 of each behind it; what has another when it is read is removed."""
+    from jax._src import lru_cache
 
     class Checked(lru_cache.LRUCache):
         def get(self, key: str) -> bytes | None:
@@ -86,4 +81,4 @@ def _check_programs(folder: pathlib.Path) -> None:
         def put(self, key: str, value: bytes) -> None:
             super().put(key, value + hashlib.sha256(value).digest())
 
-    programs._cache, programs._cache_initialized = Checked(str(folder), max_size=BYTES), True
+    return Checked(str(folder), max_size=BYTES)
