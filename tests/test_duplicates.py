@@ -136,25 +136,23 @@ def test_damaged_images_are_named_all_at_once_before_training(photos, tmp_path):
     for name in ("4", "8"):
         path = root / "train" / "a" / f"{name}.jpg"
         path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"(?s)2 of 20 images .*a/4.jpg.*a/8.jpg"):
+    with pytest.raises(ValueError, match=r"(?s)2 of 40 images .*a/4.jpg.*a/8.jpg"):
         found_in(root)
 
 
 def test_looks_are_kept_and_damage_of_what_is_kept_is_no_matter(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(duplicates, "FOLDER", tmp_path / "kept")
     table = found_in(photos)
-    kept = sorted((tmp_path / "kept").glob("*.npz"))
-    assert len(kept) == 2
+    (kept,) = (tmp_path / "kept").glob("*.npz")
     with monkeypatch.context() as patch:
         patch.setattr(duplicates, "_look", None)  # nothing is read again
         assert found_in(photos) == table
-    for path, damage in zip(kept, (lambda text: text[:-7], lambda text: text[:500] + b"x" + text[501:]), strict=True):
-        path.write_bytes(damage(path.read_bytes()))
-    assert found_in(photos) == table
-    monkeypatch.setattr(duplicates, "KEPT", 2 * kept[0].stat().st_size - 1)
-    kept[0].unlink()
-    assert found_in(photos) == table
-    assert len(list((tmp_path / "kept").glob("*.npz"))) == 1  # both are too many
+    for damage in (lambda text: text[:-7], lambda text: text[:500] + b"x" + text[501:], lambda text: b""):
+        kept.write_bytes(damage(kept.read_bytes()))
+        assert found_in(photos) == table
+    monkeypatch.setattr(duplicates, "KEPT", kept.stat().st_size)
+    found_in(photos, "train")  # of fewer images: there is no room for both
+    assert kept not in (left := list((tmp_path / "kept").glob("*.npz"))) and len(left) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes everywhere")
@@ -245,3 +243,48 @@ def test_thirty_planted_copies_among_the_splits_of_hymenoptera(shared, tmp_path)
         planted.add(frozenset(str(name.relative_to(root)) for name in (path, to)))
     pairs = found_in(root)["pairs"]
     assert {frozenset(name.partition(": ")[2] for name in pair[1:]) for pair in pairs} == planted
+
+
+def test_leave_one_out_sees_copies_in_other_groups_behind_those_of_the_own(photos, tmp_path):
+    root = shutil.copytree(photos / "train", tmp_path / "p")
+    image = Image.open(root / "a" / "4.jpg")
+    for name, quality in (("p0_a", 95), ("p0_b", 90)):
+        save(image, root / "a" / f"{name}.jpg", quality)
+    save(image.resize((90, 70)), root / "b" / "p1_c.jpg", 40)
+    (root / "a" / "4.jpg").unlink()
+    loo = {"data.val": "", "data.train": "train", "data.resample": "loo", "method.name": "ridge", "method.grid": (1.0,)}
+    config = run_config(root, **{**loo, "data.group": r"p\d|\d+(?=\.)"})
+    with pytest.raises(ValueError, match=r"trained on and scored[\s\S]*p1_c"):
+        audit(config)
+
+
+def test_what_all_images_have_in_common_makes_no_copies(tmp_path):
+    y, x = np.mgrid[:100, :130]
+    outside = (y - 50) ** 2 + (x - 65) ** 2 > 45**2
+    for i in range(40):
+        pixels = 60 + np.asarray(photo(i)) * 0.3
+        pixels[outside] = 0  # a round field of view
+        save(
+            Image.fromarray(pixels.astype(np.uint8)), tmp_path / ("train", "val")[i % 2] / "ab"[i // 2 % 2] / f"{i}.png"
+        )
+    assert found_in(tmp_path)["pairs"] == []
+    shutil.copy(tmp_path / "train" / "a" / "0.png", tmp_path / "val" / "a" / "copy.png")
+    save(Image.open(tmp_path / "train" / "a" / "4.png"), tmp_path / "val" / "b" / "m.jpg", quality=60)
+    assert sorted(pair[0] for pair in found_in(tmp_path)["pairs"]) == ["exact", "near"]
+
+
+def test_looks_follow_the_files_and_serve_every_cut_of_them(photos, tmp_path, monkeypatch):
+    root, read = shutil.copytree(photos, tmp_path / "photos"), []
+    monkeypatch.setattr(duplicates, "FOLDER", tmp_path / "kept")
+    look = duplicates._look
+    monkeypatch.setattr(duplicates, "_look", lambda source, i: read.append(i) or look(source, i))
+    for fold in range(3):
+        assert audit(run_config(root, **{"data.val": "", "data.resample": f"kfold:3:{fold}"}))["pairs"] == []
+    assert len(read) == 20  # once for all folds
+    for name in ("0", "4"):  # other pixels under the same names and sizes
+        path = root / "train" / "a" / f"{name}.jpg"
+        text = path.read_bytes()
+        path.write_bytes((root / "train" / "b" / "2.jpg").read_bytes().ljust(len(text), b"\0")[: len(text)])
+    with pytest.raises(ValueError):
+        audit(run_config(root, **{"data.val": "", "data.resample": "kfold:2:0"}))
+    assert len(read) == 40

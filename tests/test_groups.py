@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tl_jax
 from tests.test_run import load_data, make_config
 from tl_jax import tasks
 from tl_jax.data import resample, sources
@@ -189,3 +190,47 @@ def test_paired_differences_draw_groups_too():
     wide = tasks.paired_difference(a, b, resamples=300)
     narrow = tasks.paired_difference(a._replace(groups=None), b._replace(groups=None), resamples=300)
     assert wide["value"] == narrow["value"] and wide["high"] - wide["low"] > 1.5 * (narrow["high"] - narrow["low"])
+
+
+def test_one_group_has_no_interval():
+    predictions = grouped_predictions(np.random.default_rng(0), groups=1)
+    entry = tasks.summarize(predictions, resamples=20)["accuracy"]
+    assert entry["value"] is not None and entry["low"] is entry["high"] is None
+
+
+def test_a_run_is_evaluated_with_the_groups_and_the_cut_of_its_own_data(tmp_path):
+    changes = {"data.source": "digits", "data.group": r"\d$", "data.split_seed": 3, "data.train": "train[:50%]",
+               "data.val": "train[50%:]", "data.test": "", "method.name": "linear_probe", "method.k": 0, "groups": {},
+               "total": (1, "steps")}  # fmt: skip
+    result = train(make_config(**changes), tmp_path / "w")
+    found = tl_jax.evaluate(tl_jax.load_run(tmp_path / "w"), "digits", "train[50%:]", resamples=20)
+    assert found["count"] == result["metrics"]["count"] and found["groups"] == result["metrics"]["groups"]
+    assert found["accuracy"]["value"] == pytest.approx(result["metrics"]["accuracy"]["value"])
+
+
+def test_groups_that_hold_a_whole_class_may_not_leave_it_out_of_training(tmp_path):
+    lines = [f"{i},{'b' if i < 30 else 'a'},{'one' if i < 30 else f'g{i // 6}'}" for i in range(84)]
+    (tmp_path / "t.csv").write_text("\n".join(["x,label,who", *lines]) + "\n")
+    source, found = f"table:{tmp_path / 't.csv'}", 0
+    for seed in range(6):
+        changes = {"data.source": source, "data.group": "who", "data.split_seed": seed, "data.train": "train[:30%]"}
+        config = make_config(**changes, **{"data.val": "train[30%:]", "data.test": ""})
+        if "b" in sources.load(source, "train[:30%]", group="who", split_seed=seed).labels.astype(str).tolist():
+            continue
+        try:
+            load_data(config)
+        except ValueError as error:
+            assert "has no example of 1 classes" in str(error) and "data.group" in str(error)
+            found += 1
+    assert found
+
+
+def test_the_same_groups_in_two_files_are_refused(tmp_path):
+    for name in ("a", "b"):
+        lines = [f"{i + (name == 'b') / 2},{i % 2},p{i // 4}" for i in range(40)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["x,label,who", *lines]) + "\n")
+    config = make_config(**{"data.source": f"table:{tmp_path}/a.csv", "data.group": "who", "data.train": "train[:60%]",
+                            "data.val": "train[60%:]", "data.test": "",
+                            "data.extra_eval": (("held", f"table:{tmp_path}/b.csv", "train"),)})  # fmt: skip
+    with pytest.raises(ValueError, match="6 groups of train are in held too, such as 'p"):
+        load_data(config)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tl_jax
-from tl_jax.core import checks, files
+from tl_jax.core import checks, files, manifest
 from tl_jax.core.options import PIXELS, SEED
 
 Args = argparse.Namespace
@@ -84,7 +84,10 @@ def evaluate(args: Args) -> None:
 
 
 def metrics(args: Args) -> None:
-    found = tl_jax.load_predictions(args.file)
+    file = pathlib.Path(args.file)
+    if (file.parent / manifest.NAME).exists() and file.match("predictions*.npz"):  # of a finished run
+        manifest.check(file.parent, [file.name])
+    found = tl_jax.load_predictions(file)
     _print_metrics(tl_jax.summarize(found, resamples=args.resamples, level=args.level, seed=args.seed), args.json)
 
 

@@ -77,11 +77,14 @@ def splits_of(source: str, task: str, labels: Sequence[str] = ()) -> list[str]:
     return found
 
 
-def load_labelled(data: Any, split: str, *, task: str, labels: Sequence[str] = ()) -> Source:
-    """One labelled split of what a user hands over."""
+def load_labelled(
+    data: Any, split: str, *, task: str, labels: Sequence[str] = (), cuts: Mapping[str, Mapping[str, Any]] | None = None
+) -> Source:
+    """One labelled split of what a user hands over. cuts: {source: group and split_seed} of sources that are known."""
     if isinstance(data, PATH):
         name = source_name(data)
-        return sources.load(name, split or splits_of(name, task, labels)[-1], task=task, labels=tuple(labels))
+        split = split or splits_of(name, task, labels)[-1]
+        return sources.load(name, split, task=task, labels=tuple(labels), **(cuts or {}).get(name, {}))
     named = by_split(data)
     chosen = split or next(name for name in ("test", "val", "train", *named) if name in named)
     if chosen not in named:

@@ -163,10 +163,11 @@ def score(
 ) -> tasks.Predictions:
     """The outputs of a network for labelled data, with the labels in the order of its own classes; see `evaluate`."""
     own = _model(model)
-    source = inputs.load_labelled(data, split, task=own.card.task, labels=labels or getattr(model, "labels", ()))
+    known = {"labels": labels or getattr(model, "labels", ()), "cuts": getattr(model, "cuts", None)}
+    source = inputs.load_labelled(data, split, task=own.card.task, **known)
     found = _whole(own, source, batch_size)
     matched, read = match_labels(source, own.spec, named=bool(own.card.class_names)), found.pop(FEATURES)
-    return tasks.make_predictions(found, matched, source.ids, own.spec, read)
+    return tasks.make_predictions(found, matched, source.ids, own.spec, read, source.groups)
 
 
 def evaluate(

@@ -75,6 +75,12 @@ class Run:
         return options.flatten(options.read(self.folder / "config.json"))
 
     @property
+    def cuts(self) -> dict[str, dict[str, Any]]:
+        """{source: data.group and data.split_seed} of the run's own data, so that its slices are cut as they were."""
+        names, cut = self.options["data.source"], {key: self.options[f"data.{key}"] for key in ("group", "split_seed")}
+        return dict.fromkeys(names if isinstance(names, list) else [names], cut)
+
+    @property
     def labels(self) -> list[str]:
         """The label columns that the run was trained on, of sources that have columns."""
         return self.options["data.labels"]

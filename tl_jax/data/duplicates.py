@@ -12,7 +12,7 @@ import io
 import itertools
 import os
 import pathlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -22,14 +22,17 @@ from PIL import Image
 from tl_jax.core import files
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import listed
-from tl_jax.data.examples import Source, origins
+from tl_jax.data import groups
+from tl_jax.data.examples import EncodedImages, FileImages, JoinedImages, Source, origins
 from tl_jax.data.image import ops
 
+FORMAT = 1  # of what is kept
 SIDE = 32  # pixels of a thumbnail
 SHORT = 64  # pixels of the short side from which on near duplicates are told
 FLAT = 2.0  # grey levels: a thumbnail that deviates by less shows nothing
 LIKELY, NEAR = 0.8, 0.85  # correlations, at 16 and at 32 pixels
 WITHIN = 30_000  # examples up to which a set is searched for near duplicates within it
+SEVERAL = 10  # pictures from which on it can be told what all have in common
 BLOCK = 2**26  # correlations in memory at a time
 SHOWN = 100  # pairs that are named
 FOLDER = pathlib.Path.home() / ".cache" / "tl_jax" / "duplicates"
@@ -55,22 +58,23 @@ def find(sources: Mapping[str, Source], training: Collection[str]) -> dict[str, 
     first: dict[str, tuple[str, int]] = {}
     for name, source in sources.items():
         first |= {origin: (name, i) for i, origin in enumerate(origins(source)) if origin not in first}
-    number, examples = {origin: i for i, origin in enumerate(first)}, list(first.values())
+    number = {origin: i for i, origin in enumerate(sorted(first))}  # whatever the cut, so that the looks are kept once
+    examples = [first[origin] for origin in number]
     scored, trained = roles = np.zeros((2, len(first)), bool)
     for name, source in sources.items():
         roles[int(name in training), [number[origin] for origin in origins(source)]] = True
-    own = {name: [i for source, i in examples if source == name] for name in sources}
-    parts = [looks_of(sources[name], np.array(rows)) for name, rows in own.items() if rows]
-    looks = Looks(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    looks = looks_of([(sources[name], row) for name, row in examples])
+    member = _members(sources, examples)
     kinds: dict[tuple[int, int], str] = {}
     for a, b in ((scored, trained), (trained, trained), (scored, scored)):
-        for i, j, kind in _partners(looks, np.flatnonzero(a), np.flatnonzero(b)):
+        apart = member if a is not b else np.arange(len(first))
+        for i, j, kind in _partners(looks, np.flatnonzero(a), np.flatnonzero(b), apart):
             kinds.setdefault((min(i, j), max(i, j)), kind)
     pairs, other_label = {"across": [], "within": []}, 0
     for (i, j), kind in kinds.items():
+        across = member[i] != member[j] and ((scored[i] and trained[j]) or (trained[i] and scored[j]))
+        i, j = (j, i) if trained[j] and not trained[i] else (i, j)
         (source, row), (other, other_row) = ((sources[name], place) for name, place in (examples[i], examples[j]))
-        together = source.groups is not None and source.groups[row] == other.groups[other_row]  # no fold cuts them
-        across = not together and ((scored[i] and trained[j]) or (trained[i] and scored[j]))
         other_label += not np.array_equal(source.labels[row], other.labels[other_row])
         names = f"{examples[i][0]}: {source.ids[row]}", f"{examples[j][0]}: {other.ids[other_row]}"
         pairs["across" if across else "within"].append([kind, *names])
@@ -99,38 +103,59 @@ def summary(table: Mapping[str, Any]) -> str:
     )
 
 
-def _partners(looks: Looks, a: np.ndarray, b: np.ndarray) -> Iterator[tuple[int, int, str]]:
-    """(example of a, another of b, kind) for each example of `a` that has a duplicate in `b`; both are indices."""
+def _members(sources: Mapping[str, Source], examples: Sequence[tuple[str, int]]) -> np.ndarray:
+    """The number of the group of each example, which no split and no fold cuts; without groups each is one."""
+    if any(source.groups is None for source in sources.values()):
+        return np.arange(len(examples))
+    domains = any(source.domains is not None for source in sources.values())
+    names = {name: groups.named(source, domains) for name, source in sources.items()}
+    return groups.numbered(np.array([names[name][row] for name, row in examples]), len(examples))
+
+
+def _partners(looks: Looks, a: np.ndarray, b: np.ndarray, apart: np.ndarray) -> Iterator[tuple[int, int, str]]:
+    """(example of a, one of b, kind) for each of `a` that has a duplicate in `b` with another number `apart`."""
     members: dict[bytes, list[int]] = {}
     for j in b.tolist():
         members.setdefault(looks.hashes[j].tobytes(), []).append(j)
     found = set()
     for i in a.tolist():
         same = members.get(looks.hashes[i].tobytes(), ())
-        if (other := next((j for j in same[:2] if j != i), None)) is not None:
+        if (other := next((j for j in same if apart[j] != apart[i]), None)) is not None:
             found.add(i)
             yield i, other, "exact"
     a, b = (rows[looks.telling[rows]] for rows in (a, b))
     if len(b) == 0 or (np.array_equal(a, b) and len(a) > WITHIN):
         return
-    coarse = _vectors(looks.thumbnails[b], SIDE // 2)
+    coarse = _vectors(looks, b, SIDE // 2)
     for kind, flip in (("near", 1), ("mirrored", -1)):
         left = np.array([i for i in a.tolist() if i not in found], int)
         for part in np.array_split(left, len(left) * len(b) // BLOCK + 1):
-            seen = looks.thumbnails[part][:, :, ::flip]
-            similar = _vectors(seen, SIDE // 2) @ coarse.T
-            similar[part[:, None] == b] = -1  # itself
+            similar = _vectors(looks, part, SIDE // 2, flip) @ coarse.T
+            similar[apart[part][:, None] == apart[b]] = -1
             best = similar.argmax(axis=1)
-            others = looks.thumbnails[b[best]]
-            alike = (similar.max(axis=1) > LIKELY) & (
-                (_vectors(seen, SIDE) * _vectors(others, SIDE)).sum(axis=1) > NEAR
-            )
+            fine = _vectors(looks, part, SIDE, flip) * _vectors(looks, b[best], SIDE)
+            alike = (similar.max(axis=1) > LIKELY) & (fine.sum(axis=1) > NEAR)
             found.update(part[alike].tolist())
             yield from ((i, j, kind) for i, j in zip(part[alike].tolist(), b[best][alike].tolist(), strict=True))
 
 
-def _vectors(thumbnails: np.ndarray, side: int) -> np.ndarray:
-    """The Laplacian of each thumbnail at side x side pixels, without mean, of length 1: float32 [N, side * side]."""
+def _vectors(looks: Looks, rows: np.ndarray, side: int, flip: int = 1) -> np.ndarray:
+    """The Laplacian of thumbnails at side x side pixels less what all have in common, of length 1: [rows, side * side].
+
+    flip: -1 for the mirrored images. What all have in common, such as a frame or a round field of view, is the mean of
+    the set and of the mirrored set, which are projected out.
+    """
+    vectors = _laplacians(looks.thumbnails[rows][:, :, ::flip], side)
+    if len(rows) and looks.telling.sum() >= SEVERAL:
+        some = looks.thumbnails[np.flatnonzero(looks.telling)[:: max(1, looks.telling.sum() // 1000)]]
+        means = [_laplacians(each, side).mean(axis=0) for each in (some, some[:, :, ::-1])]
+        basis = np.linalg.qr(np.stack(means, axis=1))[0]
+        vectors -= vectors @ basis @ basis.T
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
+
+
+def _laplacians(thumbnails: np.ndarray, side: int) -> np.ndarray:
+    """float32 [N, side * side], each without mean and of length 1."""
     grey = thumbnails.astype(np.float32).reshape(len(thumbnails), side, SIDE // side, side, SIDE // side).mean((2, 4))
     edged = np.pad(grey, ((0, 0), (1, 1), (1, 1)), "edge")
     around = edged[:, 1:-1, 2:] + edged[:, 1:-1, :-2] + edged[:, 2:, 1:-1] + edged[:, :-2, 1:-1]
@@ -139,24 +164,43 @@ def _vectors(thumbnails: np.ndarray, side: int) -> np.ndarray:
     return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
 
 
-def looks_of(source: Source, rows: np.ndarray) -> Looks:
-    """The looks of some examples of a source; kept on disk, where it takes more than memory to read these.
+def looks_of(examples: Sequence[tuple[Source, int]]) -> Looks:
+    """The looks of examples, (source, index); kept on disk, where it takes more than memory to read them.
 
     Raises ValueError that names every image that cannot be read.
     """
-    source = source if len(rows) == len(source) else source.select(rows)
-    in_memory, path = isinstance(source.inputs, np.ndarray), FOLDER / f"{source.fingerprint}.npz"
-    if not in_memory and (kept := _read(path)) is not None and len(kept.hashes) == len(source):
-        return kept
+    in_memory, path = all(isinstance(source.inputs, np.ndarray) for source, _ in examples), None
+    if not in_memory:
+        digest = hashlib.sha256(f"{FORMAT} {len(examples)}".encode())
+        for source, i in examples:
+            digest.update(f"\n{source.ids[i]} ".encode(errors="surrogateescape") + _stamp(source.inputs, i))
+        path = FOLDER / f"{digest.hexdigest()}.npz"
+        if (kept := _read(path)) is not None and len(kept.hashes) == len(examples):
+            return kept
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        each = list(pool.map(lambda i: _look(source, i), range(len(source))))
+        each = list(pool.map(lambda example: _look(*example), examples))
     damaged = [found for found in each if isinstance(found, str)]
-    refuse(f"{len(damaged)} of {len(source)} images of {source.name} cannot be read", damaged)
+    names = ", ".join(dict.fromkeys(source.name for source, _ in examples))
+    refuse(f"{len(damaged)} of {len(examples)} images of {names} cannot be read", damaged)
     looks = Looks(*map(np.stack, zip(*each, strict=True)))
     if not in_memory:
         with contextlib.suppress(OSError):  # no home to write to, or it is full: read them every time
             _write(path, looks)
     return looks
+
+
+def _stamp(images: Any, i: int) -> bytes:
+    """What is another when an image is: of a file its place and time, of one in memory its hash."""
+    if isinstance(images, JoinedImages):
+        return _stamp(images.containers[images.which[i]], images.position[i])
+    if isinstance(images, FileImages):
+        with contextlib.suppress(OSError):  # a missing file is named where it is read
+            facts = os.stat(images.path(i))
+            return f"{images.path(i)} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}".encode(
+                errors="surrogateescape"
+            )
+    in_memory = isinstance(images, np.ndarray | EncodedImages)
+    return hashlib.blake2b(images[i], digest_size=16).digest() if in_memory else images.head(i)
 
 
 def _look(source: Source, index: int) -> tuple[np.ndarray, np.ndarray, bool] | str:
@@ -197,4 +241,4 @@ def _read(path: pathlib.Path) -> Looks | None:
     if hashlib.sha256(text[32:]).digest() != text[:32]:
         return None
     with np.load(io.BytesIO(text[32:])) as arrays:
-        return Looks(*(arrays[name] for name in Looks._fields))
+        return Looks(*(arrays[name] for name in Looks._fields)) if {*arrays} == {*Looks._fields} else None

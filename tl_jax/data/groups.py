@@ -50,11 +50,15 @@ def majority(classes: np.ndarray, member: np.ndarray) -> np.ndarray:
 
 
 def shared(a: Source, b: Source) -> list[str]:
-    """The groups that have examples in both sources."""
-    return [] if a.groups is None or b.groups is None else sorted(set(_named(a)) & set(_named(b)))
+    """The groups that have examples in both sources, by name, in whatever file; each domain has its own."""
+    if a.groups is None or b.groups is None:
+        return []
+    return sorted(set(named(a, b.domains is not None)) & set(named(b, a.domains is not None)))
 
 
-def _named(source: Source) -> Sequence[str]:
-    """The groups after the name of their source, as those of several domains are already."""
+def named(source: Source, domains: bool) -> list[str]:
+    """The groups; domains: after the name of their source, as those of several domains are already."""
     names = source.groups.tolist()
-    return names if source.domains is not None else [f"{''.join(source.domain_names)}: {name}" for name in names]
+    if source.domains is not None or not domains:
+        return names
+    return [f"{''.join(source.domain_names)}: {name}" for name in names]

@@ -103,6 +103,8 @@ def summarize(predictions: Predictions, *, resamples: int = 1000, level: float =
     metrics, value, count = METRICS[predictions.spec.name], point(predictions), len(predictions.labels)
     chunks = [_estimates(predictions, weights) for weights in resample(count, resamples, seed, predictions.groups)]
     samples = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in value}
+    if predictions.groups is not None and len(np.unique(predictions.groups)) < 2:  # one group tells of no other
+        samples = {name: np.full_like(x, np.nan) for name, x in samples.items()}
     found = {name: interval(value[name], samples[name], level) for name in metrics.scalars if name in value}
     if metrics.rows:
         noun, columns, support = metrics.rows

@@ -102,6 +102,12 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
         if not (name == "test" and data.resample == "loo") and (both := groups.shared(found[stream], found[name]))
     ]
     checks.refuse("data.group says what no split may cut; take slices of one split, which keep groups whole", lines)
+    if train.groups is not None and train.label_kind == "classes":  # a group may hold all of a class
+        lacking = [train.class_names[c] for c in set(range(len(train.class_names))) - set(train.labels.tolist())]
+        checks.refuse(
+            f"{train.name}, {len(set(train.groups.tolist()))} whole groups, has no example of {len(lacking)} classes; "
+            "take a larger share, another data.split_seed, or smaller groups (data.group)", lacking,
+        )  # fmt: skip
     if (shared := transductive(found, settings)) and not data.transductive:
         stream, name = next(iter(shared))
         raise ValueError(
