@@ -2,7 +2,7 @@
 
 Of an image in greys, at 16 x 16 and at 32 x 32 pixels, the Laplacian is taken; two images are as similar as these
 correlate. Copies that were re-encoded, resized or brightened correlate by 0.9 and more, different photographs by less
-than 0.8. A copy that was cropped, turned or redrawn is not found. Small images are compared for equal pixels alone:
+than 0.7. A copy that was cropped, turned or redrawn is not found. Small images are compared for equal pixels alone:
 different digits of 28 pixels correlate as copies do.
 """
 
@@ -30,7 +30,7 @@ FORMAT = 1  # of what is kept
 SIDE = 32  # pixels of a thumbnail
 SHORT = 64  # pixels of the short side from which on near duplicates are told
 FLAT = 2.0  # grey levels: a thumbnail that deviates by less shows nothing
-LIKELY, NEAR = 0.8, 0.85  # correlations, at 16 and at 32 pixels
+LIKELY, NEAR = 0.8, 0.7  # correlations, at 16 and at 32 pixels
 WITHIN = 30_000  # examples up to which a set is searched for near duplicates within it
 SEVERAL = 10  # pictures from which on it can be told what all have in common
 BLOCK = 2**26  # correlations in memory at a time
