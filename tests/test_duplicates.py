@@ -288,3 +288,13 @@ def test_looks_follow_the_files_and_serve_every_cut_of_them(photos, tmp_path, mo
     with pytest.raises(ValueError):
         audit(run_config(root, **{"data.val": "", "data.resample": "kfold:2:0"}))
     assert len(read) == 40
+
+
+def test_parts_of_any_size_give_the_same_pairs(photos, tmp_path, monkeypatch):
+    root = shutil.copytree(photos, tmp_path / "photos")
+    for i in range(4):
+        save(ImageOps.mirror(photo(2 * i)), root / "val" / "a" / f"copy{i}.jpg")
+    table = found_in(root)
+    monkeypatch.setattr(duplicates, "PART", 7)
+    monkeypatch.setattr(duplicates, "BLOCK", 100)
+    assert found_in(root) == table and table["across"]["mirrored"] == 4

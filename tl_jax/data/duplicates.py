@@ -33,6 +33,7 @@ FLAT = 2.0  # grey levels: a thumbnail that deviates by less shows nothing
 LIKELY, NEAR = 0.8, 0.7  # correlations, at 16 and at 32 pixels
 WITHIN = 30_000  # examples up to which a set is searched for near duplicates within it
 SEVERAL = 10  # pictures from which on it can be told what all have in common
+PART = 10_000  # thumbnails made floats at a time
 BLOCK = 2**26  # correlations in memory at a time
 SHOWN = 100  # pairs that are named
 FOLDER = pathlib.Path.home() / ".cache" / "tl_jax" / "duplicates"
@@ -156,6 +157,8 @@ def _vectors(looks: Looks, rows: np.ndarray, side: int, flip: int = 1) -> np.nda
 
 def _laplacians(thumbnails: np.ndarray, side: int) -> np.ndarray:
     """float32 [N, side * side], each without mean and of length 1."""
+    if len(thumbnails) > PART:  # in parts, as floats take much more memory
+        return np.concatenate([_laplacians(thumbnails[i : i + PART], side) for i in range(0, len(thumbnails), PART)])
     grey = thumbnails.astype(np.float32).reshape(len(thumbnails), side, SIDE // side, side, SIDE // side).mean((2, 4))
     edged = np.pad(grey, ((0, 0), (1, 1), (1, 1)), "edge")
     around = edged[:, 1:-1, 2:] + edged[:, 1:-1, :-2] + edged[:, 2:, 1:-1] + edged[:, :-2, 1:-1]
