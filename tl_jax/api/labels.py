@@ -19,7 +19,7 @@ from tl_jax.api.run import load_run
 from tl_jax.core import files
 from tl_jax.core.checks import refuse
 from tl_jax.data import pipeline, resample, sources
-from tl_jax.data.examples import Source
+from tl_jax.data.examples import Source, join
 from tl_jax.data.groups import numbered
 from tl_jax.data.image import ops
 from tl_jax.methods import probes
@@ -117,7 +117,11 @@ def suspects(
     """
     found = load_run(run)
     flat, folder = found.options, pathlib.Path(out or found.folder / "labels")
-    known = [name for name in inputs.SPLITS if flat[f"data.{name}"] or (name == "test" and flat["data.resample"])]
+    known = [
+        name
+        for name in inputs.SPLITS
+        if flat[f"data.{name}"] or (name == "test" and flat["data.resample"] not in ("", "loo"))
+    ]
     known += [name for name, *_ in flat["data.extra_eval"]]
     spec = load_predictions(found.folder / "predictions.npz").spec
     one_of = spec.class_names if spec.name == "multilabel" else ("",)
@@ -178,8 +182,9 @@ def _read(flat: Mapping[str, Any], splits: Sequence[str]) -> tuple[dict[str, Sou
         "batch_size": math.ceil(32 / several) * several,
     })  # fmt: skip
     made = build.build(config, parallel) if weights else None
-    there = made.material.data if made else inputs.load_sources(read(config))
-    data: dict[str, Source] = {}
+    there, data = made.material.data if made else inputs.load_sources(read(config)), {}
+    if flat["data.resample"] == "loo":
+        there = {**there, "train": join([there["train"], there["test"]])}
     for split in splits:
         seen = {i for other in data.values() for i in sources.overlap(there[split], other)}
         new = [k for k, i in enumerate(there[split].ids) if i not in seen and not seen.add(i)]
@@ -204,7 +209,7 @@ def _read(flat: Mapping[str, Any], splits: Sequence[str]) -> tuple[dict[str, Sou
 def _lookalikes(data: Mapping[str, Source], features: np.ndarray) -> list[Row]:
     """The scored examples that are most similar to one of train, each with that one: the cosine of centred features.
 
-    No similarity makes two photos copies: the list is for the eye, and finds crops, which `data.duplicates` does not.
+    No similarity makes two photos copies: the list is for the eye, and finds crops, which the split audit does not.
     """
     count, scored = (
         len(data.get("train", ())),

@@ -209,6 +209,7 @@ def join(sources: Sequence[Source]) -> Source:
         ids=ids,
         sizes=np.concatenate([source.sizes for source in sources]),
         groups=None if first.groups is None else np.concatenate([source.groups for source in sources]),
+        domains=None if first.domains is None else np.concatenate([source.domains for source in sources]),
         skipped=tuple(text for source in sources for text in source.skipped),
         made_smaller=tuple(dict.fromkeys(pair for source in sources for pair in source.made_smaller)),
     )
