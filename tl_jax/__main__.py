@@ -268,9 +268,9 @@ COMMANDS = {
 
 
 def _flags(args: Args, error: Exception) -> str:
-    """The options that are names and were set, where an error does not say which it is about; --out of the system's."""
+    """The options that are names and were set, where an error does not say which it is about; --out where it has it."""
     known = ((names[0], options.get("default")) for names, options in COMMANDS[args.function][1])
-    known = [(flag, default) for flag, default in known if flag != "--out" or isinstance(error, OSError)]
+    known = [(flag, default) for flag, default in known if flag != "--out" or args.out in str(error)]
     given = ((flag, default, vars(args).get(flag[2:].replace("-", "_"))) for flag, default in known)
     shown = [f"{flag} {x!r}" for flag, default, x in given if isinstance(x, str) and x != default]
     return f"{', '.join(shown)}: " if shown and "--" not in str(error) else ""
