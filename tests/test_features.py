@@ -289,6 +289,7 @@ class Recorded:
         return self.module.apply(variables, x, **arguments)
 
 
+@pytest.mark.slow
 def test_cached_bfloat16_features_enter_the_rest_of_the_network_as_live_ones_do(tmp_path):
     """In one type: float32 in its place would add a residual branch to numbers that live training has rounded."""
     entered = {}

@@ -172,6 +172,7 @@ def test_the_head_computes_in_float32_behind_a_bfloat16_backbone(layers):
     assert logits.dtype == out["embedding"].dtype == jnp.float32 and out["stage2"].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_low_rank_updates_of_head_layers_merge():
     addition = ("lora", {"rank": 2, "targets": "head/(dense0|out)/kernel"})
     model = RESNET(num_classes=5, head=LAYERS)

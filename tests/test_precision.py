@@ -39,6 +39,7 @@ def test_gelu_and_its_gradient_are_those_of_float64():
     assert layers.gelu(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_attention_and_its_gradient_are_those_of_jax_and_of_float64():
     q, k, v = (random(2, 5, 3, 8, seed=seed) for seed in range(3))
 

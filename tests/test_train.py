@@ -165,6 +165,7 @@ def test_evaluation_counts_do_not_depend_on_devices_or_mode(tmp_path, parallel):
     assert train(config, tmp_path / "w")["metrics"]["count"] == 37
 
 
+@pytest.mark.slow
 def test_metrics_come_back_from_the_checkpoint_whatever_became_of_their_file(finished, tmp_path):
     crashed(make_config(), tmp_path / "w", 3)
     (tmp_path / "w" / "metrics.jsonl").write_bytes(b'{"step": 1, "val/accuracy": 9}\n\xff{"st')
@@ -249,6 +250,7 @@ def test_parameters_that_the_last_update_made_infinite_are_a_divergence(tmp_path
     assert not (tmp_path / "w" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_config_json_without_an_option_that_came_later_is_of_the_same_run(finished, tmp_path):
     def remove(option):
         path = tmp_path / "w" / "config.json"
