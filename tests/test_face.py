@@ -232,6 +232,7 @@ def test_predict_writes_csv_and_json_lines_and_counts_what_it_cannot_read(run, f
 
 
 @pytest.mark.parametrize("method", ["lora", pytest.param("prompt", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_predict_gives_what_a_run_with_added_parameters_scored(method, files, tmp_path, monkeypatch, capsys):
     """The file that the run began with has moved. LoRA is merged and needs it no more; adapters and prompts do."""
     add_variants(monkeypatch, vit.vit_variants("small_vit", TINY_VIT, 3, 48))

@@ -55,7 +55,7 @@ MOVES = {
     "logistic": None,
     "ridge": None,
 }
-FAST = ("last_k", "lora")
+FAST = ("lora",)
 VITS = {"adapter": "vit_tiny_patch16_224", "prompt": "small_vit", "prompt_deep": "small_vit"}
 
 

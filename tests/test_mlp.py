@@ -196,6 +196,7 @@ def test_a_table_file_without_a_card_needs_its_columns(tmp_path):
         load.load("mlp_small", tmp_path / "w.safetensors", columns=COLUMNS[1:])
 
 
+@pytest.mark.slow
 def test_low_rank_updates_merge():
     addition = ("lora", {"rank": 2, "targets": "backbone/.*/kernel"})
     model = WIDE(norm=True)

@@ -206,6 +206,7 @@ def test_lp_ft_is_the_two_runs_by_hand(tmp_path):
 @pytest.mark.parametrize(
     ("optimizer", "args"), [("adamw", {}), pytest.param("sgd", {"momentum": 0.9}, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_boundary_at_which_nothing_changes_changes_nothing(tmp_path, optimizer, args):
     """Optimizer values and their bias corrections, moving averages and random keys go on."""
     common = {"schedule.name": "constant", "lr": 0.01, "optimizer": optimizer, "optimizer_args": args}

@@ -231,6 +231,7 @@ RATES = (1e-1, 2e-2)
 
 
 @pytest.mark.parametrize("kind", ["adaptation", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
+@pytest.mark.slow
 def test_replicas_of_two_rates_are_the_runs_by_themselves(kind, tables, teacher):
     parallel = sharding.make_parallel("jit", jax.devices()[:1])
     configs = [kind_of(kind, tables, teacher, lr=lr) for lr in RATES]

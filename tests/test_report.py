@@ -310,6 +310,7 @@ def test_folds_are_paired_and_their_intervals_know_that_they_overlap(tmp_path, n
     assert "n_test / n_train = 0.333" in text and "mean over folds" in text
 
 
+@pytest.mark.slow
 def test_one_seed_gives_no_interval_and_says_so(tmp_path):
     workdir = two_factors(tmp_path / "w", seeds=(0,), unfinished=(), names=("accuracy",))
     summary = report.write(workdir)
@@ -320,6 +321,7 @@ def test_one_seed_gives_no_interval_and_says_so(tmp_path):
     assert f"| {accuracy('full', '5', 0):.4f} |" in text
 
 
+@pytest.mark.slow
 def test_a_study_without_baseline_is_not_compared_and_says_so(tmp_path):
     workdir = make_study(tmp_path / "w", {"method": METHODS}, {}, names=("accuracy",))
     summary = report.write(workdir)

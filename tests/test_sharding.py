@@ -209,6 +209,7 @@ PLACED = {
 @pytest.mark.parametrize(
     "name", [next(iter(PLACED)), *(pytest.param(x, marks=pytest.mark.slow) for x in [*PLACED][1:])]
 )
+@pytest.mark.slow
 def test_where_things_lie_changes_no_number_of_a_run(tmp_path, name):
     placement, changes = PLACED[name]
     results = {}

@@ -117,12 +117,7 @@ def suspects(
     """
     found = load_run(run)
     flat, folder = found.options, pathlib.Path(out or found.folder / "labels")
-    known = [
-        name
-        for name in inputs.SPLITS
-        if flat[f"data.{name}"] or (name == "test" and flat["data.resample"] not in ("", "loo"))
-    ]
-    known += [name for name, *_ in flat["data.extra_eval"]]
+    known = _splits(flat)
     spec = load_predictions(found.folder / "predictions.npz").spec
     one_of = spec.class_names if spec.name == "multilabel" else ("",)
     problems = {
@@ -167,6 +162,13 @@ def suspects(
     _show(rows[:10], summary)
     print(f"wrote {', '.join(sorted(path.name for path in folder.glob('labels.*')))} to {folder}")
     return summary
+
+
+def _splits(flat: Mapping[str, Any]) -> list[str]:
+    """The names of the splits of a run; leave-one-out cuts none."""
+    cut = flat["data.resample"] not in ("", "loo")
+    own = [name for name in inputs.SPLITS if flat[f"data.{name}"] or (name == "test" and cut)]
+    return [*own, *(name for name, *_ in flat["data.extra_eval"])]
 
 
 def _read(flat: Mapping[str, Any], splits: Sequence[str]) -> tuple[dict[str, Source], np.ndarray, str]:
