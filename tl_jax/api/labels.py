@@ -20,7 +20,7 @@ from tl_jax.core import files
 from tl_jax.core.checks import refuse
 from tl_jax.data import pipeline, resample, sources
 from tl_jax.data.examples import Source, join
-from tl_jax.data.groups import numbered
+from tl_jax.data.groups import per_class
 from tl_jax.data.image import ops
 from tl_jax.methods import probes
 from tl_jax.runtime import sharding
@@ -83,7 +83,7 @@ def out_of_fold(
     for fold in range(folds):
         seen, unseen = resample.split(labels, f"kfold:{folds}:{fold}", seed, groups)
         own = None if groups is None else groups[seen]
-        least = _members(labels[seen], classes, own)
+        least = per_class(labels[seen], own, classes)
         inner = resample.split(labels[seen], f"kfold:{min(folds, least[least > 0].min())}:0", seed, own)
         fitted, val = ((features[seen[part]], labels[seen[part]]) for part in inner)
         chosen = best = math.inf
@@ -96,12 +96,6 @@ def out_of_fold(
         logits = model.predict(features[unseen]).astype(np.float64)
         probabilities[unseen] = scipy.special.softmax(logits, axis=1)
     return probabilities
-
-
-def _members(labels: np.ndarray, classes: int, groups: np.ndarray | None) -> np.ndarray:
-    """How many examples, or groups, each class has, [classes]."""
-    pairs = np.unique(np.stack([labels, numbered(groups, len(labels))]), axis=1)
-    return np.bincount(pairs[0], minlength=classes)
 
 
 def suspects(
@@ -136,7 +130,7 @@ def suspects(
     if label:
         names, labels = (f"not {label}", label), labels[:, names.index(label)]
     groups = None if places[0][1].groups is None else np.concatenate([source.groups for source in data.values()])
-    counts = _members(labels, len(names), groups)
+    counts = per_class(labels, groups, len(names))
     few = [f"{names[k]} ({counts[k]})" for k in np.flatnonzero((counts > 0) & (counts < folds))]
     if (counts >= folds).sum() < 2:
         raise ValueError(f"found {', '.join(few)} and too few others; expected two classes of {folds} (--folds) each")

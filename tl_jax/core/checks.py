@@ -57,10 +57,8 @@ def either(one: Check, other: Check) -> Check:
 
 def duration(*, zero: bool = False) -> Check:
     """(amount, unit) with a unit of UNITS."""
-    amount, expected = (
-        number(0, LARGEST, above=not zero),
-        f"(amount {'>= 0' if zero else '> 0'}, one of {', '.join(UNITS)})",
-    )
+    amount = number(0, LARGEST, above=not zero)
+    expected = f"(amount {'>= 0' if zero else '> 0'}, one of {', '.join(UNITS)})"
     return Check(lambda x: _is_sequence(x, 2) and amount.fits(x[0]) and x[1] in UNITS, expected)
 
 

@@ -42,6 +42,12 @@ def numbered(groups: np.ndarray | None, count: int) -> np.ndarray:
     return np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
 
 
+def per_class(labels: np.ndarray, groups: np.ndarray | None, classes: int = 0) -> np.ndarray:
+    """How many examples, or groups with examples, each class has: [classes], or up to the highest. labels int [N]."""
+    pairs = np.unique(np.stack([labels, numbered(groups, len(labels))]), axis=1)
+    return np.bincount(pairs[0], minlength=classes)
+
+
 def majority(classes: np.ndarray, member: np.ndarray) -> np.ndarray:
     """The most frequent class of each group, the lowest of equals. classes int [N]; member int [N], from 0."""
     table = np.zeros((member.max() + 1, classes.max() + 1), np.int64)

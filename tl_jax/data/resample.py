@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from tl_jax.core.messages import shorten
-from tl_jax.data.groups import numbered
+from tl_jax.data.groups import numbered, per_class
 
 DESIGNS = "holdout, kfold:K, kfold:KxR, bootstrap:N, loo"
 FOLDS = "kfold:K:FOLD, bootstrap:NUMBER"
@@ -89,9 +89,7 @@ def _bootstrap(labels: np.ndarray, number: int, split_seed: int, groups: np.ndar
 
 
 def _check_members(labels: np.ndarray, least: int, what: str, groups: np.ndarray | None) -> None:
-    pairs = np.unique(np.stack([labels, numbered(groups, len(labels))]), axis=1)
-    counted = zip(*np.unique(pairs[0], return_counts=True), strict=True)
-    if small := [f"class {c} has {n}" for c, n in counted if n < least]:
+    if small := [f"class {c} has {n}" for c, n in enumerate(per_class(labels, groups)) if 0 < n < least]:
         found, fix = ", ".join(shorten(small, 10)), "use fewer folds, or merge or drop the classes"
         of = "examples" if groups is None else "groups with examples"
         raise ValueError(f"{what} need at least {least} {of} of every class: {found}; {fix}")

@@ -87,9 +87,9 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
         if changed := messages.difference(classes, dict(enumerate(source.class_names))):
             which = f"{_options_of(name, settings)[0]}: the classes of train and {name} differ (train -> {name})"
             raise ValueError("\n".join([f"{which}:", *changed]))
-    for name in scored_names(found, settings):
-        left_out_in_turn = name == "test" and data.resample == "loo"
-        if not left_out_in_turn and (shared := sources.overlap(train, found[name])):
+    held_out = [name for name in scored_names(found, settings) if name != "test" or data.resample != "loo"]
+    for name in held_out:
+        if shared := sources.overlap(train, found[name]):
             count = f"{len(shared)} of {len(found[name])} examples"
             raise ValueError(
                 f"{', '.join(_options_of(name, settings)[:2])}: {count} of {name} ({found[name].name}) are also in "
@@ -98,8 +98,8 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
     lines = [
         f"{len(both)} groups of {stream} are in {name} too, such as {both[0]!r}"
         for stream in trained_names(settings)
-        for name in scored_names(found, settings)
-        if not (name == "test" and data.resample == "loo") and (both := groups.shared(found[stream], found[name]))
+        for name in held_out
+        if (both := groups.shared(found[stream], found[name]))
     ]
     checks.refuse("data.group says what no split may cut; take slices of one split, which keep groups whole", lines)
     if train.groups is not None and train.label_kind == "classes":  # a group may hold all of a class
