@@ -324,6 +324,8 @@ def _make_forward(plan: Plan, everything: Any, ema: Mapping[str, jax.Array], bat
             own = plan.whole({**own, **variables})
         cut, x = None, of
         if isinstance(of, str) and network in (MODEL, AVERAGE):
+            if of not in entered:
+                entered[of] = run_prefix(plan.prefix, everything, batch[of][reader.field], reader.card)[:2]
             x, cut = entered[of]
         elif isinstance(of, str):
             x = normalise(batch[of][reader.field], reader.card)
