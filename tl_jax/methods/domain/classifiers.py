@@ -1,5 +1,6 @@
 """Two classifiers that disagree on the target, and features of one size."""
 
+import zlib
 from typing import Annotated, Any
 
 import jax
@@ -51,7 +52,7 @@ def mcd(
         f, k = both(context, target, HEAD_READS), factor(context.progress)
         (second, on_target), statistics = head_logits(context, name, f, context.key)
         supervised = context.task.loss({"logits": second}, context.encoded[MAIN]).sum() / context.total[MAIN]
-        spread = imbalance(context.outputs[target]["logits"]) + imbalance(on_target)
+        spread = imbalance(both(context, target, "logits")[1]) + imbalance(on_target)
         turned = [reverse(x, k) for x in f]
         one, two = (head_logits(context, network, turned, context.key)[0][1] for network in (MODEL, name))
         difference = disagreement(one, two)
@@ -145,11 +146,12 @@ def second_head(start: Start, name: str, features: str, layers: Any) -> Network:
     model = start.model.model
     own = model.head if features == HEAD_READS else ()
     chosen = head.check(own if layers is None else layers)
-    for what, given in {"model.head": model.head, f"the layers of {name}": chosen}.items():
+    for what, given in {"model.head": model.head if features == HEAD_READS else (), "layers": chosen}.items():
         if given and given[0][0] in head.READS_MAP:
             expected = "expected layers on the pre_logits: leave it out, or use dense layers"
             raise ValueError(f"{what} begins with {given[0][0]!r}, which reads the feature map; {expected}")
     module = model.clone(head=chosen, head_init="lecun", frozen_norms=())
     shape = (1, start.shapes[features][-1])
-    variables = jax.jit(lambda key: module.init(key, jnp.zeros(shape), start=HEAD_READS))(start.key)
+    key = jax.random.fold_in(start.key, zlib.crc32(name.encode()))  # the model's own head is drawn from this seed too
+    variables = jax.jit(lambda key: module.init(key, jnp.zeros(shape), start=HEAD_READS))(key)
     return Network(module, None, variables, group=name)
