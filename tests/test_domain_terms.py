@@ -220,6 +220,10 @@ def make_context(features, weights, sizes=SIZES, dtype=jnp.float32, progress=0.5
     return Context(**{**values, **{name: value for name, value in fields.items() if name in Context._fields}})
 
 
+NAMES = (
+    "dann", "cdan", "bsp", "mmd", "jan", "coral", "mcd", "mcd_source", "mcd_discrepancy", "mdd", "afn", "mcc", "bnm",
+    "entropy", "infomax", "fixmatch", "self_ensembling", "balance",
+)  # fmt: skip
 ARGUMENTS = {"fixmatch": {"threshold": 0.3}, "self_ensembling": {"threshold": 0.3}, "jan": {"adversarial": True}}
 VIEWS = {"fixmatch", "self_ensembling"}
 
@@ -230,7 +234,7 @@ def loss_of(name, features, weights, **fields):
     return domain.TERMS[name](**arguments).loss(make_context(features, weights, **fields))
 
 
-@pytest.mark.parametrize("name", domain.TERMS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_term_is_a_float32_number_with_finite_gradients_and_the_logs_it_declares(name):
     term = domain.TERMS[name](**ARGUMENTS.get(name, {}))
     assert term.needs <= NEEDS.keys()
