@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -222,7 +223,7 @@ def join_domains(sources: Sequence[Source]) -> Source:
         raise ValueError(f"several domains, but one source is given twice: {', '.join(names)}")
     renamed = [dataclasses.replace(source, ids=tuple(origins(source))) for source in sources]
     if sources[0].groups is not None:
-        prefixed = [np.char.add(f"{s.domain_names[0]}: ", s.groups) for s in sources]
+        prefixed = [np.char.add(f"{uncorrupted(s.domain_names[0])}: ", s.groups) for s in sources]
         renamed = [dataclasses.replace(s, groups=groups) for s, groups in zip(renamed, prefixed, strict=True)]
     domains = np.repeat(np.arange(len(sources), dtype=np.int32), [len(source) for source in sources])
     return dataclasses.replace(join(renamed), domains=domains, domain_names=names)
@@ -230,13 +231,23 @@ def join_domains(sources: Sequence[Source]) -> Source:
 
 def overlap(a: Source, b: Source) -> tuple[str, ...]:
     """The ids, as `a` has them, of the examples that two sources share: the same id of the same source or domain."""
-    there = set(origins(b))
-    return tuple(dict.fromkeys(i for i, origin in zip(a.ids, origins(a), strict=True) if origin in there))
+    there = set(originals(b))
+    return tuple(dict.fromkeys(i for i, origin in zip(a.ids, originals(a), strict=True) if origin in there))
 
 
 def origins(source: Source) -> Sequence[str]:
     """The ids, each after the name of its source, as those of several domains are already."""
     return source.ids if source.domains is not None else [f"{''.join(source.domain_names)}/{i}" for i in source.ids]
+
+
+def originals(source: Source) -> list[str]:
+    """As `origins`, of a corrupted copy those of its original: it is the same example, in whatever it is scored."""
+    return [uncorrupted(origin) for origin in origins(source)]
+
+
+def uncorrupted(name: str) -> str:
+    """The name of a source without corruptions, corrupt:NAME:SEVERITY: each."""
+    return re.sub(r"^(corrupt:\w+:\d:)+", "", name)
 
 
 def header_shape(images: Sequence, index: int) -> tuple[int, int]:
