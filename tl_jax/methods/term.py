@@ -111,7 +111,7 @@ class Term(NamedTuple):
     """One summand of the loss.
 
     loss: a pure function of the step. on: the streams whose outputs it reads; the training pass runs over the union.
-    beside: further streams that it reads by `forward` alone.
+    feeds: further streams that it reads by `forward` alone.
     init: its further networks and its memory, arrays of the final shapes; reads no data. refresh: its memory from the
     data, where a phase begins and every `refresh_every`, a duration in steps, or in examples or epochs of the last
     stream of `on` (None: only there); not when resuming in between. statistics: {path: leaf} of running statistics,
@@ -122,7 +122,7 @@ class Term(NamedTuple):
 
     loss: Callable[[Context], Result]
     on: tuple[str, ...] = (MAIN,)
-    beside: tuple[str, ...] = ()
+    feeds: tuple[str, ...] = ()
     init: Callable[[Start], tuple[dict[str, Network], Any]] = lambda start: ({}, None)
     refresh: Callable[[Start], Any] | None = None
     refresh_every: tuple[float, str] | None = None

@@ -77,5 +77,5 @@ class Plan(NamedTuple):
     @property
     def fed(self) -> tuple[str, ...]:
         """The streams whose batches a step takes."""
-        beside = (stream for _, term in self.method.terms.values() for stream in term.beside)
-        return tuple(dict.fromkeys([*self.streams, *beside]))
+        further = (stream for _, term in self.method.terms.values() for stream in term.feeds)
+        return tuple(dict.fromkeys([*self.streams, *further]))

@@ -115,36 +115,39 @@ def eata(
             raise ValueError(
                 f"eata: anchored = {anchored!r} matches no parameter in full, such as {next(iter(flat))!r}"
             )
-        fisher = {path: jnp.zeros_like(leaf) for path, leaf in own.items()}
-        average, begun = jnp.zeros(start.task.outputs), jnp.zeros((), bool)
-        blank = _blank(start, target)
-        return {}, {"answers": blank, "average": average, "begun": begun, "fisher": fisher, "start": own}
+        memory = {"answers": _blank(start, target), "average": jnp.zeros(start.task.outputs)}
+        memory |= {"begun": jnp.zeros((), bool), "fisher": jax.tree.map(jnp.zeros_like, own), "start": own}
+        return {}, memory
 
     def refresh(start: Start) -> Any:
-        params = start.variables["params"]
-        own = {path: trees.flatten(params)[path] for path in start.memory["start"]}
-
-        @jax.jit
-        def squares(own, x):
-            def cross_entropy(own):
-                out = start.apply(MODEL, {**start.variables, "params": trees.merge(params, own)}, x)
-                log_p = jax.nn.log_softmax(out["logits"].astype(jnp.float32))
-                return -log_p.max(axis=-1).mean()  # the log of the predicted class
-
-            return jax.tree.map(jnp.square, jax.grad(cross_entropy)(own))
-
-        found, seen = [], 0
-        for x, _ in start.batches(target):
-            if seen < examples:
-                found.append(squares(own, x[: examples - seen]))
-                seen += len(x)
-        fisher = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *found)
-        return {**start.memory, "fisher": fisher, "start": own}
+        flat = trees.flatten(start.variables["params"])
+        own = {path: flat[path] for path in start.memory["start"]}
+        return {**start.memory, "fisher": fisher(start, own, target, examples), "start": own}
 
     return Term(
         loss, on=(target,), init=init, refresh=refresh, logs=("chosen",), answers=lambda memory: memory["answers"],
         needs=frozenset({"classes", "whole_batch"}),
     )  # fmt: skip
+
+
+def fisher(start: Start, own: dict[str, Any], stream: str, examples: int) -> dict[str, Any]:
+    """The mean over batches of the squared gradient of the cross-entropy with the predicted class, {path: leaf}."""
+    params = start.variables["params"]
+
+    @jax.jit
+    def squares(own, x):
+        def cross_entropy(own):
+            out = start.apply(MODEL, {**start.variables, "params": trees.merge(params, own)}, x)
+            return -jax.nn.log_softmax(out["logits"].astype(jnp.float32)).max(axis=-1).mean()
+
+        return jax.tree.map(jnp.square, jax.grad(cross_entropy)(own))
+
+    found, seen = [], 0
+    for x, _ in start.batches(stream):
+        if seen < examples:
+            found.append(squares(own, x[: examples - seen]))
+            seen += len(x)
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *found)
 
 
 def _blank(start: Start, stream: str) -> jax.Array:
