@@ -54,6 +54,7 @@ def load(
     split_seed: int = 0,
     on_error: str = "fail",
     data_dir: str | None = None,
+    labelled: bool = True,
 ) -> Source:
     """Loads a split of a source; see docs/data.md for both languages. Several sources are the domains of one.
 
@@ -65,7 +66,8 @@ def load(
     are groups it is one of groups, and a slice begins and ends at the nearest end of a group. `shots` > 0
     then takes that many examples of every class (in every domain) by `seed`; more shots contain the fewer.
     `on_error="fail"` raises ValueError naming every file whose header is no image; `"skip"` decodes every image once,
-    now, and drops the bad ones into `Source.skipped`. `data_dir` is where tfds keeps its data. Raises ValueError on
+    now, and drops the bad ones into `Source.skipped`. `data_dir` is where tfds keeps its data.
+    `labelled=False` takes a folder of images without class folders too, which has no class names. Raises ValueError on
     unknown sources or splits and on labels that do not fit the task, FileNotFoundError on missing data.
     """
     names = (source,) if isinstance(source, str) else tuple(source)
@@ -82,6 +84,9 @@ def load(
     for name in names:
         splits = dict.fromkeys(each.split for each in slices)
         wholes = {split: _load_whole(name, split, task, labels, group, on_error, data_dir) for split in splits}
+        if (labelled or shots) and (bare := [whole for whole in wholes.values() if not whole.class_names]):
+            found = f"no class folders in {bare[0].name}, only {len(bare[0])} files; expected {name}/CLASS/IMAGE"
+            raise ValueError(f"{found}. Without classes it can be a stream without labels or shots alone")
         cut = [_cut(wholes[each.split], each, split_seed) for each in slices]
         domain = join(cut) if len(cut) > 1 else cut[0]
         domain = _draw_shots(domain, shots, seed) if shots else domain
