@@ -15,7 +15,7 @@ from tl_jax.core import trees
 from tl_jax.core.card import Card
 from tl_jax.data.examples import Source
 from tl_jax.methods import probes
-from tl_jax.methods.term import MAIN, MODEL, Network, Start
+from tl_jax.methods.term import MAIN, MODEL, Network, Start, StreamFacts
 from tl_jax.models import peft
 from tl_jax.models.layers import unfused
 from tl_jax.runtime import sharding
@@ -81,7 +81,7 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
         model = _configure(settings, loaded, parallel)
         added = peft.init(model.model, loaded.variables, model.additions, jax.random.key(settings.loop.seed))
     variables = {"batch_stats": {}, **loaded.variables, "params": {**loaded.variables["params"], **added}}
-    start = _make_start(settings, model, variables, card, tasks.make(spec))
+    start = _make_start(settings, model, variables, card, tasks.make(spec), data)
     given = {name: _load_network(settings, name) for name in settings.networks}
     networks, memory = terms.initialise(made, start, given)
     variables, origins = _join(variables, loaded.origins, networks)
@@ -208,7 +208,9 @@ def _load_network(settings: Settings, name: str) -> Network:
     return Network(module, loaded.card, loaded.variables, origin=given.weights or "new")
 
 
-def _make_start(settings: Settings, model: peft.Adapted, variables: Any, card: Card, task: tasks.Task) -> Start:
+def _make_start(
+    settings: Settings, model: peft.Adapted, variables: Any, card: Card, task: tasks.Task, data: Mapping[str, Source]
+) -> Start:
     """What the terms are told before the first step."""
     example = load.example_input(card)
     outputs = jax.eval_shape(lambda: model.apply(variables, example, train=False)[1])
@@ -219,7 +221,10 @@ def _make_start(settings: Settings, model: peft.Adapted, variables: Any, card: C
         return model.apply(steps.subtree(variables, network), x, train=False, start=start, stop=stop)[1]
 
     source_head = functools.partial(load.source_head, settings.model.name, settings.model.weights)
-    return Start(variables, None, task, model, shapes, None, apply, source_head, jax.random.key(settings.loop.seed))
+    facts = {name: StreamFacts(len(data[name]), data[name].num_domains) for name in (MAIN, *settings.streams)}
+    return Start(
+        variables, None, task, model, facts, shapes, None, apply, source_head, jax.random.key(settings.loop.seed)
+    )
 
 
 def _join(

@@ -188,7 +188,7 @@ def make_streams(
     """
     data, loop = settings.data, settings.loop
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    main = StreamSettings(data.source, data.train, loop.batch_size, data.augment, True, data.sampling)
+    main = StreamSettings(data.source, data.train, loop.batch_size, data.augment, data.labelled, data.sampling)
     streams = {}
     for name, stream in {MAIN: main, **settings.streams}.items():
         views = {field: View(card, tuple(stream.augment)) for field, card in cards.items()}

@@ -83,7 +83,7 @@ class Loop:
         audit.check_frozen(self.frozen, self.program.frozen_hashes(i, self.state))
 
     def _refresh(self, i: int, step: int) -> None:
-        if names := single.due(self.first.phases[i], step):
+        if names := single.due(self.first, i, step):
             with self._saved(i, step):
                 state = self.program.refresh(i, self.state, names, self.stop_requested)
             self.state = state

@@ -7,7 +7,7 @@ from tl_jax.core import checks
 from tl_jax.core.messages import nearest
 from tl_jax.methods import TERMS, schedules
 from tl_jax.methods.term import AVERAGE, MAIN, MODEL, TASK, Network, Start, Term
-from tl_jax.training.settings import Settings, naming
+from tl_jax.training.settings import PhaseSettings, Settings, naming
 
 # What a term may need, whether a run has it, and how to give it to it.
 NEEDS: dict[str, tuple[Callable[[Settings], bool], str]] = {
@@ -30,7 +30,8 @@ def make_terms(settings: Settings) -> list[Terms]:
 
     A phase has the task's own term with weight 1 unless it says otherwise; a term of weight 0 is left out.
     """
-    problems, given = [], [{TASK: {}, **phase.terms} for phase in settings.phases]
+    own = {TASK: {}} if settings.data.labelled else {}
+    problems, given = [], [{**own, **phase.terms} for phase in settings.phases]
     given = [{name: _apart(arguments) for name, arguments in terms.items()} for terms in given]
     for i, name, (weight, arguments) in ((i, *pair) for i, terms in enumerate(given) for pair in terms.items()):
         where = f"phases[{i}]: " if settings.table["phases"] else ""
@@ -42,6 +43,11 @@ def make_terms(settings: Settings) -> list[Terms]:
     problems = [problem for terms in made for problem in _problems(settings, terms)] + _unused(settings, made)
     checks.refuse("the terms of the loss do not fit", problems)
     return made
+
+
+def weights_of(phase: PhaseSettings) -> dict[str, tuple[str, dict[str, Any]]]:
+    """{term: (schedule, its numbers)} of the weights that a phase names."""
+    return {name: schedules.parts(_apart(arguments)[0]) for name, arguments in phase.terms.items()}
 
 
 def _apart(arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -56,6 +62,10 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
         problems.append("no term has a weight above 0: there is nothing to minimise")
     for name, (_, term) in terms.items():
         problems += [f"{name} needs {NEEDS[need][1]}" for need in sorted(term.needs) if not NEEDS[need][0](settings)]
+        if name == TASK and not settings.data.labelled:
+            problems.append(
+                "task is on the stream train, which data.labelled=False leaves without labels: leave it out"
+            )
         for stream in term.on:
             if stream not in streams:
                 problems.append(f"{name} is on the stream {stream!r}{nearest(stream, streams)}: add streams.{stream}")
