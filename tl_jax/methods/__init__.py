@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from tl_jax.methods import distill, domain, penalties
+from tl_jax.methods import distill, penalties
+from tl_jax.methods.domain import adversarial, generalise, several
 from tl_jax.methods.term import TASK, Term, make_task_term
 
 # The terms that config.terms can name: functions of annotated arguments.
@@ -10,5 +11,7 @@ TERMS: dict[str, Callable[..., Term]] = {
     TASK: make_task_term,
     **penalties.PENALTIES,
     "kd": distill.kd,
-    "dann": domain.dann,
+    "dann": adversarial.dann,
+    **several.SEVERAL,
+    **generalise.GENERALISE,
 }

@@ -4,14 +4,19 @@ Plain ERM on all domains is the task's own term. The weights that the methods we
 one that changes at a step is a schedule of the term's weight, `("step", {"first": 1.0, "value": 100.0, "at": 0.1})`.
 """
 
-from typing import Annotated
-
 import jax
 import jax.numpy as jnp
 
-from tl_jax.core import checks
 from tl_jax.methods.domain.several import (
-    NEEDS, Decay, Features, Positive, matmul, risks, shares, source_shares, squared_distances,
+    NEEDS,
+    Decay,
+    Features,
+    Positive,
+    matmul,
+    risks,
+    shares,
+    source_shares,
+    squared_distances,
 )  # fmt: skip
 from tl_jax.methods.term import MAIN, Context, Result, Start, Term
 
