@@ -95,7 +95,7 @@ def make_start(params=None, source_head=None, data=None, classes=CLASSES):
     shapes = {name: x.shape for name, x in apply(params, jnp.zeros((1, 4, 4, 3))).items()}
     return Start(
         {"params": params, "batch_stats": {}}, None, make_task(classes), SimpleNamespace(cuts=CUTS), {}, shapes,
-        batches, apply_network, lambda: source_head, jax.random.key(0),
+        batches, apply_network, None, lambda: source_head, jax.random.key(0),
     )  # fmt: skip
 
 
@@ -547,7 +547,8 @@ def start_of(module, size):
     source_head = {"kernel": jax.random.normal(jax.random.key(1), (shapes["pre_logits"][-1], 7)), "bias": jnp.zeros(7)}
     return Start(
         {"batch_stats": {}, **variables}, None, make_task(), module, {}, shapes,
-        lambda stream: iter([(images[:5], labels[:5]), (images[5:], labels[5:])]), network, lambda: source_head,
+        lambda stream: iter([(images[:5], labels[:5]), (images[5:], labels[5:])]), network, None,
+        lambda: source_head,
         jax.random.key(0),
     )  # fmt: skip
 

@@ -87,6 +87,8 @@ class Start(NamedTuple):
     facts: by stream. batches(stream): every example once and in order, as for evaluation: pairs (what the model reads,
     labels); labels are None where the stream is unlabelled; stops on request.
     apply(network, variables, x, start=None, stop=None) -> Outputs in eval mode, of the model or of a network like it.
+    batch_statistics(variables, x) -> {path: leaf}: mean and variance of a batch x at every BatchNorm layer of the
+    model, each layer below normalising by its own.
     model: the module, for its cuts. shapes: of the model's outputs for one example, [1, ...]. source_head(): the weight
     file's own classifier {"kernel" [D, S], "bias" [S]}, or None. loaded: `variables` as training began.
     """
@@ -99,6 +101,7 @@ class Start(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]]
     batches: Callable[[str], Iterator[tuple[Any, Any]]] | None
     apply: Callable
+    batch_statistics: Callable
     source_head: Callable[[], Mapping[str, jax.Array] | None]
     key: jax.Array
     loaded: Mapping[str, Any] | None = None
@@ -108,6 +111,7 @@ class Term(NamedTuple):
     """One summand of the loss.
 
     loss: a pure function of the step. on: the streams whose outputs it reads; the training pass runs over the union.
+    feeds: further streams that it reads by `forward` alone.
     init: its further networks and its memory, arrays of the final shapes; reads no data. refresh: its memory from the
     data, where a phase begins and every `refresh_every`, a duration in steps, or in examples or epochs of the last
     stream of `on` (None: only there); not when resuming in between. statistics: {path: leaf} of running statistics,
@@ -118,6 +122,7 @@ class Term(NamedTuple):
 
     loss: Callable[[Context], Result]
     on: tuple[str, ...] = (MAIN,)
+    feeds: tuple[str, ...] = ()
     init: Callable[[Start], tuple[dict[str, Network], Any]] = lambda start: ({}, None)
     refresh: Callable[[Start], Any] | None = None
     refresh_every: tuple[float, str] | None = None

@@ -112,7 +112,7 @@ class Loop:
         phase, program, step_fn = self.first.phases[i], self.program, None
         self._refresh(i, start)
         self.frozen = self.frozen or program.frozen_hashes(i, self.state)
-        names = [*phase.plan.streams, *(["val"] if "val" in self.first.material.data else [])]
+        names = [*phase.plan.fed, *(["val"] if "val" in self.first.material.data else [])]
         sets = program.batches(i, self.state, names, self.stop_requested)
         val = sets.pop("val", None)
         with contextlib.closing(program.iterate(sets, start, phase.stop)) as stream, preemption.saved_by(None):

@@ -304,12 +304,12 @@ def migrate(fresh: Any, old: Any, length: int) -> Any:
     return jax.tree_util.tree_map_with_path(carry, fresh)
 
 
-def rest(old: Any, new: Any, groups: Collection[str]) -> Any:
+def select_groups(old: Any, new: Any, groups: Collection[str]) -> Any:
     """The optimizer state `new`, with the values of `old` for all groups but the named ones."""
 
-    def choose(keys, before, after):
+    def choose(keys, previous, after):
         group = next((keys[i + 1].key for i, key in enumerate(keys) if _is_group(key)), "")
-        return after if group.rpartition("+")[0] in groups else before
+        return after if group.rpartition("+")[0] in groups else previous
 
     return jax.tree_util.tree_map_with_path(choose, old, new)
 

@@ -179,17 +179,17 @@ def make_train_step(plan: Plan, tx: optax.GradientTransformation) -> Callable:
 def _update(plan: Plan, tx: optax.GradientTransformation, turn: Turn | None, state: TrainState, batch, key):
     """One update of parameters, statistics and memory: the new state, and the sums over the examples of the batch."""
     trainable, _ = trees.split(state.params, plan.labels)
-    part = trainable
+    chosen = trainable
     if turn:
         terms = {
             name: (_scaled(plan.method.terms[name][0], f), plan.method.terms[name][1]) for name, f in turn.terms.items()
         }
         plan = plan._replace(method=plan.method._replace(terms=terms))
-        part = {path: leaf for path, leaf in trainable.items() if plan.labels[path] in turn.groups}
+        chosen = {path: leaf for path, leaf in trainable.items() if plan.labels[path] in turn.groups}
     count = {name: plan.task.count(fields[LABEL]).sum() for name, fields in batch.items() if LABEL in fields}
     total = count if plan.accumulate == 1 else {name: n / plan.accumulate for name, n in count.items()}
     compute = _accumulated if plan.accumulate > 1 else _gradients
-    grads, batch_stats, memory, sums = compute(plan, part, state, state.batch_stats, state.memory, batch, total, key)
+    grads, batch_stats, memory, sums = compute(plan, chosen, state, state.batch_stats, state.memory, batch, total, key)
     sums = {**sums, "examples": jnp.asarray(_examples(plan, batch), jnp.float32)}
     if plan.axis_name:
         statistics = updated_statistics(batch_stats, plan.frozen_norms)
@@ -197,11 +197,11 @@ def _update(plan: Plan, tx: optax.GradientTransformation, turn: Turn | None, sta
         batch_stats = trees.merge(batch_stats, statistics)  # a mean of equal numbers may round: not the frozen ones
         sums = jax.lax.psum(sums, plan.axis_name)
     sums["grad_norm"] = optax.tree.norm(grads)
-    resting = {path: jnp.zeros_like(leaf) for path, leaf in trainable.items() if path not in part}
-    updates, opt_state = tx.update({**grads, **resting}, state.opt_state, trainable)
-    part = optax.apply_updates(part, {path: updates[path] for path in part})
-    opt_state = optim.rest(state.opt_state, opt_state, turn.groups) if turn else opt_state
-    params = trees.merge(state.params, part)
+    others = {path: jnp.zeros_like(leaf) for path, leaf in trainable.items() if path not in chosen}
+    updates, opt_state = tx.update({**grads, **others}, state.opt_state, trainable)
+    chosen = optax.apply_updates(chosen, {path: updates[path] for path in chosen})
+    opt_state = optim.select_groups(state.opt_state, opt_state, turn.groups) if turn else opt_state
+    params = trees.merge(state.params, chosen)
     return state._replace(params=params, batch_stats=batch_stats, opt_state=opt_state, memory=memory), sums
 
 
@@ -337,6 +337,8 @@ def _make_forward(plan: Plan, everything: Any, ema: Mapping[str, jax.Array], bat
             own = plan.whole({**own, **variables})
         cut, x = None, of
         if isinstance(of, str) and network in (MODEL, AVERAGE):
+            if of not in entered:
+                entered[of] = run_prefix(plan.prefix, everything, batch[of][reader.field], reader.card)[:2]
             x, cut = entered[of]
         elif isinstance(of, str):
             x = normalise(batch[of][reader.field], reader.card)

@@ -70,7 +70,7 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
             problems.append(
                 "task is on the stream train, which data.labelled=False leaves without labels: leave it out"
             )
-        for stream in term.on:
+        for stream in (*term.on, *term.feeds):
             if stream not in streams:
                 problems.append(f"{name} is on the stream {stream!r}{nearest(stream, streams)}: add streams.{stream}")
         if settings.loop.parallel == "pmap" and (term.on != (MAIN,) or term.reads):
@@ -88,7 +88,8 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
 def _unused(settings: Settings, phases: Sequence[Terms]) -> list[str]:
     """Streams and networks of the config that no term of any phase uses."""
     terms = [term for phase in phases for _, term in phase.values()]
-    on, read = {stream for term in terms for stream in term.on}, {name for term in terms for name in term.reads}
+    on = {stream for term in terms for stream in (*term.on, *term.feeds)}
+    read = {name for term in terms for name in term.reads}
     where = " of the phases" if settings.table["phases"] else ""
     problems = [f"streams.{name} feeds no term{where}" for name in settings.streams if name not in on]
     return problems + [f"networks.{name} is read by no term{where}" for name in settings.networks if name not in read]
