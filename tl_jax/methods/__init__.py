@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from tl_jax.methods import distill, penalties
-from tl_jax.methods.domain import adversarial, generalise, several
+from tl_jax.methods import distill, domain, penalties
 from tl_jax.methods.term import TASK, Term, make_task_term
 
 # The terms that config.terms can name: functions of annotated arguments.
@@ -11,7 +10,5 @@ TERMS: dict[str, Callable[..., Term]] = {
     TASK: make_task_term,
     **penalties.PENALTIES,
     "kd": distill.kd,
-    "dann": adversarial.dann,
-    **several.SEVERAL,
-    **generalise.GENERALISE,
+    **domain.TERMS,
 }

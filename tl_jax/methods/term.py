@@ -47,11 +47,12 @@ class Context(NamedTuple):
     the number of micro-batches, so that sum / total is right for unequal counts.
     outputs: by stream, of the one training pass of the model, for every stream that a term is on. facts: by stream.
     params, batch_stats: of all networks, nested. groups: the group of each parameter path. memory: this term's own.
-    forward(network, of, *, train=False, stop=None, key=None, variables=None) -> (Outputs, batch_stats): one more pass
-    of a network over a stream's inputs (`of` is its name), as the training pass got them, or over an array. In train
-    mode batch_stats holds {path: leaf} of the updated statistics, for `Result`. variables: {"params", "batch_stats"}
-    in place of the network's own.
-    step: of the run. progress: 0 .. 1 of the phase. key: folded by the term's name.
+    forward(network, of, *, train=False, start=None, stop=None, key=None, variables=None) -> (Outputs, batch_stats): one
+    more pass of a network over a stream's inputs (`of` is its name), as the training pass got them, or over an array:
+    of inputs, or of what the cut `start` gives. In train mode batch_stats holds {path: leaf} of the updated statistics,
+    for `Result`. variables: {"params", "batch_stats"} in place of the network's own.
+    step: of the run. progress: 0 .. 1 of the phase. key: folded by the term's name. joint: whether the training pass
+    normalised its streams together.
     """
 
     batch: Batch
@@ -69,6 +70,7 @@ class Context(NamedTuple):
     step: jax.Array
     progress: jax.Array
     key: jax.Array
+    joint: bool = True
 
 
 class Result(NamedTuple):

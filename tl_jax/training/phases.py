@@ -204,7 +204,7 @@ def _make_plan(
     with naming(settings.table | phase_table(phase), "task_args", "method.label_smoothing"):
         task = tasks.make(material.spec, label_smoothing=method.label_smoothing, **task_args)
     running = {}
-    if material.streams[MAIN].labelled:
+    if material.streams[MAIN].labelled and any(MAIN in term.on for _, term in phase_terms.values()):
         labels_of_one = jnp.asarray(material.data[MAIN].labels[:1])
         running = jax.eval_shape(task.running, {"logits": jnp.zeros((1, task.outputs))}, labels_of_one)
     named = [log for name, (_, term) in phase_terms.items() for log in (name, *(f"{name}/{x}" for x in term.logs))]

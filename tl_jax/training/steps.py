@@ -245,7 +245,7 @@ def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, 
     for name, (weight, term) in method.terms.items():
         context = Context(
             batch, encoded, count, total, outputs, plan.facts, params, batch_stats, plan.labels, memory.get(name), task,
-            forward, step, progress, jax.random.fold_in(forward_key, zlib.crc32(name.encode())),
+            forward, step, progress, jax.random.fold_in(forward_key, zlib.crc32(name.encode())), plan.joint,
         )  # fmt: skip
         result = term.loss(context)
         factor = weight(progress)
@@ -327,7 +327,7 @@ def _cut(x: jax.Array, sizes: list[int], devices: int) -> list[jax.Array]:
 def _make_forward(plan: Plan, everything: Any, ema: Mapping[str, jax.Array], batch, entered) -> Callable:
     """`Context.forward`; see methods/term.py."""
 
-    def forward(network, of, *, train=False, stop=None, key=None, variables=None):
+    def forward(network, of, *, train=False, start=None, stop=None, key=None, variables=None):
         reader, own = plan.readers[MODEL if network == AVERAGE else network], subtree(everything, network)
         if isinstance(of, str) and reader.column:
             return {"logits": batch[of][reader.column]}, {}
@@ -335,14 +335,14 @@ def _make_forward(plan: Plan, everything: Any, ema: Mapping[str, jax.Array], bat
             own = trees.merge(own, ema)
         if variables is not None:
             own = plan.whole({**own, **variables})
-        cut, x = None, of
+        cut, x = start, of
         if isinstance(of, str) and network in (MODEL, AVERAGE):
             if of not in entered:
                 entered[of] = run_prefix(plan.prefix, everything, batch[of][reader.field], reader.card)[:2]
             x, cut = entered[of]
         elif isinstance(of, str):
             x = normalise(batch[of][reader.field], reader.card)
-        elif reader.card is not None:
+        elif reader.card is not None and start is None:
             x = normalise(of, reader.card)
         arguments = {"train": train, "start": cut, "stop": stop}
         if not train:
