@@ -13,7 +13,6 @@ import pytest
 from configs import smoke
 from tl_jax import config as options
 from tl_jax.core import trees
-from tl_jax.methods.domain import generalise, several
 from tl_jax.methods.term import Context
 from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Preempted
@@ -24,6 +23,8 @@ from tl_jax.training.train import train
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCES = ("digits", "digits:inverted", "digits:faded")
 TARGET = {"target": {"source": SOURCES[2], "split": "train[:40%]", "batch_size": 16}}
+GENERALISE = ("irm", "vrex", "groupdro", "coral_domains", "mmd_domains", "fishr")
+SEVERAL = ("m3sda", "mdan", "darn")
 STYLE = ("mixstyle", {"after": ("stem", "stage1"), "p": 0.7, "alpha": 0.5, "partner": "other_domain"})
 # All terms of a kind in one program: the loss is their sum. The schedules change inside the run.
 CASES = {
@@ -51,9 +52,7 @@ def make_config(**changes):
 
 
 def test_the_cases_hold_every_term():
-    assert {*generalise.GENERALISE, *several.SEVERAL} == {*CASES["generalise"]["terms"], *CASES["several"]["terms"]} - {
-        "task"
-    }
+    assert {*GENERALISE, *SEVERAL} == {*CASES["generalise"]["terms"], *CASES["several"]["terms"]} - {"task"}
 
 
 @pytest.mark.parametrize(
@@ -88,9 +87,7 @@ def stepped(config, devices, count=3):
 
 def check_devices(case, devices):
     # Batch statistics divide by small variances, which makes rounding errors of gradients larger.
-    config = make_config(
-        **CASES[case], **{"optimizer": "sgd", "method.norm": ((".*", "frozen"),), "lr": 1e-3}
-    )
+    config = make_config(**CASES[case], **{"optimizer": "sgd", "method.norm": ((".*", "frozen"),), "lr": 1e-3})
     one, many = (stepped(config, count) for count in (1, devices))
     assert trees.flatten(one.memory).keys() == trees.flatten(many.memory).keys()
     for tree in ("params", "memory", "sums"):
@@ -123,7 +120,7 @@ def test_on_eight_devices_the_numbers_are_those_of_one():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", [*generalise.GENERALISE, *several.SEVERAL])
+@pytest.mark.parametrize("name", [*GENERALISE, *SEVERAL])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -134,7 +131,7 @@ def test_on_eight_devices_the_numbers_are_those_of_one():
     ],
 )
 def test_one_domain_and_pieces_of_a_batch_are_refused_before_anything_is_loaded(name, changes, message):
-    config = make_config(**{"terms": {name: {}}, "streams": TARGET if name in several.SEVERAL else {}, **changes})
+    config = make_config(**{"terms": {name: {}}, "streams": TARGET if name in SEVERAL else {}, **changes})
     with pytest.raises(ValueError, match=f"{name} {message}"):
         terms.make_terms(read(config))
 

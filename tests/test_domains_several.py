@@ -11,9 +11,11 @@ import scipy.special
 import torch
 
 from tl_jax import tasks
-from tl_jax.methods import mixing
+from tl_jax.methods import TERMS, mixing
 from tl_jax.methods.domain import generalise, several
 from tl_jax.methods.term import Context, Start, StreamFacts
+
+GENERALISE = ("irm", "vrex", "groupdro", "coral_domains", "mmd_domains", "fishr")
 
 
 def golden_data():
@@ -96,7 +98,7 @@ def test_the_terms_give_the_goldens_to_the_precision_of_the_loss():
     expected = {"irm": 0.0311324394, "vrex": 0.0001833753, "groupdro": 1.3019477887, "fishr": 0.00059788344}
     for name, value in expected.items():
         arguments = {"decay": 0.0} if name == "fishr" else {}
-        result = generalise.GENERALISE[name](**arguments).loss(context_of(memory=memory.get(name)))
+        result = TERMS[name](**arguments).loss(context_of(memory=memory.get(name)))
         np.testing.assert_allclose(result.loss, value, rtol=3e-5, err_msg=name)
     m3sda = several.m3sda(moments=2, strength=2.0)
     context = context_of(LOGITS[:40], X[:40], LABELS[:40], THIRDS[:40], target=X[40:])
@@ -182,7 +184,7 @@ TORCH = {
 def test_values_and_gradients_are_those_of_autograd_for_rows_in_any_order_and_domains_of_any_size(name):
     x, logits, y, domain = scattered()
     x = x / 3 if name == "mmd_domains" else x
-    term = generalise.GENERALISE[name](**({"decay": 0.0} if name == "fishr" else {}))
+    term = TERMS[name](**({"decay": 0.0} if name == "fishr" else {}))
 
     def loss(x, logits):
         return term.loss(context_of(logits, x, y, domain, memory=jnp.zeros((4, 4, 7)))).loss
@@ -205,11 +207,11 @@ def test_the_square_of_irm_in_closed_form_is_the_same_to_1e_6():
     np.testing.assert_allclose(irm_of(domain, logits, residuals), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*generalise.GENERALISE, "m3sda", "darn"])
+@pytest.mark.parametrize("name", [*GENERALISE, "m3sda", "darn"])
 def test_the_order_of_the_rows_says_nothing(name):
     """For IRM of the domains; within a domain every second row is the other half."""
     x, logits, y, domain = scattered()
-    term = (generalise.GENERALISE | several.SEVERAL)[name]()
+    term = TERMS[name]()
     memory = term.init(start_of(4, 6, 4))[1]
     order = np.argsort(domain, kind="stable") if name == "irm" else np.random.default_rng(0).permutation(24)
     results = [
@@ -413,7 +415,7 @@ def test_sources_near_the_target_weigh_more_and_the_gradient_is_that_of_the_weig
         memory = result.memory
     both = np.concatenate([x, target])
     squares = ((both[:, None] - both[None]) ** 2).sum(-1)
-    kernel = np.mean([np.exp(-squares / squares.mean() / 2.0**k) for k in range(-3, 2)], axis=0)
+    kernel = np.mean([np.exp(-squares / squares.mean() / 2.0**k) for k in range(-2, 3)], axis=0)
     rows, last = [np.flatnonzero(domain == d) for d in range(4)], np.arange(24, 33)
     mmd = [
         kernel[np.ix_(r, r)].mean() + kernel[np.ix_(last, last)].mean() - 2 * kernel[np.ix_(r, last)].mean()

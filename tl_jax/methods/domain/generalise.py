@@ -7,17 +7,9 @@ one that changes at a step is a schedule of the term's weight, `("step", {"first
 import jax
 import jax.numpy as jnp
 
-from tl_jax.methods.domain.several import (
-    NEEDS,
-    Decay,
-    Features,
-    Positive,
-    matmul,
-    risks,
-    shares,
-    source_shares,
-    squared_distances,
-)  # fmt: skip
+from tl_jax.methods.domain.common import Features
+from tl_jax.methods.domain.discrepancy import squared_distances
+from tl_jax.methods.domain.several import NEEDS, Decay, Positive, kernel_means, matmul, risks, shares, source_shares
 from tl_jax.methods.term import MAIN, Context, Result, Start, Term
 
 GAMMAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -97,8 +89,8 @@ def coral_between(x: jax.Array, domain: jax.Array, domains: int) -> jax.Array:
 
 def mmd_between(x: jax.Array, domain: jax.Array, domains: int) -> jax.Array:
     """The mean over pairs of domains of their squared MMD with the sum of the kernels exp(-gamma d^2), with d = 0."""
-    share, distances = shares(domain, domains), squared_distances(x)
-    mean = matmul(matmul(share, sum(jnp.exp(-gamma * distances) for gamma in GAMMAS)), share.T)
+    distances = squared_distances(x)
+    mean = kernel_means(sum(jnp.exp(-gamma * distances) for gamma in GAMMAS), shares(domain, domains))
     own = jnp.trace(mean)
     return 2 * (own / domains - (mean.sum() - own) / (domains * (domains - 1)))
 
@@ -142,10 +134,10 @@ def fishr(decay: Decay = 0.95) -> Term:
     """Fishr: gradients of the last layer vary alike in all domains (Rame, Dancette & Cord 2022, eq. 4-5).
 
     v_d is the variance over the examples of domain d of the gradient by the last dense layer, which of one example is
-    r [z, 1]^T, with r the derivative of its loss by the logits and z what the layer reads (before model.dropout).
-    The loss is mean_d mean (v_d - mean_d v_d)^2 of v_d = (decay * average + (1 - decay) * v_d) / (1 - decay). Memory:
-    the averages [D, K, F + 1], from 0. Weight, DomainBed's: 0, from step 1,500 of 5,000 on 1000, where the optimizer
-    starts anew.
+    r [z, 1]^T, with r the derivative of its loss by the logits and z what the layer reads (before model.dropout). The
+    loss is mean_d mean (a_d - mean_d a_d)^2 of a_d = v_d + decay / (1 - decay) * average_d. Memory: the averages
+    [D, K, F + 1] of v_d, from 0. Weight, DomainBed's: 0, from step 1,500 of 5,000 on 1000, where the optimizer starts
+    anew.
     """
 
     def loss(context: Context) -> Result:
@@ -159,6 +151,3 @@ def fishr(decay: Decay = 0.95) -> Term:
         return {}, jnp.zeros((start.facts[MAIN].domains, start.task.outputs, start.shapes["embedding"][-1] + 1))
 
     return Term(loss, init=init, needs=NEEDS)
-
-
-GENERALISE = {term.__name__: term for term in (irm, vrex, groupdro, coral_domains, mmd_domains, fishr)}

@@ -11,15 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tl_jax.core import checks
+from tl_jax.methods.domain.common import WHOLE, Features, Strength, Target, both
+from tl_jax.methods.domain.discrepancy import FACTORS, gaussian, squared_distances
 from tl_jax.methods.term import MAIN, Context, Network, Result, Start, Term, reverse
 from tl_jax.models import mlp
 
-Features = Annotated[str, checks.one_of("embedding", "pre_logits")]
-Stream = Annotated[str, checks.TEXT]
 Positive = Annotated[float, checks.number(0, above=True)]
 Decay = Annotated[float, checks.number(0, 1, below=True)]
-# The mean over a domain is no mean over any part of a batch.
-NEEDS = frozenset({"domains", "whole_batch"})
+NEEDS = frozenset({"domains", WHOLE})  # the mean over a domain is no mean over pieces of a batch
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -39,11 +38,9 @@ def risks(context: Context) -> jax.Array:
     return matmul(source_shares(context), context.task.loss(context.outputs[MAIN], context.encoded[MAIN]))
 
 
-def squared_distances(x: jax.Array) -> jax.Array:
-    """|x_i - x_j|^2 [B, B] of rows [B, F]."""
-    x = x - jax.lax.stop_gradient(x.mean(axis=0, keepdims=True))  # large numbers would cancel each other
-    squares = jnp.square(x).sum(axis=1)
-    return jnp.maximum(squares[:, None] + squares[None] - 2 * matmul(x, x.T), 0.0) * (1 - jnp.eye(len(x)))
+def kernel_means(kernel: jax.Array, share: jax.Array) -> jax.Array:
+    """The mean of a kernel [B, B] for each pair of domains, [D, D]; an example with itself counts."""
+    return matmul(matmul(share, kernel), share.T)
 
 
 def moment_distance(source: jax.Array, share: jax.Array, target: jax.Array, moments: int) -> jax.Array:
@@ -63,19 +60,19 @@ def _norm(x: jax.Array) -> jax.Array:
 
 
 def m3sda(
-    strength: Annotated[float, checks.number(0)] = 5e-4,
+    strength: Strength = 5e-4,
     moments: Annotated[int, checks.integer(1, 16)] = 5,
-    target: Stream = "target",
+    target: Target = "target",
     features: Features = "embedding",
 ) -> Term:
     """M3SDA: the moments of features agree among sources, and with the target (Peng et al. 2019, eq. 1 and 8).
 
     strength * the sum over k = 1 .. moments of mean_i |E x_i^k - E x_T^k| + mean_{i<j} |E x_i^k - E x_j^k|, of raw
-    moments and Euclidean norms. The paper adds classifiers in pairs: the term `mcd`.
+    moments and Euclidean norms; features far above 1 have huge ones. The paper adds classifiers in pairs: term `mcd`.
     """
 
     def loss(context: Context) -> Result:
-        source, of_target = (context.outputs[stream][features].astype(jnp.float32) for stream in (MAIN, target))
+        source, of_target = both(context, target, features)
         return Result(strength * moment_distance(source, source_shares(context), of_target, moments))
 
     return Term(loss, on=(MAIN, target), needs=NEEDS)
@@ -83,9 +80,9 @@ def m3sda(
 
 def mdan(
     gamma: Positive = 10.0,
-    mu: Annotated[float, checks.number(0)] = 0.01,
+    mu: Strength = 0.01,
     hard: Annotated[bool, checks.FLAG] = False,
-    target: Stream = "target",
+    target: Target = "target",
     features: Features = "embedding",
     width: Annotated[int, checks.integer(1, 2**14)] = 1024,
 ) -> Term:
@@ -98,17 +95,18 @@ def mdan(
     """
 
     def loss(context: Context) -> Result:
-        source, of_target = (context.outputs[stream][features].astype(jnp.float32) for stream in (MAIN, target))
+        source, of_target = both(context, target, features)
         share, f = source_shares(context), reverse(jnp.concatenate([source, of_target]), 1.0)
         each, right = [], []
         for i, own in enumerate(share):
             logits = context.forward(f"discriminator{i}", f)[0]["logits"][:, 0]
             of_i = matmul(own, jax.nn.softplus(-logits[: len(source)]))
             each.append(of_i + jax.nn.softplus(logits[len(source) :]).mean())
-            right.append((matmul(own, logits[: len(source)] > 0) + (logits[len(source) :] <= 0).mean()) / 2)
-        both = risks(context) + mu * jnp.stack(each)
-        weights = both == both.max() if hard else jax.nn.softmax(gamma * both)
-        value = both.max() if hard else jax.nn.logsumexp(gamma * both) / gamma
+            hits = matmul(own, (logits[: len(source)] > 0).astype(jnp.float32))
+            right.append((hits + (logits[len(source) :] <= 0).mean()) / 2)
+        bounds = risks(context) + mu * jnp.stack(each)
+        weights = bounds == bounds.max() if hard else jax.nn.softmax(gamma * bounds)
+        value = bounds.max() if hard else jax.nn.logsumexp(gamma * bounds) / gamma
         return Result(value, {"accuracy": jnp.stack(right).mean(), "effective": _effective(weights)})
 
     def init(start: Start):
@@ -123,9 +121,9 @@ def mdan(
 
 def darn(
     tau: Positive = 1.0,
-    mu: Annotated[float, checks.number(0)] = 1.0,
+    mu: Strength = 1.0,
     decay: Decay = 0.9,
-    target: Stream = "target",
+    target: Target = "target",
     features: Features = "embedding",
 ) -> Term:
     """Sources weigh the more, the nearer they are; in place of the task's own term, terms.task.weight = 0.
@@ -134,19 +132,16 @@ def darn(
     Schuurmans 2020, section 4): a_i ~ max(nu - g_i, 0), sum_i max(nu - g_i, 0)^2 = tau^2. A large tau weighs all alike,
     a small one chooses. g_i is the moving average (decay; 0 takes this batch, as the authors do) of risk_i + mu d_i.
     The paper's d_i comes from a discriminator; here it is the squared MMD of the features of domain i and the target,
-    0 to 2, of the mean of five Gaussian kernels of 2^-3 .. 2^1 times the mean squared distance. No gradient goes
-    through a. Memory: the averages [D], from 0, so that the weights begin nearly equal. Logs: 1 / sum a_i^2.
+    0 to 2, of the mean of the kernels of the term `mmd`. No gradient goes through a. Memory: the averages [D], from 0,
+    so that the weights begin nearly equal. Logs: 1 / sum a_i^2.
     """
 
     def loss(context: Context) -> Result:
-        outputs, domains = context.outputs, context.facts[MAIN].domains
-        x = jnp.concatenate([outputs[stream][features].astype(jnp.float32) for stream in (MAIN, target)])
-        of_target = jnp.full(len(outputs[target][features]), domains)
-        share = shares(jnp.concatenate([context.batch[MAIN]["domain"], of_target]), domains + 1)
-        distances = squared_distances(jax.lax.stop_gradient(x))
-        relative = distances / jnp.maximum(distances.mean(), 1e-30)
-        kernel = sum(jnp.exp(-relative / 2.0**k) for k in range(-3, 2)) / 5
-        mean = matmul(matmul(share, kernel), share.T)
+        domains, (source, of_target) = context.facts[MAIN].domains, both(context, target, features)
+        domain = jnp.concatenate([context.batch[MAIN]["domain"], jnp.full(len(of_target), domains)])
+        x = jax.lax.stop_gradient(jnp.concatenate([source, of_target]))
+        kernel = gaussian(squared_distances(x), FACTORS) / len(FACTORS)
+        mean = kernel_means(kernel, shares(domain, domains + 1))
         discrepancy = (jnp.diag(mean) - 2 * mean[-1] + mean[-1, -1])[:-1]
         own = risks(context)
         average = decay * context.memory + (1 - decay) * (jax.lax.stop_gradient(own) + mu * discrepancy)
@@ -173,6 +168,3 @@ def least_bound(g: jax.Array, tau: float) -> jax.Array:
 def _effective(weights: jax.Array) -> jax.Array:
     weights = weights / weights.sum()
     return 1 / jnp.square(weights).sum()
-
-
-SEVERAL = {term.__name__: term for term in (m3sda, mdan, darn)}
