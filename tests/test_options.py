@@ -126,7 +126,8 @@ INITIAL = """
 "schedule.args": {}, "ema": 0.0, "phases": [], "eval_batch_size": 128, "log_every": [10.0, "steps"], "eval_every":
 [1.0, "epochs"], "select": "last", "patience": 0, "min_delta": 0.0, "resamples": 1000, "seeds": [], "baseline": [],
 "replicas": [], "cache": "", "views": 1, "cache_dir": "", "parallel": "jit", "fsdp": 0,
-"model.weights_sha256": "", "data.weights": ""}
+"model.weights_sha256": "", "data.weights": "", "method.mix_domains": 0.0, "turns": [], "restart": false,
+"data.labelled": true}
 """
 
 

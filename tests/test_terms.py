@@ -93,6 +93,7 @@ LACKS = {
     "stochastic": ({}, {"model.dropout": 0.1}),
     "whole_batch": ({"accumulate": 2}, {}),
     "average": ({}, {"ema": 0.9}),
+    "domains": ({"data.source": ("digits",)}, {"data.source": ("digits", "digits:inverted")}),
 }
 
 

@@ -136,7 +136,7 @@ class Term(NamedTuple):
 
 
 class Method(NamedTuple):
-    """terms: {name: (weight of the phase's progress, term)}. mix: (key, {field: inputs}, encoded) -> both mixed."""
+    """terms: {name: (weight of the phase's progress, term)}. mix: see mixing.make_mix."""
 
     terms: Mapping[str, tuple[Callable, Term]]
     mix: Callable | None = None
