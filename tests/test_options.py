@@ -293,7 +293,7 @@ def test_a_phase_changes_only_what_can_change_and_says_what_that_is():
         options.check(change(phases=(*phases, tuple((key, 1) for key in (*frozen, "lrr")))))
     assert "phases[1]: 'lrr' does not exist (did you mean 'lr'?)" in str(error.value)
     for key in frozen:
-        assert f"phases[1] sets {key}, which cannot change during a run; what can: terms, method.name" in str(
+        assert f"phases[1] sets {key}, which cannot change during a run; what can: terms, turns, method.name" in str(
             error.value
         )
     assert "phases[0]" not in str(error.value)
