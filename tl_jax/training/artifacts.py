@@ -14,7 +14,7 @@ from tl_jax.models import peft
 from tl_jax.runtime.log import log, tolerate
 from tl_jax.tasks import Predictions, Spec
 from tl_jax.tasks.task import unchanged
-from tl_jax.training import audit
+from tl_jax.training import audit, selection
 from tl_jax.training.build import Run, scored_splits
 from tl_jax.weights import delta, load
 
@@ -135,6 +135,7 @@ def write(
     result = {**_facts(run, split, predictions[split].spec), "chosen_on_scored_split": by_val and split == "val"}
     result |= {**numbers, "metrics": scores.pop(split), "extra_eval": scores}
     if jax.process_index() == 0:
+        result |= selection.of_run(run, folder, predictions, numbers["step"])
         for name, values in predictions.items():
             tasks.save_predictions(folder / f"predictions{'' if name == split else f'-{name}'}.npz", values)
         files.write_json(folder / "audit.json", report)
@@ -153,6 +154,16 @@ def draw(folder: pathlib.Path) -> None:
         plots.draw_run(files.read_rows(folder / "metrics.jsonl"), saved, folder)
 
 
+def _openness(run: Run) -> dict[str, Any]:
+    """What is to be said of labels that an unlabelled stream must not have."""
+    ledger, poison = run.material.ledger, run.settings.data.poison
+    if not (ledger.sealed or ledger.unsealed):
+        return {}
+    told = "; ".join(f"{name}: {why}" for name, why in ledger.unsealed.items())
+    found = {"setting": "transductive" if run.material.shared else "inductive", "leak_test": told or "not done"}
+    return found | ({"poison": poison} if poison else {})
+
+
 def _facts(run: Run, split: str, spec: Spec) -> dict[str, Any]:
     """What was run and what it is scored on."""
     shared = [{"stream": s, "scored": name, "examples": n} for (s, name), n in run.material.shared.items()]
@@ -166,5 +177,6 @@ def _facts(run: Run, split: str, spec: Spec) -> dict[str, Any]:
         **({"task": spec.name} if spec.name != "classification" else {}),
         **({"threshold": spec.threshold} if spec.threshold is not None else {}),
         **({"transductive": shared} if run.settings.data.transductive else {}),
+        **_openness(run),
         "duplicates": run.material.duplicates,
     }
