@@ -42,7 +42,9 @@ def study_of(config: ConfigDict) -> Study:
     return Study(base, {ARM: arms}, against, seeds, together="none")
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never) -> dict[str, Any]:
+def run(
+    config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never, *, verbose: bool = True
+) -> dict[str, Any]:
     """Runs a config in a workdir, with all its arms and seeds, or its replicas.
 
     Returns {"result": of the run itself, "comparison": comparison.json or None} or {"replicas": replicas.json}. Other
@@ -53,7 +55,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never)
     with naming(options.flatten(config), "replicas", "baseline", "seeds"):
         runs = grid(study, free=("seed",) if config.replicas else ())
     if config.replicas:
-        return {"replicas": _run_replicas(config, runs, workdir, stop_requested)}
+        return {"replicas": _run_replicas(config, runs, workdir, stop_requested, verbose)}
     runs = [run for arm in study.factors[ARM] for run in runs if run.levels[ARM] == arm]
     several, results, folders, metric = len(runs) > 1, {}, {}, metrics_of(study)[0]
     for i, spec in enumerate(runs):
@@ -65,7 +67,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never)
             log(f"\n{arm}, seeds {list(study.seeds)}")
         folders[key] = workdir / "runs" / f"{arm}-seed{seed}" if i else workdir
         with naming({}, *([BASELINE] if arm == BASELINE else [])):
-            results[key] = train(spec.config, folders[key], verbose=opens, stop_requested=stop_requested)
+            results[key] = train(spec.config, folders[key], verbose=opens and verbose, stop_requested=stop_requested)
         if several:
             value = results[key]["metrics"][metric]["value"]
             log(f"{arm}, seed {seed}: {metric} {value:.3f} in {folders[key]}")
@@ -131,7 +133,7 @@ def comparison_table(report: Mapping[str, Any]) -> Table:
     return Table(caption, ("arm", "mean", "95 % interval", "each seed"), rows)
 
 
-def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
+def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.Path, stop: Stop, verbose: bool):
     """Trains config.replicas and returns replicas.json: a row each, and the best by val."""
     path = workdir / "replicas.json"
     workdirs.check_options(workdir, options.flatten(config))
@@ -141,7 +143,7 @@ def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.
     folders, configs = [workdir / "replicas" / run.levels[REPLICA] for run in runs], [run.config for run in runs]
     with workdirs.lock(workdir):
         write_json(workdir / "config.json", options.flatten(config))
-        results = train_together(configs, folders, workdir, verbose=True, stop_requested=stop)
+        results = train_together(configs, folders, workdir, verbose=verbose, stop_requested=stop)
         rows = [_row(config.task, *each) for each in zip(config.replicas, folders, results, strict=True)]
         if all(row["error"] for row in rows):
             raise FloatingPointError(
