@@ -95,6 +95,13 @@ def fingerprint(config: ConfigDict) -> str:
     return messages.fingerprint({key: json.dumps(value, sort_keys=True) for key, value in identity(config).items()})
 
 
+def forms_of(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The option `terms` with its weights as kinds of schedules: replicas may differ in their numbers alone."""
+    weights = {name: table.get("weight", 1.0) for name, table in terms.items()}
+    kinds = {name: [x[0], sorted(x[1])] if isinstance(x, list | tuple) else ["constant"] for name, x in weights.items()}
+    return {name: {**table, "weight": kinds[name]} for name, table in terms.items()}
+
+
 def difference(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The options in which two flat tables mean different numbers, one line each; absent: the initial value."""
     return messages.difference(_deciding(there), _deciding(now))

@@ -39,6 +39,11 @@ PIXELS = integer(0, 4096)
 RATE = number(0, 1, below=True)
 GRID = sequence(number(0), "numbers, (value, ...)")
 WEIGHT = checks.either(number(), _SCHEDULE)
+_TURN = checks.Check(
+    lambda x: isinstance(x, list | tuple) and len(x) == 2 and TEXTS.fits(x[0]) and bool(x[0]) and _FACTORS.fits(x[1]),
+    "",
+)
+_FACTORS = checks.Check(lambda x: TABLE.fits(x) and bool(x) and all(map(number().fits, x.values())), "")
 POSITIVE = sequence(number(0, above=True), "a sequence of numbers above 0")
 
 # The fields of options that are tables.
@@ -88,7 +93,9 @@ _ROWS = (
     _option("task", "classification", one_of(*TASKS), "what the outputs mean"),
     _option("task_args", {}, TABLE, "class_weight: 'balanced' or per class; pos_weight: of positives, or per label"),
     _option("terms", {}, TABLES, "summands of the loss: {name: {\"weight\": number or (schedule, {parameter: value}), "
-            "and the term's own parameters}}; \"task\" is there without being named", phase=True),
+            "and the term's own parameters}}; \"task\" is there without being named", phase=True, replica=True),
+    _option("turns", (), sequence(_TURN, "pairs ((group, ...), {term: factor})"), "updates of each step, one after the "
+            "other on one batch: pairs ((group, ...), {term: factor}); (): one of all groups on all terms", phase=True),
 
     # The network
     _option("model.name", "resnet18", TEXT, "the architecture, see docs/weights.md"),
@@ -122,6 +129,7 @@ _ROWS = (
     _option("data.resample", "", TEXT, "cut train and test from the split train: kfold:K:FOLD | bootstrap:DRAW | loo"),
     _option("data.group", "", TEXT, "what no slice or fold cuts: a column or array by name, or a pattern in the ids"),
     _option("data.allow_duplicates", False, FLAG, "allow duplicates of training examples among what is scored"),
+    _option("data.labelled", True, FLAG, "False: the stream train has no labels, for adaptation without source data"),
     _option("data.shots", 0, integer(0), "training examples per class; 0: all", replica=True),
     _option("data.sampling", "shuffled", SAMPLING, "class_balanced: every class equally often"),
     _option("data.split_seed", 0, SEED, "of the permutation that slices cut; runs of all seeds share their val"),
@@ -163,6 +171,7 @@ _ROWS = (
     _option("decay", ".*/kernel", checks.REGEX, "the parameters that weight decay acts on", phase=True),
     _option("clip", 1.0, number(0), "the largest global norm of the gradient; 0: off", phase=True),
     _option("groups", {}, TABLES, "{group: {lr_mult, weight_decay, decay, optimizer, args}}", phase=True, replica=True),
+    _option("restart", False, FLAG, "optimizer values start anew where the phase begins", phase=True),
     _option("layer_decay", 1.0, number(0, 1, above=True), "factor on lr, per block from the head down", phase=True),
     _option("schedule.name", "cosine", TEXT, "constant | cosine | linear | step | inverse_sqrt", phase=True),
     _option("schedule.warmup", (0.0, "epochs"), checks.duration(zero=True), "of the learning rate, linear", phase=True),

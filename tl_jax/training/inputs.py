@@ -138,7 +138,7 @@ def sealed_sources(settings: Settings) -> set[str]:
     Those that an unlabelled stream or data.candidates names, and no labelled one.
     """
     streams = [(stream.source, stream.labelled) for stream in settings.streams.values()]
-    streams += [(settings.data.source, getattr(settings.data, "labelled", True))]
+    streams += [(settings.data.source, settings.data.labelled)]
     streams += [(source, False) for _, source, _ in judged_on(settings.data)]
     names: dict[bool, set[str]] = {True: set(), False: set()}
     for source, labelled in streams:
@@ -235,7 +235,7 @@ def make_streams(
     """
     data, loop = settings.data, settings.loop
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    main = StreamSettings(data.source, data.train, loop.batch_size, data.augment, True, data.sampling)
+    main = StreamSettings(data.source, data.train, loop.batch_size, data.augment, data.labelled, data.sampling)
     streams = {}
     for name, stream in {MAIN: main, **settings.streams}.items():
         views = {field: View(card, tuple(stream.augment)) for field, card in cards.items()}

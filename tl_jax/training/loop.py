@@ -89,7 +89,7 @@ class Loop:
         return ["val", *candidates.names(self.first)] if "val" in self.first.material.data else []
 
     def _refresh(self, i: int, step: int) -> None:
-        if names := single.due(self.first.phases[i], step):
+        if names := single.due(self.first, i, step):
             with self._saved(i, step):
                 state = self.program.refresh(i, self.state, names, self.stop_requested)
             self.state = state
@@ -118,7 +118,7 @@ class Loop:
         phase, program, step_fn = self.first.phases[i], self.program, None
         self._refresh(i, start)
         self.frozen = self.frozen or program.frozen_hashes(i, self.state)
-        sets = program.batches(i, self.state, [*phase.plan.streams, *self._judged()], self.stop_requested)
+        sets = program.batches(i, self.state, [*phase.plan.fed, *self._judged()], self.stop_requested)
         judged = {name: sets.pop(name) for name in self._judged()}
         with contextlib.closing(program.iterate(sets, start, phase.stop)) as stream, preemption.saved_by(None):
             batches = feed(self.logs.values(), stream, lambda: self.state.step.is_ready())

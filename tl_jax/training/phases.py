@@ -1,6 +1,7 @@
 """One phase of a run: what it trains, what a step of it computes, its optimizer and its audit."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tl_jax import tasks
-from tl_jax.core import trees
+from tl_jax.core import checks, trees
 from tl_jax.core.card import Card
+from tl_jax.core.messages import nearest
 from tl_jax.data.examples import Source
 from tl_jax.data.pipeline import EvalBatches, TrainBatches
 from tl_jax.data.sealed import Ledger
@@ -102,7 +104,11 @@ def make_phase(
     labels = {path: match.value for path, match in matches.items()}
     with naming(table, "method.norm"):
         policies = _norm_policies(variables["batch_stats"], labels, networks, method.norm)
-    groups, offsets, lengths = _make_groups(settings.loop, phase, labels, material.facts, previous)
+    anew = any(term.statistics for _, term in phase_terms.values())
+    policies |= {path: "computed anew" for path in policies if anew and path.split("/")[0] not in networks}
+    groups, offsets, lengths = _make_groups(settings.loop, phase, labels, material.facts, previous, anew)
+    with naming(table, "turns", "terms"):
+        turns = _make_turns(phase, phase_terms, groups)
     multipliers = rules.layer_multipliers(own, cuts, phase.layer_decay) if phase.layer_decay < 1 else {}
     trained = (path for path in own if labels[path] != trees.FROZEN)
     blocks = rules.parts(trained) if method.auto_rgn else {}
@@ -114,6 +120,7 @@ def make_phase(
 
     def make_optimizer(schedule, groups, values=None):
         more = {"multipliers": multipliers, "offsets": offsets, "blocks": blocks, "values": values, "apart": apart}
+        more["times"] = Counter(name for turn in turns for name in turn.groups)
         return optim.make_optimizer(labels, groups, schedule, phase.clip, **more)
 
     with naming(table, "schedule.name", "schedule.args", "schedule.warmup", "total"):
@@ -129,7 +136,7 @@ def make_phase(
     start = previous.stop if previous else 0
     plan = _make_plan(settings, phase, phase_terms, material, parallel, labels, policies)
     return Phase(
-        start, start + lengths[0], plan._replace(start=start, length=lengths[0]), schedule, tx, report,
+        start, start + lengths[0], plan._replace(start=start, length=lengths[0], turns=turns), schedule, tx, report,
         phase.lr, lengths[1], groups, offsets, make_schedule, make_optimizer,
     )  # fmt: skip
 
@@ -141,8 +148,11 @@ def _norm_policies(batch_stats: Any, labels: Mapping[str, str], networks, norm: 
     return audit.norm_policies(own, labels, norm) | audit.norm_policies(further, labels, ())
 
 
-def _make_groups(loop: LoopSettings, phase: PhaseSettings, labels, facts, previous: Phase | None):
-    """The optimizer groups, the steps that each path has been trained for, and (length, warm-up) in steps."""
+def _make_groups(loop: LoopSettings, phase: PhaseSettings, labels, facts, previous: Phase | None, idle: bool):
+    """The optimizer groups, the steps that each path has been trained for, and (length, warm-up) in steps.
+
+    idle: nothing need be trained.
+    """
     sizes = {"batch_size": loop.batch_size, "train_size": facts[MAIN]["examples"]}
     table = phase_table(phase)
     with naming(table, "total", "schedule.warmup"):
@@ -151,9 +161,31 @@ def _make_groups(loop: LoopSettings, phase: PhaseSettings, labels, facts, previo
         phase.optimizer, tuple(phase.optimizer_args.items()), weight_decay=phase.weight_decay, decay=phase.decay
     )
     with naming(table, "method.name", "groups", "optimizer", "optimizer_args", "weight_decay", "decay"):
-        groups = optim.make_groups(labels, default, phase.groups)
-    known = previous and (previous.plan.labels, previous.groups, previous.offsets, previous.length)
+        groups = optim.make_groups(labels, default, phase.groups) if not idle or _trains(labels) else {}
+    anew = phase.restart or phase.turns or (previous and previous.plan.turns)  # counts of turns are not those of steps
+    known = None if anew else previous and (previous.plan.labels, previous.groups, previous.offsets, previous.length)
     return groups, optim.offsets_after(known, labels, groups), lengths
+
+
+def _trains(labels: Mapping[str, str]) -> bool:
+    return any(label != trees.FROZEN for label in labels.values())
+
+
+def _make_turns(phase: PhaseSettings, phase_terms: terms.Terms, groups: Mapping[str, Any]) -> tuple[steps.Turn, ...]:
+    """The turns of a phase; ValueError lists groups and terms that are not there, or that no turn names."""
+    turns = tuple(steps.Turn(tuple(names), dict(factors)) for names, factors in phase.turns)
+    if not turns:
+        return ()
+    problems = ["method.auto_rgn compares the gradients of all blocks in one update: leave it out, or turns"]
+    problems = problems if phase.method.auto_rgn else []
+    for what, known, places in (("group", groups, 0), ("term", phase_terms, 1)):
+        named = dict.fromkeys(name for turn in turns for name in turn[places])
+        problems += [
+            f"there is no {what} {x!r}{nearest(x, known)}; it has: {', '.join(known)}" for x in named.keys() - known
+        ]
+        problems += [f"no turn names the {what} {name!r}" for name in known if name not in named]
+    checks.refuse("the turns do not fit", sorted(problems))
+    return turns
 
 
 def _make_plan(
@@ -161,7 +193,7 @@ def _make_plan(
 ) -> steps.Plan:
     """What a step of the phase computes."""
     loop, method = settings.loop, phase.method
-    frozen_norms = tuple(path for path, policy in policies.items() if policy == trees.FROZEN)
+    frozen_norms = tuple(path for path, policy in policies.items() if policy != "update")
     if method.stoch_norm and len(frozen_norms) == len(policies):
         raise ValueError(
             "method.stoch_norm samples batch or running statistics, but no BatchNorm layer is in train mode "
@@ -172,9 +204,10 @@ def _make_plan(
     task_args = _task_args(settings, material)
     with naming(settings.table | phase_table(phase), "task_args", "method.label_smoothing"):
         task = tasks.make(material.spec, label_smoothing=method.label_smoothing, **task_args)
-    running = jax.eval_shape(
-        task.running, {"logits": jnp.zeros((1, task.outputs))}, jnp.asarray(material.data[MAIN].labels[:1])
-    )  # fmt: skip
+    running = {}
+    if material.streams[MAIN].labelled and any(MAIN in term.on for _, term in phase_terms.values()):
+        labels_of_one = jnp.asarray(material.data[MAIN].labels[:1])
+        running = jax.eval_shape(task.running, {"logits": jnp.zeros((1, task.outputs))}, labels_of_one)
     named = [log for name, (_, term) in phase_terms.items() for log in (name, *(f"{name}/{x}" for x in term.logs))]
     return steps.Plan(
         readers=readers,
@@ -189,6 +222,7 @@ def _make_plan(
         ema=loop.ema,
         axis_name=parallel.axis_name,
         whole=parallel.whole,
+        facts=material.start.facts,
         sums=(*steps.SUMS, *running, *(named if len(named) > 1 else ())),
     )
 

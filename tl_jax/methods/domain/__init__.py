@@ -1,0 +1,17 @@
+"""Terms that move knowledge between domains, one file a family."""
+
+from tl_jax.methods.domain.adversarial import adda, bsp, cdan, dann
+from tl_jax.methods.domain.classifiers import afn, mcd, mcd_discrepancy, mcd_source, mdd
+from tl_jax.methods.domain.consistency import balance, fixmatch, self_ensembling
+from tl_jax.methods.domain.discrepancy import coral, jan, mmd
+from tl_jax.methods.domain.outputs import bnm, entropy, infomax, mcc
+from tl_jax.methods.domain.source_free import shot
+from tl_jax.methods.domain.test_time import adabn, eata, tent
+
+TERMS = {
+    term.__name__: term
+    for term in (
+        dann, cdan, adda, bsp, mmd, jan, coral, mcd, mcd_source, mcd_discrepancy, mdd, afn, mcc, bnm, entropy, infomax,
+        fixmatch, self_ensembling, balance, shot, adabn, tent, eata,
+    )
+}  # fmt: skip
