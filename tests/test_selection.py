@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from tl_jax import config as options
+from tl_jax import tasks
 from tl_jax.core import files
 from tl_jax.core.options import SELECTORS as SINGLE
 from tl_jax.data import order, pipeline, sealed, sources
 from tl_jax.methods.selectors import SELECTORS
 from tl_jax.runtime import sharding
 from tl_jax.studies import command, inprocess, leak
+from tl_jax.studies.report import alarm
 from tl_jax.training import artifacts, build, candidates, loop, selection
 from tl_jax.training.train import train
 
@@ -277,6 +279,10 @@ def test_replicas_write_the_candidates_of_the_runs_by_themselves(tables, tmp_pat
     )
     target = [row["stream"] for row in files.read_json(folder / "labels.json")["openings"] if row["phase"] != "load"]
     assert target == ["target_test", "held_out"]
+    table = files.read_json(tmp_path / "w" / "replicas.json")["selection"]
+    options_chosen = {c["options"] for row in table["rows"] for c in row["chosen"] if c}
+    assert options_chosen <= {"lr=0.1", "lr=0.02"}
+    assert files.read_json(tmp_path / "w" / "choices.json")["units"]["seed 0"].keys() == SELECTORS.keys()
 
 
 @pytest.mark.parametrize(
@@ -308,6 +314,79 @@ def test_overlapping_target_splits_make_a_transductive_result(done, tables):
     run = build.build(config_of(tables, **changes), sharding.make_parallel("jit"))
     assert artifacts._openness(run)["setting"] == "transductive"
     assert run.material.shared == {("target", "held_out"): 85}
+
+
+# Arms, domains, and no labelled source at all
+
+
+SOURCE_ONLY = (("terms", {}), ("streams", {}))
+
+
+def test_a_source_only_arm_with_the_same_candidates_is_scored_on_the_same_examples(tables, tmp_path, capsys):
+    config = config_of(tables, baseline=SOURCE_ONLY, total=(2.0, "steps"))
+    found = inprocess.run(config, tmp_path / "w")
+    inprocess.show(found, config, tmp_path / "w")
+    assert "What each selector's choice is worth on target_test" in capsys.readouterr().out
+    folders = [tmp_path / "w", tmp_path / "w" / "runs" / "baseline-seed0"]
+    ids = [tasks.load_predictions(folder / "predictions-target_test.npz").ids.tolist() for folder in folders]
+    assert ids[0] == ids[1] and candidates.steps_of(folders[1]) == [2]
+    report = files.read_json(tmp_path / "w" / "comparison.json")["negative_transfer"]
+    assert set(report) == {"predictions.npz", "predictions-target_test.npz"}
+    errors = [np.mean(tasks.load_predictions(f / "predictions-target_test.npz").values.argmax(1)
+              != tasks.load_predictions(f / "predictions-target_test.npz").labels) for f in folders]  # fmt: skip
+    assert report["predictions-target_test.npz"]["value"] == pytest.approx(errors[0] - errors[1])
+
+
+def test_arms_with_other_examples_are_said_to_be_incomparable(tables, tmp_path):
+    one, other = tmp_path / "a", tmp_path / "b"
+    for folder, rows, terms in ((one, range(30), {"dann": {}}), (other, range(1, 31), {})):
+        made = tasks.make_predictions(
+            {"logits": np.eye(3)[[0] * 30]}, [0] * 30, list(rows), tasks.Spec(class_names=tuple("abc"))
+        )
+        folder.mkdir()
+        tasks.save_predictions(folder / "predictions-t.npz", made)
+        files.write_json(folder / "config.json", {"terms": terms})
+    (line,) = alarm.sentences("dann", "erm", alarm.of_folders([(one, other)]))
+    assert line.startswith("dann cannot be compared with erm on t: the examples differ")
+
+
+def test_several_source_domains_are_judged_by_the_rules_of_generalisation(tables, tmp_path):
+    names = tuple(f"table:{tables}/{name}.csv" for name in ("source", "other"))
+    config = config_of(tables, **{"data.source": names, "streams": {}, "terms": {}, "total": (2.0, "steps")})
+    result = train(config, tmp_path / "w", verbose=False)
+    arrays = candidates.read(candidates.path_of(tmp_path / "w", 2))
+    hit = arrays["source_logits"].argmax(1) == arrays["source_labels"]
+    assert set(arrays["source_domains"]) == {0, 1}
+    (score,) = files.read_json(tmp_path / "w" / "choices.json")["choices"]["source_risk"]["scores"]
+    assert score == pytest.approx(np.mean([hit[arrays["source_domains"] == d].mean() for d in (0, 1)]))
+    assert result["selection"]["several"] and result["setting"] == "inductive"
+    assert [row["selector"] for row in result["selection"]["rows"]][-2:] == [selection.LAST_ORACLE, selection.ORACLE]
+    assert files.read_json(tmp_path / "w" / "labels.json")["sealed"] == ["target_test", "held_out"]
+
+
+def test_without_a_labelled_source_everything_of_the_target_is_sealed(tables, tmp_path):
+    changes = {
+        "data.source": f"table:{tables}/target.csv",
+        "data.labelled": False,
+        "streams": {},
+        "data.candidates": (),
+    }
+    changes |= {
+        "data.train": "train[:50%]",
+        "data.val": "train[50%:75%]",
+        "data.extra_eval": (),
+        "terms": {"entropy": {"target": "train"}},
+    }
+    config = config_of(tables, **changes, total=(2.0, "steps"))
+    _, differences = leak.prove(config, tmp_path / "w")
+    assert differences == []
+    ledger = files.read_json(tmp_path / "w" / "labels.json")
+    assert ledger["sealed"] == ["train", "val"]
+    assert [(row["stream"], row["phase"]) for row in ledger["openings"]] == [("val", "score")]
+    assert not any(key.startswith("val/") for row in files.read_rows(tmp_path / "w" / "metrics.jsonl") for key in row)
+    for wrong in ({"select": "best_val"}, {"patience": 2}):
+        with pytest.raises(ValueError, match=r"data\.labelled = False leaves val without labels too"):
+            train(options.override(config, wrong), tmp_path / "v", verbose=False)
 
 
 # The panel

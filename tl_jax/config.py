@@ -260,11 +260,13 @@ def _data_problems(flat: Mapping[str, Any]) -> list[str]:
     cached = flat["cache"] or any(network.get("cache") for network in flat["networks"].values())
     unread, unscored = not cached and (views > 1 or cache_dir), patience and not flat["data.val"]
     candidates, select, val, task = map(flat.get, ("data.candidates", "select", "data.val", "task"))
-    judged = f"data.candidates = {candidates!r}"
+    bare, judged = not flat["data.labelled"], f"data.candidates = {candidates!r}"
     return _where(
         (data_dir and not tfds, f"data.data_dir = {data_dir!r} belongs to tfds sources; this is {source!r}"),
         (unread, f"views = {views!r}, cache_dir = {cache_dir!r}: they belong to cache = 'features'"),
         (unscored, f"patience = {patience!r}: the score is that of val, and data.val is ''; name a split"),
+        (bare and select == "best_val", "select = 'best_val': data.labelled = False leaves val without labels too"),
+        (bare and patience, f"patience = {patience!r}: data.labelled = False leaves val without labels too"),
         (candidates and not val, f"{judged}: every evaluation on val writes one, and data.val is ''; name a split"),
         (candidates and task != "classification", f"{judged}: selectors read the classes of a classification"),
         (select in SELECTORS and not candidates, f"select = {select!r} judges data.candidates, which is (); name it"),

@@ -73,9 +73,14 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
+def _calibrated_on(run: Run) -> bool:
+    """Whether there is a val whose labels may decide something."""
+    return "val" in run.material.data and not run.material.data["val"].sealed
+
+
 def wanted_splits(run: Run) -> list[str]:
     """The splits that are predicted at the end: those that are scored, and val where the task is calibrated on it."""
-    calibrates = run.task.calibrate is not unchanged and "val" in run.material.data
+    calibrates = run.task.calibrate is not unchanged and _calibrated_on(run)
     return list(dict.fromkeys([*scored_splits(run), *(["val"] if calibrates else [])]))
 
 
@@ -95,7 +100,8 @@ def finalize(
     predictions: of `wanted_splits`, at the selected step. step: that; last_step: the last that was trained.
     """
     material, settings = run.material, run.settings
-    spec = run.task.calibrate(predictions["val"]) if "val" in predictions else run.task.spec  # a threshold
+    has_val = _calibrated_on(run) and "val" in predictions
+    spec = run.task.calibrate(predictions["val"]) if has_val else run.task.spec  # a threshold
     report = audit.prove([phase.audit for phase in run.phases], material.variables, variables)
     numbers = {
         "step": step,

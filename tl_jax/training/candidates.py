@@ -76,9 +76,11 @@ def make(arrays: Mapping[str, np.ndarray]) -> Candidate:
     return Candidate(**{f"log_{name}": log_p(name) for name in ("target", "mixed", "source")}, **further, **labels)
 
 
-def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a candidate; ValueError names a file that cannot be read."""
+def read(path: pathlib.Path, sha256: str = "") -> dict[str, np.ndarray]:
+    """The arrays of a candidate; ValueError names a file that cannot be read, or has not the sha256 that is given."""
     try:
+        if sha256 and files.sha256(path) != sha256:
+            raise ValueError(f"it is not what {CHOICES} tells of")
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # on damaged archives zipfile and numpy raise almost any type

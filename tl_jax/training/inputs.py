@@ -112,7 +112,9 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
         if (both := groups.shared(found[stream], found[name]))
     ]
     checks.refuse("data.group says what no split may cut; take slices of one split, which keep groups whole", lines)
-    if train.groups is not None and train.label_kind == "classes":  # a group may hold all of a class
+    if (
+        train.groups is not None and train.label_kind == "classes" and not train.sealed
+    ):  # a group may hold all of a class
         lacking = [train.class_names[c] for c in set(range(len(train.class_names))) - set(train.labels.tolist())]
         checks.refuse(
             f"{train.name}, {len(set(train.groups.tolist()))} whole groups, has no example of {len(lacking)} classes; "

@@ -175,7 +175,8 @@ class Loop:
                 own = {name: found[j] for name, found in seen.items()}
                 scores[j] |= candidates.write(self.folders.get(j), self.program.runs[j], done, own)
         for j, values in scores.items():
-            self.logs[j].evaluated(done, values)
+            if values:
+                self.logs[j].evaluated(done, values)
         if self.verbose and len(self.logs) > 1 and any(task.monitor[0][0] in values for values in scores.values()):
             best = max(scores, key=lambda j: tasks.preference(task.monitor, scores[j]))
             name = task.monitor[0][0]
