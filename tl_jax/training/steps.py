@@ -261,6 +261,21 @@ def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, 
     return loss, (batch_stats, memory, sums)
 
 
+def make_logs(plan: Plan, names: Collection[str]) -> Callable:
+    """(state, batch) -> {TERM/LOG: value} of some terms, in training mode, as a step would log them; pure."""
+    terms = {name: plan.method.terms[name] for name in names}
+    logs = [f"{name}/{log}" for name in names for log in terms[name][1].logs]
+    plan = plan._replace(method=plan.method._replace(terms=terms, mix=None), sums=tuple(logs), turns=(), accumulate=1)
+
+    def values(state: TrainState, batch: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
+        total = {name: plan.task.count(fields[LABEL]).sum() for name, fields in batch.items() if LABEL in fields}
+        key = jax.random.fold_in(state.key, state.step)
+        _, (_, _, sums) = compute_loss(plan, {}, state, state.batch_stats, state.memory, batch, total, key)
+        return {name: sums[name] / _examples(plan, batch) for name in logs}
+
+    return values
+
+
 def _inputs(plan: Plan, fields: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The fields of a stream that networks read, float32."""
     read = dict.fromkeys(reader.field for reader in plan.readers.values() if reader.field in fields)

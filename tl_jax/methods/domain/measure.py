@@ -66,13 +66,13 @@ def diagnosis(name: str, train: float, held_out: float, distance: float) -> str:
             "it tells the domains apart, so that the features are not aligned: raise the strength of the reversal or "
             "the weight of the term, or lower its learning rate. The target may have gained all the same"
         )
-    elif held_out > ALIGNED:
-        said = "the features are aligned in part"
     elif distance > 1:
         said = (
             "it fails where a linear classifier does not: the discriminator is too weak, or has collapsed; raise its "
             "learning rate or width, or lower the strength"
         )
+    elif held_out > ALIGNED:
+        said = "the features are aligned in part"
     else:
         said = "the features are aligned as wholes; whether class by class, only target labels can tell"
     return numbers + said
