@@ -226,6 +226,35 @@ def test_means_over_examples_are_the_same_in_parts(name, tables):
     assert_same(*(take_walk(config, 1, 2) for config in configs), logs=False)
 
 
+def test_a_second_view_moves_the_statistics_after_the_training_pass(tables):
+    """Source, target, and the target again as its own second view: each moves them by a tenth, in this order."""
+    found = {}
+    for name, terms in {"source": {}, "both": {"entropy": {}}, "again": {"fixmatch": {"view": "table"}}}.items():
+        streams = {"streams": {}} if name == "source" else {}
+        config = config_of(tables, name, norm_batches="per_stream", terms=terms, **streams)
+        found[name] = trees.flatten(take_walk(config, 1, 1).after.batch_stats)
+    for path, again in found["again"].items():
+        expected = 1.9 * found["both"][path] - 0.9 * found["source"][path]
+        np.testing.assert_allclose(again, expected, rtol=1e-4, atol=1e-5, err_msg=path)
+        assert not np.allclose(again, found["both"][path], rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fixmatch", "self_ensembling"])
+def test_a_strong_view_of_images_is_what_the_term_reads(name, tables):
+    target = {"source": "digits:faded", "split": "train[:10%]", "batch_size": 8}
+    target["strong"] = (("rand_augment", {}),) if name == "fixmatch" else (("flip", {}),)
+    changes = {"model.name": "resnet8_cifar", "model.head": (), "data.source": "digits", "data.labels": ()}
+    changes |= {"data.train": "train[:20%]", "data.val": "train[90%:]", "streams": {"target": target}}
+    changes["terms"] = {name: {"threshold": 0.05}}
+    walked = take_walk(config_of(tables, name, **changes), 1, 2)
+    for row in walked.sums:
+        assert row[f"{name}/confident"] == row["examples"] and np.isfinite(row["loss"])
+    batch = walked.run.material.streams["target"][0]
+    assert batch["image:strong"].shape == batch["image"].shape
+    assert not np.array_equal(batch["image:strong"], batch["image"])
+
+
 def flops(config):
     parallel = sharding.make_parallel("jit", jax.devices()[:1])
     run = build.build(config, parallel)
