@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from test_domain_terms import NAMES
-from test_proof import Crash, assert_same_training, crash_at, remains, take_walk, variables_of
+from test_proof import Crash, assert_close, crash_at, remains, take_walk, variables_of
 
 from tl_jax import config as options
 from tl_jax.core import trees
@@ -96,25 +96,35 @@ def test_every_term_trains_its_networks_and_resumes_bit_equal_after_it_was_stopp
         assert trees.leaf_hashes(maps[0]) == trees.leaf_hashes(maps[1])
 
 
+def assert_same(left, right, logs=True):
+    """Variables to 1e-5, and the means that the log shows: those of a kernel are differences of larger numbers."""
+    assert_close(variables_of(left.after), variables_of(right.after))
+    for one, other in zip(left.sums, right.sums, strict=True):
+        names = [name for name in one if logs or "/" not in name]
+        means = [np.array([row[name] for name in names]) / row["examples"] for row in (one, other)]
+        np.testing.assert_allclose(*means, rtol=1e-5, atol=1e-5, err_msg=str(names))
+
+
 @pytest.mark.parametrize("norm_batches", ["joint", pytest.param("per_stream", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", ["mcd", *(pytest.param(name, marks=pytest.mark.slow) for name in FEW if name != "mcd")]
 )
 def test_four_devices_adapt_as_one_does(name, norm_batches, tables):
     config = config_of(tables, name, norm_batches=norm_batches)
-    assert_same_training(take_walk(config, 1, 2), take_walk(config, 4, 2))
+    assert_same(take_walk(config, 1, 2), take_walk(config, 4, 2))
 
 
 PROGRAM = """
 import json, sys
 sys.path.insert(0, "tests")
 from test_domain_terms import NAMES
-from test_proof import assert_same_training, take_walk
+from test_domain_terms_in_runs import assert_same
+from test_proof import take_walk
 from tl_jax import config
 for name, flat in json.load(open(sys.argv[1])).items():
     config_of_it = config.from_flat(flat)
     try:
-        assert_same_training(take_walk(config_of_it, 1, 3), take_walk(config_of_it, 8, 3))
+        assert_same(take_walk(config_of_it, 1, 3), take_walk(config_of_it, 8, 3))
     except AssertionError as error:
         print(name, error)
 """
@@ -157,7 +167,7 @@ def walk_of_players(config, steps=4):
     ("name", "player", "sign"),
     [
         ("cdan", "conditional_discriminator", -1),
-        ("cdan", "backbone", 1),
+        pytest.param("cdan", "backbone", 1, marks=pytest.mark.slow),
         pytest.param("mdd", "adversarial_head", -1, marks=pytest.mark.slow),
         pytest.param("mdd", "backbone", 1, marks=pytest.mark.slow),
         pytest.param("jan", "theta", 1, marks=pytest.mark.slow),
@@ -209,10 +219,40 @@ def test_losses_that_are_no_means_over_examples_refuse_parts_of_a_batch(name, ta
         build.build(config_of(tables, name, accumulate=2), sharding.make_parallel("jit", jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("name", [pytest.param("entropy", marks=pytest.mark.slow), "afn"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["entropy", "afn"])
 def test_means_over_examples_are_the_same_in_parts(name, tables):
     configs = [config_of(tables, name, accumulate=n, **{"model.head": ()}) for n in (1, 2)]
-    assert_same_training(*(take_walk(config, 1, 2) for config in configs))
+    assert_same(*(take_walk(config, 1, 2) for config in configs), logs=False)
+
+
+def test_a_second_view_moves_the_statistics_after_the_training_pass(tables):
+    """Source, target, and the target again as its own second view: each moves them by a tenth, in this order."""
+    found = {}
+    for name, terms in {"source": {}, "both": {"entropy": {}}, "again": {"fixmatch": {"view": "table"}}}.items():
+        streams = {"streams": {}} if name == "source" else {}
+        config = config_of(tables, name, norm_batches="per_stream", terms=terms, **streams)
+        found[name] = trees.flatten(take_walk(config, 1, 1).after.batch_stats)
+    for path, again in found["again"].items():
+        expected = 1.9 * found["both"][path] - 0.9 * found["source"][path]
+        np.testing.assert_allclose(again, expected, rtol=1e-4, atol=1e-5, err_msg=path)
+        assert not np.allclose(again, found["both"][path], rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fixmatch", "self_ensembling"])
+def test_a_strong_view_of_images_is_what_the_term_reads(name, tables):
+    target = {"source": "digits:faded", "split": "train[:10%]", "batch_size": 8}
+    target["strong"] = (("rand_augment", {}),) if name == "fixmatch" else (("flip", {}),)
+    changes = {"model.name": "resnet8_cifar", "model.head": (), "data.source": "digits", "data.labels": ()}
+    changes |= {"data.train": "train[:20%]", "data.val": "train[90%:]", "streams": {"target": target}}
+    changes["terms"] = {name: {"threshold": 0.05}}
+    walked = take_walk(config_of(tables, name, **changes), 1, 2)
+    for row in walked.sums:
+        assert row[f"{name}/confident"] == row["examples"] and np.isfinite(row["loss"])
+    batch = walked.run.material.streams["target"][0]
+    assert batch["image:strong"].shape == batch["image"].shape
+    assert not np.array_equal(batch["image:strong"], batch["image"])
 
 
 def flops(config):
