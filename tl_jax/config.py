@@ -256,7 +256,7 @@ def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
 def _data_problems(flat: Mapping[str, Any]) -> list[str]:
     source, data_dir, patience, min_delta = map(flat.get, ("data.source", "data.data_dir", "patience", "min_delta"))
     views, cache_dir = flat["views"], flat["cache_dir"]
-    tfds = any(name.startswith("tfds:") for name in (source if isinstance(source, list) else [source]))
+    tfds = any("tfds:" in name for name in (source if isinstance(source, list) else [source]))
     cached = flat["cache"] or any(network.get("cache") for network in flat["networks"].values())
     unread, unscored = not cached and (views > 1 or cache_dir), patience and not flat["data.val"]
     return _where(
@@ -279,7 +279,15 @@ def _method_problems(flat: Mapping[str, Any]) -> list[str]:
             (equal, "terms has r_drop, but its two passes are equal: set model.dropout or model.drop_path"),
         )
     takes = {"phases": [], "method.add": [], "method.auto_rgn": False, "method.stoch_norm": 0.0, "terms": {}}
-    takes |= {"streams": {}, "networks": {}, "select": "last", "patience": 0, "views": 1, "model.head": []}
+    takes |= {
+        "streams": {},
+        "networks": {},
+        "select": "last",
+        "patience": 0,
+        "views": 1,
+        "model.head": [],
+        "data.weights": "",
+    }
     steps = f"method.name = {name!r} takes no steps"
     updates = f"method.norm = {norm!r}: {steps} and updates no statistics; expected the policy 'frozen' alone, or []"
     return _where(

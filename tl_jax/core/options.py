@@ -28,7 +28,7 @@ def _option(name: str, initial: Any, check: checks.Check, doc: str, **marks: boo
 
 
 SOURCE = checks.either(TEXT, sequence(TEXT, "a sequence of strings, one for each domain"))
-SAMPLING = one_of("shuffled", "class_balanced")
+SAMPLING = one_of("shuffled", "class_balanced", "sequential")
 _TRIPLES = sequence(sequence(TEXT, "three strings", 3), "triples of strings (name, source, split), each name once")
 SETS = _TRIPLES._replace(fits=lambda x: _TRIPLES.fits(x) and len({name for name, *_ in x}) == len(x))
 SEVERAL = sequence(checks.CHANGES, "a sequence, each pairs (dotted option, value)")
@@ -62,6 +62,7 @@ STREAM = {
     "split": TEXT,
     "batch_size": integer(1),  # that of the run unless given
     "augment": NAMED,
+    "strong": NAMED,  # augmentations of a second view of each example, the field "image:strong"
     "labelled": FLAG,  # False unless given: its batches have no field "label"
     "sampling": SAMPLING,
     "shots": integer(0),
@@ -123,7 +124,9 @@ _ROWS = (
     _option("data.allow_duplicates", False, FLAG, "allow duplicates of training examples among what is scored"),
     _option("data.labelled", True, FLAG, "False: the stream train has no labels, for adaptation without source data"),
     _option("data.shots", 0, integer(0), "training examples per class; 0: all", replica=True),
-    _option("data.sampling", "shuffled", SAMPLING, "class_balanced: every class equally often"),
+    _option("data.sampling", "shuffled", SAMPLING, "class_balanced: every class equally often; sequential: "
+            "in the order of the source"),
+    _option("data.weights", "", TEXT, "an .npz file with the ids and weights of the examples of train"),
     _option("data.split_seed", 0, SEED, "of the permutation that slices cut; runs of all seeds share their val"),
     _option("data.augment", (), NAMED, "pairs (name, {parameter: value}), see docs/data.md"),
     _option("data.on_error", "fail", one_of("fail", "skip"), "unreadable images; skip counts them"),
@@ -132,7 +135,7 @@ _ROWS = (
     _option("data.card", {}, TABLE, "fields of the weight card to replace, such as mean; needs data.override_card"),
     _option("data.override_card", False, FLAG, "allow data.card to change what the weights expect of their input"),
     _option("data.transductive", False, FLAG, "allow an unlabelled training stream to hold examples that are scored"),
-    _option("streams", {}, TABLES, "{name: {source, split, batch_size, augment, labelled, sampling, shots}}"),
+    _option("streams", {}, TABLES, "{name: {source, split, batch_size, augment, strong, labelled, sampling, shots}}"),
     _option("norm_batches", "joint", one_of("joint", "per_stream"), "what BatchNorm normalises over, with streams"),
 
     # What trains

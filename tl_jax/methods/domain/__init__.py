@@ -14,7 +14,7 @@ TERMS = {
     term.__name__: term
     for term in (
         dann, cdan, adda, bsp, mmd, jan, coral, mcd, mcd_source, mcd_discrepancy, mdd, afn, mcc, bnm, entropy, infomax,
-        fixmatch, self_ensembling, balance, shot, adabn, tent, eata,
-        m3sda, mdan, darn, irm, vrex, groupdro, coral_domains, mmd_domains, fishr,
+        fixmatch, self_ensembling, balance, m3sda, mdan, darn, irm, vrex, groupdro, coral_domains, mmd_domains, fishr,
+        shot, adabn, tent, eata,
     )
 }  # fmt: skip
