@@ -168,7 +168,7 @@ def test_the_tasks_own_term_is_the_plain_mean_over_all_domains():
     logits = np.random.default_rng(0).standard_normal((24, 10)).astype(np.float32)
     encoded = {"train": task.encode(batch["label"])}
     context = Context(*[None] * len(Context._fields))._replace(
-        outputs={"train": {"logits": logits}}, encoded=encoded, total={"train": 24.0}, task=task
+        batch={"train": batch}, outputs={"train": {"logits": logits}}, encoded=encoded, total={"train": 24.0}, task=task
     )
     losses = np.asarray(task.loss({"logits": logits}, encoded["train"]))
     risks = [losses[batch["domain"] == d].mean() for d in range(3)]

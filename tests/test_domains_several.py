@@ -290,6 +290,19 @@ def test_every_task_has_the_terms_on_risks_and_gradients(name):
     assert np.isfinite(fishr.loss) and fishr.loss > 0
 
 
+def test_examples_with_weights_count_in_every_risk_as_in_the_tasks_own_term():
+    weights = np.random.default_rng(0).random(60) * 2
+    context = context_of(memory=jnp.full(3, 1 / 3))
+    context = context._replace(batch={"train": {**context.batch["train"], "weight": jnp.asarray(weights)}})
+    risks = (weights * LOSSES).reshape(3, 20).mean(1)
+    np.testing.assert_allclose(several.risks(context), risks, rtol=1e-6)
+    q = np.exp(0.01 * risks) / np.exp(0.01 * risks).sum()
+    np.testing.assert_allclose(generalise.groupdro().loss(context).loss, q @ risks, rtol=1e-6)
+    slopes = (weights * (RESIDUALS * LOGITS).sum(1)).reshape(3, 20)
+    expected = (slopes[:, ::2].mean(1) * slopes[:, 1::2].mean(1)).mean()
+    np.testing.assert_allclose(generalise.irm().loss(context).loss, expected, rtol=1e-5)
+
+
 # Several sources and a target
 
 

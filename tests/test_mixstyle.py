@@ -12,14 +12,13 @@ from tl_jax import config as options
 from tl_jax.core import trees
 from tl_jax.models import peft
 from tl_jax.models.mixstyle import mix_styles
-from tl_jax.models.mlp import MLP
 from tl_jax.models.peft import Adapted
 from tl_jax.models.resnet import ResNet
 from tl_jax.models.vit import ViT
 from tl_jax.runtime import sharding
 from tl_jax.training import build
 
-CIFAR = ResNet(num_classes=4, depths=(1, 2, 1), widths=(8, 16, 32), cifar=True, head_init="lecun")
+CIFAR = ResNet(num_classes=4, depths=(2, 1), widths=(4, 8), cifar=True, head_init="lecun")
 VIT = ViT(num_classes=4, patch_size=8, width=24, depth=2, heads=3, image_size=24, head_init="lecun")
 DOMAIN = np.array([2, 0, 0, 5, 2, 0, 0, 0, 5])
 
@@ -78,12 +77,12 @@ def test_no_gradient_goes_through_the_statistics():
 
 def test_p_is_of_whole_batches_and_types_stay():
     x = draws((6, 4, 4, 3)).astype(jnp.bfloat16)
-    keys = jax.random.split(jax.random.key(0), 400)
+    keys = jax.random.split(jax.random.key(0), 300)
     mixed = jax.jit(jax.vmap(lambda key: mix_styles(x, key, 0.3, 0.5)))(keys)
     assert mixed.dtype == jnp.bfloat16
     same = np.asarray((mixed == x[None]).all(axis=(1, 2, 3, 4)))
     assert same.mean() == pytest.approx(0.7, abs=0.08)
-    np.testing.assert_array_equal(jax.vmap(lambda key: mix_styles(x, key, 0.0, 0.5))(keys[:3]), jnp.stack([x] * 3))
+    np.testing.assert_array_equal(jax.jit(mix_styles)(x, keys[0], 0.0, 0.5), x)
 
 
 def test_where_all_are_of_one_domain_the_partner_is_any_other():
@@ -100,10 +99,10 @@ def variables_of(model):
 CALL = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(4)}}
 NEVER = {"p": 0.0}
 ALWAYS = {"p": 1.0, "alpha": 0.5}
-AFTER = {CIFAR: ("stem", "stage2/block0", "stage3"), VIT: ("stem", "block1")}
+AFTER = {CIFAR: ("stem", "stage1/block0", "stage2"), VIT: ("stem", "block1")}
 
 
-@pytest.mark.parametrize("model", [CIFAR, VIT], ids=["resnet", "vit"])
+@pytest.mark.parametrize("model", [CIFAR, pytest.param(VIT, marks=pytest.mark.slow)], ids=["resnet", "vit"])
 def test_the_network_in_pieces_is_the_network_and_mixing_acts_behind_the_first_cut_in_training_alone(model):
     x, variables = draws((4, 24, 24, 3), 5), variables_of(model)
     plain, mixing = (Adapted(model, (("mixstyle", {**p, "after": AFTER[model]}),)) for p in (NEVER, ALWAYS))
@@ -122,13 +121,14 @@ def test_the_network_in_pieces_is_the_network_and_mixing_acts_behind_the_first_c
     np.testing.assert_allclose(behind[first], out[first], rtol=1e-4, atol=1e-5)  # what enters at a cut is mixed too
     np.testing.assert_allclose(behind["logits"], out["logits"], rtol=1e-3, atol=1e-4)
     last = AFTER[model][-1]
-    (stopped, until), _ = mixing.apply(variables, x, stop=last, **CALL)
+    (stopped, until), _ = jax.jit(functools.partial(mixing.apply, stop=last, **CALL))(variables, x)
     np.testing.assert_allclose(stopped, out[last], rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(until[last], stopped)  # mixed once
-    evaluated, unmixed = (jax.jit(m.apply)(variables, x)[0] for m in (mixing, model))
-    np.testing.assert_array_equal(evaluated, unmixed)
+    evaluated, unmixed = (str(jax.make_jaxpr(lambda v, m=m: m.apply(v, x)[0])(variables)) for m in (mixing, model))
+    assert evaluated == unmixed
 
 
+@pytest.mark.slow
 def test_it_combines_with_lora_and_leaves_nothing_in_the_merged_weights():
     lora, style = ("lora", {"rank": 2, "targets": ".*/kernel"}), ("mixstyle", {"after": ("stage1",)})
     variables = variables_of(CIFAR)
@@ -146,16 +146,24 @@ def test_it_combines_with_lora_and_leaves_nothing_in_the_merged_weights():
 @pytest.mark.parametrize(
     ("model", "given", "message"),
     [
-        (CIFAR, {"after": ("stage4",)}, r"'stage4' \(did you mean 'stage3'.*: expected cuts with positions"),
-        (CIFAR, {"after": ("pre_logits",)}, "'pre_logits'.*expected cuts with positions"),
-        (CIFAR, {"after": ()}, r"after = \(\): expected the names of cuts"),
-        (VIT, {}, "'stage1'.*expected cuts with positions"),
-        (MLP(num_classes=2, widths=(4, 4)), {"after": ("stem",)}, "'stem'.*expected cuts with positions"),
+        (
+            CIFAR,
+            {"after": ("stage3",)},
+            r"after = 'stage3' \(did you mean 'stage\d'.*: expected of \('stem', 'stage1/block0'",
+        ),
+        (CIFAR, {"after": ()}, r"after = \(\)"),
+        (VIT, {}, "'stage1'.*: expected of .*'block0'"),
     ],
 )
-def test_cuts_that_have_no_positions_are_refused(model, given, message):
+def test_cuts_that_are_not_there_are_refused(model, given, message):
     with pytest.raises(ValueError, match=message):
         peft.init(model, {"params": {}}, (("mixstyle", given),), jax.random.key(0))
+
+
+def test_cuts_without_positions_are_refused():
+    message = r"after = 'pre_logits', whose output \(1, \d+\) has no positions"
+    with pytest.raises(ValueError, match=message):
+        built(**{"method.add": (("mixstyle", {"after": ("stage1", "pre_logits")}),), "method.name": "full"})
 
 
 def built(**changes):

@@ -143,6 +143,12 @@ class Method(NamedTuple):
     mix: Callable | None = None
 
 
+def task_losses(context: Context) -> jax.Array:
+    """The task's loss of each example of the stream `train`, times its weight of data.weights, [B]."""
+    per_example = context.task.loss(context.outputs[MAIN], context.encoded[MAIN])
+    return per_example * context.batch[MAIN][WEIGHT] if WEIGHT in context.batch[MAIN] else per_example
+
+
 def make_task_term() -> Term:
     """The task's own loss on the stream `train`: the mean over all that counts, each times its weight of data.weights.
 
@@ -150,10 +156,7 @@ def make_task_term() -> Term:
     """
 
     def loss(context: Context) -> Result:
-        per_example = context.task.loss(context.outputs[MAIN], context.encoded[MAIN])
-        if WEIGHT in context.batch[MAIN]:
-            per_example = per_example * context.batch[MAIN][WEIGHT]
-        return Result(per_example.sum() / context.total[MAIN])
+        return Result(task_losses(context).sum() / context.total[MAIN])
 
     return Term(loss)
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from tl_jax.core import checks, messages, trees
-from tl_jax.models import layers, mixstyle, mlp, vit
+from tl_jax.models import layers, mixstyle, vit
 from tl_jax.models.variant import Model
 
 Additions = Sequence[tuple[str, Mapping[str, Any]]]
@@ -137,13 +137,8 @@ def _mixstyle(
 
     after: cuts whose output is mixed, the paper's on a ResNet by default. Defaults: the paper's.
     """
-    known = () if isinstance(model, mlp.MLP) else model.cuts[:-1]
-    problems = [
-        f"mixstyle after = {cut!r}{messages.nearest(cut, known)}: expected cuts with positions, of {list(known)}"
-        for cut in after
-        if cut not in known
-    ]
-    return {}, problems if after else ["mixstyle after = (): expected the names of cuts"]
+    unknown = [cut for cut in after if cut not in model.cuts] if after else [after]
+    return {}, [f"mixstyle after = {x!r}{messages.nearest(x, model.cuts)}: expected of {model.cuts}" for x in unknown]
 
 
 # (model, flat params, parameters) -> ({path: (shape, initializer)}, problems)

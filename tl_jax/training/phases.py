@@ -213,7 +213,7 @@ def _make_plan(
     named = [log for name, (_, term) in phase_terms.items() for log in (name, *(f"{name}/{x}" for x in term.logs))]
     return steps.Plan(
         readers=readers,
-        method=Method(phase_terms, _make_mix(settings, method, model, material.start.facts[MAIN].domains)),
+        method=Method(phase_terms, _make_mix(settings, method, material)),
         task=task,
         labels=labels,
         frozen_norms=frozen_norms,
@@ -229,8 +229,9 @@ def _make_plan(
     )
 
 
-def _make_mix(settings: Settings, method: MethodSettings, model: peft.Adapted, domains: int) -> Callable | None:
-    """What mixes the batches; ValueError lists what mixing across domains does not go with."""
+def _make_mix(settings: Settings, method: MethodSettings, material: Material) -> Callable | None:
+    """What mixes the batches; ValueError lists what MixStyle and mixing across domains do not go with."""
+    model, shapes, domains = material.model, material.start.shapes, material.start.facts[MAIN].domains
     loop, alpha, several = settings.loop, method.mix_domains, "several domains, data.source = (SOURCE, SOURCE, ...)"
     problems = [f"method.mix_domains = {alpha} needs {several}"] if alpha and domains < 2 else []
     if alpha and (loop.accumulate > 1 or loop.parallel != "jit"):
@@ -239,6 +240,8 @@ def _make_mix(settings: Settings, method: MethodSettings, model: peft.Adapted, d
         problems.append(f"method.mix_domains = {alpha} takes the place of method.mixup and method.cutmix: expected 0")
     if model.mixes_domains and domains < 2 and not settings.streams:
         problems.append(f"method.add: mixstyle with partner = 'other_domain' needs {several}, or a further stream")
+    flat = [cut for cut in model.styled if len(shapes[cut]) < 3]
+    problems += [f"method.add: mixstyle after = {cut!r}, whose output {shapes[cut]} has no positions" for cut in flat]
     checks.refuse("what is mixed does not fit", problems)
     return mixing.make_mix(method.mixup, method.cutmix, alpha, domains)
 

@@ -10,15 +10,19 @@ import jax.numpy as jnp
 from tl_jax.methods.domain.common import Features
 from tl_jax.methods.domain.discrepancy import squared_distances
 from tl_jax.methods.domain.several import NEEDS, Decay, Positive, kernel_means, matmul, risks, shares, source_shares
-from tl_jax.methods.term import MAIN, Context, Result, Start, Term
+from tl_jax.methods.term import MAIN, Context, Result, Start, Term, task_losses
 
 GAMMAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 
 
 def residuals(context: Context) -> jax.Array:
     """The derivative of each example's loss by its logits [B, K]: p - target where that is a cross-entropy."""
-    out, encoded = context.outputs[MAIN], context.encoded[MAIN]
-    return jax.grad(lambda logits: context.task.loss({**out, "logits": logits}, encoded).sum())(out["logits"])
+    out = context.outputs[MAIN]
+
+    def total(logits):
+        return task_losses(context._replace(outputs={MAIN: {**out, "logits": logits}})).sum()
+
+    return jax.grad(total)(out["logits"])
 
 
 def invariance(slopes: jax.Array, domain: jax.Array, domains: int) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 from tl_jax.core import checks
 from tl_jax.methods.domain.common import WHOLE, Features, Strength, Target, both
 from tl_jax.methods.domain.discrepancy import FACTORS, gaussian, squared_distances
-from tl_jax.methods.term import MAIN, Context, Network, Result, Start, Term, reverse
+from tl_jax.methods.term import MAIN, Context, Network, Result, Start, Term, reverse, task_losses
 from tl_jax.models import mlp
 
 Positive = Annotated[float, checks.number(0, above=True)]
@@ -35,7 +35,7 @@ def source_shares(context: Context) -> jax.Array:
 
 def risks(context: Context) -> jax.Array:
     """The task's mean loss in each source domain, [D]."""
-    return matmul(source_shares(context), context.task.loss(context.outputs[MAIN], context.encoded[MAIN]))
+    return matmul(source_shares(context), task_losses(context))
 
 
 def kernel_means(kernel: jax.Array, share: jax.Array) -> jax.Array:
