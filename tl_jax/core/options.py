@@ -145,13 +145,14 @@ _ROWS = (
     _option("method.blocks", (), TEXTS, "of blocks: stem, stage1/block0, block3, norm, ...", phase=True),
     _option("method.rules", (), RULES, "of rules: ordered pairs (path regex, group | frozen)", phase=True),
     _option("method.norm", (), RULES, "ordered pairs (path regex, frozen | update); (): as their block", phase=True),
-    _option("method.add", (), NAMED, "added parameters: pairs (lora | adapter | prompt | ssf, {parameter: value})"),
+    _option("method.add", (), NAMED, "added parameters: pairs (lora | adapter | prompt | ssf | mixstyle, {...})"),
     _option("method.stoch_norm", 0.0, number(0, 1), "rate of BatchNorm channels with running statistics", phase=True),
     _option("method.auto_rgn", False, FLAG, "learning rates of blocks by their relative gradient norms", phase=True),
     _option("method.grid", (), GRID, "of knn (neighbours), logistic (C), ridge (alpha): val chooses; (): a default"),
     _option("method.label_smoothing", 0.0, RATE, "mass that goes from the class to all classes", phase=True),
     _option("method.mixup", 0.0, number(0), "parameter of the Beta distribution; 0: off", phase=True),
     _option("method.cutmix", 0.0, number(0), "parameter of the Beta distribution; 0: off", phase=True),
+    _option("method.mix_domains", 0.0, number(0), "the same, of a mixup of each domain with another", phase=True),
 
     # Optimization; durations are (amount, epochs | steps | examples)
     _option("batch_size", 32, integer(1), "over all devices"),

@@ -21,7 +21,7 @@ from tl_jax.methods.domain.common import (
 )  # fmt: skip
 from tl_jax.methods.domain.outputs import entropy_of
 from tl_jax.methods.penalties import squared_singular_values
-from tl_jax.methods.term import MAIN, Context, Network, Result, Start, Term, reverse
+from tl_jax.methods.term import MAIN, MODEL, Context, Network, Result, Start, Term, reverse
 from tl_jax.models import mlp
 
 Width = Annotated[int, checks.integer(1, 2**14)]
@@ -90,6 +90,47 @@ def cdan(
 
     needs = frozenset({CLASSES, WHOLE})
     return Term(loss, on=(MAIN, target), init=init, logs=("accuracy", "strength"), needs=needs)
+
+
+def adda(
+    strength: Reversal = 1.0,
+    reversal: Annotated[bool, checks.FLAG] = False,
+    target: Target = "target",
+    features: Features = "embedding",
+    width: Width = 1024,
+) -> Term:
+    """ADDA: target features that D cannot tell from those of the source network as it was (Tzeng et al. 2017, eq. 9).
+
+    For a phase after one on the source, with the weight of `task` 0 and the head frozen by rules. D is told f_s, the
+    features of the source by the network as the phase began, in eval mode, from f_t, those of the target: the mean
+    binary cross-entropy of D, and for the features strength * that of D(f_t) with the label of the source. reversal:
+    instead the gradient of D's loss reversed and multiplied by strength, as in TLLib, which lets it rise to 2. D and
+    target as in `dann`; BatchNorm in it normalises both domains together. Memory: a second copy of the model.
+    """
+    name, factor = "discriminator", schedules.make(strength)
+
+    def loss(context: Context) -> Result:
+        k = factor(context.progress)
+        then, _ = context.forward(MODEL, MAIN, variables=jax.lax.stop_gradient(context.memory))
+        source, moved = then[features].astype(jnp.float32), context.outputs[target][features].astype(jnp.float32)
+        seen = reverse(moved, k) if reversal else jax.lax.stop_gradient(moved)
+        out, statistics = context.forward(name, jnp.concatenate([source, seen]), train=True, key=context.key)
+        mean, accuracy = domain_loss(out["logits"][:, 0], len(source))
+        if not reversal:
+            fixed = {"params": jax.lax.stop_gradient(context.params[name])}
+            pair = jnp.concatenate([source, moved])
+            out, _ = context.forward(name, pair, train=True, key=context.key, variables=fixed)
+            mean += k * jax.nn.softplus(-out["logits"][len(source) :, 0]).mean()
+        return Result(mean, {"accuracy": accuracy, "strength": k}, batch_stats=statistics)
+
+    def init(start: Start) -> tuple[dict[str, Network], Any]:
+        return {name: _discriminator(start, name, start.shapes[features][-1], width)}, dict(start.variables)
+
+    def refresh(start: Start) -> dict[str, Any]:
+        return {kind: {name: start.variables[kind][name] for name in tree} for kind, tree in start.memory.items()}
+
+    needs, logs = frozenset({WHOLE}), ("accuracy", "strength")
+    return Term(loss, on=(target,), feeds=(MAIN,), init=init, refresh=refresh, logs=logs, needs=needs)
 
 
 def bsp(

@@ -1,5 +1,7 @@
 """Two classifiers that disagree on the target, and features of one size."""
 
+import zlib
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import jax
@@ -23,6 +25,7 @@ from tl_jax.methods.term import MAIN, MODEL, Context, Network, Result, Start, Te
 from tl_jax.models import head
 
 NONE = checks.Check(lambda value: value is None, "None, for those of model.head")
+SECOND = "second_head"
 LAYERS = checks.Check(lambda value: not head.problems(value), "layers as in model.head")
 Layers = Annotated[Any, checks.either(LAYERS, NONE)]
 
@@ -42,28 +45,57 @@ def mcd(
     the model's head, and what is scored. F_2 is the network and group `second_head`; it has the same layers, or
     `layers`, and starts from other random numbers. BatchNorm in heads normalises as norm_batches says (TLLib: joint).
 
-    Defaults: TLLib's; for digits discrepancy=0.3, balance=0.03. The paper takes turns, with four steps of the features
-    for one of the heads.
+    Defaults: TLLib's; for digits discrepancy=0.3, balance=0.03. The paper's algorithm takes turns instead, with four
+    steps of the features for one of the heads: `mcd_source` and `mcd_discrepancy`.
     """
-    name, factor = "second_head", schedules.make(strength)
+    factor, source = schedules.make(strength), mcd_source(balance, layers, target)
 
     def loss(context: Context) -> Result:
-        f, k = both(context, target, HEAD_READS), factor(context.progress)
-        (second, on_target), statistics = head_logits(context, name, f, context.key)
-        supervised = context.task.loss({"logits": second}, context.encoded[MAIN]).sum() / context.total[MAIN]
-        spread = imbalance(context.outputs[target]["logits"]) + imbalance(on_target)
-        turned = [reverse(x, k) for x in f]
-        one, two = (head_logits(context, network, turned, context.key)[0][1] for network in (MODEL, name))
+        supervised, k = source.loss(context), factor(context.progress)
+        turned = [reverse(f, k) for f in both(context, target, HEAD_READS)]
+        one, two = (head_logits(context, network, turned, context.key)[0][1] for network in (MODEL, SECOND))
         difference = disagreement(one, two)
+        logs = {"discrepancy": difference, **supervised.logs}
+        return supervised._replace(loss=supervised.loss - discrepancy * difference, logs=logs)
+
+    return source._replace(loss=loss, logs=("discrepancy", "second_accuracy"))
+
+
+def mcd_source(balance: Strength = 0.01, layers: Layers = None, target: Target = "target") -> Term:
+    """CE(F_2(f_s)) + balance (b_1 + b_2): the part of `mcd` that all players lower (Saito et al. 2018, step A)."""
+
+    def loss(context: Context) -> Result:
+        f = both(context, target, HEAD_READS)
+        (second, on_target), statistics = head_logits(context, SECOND, f, context.key)
+        supervised = context.task.loss({"logits": second}, context.encoded[MAIN]).sum() / context.total[MAIN]
+        spread = imbalance(both(context, target, "logits")[1]) + imbalance(on_target)
         right = jnp.argmax(second, axis=-1) == jnp.argmax(context.encoded[MAIN], axis=-1)
-        logs = {"discrepancy": difference, "second_accuracy": right.astype(jnp.float32).mean()}
-        return Result(supervised + balance * spread - discrepancy * difference, logs, batch_stats=statistics)
+        logs = {"second_accuracy": right.astype(jnp.float32).mean()}
+        return Result(supervised + balance * spread, logs, batch_stats=statistics)
 
-    def init(start: Start) -> tuple[dict[str, Network], Any]:
-        return {name: second_head(start, name, HEAD_READS, layers)}, None
+    init, needs = _with_second_head(layers), frozenset({CLASSES, WHOLE})
+    return Term(loss, on=(MAIN, target), init=init, logs=("second_accuracy",), needs=needs)
 
-    needs = frozenset({CLASSES, WHOLE})
-    return Term(loss, on=(MAIN, target), init=init, logs=("discrepancy", "second_accuracy"), needs=needs)
+
+def mcd_discrepancy(layers: Layers = None, target: Target = "target") -> Term:
+    """mean |p_1 - p_2| over the target and its classes, for MCD in turns (Saito et al. 2018, steps B and C, eq. 2).
+
+    turns = ((("backbone", "head", "second_head"), {"task": 1, "mcd_source": 1}),
+             (("head", "second_head"), {"task": 1, "mcd_source": 1, "mcd_discrepancy": -1}),
+             *4 * ((("backbone",), {"mcd_discrepancy": 1}),))
+    """
+
+    def loss(context: Context) -> Result:
+        f = context.outputs[target][HEAD_READS].astype(jnp.float32)
+        (second,), statistics = head_logits(context, SECOND, (f,), context.key)
+        return Result(disagreement(context.outputs[target]["logits"], second), batch_stats=statistics)
+
+    return Term(loss, on=(target,), init=_with_second_head(layers), needs=frozenset({CLASSES}))
+
+
+def _with_second_head(layers: Any) -> Callable:
+    """`Term.init` that makes the second head."""
+    return lambda start: ({SECOND: second_head(start, SECOND, HEAD_READS, layers)}, None)
 
 
 def mdd(
@@ -145,11 +177,12 @@ def second_head(start: Start, name: str, features: str, layers: Any) -> Network:
     model = start.model.model
     own = model.head if features == HEAD_READS else ()
     chosen = head.check(own if layers is None else layers)
-    for what, given in {"model.head": model.head, f"the layers of {name}": chosen}.items():
+    for what, given in {"model.head": model.head if features == HEAD_READS else (), "layers": chosen}.items():
         if given and given[0][0] in head.READS_MAP:
             expected = "expected layers on the pre_logits: leave it out, or use dense layers"
             raise ValueError(f"{what} begins with {given[0][0]!r}, which reads the feature map; {expected}")
     module = model.clone(head=chosen, head_init="lecun", frozen_norms=())
     shape = (1, start.shapes[features][-1])
-    variables = jax.jit(lambda key: module.init(key, jnp.zeros(shape), start=HEAD_READS))(start.key)
+    key = jax.random.fold_in(start.key, zlib.crc32(name.encode()))  # the model's own head is drawn from this seed too
+    variables = jax.jit(lambda key: module.init(key, jnp.zeros(shape), start=HEAD_READS))(key)
     return Network(module, None, variables, group=name)
