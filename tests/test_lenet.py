@@ -13,7 +13,7 @@ from tl_jax import config as options
 from tl_jax import models
 from tl_jax.core import trees
 from tl_jax.methods import rules
-from tl_jax.models import conversion, mlp
+from tl_jax.models import conversion, mlp, peft
 from tl_jax.models.kernels import convolve
 from tl_jax.models.lenet import LeNet
 from tl_jax.runtime import sharding
@@ -139,6 +139,16 @@ def test_new_layers_have_torchs_range_and_rules_know_the_parts():
         "kernel",
         "bias",
     }
+
+
+def test_low_rank_updates_of_its_convolutions_merge():
+    model, addition = SMALL(rate=0.0), ("lora", {"rank": 2, "targets": "backbone/.*/kernel"})
+    variables = random_variables(model)
+    added = jax.tree.map(lambda x: x + 0.3, peft.init(model, variables, [addition], jax.random.key(0)))
+    both = {**variables, "params": {**variables["params"], **added}}
+    adapted = peft.Adapted(model, (addition,)).apply(both, images())[0]
+    assert np.abs(adapted - model.apply(variables, images())[0]).max() > 0.1
+    close(model.apply(peft.merge(both, (addition,)), images())[0], adapted)
 
 
 def test_bfloat16_computes_near_float32():

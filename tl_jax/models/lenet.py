@@ -16,16 +16,19 @@ TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's 
 
 
 class Conv(nn.Module):
-    """5x5 convolution without padding: [B, h, w, C] -> [B, h - 4, w - 4, width]."""
+    """5x5 convolution without padding: [B, h, w, C] -> [B, h - 4, w - 4, features]."""
 
-    width: int
+    features: int
     dtype: Any
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", TORCH, (5, 5, x.shape[-1], self.width), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
+        kernel = self.param("kernel", TORCH, (5, 5, x.shape[-1], self.features), jnp.float32)
         y = convolve.valid(x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return y + jnp.expand_dims(bias, (0, 1, 2)).astype(self.dtype)
 
 
