@@ -80,6 +80,12 @@ CARD = {
     "licence": TEXT,
 }
 
+# Scores of methods/selectors.py that choose a checkpoint by itself; that of ensv depends on all candidates.
+SELECTORS = (
+    "source_risk", "iwcv", "dev", "entropy", "infomax", "bnm", "snd", "corr_c", "class_ami", "mixval", "rankme",
+)  # fmt: skip
+CANDIDATES = sequence(TEXT, "a triple of strings (name, source, split), or ()")
+
 # fmt: off
 _ROWS = (
     _option("seed", 0, SEED, "of the new head, the order of the data, augmentation, dropout and shots", replica=True),
@@ -118,6 +124,8 @@ _ROWS = (
     _option("data.val", "train[80%:]", TEXT, "the split to choose on"),
     _option("data.test", "", TEXT, "read once, at the end; \"\": val is scored instead, and the result says so"),
     _option("data.extra_eval", (), SETS, "extra sets to score at the end: triples (name, source, split)"),
+    _option("data.candidates", (), CANDIDATES._replace(fits=lambda x: CANDIDATES.fits(x) and len(x) in (0, 3)),
+            "the target's held-out split on which selectors judge without labels: (name, source, split)"),
     _option("data.labels", (), TEXTS, "the columns that hold the labels, of sources that have columns"),
     _option("data.resample", "", TEXT, "cut train and test from the split train: kfold:K:FOLD | bootstrap:DRAW | loo"),
     _option("data.group", "", TEXT, "what no slice or fold cuts: a column or array by name, or a pattern in the ids"),
@@ -135,6 +143,8 @@ _ROWS = (
     _option("data.card", {}, TABLE, "fields of the weight card to replace, such as mean; needs data.override_card"),
     _option("data.override_card", False, FLAG, "allow data.card to change what the weights expect of their input"),
     _option("data.transductive", False, FLAG, "allow an unlabelled training stream to hold examples that are scored"),
+    _option("data.poison", "", one_of("", "permuted", "none"), "what stands in place of sealed labels, of "
+            "--prove-no-leak: scores of such a run mean nothing"),
     _option("streams", {}, TABLES, "{name: {source, split, batch_size, augment, strong, labelled, sampling, shots}}"),
     _option("norm_batches", "joint", one_of("joint", "per_stream"), "what BatchNorm normalises over, with streams"),
 
@@ -177,7 +187,8 @@ _ROWS = (
     _option("eval_batch_size", 128, integer(1), "over all devices"),
     _option("log_every", (10.0, "steps"), checks.duration(), "lines of metrics.jsonl"),
     _option("eval_every", (1.0, "epochs"), checks.duration(), "exact evaluation on val, then a checkpoint"),
-    _option("select", "last", one_of("last", "best_val"), "the checkpoint that is scored at the end"),
+    _option("select", "last", one_of("last", "best_val", *SELECTORS), "the checkpoint that is scored at the end; a "
+            "selector needs data.candidates"),
     _option("patience", 0, integer(0), "evaluations without improvement until the run stops; 0: off"),
     _option("min_delta", 0.0, number(0), "how much an improvement must be, for patience"),
     _option("resamples", 1000, integer(1, 10**6), "of the bootstrap behind every interval"),

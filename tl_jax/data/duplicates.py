@@ -54,7 +54,8 @@ def find(sources: Mapping[str, Source], training: Collection[str]) -> dict[str, 
     Each example is named with one of its duplicates; one that several sources share is no duplicate of itself. Returns
     plain JSON data: "compared": {"exact", "near"}, the numbers of examples; "across", between what is trained on and
     what is scored, and "within", all others: {"exact", "near", "mirrored"}, the numbers of pairs; "other_label": those
-    that differ in it; "pairs": the first as [kind, "source: id", "source: id"], those across before the others.
+    that differ in it, as far as labels are not sealed; "pairs": the first as [kind, "source: id", "source: id"], those
+    across before the others.
     """
     first: dict[str, tuple[str, int]] = {}
     for name, source in sources.items():
@@ -76,7 +77,8 @@ def find(sources: Mapping[str, Source], training: Collection[str]) -> dict[str, 
         across = member[i] != member[j] and ((scored[i] and trained[j]) or (trained[i] and scored[j]))
         i, j = (j, i) if trained[j] and not trained[i] else (i, j)
         (source, row), (other, other_row) = ((sources[name], place) for name, place in (examples[i], examples[j]))
-        other_label += not np.array_equal(source.labels[row], other.labels[other_row])
+        if not (source.sealed or other.sealed):
+            other_label += not np.array_equal(source.labels[row], other.labels[other_row])
         names = f"{examples[i][0]}: {source.ids[row]}", f"{examples[j][0]}: {other.ids[other_row]}"
         pairs["across" if across else "within"].append([kind, *names])
     counts = {

@@ -15,6 +15,7 @@ import numpy as np
 
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import unequal
+from tl_jax.data import sealed
 from tl_jax.data.image import ops
 
 HEAD = 2**14  # bytes of each encoded image that a fingerprint reads
@@ -86,7 +87,7 @@ class Source:
     inputs: images, indexed by example, each uint8 [H, W, 3] or encoded bytes; they may be one uint8 array
     [N, H, W, 3]. Or the rows of a table, float32 [N, F], whose names are `columns`.
     labels: int32 [N] that count into `class_names`; int32 [N, K] of 0 and 1, one column a label of `class_names`; or
-    float32 [N, T], one column a target of `class_names`.
+    float32 [N, T], one column a target of `class_names`. Or `SealedLabels`, which raise where one is read.
     ids name the examples across runs: the path below the root, split/index, or row/number.
     sizes: int64 [N], the bytes of each input. skipped: which examples were dropped as unreadable, and why.
     made_smaller: the short side and interpolation to which images were resized before they came here.
@@ -97,7 +98,7 @@ class Source:
 
     name: str
     inputs: Sequence
-    labels: np.ndarray
+    labels: np.ndarray | sealed.SealedLabels
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
     sizes: np.ndarray
@@ -128,7 +129,16 @@ class Source:
     @property
     def label_kind(self) -> str:
         """ "classes", "multilabel" or "targets"."""
-        return "targets" if self.labels.dtype.kind == "f" else "classes" if self.labels.ndim == 1 else "multilabel"
+        return sealed.kind_of(self.labels)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the labels are not to be read yet."""
+        return isinstance(self.labels, sealed.SealedLabels)
+
+    def opened(self) -> "Source":
+        """With labels that are sealed no more; for what comes after the run has chosen."""
+        return dataclasses.replace(self, labels=self.labels.open()) if self.sealed else self
 
     def select(self, indices: np.ndarray) -> "Source":
         """The source of the examples at `indices`, in that order."""
@@ -136,7 +146,7 @@ class Source:
         return dataclasses.replace(
             self,
             inputs=self.inputs[indices] if array else self.inputs.select(indices),
-            labels=self.labels[indices],
+            labels=sealed.select(self.labels, indices),
             ids=tuple(self.ids[i] for i in indices),
             sizes=self.sizes[indices],
             domains=None if self.domains is None else self.domains[indices],
@@ -148,14 +158,15 @@ class Source:
     def fingerprint(self) -> str:
         """sha256 by which a resumed run knows that it reads the same examples.
 
-        It covers class names, ids, labels, domains, weights, sizes, and arrays whole or the `head` of every encoded
-        image.
+        It covers class names, ids, labels that are not sealed, domains, weights, sizes, and arrays whole or the `head`
+        of every encoded image.
         """
         domain_names = () if self.domains is None else self.domain_names
         further = self.columns or domain_names or self.label_kind != "classes"
         facts = [self.class_names, self.ids, *((self.label_kind, self.columns, domain_names) if further else ())]
         digest = hashlib.sha256(json.dumps(facts).encode())
-        digest.update(self.labels.astype("<f4" if self.label_kind == "targets" else "<i4").tobytes())
+        if not self.sealed:
+            digest.update(self.labels.astype("<f4" if self.label_kind == "targets" else "<i4").tobytes())
         digest.update(self.sizes.astype("<i8").tobytes())
         if self.domains is not None:
             digest.update(self.domains.astype("<i4").tobytes())
@@ -214,7 +225,7 @@ def join(sources: Sequence[Source]) -> Source:
         first,
         name=name,
         inputs=inputs,
-        labels=np.concatenate([source.labels for source in sources]),
+        labels=sealed.join([source.labels for source in sources]),
         ids=ids,
         sizes=np.concatenate([source.sizes for source in sources]),
         groups=None if first.groups is None else np.concatenate([source.groups for source in sources]),

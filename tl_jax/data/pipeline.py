@@ -232,10 +232,10 @@ def train_batches(
 def eval_batches(source: Source, views: Mapping[str, View], batch_size: int, **options: Any) -> EvalBatches:
     """Builds evaluation batches, each view with its card's preprocessing alone; raises as `train_batches`.
 
-    options: labelled, process_index, process_count and num_workers, see `EvalBatches`.
+    options: labelled (what is not sealed), process_index, process_count and num_workers, see `EvalBatches`.
     """
     made = make_views(source, views, augmented=False)
-    batches = EvalBatches(source, *made, batch_size, **options)
+    batches = EvalBatches(source, *made, batch_size, **{"labelled": not source.sealed, **options})
     _check_sizes(batches)
     cards = {(r.preprocess.resize_size, r.preprocess.interpolation): None for r in batches.renders.values()}
     for wanted, packed in itertools.product(cards, source.made_smaller):

@@ -101,7 +101,7 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
     return Material(
         data, streams, eval_batches, model, variables, origins, memory, networks, readers,
         start._replace(variables=variables), spec, card, base, looked, facts, inputs.transductive(data, settings),
-        inputs.find_duplicates(data, settings) if compare else {},
+        inputs.find_duplicates(data, settings) if compare else {}, inputs.make_ledger(data, settings),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from tl_jax.core.card import Card
 from tl_jax.core.messages import nearest
 from tl_jax.data.examples import Source
 from tl_jax.data.pipeline import EvalBatches, TrainBatches
+from tl_jax.data.sealed import Ledger
 from tl_jax.methods import mixing, probes, rules
 from tl_jax.methods.term import MAIN, MODEL, Method, Network, Start
 from tl_jax.models import deterministic_cuts, peft
@@ -33,7 +34,8 @@ class Material(NamedTuple):
     data: the sources by name. streams: of training, by step. eval_batches: of all that is scored. model: as it is
     evaluated. variables, origins, memory: as training begins. networks: the further ones, readers: all of them. start:
     what the terms are told. sanity: of each network that a file gave, by weights/sanity.py. shared: examples that are
-    trained on without labels and scored; duplicates: from `inputs.find_duplicates`; both for result.json.
+    trained on without labels and scored; duplicates: from `inputs.find_duplicates`; both for result.json. ledger: of
+    the openings of label arrays.
     """
 
     data: dict[str, Source]
@@ -53,6 +55,7 @@ class Material(NamedTuple):
     facts: dict[str, dict[str, Any]]
     shared: dict[tuple[str, str], int]
     duplicates: dict[str, Any]
+    ledger: Ledger
 
 
 class Phase(NamedTuple):

@@ -17,7 +17,6 @@ from tl_jax.core import messages, trees
 from tl_jax.methods import schedules
 from tl_jax.methods.term import MAIN, MODEL
 from tl_jax.runtime import sharding
-from tl_jax.tasks import make_predictions
 from tl_jax.training import audit, evaluate, feature_cache, single, steps, terms
 from tl_jax.training.build import Run, assemble, intervals, prepare
 from tl_jax.training.settings import Settings
@@ -347,14 +346,14 @@ class Replicas:
         depends, eval_fn = self._evals[prefix]
         names = [name for name in jax.eval_shape(eval_fn, variables, batches[0][field]) if name != steps.FEATURES]
         axes = {**dict.fromkeys(names, 1), steps.FEATURES: int(depends)}
-        outputs, labels = evaluate.collect(lambda x: eval_fn(variables, x), batches, field, self.parallel, axes)
+        outputs = evaluate.collect(lambda x: eval_fn(variables, x), batches, field, self.parallel, axes)
         features, found = outputs.pop(steps.FEATURES), {}
         for j in wanted:
             place = self._places[j]
             own = {name: values[place] for name, values in outputs.items()}
             try:
-                read, source = features[place] if depends else features, batches.source
-                found[j] = make_predictions(own, labels, list(source.ids), run.task.spec, read, source.groups)
+                read = features[place] if depends else features
+                found[j] = evaluate.join(own, batches.source, run.task.spec, read)
             except FloatingPointError as error:  # no reason for the others to stop
                 found[j] = error
         return found

@@ -34,7 +34,7 @@ def separation(features: Mapping[str, np.ndarray], seed: int = 0) -> Separation:
     for x in features.values():
         chosen = np.asarray(x, np.float64)[rng.permutation(len(x))[: 2 * count]]
         halves.append((chosen[:count], chosen[count:]))
-    *sources, target = names = tuple(features)
+    *sources, _ = names = tuple(features)
     confusion = _confusion(halves)
     pairs = {name: _confusion([halves[i], halves[-1]]) for i, name in enumerate(sources)}
     distances = {name: 2 * (1 - 2 * (1 - np.trace(pair) / 2)) for name, pair in pairs.items()}
@@ -63,8 +63,8 @@ def diagnosis(name: str, train: float, held_out: float, distance: float) -> str:
         said = "the discriminator knows its training examples, not the domains: give it less width, or more target data"
     elif held_out >= APART:
         said = (
-            "it tells the domains apart, so that the features are not aligned: raise the strength of the reversal or the "
-            "weight of the term, or lower its learning rate. The target may have gained all the same"
+            "it tells the domains apart, so that the features are not aligned: raise the strength of the reversal or "
+            "the weight of the term, or lower its learning rate. The target may have gained all the same"
         )
     elif held_out > ALIGNED:
         said = "the features are aligned in part"

@@ -1,0 +1,94 @@
+"""The selection panel as a table, and over the option sets and seeds of a study."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tl_jax import tasks
+from tl_jax.core import files
+from tl_jax.methods.selectors import SELECTORS
+from tl_jax.studies.report.tables import Table
+from tl_jax.training import candidates, selection
+
+HEADERS = ("selector", "reads", "chosen", "test accuracy", "minus last", "95 % interval", "regret", "spearman")
+
+
+def table(found: Mapping[str, Any]) -> Table:
+    """The panel of a result or a study; found: its entry "selection"."""
+    rows = []
+    for row in found["rows"]:
+        low, high = (row["difference"][end] for end in ("low", "high"))
+        span = "-" if low is None else f"{low:+.4f} to {high:+.4f}"
+        told = dict.fromkeys(
+            f"{c['options']} step {c['step']}".strip() if c else "mean of several" for c in row["chosen"]
+        )
+        name, order = row["selector"], row["spearman"]
+        if found["several"] and name == "source_risk":
+            name = "source_risk (train-val)"
+        numbers = f"{row['accuracy']:.4f}", f"{row['difference']['value']:+.4f}", span, f"{row['regret']:.4f}"
+        rows.append((name, row["reads"], "; ".join(told), *numbers, "-" if order is None else f"{order:+.3f}"))
+    caption = (
+        f"What each selector's choice is worth on {found['test']}, whose labels nothing had read before; candidates "
+        f"are judged on {found['judged_on']}."
+    )
+    return Table(caption, HEADERS, rows, 3)
+
+
+def over_runs(
+    units: Mapping[str, Sequence[tuple[str, pathlib.Path]]], folder: pathlib.Path, resamples: int = 1000
+) -> dict[str, Any] | str | None:
+    """The panel over the candidates of several finished runs, {seed or fold: (options, folder of a run)}.
+
+    Every selector's choice is written into `folder/choices.json` first; only then are the runs' target labels read.
+    None where no run has candidates, or a sentence that says why their panels cannot be joined.
+    """
+    results = {path: files.read_json(path / "result.json") for runs in units.values() for _, path in runs}
+    units = {unit: [run for run in runs if "selection" in results[run[1]]] for unit, runs in units.items()}
+    units = {unit: runs for unit, runs in units.items() if runs}
+    panels = {path: results[path]["selection"] for runs in units.values() for _, path in runs}
+    if not panels:
+        return None
+    first = next(iter(panels.values()))
+    if any(panel[name] != first[name] for panel in panels.values() for name in ("test", "judged_on", "several")):
+        return "The runs were judged or tested on sets of different names, so that no selector chooses among them all."
+    scored = {unit: _scores(runs) for unit, runs in units.items()}
+    choices = {
+        unit: {name: {"reads": SELECTORS[name].reads, **places[int(np.argmax(scores[name]))]} for name in scores}
+        for unit, (places, scores) in scored.items()
+    }
+    files.write_json(folder / candidates.CHOICES, {"units": choices})
+    made = [_unit(units[unit], *scored[unit], panels) for unit in units]
+    if len({unit.hits.shape[1] for unit in made}) > 1:
+        return "The target's test differs between seeds or folds, so that there is no panel over them."
+    rows = selection.panel(made, resamples=resamples, several=first["several"])
+    return {**{name: first[name] for name in ("test", "judged_on", "several")}, "rows": rows}
+
+
+def _scores(runs: Sequence[tuple[str, pathlib.Path]]) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    """(options and step of each candidate, scores of the selectors that all runs have); no labels are read."""
+    places, scores, pool = [], {}, []
+    for options, path in runs:
+        own = files.read_json(path / candidates.CHOICES)
+        places += [{"options": options, "step": step} for step in own["steps"]]
+        for name, row in own["choices"].items():
+            scores.setdefault(name, []).extend(row["scores"])
+        files_of = [candidates.path_of(path, step) for step in own["steps"]]
+        read = (candidates.read(each, own["sha256"].get(each.name, "")) for each in files_of)
+        pool += [candidates.make({"target_logits": arrays["target_logits"]}) for arrays in read]
+    scores |= {name: selector.scores(pool) for name, selector in SELECTORS.items() if selector.pool}
+    return places, {name: scores[name] for name in SELECTORS if len(scores.get(name, ())) == len(places)}
+
+
+def _unit(runs, places, scores, panels: Mapping[pathlib.Path, Mapping[str, Any]]) -> selection.Unit:
+    """The candidates of all runs of a seed, with what target labels say of them."""
+    hits, few, held_out = [], [], []
+    for _, path in runs:
+        panel = panels[path]
+        labels = tasks.load_predictions(path / f"predictions-{panel['test']}.npz").labels
+        read = (candidates.read(candidates.path_of(path, step)) for step in panel["steps"])
+        hits += [arrays["test_logits"].argmax(1) == labels for arrays in read]
+        few, held_out = few + panel["few"], held_out + panel["held_out"]
+    columns = ([place[name] for place in places] for name in ("options", "step"))
+    return selection.Unit(*columns, scores, np.array(hits), few, held_out)
