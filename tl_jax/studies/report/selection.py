@@ -12,26 +12,23 @@ from tl_jax.methods.selectors import SELECTORS
 from tl_jax.studies.report.tables import Table
 from tl_jax.training import candidates, selection
 
-HEADERS = ("selector", "reads", "chosen", "test accuracy", "minus last", "95 % interval", "regret", "spearman")
+HEADERS = ("selector", "reads", "chosen", "accuracy", "minus last [95 %]", "regret", "rho")
 
 
 def table(found: Mapping[str, Any]) -> Table:
     """The panel of a result or a study; found: its entry "selection"."""
     rows = []
     for row in found["rows"]:
-        low, high = (row["difference"][end] for end in ("low", "high"))
-        span = "-" if low is None else f"{low:+.4f} to {high:+.4f}"
-        told = dict.fromkeys(
-            f"{c['options']} step {c['step']}".strip() if c else "mean of several" for c in row["chosen"]
-        )
-        name, order = row["selector"], row["spearman"]
-        if found["several"] and name == "source_risk":
-            name = "source_risk (train-val)"
-        numbers = f"{row['accuracy']:.4f}", f"{row['difference']['value']:+.4f}", span, f"{row['regret']:.4f}"
-        rows.append((name, row["reads"], "; ".join(told), *numbers, "-" if order is None else f"{order:+.3f}"))
+        gained, order = row["difference"], row["spearman"]
+        span = "" if gained["low"] is None else f" [{gained['low']:+.3f}, {gained['high']:+.3f}]"
+        told = dict.fromkeys(f"{c['options']} {c['step']}".strip() if c else "-" for c in row["chosen"])
+        mark = " (train-val)" if found["several"] and row["selector"] == "source_risk" else ""
+        numbers = f"{row['accuracy']:.3f}", f"{gained['value']:+.3f}{span}", f"{row['regret']:.3f}"
+        name = f"{row['selector']}{mark}", row["reads"], "; ".join(told)
+        rows.append((*name, *numbers, "-" if order is None else f"{order:+.2f}"))
     caption = (
-        f"What each selector's choice is worth on {found['test']}, whose labels nothing had read before; candidates "
-        f"are judged on {found['judged_on']}."
+        f"What each selector's choice (options, step) is worth on {found['test']}, judged on {found['judged_on']}. "
+        "reads: whose labels. rho: weighted Spearman correlation of scores and accuracies."
     )
     return Table(caption, HEADERS, rows, 3)
 
