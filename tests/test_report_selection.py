@@ -11,7 +11,7 @@ from tl_jax.core import files, manifest
 from tl_jax.methods.selectors import SELECTORS
 from tl_jax.studies.report import alarm, report, selection, tables
 from tl_jax.training import candidates
-from tl_jax.training.selection import ORACLE
+from tl_jax.training.selection import LAST_ORACLE, ORACLE
 
 CLASSES, JUDGED, TESTED = 5, 23, 61
 METHODS = {"source-only": {"terms": {}}, "dann": {"terms": {"dann": {}}}, "mcc": {"terms": {"mcc": {}}}}
@@ -111,7 +111,7 @@ def test_the_panel_is_in_every_form_of_the_report(study):
     row = next(row for row in summary["selection"]["rows"] if row["selector"] == "rankme")
     for name in ("report.md", "report.html", "report.tex", "selection.csv"):
         text = (folder / name).read_text().replace(r"\_", "_")
-        assert f"{row['accuracy']:.4f}" in text and "upper bound, never a result" in text, name
+        assert f"{row['accuracy']:.3f}" in text and "upper bound, never a result" in text, name
     assert (folder / "selection.csv").read_text().splitlines()[0] == ",".join(selection.HEADERS)
 
 
@@ -138,6 +138,49 @@ def test_a_candidate_that_was_changed_is_named_in_place_of_a_panel(study):
     told = report.write(folder)["selection"]
     assert told.startswith("There is no panel: ") and "step_000020.npz is damaged" in told
     path.write_bytes(whole)
+
+
+def test_leave_one_domain_out_is_the_mean_of_runs_that_were_trained_without_each():
+    def config(sources, left="", **more):
+        return {"data.source": sources, "data.extra_eval": [["left", left, "train"]] if left else [], **more}
+
+    def result(value):
+        return {"extra_eval": {"left": {"accuracy": {"value": value}}}}
+
+    configs = {
+        "abc": config(["a", "b", "c"], lr=1),
+        "bc": config(["b", "c"], "a", lr=1),
+        "ac": config(["a", "c"], "b", lr=1),
+    }
+    configs |= {
+        "ab": config(["a", "b"], "c", lr=1),
+        "other": config(["a", "b"], "c", lr=2),
+        "far": config(["a", "b"], "d", lr=1),
+    }
+    results = dict(zip(configs, map(result, (0, 0.2, 0.4, 0.9, 1.0, 1.0)), strict=True))
+    assert selection._left_out("abc", list(configs), configs, results) == pytest.approx(0.5)
+    assert selection._left_out("abc", ["bc", "ac", "other", "far"], configs, results) is None
+    configs["pair"], configs["a"], configs["b"] = config(["a", "b"]), config("a", "b"), config(["b"], "a")
+    results |= {"a": result(0.1), "b": result(0.3), "pair": result(0)}
+    assert selection._left_out("pair", list(configs), configs, results) == pytest.approx(0.2)
+
+
+def test_the_rule_of_left_out_domains_chooses_among_last_steps(study, tmp_path, monkeypatch):
+    folder, _, _ = study
+    keys = {row["levels"]["method"]: row["key"] for row in plan(folder) if row["seed"] == 0}
+    runs = [(method, folder / "runs" / key) for method, key in keys.items()]
+    score = {path: value for (_, path), value in zip(runs, (0.3, 0.6, 0.5), strict=True)}
+    monkeypatch.setattr(selection, "_left_out", lambda path, *_: score[path])
+    real = files.read_json
+
+    def several(path, *rest):
+        found = real(path, *rest)
+        return {**found, "selection": {**found["selection"], "several": True}} if path.name == "result.json" else found
+
+    monkeypatch.setattr(files, "read_json", several)
+    rows = {row["selector"]: row for row in selection.over_runs({"seed 0": runs}, tmp_path)["rows"]}
+    assert rows["leave-one-domain-out"]["chosen"] == [{"options": "dann", "step": 30}]
+    assert list(rows)[-2:] == [LAST_ORACLE, ORACLE] and rows["leave-one-domain-out"]["reads"] == "source"
 
 
 # The alarm

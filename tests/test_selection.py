@@ -326,7 +326,7 @@ def test_a_source_only_arm_with_the_same_candidates_is_scored_on_the_same_exampl
     config = config_of(tables, baseline=SOURCE_ONLY, total=(2.0, "steps"))
     found = inprocess.run(config, tmp_path / "w")
     inprocess.show(found, config, tmp_path / "w")
-    assert "What each selector's choice is worth on target_test" in capsys.readouterr().out
+    assert "What each selector's choice (options, step) is worth on target_test" in capsys.readouterr().out
     folders = [tmp_path / "w", tmp_path / "w" / "runs" / "baseline-seed0"]
     ids = [tasks.load_predictions(folder / "predictions-target_test.npz").ids.tolist() for folder in folders]
     assert ids[0] == ids[1] and candidates.steps_of(folders[1]) == [2]

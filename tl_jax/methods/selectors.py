@@ -36,10 +36,10 @@ class Candidate(NamedTuple):
 
 
 class Selector(NamedTuple):
-    """scores(candidates) -> one number for each; reads: which labels, and whether of all candidates at once."""
+    """scores(candidates) -> one number for each; reads: whose labels, "source" or "none"."""
 
     scores: Callable[[Sequence[Candidate]], list[float]]
-    reads: str = "no labels"
+    reads: str = "none"
     fields: tuple[str, ...] = ()  # of a candidate, without which there is no score
     pool: bool = False  # whether a score depends on the other candidates
 
@@ -166,17 +166,17 @@ def _weighted(risk: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Cand
     return score
 
 
-def _each(score: Callable[[Candidate], float], *fields: str, reads: str = "no labels") -> Selector:
+def _each(score: Callable[[Candidate], float], *fields: str, reads: str = "none") -> Selector:
     return Selector(lambda candidates: [score(c) for c in candidates], reads, fields)
 
 
 _LABELLED = ("log_source", "source_labels", "source_features")
 SELECTORS: dict[str, Selector] = {
     "source_risk": _each(
-        lambda c: source_risk(c.log_source, c.source_labels, c.source_domains), *_LABELLED, reads="source labels"
+        lambda c: source_risk(c.log_source, c.source_labels, c.source_domains), *_LABELLED, reads="source"
     ),
-    "iwcv": _each(_weighted(iwcv_risk), *_LABELLED, "train_features", reads="source labels"),
-    "dev": _each(_weighted(dev_risk), *_LABELLED, "train_features", reads="source labels"),
+    "iwcv": _each(_weighted(iwcv_risk), *_LABELLED, "train_features", reads="source"),
+    "dev": _each(_weighted(dev_risk), *_LABELLED, "train_features", reads="source"),
     "entropy": _each(lambda c: entropy(np.exp(c.log_target))),
     "infomax": _each(lambda c: infomax(np.exp(c.log_target))),
     "bnm": _each(lambda c: bnm(np.exp(c.log_target))),
@@ -184,7 +184,7 @@ SELECTORS: dict[str, Selector] = {
     "corr_c": _each(lambda c: corr_c(np.exp(c.log_target))),
     "class_ami": _each(lambda c: class_ami(c.log_target, c.target_features)),
     "mixval": _each(lambda c: mixval(c.log_target, c.log_mixed), "log_mixed"),
-    "ensv": Selector(lambda pool: ensv([np.exp(c.log_target) for c in pool]), "no labels, all candidates", pool=True),
+    "ensv": Selector(lambda pool: ensv([np.exp(c.log_target) for c in pool]), pool=True),
     "rankme": _each(lambda c: rankme(c.target_features)),
 }
 

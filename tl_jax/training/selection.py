@@ -16,6 +16,8 @@ from tl_jax.training.build import Run
 
 K = 3  # labels per class of the row that has some
 LAST, RANDOM, FEW = "last", "random candidate", f"{K} labels per class"
+LEFT_OUT = "leave-one-domain-out"  # the score of a run that others were trained for, each without a source domain
+READS = {**{name: selector.reads for name, selector in SELECTORS.items()}, LEFT_OUT: "source"}
 LAST_ORACLE, ORACLE = "oracle at the last step", "oracle: upper bound, never a result"
 
 
@@ -46,33 +48,35 @@ def panel(
 ) -> list[dict[str, Any]]:
     """One row a selector, then the fixed rows, as plain JSON data; all units have the same N examples.
 
-    A row: selector, reads, chosen ({"options", "step"} of each unit), accuracy (mean over units), difference (to the
-    row "last", {"value", "low", "high"} by the bootstrap over examples, or over their groups), regret (to the oracle),
-    spearman (`weighted_spearman` of scores and accuracies, mean over units). "last" is the mean over all options of
-    their last step; a random candidate the mean over all. several: domains to train on, which adds DomainBed's rule.
+    A row: selector, reads (whose labels), chosen ({"options", "step"} of each unit), accuracy (mean over units),
+    difference (to the row "last", {"value", "low", "high"} by the bootstrap over examples, or over their groups),
+    regret (to the oracle), spearman (`weighted_spearman` of scores and accuracies, mean over units). "last" is the mean
+    over all options of their last step; a random candidate the mean over all. several: domains to train on, which adds
+    a rule of DomainBed's (Gulrajani and Lopez-Paz 2021).
     """
     last = [unit.last() / unit.last().sum() for unit in units]
     truth = [unit.hits.mean(1) for unit in units]
-    table = {name: (SELECTORS[name].reads, [unit.scores[name] for unit in units])
-             for name in SELECTORS if all(name in unit.scores for unit in units)}  # fmt: skip
-    table[FEW] = f"{K} target labels per class", [unit.few for unit in units]
+    own = [name for name in READS if all(name in unit.scores for unit in units)]
+    table = {name: (READS[name], [unit.scores[name] for unit in units]) for name in own}
+    table[FEW] = "target", [unit.few for unit in units]
     if several:
         at_end = [np.where(unit.last(), unit.held_out, -1.0) for unit in units]
-        table[LAST_ORACLE] = "all held-out target labels", at_end
-    table[ORACLE] = "the labels it is scored on", truth
+        table[LAST_ORACLE] = "target", at_end
+    table[ORACLE] = "its test", truth
     picks = {name: [np.eye(len(s))[int(np.argmax(s))] for s in scores] for name, (_, scores) in table.items()}
     fixed = {LAST: last, RANDOM: [np.full(len(unit.steps), 1 / len(unit.steps)) for unit in units]}
     best, rows = np.mean([t.max() for t in truth]), []
-    own = [name for name in picks if name in SELECTORS]
     for name in [*own, *fixed, *(name for name in picks if name not in own)]:
         weights = picks.get(name) or fixed[name]
         accuracy = float(np.mean([w @ t for w, t in zip(weights, truth, strict=True)]))
         gained = np.mean([(w - end) @ unit.hits for w, end, unit in zip(weights, last, units, strict=True)], axis=0)
         chosen = [_named(unit, w) for unit, w in zip(units, weights, strict=True)]
-        orders = [weighted_spearman(s, t) for s, t in zip(table[name][1], truth, strict=True)] if name in own else []
+        orders = (
+            [weighted_spearman(s, t) for s, t in zip(table[name][1], truth, strict=True)] if name in SELECTORS else []
+        )
         known = [order for order in orders if order is not None]
         rows.append({
-            "selector": name, "reads": table[name][0] if name in table else "no labels", "chosen": chosen,
+            "selector": name, "reads": table[name][0] if name in table else "none", "chosen": chosen,
             "accuracy": accuracy, "difference": resampled_mean(gained, resamples=resamples, groups=groups),
             "regret": float(best - accuracy), "spearman": float(np.mean(known)) if known else None,
         })  # fmt: skip

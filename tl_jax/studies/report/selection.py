@@ -12,26 +12,23 @@ from tl_jax.methods.selectors import SELECTORS
 from tl_jax.studies.report.tables import Table
 from tl_jax.training import candidates, selection
 
-HEADERS = ("selector", "reads", "chosen", "test accuracy", "minus last", "95 % interval", "regret", "spearman")
+HEADERS = ("selector", "reads", "chosen", "accuracy", "minus last [95 %]", "regret", "rho")
 
 
 def table(found: Mapping[str, Any]) -> Table:
     """The panel of a result or a study; found: its entry "selection"."""
     rows = []
     for row in found["rows"]:
-        low, high = (row["difference"][end] for end in ("low", "high"))
-        span = "-" if low is None else f"{low:+.4f} to {high:+.4f}"
-        told = dict.fromkeys(
-            f"{c['options']} step {c['step']}".strip() if c else "mean of several" for c in row["chosen"]
-        )
-        name, order = row["selector"], row["spearman"]
-        if found["several"] and name == "source_risk":
-            name = "source_risk (train-val)"
-        numbers = f"{row['accuracy']:.4f}", f"{row['difference']['value']:+.4f}", span, f"{row['regret']:.4f}"
-        rows.append((name, row["reads"], "; ".join(told), *numbers, "-" if order is None else f"{order:+.3f}"))
+        gained, order = row["difference"], row["spearman"]
+        span = "" if gained["low"] is None else f" [{gained['low']:+.3f}, {gained['high']:+.3f}]"
+        told = dict.fromkeys(f"{c['options']} {c['step']}".strip() if c else "-" for c in row["chosen"])
+        mark = " (train-val)" if found["several"] and row["selector"] == "source_risk" else ""
+        numbers = f"{row['accuracy']:.3f}", f"{gained['value']:+.3f}{span}", f"{row['regret']:.3f}"
+        name = f"{row['selector']}{mark}", row["reads"], "; ".join(told)
+        rows.append((*name, *numbers, "-" if order is None else f"{order:+.2f}"))
     caption = (
-        f"What each selector's choice is worth on {found['test']}, whose labels nothing had read before; candidates "
-        f"are judged on {found['judged_on']}."
+        f"What each selector's choice (options, step) is worth on {found['test']}, judged on {found['judged_on']}. "
+        "reads: whose labels. rho: weighted Spearman correlation of scores and accuracies."
     )
     return Table(caption, HEADERS, rows, 3)
 
@@ -45,6 +42,8 @@ def over_runs(
     None where no run has candidates, or a sentence that says why their panels cannot be joined.
     """
     results = {path: files.read_json(path / "result.json") for runs in units.values() for _, path in runs}
+    configs = {path: files.read_json(path / "config.json") for path in results}
+    everything = units
     units = {unit: [run for run in runs if "selection" in results[run[1]]] for unit, runs in units.items()}
     units = {unit: runs for unit, runs in units.items() if runs}
     panels = {path: results[path]["selection"] for runs in units.values() for _, path in runs}
@@ -54,8 +53,14 @@ def over_runs(
     if any(panel[name] != first[name] for panel in panels.values() for name in ("test", "judged_on", "several")):
         return "The runs were judged or tested on sets of different names, so that no selector chooses among them all."
     scored = {unit: _scores(runs) for unit, runs in units.items()}
+    for unit, (places, scores) in scored.items() if first["several"] else ():
+        score = {options: _left_out(path, [p for _, p in everything[unit]], configs, results)
+                 for options, path in units[unit]}  # fmt: skip
+        end = {options: panels[path]["steps"][-1] for options, path in units[unit]}
+        if None not in score.values():
+            scores[selection.LEFT_OUT] = [score[p["options"]] * (p["step"] == end[p["options"]]) for p in places]
     choices = {
-        unit: {name: {"reads": SELECTORS[name].reads, **places[int(np.argmax(scores[name]))]} for name in scores}
+        unit: {name: {"reads": selection.READS[name], **places[int(np.argmax(scores[name]))]} for name in scores}
         for unit, (places, scores) in scored.items()
     }
     files.write_json(folder / candidates.CHOICES, {"units": choices})
@@ -79,6 +84,27 @@ def _scores(runs: Sequence[tuple[str, pathlib.Path]]) -> tuple[list[dict[str, An
         pool += [candidates.make({"target_logits": arrays["target_logits"]}) for arrays in read]
     scores |= {name: selector.scores(pool) for name, selector in SELECTORS.items() if selector.pool}
     return places, {name: scores[name] for name in SELECTORS if len(scores.get(name, ())) == len(places)}
+
+
+def _left_out(path: pathlib.Path, others: Sequence[pathlib.Path], configs: Mapping, results: Mapping) -> float | None:
+    """DomainBed's leave-one-domain-out score of a run (Gulrajani and Lopez-Paz 2021); None where a run lacks for it.
+
+    It is the mean over its source domains of the accuracy on one, a set of data.extra_eval, of the run that has the
+    same options and was trained on the others.
+    """
+
+    def parts(config):
+        source = config["data.source"]
+        rest = {key: x for key, x in config.items() if key not in ("data.source", "data.extra_eval", "data.candidates")}
+        return {source} if isinstance(source, str) else set(source), rest
+
+    (domains, options), found = parts(configs[path]), {}
+    for other in others:
+        fewer, same = parts(configs[other])
+        for name, source, _ in configs[other].get("data.extra_eval", ()) if same == options else ():
+            if source in domains and fewer == domains - {source}:
+                found[source] = results[other]["extra_eval"][name]["accuracy"]["value"]
+    return float(np.mean(list(found.values()))) if len(found) == len(domains) else None
 
 
 def _unit(runs, places, scores, panels: Mapping[pathlib.Path, Mapping[str, Any]]) -> selection.Unit:

@@ -43,7 +43,7 @@ Sections = Mapping[str, Sequence[Block]]
 def to_console(table: Table) -> rich.table.Table:
     shown = rich.table.Table(title=table.caption, title_justify="left", box=rich.box.SIMPLE_HEAD)
     for i, header in enumerate(table.headers):
-        shown.add_column(header, justify="left" if i < table.text_columns else "right", no_wrap=True)
+        shown.add_column(header, justify="left" if i < table.text_columns else "right", no_wrap=i >= table.text_columns)
     for row in table.rows:
         shown.add_row(*row)
     return shown
