@@ -287,8 +287,9 @@ def test_phases_that_set_what_cannot_change_are_refused_before_training(tmp_path
     with pytest.raises(ValueError) as error:
         train(make_config(phases=phases), tmp_path / "w")
     for i, key in ((0, "batch_size"), (0, "model.dropout"), (1, "method.add")):
-        assert f"phases[{i}] sets {key}, which cannot change during a run; what can: terms, method.name, " in str(
-            error.value
+        assert (
+            f"phases[{i}] sets {key}, which cannot change during a run; what can: terms, turns, method.name, "
+            in str(error.value)
         )
     with pytest.raises(ValueError, match=r"'method\.nam' does not exist .did you mean 'method\.name'"):
         train(make_config(phases=((("method.nam", "full"),),)), tmp_path / "w")

@@ -66,13 +66,15 @@ def write_run(folder, levels, seed, seconds, classes=3):
 
 def make_study(
     workdir, factors, baseline, seeds=(0, 1, 2), *, unfinished=(), names=("accuracy", "nll", "shifted/accuracy"),
-    design="holdout", folds=("",), order=0, seconds=12.5, question="Which method wins?", classes=3,
+    design="holdout", folds=("",), order=0, seconds=12.5, question="Which method wins?", classes=3, in_configs=False,
 ):  # fmt: skip
     """A study's files; `order` shuffles their creation. Runs in `unfinished`, (*levels, seed), fail or stay to do."""
     runs, configs = [], {}
     for seed, fold, *cell in itertools.product(seeds, folds, *factors.values()):
         levels = dict(zip(factors, cell, strict=True))
         config = {"model.weights": repr((levels, seed, fold))}
+        for factor, level in levels.items():
+            config |= factors[factor][level] if in_configs else {}
         configs[key := options.fingerprint(options.from_flat(config))[:12]] = config
         runs.append({"key": key, "levels": levels, "seed": seed, "fold": fold})
     plan = {"name": "made_up", "question": question, "factors": factors, "baseline": baseline, "seeds": list(seeds)}

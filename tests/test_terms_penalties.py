@@ -94,8 +94,8 @@ def make_start(params=None, source_head=None, data=None, classes=CLASSES):
 
     shapes = {name: x.shape for name, x in apply(params, jnp.zeros((1, 4, 4, 3))).items()}
     return Start(
-        {"params": params, "batch_stats": {}}, None, make_task(classes), SimpleNamespace(cuts=CUTS), shapes, batches,
-        apply_network, lambda: source_head, jax.random.key(0),
+        {"params": params, "batch_stats": {}}, None, make_task(classes), SimpleNamespace(cuts=CUTS), {}, shapes,
+        batches, apply_network, None, lambda: source_head, jax.random.key(0),
     )  # fmt: skip
 
 
@@ -130,8 +130,8 @@ def make_context(params, images=None, labels=None, memory=None, outputs=None, **
     encoded, count = {"train": jax.nn.one_hot(labels, CLASSES)}, {"train": jnp.ones(len(labels))}
     context = Context(
         {"train": {"image": images, "label": labels}}, encoded, count, {"train": jnp.float32(len(labels))},
-        outputs or {"train": apply(params, images)}, params, {}, {}, memory, make_task(), forward_of(params, images),
-        jnp.int32(0), jnp.float32(0), jax.random.key(7),
+        outputs or {"train": apply(params, images)}, {}, params, {}, {}, memory, make_task(),
+        forward_of(params, images), jnp.int32(0), jnp.float32(0), jax.random.key(7),
     )  # fmt: skip
     return context._replace(**fields)
 
@@ -546,8 +546,9 @@ def start_of(module, size):
     shapes = {name: x.shape for name, x in out.items()}
     source_head = {"kernel": jax.random.normal(jax.random.key(1), (shapes["pre_logits"][-1], 7)), "bias": jnp.zeros(7)}
     return Start(
-        {"batch_stats": {}, **variables}, None, make_task(), module, shapes,
-        lambda stream: iter([(images[:5], labels[:5]), (images[5:], labels[5:])]), network, lambda: source_head,
+        {"batch_stats": {}, **variables}, None, make_task(), module, {}, shapes,
+        lambda stream: iter([(images[:5], labels[:5]), (images[5:], labels[5:])]), network, None,
+        lambda: source_head,
         jax.random.key(0),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from tl_jax.core import checks, files, messages
-from tl_jax.core.options import CARD, NETWORK, OPTIONS, STREAM, TASK_ARGS, TASKS, WEIGHT
+from tl_jax.core.options import CARD, NETWORK, OPTIONS, SELECTORS, STREAM, TASK_ARGS, TASKS, WEIGHT
 
 WHOLE = tuple(name for name, option in OPTIONS.items() if isinstance(option.initial, dict))  # each is one value
 REPLICABLE = tuple(name for name, option in OPTIONS.items() if option.replica)
@@ -93,6 +93,13 @@ def identity(config: ConfigDict) -> dict[str, Any]:
 def fingerprint(config: ConfigDict) -> str:
     """sha256 of the identity: the name of the run in a study."""
     return messages.fingerprint({key: json.dumps(value, sort_keys=True) for key, value in identity(config).items()})
+
+
+def forms_of(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The option `terms` with its weights as kinds of schedules: replicas may differ in their numbers alone."""
+    weights = {name: table.get("weight", 1.0) for name, table in terms.items()}
+    kinds = {name: [x[0], sorted(x[1])] if isinstance(x, list | tuple) else ["constant"] for name, x in weights.items()}
+    return {name: {**table, "weight": kinds[name]} for name, table in terms.items()}
 
 
 def difference(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -249,13 +256,21 @@ def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
 def _data_problems(flat: Mapping[str, Any]) -> list[str]:
     source, data_dir, patience, min_delta = map(flat.get, ("data.source", "data.data_dir", "patience", "min_delta"))
     views, cache_dir = flat["views"], flat["cache_dir"]
-    tfds = any(name.startswith("tfds:") for name in (source if isinstance(source, list) else [source]))
+    tfds = any("tfds:" in name for name in (source if isinstance(source, list) else [source]))
     cached = flat["cache"] or any(network.get("cache") for network in flat["networks"].values())
     unread, unscored = not cached and (views > 1 or cache_dir), patience and not flat["data.val"]
+    candidates, select, val, task = map(flat.get, ("data.candidates", "select", "data.val", "task"))
+    bare, judged = not flat["data.labelled"], f"data.candidates = {candidates!r}"
     return _where(
         (data_dir and not tfds, f"data.data_dir = {data_dir!r} belongs to tfds sources; this is {source!r}"),
         (unread, f"views = {views!r}, cache_dir = {cache_dir!r}: they belong to cache = 'features'"),
         (unscored, f"patience = {patience!r}: the score is that of val, and data.val is ''; name a split"),
+        (bare and select == "best_val", "select = 'best_val': data.labelled = False leaves val without labels too"),
+        (bare and patience, f"patience = {patience!r}: data.labelled = False leaves val without labels too"),
+        (candidates and not val, f"{judged}: every evaluation on val writes one, and data.val is ''; name a split"),
+        (candidates and task != "classification", f"{judged}: selectors read the classes of a classification"),
+        (select in SELECTORS and not candidates, f"select = {select!r} judges data.candidates, which is (); name it"),
+        (select == "mixval" and flat["cache"], "select = 'mixval' mixes inputs, of which cache = 'features' has none"),
         (min_delta and not patience, f"min_delta = {min_delta!r} belongs to patience, which is 0"),
     )
 
@@ -272,7 +287,16 @@ def _method_problems(flat: Mapping[str, Any]) -> list[str]:
             (equal, "terms has r_drop, but its two passes are equal: set model.dropout or model.drop_path"),
         )
     takes = {"phases": [], "method.add": [], "method.auto_rgn": False, "method.stoch_norm": 0.0, "terms": {}}
-    takes |= {"streams": {}, "networks": {}, "select": "last", "patience": 0, "views": 1, "model.head": []}
+    takes |= {
+        "data.candidates": [],
+        "streams": {},
+        "networks": {},
+        "select": "last",
+        "patience": 0,
+        "views": 1,
+        "model.head": [],
+        "data.weights": "",
+    }
     steps = f"method.name = {name!r} takes no steps"
     updates = f"method.norm = {norm!r}: {steps} and updates no statistics; expected the policy 'frozen' alone, or []"
     return _where(

@@ -14,7 +14,10 @@ from tl_jax.core import files
 
 NAME = "MANIFEST.json"
 WEIGHTS = ("model.safetensors", "trained.safetensors")  # checked when they are read; they may be removed
-LISTED = ("config.json", "audit.json", "cost.json", "result.json", "replicas.json", "*.jsonl", "predictions*.npz")
+LISTED = (
+    "config.json", "audit.json", "cost.json", "result.json", "replicas.json", "labels.json", "choices.json", "*.jsonl",
+    "predictions*.npz",
+)  # fmt: skip
 
 
 def write(folder: pathlib.Path, last: str = "", table: Mapping[str, Any] | None = None) -> None:

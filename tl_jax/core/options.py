@@ -28,7 +28,7 @@ def _option(name: str, initial: Any, check: checks.Check, doc: str, **marks: boo
 
 
 SOURCE = checks.either(TEXT, sequence(TEXT, "a sequence of strings, one for each domain"))
-SAMPLING = one_of("shuffled", "class_balanced")
+SAMPLING = one_of("shuffled", "class_balanced", "sequential")
 _TRIPLES = sequence(sequence(TEXT, "three strings", 3), "triples of strings (name, source, split), each name once")
 SETS = _TRIPLES._replace(fits=lambda x: _TRIPLES.fits(x) and len({name for name, *_ in x}) == len(x))
 SEVERAL = sequence(checks.CHANGES, "a sequence, each pairs (dotted option, value)")
@@ -39,6 +39,11 @@ PIXELS = integer(0, 4096)
 RATE = number(0, 1, below=True)
 GRID = sequence(number(0), "numbers, (value, ...)")
 WEIGHT = checks.either(number(), _SCHEDULE)
+_TURN = checks.Check(
+    lambda x: isinstance(x, list | tuple) and len(x) == 2 and TEXTS.fits(x[0]) and bool(x[0]) and _FACTORS.fits(x[1]),
+    "",
+)
+_FACTORS = checks.Check(lambda x: TABLE.fits(x) and bool(x) and all(map(number().fits, x.values())), "")
 POSITIVE = sequence(number(0, above=True), "a sequence of numbers above 0")
 
 # The fields of options that are tables.
@@ -57,6 +62,7 @@ STREAM = {
     "split": TEXT,
     "batch_size": integer(1),  # that of the run unless given
     "augment": NAMED,
+    "strong": NAMED,  # augmentations of a second view of each example, the field "image:strong"
     "labelled": FLAG,  # False unless given: its batches have no field "label"
     "sampling": SAMPLING,
     "shots": integer(0),
@@ -74,6 +80,12 @@ CARD = {
     "licence": TEXT,
 }
 
+# Scores of methods/selectors.py that choose a checkpoint by itself; that of ensv depends on all candidates.
+SELECTORS = (
+    "source_risk", "iwcv", "dev", "entropy", "infomax", "bnm", "snd", "corr_c", "class_ami", "mixval", "rankme",
+)  # fmt: skip
+CANDIDATES = sequence(TEXT, "a triple of strings (name, source, split), or ()")
+
 # fmt: off
 _ROWS = (
     _option("seed", 0, SEED, "of the new head, the order of the data, augmentation, dropout and shots", replica=True),
@@ -82,7 +94,9 @@ _ROWS = (
     _option("task", "classification", one_of(*TASKS), "what the outputs mean"),
     _option("task_args", {}, TABLE, "class_weight: 'balanced' or per class; pos_weight: of positives, or per label"),
     _option("terms", {}, TABLES, "summands of the loss: {name: {\"weight\": number or (schedule, {parameter: value}), "
-            "and the term's own parameters}}; \"task\" is there without being named", phase=True),
+            "and the term's own parameters}}; \"task\" is there without being named", phase=True, replica=True),
+    _option("turns", (), sequence(_TURN, "pairs ((group, ...), {term: factor})"), "updates of each step, one after the "
+            "other on one batch: pairs ((group, ...), {term: factor}); (): one of all groups on all terms", phase=True),
 
     # The network
     _option("model.name", "resnet18", TEXT, "the architecture, see docs/weights.md"),
@@ -93,7 +107,7 @@ _ROWS = (
     _option("model.keep_head", False, FLAG, "go on with the file's classifier, for the same classes; else a new head"),
     _option("model.reinit", (), TEXTS, "blocks that start from random numbers all the same: stage3, block11, ..."),
     _option("model.head", (), NAMED, "layers between the features and the last dense layer: pairs (name, arguments)"),
-    _option("model.head_init", "zeros", TEXT, "of the last dense layer: zeros | lecun"),
+    _option("model.head_init", "zeros", TEXT, "of the last dense layer: zeros | lecun | xavier"),
     _option("model.dtype", "float32", one_of("float32", "bfloat16"), "of activations; parameters and loss are float32"),
     _option("model.prefix_dtype", "", one_of("", "float32", "bfloat16"), "of the frozen prefix; \"\": model.dtype"),
     _option("model.dropout", 0.0, RATE, "before the last dense layer"),
@@ -110,12 +124,17 @@ _ROWS = (
     _option("data.val", "train[80%:]", TEXT, "the split to choose on"),
     _option("data.test", "", TEXT, "read once, at the end; \"\": val is scored instead, and the result says so"),
     _option("data.extra_eval", (), SETS, "extra sets to score at the end: triples (name, source, split)"),
+    _option("data.candidates", (), CANDIDATES._replace(fits=lambda x: CANDIDATES.fits(x) and len(x) in (0, 3)),
+            "the target's held-out split on which selectors judge without labels: (name, source, split)"),
     _option("data.labels", (), TEXTS, "the columns that hold the labels, of sources that have columns"),
     _option("data.resample", "", TEXT, "cut train and test from the split train: kfold:K:FOLD | bootstrap:DRAW | loo"),
     _option("data.group", "", TEXT, "what no slice or fold cuts: a column or array by name, or a pattern in the ids"),
     _option("data.allow_duplicates", False, FLAG, "allow duplicates of training examples among what is scored"),
+    _option("data.labelled", True, FLAG, "False: the stream train has no labels, for adaptation without source data"),
     _option("data.shots", 0, integer(0), "training examples per class; 0: all", replica=True),
-    _option("data.sampling", "shuffled", SAMPLING, "class_balanced: every class equally often"),
+    _option("data.sampling", "shuffled", SAMPLING, "class_balanced: every class equally often; sequential: "
+            "in the order of the source"),
+    _option("data.weights", "", TEXT, "an .npz file with the ids and weights of the examples of train"),
     _option("data.split_seed", 0, SEED, "of the permutation that slices cut; runs of all seeds share their val"),
     _option("data.augment", (), NAMED, "pairs (name, {parameter: value}), see docs/data.md"),
     _option("data.on_error", "fail", one_of("fail", "skip"), "unreadable images; skip counts them"),
@@ -124,7 +143,9 @@ _ROWS = (
     _option("data.card", {}, TABLE, "fields of the weight card to replace, such as mean; needs data.override_card"),
     _option("data.override_card", False, FLAG, "allow data.card to change what the weights expect of their input"),
     _option("data.transductive", False, FLAG, "allow an unlabelled training stream to hold examples that are scored"),
-    _option("streams", {}, TABLES, "{name: {source, split, batch_size, augment, labelled, sampling, shots}}"),
+    _option("data.poison", "", one_of("", "permuted", "none"), "what stands in place of sealed labels, of "
+            "--prove-no-leak: scores of such a run mean nothing"),
+    _option("streams", {}, TABLES, "{name: {source, split, batch_size, augment, strong, labelled, sampling, shots}}"),
     _option("norm_batches", "joint", one_of("joint", "per_stream"), "what BatchNorm normalises over, with streams"),
 
     # What trains
@@ -134,13 +155,14 @@ _ROWS = (
     _option("method.blocks", (), TEXTS, "of blocks: stem, stage1/block0, block3, norm, ...", phase=True),
     _option("method.rules", (), RULES, "of rules: ordered pairs (path regex, group | frozen)", phase=True),
     _option("method.norm", (), RULES, "ordered pairs (path regex, frozen | update); (): as their block", phase=True),
-    _option("method.add", (), NAMED, "added parameters: pairs (lora | adapter | prompt | ssf, {parameter: value})"),
+    _option("method.add", (), NAMED, "added parameters: pairs (lora | adapter | prompt | ssf | mixstyle, {...})"),
     _option("method.stoch_norm", 0.0, number(0, 1), "rate of BatchNorm channels with running statistics", phase=True),
     _option("method.auto_rgn", False, FLAG, "learning rates of blocks by their relative gradient norms", phase=True),
     _option("method.grid", (), GRID, "of knn (neighbours), logistic (C), ridge (alpha): val chooses; (): a default"),
     _option("method.label_smoothing", 0.0, RATE, "mass that goes from the class to all classes", phase=True),
     _option("method.mixup", 0.0, number(0), "parameter of the Beta distribution; 0: off", phase=True),
     _option("method.cutmix", 0.0, number(0), "parameter of the Beta distribution; 0: off", phase=True),
+    _option("method.mix_domains", 0.0, number(0), "the same, of a mixup of each domain with another", phase=True),
 
     # Optimization; durations are (amount, epochs | steps | examples)
     _option("batch_size", 32, integer(1), "over all devices"),
@@ -153,6 +175,7 @@ _ROWS = (
     _option("decay", ".*/kernel", checks.REGEX, "the parameters that weight decay acts on", phase=True),
     _option("clip", 1.0, number(0), "the largest global norm of the gradient; 0: off", phase=True),
     _option("groups", {}, TABLES, "{group: {lr_mult, weight_decay, decay, optimizer, args}}", phase=True, replica=True),
+    _option("restart", False, FLAG, "optimizer values start anew where the phase begins", phase=True),
     _option("layer_decay", 1.0, number(0, 1, above=True), "factor on lr, per block from the head down", phase=True),
     _option("schedule.name", "cosine", TEXT, "constant | cosine | linear | step | inverse_sqrt", phase=True),
     _option("schedule.warmup", (0.0, "epochs"), checks.duration(zero=True), "of the learning rate, linear", phase=True),
@@ -164,7 +187,8 @@ _ROWS = (
     _option("eval_batch_size", 128, integer(1), "over all devices"),
     _option("log_every", (10.0, "steps"), checks.duration(), "lines of metrics.jsonl"),
     _option("eval_every", (1.0, "epochs"), checks.duration(), "exact evaluation on val, then a checkpoint"),
-    _option("select", "last", one_of("last", "best_val"), "the checkpoint that is scored at the end"),
+    _option("select", "last", one_of("last", "best_val", *SELECTORS), "the checkpoint that is scored at the end; a "
+            "selector needs data.candidates"),
     _option("patience", 0, integer(0), "evaluations without improvement until the run stops; 0: off"),
     _option("min_delta", 0.0, number(0), "how much an improvement must be, for patience"),
     _option("resamples", 1000, integer(1, 10**6), "of the bootstrap behind every interval"),

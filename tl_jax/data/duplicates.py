@@ -23,7 +23,7 @@ from tl_jax.core import files
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import listed
 from tl_jax.data import groups
-from tl_jax.data.examples import EncodedImages, FileImages, JoinedImages, Source, origins
+from tl_jax.data.examples import EncodedImages, FileImages, JoinedImages, Source, originals
 from tl_jax.data.image import ops
 
 FORMAT = 1  # of what is kept
@@ -54,16 +54,17 @@ def find(sources: Mapping[str, Source], training: Collection[str]) -> dict[str, 
     Each example is named with one of its duplicates; one that several sources share is no duplicate of itself. Returns
     plain JSON data: "compared": {"exact", "near"}, the numbers of examples; "across", between what is trained on and
     what is scored, and "within", all others: {"exact", "near", "mirrored"}, the numbers of pairs; "other_label": those
-    that differ in it; "pairs": the first as [kind, "source: id", "source: id"], those across before the others.
+    that differ in it, as far as labels are not sealed; "pairs": the first as [kind, "source: id", "source: id"], those
+    across before the others.
     """
     first: dict[str, tuple[str, int]] = {}
     for name, source in sources.items():
-        first |= {origin: (name, i) for i, origin in enumerate(origins(source)) if origin not in first}
+        first |= {origin: (name, i) for i, origin in enumerate(originals(source)) if origin not in first}
     number = {origin: i for i, origin in enumerate(sorted(first))}  # whatever the cut, so that the looks are kept once
     examples = [first[origin] for origin in number]
     scored, trained = roles = np.zeros((2, len(first)), bool)
     for name, source in sources.items():
-        roles[int(name in training), [number[origin] for origin in origins(source)]] = True
+        roles[int(name in training), [number[origin] for origin in originals(source)]] = True
     looks = looks_of([(sources[name], row) for name, row in examples])
     member = _members(sources, examples)
     kinds: dict[tuple[int, int], str] = {}
@@ -76,7 +77,8 @@ def find(sources: Mapping[str, Source], training: Collection[str]) -> dict[str, 
         across = member[i] != member[j] and ((scored[i] and trained[j]) or (trained[i] and scored[j]))
         i, j = (j, i) if trained[j] and not trained[i] else (i, j)
         (source, row), (other, other_row) = ((sources[name], place) for name, place in (examples[i], examples[j]))
-        other_label += not np.array_equal(source.labels[row], other.labels[other_row])
+        if not (source.sealed or other.sealed):
+            other_label += not np.array_equal(source.labels[row], other.labels[other_row])
         names = f"{examples[i][0]}: {source.ids[row]}", f"{examples[j][0]}: {other.ids[other_row]}"
         pairs["across" if across else "within"].append([kind, *names])
     counts = {

@@ -10,5 +10,5 @@ TERMS: dict[str, Callable[..., Term]] = {
     TASK: make_task_term,
     **penalties.PENALTIES,
     "kd": distill.kd,
-    "dann": domain.dann,
+    **domain.TERMS,
 }

@@ -93,10 +93,7 @@ def bss(eta: Strength = 0.001, k: Count = 1) -> Term:
         features = context.outputs[MAIN]["pre_logits"].astype(jnp.float32)
         if k > (count := min(features.shape)):
             raise ValueError(f"bss with k={k}: features {features.shape} have only {count} singular values")
-        # sigma^2 = |F v|^2, whose gradient for constant v is exactly 2 sigma u v^T. The derivative of the SVD is
-        # infinite where two singular values coincide.
-        right = jnp.linalg.svd(jax.lax.stop_gradient(features), full_matrices=False)[2][-k:]
-        return Result(eta * jnp.sum(jnp.matmul(features, right.T, precision=jax.lax.Precision.HIGHEST) ** 2))
+        return Result(eta * squared_singular_values(features, slice(-k, None)))
 
     return Term(loss)
 
@@ -182,6 +179,14 @@ def l1(alpha: Strength = 1e-4, paths: Annotated[str, checks.REGEX] = "head/.*") 
         return {}, None
 
     return Term(loss, init=init)
+
+
+def squared_singular_values(x: jax.Array, which: slice) -> jax.Array:
+    """The sum of those of x [B, D] that `which` takes of the falling order."""
+    # sigma^2 = |F v|^2, whose gradient for constant v is exactly 2 sigma u v^T. The derivative of the SVD is infinite
+    # where two singular values coincide.
+    right = jnp.linalg.svd(jax.lax.stop_gradient(x), full_matrices=False)[2][which]
+    return jnp.sum(jnp.matmul(x, right.T, precision=jax.lax.Precision.HIGHEST) ** 2)
 
 
 def _reference(start: Start, names: Iterable[str], *, statistics: bool = True) -> Network:

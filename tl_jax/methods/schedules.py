@@ -46,6 +46,13 @@ def problems(what: str, value: Any) -> list[str]:
 CHECK = checks.Check(lambda value: not problems("", value), f"a number or a pair (one of {', '.join(SCHEDULES)}, {{}})")
 
 
+def parts(value: Any) -> tuple[str, dict[str, Any]]:
+    """The name of the schedule and its numbers, of a number or a pair."""
+    name, numbers = value if isinstance(value, list | tuple) else ("constant", {"value": float(value)})
+    return name, dict(numbers)
+
+
 def make(value: Any) -> Callable[[jax.Array], Any]:
     """A function of the progress, from a number or a pair (name, {parameter: value})."""
-    return SCHEDULES[value[0]](**value[1]) if isinstance(value, list | tuple) else constant(float(value))
+    name, numbers = parts(value)
+    return SCHEDULES[name](**numbers)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from tl_jax.core import trees
 from tl_jax.core.card import Card
+from tl_jax.core.fields import WEIGHT
 from tl_jax.core.trees import FROZEN
 from tl_jax.tasks import Task
 
@@ -32,18 +33,27 @@ class Network(NamedTuple):
     origin: str = "new"
 
 
+class StreamFacts(NamedTuple):
+    """What is known of a stream before training: its number of examples, and of domains (1 where it has no names)."""
+
+    examples: int
+    domains: int
+
+
 class Context(NamedTuple):
     """What a term may look at in one step.
 
     batch, encoded, count: by stream; encoded and count (of examples, [B], as the task counts) of labelled ones alone.
     With gradient accumulation a term sees one micro-batch at a time, and `total` is the count of the whole batch over
     the number of micro-batches, so that sum / total is right for unequal counts.
-    outputs: by stream, of the one training pass of the model, for every stream that a term is on.
+    outputs: by stream, of the one training pass of the model, for every stream that a term is on. facts: by stream.
     params, batch_stats: of all networks, nested. groups: the group of each parameter path. memory: this term's own.
-    forward(network, of, *, train=False, stop=None, key=None, params=None) -> (Outputs, batch_stats): one more pass of a
-    network over a stream's inputs (`of` is its name), as the training pass got them, or over an array. In train mode
-    batch_stats holds {path: leaf} of the updated statistics, for `Result`. params: in place of `Context.params`.
-    step: of the run. progress: 0 .. 1 of the phase. key: folded by the term's name.
+    forward(network, of, *, train=False, start=None, stop=None, key=None, variables=None) -> (Outputs, batch_stats): one
+    more pass of a network over a stream's inputs (`of` is its name), as the training pass got them, or over an array:
+    of inputs, or of what the cut `start` gives. In train mode batch_stats holds {path: leaf} of the updated statistics,
+    for `Result`. variables: {"params", "batch_stats"} in place of the network's own.
+    step: of the run. progress: 0 .. 1 of the phase. key: folded by the term's name. joint: whether the training pass
+    normalised its streams together.
     """
 
     batch: Batch
@@ -51,6 +61,7 @@ class Context(NamedTuple):
     count: Mapping[str, jax.Array]
     total: Mapping[str, jax.Array]
     outputs: Mapping[str, Outputs]
+    facts: Mapping[str, StreamFacts]
     params: Any
     batch_stats: Any
     groups: Mapping[str, str]
@@ -60,6 +71,7 @@ class Context(NamedTuple):
     step: jax.Array
     progress: jax.Array
     key: jax.Array
+    joint: bool = True
 
 
 class Result(NamedTuple):
@@ -75,8 +87,11 @@ class Start(NamedTuple):
     """What a term may look at where a phase begins.
 
     memory, batches and loaded are None in `init`, which reads no data. variables: of all networks, as they are now.
-    batches(stream): every example once, as for evaluation: pairs (what the model reads, labels); stops on request.
+    facts: by stream. batches(stream): every example once and in order, as for evaluation: pairs (what the model reads,
+    labels); labels are None where the stream is unlabelled; stops on request.
     apply(network, variables, x, start=None, stop=None) -> Outputs in eval mode, of the model or of a network like it.
+    batch_statistics(variables, x) -> {path: leaf}: mean and variance of a batch x at every BatchNorm layer of the
+    model, each layer below normalising by its own.
     model: the module, for its cuts. shapes: of the model's outputs for one example, [1, ...]. source_head(): the weight
     file's own classifier {"kernel" [D, S], "bias" [S]}, or None. loaded: `variables` as training began.
     """
@@ -85,9 +100,11 @@ class Start(NamedTuple):
     memory: Any
     task: Task
     model: Any
+    facts: Mapping[str, StreamFacts]
     shapes: Mapping[str, tuple[int, ...]]
     batches: Callable[[str], Iterator[tuple[Any, Any]]] | None
     apply: Callable
+    batch_statistics: Callable
     source_head: Callable[[], Mapping[str, jax.Array] | None]
     key: jax.Array
     loaded: Mapping[str, Any] | None = None
@@ -97,35 +114,49 @@ class Term(NamedTuple):
     """One summand of the loss.
 
     loss: a pure function of the step. on: the streams whose outputs it reads; the training pass runs over the union.
+    feeds: further streams that it reads by `forward` alone.
     init: its further networks and its memory, arrays of the final shapes; reads no data. refresh: its memory from the
-    data, where a phase begins and every `refresh_every` steps (0: only there); not when resuming in between. logs: the
-    names of its `Result.logs`. reads: further networks that it runs on the inputs of streams. needs: what it cannot do
-    without, names of training.terms.NEEDS.
+    data, where a phase begins and every `refresh_every`, a duration in steps, or in examples or epochs of the last
+    stream of `on` (None: only there); not when resuming in between. statistics: {path: leaf} of running statistics,
+    computed anew where a phase begins. logs: the names of its `Result.logs`. reads: further networks that it runs on
+    the inputs of streams. needs: what it cannot do without, names of training.terms.NEEDS. answers(memory): logits
+    [N, K] of the examples of its last stream in their order, as it predicted them while adapting.
     """
 
     loss: Callable[[Context], Result]
     on: tuple[str, ...] = (MAIN,)
+    feeds: tuple[str, ...] = ()
     init: Callable[[Start], tuple[dict[str, Network], Any]] = lambda start: ({}, None)
     refresh: Callable[[Start], Any] | None = None
-    refresh_every: int = 0
+    refresh_every: tuple[float, str] | None = None
+    statistics: Callable[[Start], dict[str, Any]] | None = None
     logs: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset()
+    answers: Callable[[Any], jax.Array] | None = None
 
 
 class Method(NamedTuple):
-    """terms: {name: (weight of the phase's progress, term)}. mix: (key, {field: inputs}, encoded) -> both mixed."""
+    """terms: {name: (weight of the phase's progress, term)}. mix: see mixing.make_mix."""
 
     terms: Mapping[str, tuple[Callable, Term]]
     mix: Callable | None = None
 
 
+def task_losses(context: Context) -> jax.Array:
+    """The task's loss of each example of the stream `train`, times its weight of data.weights, [B]."""
+    per_example = context.task.loss(context.outputs[MAIN], context.encoded[MAIN])
+    return per_example * context.batch[MAIN][WEIGHT] if WEIGHT in context.batch[MAIN] else per_example
+
+
 def make_task_term() -> Term:
-    """The task's own loss on the stream `train`: the mean over all that counts."""
+    """The task's own loss on the stream `train`: the mean over all that counts, each times its weight of data.weights.
+
+    The sum of the weighted losses is divided by the number of examples: weights of mean 1 keep the scale.
+    """
 
     def loss(context: Context) -> Result:
-        per_example = context.task.loss(context.outputs[MAIN], context.encoded[MAIN])
-        return Result(per_example.sum() / context.total[MAIN])
+        return Result(task_losses(context).sum() / context.total[MAIN])
 
     return Term(loss)
 

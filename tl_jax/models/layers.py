@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from tl_jax.models.kernels import convolve
 
+NORM_MOMENTUM = 0.9  # share of the running statistics that an update keeps
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # as in torchvision's and timm's ResNets
 
 
@@ -46,11 +47,11 @@ Dense = functools.partial(nn.Dense, dot_general=lambda x, kernel, *_, **__: conv
 def batch_norm(module: nn.Module, name: str, train: bool, scale_init: Callable = nn.initializers.ones) -> nn.BatchNorm:
     """Makes the BatchNorm `name` inside `module`, which has a field `policy`.
 
-    Momentum 0.9 is torch's 0.1. The running variance averages biased variances of batches, torch's unbiased ones.
+    NORM_MOMENTUM 0.9 is torch's 0.1. The running variance averages biased variances of batches, torch's unbiased ones.
     """
     dtype, frozen_norms, axis_name, _ = module.policy
     frozen = "/".join((*module.path, name)) in frozen_norms
-    settings = {"momentum": 0.9, "epsilon": 1e-5, "dtype": dtype, "axis_name": axis_name}
+    settings = {"momentum": NORM_MOMENTUM, "epsilon": 1e-5, "dtype": dtype, "axis_name": axis_name}
     return nn.BatchNorm(use_running_average=frozen or not train, scale_init=scale_init, name=name, **settings)
 
 

@@ -87,8 +87,18 @@ def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[
     from tl_jax.studies import inprocess
 
     distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-    inprocess.show(inprocess.run(config, workdir, distributed.agreed(stop)), config, workdir)
-    return 0
+    if not args.prove_no_leak:
+        inprocess.show(inprocess.run(config, workdir, distributed.agreed(stop)), config, workdir)
+        return 0
+    from tl_jax.studies import leak
+
+    found, differences = leak.prove(config, workdir, distributed.agreed(stop))
+    inprocess.show(found, config, workdir)
+    if differences and distributed.is_first():
+        print(f"leak test: FAILED, target labels decide\n{messages.listed(differences)}", file=sys.stderr, flush=True)
+    elif distributed.is_first():
+        print("leak test: passed", flush=True)
+    return int(bool(differences))
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -112,6 +122,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ValueError("--dry-run runs nothing: leave out --retry and --submit")
     if args.jobs < 0:
         raise ValueError(f"--jobs {args.jobs}: expected a number of at least 0")
+    if args.prove_no_leak and args.study:
+        raise ValueError("--prove-no-leak is of one experiment, --config: give it the options of a run of the study")
     others, why = ("--jobs", "--dry-run", "--retry"), "only a study has these, see --study"
     if args.study:
         others = ("--coordinator", "--num-processes", "--process-id")
@@ -137,6 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="check a study, print its runs and their cost, run nothing")
     add("--retry", action="store_true", help="do the failed runs of a study again")
     add("--submit", action="store_true", help="run the command that hands the work to a cluster, do not only print it")
+    add("--prove-no-leak", action="store_true", help="train and choose again with target labels poisoned, and compare")
     add("--coordinator", metavar="HOST:PORT", help="of process 0, for one run in several processes")
     add("--num-processes", type=int, help="how many processes there are; SLURM and others tell by themselves")
     add("--process-id", type=int, help="which of them this is, from 0")

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+from rich.text import Text
 
 from tl_jax import config as options
 from tl_jax import tasks
@@ -15,6 +16,7 @@ from tl_jax.core.files import read_json, read_rows, write_json
 from tl_jax.runtime import workdir as workdirs
 from tl_jax.runtime.log import log, tolerate
 from tl_jax.runtime.preemption import Preempted
+from tl_jax.studies.report import alarm, selection
 from tl_jax.studies.report.statistics import mean_interval
 from tl_jax.studies.report.tables import Table, to_console
 from tl_jax.studies.study import RunSpec, Study, grid, metrics_of
@@ -42,7 +44,9 @@ def study_of(config: ConfigDict) -> Study:
     return Study(base, {ARM: arms}, against, seeds, together="none")
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never) -> dict[str, Any]:
+def run(
+    config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never, *, verbose: bool = True
+) -> dict[str, Any]:
     """Runs a config in a workdir, with all its arms and seeds, or its replicas.
 
     Returns {"result": of the run itself, "comparison": comparison.json or None} or {"replicas": replicas.json}. Other
@@ -53,7 +57,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never)
     with naming(options.flatten(config), "replicas", "baseline", "seeds"):
         runs = grid(study, free=("seed",) if config.replicas else ())
     if config.replicas:
-        return {"replicas": _run_replicas(config, runs, workdir, stop_requested)}
+        return {"replicas": _run_replicas(config, runs, workdir, stop_requested, verbose)}
     runs = [run for arm in study.factors[ARM] for run in runs if run.levels[ARM] == arm]
     several, results, folders, metric = len(runs) > 1, {}, {}, metrics_of(study)[0]
     for i, spec in enumerate(runs):
@@ -65,7 +69,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never)
             log(f"\n{arm}, seeds {list(study.seeds)}")
         folders[key] = workdir / "runs" / f"{arm}-seed{seed}" if i else workdir
         with naming({}, *([BASELINE] if arm == BASELINE else [])):
-            results[key] = train(spec.config, folders[key], verbose=opens, stop_requested=stop_requested)
+            results[key] = train(spec.config, folders[key], verbose=opens and verbose, stop_requested=stop_requested)
         if several:
             value = results[key]["metrics"][metric]["value"]
             log(f"{arm}, seed {seed}: {metric} {value:.3f} in {folders[key]}")
@@ -76,6 +80,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never)
 def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) -> None:
     if "replicas" in found:
         log(to_console(replica_table(config.task, found["replicas"])))
+        if "selection" in found["replicas"]:
+            log(to_console(selection.table(found["replicas"]["selection"])))
         log(f"each replica is a run with a folder of its own: {(workdir / 'replicas').resolve()}")
         return
     result = found["result"]
@@ -86,12 +92,18 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
         log(f"stopped early after step {stopped} of {result['total_steps']}")
     if result["select"] == "best_val":
         log(f"scored at step {result['step']}, the best on val")
+    if "selection" in result:
+        log(to_console(selection.table(result["selection"])))
+    for line in result.get("domains", {}).get("diagnosis", ()):
+        log(line)
     if "threshold" in result:
         log(f"positive from a probability of {result['threshold']:.3g}, chosen on val")
     if result["chosen_on_scored_split"]:
         log("The checkpoint was chosen on the split scored here: these numbers are optimistic (name a data.test)")
     if found["comparison"]:
         log(to_console(comparison_table(found["comparison"])))
+        for line in alarm.sentences(TRANSFER, BASELINE, found["comparison"].get("negative_transfer", {})):
+            log(Text(line, "bold red"))
     log(f"everything of this run: {workdir.resolve()}")
 
 
@@ -107,6 +119,8 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
         for seed in study.seeds:
             pair = (tasks.load_predictions(folders[arm, seed] / "predictions.npz") for arm in table)
             by_seed[str(seed)] = tasks.paired_difference(*pair, resamples=config.resamples)
+        pairs = [tuple(folders[arm, seed] for arm in table) for seed in study.seeds]
+        report["negative_transfer"] = alarm.of_folders(pairs, config.resamples)
         report["difference"] = {"values": differences, **mean_interval(differences)}
         report["difference_by_seed_over_examples"] = by_seed
     if jax.process_index() == 0:
@@ -131,7 +145,7 @@ def comparison_table(report: Mapping[str, Any]) -> Table:
     return Table(caption, ("arm", "mean", "95 % interval", "each seed"), rows)
 
 
-def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.Path, stop: Stop) -> dict[str, Any]:
+def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.Path, stop: Stop, verbose: bool):
     """Trains config.replicas and returns replicas.json: a row each, and the best by val."""
     path = workdir / "replicas.json"
     workdirs.check_options(workdir, options.flatten(config))
@@ -141,15 +155,29 @@ def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.
     folders, configs = [workdir / "replicas" / run.levels[REPLICA] for run in runs], [run.config for run in runs]
     with workdirs.lock(workdir):
         write_json(workdir / "config.json", options.flatten(config))
-        results = train_together(configs, folders, workdir, verbose=True, stop_requested=stop)
+        results = train_together(configs, folders, workdir, verbose=verbose, stop_requested=stop)
         rows = [_row(config.task, *each) for each in zip(config.replicas, folders, results, strict=True)]
         if all(row["error"] for row in rows):
             raise FloatingPointError(
                 "\n".join(["all replicas diverged:", *(f"{r['name']}: {r['error']}" for r in rows)])
             )
         table = {"replicas": rows, "best": best_of(config.task, rows)}
+        if isinstance(panel := _panel_of(config, folders, rows), dict):
+            table["selection"] = panel
         manifest.write(workdir, path.name, table)
     return table
+
+
+def _panel_of(config: ConfigDict, folders: Sequence[pathlib.Path], rows: Sequence[Mapping]) -> dict | str | None:
+    """The selection panel over all replicas that ended, seed by seed; see `selection.over_runs`."""
+    units: dict[str, list[tuple[str, pathlib.Path]]] = {}
+    for changes, folder, row in zip(config.replicas, folders, rows, strict=True):
+        own = dict(changes)
+        unit = f"seed {own.pop('seed', config.seed)}"
+        if not row["error"]:
+            told = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in own.items())
+            units.setdefault(unit, []).append((told, folder))
+    return selection.over_runs(units, folders[0].parents[1], config.resamples)
 
 
 def name_of(i: int, changes: Mapping[str, Any]) -> str:

@@ -135,7 +135,7 @@ def make_scorer(weights: Weights) -> Scorer:
     settings, card = weights.settings, weights.card
     parallel = sharding.make_parallel(settings.loop.parallel, fsdp=settings.loop.fsdp)
     found = inputs.load_sources(settings)
-    data = {name: found[name] for name in inputs.scored_names(found, settings)}
+    data = {name: found[name].opened() for name in inputs.scored_names(found, settings)}
     if any(source.class_names != card.class_names for source in data.values()):
         raise ValueError(f"the data of {weights.name} have other classes by now than when it ran: {card.class_names}")
     size = parallel.round_up(min(settings.loop.eval_batch_size, max(map(len, data.values()))))

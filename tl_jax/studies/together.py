@@ -79,6 +79,7 @@ def form_of(flat: Mapping[str, Any], which: str) -> str | None:
     if any(amount and unit == "epochs" for amount, unit in spans):
         free.discard("data.shots")  # an epoch is as long as there are examples
     alike = {key: value for key, value in flat.items() if key not in free}
+    alike["terms"] = config.forms_of(flat["terms"]) if "terms" in free else flat["terms"]
     kinds = [(group, field, value) for group, fields in flat["groups"].items() for field, value in fields.items()
              if field not in ("lr_mult", "weight_decay")]  # fmt: skip
     return json.dumps([alike, sorted(kinds)], sort_keys=True)

@@ -38,6 +38,14 @@ def interval(value: float, samples: np.ndarray, level: float) -> dict:
     return {"value": None if np.isnan(value) else float(value), "low": low, "high": high}
 
 
+def resampled_mean(
+    values: np.ndarray, *, resamples: int = 1000, seed: int = 0, groups: np.ndarray | None = None, level: float = 0.95
+) -> dict:
+    """The mean of values [N] over examples, and its interval; see `resample`."""
+    chunks = [values @ w / w.sum(0) for w in resample(len(values), resamples, seed, groups)]
+    return interval(float(np.mean(values)), np.concatenate(chunks), level)
+
+
 def group_sum(index, groups, weights, columns=None, values=None) -> np.ndarray:
     """Sums weights [N, B] (times values) by group: [groups, B]; example `columns[i]` is in group `index[i]`."""
     columns = np.arange(len(index)) if columns is None else columns

@@ -18,7 +18,7 @@ class Predictions(NamedTuple):
     """One model's outputs on one split, every example once."""
 
     outputs: dict[str, np.ndarray]  # "logits": float32 [N, K], binary [N]; or "values": float32 [N, T], in their unit
-    labels: np.ndarray  # int32 [N] classes, or 0 and 1; multilabel int32 [N, K] 0 and 1; regression float32 [N, T]
+    labels: np.ndarray | None  # int32 [N] classes, or 0 and 1; [N, K] 0 and 1; float32 [N, T]; None: still sealed
     ids: np.ndarray  # text [N]
     spec: Spec
     features: np.ndarray | None = None  # float32 [N, D], what the head reads
@@ -37,16 +37,17 @@ def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None, g
     output = OUTPUT[spec.name]
     if set(outputs) != {output}:
         raise ValueError(f"predictions of a {spec.name} task have the output {output}, found {sorted(outputs)}")
-    values, labels, ids = np.asarray(outputs[output], np.float32), np.asarray(labels), np.asarray(ids, str)
+    values, ids = np.asarray(outputs[output], np.float32), np.asarray(ids, str)
+    labels = None if labels is None else np.asarray(labels)
     features = None if features is None else np.asarray(features, np.float32)
     groups = None if groups is None else np.asarray(groups, str)
-    labels = labels[:, None] if spec.name == "regression" and labels.ndim == 1 else labels
+    labels = labels[:, None] if spec.name == "regression" and labels is not None and labels.ndim == 1 else labels
     dimensions, least = 1 if spec.name == "binary" else 2, 2 if spec.name == "classification" else 1
     if values.ndim != dimensions or values.shape[0] == 0 or (dimensions == 2 and values.shape[1] < least):
         expected = "[N >= 1]" if dimensions == 1 else f"[N >= 1, K >= {least}]"
         raise ValueError(f"{output} have shape {values.shape}, expected {expected}")
     count = len(values)
-    wrong = spec_problems(spec) + _label_problems(values, labels, spec)
+    wrong = spec_problems(spec) + ([] if labels is None else _label_problems(values, labels, spec))
     if ids.shape != (count,) or len(np.unique(ids)) != count:
         wrong.append(f"{len(np.unique(ids))} different ids of shape {ids.shape}, expected {count}: each example once")
     if dimensions == 2 and len(spec.class_names) != values.shape[1]:
@@ -62,7 +63,8 @@ def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None, g
     if len(bad):
         raise FloatingPointError(diverged)
     kind = np.float32 if spec.name == "regression" else np.int32
-    return Predictions({output: values}, labels.astype(kind), ids, spec, features, groups)
+    labels = None if labels is None else labels.astype(kind)
+    return Predictions({output: values}, labels, ids, spec, features, groups)
 
 
 def _label_problems(values: np.ndarray, labels: np.ndarray, spec: Spec) -> list[str]:

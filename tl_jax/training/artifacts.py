@@ -14,7 +14,7 @@ from tl_jax.models import peft
 from tl_jax.runtime.log import log, tolerate
 from tl_jax.tasks import Predictions, Spec
 from tl_jax.tasks.task import unchanged
-from tl_jax.training import audit
+from tl_jax.training import audit, between, candidates, selection
 from tl_jax.training.build import Run, scored_splits
 from tl_jax.weights import delta, load
 
@@ -73,9 +73,14 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
+def _calibrated_on(run: Run) -> bool:
+    """Whether there is a val whose labels may decide something."""
+    return "val" in run.material.data and not run.material.data["val"].sealed
+
+
 def wanted_splits(run: Run) -> list[str]:
     """The splits that are predicted at the end: those that are scored, and val where the task is calibrated on it."""
-    calibrates = run.task.calibrate is not unchanged and "val" in run.material.data
+    calibrates = run.task.calibrate is not unchanged and _calibrated_on(run)
     return list(dict.fromkeys([*scored_splits(run), *(["val"] if calibrates else [])]))
 
 
@@ -95,7 +100,8 @@ def finalize(
     predictions: of `wanted_splits`, at the selected step. step: that; last_step: the last that was trained.
     """
     material, settings = run.material, run.settings
-    spec = run.task.calibrate(predictions["val"]) if "val" in predictions else run.task.spec  # a threshold
+    has_val = _calibrated_on(run) and "val" in predictions
+    spec = run.task.calibrate(predictions["val"]) if has_val else run.task.spec  # a threshold
     report = audit.prove([phase.audit for phase in run.phases], material.variables, variables)
     numbers = {
         "step": step,
@@ -111,7 +117,8 @@ def finalize(
         delta.save(folder / "trained.safetensors", variables, report, card, **about)
         if peft.can_merge(added):  # one plain network can have what was trained
             load.export(peft.merge(variables, added), settings.model.name, folder / "model.safetensors", card=card)
-    scored = {name: predictions[name]._replace(spec=spec) for name in scored_splits(run)}
+    names = [*scored_splits(run), *(name for name in predictions if name == between.ONLINE)]
+    scored = {name: predictions[name]._replace(spec=spec) for name in names}
     by_val = settings.loop.select == "best_val" or spec != run.task.spec
     return write(run, folder, scored, report, numbers, by_val, verbose)
 
@@ -135,6 +142,9 @@ def write(
     result = {**_facts(run, split, predictions[split].spec), "chosen_on_scored_split": by_val and split == "val"}
     result |= {**numbers, "metrics": scores.pop(split), "extra_eval": scores}
     if jax.process_index() == 0:
+        result |= selection.of_run(run, folder, predictions, numbers["step"]) | between.report(
+            run, folder, numbers["step"]
+        )
         for name, values in predictions.items():
             tasks.save_predictions(folder / f"predictions{'' if name == split else f'-{name}'}.npz", values)
         files.write_json(folder / "audit.json", report)
@@ -151,6 +161,20 @@ def draw(folder: pathlib.Path) -> None:
 
         saved = tasks.load_predictions(folder / "predictions.npz")
         plots.draw_run(files.read_rows(folder / "metrics.jsonl"), saved, folder)
+        start, steps = candidates.path_of(folder, 0), candidates.steps_of(folder)
+        if start.exists() and steps and saved.spec.name == "classification":
+            pair = (candidates.read(path) for path in (start, candidates.path_of(folder, steps[-1])))
+            plots.domain_map(*pair, saved.spec.class_names, folder / "domain_map.png")
+
+
+def _openness(run: Run) -> dict[str, Any]:
+    """What is to be said of labels that an unlabelled stream must not have."""
+    ledger, poison = run.material.ledger, run.settings.data.poison
+    if not (ledger.sealed or ledger.unsealed):
+        return {}
+    told = "; ".join(f"{name}: {why}" for name, why in ledger.unsealed.items())
+    found = {"setting": "transductive" if run.material.shared else "inductive", "leak_test": told or "not done"}
+    return found | ({"poison": poison} if poison else {})
 
 
 def _facts(run: Run, split: str, spec: Spec) -> dict[str, Any]:
@@ -166,5 +190,6 @@ def _facts(run: Run, split: str, spec: Spec) -> dict[str, Any]:
         **({"task": spec.name} if spec.name != "classification" else {}),
         **({"threshold": spec.threshold} if spec.threshold is not None else {}),
         **({"transductive": shared} if run.settings.data.transductive else {}),
+        **_openness(run),
         "duplicates": run.material.duplicates,
     }

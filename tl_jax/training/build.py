@@ -15,9 +15,9 @@ from tl_jax.core import trees
 from tl_jax.core.card import Card
 from tl_jax.data.examples import Source
 from tl_jax.methods import probes
-from tl_jax.methods.term import MAIN, MODEL, Network, Start
+from tl_jax.methods.term import MAIN, MODEL, Network, Start, StreamFacts
 from tl_jax.models import peft
-from tl_jax.models.layers import unfused
+from tl_jax.models.layers import NORM_MOMENTUM, unfused
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.runtime.log import log
@@ -81,7 +81,7 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
         model = _configure(settings, loaded, parallel)
         added = peft.init(model.model, loaded.variables, model.additions, jax.random.key(settings.loop.seed))
     variables = {"batch_stats": {}, **loaded.variables, "params": {**loaded.variables["params"], **added}}
-    start = _make_start(settings, model, variables, card, tasks.make(spec))
+    start = _make_start(settings, model, variables, card, tasks.make(spec), data)
     given = {name: _load_network(settings, name) for name in settings.networks}
     networks, memory = terms.initialise(made, start, given)
     variables, origins = _join(variables, loaded.origins, networks)
@@ -101,7 +101,7 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
     return Material(
         data, streams, eval_batches, model, variables, origins, memory, networks, readers,
         start._replace(variables=variables), spec, card, base, looked, facts, inputs.transductive(data, settings),
-        inputs.find_duplicates(data, settings) if compare else {},
+        inputs.find_duplicates(data, settings) if compare else {}, inputs.make_ledger(data, settings),
     )  # fmt: skip
 
 
@@ -208,7 +208,9 @@ def _load_network(settings: Settings, name: str) -> Network:
     return Network(module, loaded.card, loaded.variables, origin=given.weights or "new")
 
 
-def _make_start(settings: Settings, model: peft.Adapted, variables: Any, card: Card, task: tasks.Task) -> Start:
+def _make_start(
+    settings: Settings, model: peft.Adapted, variables: Any, card: Card, task: tasks.Task, data: Mapping[str, Source]
+) -> Start:
     """What the terms are told before the first step."""
     example = load.example_input(card)
     outputs = jax.eval_shape(lambda: model.apply(variables, example, train=False)[1])
@@ -218,8 +220,18 @@ def _make_start(settings: Settings, model: peft.Adapted, variables: Any, card: C
         x = x if start else steps.normalise(x, card)
         return model.apply(steps.subtree(variables, network), x, train=False, start=start, stop=stop)[1]
 
+    blank = jax.tree.map(jnp.zeros_like, variables["batch_stats"])  # so that those of the batch are left
+
+    def batch_statistics(variables, x):
+        still, own = model.clone(dropout=0.0, drop_path=0.0), {**variables, "batch_stats": blank}
+        x, rngs = steps.normalise(x, card), {"dropout": jax.random.key(0)}
+        _, found = still.apply(own, x, train=True, mutable=["batch_stats"], rngs=rngs)
+        return {path: leaf / (1 - NORM_MOMENTUM) for path, leaf in trees.flatten(found.get("batch_stats", {})).items()}
+
     source_head = functools.partial(load.source_head, settings.model.name, settings.model.weights)
-    return Start(variables, None, task, model, shapes, None, apply, source_head, jax.random.key(settings.loop.seed))
+    facts = {name: StreamFacts(len(data[name]), data[name].num_domains) for name in (MAIN, *settings.streams)}
+    key = jax.random.key(settings.loop.seed)
+    return Start(variables, None, task, model, facts, shapes, None, apply, batch_statistics, source_head, key)
 
 
 def _join(

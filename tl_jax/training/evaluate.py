@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from tl_jax.core.fields import INDEX, LABEL, MASK
+from tl_jax.core.fields import INDEX, MASK
+from tl_jax.data.examples import Source
 from tl_jax.data.pipeline import EvalBatches
 from tl_jax.runtime.sharding import Parallel
 from tl_jax.tasks import Predictions, Spec, make_predictions
@@ -18,18 +19,25 @@ def predict(
 ) -> Predictions:
     """The task's outputs, labels and features of every example of the source, in its order, on every process.
 
+    The labels are those of the source, None where they are sealed: no batch need hold them.
     eval_fn: from `Parallel.evaluate`; field: of a batch, what it reads. Raises as `collect`, and FloatingPointError for
     outputs that are not finite.
     """
-    outputs, labels = collect(lambda x: eval_fn(variables, x), batches, field, parallel)
-    source, features = batches.source, outputs.pop(FEATURES)
+    outputs = collect(lambda x: eval_fn(variables, x), batches, field, parallel)
+    features = outputs.pop(FEATURES)
+    return join(outputs, batches.source, spec, features)
+
+
+def join(outputs: Mapping[str, np.ndarray], source: Source, spec: Spec, features: np.ndarray | None) -> Predictions:
+    """Outputs with the labels, ids and groups of their source."""
+    labels = None if source.sealed else source.labels
     return make_predictions(outputs, labels, list(source.ids), spec, features, source.groups)
 
 
 def collect(
     eval_fn: Callable, batches: EvalBatches, field: str, parallel: Parallel, axes: Mapping[str, int] | None = None
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The outputs {name: array} of eval_fn(inputs) for every example once, in the order of the source, and the labels.
+) -> dict[str, np.ndarray]:
+    """The outputs {name: array} of eval_fn(inputs) for every example once, in the order of the source.
 
     axes: the axis of the examples, where it is not the first. Padding is dropped by its mask; raises RuntimeError
     unless each example was seen exactly once.
@@ -38,7 +46,7 @@ def collect(
     for batch in batches:
         batch = parallel.put_batch(batch)
         outputs = eval_fn(batch[field])
-        facts = parallel.gather({name: batch[name] for name in (INDEX, LABEL, MASK)})
+        facts = parallel.gather({name: batch[name] for name in (INDEX, MASK)})
         columns.append(jax.device_get((facts, outputs)))
     facts = {name: np.concatenate([facts[name] for facts, _ in columns]) for name in columns[0][0]}
     seen = facts[INDEX][facts[MASK]]
@@ -49,4 +57,4 @@ def collect(
     for name in columns[0][1]:
         axis = (axes or {}).get(name, 0)
         joined[name] = np.concatenate([outputs[name] for _, outputs in columns], axis).take(order, axis)
-    return joined, facts[LABEL][order]
+    return joined

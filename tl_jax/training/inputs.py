@@ -5,31 +5,38 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from tl_jax.core import checks, messages
 from tl_jax.core.card import PIXELS, Card
-from tl_jax.data import duplicates, groups, pipeline, resample, sources
+from tl_jax.data import duplicates, groups, pipeline, resample, sources, weights
 from tl_jax.data.examples import Source
+from tl_jax.data.mixed import mixed_batches
 from tl_jax.data.pipeline import EvalBatches, TrainBatches, View
+from tl_jax.data.sealed import Ledger, canonical
+from tl_jax.methods.selectors import DOMINANT
 from tl_jax.methods.term import MAIN
 from tl_jax.runtime import distributed, sharding
 from tl_jax.runtime.log import log
 from tl_jax.training.settings import DataSettings, Settings, StreamSettings, naming
 
 SPLITS = ("train", "val", "test")
+SAMPLE, MIXED = "sample of train", "mixed candidates"  # what else is predicted of a candidate
+SAMPLED = 1000  # examples of the former
 
 
 def load_sources(settings: Settings) -> dict[str, Source]:
     """The sources of train, val, test, extra_eval and further streams, by name; ValueError where they do not fit."""
     data, loop = settings.data, settings.loop
     with naming(settings.table, "data.train", "data.val", "data.test"):
-        _check_splits(data, loop.select == "best_val" or bool(loop.patience), settings.streams)
+        _check_splits(data, loop.select != "last" or bool(loop.patience), settings.streams)
     common = {"task": settings.loop.task, "labels": data.labels, "seed": loop.seed, "split_seed": data.split_seed}
     common |= {"on_error": data.on_error, "data_dir": data.data_dir or None, "group": data.group}
+    common |= {"sealed": sealed_sources(settings), "poison": data.poison}
 
-    def read(name, source, split, shots=0):
+    def read(name, source, split, shots=0, labelled=True):
         with naming(settings.table, *_options_of(name, settings)):
-            return sources.load(source, split, shots=shots, **common)
+            return sources.load(source, split, shots=shots, labelled=labelled, **common)
 
     found = {
         name: read(name, data.source, split, data.shots if name == MAIN else 0)
@@ -40,7 +47,18 @@ def load_sources(settings: Settings) -> dict[str, Source]:
         with naming(settings.table, "data.resample"):
             found |= _resample(found[MAIN], data.resample, data.split_seed)
     found |= {name: read(name, source, split) for name, source, split in data.extra_eval}
-    found |= {name: read(name, stream.source, stream.split, stream.shots) for name, stream in settings.streams.items()}
+    if data.weights:
+        with naming(settings.table, "data.weights"):
+            found[MAIN] = weights.with_weights(found[MAIN], data.weights)
+    for name, source, split in judged_on(data):
+        found[name] = read(name, source, split, labelled=False)
+    for name, stream in settings.streams.items():
+        found[name] = read(name, stream.source, stream.split, stream.shots, stream.labelled)
+    names = found[MAIN].class_names  # of what has no class folders
+    found = {
+        k: source if source.class_names else dataclasses.replace(source, class_names=names)
+        for k, source in found.items()
+    }
     _check_sources(found, settings)
     for source in found.values():
         if source.skipped:
@@ -52,7 +70,8 @@ def load_sources(settings: Settings) -> dict[str, Source]:
 def _options_of(name: str, settings: Settings) -> tuple[str, ...]:
     """The options that say which examples a source has, for `naming`."""
     if name not in SPLITS:
-        return (f"streams.{name}" if name in settings.streams else "data.extra_eval",)
+        judged = name in (triple[0] for triple in judged_on(settings.data))
+        return (f"streams.{name}" if name in settings.streams else f"data.{'candidates' if judged else 'extra_eval'}",)
     split = f"data.{name} = {messages.brief(getattr(settings.data, name))}"
     return "data.source", split, "data.group", "data.data_dir", "task", *(["data.shots"] if name == MAIN else [])
 
@@ -70,9 +89,11 @@ def _check_splits(data: DataSettings, chooses: bool, streams: Iterable[str]) -> 
             f"data names the splits {splits}: expected train, and val or test to score on; select='best_val' and "
             "patience need val"
         )
-    names = [*SPLITS, *(name for name, *_ in data.extra_eval), *streams]
+    names = [*SPLITS, SAMPLE, MIXED, *(name for name, *_ in (*data.extra_eval, *judged_on(data))), *streams]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"data.extra_eval and streams name {twice}, which are taken; choose other names")
+        raise ValueError(
+            f"data.extra_eval, data.candidates and streams name {twice}, which are taken; choose other names"
+        )
 
 
 def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
@@ -83,10 +104,10 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
         raise ValueError(
             f"data.source: {train.name} has the one class {classes[0]!r}; expected at least two to tell apart"
         )
-    for name, source in found.items():
-        if changed := messages.difference(classes, dict(enumerate(source.class_names))):
-            which = f"{_options_of(name, settings)[0]}: the classes of train and {name} differ (train -> {name})"
-            raise ValueError("\n".join([f"{which}:", *changed]))
+    differ = {name: messages.unequal(train.class_names, source.class_names) for name, source in found.items()}
+    which = [f"{_options_of(name, settings)[0]}, {found[name].name}: {text}" for name, text in differ.items() if text]
+    fix = "what is partial or open needs a method made for it, and there is none; leave these classes out everywhere"
+    checks.refuse(f"the classes of {len(which)} sources are not those of train ({train.name}); {fix}", which)
     held_out = [name for name in scored_names(found, settings) if name != "test" or data.resample != "loo"]
     for name in held_out:
         if shared := sources.overlap(train, found[name]):
@@ -102,7 +123,9 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
         if (both := groups.shared(found[stream], found[name]))
     ]
     checks.refuse("data.group says what no split may cut; take slices of one split, which keep groups whole", lines)
-    if train.groups is not None and train.label_kind == "classes":  # a group may hold all of a class
+    if (
+        train.groups is not None and train.label_kind == "classes" and not train.sealed
+    ):  # a group may hold all of a class
         lacking = [train.class_names[c] for c in set(range(len(train.class_names))) - set(train.labels.tolist())]
         checks.refuse(
             f"{train.name}, {len(set(train.groups.tolist()))} whole groups, has no example of {len(lacking)} classes; "
@@ -111,10 +134,45 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
     if (shared := transductive(found, settings)) and not data.transductive:
         stream, name = next(iter(shared))
         raise ValueError(
-            f"streams.{stream}: {shared[stream, name]} of {len(found[name])} examples of {name}, which is scored, are "
-            f"also in the training stream {stream!r}; use splits that do not overlap, or set data.transductive=True, "
-            "which result.json then says"
+            f"{_options_of(stream, settings)[0]}: {shared[stream, name]} of {len(found[name])} examples of {name}, "
+            f"which is scored, are also in {'the training stream ' * (stream in settings.streams)}{stream!r}; use "
+            "splits that do not overlap, or set data.transductive=True, which result.json then says"
         )
+
+
+def judged_on(data: DataSettings) -> list[tuple[str, str, str]]:
+    """The set (name, source, split) that candidates are judged on, if there is one."""
+    return [tuple(data.candidates)] if data.candidates else []
+
+
+def sealed_sources(settings: Settings) -> set[str]:
+    """The sources, by canonical name, whose labels nobody reads before every choice is made.
+
+    Those that an unlabelled stream or data.candidates names, and no labelled one.
+    """
+    streams = [(stream.source, stream.labelled) for stream in settings.streams.values()]
+    streams += [(settings.data.source, settings.data.labelled)]
+    streams += [(source, False) for _, source, _ in judged_on(settings.data)]
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    for source, labelled in streams:
+        names[labelled] |= {canonical(each) for each in ([source] if isinstance(source, str) else source)}
+    return names[False] - names[True]
+
+
+def make_ledger(found: Mapping[str, Source], settings: Settings) -> Ledger:
+    """The ledger of a run, with the label arrays that its sources bring along."""
+    bare = [name for name, stream in settings.streams.items() if not stream.labelled]
+    bare += [name for name, *_ in judged_on(settings.data)]
+    why = "another stream has labels of its source, so that no leak test is possible"
+    ledger = Ledger(
+        [name for name, source in found.items() if source.sealed],
+        {name: why for name in bare if not found[name].sealed},
+    )
+    readers = {**dict.fromkeys((MAIN, *settings.streams), "training"), "val": "evaluation on val"}
+    for name, source in found.items():
+        if not source.sealed and name not in bare:
+            ledger.note(name, source.name, source.labels, readers.get(name, "the score at the end"), "load")
+    return ledger
 
 
 def facts_of(source: Source) -> dict[str, Any]:
@@ -153,11 +211,13 @@ def find_duplicates(found: Mapping[str, Source], settings: Settings) -> dict[str
 
 
 def transductive(found: Mapping[str, Source], settings: Settings) -> dict[tuple[str, str], int]:
-    """{(further stream, scored split): examples that are in both}."""
+    """{(further stream or split that candidates are judged on, scored split): examples that are in both}."""
+    judged = [name for name, *_ in judged_on(settings.data)]
     shared = {
         (stream, name): len(sources.overlap(found[stream], found[name]))
-        for stream in settings.streams
+        for stream in (*settings.streams, *judged)
         for name in scored_names(found, settings)
+        if name != stream
     }
     return {pair: count for pair, count in shared.items() if count}
 
@@ -188,10 +248,14 @@ def make_streams(
     """
     data, loop = settings.data, settings.loop
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    main = StreamSettings(data.source, data.train, loop.batch_size, data.augment, True, data.sampling)
-    streams = {}
+    main = StreamSettings(data.source, data.train, loop.batch_size, data.augment, data.labelled, data.sampling)
+    streams, first = {}, next(iter(cards))
+    if (strong := f"{first}:strong") in cards and any(stream.strong for stream in settings.streams.values()):
+        raise ValueError(f"networks.strong reads the field {strong!r}, which streams with `strong` need; rename it")
     for name, stream in {MAIN: main, **settings.streams}.items():
         views = {field: View(card, tuple(stream.augment)) for field, card in cards.items()}
+        if stream.strong:
+            views[strong] = View(cards[first], tuple(stream.strong), "strong")
         keys = [f"streams.{name}"] if name in settings.streams else ["batch_size", "data.augment", "data.sampling"]
         with naming(settings.table, *keys):
             sharding.check_batch_size(stream.batch_size, loop.accumulate, parallel.mesh.size)
@@ -203,10 +267,13 @@ def make_streams(
     # One size for all, so that one program serves them; it pads val, which is scored often, the least.
     count = len(found.get("val", found.get("test")))
     size = parallel.round_up(-(-count // -(-count // loop.eval_batch_size)))
-    first = next(iter(cards))
     views = {first: View(cards[first])}
     with naming(settings.table, "eval_batch_size", "data.source"):
-        return streams, {
-            name: pipeline.eval_batches(source, views, size, num_workers=data.workers, **processes)
-            for name, source in scored.items()
-        }
+        how = {"num_workers": data.workers, **processes}
+        if judged := judged_on(data):
+            rows = np.random.default_rng(0).permutation(len(found[MAIN]))[:SAMPLED]
+            scored[SAMPLE] = found[MAIN].select(np.sort(rows))
+        made = {name: pipeline.eval_batches(source, views, size, **how) for name, source in scored.items()}
+        if judged and not loop.cache:  # there are no inputs behind what is cached
+            made[MIXED] = mixed_batches(found[judged[0][0]], views, size, DOMINANT, **how)
+        return streams, made

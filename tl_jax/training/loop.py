@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 from tl_jax import config, tasks
 from tl_jax.core import messages
+from tl_jax.core.options import SELECTORS
 from tl_jax.methods.term import MAIN
 from tl_jax.runtime import preemption, roofline, sharding
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.log import RunLog, feed, log
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.training import artifacts, audit, single, steps
+from tl_jax.training import artifacts, audit, between, candidates, single, steps
 from tl_jax.training.build import Run, intervals
 from tl_jax.training.single import Line, Program, Stop
 
@@ -54,6 +55,9 @@ class Loop:
             self.checkpoints, self.identity, lambda step: self.program.initial(run.phase_of(step))
         )
         start = self.saved = int(self.state.step)
+        for folder in self.folders.values():
+            candidates.forget(folder, start)
+        self.held_out: dict[int, between.HeldOut] = {}  # by phase
         rows = meta.get("rows") or [[] for _ in range(count)]
         self.failed = {int(j): FloatingPointError(text) for j, text in meta.get("failed", {}).items()}
         self.frozen = meta.get("frozen")
@@ -64,9 +68,8 @@ class Loop:
             self.logs = dict(enumerate(map(stack.enter_context, logs)))
             done = start
             if meta.get("owed"):
-                self._evaluate(
-                    first, start, self.program.batches(first, self.state, ["val"], self.stop_requested)["val"]
-                )
+                judged = self.program.batches(first, self.state, self._judged(), self.stop_requested)
+                self._evaluate(first, start, judged)
             for i in range(first, len(run.phases)):
                 if self._over():
                     break
@@ -82,8 +85,12 @@ class Loop:
     def _prove_frozen(self, i: int) -> None:
         audit.check_frozen(self.frozen, self.program.frozen_hashes(i, self.state))
 
+    def _judged(self) -> list[str]:
+        """The sets that every evaluation predicts: val, and those of candidates."""
+        return ["val", *candidates.names(self.first)] if "val" in self.first.material.data else []
+
     def _refresh(self, i: int, step: int) -> None:
-        if names := single.due(self.first.phases[i], step):
+        if names := single.due(self.first, i, step):
             with self._saved(i, step):
                 state = self.program.refresh(i, self.state, names, self.stop_requested)
             self.state = state
@@ -112,9 +119,11 @@ class Loop:
         phase, program, step_fn = self.first.phases[i], self.program, None
         self._refresh(i, start)
         self.frozen = self.frozen or program.frozen_hashes(i, self.state)
-        names = [*phase.plan.streams, *(["val"] if "val" in self.first.material.data else [])]
-        sets = program.batches(i, self.state, names, self.stop_requested)
-        val = sets.pop("val", None)
+        sets = program.batches(i, self.state, [*phase.plan.fed, *self._judged()], self.stop_requested)
+        judged = {name: sets.pop(name) for name in self._judged()}
+        if not start and len(judged) > 1:
+            with self._saved(i, start):
+                self._write_candidates(start, self._predict(i, judged))
         with contextlib.closing(program.iterate(sets, start, phase.stop)) as stream, preemption.saved_by(None):
             batches = feed(self.logs.values(), stream, lambda: self.state.step.is_ready())
             for done in range(start + 1, phase.stop + 1):
@@ -128,11 +137,11 @@ class Loop:
                 self.state = step_fn(self.state, batch)
                 if done == start + 1:
                     self.checkpoints.prepare(self.state)  # while the device is busy
-                if self._after_step(i, done, val):
+                if self._after_step(i, done, judged):
                     return done
         return phase.stop
 
-    def _after_step(self, i: int, done: int, val: Any) -> bool:
+    def _after_step(self, i: int, done: int, judged: Mapping[str, Any]) -> bool:
         """Lines, evaluation, checkpoint; whether training ends early here."""
         last = done == self.first.phases[i].stop
         evaluates, stopping = done % self.eval_every == 0 or last, self.stop_requested(done)
@@ -148,32 +157,58 @@ class Loop:
         with contextlib.ExitStack() as stack:
             for each in self.logs.values():
                 stack.enter_context(each.untimed())
-            if evaluates and val is not None:
-                self._evaluate(i, done, val)
+            if evaluates and judged:
+                self._evaluate(i, done, judged)
             self._save(done)
         if stopping:
             raise Preempted(f"stopped after step {done} of {self.first.total_steps}")
         return self._over()
 
-    def _evaluate(self, i: int, done: int, val: Any) -> None:
-        """Scores every run that goes on on val."""
+    def _evaluate(self, i: int, done: int, judged: Mapping[str, Any]) -> None:
+        """Scores every run that goes on on val, and writes its candidate."""
         with self._saved(i, done, owed=True):
-            task, found = self.first.task, self.program.predict(i, self.state, val, list(self._going()))
-        lost = {j: each for j, each in found.items() if isinstance(each, FloatingPointError)}
+            task, seen = self.first.task, self._predict(i, judged)
+            held_out = self._held_out(i)
+        every = ((j, each) for found in seen.values() for j, each in found.items())
+        lost = {j: each for j, each in every if isinstance(each, FloatingPointError)}
         self._fail({j: not_finite(done - 1, done, f"its outputs on val are not: {lost[j]}") for j in lost})
-        scores = {j: task.scores(each) for j, each in found.items() if j not in lost}
+        sound = {j: each for j, each in seen["val"].items() if j not in lost}
+        scores = {j: {} if each.labels is None else task.scores(each) for j, each in sound.items()}
+        if len(seen) > 1:
+            further = self._write_candidates(done, {name: {j: found[j] for j in sound} for name, found in seen.items()})
+            scores = {j: {**scores[j], **further[j], **held_out} for j in scores}
         for j, values in scores.items():
-            self.logs[j].evaluated(done, values)
-        if self.verbose and scores and len(self.logs) > 1:
+            if values:
+                self.logs[j].evaluated(done, values)
+        if self.verbose and len(self.logs) > 1 and any(task.monitor[0][0] in values for values in scores.values()):
             best = max(scores, key=lambda j: tasks.preference(task.monitor, scores[j]))
             name = task.monitor[0][0]
             log(f"step {done}  {len(scores)} replicas, best val {name} {scores[best][name]:.4g} (replica {best})")
+
+    def _predict(self, i: int, judged: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
+        """The outputs of every run that goes on on each set."""
+        going = list(self._going())
+        return {name: self.program.predict(i, self.state, each, going) for name, each in judged.items()}
+
+    def _write_candidates(self, done: int, seen: Mapping[str, Mapping[int, Any]]) -> dict[int, dict[str, float]]:
+        """Writes the candidate of every run; the score of each, where a selector chooses."""
+        own = {j: {name: found[j] for name, found in seen.items()} for j in seen["val"]}
+        sound = {j: x for j, x in own.items() if not any(isinstance(y, FloatingPointError) for y in x.values())}
+        return {j: candidates.write(self.folders.get(j), self.program.runs[j], done, x) for j, x in sound.items()}
+
+    def _held_out(self, i: int) -> dict[str, float]:
+        """The held-out accuracy of the discriminators of an only run."""
+        if len(self.program.runs) > 1:
+            return {}
+        if i not in self.held_out:
+            self.held_out[i] = between.HeldOut(self.first, i, self.parallel, self.stop_requested)
+        return self.held_out[i](self.state)
 
     def _save(self, done: int, owed: bool = False) -> None:
         """Starts a checkpoint; owed: the evaluation on val after this step is not in it, and comes when it goes on."""
         rows = [each.rows for each in self.logs.values()]
         best = {best_step(self.first, each.rows) for each in self._going().values()}
-        chooses = len(self.logs) == 1 or self.first.settings.loop.select == "best_val"
+        chooses = len(self.logs) == 1 or self.first.settings.loop.select != "last"
         failed = {str(j): str(error) for j, error in self.failed.items()}
         meta = {**self.identity, "rows": rows, "frozen": self.frozen, "failed": failed}
         meta |= {"owed": True} if owed else {}
@@ -283,8 +318,9 @@ def not_finite(bad_step: int, step: int, left: str) -> FloatingPointError:
 
 
 def best_step(run: Run, rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step whose val scores the task prefers; among equals the earliest."""
-    monitor = run.task.monitor
+    """The step whose val scores the task prefers, or `select`, where it is a selector; among equals the earliest."""
+    select = run.settings.loop.select
+    monitor = ((select, "max"),) if select in SELECTORS else run.task.monitor
     scored = [row for row in rows if f"val/{monitor[0][0]}" in row]
 
     def order(row):

@@ -59,7 +59,19 @@ def inverse_sqrt(peak: float, steps: int, *, timescale: Annotated[float, checks.
     return lambda k: peak / jnp.sqrt(1 + k / timescale)
 
 
-SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear, "step": step, "inverse_sqrt": inverse_sqrt}
+def power(peak: float, steps: int, *, scale: NonNegative = 10.0, exponent: NonNegative = 0.75):
+    """peak / (1 + scale * p)^exponent for the progress p from 0 to 1 (Ganin et al. 2016, section 5.2.2)."""
+    return lambda k: peak / (1 + scale * k / steps) ** exponent
+
+
+SCHEDULES = {
+    "constant": constant,
+    "cosine": cosine,
+    "linear": linear,
+    "step": step,
+    "inverse_sqrt": inverse_sqrt,
+    "power": power,
+}
 
 
 def make_schedule(
@@ -172,6 +184,7 @@ def make_optimizer(
     blocks: Mapping[str, str] | None = None,
     values: Mapping[str, Mapping[str, Any]] | None = None,
     apart: Collection[str] = (),
+    times: Mapping[str, int] | None = None,
 ) -> optax.GradientTransformation:
     """One transformation of the flat trainable parameters: a clip of the norm (0: off), then each group's own.
 
@@ -182,13 +195,16 @@ def make_optimizer(
     share their counts. blocks: `{path: block}` for `scale_by_relative_gradient_norm`. values: `{group: {"lr_mult",
     "weight_decay"}}`, perhaps traced, in place of the groups' own numbers, which decide what decays at all. apart:
     networks, by their first folder, that are clipped by their own norm: a discriminator's gradient must not scale the
-    backbone's.
+    backbone's. times: the updates of each group in a step, where it is not one.
     """
+    times = times or {}
     trainable = {path: label for path, label in labels.items() if label != FROZEN}
     offsets = offsets or dict.fromkeys(trainable, 0)
     kinds = {path: f"{label}+{offsets[path]}" for path, label in trainable.items()}
     transforms = {
-        kinds[path]: _group_transform(groups[label], schedule, offsets[path], **(values or {}).get(label, {}))
+        kinds[path]: _group_transform(
+            groups[label], schedule, offsets[path], times.get(label, 1), **(values or {}).get(label, {})
+        )
         for path, label in trainable.items()
     }
     tx = optax.multi_transform(transforms, kinds)
@@ -288,10 +304,25 @@ def migrate(fresh: Any, old: Any, length: int) -> Any:
     return jax.tree_util.tree_map_with_path(carry, fresh)
 
 
+def select_groups(old: Any, new: Any, groups: Collection[str]) -> Any:
+    """The optimizer state `new`, with the values of `old` for all groups but the named ones."""
+
+    def choose(keys, previous, after):
+        group = next((keys[i + 1].key for i, key in enumerate(keys) if _is_group(key)), "")
+        return after if group.rpartition("+")[0] in groups else previous
+
+    return jax.tree_util.tree_map_with_path(choose, old, new)
+
+
+def _is_group(key: Any) -> bool:
+    """Whether the next key of a path in an optimizer state names a group."""
+    return isinstance(key, jax.tree_util.GetAttrKey) and key.name == "inner_states"
+
+
 def _place(keys: tuple) -> tuple[int | None, str]:
     """(offset, place inside its group's state) of an optimizer value; no offset where it belongs to no group."""
     for i, key in enumerate(keys):
-        if isinstance(key, jax.tree_util.GetAttrKey) and key.name == "inner_states":
+        if _is_group(key):
             return int(keys[i + 1].key.rpartition("+")[2]), jax.tree_util.keystr(keys[i + 2 :])
     return None, jax.tree_util.keystr(keys)
 
@@ -301,7 +332,7 @@ def decays(group: Group, path: str) -> bool:
     return group.weight_decay > 0 and re.fullmatch(group.decay, path) is not None
 
 
-def _group_transform(group: Group, schedule, offset: int = 0, lr_mult=None, weight_decay=None):
+def _group_transform(group: Group, schedule, offset: int = 0, times: int = 1, lr_mult=None, weight_decay=None):
     lr_mult = group.lr_mult if lr_mult is None else lr_mult
     weight_decay = group.weight_decay if weight_decay is None else weight_decay
     factory, args = getattr(optax, group.optimizer), dict(group.args)
@@ -311,7 +342,8 @@ def _group_transform(group: Group, schedule, offset: int = 0, lr_mult=None, weig
         return {path: jax.tree.map(lambda _, path=path: decays(group, path), leaf) for path, leaf in params.items()}
 
     def rate(count):
-        return lr_mult * schedule(count - offset)
+        steps = count - offset
+        return lr_mult * schedule(steps // times if times > 1 else steps)
 
     mask_name = next((name for name in ("mask", "weight_decay_mask") if name in parameters), None)
     if "weight_decay" in parameters and mask_name:

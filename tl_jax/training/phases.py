@@ -1,6 +1,7 @@
 """One phase of a run: what it trains, what a step of it computes, its optimizer and its audit."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tl_jax import tasks
-from tl_jax.core import trees
+from tl_jax.core import checks, trees
 from tl_jax.core.card import Card
+from tl_jax.core.messages import nearest
 from tl_jax.data.examples import Source
 from tl_jax.data.pipeline import EvalBatches, TrainBatches
+from tl_jax.data.sealed import Ledger
 from tl_jax.methods import mixing, probes, rules
 from tl_jax.methods.term import MAIN, MODEL, Method, Network, Start
 from tl_jax.models import deterministic_cuts, peft
@@ -20,7 +23,9 @@ from tl_jax.models.head import reads
 from tl_jax.runtime import sharding
 from tl_jax.tasks import Spec
 from tl_jax.training import audit, optim, steps, terms
-from tl_jax.training.settings import LoopSettings, PhaseSettings, Settings, naming, phase_table
+from tl_jax.training.settings import LoopSettings, MethodSettings, PhaseSettings, Settings, naming, phase_table
+
+MIXES = ("mixup", "cutmix", "mix_domains")  # of method: inputs
 
 
 class Material(NamedTuple):
@@ -29,7 +34,8 @@ class Material(NamedTuple):
     data: the sources by name. streams: of training, by step. eval_batches: of all that is scored. model: as it is
     evaluated. variables, origins, memory: as training begins. networks: the further ones, readers: all of them. start:
     what the terms are told. sanity: of each network that a file gave, by weights/sanity.py. shared: examples that are
-    trained on without labels and scored; duplicates: from `inputs.find_duplicates`; both for result.json.
+    trained on without labels and scored; duplicates: from `inputs.find_duplicates`; both for result.json. ledger: of
+    the openings of label arrays.
     """
 
     data: dict[str, Source]
@@ -49,6 +55,7 @@ class Material(NamedTuple):
     facts: dict[str, dict[str, Any]]
     shared: dict[tuple[str, str], int]
     duplicates: dict[str, Any]
+    ledger: Ledger
 
 
 class Phase(NamedTuple):
@@ -99,7 +106,11 @@ def make_phase(
     labels = {path: match.value for path, match in matches.items()}
     with naming(table, "method.norm"):
         policies = _norm_policies(variables["batch_stats"], labels, networks, method.norm)
-    groups, offsets, lengths = _make_groups(settings.loop, phase, labels, material.facts, previous)
+    anew = any(term.statistics for _, term in phase_terms.values())
+    policies |= {path: "computed anew" for path in policies if anew and path.split("/")[0] not in networks}
+    groups, offsets, lengths = _make_groups(settings.loop, phase, labels, material.facts, previous, anew)
+    with naming(table, "turns", "terms"):
+        turns = _make_turns(phase, phase_terms, groups)
     multipliers = rules.layer_multipliers(own, cuts, phase.layer_decay) if phase.layer_decay < 1 else {}
     trained = (path for path in own if labels[path] != trees.FROZEN)
     blocks = rules.parts(trained) if method.auto_rgn else {}
@@ -111,6 +122,7 @@ def make_phase(
 
     def make_optimizer(schedule, groups, values=None):
         more = {"multipliers": multipliers, "offsets": offsets, "blocks": blocks, "values": values, "apart": apart}
+        more["times"] = Counter(name for turn in turns for name in turn.groups)
         return optim.make_optimizer(labels, groups, schedule, phase.clip, **more)
 
     with naming(table, "schedule.name", "schedule.args", "schedule.warmup", "total"):
@@ -126,7 +138,7 @@ def make_phase(
     start = previous.stop if previous else 0
     plan = _make_plan(settings, phase, phase_terms, material, parallel, labels, policies)
     return Phase(
-        start, start + lengths[0], plan._replace(start=start, length=lengths[0]), schedule, tx, report,
+        start, start + lengths[0], plan._replace(start=start, length=lengths[0], turns=turns), schedule, tx, report,
         phase.lr, lengths[1], groups, offsets, make_schedule, make_optimizer,
     )  # fmt: skip
 
@@ -138,8 +150,11 @@ def _norm_policies(batch_stats: Any, labels: Mapping[str, str], networks, norm: 
     return audit.norm_policies(own, labels, norm) | audit.norm_policies(further, labels, ())
 
 
-def _make_groups(loop: LoopSettings, phase: PhaseSettings, labels, facts, previous: Phase | None):
-    """The optimizer groups, the steps that each path has been trained for, and (length, warm-up) in steps."""
+def _make_groups(loop: LoopSettings, phase: PhaseSettings, labels, facts, previous: Phase | None, idle: bool):
+    """The optimizer groups, the steps that each path has been trained for, and (length, warm-up) in steps.
+
+    idle: nothing need be trained.
+    """
     sizes = {"batch_size": loop.batch_size, "train_size": facts[MAIN]["examples"]}
     table = phase_table(phase)
     with naming(table, "total", "schedule.warmup"):
@@ -148,9 +163,31 @@ def _make_groups(loop: LoopSettings, phase: PhaseSettings, labels, facts, previo
         phase.optimizer, tuple(phase.optimizer_args.items()), weight_decay=phase.weight_decay, decay=phase.decay
     )
     with naming(table, "method.name", "groups", "optimizer", "optimizer_args", "weight_decay", "decay"):
-        groups = optim.make_groups(labels, default, phase.groups)
-    known = previous and (previous.plan.labels, previous.groups, previous.offsets, previous.length)
+        groups = optim.make_groups(labels, default, phase.groups) if not idle or _trains(labels) else {}
+    anew = phase.restart or phase.turns or (previous and previous.plan.turns)  # counts of turns are not those of steps
+    known = None if anew else previous and (previous.plan.labels, previous.groups, previous.offsets, previous.length)
     return groups, optim.offsets_after(known, labels, groups), lengths
+
+
+def _trains(labels: Mapping[str, str]) -> bool:
+    return any(label != trees.FROZEN for label in labels.values())
+
+
+def _make_turns(phase: PhaseSettings, phase_terms: terms.Terms, groups: Mapping[str, Any]) -> tuple[steps.Turn, ...]:
+    """The turns of a phase; ValueError lists groups and terms that are not there, or that no turn names."""
+    turns = tuple(steps.Turn(tuple(names), dict(factors)) for names, factors in phase.turns)
+    if not turns:
+        return ()
+    problems = ["method.auto_rgn compares the gradients of all blocks in one update: leave it out, or turns"]
+    problems = problems if phase.method.auto_rgn else []
+    for what, known, places in (("group", groups, 0), ("term", phase_terms, 1)):
+        named = dict.fromkeys(name for turn in turns for name in turn[places])
+        problems += [
+            f"there is no {what} {x!r}{nearest(x, known)}; it has: {', '.join(known)}" for x in named.keys() - known
+        ]
+        problems += [f"no turn names the {what} {name!r}" for name in known if name not in named]
+    checks.refuse("the turns do not fit", sorted(problems))
+    return turns
 
 
 def _make_plan(
@@ -158,7 +195,7 @@ def _make_plan(
 ) -> steps.Plan:
     """What a step of the phase computes."""
     loop, method = settings.loop, phase.method
-    frozen_norms = tuple(path for path, policy in policies.items() if policy == trees.FROZEN)
+    frozen_norms = tuple(path for path, policy in policies.items() if policy != "update")
     if method.stoch_norm and len(frozen_norms) == len(policies):
         raise ValueError(
             "method.stoch_norm samples batch or running statistics, but no BatchNorm layer is in train mode "
@@ -169,13 +206,14 @@ def _make_plan(
     task_args = _task_args(settings, material)
     with naming(settings.table | phase_table(phase), "task_args", "method.label_smoothing"):
         task = tasks.make(material.spec, label_smoothing=method.label_smoothing, **task_args)
-    running = jax.eval_shape(
-        task.running, {"logits": jnp.zeros((1, task.outputs))}, jnp.asarray(material.data[MAIN].labels[:1])
-    )  # fmt: skip
+    running = {}
+    if material.streams[MAIN].labelled and any(MAIN in term.on for _, term in phase_terms.values()):
+        labels_of_one = jnp.asarray(material.data[MAIN].labels[:1])
+        running = jax.eval_shape(task.running, {"logits": jnp.zeros((1, task.outputs))}, labels_of_one)
     named = [log for name, (_, term) in phase_terms.items() for log in (name, *(f"{name}/{x}" for x in term.logs))]
     return steps.Plan(
         readers=readers,
-        method=Method(phase_terms, mixing.make_mix(method.mixup, method.cutmix)),
+        method=Method(phase_terms, _make_mix(settings, method, material)),
         task=task,
         labels=labels,
         frozen_norms=frozen_norms,
@@ -186,8 +224,26 @@ def _make_plan(
         ema=loop.ema,
         axis_name=parallel.axis_name,
         whole=parallel.whole,
+        facts=material.start.facts,
         sums=(*steps.SUMS, *running, *(named if len(named) > 1 else ())),
     )
+
+
+def _make_mix(settings: Settings, method: MethodSettings, material: Material) -> Callable | None:
+    """What mixes the batches; ValueError lists what MixStyle and mixing across domains do not go with."""
+    model, shapes, domains = material.model, material.start.shapes, material.start.facts[MAIN].domains
+    loop, alpha, several = settings.loop, method.mix_domains, "several domains, data.source = (SOURCE, SOURCE, ...)"
+    problems = [f"method.mix_domains = {alpha} needs {several}"] if alpha and domains < 2 else []
+    if alpha and (loop.accumulate > 1 or loop.parallel != "jit"):
+        problems.append(f"method.mix_domains = {alpha} needs the whole batch at once: accumulate = 1, parallel = 'jit'")
+    if alpha and (method.mixup or method.cutmix):
+        problems.append(f"method.mix_domains = {alpha} takes the place of method.mixup and method.cutmix: expected 0")
+    if model.mixes_domains and domains < 2 and not settings.streams:
+        problems.append(f"method.add: mixstyle with partner = 'other_domain' needs {several}, or a further stream")
+    flat = [cut for cut in model.styled if len(shapes[cut]) < 3]
+    problems += [f"method.add: mixstyle after = {cut!r}, whose output {shapes[cut]} has no positions" for cut in flat]
+    checks.refuse("what is mixed does not fit", problems)
+    return mixing.make_mix(method.mixup, method.cutmix, alpha, domains)
 
 
 def _task_args(settings: Settings, material: Material) -> dict[str, tuple[float, ...]]:
@@ -207,13 +263,14 @@ def _make_prefix(
     """The longest prefix of the network in which nothing is trained and nothing is random."""
     changing = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
     own = [path for path in changing if path.split("/")[0] not in networks]
-    length = rules.frozen_cuts(own, model.cuts)
-    length = min(length, model.cuts.index(reads(model.model)) + 1, len(deterministic_cuts(model.model)))
+    cuts, read = model.cuts, reads(model.model)
+    length = rules.frozen_cuts(own, cuts)
+    length = min(length, len(deterministic_cuts(model.model)), *(cuts.index(x) + 1 for x in (read, *model.styled)))
     if not length:
         return None
     dtype = settings.model.prefix_dtype or settings.model.dtype
     cached = bool(settings.loop.cache)
-    return steps.Prefix(model.clone(dtype=jnp.dtype(dtype), remat=""), model.cuts[length - 1], cached)
+    return steps.Prefix(model.clone(dtype=jnp.dtype(dtype), remat=""), cuts[length - 1], cached)
 
 
 def check_prefixes(settings: Settings, phases: Sequence[Phase]) -> None:
@@ -229,7 +286,7 @@ def check_prefixes(settings: Settings, phases: Sequence[Phase]) -> None:
         problems.append(f"views={loop.views}, but data.augment is empty: all views would be the same; expected 1")
     columns = [name for name, network in settings.networks.items() if network.cache]
     for i, (phase, prefix) in enumerate(zip(settings.phases, prefixes, strict=True)):
-        mixing = {name: getattr(phase.method, name) for name in ("mixup", "cutmix") if getattr(phase.method, name)}
+        mixing = {name: getattr(phase.method, name) for name in MIXES if getattr(phase.method, name)}
         if mixing and (columns or (loop.cache and prefix)):
             problems.append(f"phase {i} mixes inputs, {mixing}: cached outputs are of single examples; leave it out")
     if problems:

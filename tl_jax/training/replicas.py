@@ -14,10 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tl_jax import config as options
 from tl_jax.core import messages, trees
+from tl_jax.methods import schedules
 from tl_jax.methods.term import MAIN, MODEL
 from tl_jax.runtime import sharding
-from tl_jax.tasks import make_predictions
-from tl_jax.training import audit, evaluate, feature_cache, single, steps
+from tl_jax.training import audit, evaluate, feature_cache, single, steps, terms
 from tl_jax.training.build import Run, assemble, intervals, prepare
 from tl_jax.training.settings import Settings
 from tl_jax.training.single import Line, Stop
@@ -75,6 +75,8 @@ def _check_together(runs: Sequence[Run]) -> None:
             problems.setdefault(line, []).append(j)
     if jax.process_count() > 1:
         problems["  replicas are trained in one process, this is one of several"] = []
+    if any(term.statistics for phase in runs[0].phases for _, term in phase.plan.method.terms.values()):
+        problems["  statistics that are computed anew (adabn) are of one run"] = []
     if runs[0].settings.loop.patience:
         problems["  patience stops one run: leave it out, and choose the step by select='best_val'"] = []
     if problems:
@@ -108,6 +110,8 @@ def _form(run: Run) -> dict[str, Any]:
     table |= dict(zip(("log_every in steps", "eval_every in steps"), intervals(run), strict=True))
     table |= {f"the data of {name}": s.fingerprint for name, s in run.material.data.items() if name != MAIN}
     for i, phase in enumerate(run.phases):
+        forms = options.forms_of(run.settings.phases[i].terms)
+        table |= {f"phase {i}: terms.{name}": json.dumps(form, sort_keys=True) for name, form in forms.items()}
         kinds = {name: group._replace(lr_mult=0.0, weight_decay=0.0) for name, group in phase.groups.items()}
         prints = {"labels": phase.plan.labels, "step offsets": phase.offsets}
         facts = {"steps": (phase.start, phase.stop), "warm-up steps": phase.warmup_steps, "groups": kinds}
@@ -164,19 +168,33 @@ class Replicas:
         return {}  # checkpoints hold what is trained, and nothing else
 
     def numbers(self, i: int) -> dict[str, Any]:
-        """The learning rates, factors and weight decays of phase i, at every place of the grid."""
+        """The rates, factors, weight decays and differing weights of terms of phase i, at every place of the grid."""
         phases = [run.phases[i] for run in self.runs]
 
         def place(values):
             return np.array(list(values), np.float32)[self.grid]
 
+        weights = [terms.weights_of(run.settings.phases[i]) for run in self.runs]
+        varied = [name for name in weights[0] if any(each[name] != weights[0][name] for each in weights)]
         return {
             "lr": place(phase.lr for phase in phases),
             "values": {
                 name: {field: place(getattr(phase.groups[name], field) for phase in phases) for field in FIELDS}
                 for name in phases[0].groups
             },
+            "weights": {
+                name: {field: place(each[name][1][field] for each in weights) for field in weights[0][name][1]}
+                for name in varied
+            },
         }
+
+    def _plan(self, i: int, numbers: Mapping[str, Any]) -> steps.Plan:
+        """What a step of phase i computes, for traced numbers."""
+        phase, given = self.runs[0].phases[i], dict(self.runs[0].phases[i].plan.method.terms)
+        for name, values in numbers["weights"].items():
+            schedule, _ = terms.weights_of(self.runs[0].settings.phases[i])[name]
+            given[name] = schedules.SCHEDULES[schedule](**values), given[name][1]
+        return phase.plan._replace(method=phase.plan.method._replace(terms=given))
 
     def _optimizer(self, i: int, numbers: Mapping[str, Any]):
         """The optimizer of phase i for traced numbers; what decays in any replica decays in all, perhaps by 0."""
@@ -236,9 +254,8 @@ class Replicas:
         flat, found = jax.tree.map(lambda x: np.array(self._flat(x)), memory), {}
         for j, place in enumerate(self._places):
             own = jax.tree.map(lambda x, place=place: x[place], flat)
-            found[j] = jax.device_get(
-                single.refreshed(self.runs[j], i, self._variables_at(params, j), own, names, stop)
-            )
+            refreshed, _ = single.refreshed(self.runs[j], i, self._variables_at(params, j), own, names, stop)
+            found[j] = jax.device_get(refreshed)
         made = [found[j] for j in self.grid.flat]
         stacked = jax.tree.map(lambda *x: np.stack(x).reshape(*self.grid.shape, *x[0].shape), *made)
         return state._replace(memory=self.parallel.place(stacked))
@@ -291,12 +308,11 @@ class Replicas:
 
     def make_train_step(self, i: int) -> Callable:
         """train_step(state, inputs) -> state of all places; inputs: {"shared", "feeds" with their batch, "numbers"}."""
-        plan = self.runs[0].phases[i].plan
 
         def train_step(state, inputs):
             def one(own, feed, numbers):
                 joined = self._join(own, feed["key"], inputs["shared"], feed["frozen"])
-                step = steps.make_train_step(plan, self._optimizer(i, numbers))
+                step = steps.make_train_step(self._plan(i, numbers), self._optimizer(i, numbers))
                 return self._separate(step(joined, feed["batch"]))
 
             return self._over(one, AXES, AXES)(state, inputs["feeds"], inputs["numbers"])
@@ -330,14 +346,14 @@ class Replicas:
         depends, eval_fn = self._evals[prefix]
         names = [name for name in jax.eval_shape(eval_fn, variables, batches[0][field]) if name != steps.FEATURES]
         axes = {**dict.fromkeys(names, 1), steps.FEATURES: int(depends)}
-        outputs, labels = evaluate.collect(lambda x: eval_fn(variables, x), batches, field, self.parallel, axes)
+        outputs = evaluate.collect(lambda x: eval_fn(variables, x), batches, field, self.parallel, axes)
         features, found = outputs.pop(steps.FEATURES), {}
         for j in wanted:
             place = self._places[j]
             own = {name: values[place] for name, values in outputs.items()}
             try:
-                read, source = features[place] if depends else features, batches.source
-                found[j] = make_predictions(own, labels, list(source.ids), run.task.spec, read, source.groups)
+                read = features[place] if depends else features
+                found[j] = evaluate.join(own, batches.source, run.task.spec, read)
             except FloatingPointError as error:  # no reason for the others to stop
                 found[j] = error
         return found
@@ -370,6 +386,9 @@ class Replicas:
 
     def variables(self, state: steps.TrainState, j: int) -> dict[str, Any]:
         return self._variables_at(jax.device_get({**state.params, **state.ema}), j)
+
+    def memory(self, state: steps.TrainState, j: int) -> dict[str, Any]:
+        return jax.tree.map(lambda x: np.asarray(self._flat(x))[self._places[j]], jax.device_get(state.memory))
 
 
 def _depend(eval_fn: Callable, variables: Any, x: np.ndarray) -> bool:

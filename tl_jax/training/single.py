@@ -18,6 +18,7 @@ from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Stop, check
 from tl_jax.training import audit, evaluate, feature_cache, steps
 from tl_jax.training.build import Phase, Run
+from tl_jax.training.optim import to_steps
 from tl_jax.training.steps import TrainState
 
 
@@ -40,7 +41,7 @@ class Program(Protocol):
     def enter(self, i: int, state: TrainState) -> TrainState: ...
     def refresh(
         self, i: int, state: TrainState, names: Sequence[str], stop: Stop
-    ) -> TrainState: ...  # the memory of these terms
+    ) -> TrainState: ...  # with the memory and the statistics of these terms computed anew
     def frozen_hashes(self, i: int, state: TrainState) -> dict[str, str]: ...
     def batches(self, i: int, state: TrainState, names: Sequence[str], stop: Stop) -> dict[str, Any]: ...
     def iterate(self, sets: Mapping[str, Any], start: int, stop: int) -> Iterator[Any]: ...
@@ -49,6 +50,7 @@ class Program(Protocol):
     def read_line(self, line: Line) -> dict[int, tuple[dict[str, float], float, int]]: ...
     def predict(self, i: int, state: TrainState, batches: Any, wanted: Sequence[int]) -> dict[int, Any]: ...
     def variables(self, state: TrainState, j: int) -> dict[str, Any]: ...  # as evaluated, on the host
+    def memory(self, state: TrainState, j: int) -> dict[str, Any]: ...  # of the terms, on the host
 
 
 class Single:
@@ -91,8 +93,9 @@ class Single:
         return self._parallel.place(steps.enter_phase(phase.plan, phase.tx, state, before.length))
 
     def refresh(self, i: int, state: TrainState, names: Sequence[str], stop: Stop) -> TrainState:
-        memory = refreshed(self._run, i, current_variables(state), state.memory, names, stop)
-        return state._replace(memory=self._parallel.place(memory))
+        memory, statistics = refreshed(self._run, i, current_variables(state), state.memory, names, stop)
+        batch_stats = trees.merge(state.batch_stats, self._parallel.place(statistics))
+        return state._replace(memory=self._parallel.place(memory), batch_stats=batch_stats)
 
     def frozen_hashes(self, i: int, state: TrainState) -> dict[str, str]:
         return audit.frozen_hashes(current_variables(state), [self._run.phases[i].audit])
@@ -139,6 +142,9 @@ class Single:
     def variables(self, state: TrainState, j: int) -> dict[str, Any]:
         return trees.to_host(steps.eval_variables(state))
 
+    def memory(self, state: TrainState, j: int) -> dict[str, Any]:
+        return trees.to_host(state.memory)
+
 
 def current_variables(state: TrainState) -> dict[str, Any]:
     """The variables as training moves them, without the moving average."""
@@ -182,28 +188,42 @@ def cached(
 
 def refreshed(
     run: Run, i: int, variables: Any, memory: Mapping[str, Any], names: Iterable[str], stop: Stop
-) -> dict[str, Any]:
-    """The memory of all terms, that of the named ones computed anew from the data."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The memory of all terms, that of the named ones computed anew from the data, and {path: leaf} of statistics."""
     material, phase, new = run.material, run.phases[i], dict(memory)
     field, size = phase.plan.readers[MODEL].field, run.settings.loop.eval_batch_size
     views = {field: pipeline.View(material.card)}
 
     def batches(stream: str) -> Iterator[tuple[Any, Any]]:
-        for batch in pipeline.eval_batches(material.data[stream], views, min(size, len(material.data[stream]))):
+        source, labelled = material.data[stream], material.streams[stream].labelled
+        for batch in pipeline.eval_batches(source, views, min(size, len(source)), labelled=labelled):
             check(stop, "while the memory of the terms is computed")
             real = batch[MASK]
-            yield batch[field][real], batch[LABEL][real]
+            yield batch[field][real], batch[LABEL][real] if labelled else None
 
     variables, memory = jax.device_get((variables, new))
+    statistics: dict[str, Any] = {}
     for name in names:
+        term = phase.plan.method.terms[name][1]
         start: Start = material.start._replace(
-            variables=variables, loaded=material.variables, memory=memory[name], batches=batches
+            variables=variables, loaded=material.variables, memory=memory.get(name), batches=batches
         )
-        new[name] = phase.plan.method.terms[name][1].refresh(start)
-    return new
+        if term.refresh:
+            new[name] = term.refresh(start)
+        if term.statistics:
+            statistics |= term.statistics(start)
+    return new, statistics
 
 
-def due(phase: Phase, step: int) -> list[str]:
-    """The terms of a phase whose memory is computed anew before a step."""
-    terms, since = phase.plan.method.terms.items(), step - phase.start
-    return [x for x, (_, t) in terms if t.refresh and (not since or (t.refresh_every and since % t.refresh_every == 0))]
+def due(run: Run, i: int, step: int) -> list[str]:
+    """The terms of a phase whose memory or statistics are computed anew before a step."""
+    phase = run.phases[i]
+    since, found = step - phase.start, []
+    for name, (_, term) in phase.plan.method.terms.items():
+        every = 0
+        if term.refresh and term.refresh_every:
+            stream = run.material.streams[term.on[-1]]
+            every = to_steps(term.refresh_every, batch_size=stream.batch_size, train_size=len(stream.source))
+        if (term.refresh or term.statistics) and (not since or (every and since % every == 0)):
+            found.append(name)
+    return found

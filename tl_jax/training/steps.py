@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +11,11 @@ import optax
 
 from tl_jax.core import trees
 from tl_jax.core.card import Card
-from tl_jax.core.fields import LABEL
-from tl_jax.methods.term import AVERAGE, MAIN, MODEL, Context, Method
+from tl_jax.core.fields import DOMAIN, INDEX, LABEL
+from tl_jax.methods.term import AVERAGE, MAIN, MODEL, Context
 from tl_jax.tasks import Task
 from tl_jax.training import optim
+from tl_jax.training.plan import Plan, Prefix, Reader, Turn
 
 FEATURES = "features"
 NEVER = jnp.iinfo(jnp.int32).max
@@ -42,63 +43,6 @@ class TrainState(NamedTuple):
     key: jax.Array
     sums: dict[str, jax.Array]
     bad_step: jax.Array
-
-
-class Prefix(NamedTuple):
-    """The frozen prefix of a network: all up to and including its output `cut`.
-
-    model: computes it, perhaps in another type than the rest. cached: batches hold its outputs in place of inputs.
-    """
-
-    model: Any
-    cut: str
-    cached: bool = False
-
-
-class Reader(NamedTuple):
-    """A network as a step runs it.
-
-    module, card: as in `Network`. field: what of a stream it reads. column: the field with its cached logits, if any.
-    """
-
-    module: Any
-    card: Card | None
-    field: str
-    column: str = ""
-
-
-class Plan(NamedTuple):
-    """What a step of one phase computes.
-
-    readers: every network, the model under MODEL. labels: the group of each parameter path. frozen_norms: the paths of
-    BatchNorm layers that keep their statistics. prefix: of it nothing is differentiated or kept for a backward pass.
-    joint: streams pass the model as one batch, else one by one. devices: over how many a batch is divided. start,
-    length: of the phase, in steps. accumulate: the batch is cut into this many parts, one after the other. ema: the
-    decay of the moving average (0: off). axis_name: under pmap, what gradients, statistics and sums are combined over.
-    whole: what makes divided variables whole where a network is applied, `Parallel.whole`.
-    """
-
-    readers: Mapping[str, Reader]
-    method: Method
-    task: Task
-    labels: Mapping[str, str]
-    frozen_norms: Collection[str]
-    prefix: Prefix | None = None
-    joint: bool = True
-    devices: int = 1
-    start: int = 0
-    length: int = 1
-    accumulate: int = 1
-    ema: float = 0.0
-    axis_name: str | None = None
-    whole: Callable = lambda variables: variables
-    sums: tuple[str, ...] = ()
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """The streams that the training pass of the model runs over."""
-        on = dict.fromkeys(stream for _, term in self.method.terms.values() for stream in term.on)
-        return tuple(sorted(on, key=lambda stream: stream != MAIN))
 
 
 def init_state(plan: Plan, tx: Any, variables: Mapping[str, Any], memory: Mapping[str, Any], seed: int) -> TrainState:
@@ -210,44 +154,74 @@ def _accumulated(plan: Plan, trainable, state: TrainState, batch_stats, memory, 
 
 def make_train_step(plan: Plan, tx: optax.GradientTransformation) -> Callable:
     """train_step(state, batch) -> state, pure; batch: {stream: {field: array}}."""
-    compute = _accumulated if plan.accumulate > 1 else _gradients
 
     def train_step(state: TrainState, batch: Mapping[str, Mapping[str, jax.Array]]) -> TrainState:
         key = jax.random.fold_in(state.key, state.step)
         if plan.axis_name:
             key = jax.random.fold_in(key, jax.lax.axis_index(plan.axis_name))
-        trainable, _ = trees.split(state.params, plan.labels)
-        count = {name: plan.task.count(fields[LABEL]).sum() for name, fields in batch.items() if LABEL in fields}
-        total = count if plan.accumulate == 1 else {name: n / plan.accumulate for name, n in count.items()}
-        grads, batch_stats, memory, sums = compute(
-            plan, trainable, state, state.batch_stats, state.memory, batch, total, key
-        )
-        sums = {**sums, "examples": jnp.asarray(count[MAIN], jnp.float32)}
-        if plan.axis_name:
-            statistics = updated_statistics(batch_stats, plan.frozen_norms)
-            grads, statistics = jax.lax.pmean((grads, statistics), plan.axis_name)
-            batch_stats = trees.merge(batch_stats, statistics)  # a mean of equal numbers may round: not the frozen ones
-            sums = jax.lax.psum(sums, plan.axis_name)
-
-        updates, opt_state = tx.update(grads, state.opt_state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
-        params = trees.merge(state.params, trainable)
-        averaged = _trained(params, batch_stats, plan)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
-        return TrainState(
+        bad_step, found = state.bad_step, []
+        for i, turn in enumerate(plan.turns or (None,)):
+            state, sums = _update(plan, tx, turn, state, batch, jax.random.fold_in(key, i) if i else key)
+            finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(sums["grad_norm"])
+            bad_step = jnp.minimum(bad_step, jnp.where(finite, NEVER, state.step))
+            found.append(sums)
+        averaged = _trained(state.params, state.batch_stats, plan)
+        return state._replace(
             step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
             ema=optax.incremental_update(averaged, state.ema, 1 - plan.ema) if plan.ema else {},
-            memory=memory,
-            key=state.key,
-            sums=_add(state.sums, {**sums, "grad_norm": grad_norm, "steps": jnp.ones(())}),
-            bad_step=jnp.minimum(state.bad_step, jnp.where(finite, NEVER, state.step)),
+            sums=_add(state.sums, {**_mean_of(found), "steps": jnp.ones(())}),
+            bad_step=bad_step,
         )
 
     return train_step
+
+
+def _update(plan: Plan, tx: optax.GradientTransformation, turn: Turn | None, state: TrainState, batch, key):
+    """One update of parameters, statistics and memory: the new state, and the sums over the examples of the batch."""
+    trainable, _ = trees.split(state.params, plan.labels)
+    chosen = trainable
+    if turn:
+        terms = {
+            name: (_scaled(plan.method.terms[name][0], f), plan.method.terms[name][1]) for name, f in turn.terms.items()
+        }
+        plan = plan._replace(method=plan.method._replace(terms=terms))
+        chosen = {path: leaf for path, leaf in trainable.items() if plan.labels[path] in turn.groups}
+    count = {name: plan.task.count(fields[LABEL]).sum() for name, fields in batch.items() if LABEL in fields}
+    total = count if plan.accumulate == 1 else {name: n / plan.accumulate for name, n in count.items()}
+    compute = _accumulated if plan.accumulate > 1 else _gradients
+    grads, batch_stats, memory, sums = compute(plan, chosen, state, state.batch_stats, state.memory, batch, total, key)
+    sums = {**sums, "examples": jnp.asarray(_examples(plan, batch), jnp.float32)}
+    if plan.axis_name:
+        statistics = updated_statistics(batch_stats, plan.frozen_norms)
+        grads, statistics = jax.lax.pmean((grads, statistics), plan.axis_name)
+        batch_stats = trees.merge(batch_stats, statistics)  # a mean of equal numbers may round: not the frozen ones
+        sums = jax.lax.psum(sums, plan.axis_name)
+    sums["grad_norm"] = optax.tree.norm(grads)
+    others = {path: jnp.zeros_like(leaf) for path, leaf in trainable.items() if path not in chosen}
+    updates, opt_state = tx.update({**grads, **others}, state.opt_state, trainable)
+    chosen = optax.apply_updates(chosen, {path: updates[path] for path in chosen})
+    opt_state = optim.select_groups(state.opt_state, opt_state, turn.groups) if turn else opt_state
+    params = trees.merge(state.params, chosen)
+    return state._replace(params=params, batch_stats=batch_stats, opt_state=opt_state, memory=memory), sums
+
+
+def _scaled(weight: Callable, factor: float) -> Callable:
+    return weight if factor == 1 else lambda progress: factor * weight(progress)
+
+
+def _mean_of(found: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The sums of a step, the mean over the turns that have them."""
+    if len(found) == 1:
+        return found[0]
+    names = dict.fromkeys(name for sums in found for name in sums)
+    having = {name: [sums[name] for sums in found if name in sums] for name in names}
+    return {name: sum(values) / len(values) for name, values in having.items()}
+
+
+def _examples(plan: Plan, batch: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array | int:
+    """The weight of a batch in sums: what counts in the stream `train`, else the rows of the first stream."""
+    name = MAIN if MAIN in batch else plan.streams[0]
+    return plan.task.count(batch[name][LABEL]).sum() if LABEL in batch[name] else len(batch[name][INDEX])
 
 
 def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, batch, total, key):
@@ -255,8 +229,9 @@ def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, 
     mix_key, forward_key = jax.random.split(key)
     task, method = plan.task, plan.method
     encoded = {name: task.encode(fields[LABEL]) for name, fields in batch.items() if LABEL in fields}
-    if method.mix:
-        inputs, encoded[MAIN] = method.mix(mix_key, _inputs(plan, batch[MAIN]), encoded[MAIN])
+    if method.mix and MAIN in encoded:
+        given = _inputs(plan, batch[MAIN]), encoded[MAIN], batch[MAIN].get(DOMAIN)
+        inputs, encoded[MAIN] = method.mix(mix_key, *given)
         batch = {**batch, MAIN: {**batch[MAIN], **inputs}}
     params = trees.merge(state.params, trainable)
     variables = plan.whole({"params": params, "batch_stats": batch_stats})
@@ -265,12 +240,12 @@ def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, 
     count = {name: task.count(batch[name][LABEL]) for name in encoded}
     step = state.step
     progress = (step - plan.start) / plan.length
-    examples = jnp.asarray(count[MAIN].sum(), jnp.float32)
+    examples = jnp.asarray(_examples(plan, batch), jnp.float32)
     loss, sums, memory = 0.0, {}, dict(memory)
     for name, (weight, term) in method.terms.items():
         context = Context(
-            batch, encoded, count, total, outputs, params, batch_stats, plan.labels, memory.get(name), task, forward,
-            step, progress, jax.random.fold_in(forward_key, zlib.crc32(name.encode())),
+            batch, encoded, count, total, outputs, plan.facts, params, batch_stats, plan.labels, memory.get(name), task,
+            forward, step, progress, jax.random.fold_in(forward_key, zlib.crc32(name.encode())), plan.joint,
         )  # fmt: skip
         result = term.loss(context)
         factor = weight(progress)
@@ -279,10 +254,26 @@ def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, 
         memory |= {} if result.memory is None else {name: result.memory}
         numbers = {name: result.loss, **{f"{name}/{log}": value for log, value in result.logs.items()}}
         sums |= {key: jax.lax.stop_gradient(value) * examples for key, value in numbers.items() if key in plan.sums}
-    running = task.running(outputs[MAIN], batch[MAIN][LABEL])
-    sums |= {name: values.sum(dtype=jnp.float32) for name, values in running.items()}
+    if MAIN in outputs and MAIN in encoded:
+        running = task.running(outputs[MAIN], batch[MAIN][LABEL])
+        sums |= {name: values.sum(dtype=jnp.float32) for name, values in running.items()}
     sums["loss"] = jax.lax.stop_gradient(loss) * examples
     return loss, (batch_stats, memory, sums)
+
+
+def make_logs(plan: Plan, names: Collection[str]) -> Callable:
+    """(state, batch) -> {TERM/LOG: value} of some terms, in training mode, as a step would log them; pure."""
+    terms = {name: plan.method.terms[name] for name in names}
+    logs = [f"{name}/{log}" for name in names for log in terms[name][1].logs]
+    plan = plan._replace(method=plan.method._replace(terms=terms, mix=None), sums=tuple(logs), turns=(), accumulate=1)
+
+    def values(state: TrainState, batch: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
+        total = {name: plan.task.count(fields[LABEL]).sum() for name, fields in batch.items() if LABEL in fields}
+        key = jax.random.fold_in(state.key, state.step)
+        _, (_, _, sums) = compute_loss(plan, {}, state, state.batch_stats, state.memory, batch, total, key)
+        return {name: sums[name] / _examples(plan, batch) for name in logs}
+
+    return values
 
 
 def _inputs(plan: Plan, fields: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -299,27 +290,39 @@ def _pass(plan: Plan, variables: Any, batch, key: jax.Array):
         x, cut, known[name] = run_prefix(plan.prefix, variables, batch[name][reader.field], reader.card)
         entered[name] = (x, cut)
 
-    def apply(x, batch_stats, key):
+    def apply(x, batch_stats, key, domain):
         (_, out), updates = reader.module.apply(
             {**variables, "batch_stats": batch_stats}, x, train=True, start=cut, mutable=["batch_stats"],
-            rngs={"dropout": key},
+            rngs={"dropout": key}, **domain,
         )  # fmt: skip
         return out, {**batch_stats, **updates.get("batch_stats", {})}
 
     batch_stats, inputs = variables["batch_stats"], [entered[name][0] for name in streams]
     if len(streams) == 1:
-        out, batch_stats = apply(inputs[0], batch_stats, key)
+        out, batch_stats = apply(inputs[0], batch_stats, key, _domain(reader, batch, streams, 1))
         outs = [out]
     elif plan.joint:
-        out, batch_stats = apply(_join(inputs, plan.devices), batch_stats, key)
+        domain = _domain(reader, batch, streams, plan.devices)
+        out, batch_stats = apply(_join(inputs, plan.devices), batch_stats, key, domain)
         pieces = {name: _cut(x, [len(i) for i in inputs], plan.devices) for name, x in out.items()}
         outs = [{name: piece[i] for name, piece in pieces.items()} for i in range(len(streams))]
     else:
         outs = []
         for i, x in enumerate(inputs):
-            out, batch_stats = apply(x, batch_stats, jax.random.fold_in(key, i))
+            domain = _domain(reader, batch, streams[i : i + 1], 1)
+            out, batch_stats = apply(x, batch_stats, jax.random.fold_in(key, i), domain)
             outs.append(out)
     return {name: known[name] | out for name, out in zip(streams, outs, strict=True)}, entered, batch_stats
+
+
+def _domain(reader: Reader, batch, streams: Sequence[str], devices: int) -> dict[str, jax.Array]:
+    """{"domain": of each row of the joined streams, which have none in common}; {} where the network reads none."""
+    if not getattr(reader.module, "mixes_domains", False):
+        return {}
+    of_streams = [
+        batch[name].get(DOMAIN, jnp.zeros_like(batch[name][INDEX])) + (i << 16) for i, name in enumerate(streams)
+    ]
+    return {"domain": _join(of_streams, devices)}
 
 
 def _join(arrays: list[jax.Array], devices: int) -> jax.Array:
@@ -336,30 +339,32 @@ def _cut(x: jax.Array, sizes: list[int], devices: int) -> list[jax.Array]:
     return [part.reshape(-1, *part.shape[2:]) for part in jnp.split(x, ends, axis=1)]
 
 
-def _make_forward(plan: Plan, variables: Any, ema: Mapping[str, jax.Array], batch, entered) -> Callable:
+def _make_forward(plan: Plan, everything: Any, ema: Mapping[str, jax.Array], batch, entered) -> Callable:
     """`Context.forward`; see methods/term.py."""
 
-    def forward(network, of, *, train=False, stop=None, key=None, params=None):
-        reader, own = plan.readers[MODEL if network == AVERAGE else network], variables
+    def forward(network, of, *, train=False, start=None, stop=None, key=None, variables=None):
+        reader, own = plan.readers[MODEL if network == AVERAGE else network], subtree(everything, network)
         if isinstance(of, str) and reader.column:
             return {"logits": batch[of][reader.column]}, {}
         if network == AVERAGE:
             own = trees.merge(own, ema)
-        if params is not None:
-            own = plan.whole({**variables, "params": params})
-        cut, x = None, of
+        if variables is not None:
+            own = plan.whole({**own, **variables})
+        cut, x = start, of
         if isinstance(of, str) and network in (MODEL, AVERAGE):
+            if of not in entered:
+                entered[of] = run_prefix(plan.prefix, everything, batch[of][reader.field], reader.card)[:2]
             x, cut = entered[of]
         elif isinstance(of, str):
             x = normalise(batch[of][reader.field], reader.card)
-        elif reader.card is not None:
+        elif reader.card is not None and start is None:
             x = normalise(of, reader.card)
         arguments = {"train": train, "start": cut, "stop": stop}
         if not train:
-            return reader.module.apply(subtree(own, network), x, **arguments)[1], {}
-        (_, out), updates = reader.module.apply(
-            subtree(own, network), x, **arguments, mutable=["batch_stats"], rngs={"dropout": key}
-        )
+            return reader.module.apply(own, x, **arguments)[1], {}
+        if isinstance(of, str):
+            arguments |= _domain(reader, batch, (of,), 1)
+        (_, out), updates = reader.module.apply(own, x, **arguments, mutable=["batch_stats"], rngs={"dropout": key})
         prefix = "" if network in (MODEL, AVERAGE) else f"{network}/"
         return out, {f"{prefix}{path}": x for path, x in trees.flatten(updates.get("batch_stats", {})).items()}
 

@@ -7,7 +7,7 @@ from tl_jax.core import checks
 from tl_jax.core.messages import nearest
 from tl_jax.methods import TERMS, schedules
 from tl_jax.methods.term import AVERAGE, MAIN, MODEL, TASK, Network, Start, Term
-from tl_jax.training.settings import Settings, naming
+from tl_jax.training.settings import PhaseSettings, Settings, naming
 
 # What a term may need, whether a run has it, and how to give it to it.
 NEEDS: dict[str, tuple[Callable[[Settings], bool], str]] = {
@@ -20,6 +20,10 @@ NEEDS: dict[str, tuple[Callable[[Settings], bool], str]] = {
         lambda s: s.loop.accumulate == 1 and s.loop.parallel == "jit",
         "the whole batch at once: accumulate = 1 and parallel = 'jit'",
     ),
+    "domains": (
+        lambda s: s.data.labelled and not isinstance(s.data.source, str) and len(s.data.source) > 1,
+        "several labelled domains: data.source = (SOURCE, SOURCE, ...), one for each",
+    ),
     "average": (lambda s: s.loop.ema > 0, "the moving average: ema above 0"),
 }
 Terms = Mapping[str, tuple[Callable, Term]]
@@ -30,7 +34,8 @@ def make_terms(settings: Settings) -> list[Terms]:
 
     A phase has the task's own term with weight 1 unless it says otherwise; a term of weight 0 is left out.
     """
-    problems, given = [], [{TASK: {}, **phase.terms} for phase in settings.phases]
+    own = {TASK: {}} if settings.data.labelled else {}
+    problems, given = [], [{**own, **phase.terms} for phase in settings.phases]
     given = [{name: _apart(arguments) for name, arguments in terms.items()} for terms in given]
     for i, name, (weight, arguments) in ((i, *pair) for i, terms in enumerate(given) for pair in terms.items()):
         where = f"phases[{i}]: " if settings.table["phases"] else ""
@@ -42,6 +47,11 @@ def make_terms(settings: Settings) -> list[Terms]:
     problems = [problem for terms in made for problem in _problems(settings, terms)] + _unused(settings, made)
     checks.refuse("the terms of the loss do not fit", problems)
     return made
+
+
+def weights_of(phase: PhaseSettings) -> dict[str, tuple[str, dict[str, Any]]]:
+    """{term: (schedule, its numbers)} of the weights that a phase names."""
+    return {name: schedules.parts(_apart(arguments)[0]) for name, arguments in phase.terms.items()}
 
 
 def _apart(arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -56,7 +66,11 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
         problems.append("no term has a weight above 0: there is nothing to minimise")
     for name, (_, term) in terms.items():
         problems += [f"{name} needs {NEEDS[need][1]}" for need in sorted(term.needs) if not NEEDS[need][0](settings)]
-        for stream in term.on:
+        if name == TASK and not settings.data.labelled:
+            problems.append(
+                "task is on the stream train, which data.labelled=False leaves without labels: leave it out"
+            )
+        for stream in (*term.on, *term.feeds):
             if stream not in streams:
                 problems.append(f"{name} is on the stream {stream!r}{nearest(stream, streams)}: add streams.{stream}")
         if settings.loop.parallel == "pmap" and (term.on != (MAIN,) or term.reads):
@@ -74,7 +88,8 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
 def _unused(settings: Settings, phases: Sequence[Terms]) -> list[str]:
     """Streams and networks of the config that no term of any phase uses."""
     terms = [term for phase in phases for _, term in phase.values()]
-    on, read = {stream for term in terms for stream in term.on}, {name for term in terms for name in term.reads}
+    on = {stream for term in terms for stream in (*term.on, *term.feeds)}
+    read = {name for term in terms for name in term.reads}
     where = " of the phases" if settings.table["phases"] else ""
     problems = [f"streams.{name} feeds no term{where}" for name in settings.streams if name not in on]
     return problems + [f"networks.{name} is read by no term{where}" for name in settings.networks if name not in read]

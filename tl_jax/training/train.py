@@ -11,7 +11,7 @@ from tl_jax.methods import probes
 from tl_jax.runtime import distributed, preemption, sharding, workdir
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.log import log
-from tl_jax.training import artifacts, audit, finished, probe, replicas
+from tl_jax.training import artifacts, audit, between, candidates, finished, probe, replicas
 from tl_jax.training.build import Run, assemble, prepare
 from tl_jax.training.loop import Ended, Loop, best_step, not_finite
 from tl_jax.training.settings import Settings, read
@@ -93,6 +93,7 @@ def _opened(run: Run, folder: pathlib.Path):
         (folder / manifest.NAME).unlink(missing_ok=True)  # of a process that died before result.json
         found = {"model.weights_sha256": run.material.base["sha256"]}  # so that this config asks for the same bytes
         files.write_json(folder / "config.json", {**run.settings.table, **found})
+        run.material.ledger.begin(folder)
         files.write_json(folder / "audit.json", audit.join([phase.audit for phase in run.phases]))
         yield
 
@@ -127,6 +128,9 @@ def _train(
             return dict.fromkeys(folders, error)
         results: dict[int, ResultOrError] = {j: error for j, error in ended.failed.items() if j in folders}
         left = [j for j in folders if j not in results]
+        if distributed.is_first():
+            for j in left:
+                candidates.choose(program.runs[j], folders[j], ended.rows[j])
         first = program.runs[0]
         last = first.settings.loop.select == "last"
         selected = {j: ended.step if last else best_step(first, ended.rows[j]) for j in left}
@@ -150,6 +154,8 @@ def _finish(
         if errors := [found for found in own.values() if isinstance(found, FloatingPointError)]:
             results[j] = not_finite(step - 1, step, f"its outputs are not: {errors[0]}")
             continue
+        own = candidates.opened(program.runs[j], own, step)
+        own |= between.answers(program.runs[j], i, program.memory(state, j), step)
         results[j] = artifacts.finalize(
             program.runs[j], folders[j], program.variables(state, j), own, step=step, last_step=ended.step,
             verbose=verbose and len(program.runs) == 1, replicas=len(program.runs),

@@ -5,6 +5,7 @@ The same files give the same bytes; two executions of one study differ in the co
 
 import csv
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -12,9 +13,9 @@ from typing import Any
 
 from tl_jax import tasks
 from tl_jax.core.files import write_text
-from tl_jax.studies.report import analysis, figures, tables
-from tl_jax.studies.report.results import COSTS, Cell, Results, Unit, load
-from tl_jax.studies.report.tables import Block, Picture, Sections, Table, scaled
+from tl_jax.studies.report import alarm, analysis, figures, selection, tables
+from tl_jax.studies.report.results import COSTS, Cell, Results, Unit, last_line, load
+from tl_jax.studies.report.tables import Alarm, Block, Picture, Sections, Table, scaled
 
 NONE = "-"
 METHODS = {
@@ -37,13 +38,16 @@ def write(workdir: pathlib.Path) -> dict[str, Any]:
     results = load(workdir)
     numbers = {metric: analyse(results, metric) for metric in results.metrics}
     pictures, notes = figures.draw(results, numbers, workdir / "figures")
-    sections, for_latex = make_sections(results, numbers, pictures, notes)
+    panel, harm = select(results, workdir), harms(results)
+    sections, for_latex = make_sections(results, numbers, pictures, notes, panel, harm)
     title = results.name or "Study"
     images = {picture.name: (workdir / "figures" / f"{picture.name}.png").read_bytes() for picture in pictures}
     write_text(workdir / "report.md", tables.to_markdown(title, sections))
     write_text(workdir / "report.html", tables.to_html(title, sections, images))
     write_text(workdir / "report.tex", tables.to_latex(for_latex))
     write_text(workdir / "report.csv", to_csv(results))
+    if isinstance(panel, dict):
+        write_text(workdir / "selection.csv", tables.to_csv(selection.table(panel)))
     metrics = {}
     for metric, found in numbers.items():
         cells = [
@@ -55,8 +59,36 @@ def write(workdir: pathlib.Path) -> dict[str, Any]:
         "runs": results.count_states(),
         "reading": numbers[results.metrics[0]]["reading"],
         "metrics": metrics,
+        "selection": panel,
+        "negative_transfer": harm,
         "figures": [picture.name for picture in pictures],
     }
+
+
+def select(results: Results, workdir: pathlib.Path) -> dict[str, Any] | str | None:
+    """The selection panel over the candidates of all finished runs, seed by seed; see `selection.over_runs`."""
+    units: dict[str, list[tuple[str, pathlib.Path]]] = {}
+    for run in results.runs():
+        if run.state == "done":
+            units.setdefault(_units([run.unit]), []).append((results.title(run.cell), run.folder))
+    try:
+        return selection.over_runs(units, workdir)
+    except ValueError as error:
+        return f"There is no panel: {last_line(str(error), workdir)}"
+
+
+def harms(results: Results) -> list[dict[str, Any]]:
+    """Every cell against that of a baseline level, all else equal: {"arm", "against", "sets": `alarm.of_folders`}."""
+    rows = []
+    for factor, against in results.baseline.items():
+        for base, level in itertools.product(results.cells_where({factor: against}), results.factors[factor]):
+            arm = results.with_level(base, factor, level)
+            units = [(run, results.grid[base].get(unit)) for unit, run in results.grid.get(arm, {}).items()]
+            pairs = [(a.folder, b.folder) for a, b in units if b and a.state == b.state == "done"]
+            if level != against and pairs:
+                names = {"arm": results.title(arm), "against": results.title(base)}
+                rows.append({**names, "sets": alarm.of_folders(pairs)})
+    return rows
 
 
 def analyse(results: Results, metric: str) -> dict[str, Any]:
@@ -73,7 +105,7 @@ def analyse(results: Results, metric: str) -> dict[str, Any]:
 
 
 def make_sections(
-    results: Results, numbers: dict, pictures: list[Picture], notes: list[str]
+    results: Results, numbers: dict, pictures: list[Picture], notes: list[str], panel: Any, harm: list[dict]
 ) -> tuple[Sections, dict[str, Table]]:
     """The report from top to bottom, and the tables that a paper would show."""
 
@@ -87,14 +119,19 @@ def make_sections(
     devices = sorted({run.device for run in results.runs() if run.device})
     mixed = "; runs of different devices cannot be compared in time" if len(devices) > 1 else ""
     measured = [f"Measured on {', '.join(devices)}{mixed}."] if devices else []
+    chosen = {"selection": selection.table(panel)} if isinstance(panel, dict) else {}
+    told = [panel] if isinstance(panel, str) else []
+    alarms = [Alarm(line) for row in harm for line in alarm.sentences(row["arm"], row["against"], row["sets"])]
     question = [paragraph.strip() for paragraph in re.split(r"\n\s*\n", results.question) if paragraph.strip()]
     sections = {
         "": question,
         "Answer": _answer(results, numbers),
+        "Negative transfer": alarms,
         "Design": _design(results),
         "Failed and missing runs": _unfinished(results),
         "Results": [*cells.values(), *pictures_of("cells", "budget")],
         "Differences from the baseline": [*compared.values(), *pictures_of("differences", "classes")],
+        "Selection without target labels": [*chosen.values(), *told],
         "Main effects and interactions": [*_effects(results, numbers), *pictures_of("interaction")],
         "Ranks": pictures_of("ranks"),
         "Cost": [*measured, cost, *pictures_of("parameters")],
@@ -103,7 +140,7 @@ def make_sections(
         "Methods": [_methods(results, numbers)],
     }
     sections = {heading: blocks for heading, blocks in sections.items() if blocks}
-    return sections, {**cells, **compared, "cost": cost}
+    return sections, {**cells, **compared, **chosen, "cost": cost}
 
 
 def _answer(results: Results, numbers: dict) -> list[Block]:

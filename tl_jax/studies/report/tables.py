@@ -4,7 +4,9 @@ A block is a paragraph, a list of items, a table or a picture.
 """
 
 import base64
+import csv
 import html
+import io
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -30,6 +32,10 @@ class Picture(NamedTuple):
     caption: str
 
 
+class Alarm(str):
+    """A paragraph that is to be seen: in red, bold where there is no colour."""
+
+
 Block = str | list[str] | Table | Picture
 Sections = Mapping[str, Sequence[Block]]
 
@@ -37,7 +43,7 @@ Sections = Mapping[str, Sequence[Block]]
 def to_console(table: Table) -> rich.table.Table:
     shown = rich.table.Table(title=table.caption, title_justify="left", box=rich.box.SIMPLE_HEAD)
     for i, header in enumerate(table.headers):
-        shown.add_column(header, justify="left" if i < table.text_columns else "right", no_wrap=True)
+        shown.add_column(header, justify="left" if i < table.text_columns else "right", no_wrap=i >= table.text_columns)
     for row in table.rows:
         shown.add_row(*row)
     return shown
@@ -66,6 +72,8 @@ def to_markdown(title: str, sections: Sections) -> str:
 
 def _markdown_block(block: Block) -> str:
     match block:
+        case Alarm():
+            return f"**{_md(block)}**"
         case str():
             return _md(block)
         case list():
@@ -119,6 +127,12 @@ def latex(text: str) -> str:
     return re.sub(r"^\[", "{[}", escaped)  # at the start of a row a bracket would be an argument of the row's end
 
 
+def to_csv(table: Table) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([table.headers, *table.rows])
+    return file.getvalue()
+
+
 def to_html(title: str, sections: Sections, images: Mapping[str, bytes]) -> str:
     """One page that needs nothing else: `images` {name: PNG bytes} are inlined."""
     css = (pathlib.Path(tl_jax.__file__).parent / "assets" / "report.css").read_text().strip()
@@ -139,6 +153,8 @@ def to_html(title: str, sections: Sections, images: Mapping[str, bytes]) -> str:
 
 def _html_block(block: Block, images: Mapping[str, bytes]) -> str:
     match block:
+        case Alarm():
+            return f'<p class="alarm">{html.escape(block)}</p>'
         case str():
             return f"<p>{html.escape(block)}</p>"
         case list():
