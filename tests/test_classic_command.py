@@ -90,14 +90,21 @@ def test_the_labels_of_the_target_change_no_prediction(domains, tmp_path, monkey
     monkeypatch.setattr(
         command, "score", lambda found, *rest, **more: predicted.append(found) or score(found, *rest, **more)
     )
-    assert main.main([*given, "--method", "jda,sa,gfk,ot_da"]) == 0
+    asked = ["--method", "jda,sa,gfk,ot_da", "--target-split", "train[:70%]"]
+    assert main.main([*given, *asked]) == 0
     lines = (tmp_path / "t.csv").read_text().splitlines()
     kinds = [line.rpartition(",")[2] for line in lines[1:]]
     turned = [f"{line.rpartition(',')[0]},{kind}" for line, kind in zip(lines[1:], kinds[1:] + kinds[:1], strict=True)]
     (tmp_path / "t.csv").write_text("\n".join([lines[0], *turned, ""]))
-    assert main.main([*given, "--method", "jda,sa,gfk,ot_da"]) == 0
+    assert main.main([*given, *asked]) == 0
     for name, before in predicted[0].items():
         np.testing.assert_array_equal(before, predicted[1][name])
+
+
+def test_no_method_can_read_the_sealed_labels_of_the_target(domains):
+    target = command.load_domain(domains[0][4], "train", ("kind",), sealed=True)
+    with pytest.raises(ValueError, match="read before they are opened"):
+        classic.adapt("none", target.inputs, target.labels, target.inputs)
 
 
 def test_images_are_compared_by_the_features_of_a_network(tmp_path, capsys):
@@ -121,10 +128,12 @@ def test_images_are_compared_by_the_features_of_a_network(tmp_path, capsys):
         (["--method", "tca", "--arg", "tca.k=many"], ["tca: k = 'many', expected an integer of at least 1"]),
         (["--scale", "z"], ["no scaling 'z'"]),
         (["--classifier", "2nn"], ["no classifier '2nn' (did you mean '1nn'?)"]),
+        (["--target", "SOURCE"], ["48 examples, such as row/", "are in both domains"]),
         (["--run", "nowhere"], ["without a network"]),
     ],
 )
 def test_bad_input_is_one_message(domains, changes, messages, capsys):
+    changes = [domains[0][2] if each == "SOURCE" else each for each in changes]
     assert main.main([*domains[0], *changes]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and all(text in error for text in messages), error
