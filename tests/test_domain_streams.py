@@ -266,7 +266,7 @@ def test_no_run_trains_on_images_whose_corrupted_copies_it_scores(tmp_path):
     stream = {"streams": {"target": {"source": shifted, "split": "train", "batch_size": 6}}, "terms": {"dann": {}}}
     with pytest.raises(ValueError, match=r"streams\.target: 6 of 6 examples of val, which is scored"):
         scoring("train[60%:]", **stream)
-    stream["streams"]["target"]["split"] = "train[:60%]"
+    stream["streams"]["target"] |= {"split": "train[:60%]", "labelled": True}  # unlabelled ones are not stratified
     assert len(scoring("train[60%:]", **stream)["target"]) == 9
 
 
