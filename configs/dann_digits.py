@@ -14,8 +14,9 @@ def get_config(arg: str = ""):
     config = transfer.get_config("model=resnet8_cifar,weights=builtin:glyphs,data=digits,method=full")
     with config.unlocked():
         config.data.test = "test"
-        config.data.extra_eval = (("faded", "digits:faded", "test"),)
-        config.streams.target = {"source": "digits:faded", "split": "train"}
+        config.data.extra_eval = (("target_test", "digits:faded", "test"),)
+        config.data.candidates = ("target_val", "digits:faded", "train[80%:]")
+        config.streams.target = {"source": "digits:faded", "split": "train[:80%]"}
         config.terms.dann = {"width": 128}
         config.batch_size, config.total, config.lr = 32, (400.0, "steps"), 1e-3
         config.log_every, config.eval_every = (50.0, "steps"), (100.0, "steps")

@@ -32,7 +32,12 @@ ONLY = {
     "safetensors": "weights/",
     "huggingface_hub": "weights/hub.py",
 }
-NEVER = {"data/": {"jax", "flax", "optax"}, "models/": {"optax", "ml_collections"}, "": {"torch", "tensorflow", "timm"}}
+NEVER = {
+    "data/": {"jax", "flax", "optax"},
+    "methods/classic/": {"jax", "flax", "optax"},
+    "models/": {"optax", "ml_collections"},
+    "": {"torch", "tensorflow", "timm"},
+}
 
 
 def imported(file: str) -> set[str]:

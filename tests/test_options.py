@@ -127,7 +127,8 @@ INITIAL = """
 "schedule.args": {}, "ema": 0.0, "phases": [], "eval_batch_size": 128, "log_every": [10.0, "steps"], "eval_every":
 [1.0, "epochs"], "select": "last", "patience": 0, "min_delta": 0.0, "resamples": 1000, "seeds": [], "baseline": [],
 "replicas": [], "cache": "", "views": 1, "cache_dir": "", "parallel": "jit", "fsdp": 0,
-"model.weights_sha256": ""}
+"model.weights_sha256": "", "data.weights": "", "method.mix_domains": 0.0, "turns": [], "restart": false,
+"data.labelled": true}
 """
 
 
@@ -293,7 +294,7 @@ def test_a_phase_changes_only_what_can_change_and_says_what_that_is():
         options.check(change(phases=(*phases, tuple((key, 1) for key in (*frozen, "lrr")))))
     assert "phases[1]: 'lrr' does not exist (did you mean 'lr'?)" in str(error.value)
     for key in frozen:
-        assert f"phases[1] sets {key}, which cannot change during a run; what can: terms, method.name" in str(
+        assert f"phases[1] sets {key}, which cannot change during a run; what can: terms, turns, method.name" in str(
             error.value
         )
     assert "phases[0]" not in str(error.value)

@@ -317,5 +317,5 @@ def test_command_line_answers_bad_input_in_one_line_with_exit_code_2(arguments, 
 
 
 def test_unknown_head_init_lists_the_known():
-    with pytest.raises(ValueError, match="head_init='xavier' is unknown; known: zeros, lecun"):
-        load.load("resnet18", "any.pth", head_init="xavier")
+    with pytest.raises(ValueError, match="head_init='glorot' is unknown; known: zeros, lecun, xavier"):
+        load.load("resnet18", "any.pth", head_init="glorot")

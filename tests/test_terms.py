@@ -10,9 +10,10 @@ import pytest
 
 from configs import smoke
 from tl_jax import config as options
+from tl_jax import tasks
 from tl_jax.core import trees
 from tl_jax.methods import TERMS
-from tl_jax.methods.term import Context, Result, Term, only, reverse
+from tl_jax.methods.term import Context, Result, Term, make_task_term, only, reverse
 from tl_jax.runtime import sharding
 from tl_jax.training import build, optim, terms
 from tl_jax.training.settings import read
@@ -78,6 +79,24 @@ def test_a_network_that_is_apart_is_clipped_by_its_own_norm(scales):
             np.testing.assert_allclose(updates[path], expected, rtol=1e-5, err_msg=path)
 
 
+def test_the_loss_of_the_task_weighs_examples_as_data_weights_says():
+    logits, y, w = (
+        np.random.default_rng(0).standard_normal((5, 3)),
+        np.array([0, 2, 1, 1, 0]),
+        np.array([2, 0, 1, 0.5, 1]),
+    )
+    task = tasks.make(tasks.Spec(class_names=("a", "b", "c")))
+    blank = Context(*[None] * len(Context._fields))
+    context = blank._replace(
+        batch={"train": {"weight": jnp.asarray(w)}}, outputs={"train": {"logits": jnp.asarray(logits)}}, task=task,
+        encoded={"train": task.encode(jnp.asarray(y))}, total={"train": jnp.float32(5)},
+    )  # fmt: skip
+    own = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(5), y]
+    np.testing.assert_allclose(make_task_term().loss(context).loss, (w * own).sum() / 5, rtol=1e-6)
+    plain = context._replace(batch={"train": {}})
+    np.testing.assert_allclose(make_task_term().loss(plain).loss, own.mean(), rtol=1e-6)
+
+
 def settings_of(**changes):
     return read(options.override(smoke.get_config(), changes))
 
@@ -93,6 +112,7 @@ LACKS = {
     "stochastic": ({}, {"model.dropout": 0.1}),
     "whole_batch": ({"accumulate": 2}, {}),
     "average": ({}, {"ema": 0.9}),
+    "domains": ({"data.source": ("digits",)}, {"data.source": ("digits", "digits:inverted")}),
 }
 
 

@@ -20,6 +20,7 @@ _FOUND_IN = {
     "core.card": ("Card",),
     "data.examples": ("Source as Dataset",),
     "data.sources": ("load as load_data",),
+    "methods.classic": ("adapt as adapt_features",),
     "methods.probes": ("fit as fit_probe",),
     "methods.recipes": ("list_methods",),
     "models": ("list_models",),

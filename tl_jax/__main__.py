@@ -101,6 +101,12 @@ def _print_metrics(summary: dict[str, Any], as_json: bool) -> None:
         Console().print(*filter(None, tables))
 
 
+def classic(args: Args) -> None:
+    from tl_jax.api import classic as command
+
+    print("\n".join(command.format_table(command.run(args))))
+
+
 def labels(args: Args) -> None:
     from tl_jax.api.labels import suspects
 
@@ -221,6 +227,24 @@ COMMANDS = {
         *_SHOWN,
         arg("--level", type=_SHARE, default=0.95, help="of the intervals"),
         arg("--seed", type=one(SEED), default=0, help="of the bootstrap"),
+    )),
+    classic: ("classic transfer on features from a labelled domain to an unlabelled one", (
+        arg("--source", required=True, help="the labelled domain, such as arrays:FILE.npz or folder:PATH"),
+        arg("--target", required=True, help="the other domain; its labels are read when all methods have predicted"),
+        arg("--source-split", default="train", help="such as train or train[:80%%]"),
+        arg("--target-split", default="train", help="to cut a slice by class reads labels; a whole split does not"),
+        arg("--labels", default="", help="the label column of csv: and table: sources"),
+        arg("--method", default="pca,tca,jda,sa,gfk,coral,ot_da", help="names with commas"),
+        arg("--classifier", default="1nn", help="1nn | svm | logistic; weighting needs one of the last two"),
+        arg("--scale", default="", help="of each domain by itself, with commas: row_sum, row_l2, zscore"),
+        arg("--arg", action="append", default=[], help="[METHOD.]argument=value; may be given several times"),
+        arg("--shots", type=one(checks.integer(0, 10**6)), default=0, help="labelled target examples, for tradaboost"),
+        arg("--seed", type=one(SEED), default=0, help="of the shots"),
+        arg("--run", default="", help="of images: the run whose network computes the features"),
+        arg("--model", default="", help="of images: the model of --weights"),
+        arg("--weights", default="", help="of images: a weight file"),
+        arg("--resamples", type=_COUNT, default=1000, help="of the bootstrap behind the intervals"),
+        arg("--out", default="", help="a folder for table.csv, result.json and weights_METHOD.npz"),
     )),
     labels: ("rank the labels of a finished run's data by how likely they are wrong", (
         arg("run", help="the folder of the run"),

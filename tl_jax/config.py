@@ -256,7 +256,7 @@ def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
 def _data_problems(flat: Mapping[str, Any]) -> list[str]:
     source, data_dir, patience, min_delta = map(flat.get, ("data.source", "data.data_dir", "patience", "min_delta"))
     views, cache_dir = flat["views"], flat["cache_dir"]
-    tfds = any(name.startswith("tfds:") for name in (source if isinstance(source, list) else [source]))
+    tfds = any("tfds:" in name for name in (source if isinstance(source, list) else [source]))
     cached = flat["cache"] or any(network.get("cache") for network in flat["networks"].values())
     unread, unscored = not cached and (views > 1 or cache_dir), patience and not flat["data.val"]
     candidates, select, val, task = map(flat.get, ("data.candidates", "select", "data.val", "task"))
@@ -295,6 +295,7 @@ def _method_problems(flat: Mapping[str, Any]) -> list[str]:
         "patience": 0,
         "views": 1,
         "model.head": [],
+        "data.weights": "",
     }
     steps = f"method.name = {name!r} takes no steps"
     updates = f"method.norm = {norm!r}: {steps} and updates no statistics; expected the policy 'frozen' alone, or []"

@@ -34,6 +34,14 @@ def listed(offenders: Sequence[str], shown: int = 10) -> str:
     return "\n".join(f"  {offender}" for offender in shorten(offenders, shown))
 
 
+def unequal(wanted: Sequence[str], found: Sequence[str]) -> str:
+    """Which of the wanted names are missing, which are additional, or their order; "" where all is as wanted."""
+    names = {"missing": [x for x in wanted if x not in found], "additional": [x for x in found if x not in wanted]}
+    texts = [f"{what} {', '.join(shorten(each, 10))}" for what, each in names.items() if each]
+    ordered = "" if list(wanted) == list(found) else f"in another order: {', '.join(shorten(list(found), 10))}"
+    return "; ".join(texts) or ordered
+
+
 def fingerprint(table: Mapping[str, Any]) -> str:
     """sha256 of a flat table of plain values, independent of its order."""
     return hashlib.sha256("\n".join(f"{key}={table[key]}" for key in sorted(table)).encode()).hexdigest()

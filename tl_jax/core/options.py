@@ -28,7 +28,7 @@ def _option(name: str, initial: Any, check: checks.Check, doc: str, **marks: boo
 
 
 SOURCE = checks.either(TEXT, sequence(TEXT, "a sequence of strings, one for each domain"))
-SAMPLING = one_of("shuffled", "class_balanced")
+SAMPLING = one_of("shuffled", "class_balanced", "sequential")
 _TRIPLES = sequence(sequence(TEXT, "three strings", 3), "triples of strings (name, source, split), each name once")
 SETS = _TRIPLES._replace(fits=lambda x: _TRIPLES.fits(x) and len({name for name, *_ in x}) == len(x))
 SEVERAL = sequence(checks.CHANGES, "a sequence, each pairs (dotted option, value)")
@@ -62,6 +62,7 @@ STREAM = {
     "split": TEXT,
     "batch_size": integer(1),  # that of the run unless given
     "augment": NAMED,
+    "strong": NAMED,  # augmentations of a second view of each example, the field "image:strong"
     "labelled": FLAG,  # False unless given: its batches have no field "label"
     "sampling": SAMPLING,
     "shots": integer(0),
@@ -106,7 +107,7 @@ _ROWS = (
     _option("model.keep_head", False, FLAG, "go on with the file's classifier, for the same classes; else a new head"),
     _option("model.reinit", (), TEXTS, "blocks that start from random numbers all the same: stage3, block11, ..."),
     _option("model.head", (), NAMED, "layers between the features and the last dense layer: pairs (name, arguments)"),
-    _option("model.head_init", "zeros", TEXT, "of the last dense layer: zeros | lecun"),
+    _option("model.head_init", "zeros", TEXT, "of the last dense layer: zeros | lecun | xavier"),
     _option("model.dtype", "float32", one_of("float32", "bfloat16"), "of activations; parameters and loss are float32"),
     _option("model.prefix_dtype", "", one_of("", "float32", "bfloat16"), "of the frozen prefix; \"\": model.dtype"),
     _option("model.dropout", 0.0, RATE, "before the last dense layer"),
@@ -131,7 +132,9 @@ _ROWS = (
     _option("data.allow_duplicates", False, FLAG, "allow duplicates of training examples among what is scored"),
     _option("data.labelled", True, FLAG, "False: the stream train has no labels, for adaptation without source data"),
     _option("data.shots", 0, integer(0), "training examples per class; 0: all", replica=True),
-    _option("data.sampling", "shuffled", SAMPLING, "class_balanced: every class equally often"),
+    _option("data.sampling", "shuffled", SAMPLING, "class_balanced: every class equally often; sequential: "
+            "in the order of the source"),
+    _option("data.weights", "", TEXT, "an .npz file with the ids and weights of the examples of train"),
     _option("data.split_seed", 0, SEED, "of the permutation that slices cut; runs of all seeds share their val"),
     _option("data.augment", (), NAMED, "pairs (name, {parameter: value}), see docs/data.md"),
     _option("data.on_error", "fail", one_of("fail", "skip"), "unreadable images; skip counts them"),
@@ -142,7 +145,7 @@ _ROWS = (
     _option("data.transductive", False, FLAG, "allow an unlabelled training stream to hold examples that are scored"),
     _option("data.poison", "", one_of("", "permuted", "none"), "what stands in place of sealed labels, of "
             "--prove-no-leak: scores of such a run mean nothing"),
-    _option("streams", {}, TABLES, "{name: {source, split, batch_size, augment, labelled, sampling, shots}}"),
+    _option("streams", {}, TABLES, "{name: {source, split, batch_size, augment, strong, labelled, sampling, shots}}"),
     _option("norm_batches", "joint", one_of("joint", "per_stream"), "what BatchNorm normalises over, with streams"),
 
     # What trains
@@ -152,13 +155,14 @@ _ROWS = (
     _option("method.blocks", (), TEXTS, "of blocks: stem, stage1/block0, block3, norm, ...", phase=True),
     _option("method.rules", (), RULES, "of rules: ordered pairs (path regex, group | frozen)", phase=True),
     _option("method.norm", (), RULES, "ordered pairs (path regex, frozen | update); (): as their block", phase=True),
-    _option("method.add", (), NAMED, "added parameters: pairs (lora | adapter | prompt | ssf, {parameter: value})"),
+    _option("method.add", (), NAMED, "added parameters: pairs (lora | adapter | prompt | ssf | mixstyle, {...})"),
     _option("method.stoch_norm", 0.0, number(0, 1), "rate of BatchNorm channels with running statistics", phase=True),
     _option("method.auto_rgn", False, FLAG, "learning rates of blocks by their relative gradient norms", phase=True),
     _option("method.grid", (), GRID, "of knn (neighbours), logistic (C), ridge (alpha): val chooses; (): a default"),
     _option("method.label_smoothing", 0.0, RATE, "mass that goes from the class to all classes", phase=True),
     _option("method.mixup", 0.0, number(0), "parameter of the Beta distribution; 0: off", phase=True),
     _option("method.cutmix", 0.0, number(0), "parameter of the Beta distribution; 0: off", phase=True),
+    _option("method.mix_domains", 0.0, number(0), "the same, of a mixup of each domain with another", phase=True),
 
     # Optimization; durations are (amount, epochs | steps | examples)
     _option("batch_size", 32, integer(1), "over all devices"),

@@ -23,7 +23,7 @@ from tl_jax.core import files
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import listed
 from tl_jax.data import groups
-from tl_jax.data.examples import EncodedImages, FileImages, JoinedImages, Source, origins
+from tl_jax.data.examples import EncodedImages, FileImages, JoinedImages, Source, originals
 from tl_jax.data.image import ops
 
 FORMAT = 1  # of what is kept
@@ -59,12 +59,12 @@ def find(sources: Mapping[str, Source], training: Collection[str]) -> dict[str, 
     """
     first: dict[str, tuple[str, int]] = {}
     for name, source in sources.items():
-        first |= {origin: (name, i) for i, origin in enumerate(origins(source)) if origin not in first}
+        first |= {origin: (name, i) for i, origin in enumerate(originals(source)) if origin not in first}
     number = {origin: i for i, origin in enumerate(sorted(first))}  # whatever the cut, so that the looks are kept once
     examples = [first[origin] for origin in number]
     scored, trained = roles = np.zeros((2, len(first)), bool)
     for name, source in sources.items():
-        roles[int(name in training), [number[origin] for origin in origins(source)]] = True
+        roles[int(name in training), [number[origin] for origin in originals(source)]] = True
     looks = looks_of([(sources[name], row) for name, row in examples])
     member = _members(sources, examples)
     kinds: dict[tuple[int, int], str] = {}

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tl_jax.core.checks import refuse
+from tl_jax.core.messages import unequal
 from tl_jax.data import sealed
 from tl_jax.data.image import ops
 
@@ -91,6 +93,7 @@ class Source:
     made_smaller: the short side and interpolation to which images were resized before they came here.
     domain_names: the sources as given to `load`. domains: int32 [N] that count into several domain_names.
     groups: text [N], the group of each example, which no slice and no fold cuts.
+    weights: float32 [N], of the examples in the loss.
     """
 
     name: str
@@ -105,6 +108,7 @@ class Source:
     domains: np.ndarray | None = None
     domain_names: tuple[str, ...] = ()
     groups: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -147,14 +151,15 @@ class Source:
             sizes=self.sizes[indices],
             domains=None if self.domains is None else self.domains[indices],
             groups=None if self.groups is None else self.groups[indices],
+            weights=None if self.weights is None else self.weights[indices],
         )
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 by which a resumed run knows that it reads the same examples.
 
-        It covers class names, ids, labels that are not sealed, domains, sizes, and arrays whole or the `head` of every
-        encoded image.
+        It covers class names, ids, labels that are not sealed, domains, weights, sizes, and arrays whole or the `head`
+        of every encoded image.
         """
         domain_names = () if self.domains is None else self.domain_names
         further = self.columns or domain_names or self.label_kind != "classes"
@@ -165,6 +170,8 @@ class Source:
         digest.update(self.sizes.astype("<i8").tobytes())
         if self.domains is not None:
             digest.update(self.domains.astype("<i4").tobytes())
+        if self.weights is not None:
+            digest.update(self.weights.astype("<f4").tobytes())
         if isinstance(self.inputs, np.ndarray):
             digest.update(np.ascontiguousarray(self.inputs))
         else:
@@ -201,9 +208,10 @@ def join(sources: Sequence[Source]) -> Source:
     """
     first, name = sources[0], " + ".join(source.name for source in sources)
     for what, words in {"class_names": "classes", "columns": "columns", "label_kind": "kinds of labels"}.items():
-        if any(getattr(source, what) != getattr(first, what) for source in sources):
-            found = "\n".join(f"  {source.name}: {getattr(source, what)}" for source in sources)
-            raise ValueError(f"cannot join sources with different {words}:\n{found}")
+        own, others = getattr(first, what), {source.name: getattr(source, what) for source in sources}
+        if differ := {name: other for name, other in others.items() if other != own}:
+            lines = [f"{name}: {unequal(own, x) if isinstance(x, tuple) else x}" for name, x in differ.items()]
+            refuse(f"cannot join sources with different {words}", [f"{first.name}: {own}", *lines])
     ids = tuple(i for source in sources for i in source.ids)
     if len(set(ids)) < len(ids):
         raise ValueError(f"{len(ids) - len(set(ids))} examples occur twice in {name}")
@@ -234,7 +242,7 @@ def join_domains(sources: Sequence[Source]) -> Source:
         raise ValueError(f"several domains, but one source is given twice: {', '.join(names)}")
     renamed = [dataclasses.replace(source, ids=tuple(origins(source))) for source in sources]
     if sources[0].groups is not None:
-        prefixed = [np.char.add(f"{s.domain_names[0]}: ", s.groups) for s in sources]
+        prefixed = [np.char.add(f"{uncorrupted(s.domain_names[0])}: ", s.groups) for s in sources]
         renamed = [dataclasses.replace(s, groups=groups) for s, groups in zip(renamed, prefixed, strict=True)]
     domains = np.repeat(np.arange(len(sources), dtype=np.int32), [len(source) for source in sources])
     return dataclasses.replace(join(renamed), domains=domains, domain_names=names)
@@ -242,13 +250,23 @@ def join_domains(sources: Sequence[Source]) -> Source:
 
 def overlap(a: Source, b: Source) -> tuple[str, ...]:
     """The ids, as `a` has them, of the examples that two sources share: the same id of the same source or domain."""
-    there = set(origins(b))
-    return tuple(dict.fromkeys(i for i, origin in zip(a.ids, origins(a), strict=True) if origin in there))
+    there = set(originals(b))
+    return tuple(dict.fromkeys(i for i, origin in zip(a.ids, originals(a), strict=True) if origin in there))
 
 
 def origins(source: Source) -> Sequence[str]:
     """The ids, each after the name of its source, as those of several domains are already."""
     return source.ids if source.domains is not None else [f"{''.join(source.domain_names)}/{i}" for i in source.ids]
+
+
+def originals(source: Source) -> list[str]:
+    """As `origins`, of a corrupted copy those of its original: it is the same example, in whatever it is scored."""
+    return [uncorrupted(origin) for origin in origins(source)]
+
+
+def uncorrupted(name: str) -> str:
+    """The name of a source without corruptions, corrupt:NAME:SEVERITY: each."""
+    return re.sub(r"^(corrupt:\w+:\d:)+", "", name)
 
 
 def header_shape(images: Sequence, index: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tl_jax.core.checks import refuse
-from tl_jax.data.examples import Source
+from tl_jax.data.examples import Source, uncorrupted
 
 
 def with_groups(source: Source, groups: Sequence[str]) -> Source:
@@ -67,4 +67,4 @@ def named(source: Source, domains: bool) -> list[str]:
     names = source.groups.tolist()
     if source.domains is not None or not domains:
         return names
-    return [f"{''.join(source.domain_names)}: {name}" for name in names]
+    return [f"{uncorrupted(''.join(source.domain_names))}: {name}" for name in names]

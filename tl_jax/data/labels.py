@@ -36,6 +36,8 @@ class Table(NamedTuple):
 def check_fit(source: Source, task: str) -> None:
     """Raises ValueError where the labels of a source are not what the task takes."""
     kind, names = source.label_kind, source.class_names
+    if not names:  # without labels
+        return
     if KINDS[task] == kind and (task != "binary" or len(names) == 2):
         return
     word = {"classes": "classes", "multilabel": "labels of 0 or 1", "targets": "targets"}[kind]

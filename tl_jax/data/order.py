@@ -10,7 +10,7 @@ import numpy as np
 from tl_jax.core.checks import refuse
 from tl_jax.data.examples import Source
 
-ORDERS = ("shuffled", "class_balanced")
+ORDERS = ("shuffled", "class_balanced", "sequential")
 RECENT = 4  # permutations that each shuffle keeps: batches made ahead cross from one epoch into the next
 
 
@@ -20,15 +20,17 @@ def derive(seed: int, name: str) -> int:
 
 
 class Shuffle:
-    """The numbers 0 .. n - 1 epoch after epoch, in a new order in each epoch.
+    """The numbers 0 .. n - 1 epoch after epoch, in a new order in each epoch; without a seed always in their own.
 
     together: how many epochs are sampled at once, where n is so small that each by itself would take too long.
     """
 
-    def __init__(self, n: int, seed: int, together: int = 1):
+    def __init__(self, n: int, seed: int | None, together: int = 1):
         self.n, self.together = n, together
 
         def numbers(block: int) -> np.ndarray:
+            if seed is None:
+                return np.tile(np.arange(n), together)
             rng = np.random.default_rng([seed, block])
             if together == 1:
                 return rng.permutation(n)
@@ -68,8 +70,9 @@ class Order(NamedTuple):
         return indices, epochs
 
 
-def _make_order(groups: Sequence[np.ndarray], seed: int) -> Order:
+def _make_order(groups: Sequence[np.ndarray], seed: int, shuffled: bool) -> Order:
     seeds = [seed] if len(groups) == 1 else [derive(seed, f"group {number}") for number in range(len(groups))]
+    seeds = seeds if shuffled else [None] * len(groups)
     within = tuple(Shuffle(len(group), own) for group, own in zip(groups, seeds, strict=True))
     rounds = Shuffle(len(groups), derive(seed, "rounds"), together=max(1, 4096 // len(groups)))
     return Order(tuple(groups), rounds, within)
@@ -89,7 +92,7 @@ def make_orders(source: Source, order: str, seed: int) -> tuple[Order, ...]:
         if order == "class_balanced":
             groups = [members[source.labels[members] == c] for c in range(len(source.class_names))]
         if all(map(len, groups)):
-            made.append(_make_order(groups, own))
+            made.append(_make_order(groups, own, order != "sequential"))
             continue
         where = f"{source.domain_names[d]}: " if source.domains is not None else ""
         empty = [name for name, group in zip(source.class_names, groups, strict=False) if not len(group)]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tl_jax.core import machine
-from tl_jax.core.fields import DOMAIN, INDEX, LABEL, MASK
+from tl_jax.core.fields import DOMAIN, INDEX, LABEL, MASK, WEIGHT
 from tl_jax.core.messages import nearest
 from tl_jax.data import order as orders
 from tl_jax.data import workers
@@ -45,7 +45,8 @@ class Batches:
     """Batches of one stream: `batches[step]` is {field: array} of this process, b = batch_size / process_count rows.
 
     Of each view, an image uint8 [b, S, S, 3] with the card's input size S, or rows float32 [b, F] of a table. "index"
-    int32 [b]; "label", where the stream is labelled; "domain" int32 [b], where the source has domains.
+    int32 [b]; "label", where the stream is labelled; "domain" int32 [b] and "weight" float32 [b], where the source has
+    domains or weights.
 
     renders: of the views of images. prepared: by view, what is taken in place of rendering, [V, N, ...]: in its epoch e
     an example has row e % V. seed: of this stream; None where nothing is random.
@@ -119,6 +120,8 @@ class Batches:
             batch[LABEL] = source.labels[rows.index]
         if source.domains is not None:
             batch[DOMAIN] = rows.domain.astype(np.int32)
+        if source.weights is not None:
+            batch[WEIGHT] = source.weights[rows.index]
         for values in batch.values():
             values[rows.index < 0] = 0
         return batch | {INDEX: rows.index.astype(np.int32)}
@@ -133,11 +136,12 @@ class Batches:
 class TrainBatches(Batches):
     """Training batches, for every step >= 0.
 
-    The examples are numbered by a counter c; the order is one shuffle per epoch of the source, epoch after epoch, so
-    batches run on across epochs and a source smaller than a batch repeats. Step s has c = s * batch_size ...
-    (s + 1) * batch_size - 1, and process p the p-th run of b of them: the slices of all processes, concatenated, are
-    the batch of a single one. Augmentation draws from a stream keyed by (seed, c). With D domains each has its own
-    seed, counter and epochs; a batch on every process is D equal slices, in the order of the domains.
+    The examples are numbered by a counter c; the order is one shuffle per epoch of the source, epoch after epoch (or
+    another, see `train_batches`), so batches run on across epochs and a source smaller than a batch repeats. Step s has
+    c = s * batch_size ... (s + 1) * batch_size - 1, and process p the p-th run of b of them: the slices of all
+    processes, concatenated, are the batch of a single one. Augmentation draws from a stream keyed by (seed, c). With D
+    domains each has its own seed, counter and epochs; a batch on every process is D equal slices, in the order of the
+    domains.
     """
 
     order: str = "shuffled"
@@ -206,9 +210,9 @@ def train_batches(
 ) -> TrainBatches:
     """Builds the training batches of one stream; the seed of a stream that is not "train" comes from (seed, name).
 
-    order: "shuffled", or "class_balanced": every round of as many counters as there are classes visits each class once,
-    and within a class the examples are shuffled epoch by epoch. options: labelled, process_index, process_count, see
-    `Batches`. Raises ValueError for everything that does not fit.
+    order: "shuffled"; "sequential", the source's own; or "class_balanced": every round of as many counters as there are
+    classes visits each class once, and within a class the examples are shuffled epoch by epoch. options: labelled,
+    process_index, process_count, see `Batches`. Raises ValueError for everything that does not fit.
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, found {seed}")

@@ -16,8 +16,10 @@ from tl_jax.data.examples import Source, check_split, find_unreadable, join, joi
 from tl_jax.data.labels import KINDS, check_fit
 from tl_jax.data.readers import builtin
 from tl_jax.data.readers.arrays import array_source, load_arrays
+from tl_jax.data.readers.corrupted import FORM, clean_images, load_corrupted
 from tl_jax.data.readers.folder import load_folder
 from tl_jax.data.readers.glyphs import load_glyphs
+from tl_jax.data.readers.mat import load_mat
 from tl_jax.data.readers.packed import PackedImages, load_packed
 from tl_jax.data.readers.tables import load_csv, load_table
 from tl_jax.data.sealed import SealedLabels, canonical
@@ -25,10 +27,20 @@ from tl_jax.data.sealed import SealedLabels, canonical
 __all__ = ["list_split", "load", "overlap", "parse_split", "stratified_order", "without"]
 log = logging.getLogger(__name__)
 BUILTIN = {name: functools.partial(builtin.load_digits, name) for name in builtin.DIGITS} | {"glyphs": load_glyphs}
-IMAGES = {"folder": load_folder, "packed": load_packed}
+PLAIN = {"folder": load_folder, "packed": load_packed, "mat": load_mat}  # sources that take a path and a split
 COLUMNS = {"csv": load_csv, "table": load_table}  # sources with label columns
 DIABETES = "table:diabetes"
-FORMS = ("folder:PATH", "arrays:FILE.npz", "packed:FOLDER", "csv:FILE", "table:FILE", "tfds:NAME", "tfds:NAME:VERSION")
+FORMS = (
+    "folder:PATH",
+    "arrays:FILE.npz",
+    "packed:FOLDER",
+    "mat:FILE.mat",
+    "csv:FILE",
+    "table:FILE",
+    "tfds:NAME",
+    "tfds:NAME:VERSION",
+    FORM,
+)
 
 
 def load(
@@ -43,6 +55,7 @@ def load(
     split_seed: int = 0,
     on_error: str = "fail",
     data_dir: str | None = None,
+    labelled: bool = True,
     sealed: Collection[str] = (),
     poison: str = "",
 ) -> Source:
@@ -56,9 +69,10 @@ def load(
     are groups it is one of groups, and a slice begins and ends at the nearest end of a group. `shots` > 0
     then takes that many examples of every class (in every domain) by `seed`; more shots contain the fewer.
     `on_error="fail"` raises ValueError naming every file whose header is no image; `"skip"` decodes every image once,
-    now, and drops the bad ones into `Source.skipped`. `data_dir` is where tfds keeps its data. `sealed` names sources
-    (see `sealed.canonical`) whose labels nothing reads: slices are not stratified, and there are no shots; `poison`
-    replaces these labels, to prove it. Raises ValueError on
+    now, and drops the bad ones into `Source.skipped`. `data_dir` is where tfds keeps its data.
+    `labelled=False` takes a folder of images without class folders too, which has no class names. `sealed` names
+    sources (see `sealed.canonical`) whose labels nothing reads: slices are not stratified, and there are no shots;
+    `poison` replaces these labels, to prove it. Raises ValueError on
     unknown sources or splits and on labels that do not fit the task, FileNotFoundError on missing data.
     """
     names = (source,) if isinstance(source, str) else tuple(source)
@@ -78,6 +92,9 @@ def load(
             split: _load_whole(name, split, task, labels, group, on_error, data_dir, poison if seal else None)
             for split in splits
         }
+        if (labelled or shots) and (bare := [whole for whole in wholes.values() if not whole.class_names]):
+            found = f"no class folders in {bare[0].name}, only {len(bare[0])} files; expected {name}/CLASS/IMAGE"
+            raise ValueError(f"{found}. Without classes it can be a stream without labels or shots alone")
         cut = [_cut(wholes[each.split], each, split_seed) for each in slices]
         domain = join(cut) if len(cut) > 1 else cut[0]
         domain = _draw_shots(domain, shots, seed) if shots else domain
@@ -105,7 +122,11 @@ def list_split(
     if not re.fullmatch(r"\w+", split):
         raise ValueError(f"expected the name of a split such as train, found {split!r}; slices are cut when loaded")
     kind, _, argument = source.partition(":")
-    if source not in BUILTIN and (kind not in (*IMAGES, *COLUMNS, "arrays", "tfds") or not argument):
+    if kind == "corrupt":
+        return load_corrupted(
+            argument, lambda clean: list_split(clean, split, data_dir, task=task, labels=labels, group=group)
+        )
+    if source not in BUILTIN and (kind not in (*PLAIN, *COLUMNS, "arrays", "tfds") or not argument):
         known = (*BUILTIN, DIABETES, *FORMS)
         raise ValueError(f"unknown source {source!r}{nearest(source, known)}. Sources: {', '.join(known)}")
     if labels and kind not in COLUMNS:
@@ -119,7 +140,7 @@ def list_split(
     elif kind == "tfds":
         found = _load_tfds(argument, split, data_dir)
     else:
-        found = BUILTIN[source](split) if source in BUILTIN else IMAGES[kind](argument, split)
+        found = BUILTIN[source](split) if source in BUILTIN else PLAIN[kind](argument, split)
     if len(found) == 0:
         raise ValueError(f"{found.name} holds no examples")
     check_fit(found, task)
@@ -211,9 +232,10 @@ def _load_whole(
     if poison is not None:
         source = dataclasses.replace(source, labels=SealedLabels(source.labels, poison))
     # Packed images have hashes. The files of tfds have checksums, and a second pass over large records is dear.
-    if name in BUILTIN or isinstance(source.inputs, PackedImages if fully else (PackedImages, TfdsImages)):
+    images = clean_images(source.inputs)
+    if name in BUILTIN or isinstance(images, PackedImages if fully else (PackedImages, TfdsImages)):
         return source
-    bad = find_unreadable(source, fully=fully)
+    bad = find_unreadable(dataclasses.replace(source, inputs=images), fully=fully)
     if bad and fully:
         return without(source, bad)
     what = f"{len(bad)} of {len(source)} files of {source.name} are not images that can be read"

@@ -10,7 +10,7 @@ import numpy as np
 
 from tl_jax.core.card import Card
 from tl_jax.core.checks import refuse
-from tl_jax.core.fields import DOMAIN, INDEX, LABEL, MASK
+from tl_jax.core.fields import DOMAIN, INDEX, LABEL, MASK, WEIGHT
 from tl_jax.core.messages import listed
 from tl_jax.data.examples import Source
 from tl_jax.data.image import ops
@@ -79,7 +79,7 @@ def make_views(
     """(renders, prepared) of the views; raises one ValueError for all that do not fit the source."""
     problems = [] if views else ["there is none"]
     for field, (card, augment, _) in views.items():
-        if field in (INDEX, LABEL, DOMAIN, MASK):
+        if field in (INDEX, LABEL, DOMAIN, MASK, WEIGHT):
             problems.append(f"{field!r} is the name of another field of the batch")
         if card.input != source.input:
             problems.append(f"{field}: the network {card.model} reads an input {card.input!r}, found {source.input!r}")

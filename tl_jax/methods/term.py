@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from tl_jax.core import trees
 from tl_jax.core.card import Card
+from tl_jax.core.fields import WEIGHT
 from tl_jax.core.trees import FROZEN
 from tl_jax.tasks import Task
 
@@ -136,18 +137,26 @@ class Term(NamedTuple):
 
 
 class Method(NamedTuple):
-    """terms: {name: (weight of the phase's progress, term)}. mix: (key, {field: inputs}, encoded) -> both mixed."""
+    """terms: {name: (weight of the phase's progress, term)}. mix: see mixing.make_mix."""
 
     terms: Mapping[str, tuple[Callable, Term]]
     mix: Callable | None = None
 
 
+def task_losses(context: Context) -> jax.Array:
+    """The task's loss of each example of the stream `train`, times its weight of data.weights, [B]."""
+    per_example = context.task.loss(context.outputs[MAIN], context.encoded[MAIN])
+    return per_example * context.batch[MAIN][WEIGHT] if WEIGHT in context.batch[MAIN] else per_example
+
+
 def make_task_term() -> Term:
-    """The task's own loss on the stream `train`: the mean over all that counts."""
+    """The task's own loss on the stream `train`: the mean over all that counts, each times its weight of data.weights.
+
+    The sum of the weighted losses is divided by the number of examples: weights of mean 1 keep the scale.
+    """
 
     def loss(context: Context) -> Result:
-        per_example = context.task.loss(context.outputs[MAIN], context.encoded[MAIN])
-        return Result(per_example.sum() / context.total[MAIN])
+        return Result(task_losses(context).sum() / context.total[MAIN])
 
     return Term(loss)
 

@@ -3,10 +3,10 @@
 import difflib
 from typing import Any
 
-from tl_jax.models import mlp, resnet, vit
+from tl_jax.models import lenet, mlp, resnet, vit
 from tl_jax.models.variant import Variant
 
-MODELS: dict[str, Variant] = {**resnet.VARIANTS, **vit.VARIANTS, **mlp.VARIANTS}
+MODELS: dict[str, Variant] = {**resnet.VARIANTS, **vit.VARIANTS, **mlp.VARIANTS, **lenet.VARIANTS}
 
 
 def get(name: str) -> Variant:
@@ -26,6 +26,8 @@ def deterministic_cuts(model: Any) -> tuple[str, ...]:
     """The cuts of a module whose output is not random in training; a frozen prefix may end at these."""
     if isinstance(model, mlp.MLP):
         return model.cuts[:1] if model.dropout else model.cuts
+    if isinstance(model, lenet.LeNet):
+        return model.cuts[:1] if model.rate else model.cuts
     return model.cuts[:2] if model.drop_path and len(model.cuts) > 3 else model.cuts  # the first block's rate is 0
 
 

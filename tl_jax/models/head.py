@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from tl_jax.core import checks
 from tl_jax.models import layers
 
-HEAD_INIT = {"zeros": nn.initializers.zeros, "lecun": nn.initializers.lecun_normal()}
+XAVIER = nn.initializers.xavier_uniform()  # Glorot & Bengio 2010, equation 16
+HEAD_INIT = {"zeros": nn.initializers.zeros, "lecun": nn.initializers.lecun_normal(), "xavier": XAVIER}
 HE = nn.initializers.he_normal()  # He et al. 2015, arXiv:1502.01852, equation 10
 READS_MAP = ("pool", "flatten")  # layers that take the output of the last cut before pre_logits
 

@@ -1,10 +1,12 @@
-"""Parameters added to a network whose files know nothing of it: LoRA, adapters, prompts, SSF; stochastic normalisation.
+"""What is added to a network whose files know nothing of it: LoRA, adapters, prompts, SSF; stochastic normalisation.
 
 `init` makes the parameters, `Adapted` computes with them in place of the model, `merge` folds what can be folded. An
 interceptor around the calls of flax modules finds what is added to a module by its path, such as
-`lora/backbone/block0/attn/qkv/a`. Initially all but prompts leave the network's function unchanged.
+`lora/backbone/block0/attn/qkv/a`. Initially all but prompts leave the network's function unchanged. MixStyle has no
+parameters, and acts in training alone.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -19,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from tl_jax.core import checks, messages, trees
-from tl_jax.models import layers, vit
+from tl_jax.models import layers, mixstyle, vit
 from tl_jax.models.variant import Model
 
 Additions = Sequence[tuple[str, Mapping[str, Any]]]
@@ -123,8 +125,26 @@ def _ssf(model, params, targets: Regex = "backbone/.*/bias"):
     return leaves, [] if leaves else [_no_match("ssf", targets, biases)]
 
 
+def _mixstyle(
+    model,
+    params,
+    p: Annotated[float, checks.number(0, 1)] = 0.5,
+    alpha: Positive = 0.1,
+    after: Annotated[tuple[str, ...], checks.TEXTS] = ("stage1", "stage2"),
+    partner: Annotated[str, checks.one_of("random", "other_domain")] = "random",
+):
+    """MixStyle, in training and without parameters (Zhou et al. 2021, arXiv:2104.02008); see models/mixstyle.py.
+
+    after: cuts whose output is mixed, the paper's on a ResNet by default. Defaults: the paper's.
+    """
+    unknown = [cut for cut in after if cut not in model.cuts] if after else [after]
+    return {}, [f"mixstyle after = {x!r}{messages.nearest(x, model.cuts)}: expected of {model.cuts}" for x in unknown]
+
+
 # (model, flat params, parameters) -> ({path: (shape, initializer)}, problems)
-MAKERS = {"lora": _lora, "adapter": _adapter, "prompt": _prompt, "ssf": _ssf}
+MAKERS = {"lora": _lora, "adapter": _adapter, "prompt": _prompt, "ssf": _ssf, "mixstyle": _mixstyle}
+FOLDED = ("lora", "ssf")  # in a plain network
+ALONE = ("mixstyle",)  # without parameters; of no effect in evaluation
 
 
 def _no_match(name: str, targets: str, paths: Mapping[str, Any]) -> str:
@@ -162,7 +182,7 @@ def _network(variables: Mapping[str, Any]) -> dict[str, Any]:
 def _by_layer(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`{module path: {addition: its parameters}}`; raises ValueError where `params` has others than `names`."""
     found = [name for name in MAKERS if name in params]
-    if set(found) != set(names):
+    if set(found) != set(names) - set(ALONE):
         differ = f"the parameters hold the additions {found}, the model is built with {list(names)}"
         raise ValueError(f"{differ}: give the same additions to init and to the model")
     table: dict[str, dict[str, Any]] = {}
@@ -190,6 +210,12 @@ class Adapted:
     frozen_norms = property(lambda self: self.model.frozen_norms)
     dtype = property(lambda self: self.model.dtype)
     cuts = property(lambda self: self.model.cuts)
+    styled = property(lambda self: tuple(check(self.additions).get("mixstyle", {}).get("after", ())))  # cuts
+
+    @property
+    def mixes_domains(self) -> bool:
+        """Whether `apply` reads the domain in training."""
+        return check(self.additions).get("mixstyle", {}).get("partner") == "other_domain"
 
     def __post_init__(self):
         check(self.additions)
@@ -200,19 +226,31 @@ class Adapted:
         return dataclasses.replace(self, model=self.model.clone(**fields))
 
     def apply(
-        self, variables: Mapping[str, Any], x: jax.Array, train: bool = False, start: str | None = None, **call: Any
+        self,
+        variables: Mapping[str, Any],
+        x: jax.Array,
+        train: bool = False,
+        start: str | None = None,
+        domain: jax.Array | None = None,
+        **call: Any,
     ):
-        """As `model.apply`; raises ValueError where parameters and additions, or prompts and `start`, do not fit."""
+        """As `model.apply`; raises ValueError where parameters and additions, or prompts and `start`, do not fit.
+
+        domain: of each example, int [B], for partners of MixStyle of another domain; None: there is one.
+        """
         options, network = check(self.additions), _network(variables)
         table = _by_layer(variables["params"], tuple(options))
         if "prompt" in options and start is not None:
             _check_tokens(self.model, variables["params"]["prompt"], x, start)
-        call |= {"train": train, "start": start}
-        if not table and not self.stoch_norm:
-            return self.model.apply(network, x, **call)
-        alpha = options.get("lora", {}).get("alpha", 0.0)
-        with nn.intercept_methods(functools.partial(_intercept, table, alpha, self.stoch_norm)):
-            return self.model.clone(fold=False).apply(network, x, **call)
+        model, intercepted = self.model, contextlib.nullcontext()
+        if table or self.stoch_norm:
+            alpha = options.get("lora", {}).get("alpha", 0.0)
+            intercepted = nn.intercept_methods(functools.partial(_intercept, table, alpha, self.stoch_norm))
+            model = self.model.clone(fold=False)
+        with intercepted:
+            if train and "mixstyle" in options:
+                return mixstyle.apply(model, network, x, options["mixstyle"], domain, start=start, **call)
+            return model.apply(network, x, train=train, start=start, **call)
 
 
 def _check_tokens(model: vit.ViT, prompt: Mapping[str, Any], x: jax.Array, start: str) -> None:
@@ -285,7 +323,7 @@ def _up(low: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
 
 def can_merge(additions: Additions) -> bool:
     """Whether a plain network can compute the same."""
-    return set(check(additions)) <= {"lora", "ssf"}
+    return set(check(additions)) <= {*FOLDED, *ALONE}
 
 
 def merge(variables: Mapping[str, Any], additions: Additions) -> dict[str, Any]:
@@ -295,7 +333,7 @@ def merge(variables: Mapping[str, Any], additions: Additions) -> dict[str, Any]:
     left out. Raises ValueError for adapter and prompt, and for parameters of another network.
     """
     options = check(additions)
-    if kept := " and ".join(name for name in options if name not in ("lora", "ssf")):
+    if kept := " and ".join(name for name in options if name not in (*FOLDED, *ALONE)):
         raise ValueError(f"{kept} cannot be merged: no plain network holds them; only lora and ssf fold in")
     table, network = _by_layer(variables["params"], tuple(options)), _network(variables)
     params = trees.flatten(network["params"])

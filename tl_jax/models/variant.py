@@ -23,10 +23,10 @@ class Model(nn.Module, kw_only=True):
     mutable=["batch_stats"] with BatchNorm, and rngs={"dropout": key} with dropout or drop_path.
 
     Some fields are without effect in some networks. num_classes: of the head; 0 for none, then logits are the
-    pre_logits. head: the layers before the last dense one, see models/head.py. head_init: "zeros" or "lecun", of the
-    last dense layer. dtype: of the computation (float32 or bfloat16); parameters and statistics are float32. dropout:
-    before the last dense layer. drop_path: stochastic depth at the last block, rising linearly from 0. remat: what the
-    backward pass of a block recomputes, see layers.recomputed. attention: "xla" or "cudnn", see layers.attend.
+    pre_logits. head: the layers before the last dense one, see models/head.py. head_init: "zeros", "lecun" or "xavier",
+    of the last dense layer. dtype: of the computation (float32 or bfloat16); parameters and statistics are float32.
+    dropout: before the last dense layer. drop_path: stochastic depth at the last block, rising linearly from 0. remat:
+    what the backward pass of a block recomputes, see layers.recomputed. attention: "xla" or "cudnn", see layers.attend.
     frozen_norms: paths of BatchNorm layers that use their running statistics, unchanged, even in training. axis_name:
     pmap axis over which BatchNorm averages. fold: put a BatchNorm that uses its running statistics into the convolution
     before it, with the same numbers; must be off where calls of the two are intercepted, since they are not made.

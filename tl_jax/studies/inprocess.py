@@ -94,6 +94,8 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
         log(f"scored at step {result['step']}, the best on val")
     if "selection" in result:
         log(to_console(selection.table(result["selection"])))
+    for line in result.get("domains", {}).get("diagnosis", ()):
+        log(line)
     if "threshold" in result:
         log(f"positive from a probability of {result['threshold']:.3g}, chosen on val")
     if result["chosen_on_scored_split"]:

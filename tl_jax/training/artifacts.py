@@ -14,7 +14,7 @@ from tl_jax.models import peft
 from tl_jax.runtime.log import log, tolerate
 from tl_jax.tasks import Predictions, Spec
 from tl_jax.tasks.task import unchanged
-from tl_jax.training import audit, selection
+from tl_jax.training import audit, between, candidates, selection
 from tl_jax.training.build import Run, scored_splits
 from tl_jax.weights import delta, load
 
@@ -117,7 +117,8 @@ def finalize(
         delta.save(folder / "trained.safetensors", variables, report, card, **about)
         if peft.can_merge(added):  # one plain network can have what was trained
             load.export(peft.merge(variables, added), settings.model.name, folder / "model.safetensors", card=card)
-    scored = {name: predictions[name]._replace(spec=spec) for name in scored_splits(run)}
+    names = [*scored_splits(run), *(name for name in predictions if name == between.ONLINE)]
+    scored = {name: predictions[name]._replace(spec=spec) for name in names}
     by_val = settings.loop.select == "best_val" or spec != run.task.spec
     return write(run, folder, scored, report, numbers, by_val, verbose)
 
@@ -141,7 +142,9 @@ def write(
     result = {**_facts(run, split, predictions[split].spec), "chosen_on_scored_split": by_val and split == "val"}
     result |= {**numbers, "metrics": scores.pop(split), "extra_eval": scores}
     if jax.process_index() == 0:
-        result |= selection.of_run(run, folder, predictions, numbers["step"])
+        result |= selection.of_run(run, folder, predictions, numbers["step"]) | between.report(
+            run, folder, numbers["step"]
+        )
         for name, values in predictions.items():
             tasks.save_predictions(folder / f"predictions{'' if name == split else f'-{name}'}.npz", values)
         files.write_json(folder / "audit.json", report)
@@ -158,6 +161,10 @@ def draw(folder: pathlib.Path) -> None:
 
         saved = tasks.load_predictions(folder / "predictions.npz")
         plots.draw_run(files.read_rows(folder / "metrics.jsonl"), saved, folder)
+        start, steps = candidates.path_of(folder, 0), candidates.steps_of(folder)
+        if start.exists() and steps and saved.spec.name == "classification":
+            pair = (candidates.read(path) for path in (start, candidates.path_of(folder, steps[-1])))
+            plots.domain_map(*pair, saved.spec.class_names, folder / "domain_map.png")
 
 
 def _openness(run: Run) -> dict[str, Any]:

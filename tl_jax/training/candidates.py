@@ -35,7 +35,9 @@ def path_of(folder: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def steps_of(folder: pathlib.Path) -> list[int]:
-    return sorted(int(path.stem.removeprefix("step_")) for path in (folder / FOLDER).glob("step_*.npz"))
+    """The steps of the candidates; step 0, before training, is none."""
+    found = sorted(int(path.stem.removeprefix("step_")) for path in (folder / FOLDER).glob("step_*.npz"))
+    return [step for step in found if step]
 
 
 def forget(folder: pathlib.Path, step: int) -> None:

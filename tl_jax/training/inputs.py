@@ -9,7 +9,7 @@ import numpy as np
 
 from tl_jax.core import checks, messages
 from tl_jax.core.card import PIXELS, Card
-from tl_jax.data import duplicates, groups, pipeline, resample, sources
+from tl_jax.data import duplicates, groups, pipeline, resample, sources, weights
 from tl_jax.data.examples import Source
 from tl_jax.data.mixed import mixed_batches
 from tl_jax.data.pipeline import EvalBatches, TrainBatches, View
@@ -34,9 +34,9 @@ def load_sources(settings: Settings) -> dict[str, Source]:
     common |= {"on_error": data.on_error, "data_dir": data.data_dir or None, "group": data.group}
     common |= {"sealed": sealed_sources(settings), "poison": data.poison}
 
-    def read(name, source, split, shots=0):
+    def read(name, source, split, shots=0, labelled=True):
         with naming(settings.table, *_options_of(name, settings)):
-            return sources.load(source, split, shots=shots, **common)
+            return sources.load(source, split, shots=shots, labelled=labelled, **common)
 
     found = {
         name: read(name, data.source, split, data.shots if name == MAIN else 0)
@@ -46,8 +46,19 @@ def load_sources(settings: Settings) -> dict[str, Source]:
     if data.resample:
         with naming(settings.table, "data.resample"):
             found |= _resample(found[MAIN], data.resample, data.split_seed)
-    found |= {name: read(name, source, split) for name, source, split in (*data.extra_eval, *judged_on(data))}
-    found |= {name: read(name, stream.source, stream.split, stream.shots) for name, stream in settings.streams.items()}
+    found |= {name: read(name, source, split) for name, source, split in data.extra_eval}
+    if data.weights:
+        with naming(settings.table, "data.weights"):
+            found[MAIN] = weights.with_weights(found[MAIN], data.weights)
+    for name, source, split in judged_on(data):
+        found[name] = read(name, source, split, labelled=False)
+    for name, stream in settings.streams.items():
+        found[name] = read(name, stream.source, stream.split, stream.shots, stream.labelled)
+    names = found[MAIN].class_names  # of what has no class folders
+    found = {
+        k: source if source.class_names else dataclasses.replace(source, class_names=names)
+        for k, source in found.items()
+    }
     _check_sources(found, settings)
     for source in found.values():
         if source.skipped:
@@ -93,10 +104,10 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
         raise ValueError(
             f"data.source: {train.name} has the one class {classes[0]!r}; expected at least two to tell apart"
         )
-    for name, source in found.items():
-        if changed := messages.difference(classes, dict(enumerate(source.class_names))):
-            which = f"{_options_of(name, settings)[0]}: the classes of train and {name} differ (train -> {name})"
-            raise ValueError("\n".join([f"{which}:", *changed]))
+    differ = {name: messages.unequal(train.class_names, source.class_names) for name, source in found.items()}
+    which = [f"{_options_of(name, settings)[0]}, {found[name].name}: {text}" for name, text in differ.items() if text]
+    fix = "what is partial or open needs a method made for it, and there is none; leave these classes out everywhere"
+    checks.refuse(f"the classes of {len(which)} sources are not those of train ({train.name}); {fix}", which)
     held_out = [name for name in scored_names(found, settings) if name != "test" or data.resample != "loo"]
     for name in held_out:
         if shared := sources.overlap(train, found[name]):
@@ -238,9 +249,13 @@ def make_streams(
     data, loop = settings.data, settings.loop
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     main = StreamSettings(data.source, data.train, loop.batch_size, data.augment, data.labelled, data.sampling)
-    streams = {}
+    streams, first = {}, next(iter(cards))
+    if (strong := f"{first}:strong") in cards and any(stream.strong for stream in settings.streams.values()):
+        raise ValueError(f"networks.strong reads the field {strong!r}, which streams with `strong` need; rename it")
     for name, stream in {MAIN: main, **settings.streams}.items():
         views = {field: View(card, tuple(stream.augment)) for field, card in cards.items()}
+        if stream.strong:
+            views[strong] = View(cards[first], tuple(stream.strong), "strong")
         keys = [f"streams.{name}"] if name in settings.streams else ["batch_size", "data.augment", "data.sampling"]
         with naming(settings.table, *keys):
             sharding.check_batch_size(stream.batch_size, loop.accumulate, parallel.mesh.size)
@@ -252,7 +267,6 @@ def make_streams(
     # One size for all, so that one program serves them; it pads val, which is scored often, the least.
     count = len(found.get("val", found.get("test")))
     size = parallel.round_up(-(-count // -(-count // loop.eval_batch_size)))
-    first = next(iter(cards))
     views = {first: View(cards[first])}
     with naming(settings.table, "eval_batch_size", "data.source"):
         how = {"num_workers": data.workers, **processes}

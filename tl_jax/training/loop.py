@@ -16,7 +16,7 @@ from tl_jax.runtime import preemption, roofline, sharding
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.log import RunLog, feed, log
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.training import artifacts, audit, candidates, single, steps
+from tl_jax.training import artifacts, audit, between, candidates, single, steps
 from tl_jax.training.build import Run, intervals
 from tl_jax.training.single import Line, Program, Stop
 
@@ -57,6 +57,7 @@ class Loop:
         start = self.saved = int(self.state.step)
         for folder in self.folders.values():
             candidates.forget(folder, start)
+        self.held_out: dict[int, between.HeldOut] = {}  # by phase
         rows = meta.get("rows") or [[] for _ in range(count)]
         self.failed = {int(j): FloatingPointError(text) for j, text in meta.get("failed", {}).items()}
         self.frozen = meta.get("frozen")
@@ -120,6 +121,9 @@ class Loop:
         self.frozen = self.frozen or program.frozen_hashes(i, self.state)
         sets = program.batches(i, self.state, [*phase.plan.fed, *self._judged()], self.stop_requested)
         judged = {name: sets.pop(name) for name in self._judged()}
+        if not start and len(judged) > 1:
+            with self._saved(i, start):
+                self._write_candidates(start, self._predict(i, judged))
         with contextlib.closing(program.iterate(sets, start, phase.stop)) as stream, preemption.saved_by(None):
             batches = feed(self.logs.values(), stream, lambda: self.state.step.is_ready())
             for done in range(start + 1, phase.stop + 1):
@@ -163,17 +167,16 @@ class Loop:
     def _evaluate(self, i: int, done: int, judged: Mapping[str, Any]) -> None:
         """Scores every run that goes on on val, and writes its candidate."""
         with self._saved(i, done, owed=True):
-            task, going = self.first.task, list(self._going())
-            seen = {name: self.program.predict(i, self.state, each, going) for name, each in judged.items()}
+            task, seen = self.first.task, self._predict(i, judged)
+            held_out = self._held_out(i)
         every = ((j, each) for found in seen.values() for j, each in found.items())
         lost = {j: each for j, each in every if isinstance(each, FloatingPointError)}
         self._fail({j: not_finite(done - 1, done, f"its outputs on val are not: {lost[j]}") for j in lost})
         sound = {j: each for j, each in seen["val"].items() if j not in lost}
         scores = {j: {} if each.labels is None else task.scores(each) for j, each in sound.items()}
         if len(seen) > 1:
-            for j in sound:
-                own = {name: found[j] for name, found in seen.items()}
-                scores[j] |= candidates.write(self.folders.get(j), self.program.runs[j], done, own)
+            further = self._write_candidates(done, {name: {j: found[j] for j in sound} for name, found in seen.items()})
+            scores = {j: {**scores[j], **further[j], **held_out} for j in scores}
         for j, values in scores.items():
             if values:
                 self.logs[j].evaluated(done, values)
@@ -181,6 +184,25 @@ class Loop:
             best = max(scores, key=lambda j: tasks.preference(task.monitor, scores[j]))
             name = task.monitor[0][0]
             log(f"step {done}  {len(scores)} replicas, best val {name} {scores[best][name]:.4g} (replica {best})")
+
+    def _predict(self, i: int, judged: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
+        """The outputs of every run that goes on on each set."""
+        going = list(self._going())
+        return {name: self.program.predict(i, self.state, each, going) for name, each in judged.items()}
+
+    def _write_candidates(self, done: int, seen: Mapping[str, Mapping[int, Any]]) -> dict[int, dict[str, float]]:
+        """Writes the candidate of every run; the score of each, where a selector chooses."""
+        own = {j: {name: found[j] for name, found in seen.items()} for j in seen["val"]}
+        sound = {j: x for j, x in own.items() if not any(isinstance(y, FloatingPointError) for y in x.values())}
+        return {j: candidates.write(self.folders.get(j), self.program.runs[j], done, x) for j, x in sound.items()}
+
+    def _held_out(self, i: int) -> dict[str, float]:
+        """The held-out accuracy of the discriminators of an only run."""
+        if len(self.program.runs) > 1:
+            return {}
+        if i not in self.held_out:
+            self.held_out[i] = between.HeldOut(self.first, i, self.parallel, self.stop_requested)
+        return self.held_out[i](self.state)
 
     def _save(self, done: int, owed: bool = False) -> None:
         """Starts a checkpoint; owed: the evaluation on val after this step is not in it, and comes when it goes on."""

@@ -23,7 +23,9 @@ from tl_jax.models.head import reads
 from tl_jax.runtime import sharding
 from tl_jax.tasks import Spec
 from tl_jax.training import audit, optim, steps, terms
-from tl_jax.training.settings import LoopSettings, PhaseSettings, Settings, naming, phase_table
+from tl_jax.training.settings import LoopSettings, MethodSettings, PhaseSettings, Settings, naming, phase_table
+
+MIXES = ("mixup", "cutmix", "mix_domains")  # of method: inputs
 
 
 class Material(NamedTuple):
@@ -211,7 +213,7 @@ def _make_plan(
     named = [log for name, (_, term) in phase_terms.items() for log in (name, *(f"{name}/{x}" for x in term.logs))]
     return steps.Plan(
         readers=readers,
-        method=Method(phase_terms, mixing.make_mix(method.mixup, method.cutmix)),
+        method=Method(phase_terms, _make_mix(settings, method, material)),
         task=task,
         labels=labels,
         frozen_norms=frozen_norms,
@@ -225,6 +227,23 @@ def _make_plan(
         facts=material.start.facts,
         sums=(*steps.SUMS, *running, *(named if len(named) > 1 else ())),
     )
+
+
+def _make_mix(settings: Settings, method: MethodSettings, material: Material) -> Callable | None:
+    """What mixes the batches; ValueError lists what MixStyle and mixing across domains do not go with."""
+    model, shapes, domains = material.model, material.start.shapes, material.start.facts[MAIN].domains
+    loop, alpha, several = settings.loop, method.mix_domains, "several domains, data.source = (SOURCE, SOURCE, ...)"
+    problems = [f"method.mix_domains = {alpha} needs {several}"] if alpha and domains < 2 else []
+    if alpha and (loop.accumulate > 1 or loop.parallel != "jit"):
+        problems.append(f"method.mix_domains = {alpha} needs the whole batch at once: accumulate = 1, parallel = 'jit'")
+    if alpha and (method.mixup or method.cutmix):
+        problems.append(f"method.mix_domains = {alpha} takes the place of method.mixup and method.cutmix: expected 0")
+    if model.mixes_domains and domains < 2 and not settings.streams:
+        problems.append(f"method.add: mixstyle with partner = 'other_domain' needs {several}, or a further stream")
+    flat = [cut for cut in model.styled if len(shapes[cut]) < 3]
+    problems += [f"method.add: mixstyle after = {cut!r}, whose output {shapes[cut]} has no positions" for cut in flat]
+    checks.refuse("what is mixed does not fit", problems)
+    return mixing.make_mix(method.mixup, method.cutmix, alpha, domains)
 
 
 def _task_args(settings: Settings, material: Material) -> dict[str, tuple[float, ...]]:
@@ -244,13 +263,14 @@ def _make_prefix(
     """The longest prefix of the network in which nothing is trained and nothing is random."""
     changing = [path for path, value in {**labels, **policies}.items() if value != trees.FROZEN]
     own = [path for path in changing if path.split("/")[0] not in networks]
-    length = rules.frozen_cuts(own, model.cuts)
-    length = min(length, model.cuts.index(reads(model.model)) + 1, len(deterministic_cuts(model.model)))
+    cuts, read = model.cuts, reads(model.model)
+    length = rules.frozen_cuts(own, cuts)
+    length = min(length, len(deterministic_cuts(model.model)), *(cuts.index(x) + 1 for x in (read, *model.styled)))
     if not length:
         return None
     dtype = settings.model.prefix_dtype or settings.model.dtype
     cached = bool(settings.loop.cache)
-    return steps.Prefix(model.clone(dtype=jnp.dtype(dtype), remat=""), model.cuts[length - 1], cached)
+    return steps.Prefix(model.clone(dtype=jnp.dtype(dtype), remat=""), cuts[length - 1], cached)
 
 
 def check_prefixes(settings: Settings, phases: Sequence[Phase]) -> None:
@@ -266,7 +286,7 @@ def check_prefixes(settings: Settings, phases: Sequence[Phase]) -> None:
         problems.append(f"views={loop.views}, but data.augment is empty: all views would be the same; expected 1")
     columns = [name for name, network in settings.networks.items() if network.cache]
     for i, (phase, prefix) in enumerate(zip(settings.phases, prefixes, strict=True)):
-        mixing = {name: getattr(phase.method, name) for name in ("mixup", "cutmix") if getattr(phase.method, name)}
+        mixing = {name: getattr(phase.method, name) for name in MIXES if getattr(phase.method, name)}
         if mixing and (columns or (loop.cache and prefix)):
             problems.append(f"phase {i} mixes inputs, {mixing}: cached outputs are of single examples; leave it out")
     if problems:

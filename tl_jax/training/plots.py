@@ -5,8 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from tl_jax import tasks
-from tl_jax.core.plotting import BLUE, VERMILION, figure_at
+from tl_jax.core.plotting import BLUE, PALETTE, VERMILION, figure_at
 from tl_jax.tasks import figures
+
+SHOWN = 1000  # examples of a domain
 
 
 def draw_run(rows: list[dict], predictions: tasks.Predictions, folder) -> None:
@@ -16,6 +18,34 @@ def draw_run(rows: list[dict], predictions: tasks.Predictions, folder) -> None:
         monitored = metrics.monitor[0][0]
         learning_curves(rows, folder / "learning_curves.png", {"loss": metrics.loss_label, monitored: monitored})
     figures.draw(predictions, folder)
+
+
+def domain_map(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], names, path) -> None:
+    """Two leading principal components of source and target features, before and after training.
+
+    before, after: arrays of `candidates.read`. The left column is coloured by domain, the right by class: that of the
+    source's labels, and the one predicted for the target, whose labels are not read. names: of the classes.
+    """
+    import sklearn.decomposition  # here, as it takes half a second
+
+    with figure_at(path, (7.4, 6.6), rows=2, columns=2) as (figure, axes):
+        for row, (when, arrays) in enumerate({"before": before, "after": after}.items()):
+            source, target = (
+                arrays[f"{domain}_features"][:SHOWN].astype(np.float64) for domain in ("source", "target")
+            )
+            points = sklearn.decomposition.PCA(2, random_state=0).fit_transform(np.concatenate([source, target]))
+            labels = [arrays["source_labels"][:SHOWN], arrays["target_logits"][:SHOWN].argmax(axis=1)]
+            halves = points[: len(source)], points[len(source) :]
+            by_domain, by_class = axes[2 * row : 2 * row + 2]
+            for half, label, colour, marker in zip(halves, labels, (BLUE, VERMILION), "ox", strict=True):
+                style = {"s": 10, "alpha": 0.6, "marker": marker, "linewidths": 0.7, "rasterized": True}
+                by_domain.scatter(*half.T, color=colour, label="source" if marker == "o" else "target", **style)
+                by_class.scatter(*half.T, color=[PALETTE[k % len(PALETTE)] for k in label], **style)
+            by_domain.set_title(f"{when} training, by domain")
+            by_class.set_title(f"by class of {len(names)} (target: as predicted)")
+            for axis in (by_domain, by_class):
+                axis.set(xticks=[], yticks=[])
+        figure.legend(*by_domain.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 def learning_curves(rows: list[dict], path, names: Mapping[str, str]) -> None:

@@ -387,6 +387,9 @@ class Replicas:
     def variables(self, state: steps.TrainState, j: int) -> dict[str, Any]:
         return self._variables_at(jax.device_get({**state.params, **state.ema}), j)
 
+    def memory(self, state: steps.TrainState, j: int) -> dict[str, Any]:
+        return jax.tree.map(lambda x: np.asarray(self._flat(x))[self._places[j]], jax.device_get(state.memory))
+
 
 def _depend(eval_fn: Callable, variables: Any, x: np.ndarray) -> bool:
     """Whether the features differ from replica to replica: vmap refuses to leave out the axis of what does."""

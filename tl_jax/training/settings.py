@@ -41,6 +41,7 @@ class StreamSettings(NamedTuple):
     labelled: bool = False
     sampling: str = "shuffled"
     shots: int = 0
+    strong: Pairs = ()
 
 
 class NetworkSettings(NamedTuple):

@@ -50,6 +50,7 @@ class Program(Protocol):
     def read_line(self, line: Line) -> dict[int, tuple[dict[str, float], float, int]]: ...
     def predict(self, i: int, state: TrainState, batches: Any, wanted: Sequence[int]) -> dict[int, Any]: ...
     def variables(self, state: TrainState, j: int) -> dict[str, Any]: ...  # as evaluated, on the host
+    def memory(self, state: TrainState, j: int) -> dict[str, Any]: ...  # of the terms, on the host
 
 
 class Single:
@@ -140,6 +141,9 @@ class Single:
 
     def variables(self, state: TrainState, j: int) -> dict[str, Any]:
         return trees.to_host(steps.eval_variables(state))
+
+    def memory(self, state: TrainState, j: int) -> dict[str, Any]:
+        return trees.to_host(state.memory)
 
 
 def current_variables(state: TrainState) -> dict[str, Any]:

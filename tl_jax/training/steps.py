@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import optax
 
 from tl_jax.core import trees
 from tl_jax.core.card import Card
-from tl_jax.core.fields import INDEX, LABEL
+from tl_jax.core.fields import DOMAIN, INDEX, LABEL
 from tl_jax.methods.term import AVERAGE, MAIN, MODEL, Context
 from tl_jax.tasks import Task
 from tl_jax.training import optim
@@ -230,7 +230,8 @@ def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, 
     task, method = plan.task, plan.method
     encoded = {name: task.encode(fields[LABEL]) for name, fields in batch.items() if LABEL in fields}
     if method.mix and MAIN in encoded:
-        inputs, encoded[MAIN] = method.mix(mix_key, _inputs(plan, batch[MAIN]), encoded[MAIN])
+        given = _inputs(plan, batch[MAIN]), encoded[MAIN], batch[MAIN].get(DOMAIN)
+        inputs, encoded[MAIN] = method.mix(mix_key, *given)
         batch = {**batch, MAIN: {**batch[MAIN], **inputs}}
     params = trees.merge(state.params, trainable)
     variables = plan.whole({"params": params, "batch_stats": batch_stats})
@@ -260,6 +261,21 @@ def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, 
     return loss, (batch_stats, memory, sums)
 
 
+def make_logs(plan: Plan, names: Collection[str]) -> Callable:
+    """(state, batch) -> {TERM/LOG: value} of some terms, in training mode, as a step would log them; pure."""
+    terms = {name: plan.method.terms[name] for name in names}
+    logs = [f"{name}/{log}" for name in names for log in terms[name][1].logs]
+    plan = plan._replace(method=plan.method._replace(terms=terms, mix=None), sums=tuple(logs), turns=(), accumulate=1)
+
+    def values(state: TrainState, batch: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
+        total = {name: plan.task.count(fields[LABEL]).sum() for name, fields in batch.items() if LABEL in fields}
+        key = jax.random.fold_in(state.key, state.step)
+        _, (_, _, sums) = compute_loss(plan, {}, state, state.batch_stats, state.memory, batch, total, key)
+        return {name: sums[name] / _examples(plan, batch) for name in logs}
+
+    return values
+
+
 def _inputs(plan: Plan, fields: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The fields of a stream that networks read, float32."""
     read = dict.fromkeys(reader.field for reader in plan.readers.values() if reader.field in fields)
@@ -274,27 +290,39 @@ def _pass(plan: Plan, variables: Any, batch, key: jax.Array):
         x, cut, known[name] = run_prefix(plan.prefix, variables, batch[name][reader.field], reader.card)
         entered[name] = (x, cut)
 
-    def apply(x, batch_stats, key):
+    def apply(x, batch_stats, key, domain):
         (_, out), updates = reader.module.apply(
             {**variables, "batch_stats": batch_stats}, x, train=True, start=cut, mutable=["batch_stats"],
-            rngs={"dropout": key},
+            rngs={"dropout": key}, **domain,
         )  # fmt: skip
         return out, {**batch_stats, **updates.get("batch_stats", {})}
 
     batch_stats, inputs = variables["batch_stats"], [entered[name][0] for name in streams]
     if len(streams) == 1:
-        out, batch_stats = apply(inputs[0], batch_stats, key)
+        out, batch_stats = apply(inputs[0], batch_stats, key, _domain(reader, batch, streams, 1))
         outs = [out]
     elif plan.joint:
-        out, batch_stats = apply(_join(inputs, plan.devices), batch_stats, key)
+        domain = _domain(reader, batch, streams, plan.devices)
+        out, batch_stats = apply(_join(inputs, plan.devices), batch_stats, key, domain)
         pieces = {name: _cut(x, [len(i) for i in inputs], plan.devices) for name, x in out.items()}
         outs = [{name: piece[i] for name, piece in pieces.items()} for i in range(len(streams))]
     else:
         outs = []
         for i, x in enumerate(inputs):
-            out, batch_stats = apply(x, batch_stats, jax.random.fold_in(key, i))
+            domain = _domain(reader, batch, streams[i : i + 1], 1)
+            out, batch_stats = apply(x, batch_stats, jax.random.fold_in(key, i), domain)
             outs.append(out)
     return {name: known[name] | out for name, out in zip(streams, outs, strict=True)}, entered, batch_stats
+
+
+def _domain(reader: Reader, batch, streams: Sequence[str], devices: int) -> dict[str, jax.Array]:
+    """{"domain": of each row of the joined streams, which have none in common}; {} where the network reads none."""
+    if not getattr(reader.module, "mixes_domains", False):
+        return {}
+    of_streams = [
+        batch[name].get(DOMAIN, jnp.zeros_like(batch[name][INDEX])) + (i << 16) for i, name in enumerate(streams)
+    ]
+    return {"domain": _join(of_streams, devices)}
 
 
 def _join(arrays: list[jax.Array], devices: int) -> jax.Array:
@@ -334,6 +362,8 @@ def _make_forward(plan: Plan, everything: Any, ema: Mapping[str, jax.Array], bat
         arguments = {"train": train, "start": cut, "stop": stop}
         if not train:
             return reader.module.apply(own, x, **arguments)[1], {}
+        if isinstance(of, str):
+            arguments |= _domain(reader, batch, (of,), 1)
         (_, out), updates = reader.module.apply(own, x, **arguments, mutable=["batch_stats"], rngs={"dropout": key})
         prefix = "" if network in (MODEL, AVERAGE) else f"{network}/"
         return out, {f"{prefix}{path}": x for path, x in trees.flatten(updates.get("batch_stats", {})).items()}

@@ -20,6 +20,10 @@ NEEDS: dict[str, tuple[Callable[[Settings], bool], str]] = {
         lambda s: s.loop.accumulate == 1 and s.loop.parallel == "jit",
         "the whole batch at once: accumulate = 1 and parallel = 'jit'",
     ),
+    "domains": (
+        lambda s: s.data.labelled and not isinstance(s.data.source, str) and len(s.data.source) > 1,
+        "several labelled domains: data.source = (SOURCE, SOURCE, ...), one for each",
+    ),
     "average": (lambda s: s.loop.ema > 0, "the moving average: ema above 0"),
 }
 Terms = Mapping[str, tuple[Callable, Term]]

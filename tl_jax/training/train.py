@@ -11,7 +11,7 @@ from tl_jax.methods import probes
 from tl_jax.runtime import distributed, preemption, sharding, workdir
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.log import log
-from tl_jax.training import artifacts, audit, candidates, finished, probe, replicas
+from tl_jax.training import artifacts, audit, between, candidates, finished, probe, replicas
 from tl_jax.training.build import Run, assemble, prepare
 from tl_jax.training.loop import Ended, Loop, best_step, not_finite
 from tl_jax.training.settings import Settings, read
@@ -155,6 +155,7 @@ def _finish(
             results[j] = not_finite(step - 1, step, f"its outputs are not: {errors[0]}")
             continue
         own = candidates.opened(program.runs[j], own, step)
+        own |= between.answers(program.runs[j], i, program.memory(state, j), step)
         results[j] = artifacts.finalize(
             program.runs[j], folders[j], program.variables(state, j), own, step=step, last_step=ended.step,
             verbose=verbose and len(program.runs) == 1, replicas=len(program.runs),

@@ -52,7 +52,7 @@ def load(
     `name` "" takes the model that the file's card names. `path` is a file, the folder of a finished run,
     "builtin:NAME" or "hf://owner/name[/file]@revision"; "" or None: random numbers from `seed`. `num_classes` None
     keeps the file's head, an integer makes a new one from `seed` with the layers `head` before the last dense one
-    (`head_init`, "zeros" or "lecun", is of the last), 0 makes none. `image_size` rebuilds a model with position
+    (`head_init`, a name of HEAD_INIT, is of the last), 0 makes none. `image_size` rebuilds a model with position
     embeddings for another input, resampling them. `columns`: of a table, in the order in which the network reads them.
     A file whose publisher computes or preprocesses differently gives the model's flavour (`card.model` names it).
     Raises ValueError for a file whose bytes have another hash than its name says, and one that lists every unused key,

@@ -1,4 +1,4 @@
-"""Images in arrays: .npz files of pixels or of encoded images."""
+"""Arrays: .npz files of pixels, of encoded images, or of features, which are the rows of a table."""
 
 import logging
 from collections import Counter
@@ -15,32 +15,41 @@ from tl_jax.data.examples import EncodedImages, Source, check_split
 from tl_jax.data.readers.folder import check_file
 
 KINDS = {"i1": "classes", "u1": "classes", "i2": "multilabel", "u2": "multilabel", "f2": "targets"}  # by type and ndim
-NDIM = {"image": (3, 4), "bytes": [1], "offsets": [1], "label": (1, 2), "labels": (1, 2), "classes": [1]}
+NDIM = {
+    "image": (3, 4),
+    "features": [2],
+    "bytes": [1],
+    "offsets": [1],
+    "label": (1, 2),
+    "labels": (1, 2),
+    "classes": [1],
+}
 UNNAMED = 2**16  # classes that may go without names
 log = logging.getLogger(__name__)
 
 
 def array_source(
-    name: str, split: str, images: Sequence, labels: np.ndarray, class_names: tuple[str, ...], sizes=None
+    name: str, split: str, inputs: Sequence, labels: np.ndarray, class_names: tuple[str, ...], sizes=None, columns=()
 ) -> Source:
-    """A source over images in memory: uint8 [N, H, W, 3], or a container of images whose sizes are given."""
+    """A source over inputs in memory: images uint8 [N, H, W, 3], a container of images whose sizes are given, or rows
+    float32 [N, D] whose D `columns` are named."""
     twice = [repr(name) for name, count in Counter(class_names).items() if count > 1]
     refuse(f"{name} {split}: {len(twice)} class names occur more than once; give every class its own", twice)
     ids = tuple(f"{split}/{i}" for i in range(len(labels)))
     if sizes is None:
-        sizes = np.full(len(labels), images[0].nbytes if len(labels) else 0, np.int64)
+        sizes = np.full(len(labels), inputs[0].nbytes if len(labels) else 0, np.int64)
     labels = labels.astype(np.float32 if labels.dtype.kind == "f" else np.int32)
-    return Source(f"{name} {split}", images, labels, class_names, ids, sizes)
+    return Source(f"{name} {split}", inputs, labels, class_names, ids, sizes, columns=columns)
 
 
 def load_arrays(path: str, split: str, group: str = "") -> Source:
     """Reads one split of an .npz file, or the file `{split}.npz` of a folder.
 
-    Keys: `image` (uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]), or `bytes` (uint8) with `offsets` (int [N + 1]) for
-    encoded images; `label` or `labels` (classes int [N], from 0; labels of 0 and 1 [N, K]; numbers float [N] or
-    [N, T]); optionally `classes` (names), and the array that `group` names (int or text [N]). With a prefix
-    (`train_image`, `train_label`, ...) one file holds several splits; without, it is the train split. Raises
-    FileNotFoundError, or ValueError that says what is wrong.
+    Keys: `image` (uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]), `bytes` (uint8) with `offsets` (int [N + 1]) for
+    encoded images, or `features` (numbers [N, D]) for the rows of a table; `label` or `labels` (classes int [N], from
+    0; labels of 0 and 1 [N, K]; numbers float [N] or [N, T]); optionally `classes` (names), and the array that `group`
+    names (int or text [N]). With a prefix (`train_image`, `train_label`, ...) one file holds several splits; without,
+    it is the train split. Raises FileNotFoundError, or ValueError that says what is wrong.
     """
     root = Path(path).expanduser()
     file = root / f"{split}.npz" if root.is_dir() else root
@@ -50,10 +59,10 @@ def load_arrays(path: str, split: str, group: str = "") -> Source:
             arrays = read_npz(stream)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}; expected an .npz of plain arrays (no objects)") from None
-    prefixes = [key.rpartition("_")[0] for key in arrays if key.endswith(("_image", "_bytes"))]
+    prefixes = [key.rpartition("_")[0] for key in arrays if key.endswith(("_image", "_bytes", "_features"))]
     check_split(file, split, prefixes or ["train" if file == root else split])
     prefix = f"{split}_" if prefixes else ""
-    keys = ("image", "bytes", "offsets", "label", "labels")
+    keys = ("image", "features", "bytes", "offsets", "label", "labels")
     found = {key: arrays[prefix + key] for key in keys if prefix + key in arrays}
     source = check_arrays(file, f"arrays:{path}", split, found, arrays.get("classes"))
     if not group:
@@ -86,12 +95,14 @@ def read_npz(stream: BinaryIO) -> dict[str, np.ndarray]:
 def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: np.ndarray | None) -> Source:
     """A source of arrays with the keys of `load_arrays`; file: what messages call them."""
     labels = found.get("label", found.get("labels"))
-    if labels is None or not ("image" in found or {"bytes", "offsets"} <= set(found)):
-        raise ValueError(f"{file} has {sorted(found)} for {split}; expected image, or bytes and offsets, and label")
+    inputs = [kind for kind in ({"image"}, {"features"}, {"bytes", "offsets"}) if kind <= set(found)]
+    if labels is None or len(inputs) != 1:
+        expected = "label and one of image, features, or bytes with offsets"
+        raise ValueError(f"{file} has {sorted(found)} for {split}; expected {expected}")
     ndim = {key: array.ndim for key, array in (found | {"classes": classes}).items() if array is not None}
     wrong = [f"{key} has {n} dimensions, expected {NDIM[key]}" for key, n in ndim.items() if n not in NDIM[key]]
     refuse(f"{file}: {len(wrong)} arrays cannot be what their names say", wrong)
-    count = len(found["image"]) if "image" in found else len(found["offsets"]) - 1
+    count = len(found["offsets"]) - 1 if "offsets" in inputs[0] else len(found[min(inputs[0])])
     labels = labels[:, None] if labels.dtype.kind == "f" and labels.ndim == 1 else labels
     kind = KINDS.get(f"{labels.dtype.kind}{labels.ndim}")
     if kind is None or len(labels) != count or (kind == "multilabel" and labels.max(initial=0) > 1):
@@ -107,6 +118,10 @@ def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: 
         raise ValueError(f"{file}: labels run from {lowest} to {highest}, outside {expected}")
     if "image" in found:
         return array_source(name, split, _as_rgb(file, found["image"]), labels, class_names)
+    if "features" in found:
+        rows = _as_rows(file, found["features"])
+        columns = tuple(f"x{i}" for i in range(rows.shape[1]))
+        return array_source(name, split, rows, labels, class_names, columns=columns)
     if found["offsets"].dtype.kind not in "iu":
         raise ValueError(f"{file}: offsets must be integers, found {found['offsets'].dtype}")
     offsets, data = found["offsets"].astype(np.int64), found["bytes"]
@@ -136,3 +151,15 @@ def _as_rgb(file: Path | str, images: np.ndarray) -> np.ndarray:
         found = f"{images.dtype} {images.shape}. {fix}"
         raise ValueError(f"{file}: image must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]; found {found}")
     return np.repeat(stack, 3, axis=3) if stack.shape[-1] == 1 else stack
+
+
+def _as_rows(file: Path | str, features: np.ndarray) -> np.ndarray:
+    if features.dtype.kind not in "fiu" or not features.shape[1]:
+        raise ValueError(f"{file}: features must be numbers [N, D]; found {features.dtype} {features.shape}")
+    rows = features.astype(np.float32)
+    bad = np.argwhere(~np.isfinite(rows))
+    fix = "remove these rows or columns, or fill them in"
+    refuse(
+        f"{file}: {len(bad)} features are no finite float32 numbers; {fix}", (f"row {i}, column {j}" for i, j in bad)
+    )
+    return rows

@@ -1,4 +1,4 @@
-"""Images in class folders: PATH/class/*.jpg, or PATH/{train,val,test}/class/*.jpg."""
+"""Images in class folders: PATH/class/*.jpg, or PATH/{train,val,test}/class/*.jpg; without classes PATH/*.jpg."""
 
 import difflib
 import os
@@ -19,7 +19,8 @@ LITTER = {"Thumbs.db", "desktop.ini"}  # what file managers leave behind; hidden
 def load_folder(path: str, split: str) -> Source:
     """Lists one split of a folder of images; labels are the positions of the class names in natural order.
 
-    Files may lie at any depth below their class folder; hidden files and folders are ignored. Raises FileNotFoundError
+    Files may lie at any depth below their class folder; hidden files and folders are ignored. Where images and no
+    folders lie in the place of class folders, there are no class names and every label is -1. Raises FileNotFoundError
     on a missing folder, ValueError on a missing split and on classes that are empty or not those of train.
     """
     root = Path(path).expanduser()
@@ -27,11 +28,14 @@ def load_folder(path: str, split: str) -> Source:
         raise FileNotFoundError(f"no image folder at {root}{_near(root)}")
     splits = _split_folders(root)
     check_split(root, split, splits)
-    classes = _class_folders(splits[split])
-    train = _class_folders(splits["train"]) if "train" in splits and split != "train" else classes
+    classes = _subfolders(splits[split])
+    train = _subfolders(splits["train"]) if "train" in splits and split != "train" else classes
     missing, extra = sorted(set(train) - set(classes)), sorted(set(classes) - set(train))
     if missing or extra:
         raise ValueError(f"classes of {split} in {root} differ from train's: missing {missing}, not in train {extra}")
+    if not classes:
+        paths = [os.path.relpath(file, root) for file in list_files(splits[split])]
+        return file_source(f"folder:{path} {split}", str(root), paths, np.full(len(paths), -1, np.int32), ())
     files = {name: list_files(splits[split] / name) for name in classes}
     empty, fix = [name for name in classes if not files[name]], "add images to them or remove the folders"
     refuse(f"{len(empty)} of {len(classes)} class folders of {splits[split]} are empty; {fix}", empty)
@@ -73,14 +77,6 @@ def _split_folders(root: Path) -> dict[str, Path]:
     if same := [name for name, split in found.items() if list(found.values()).count(split) > 1]:
         raise ValueError(f"{root} names one split twice: {', '.join(same)}; keep one folder per split")
     return {split: root / name for name, split in found.items()} or {"train": root}
-
-
-def _class_folders(folder: Path) -> list[str]:
-    classes = _subfolders(folder)
-    if not classes:
-        count = sum(entry.is_file() for entry in folder.iterdir())
-        raise ValueError(f"no class folders in {folder}, only {count} files; expected {folder}/CLASS/IMAGE")
-    return classes
 
 
 def list_files(folder: Path) -> list[str]:

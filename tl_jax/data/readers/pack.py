@@ -64,9 +64,10 @@ def pack(
         kinds = ", ".join(ops.RESAMPLE)
         raise ValueError(f"size={size}, interpolation={interpolation!r}; expected a positive size and one of {kinds}")
     check_on_error(on_error)
-    if source.startswith("table:"):
+    rows = source.startswith("table:")
+    wholes = {} if rows else {split: list_split(source, split, data_dir) for split in dict.fromkeys(splits)}
+    if rows or any(whole.columns for whole in wholes.values()):
         raise ValueError(f"{source} holds rows of a table; only images are packed")
-    wholes = {split: list_split(source, split, data_dir) for split in dict.fromkeys(splits)}
     if any(whole.made_smaller for whole in wholes.values()):
         raise ValueError(f"{source} is packed, its images were resized once; pack the source that it was packed from")
     root, plans = Path(folder).expanduser(), {}

@@ -1,5 +1,6 @@
 """Two classifiers that disagree on the target, and features of one size."""
 
+import zlib
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -67,7 +68,7 @@ def mcd_source(balance: Strength = 0.01, layers: Layers = None, target: Target =
         f = both(context, target, HEAD_READS)
         (second, on_target), statistics = head_logits(context, SECOND, f, context.key)
         supervised = context.task.loss({"logits": second}, context.encoded[MAIN]).sum() / context.total[MAIN]
-        spread = imbalance(context.outputs[target]["logits"]) + imbalance(on_target)
+        spread = imbalance(both(context, target, "logits")[1]) + imbalance(on_target)
         right = jnp.argmax(second, axis=-1) == jnp.argmax(context.encoded[MAIN], axis=-1)
         logs = {"second_accuracy": right.astype(jnp.float32).mean()}
         return Result(supervised + balance * spread, logs, batch_stats=statistics)
@@ -176,11 +177,12 @@ def second_head(start: Start, name: str, features: str, layers: Any) -> Network:
     model = start.model.model
     own = model.head if features == HEAD_READS else ()
     chosen = head.check(own if layers is None else layers)
-    for what, given in {"model.head": model.head, f"the layers of {name}": chosen}.items():
+    for what, given in {"model.head": model.head if features == HEAD_READS else (), "layers": chosen}.items():
         if given and given[0][0] in head.READS_MAP:
             expected = "expected layers on the pre_logits: leave it out, or use dense layers"
             raise ValueError(f"{what} begins with {given[0][0]!r}, which reads the feature map; {expected}")
     module = model.clone(head=chosen, head_init="lecun", frozen_norms=())
     shape = (1, start.shapes[features][-1])
-    variables = jax.jit(lambda key: module.init(key, jnp.zeros(shape), start=HEAD_READS))(start.key)
+    key = jax.random.fold_in(start.key, zlib.crc32(name.encode()))  # the model's own head is drawn from this seed too
+    variables = jax.jit(lambda key: module.init(key, jnp.zeros(shape), start=HEAD_READS))(key)
     return Network(module, None, variables, group=name)

@@ -63,7 +63,7 @@ def balance(target: Target = "target") -> Term:
     """Classes in equal numbers on the target: -mean over classes of log(mean p + 1e-6) (Saito et al. 2018, app. B)."""
 
     def loss(context: Context) -> Result:
-        return Result(imbalance(context.outputs[target]["logits"]))
+        return Result(imbalance(context.outputs[target]["logits"].astype(jnp.float32)))
 
     return Term(loss, on=(target,), needs=frozenset({CLASSES, WHOLE}))
 
