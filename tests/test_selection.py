@@ -136,7 +136,7 @@ def test_paths_that_lead_to_one_place_are_one_source(tables, monkeypatch):
 
 def test_no_target_label_is_opened_before_every_selector_has_chosen(done, monkeypatch, tables, tmp_path):
     folder, _ = done
-    ledger = files.read_json(folder / "labels.json")
+    ledger = files.read_json(folder / "ledger.json")
     assert ledger["sealed"] == ["target_test", "held_out", "target"] and ledger["unsealed"] == {}
     assert {row["stream"] for row in ledger["openings"] if row["phase"] == "load"} == {"train", "val"}
     target = [row for row in ledger["openings"] if row["stream"] in ledger["sealed"]]
@@ -145,7 +145,7 @@ def test_no_target_label_is_opened_before_every_selector_has_chosen(done, monkey
     ]  # fmt: skip
     assert all(len(row["sha256"]) == 64 and row["by"] and row["examples"] for row in ledger["openings"])
     hashes = files.read_json(folder / "MANIFEST.json")["sha256"]
-    assert {"labels.json", "choices.json"} <= set(hashes)
+    assert {"ledger.json", "choices.json"} <= set(hashes)
 
     events, real_open, real_write = [], sealed.SealedLabels.open, files.write_json
     monkeypatch.setattr(sealed.SealedLabels, "open", lambda self: (events.append("open"), real_open(self))[1])
@@ -153,7 +153,7 @@ def test_no_target_label_is_opened_before_every_selector_has_chosen(done, monkey
     train(config_of(tables), tmp_path / "w", verbose=False)
     assert "open" not in events[: events.index("choices.json")] and events.count("open") == 2
     first = events.index("open")  # written down before anything else happens
-    assert events[first + 1] == "labels.json"
+    assert events[first + 1] == "ledger.json"
 
 
 def test_a_resumed_run_appends_to_its_ledger_and_is_bit_equal(done, tables, tmp_path):
@@ -177,7 +177,7 @@ def test_a_resumed_run_appends_to_its_ledger_and_is_bit_equal(done, tables, tmp_
     names += [f"candidates/step_00000{step}.npz" for step in (2, 4, 6)]
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / "w" / name).read_bytes(), name
-    rows = files.read_json(tmp_path / "w" / "labels.json")["openings"]
+    rows = files.read_json(tmp_path / "w" / "ledger.json")["openings"]
     assert [row["start"] for row in rows if row["stream"] == "val"] == [0, 1, 2, 3]
     assert [row["start"] for row in rows if row["stream"] == "target_test"] == [3]
 
@@ -277,7 +277,7 @@ def test_replicas_write_the_candidates_of_the_runs_by_themselves(tables, tmp_pat
     assert files.read_json(folder / "result.json")["selection"]["rows"][0]["accuracy"] == pytest.approx(
         alone["selection"]["rows"][0]["accuracy"], abs=0.05
     )
-    target = [row["stream"] for row in files.read_json(folder / "labels.json")["openings"] if row["phase"] != "load"]
+    target = [row["stream"] for row in files.read_json(folder / "ledger.json")["openings"] if row["phase"] != "load"]
     assert target == ["target_test", "held_out"]
     table = files.read_json(tmp_path / "w" / "replicas.json")["selection"]
     options_chosen = {c["options"] for row in table["rows"] for c in row["chosen"] if c}
@@ -361,7 +361,7 @@ def test_several_source_domains_are_judged_by_the_rules_of_generalisation(tables
     assert score == pytest.approx(np.mean([hit[arrays["source_domains"] == d].mean() for d in (0, 1)]))
     assert result["selection"]["several"] and result["setting"] == "inductive"
     assert [row["selector"] for row in result["selection"]["rows"]][-2:] == [selection.LAST_ORACLE, selection.ORACLE]
-    assert files.read_json(tmp_path / "w" / "labels.json")["sealed"] == ["target_test", "held_out"]
+    assert files.read_json(tmp_path / "w" / "ledger.json")["sealed"] == ["target_test", "held_out"]
 
 
 def test_without_a_labelled_source_everything_of_the_target_is_sealed(tables, tmp_path):
@@ -380,7 +380,7 @@ def test_without_a_labelled_source_everything_of_the_target_is_sealed(tables, tm
     config = config_of(tables, **changes, total=(2.0, "steps"))
     _, differences = leak.prove(config, tmp_path / "w")
     assert differences == []
-    ledger = files.read_json(tmp_path / "w" / "labels.json")
+    ledger = files.read_json(tmp_path / "w" / "ledger.json")
     assert ledger["sealed"] == ["train", "val"]
     assert [(row["stream"], row["phase"]) for row in ledger["openings"]] == [("val", "score")]
     assert not any(key.startswith("val/") for row in files.read_rows(tmp_path / "w" / "metrics.jsonl") for key in row)
@@ -457,8 +457,8 @@ def test_the_poison_proof_passes_and_the_result_says_so(tables, tmp_path, capsys
     assert poisoned["poison"] == "none"
     scored = [found["extra_eval"]["target_test"]["accuracy"]["value"] for found in (result, poisoned)]
     assert scored[0] != scored[1]  # the poison was there
-    rows = files.read_json(tmp_path / "w" / "poison" / "permuted" / "labels.json")["openings"]
-    clean = files.read_json(tmp_path / "w" / "labels.json")["openings"]
+    rows = files.read_json(tmp_path / "w" / "poison" / "permuted" / "ledger.json")["openings"]
+    clean = files.read_json(tmp_path / "w" / "ledger.json")["openings"]
     differ = [a["stream"] for a, b in zip(rows, clean, strict=True) if a["sha256"] != b["sha256"]]
     assert differ == ["target_test", "held_out"]
     assert {"metrics.jsonl", "choices.json", "trained.safetensors"} <= set(leak.decided(tmp_path / "w"))

@@ -22,6 +22,7 @@ FILES = {
     "config.json",
     "cost.json",
     "audit.json",
+    "ledger.json",
     "metrics.jsonl",
     "timing.jsonl",
     "result.json",

@@ -15,7 +15,7 @@ from tl_jax.core import files
 NAME = "MANIFEST.json"
 WEIGHTS = ("model.safetensors", "trained.safetensors")  # checked when they are read; they may be removed
 LISTED = (
-    "config.json", "audit.json", "cost.json", "result.json", "replicas.json", "labels.json", "choices.json", "*.jsonl",
+    "config.json", "audit.json", "cost.json", "result.json", "replicas.json", "ledger.json", "choices.json", "*.jsonl",
     "predictions*.npz",
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from tl_jax.core import files
 
-FILE = "labels.json"
+FILE = "ledger.json"
 POISONS = ("permuted", "none")  # what may stand in place of sealed labels, to prove that nobody reads them
 
 
@@ -83,7 +83,7 @@ def canonical(source: str) -> str:
 
 
 class Ledger:
-    """Which label arrays were opened by whom, and when: `labels.json` of each run that shares them.
+    """Which label arrays were opened by whom, and when: `ledger.json` of each run that shares them.
 
     sealed: names of the streams and sets whose labels are sealed. unsealed: {name: why} of unlabelled ones that cannot
     be. A row: stream, data, examples, sha256 of the labels, by, phase ("load", "score" or "selection"), step, and
