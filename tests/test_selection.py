@@ -129,6 +129,8 @@ def test_paths_that_lead_to_one_place_are_one_source(tables, monkeypatch):
     )
     assert len({sealed.canonical(name) for name in names}) == 1
     assert sealed.canonical("digits:inverted") == "digits:inverted"
+    corrupted = {sealed.canonical(f"corrupt:contrast:3:{name.replace('table:', 'folder:')}") for name in names}
+    assert corrupted == {f"corrupt:contrast:3:folder:{tables}/target.csv"}
 
 
 # The ledger
