@@ -3,6 +3,7 @@
 Several terms share one run: its loss is their sum. `CASES` hold every term on domains.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -23,8 +24,10 @@ from tl_jax.data.sealed import SealedLabels
 from tl_jax.methods import domain
 from tl_jax.methods.domain import source_free
 from tl_jax.methods.term import MAIN, Result, Term
+from tl_jax.runtime import sharding
 from tl_jax.studies import inprocess, leak
-from tl_jax.training import terms
+from tl_jax.training import build, terms
+from tl_jax.training.settings import read
 from tl_jax.training.train import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -85,7 +88,7 @@ CHOICES = ("tl_jax.training.candidates", "choose", 1)
 MOMENTS = dict.fromkeys(CASES, (1, 5, 8, CHOICES))
 MOMENTS["several"] = (1, ("tl_jax.training.candidates", "write", 3), 7, CHOICES)
 MOMENTS["adda"] = MOMENTS["adabn"] = (1, 4, ("tl_jax.training.single.Single", "enter", 1), 7, CHOICES)
-MOMENTS["shot"] = (1, 5, ("tl_jax.training.single.Single", "refresh", 2), 7, CHOICES)
+MOMENTS["shot"] = (1, 5, ("tl_jax.training.single.Single", "refresh", 1), 7, CHOICES)
 
 
 def make_tables(folder):
@@ -134,6 +137,13 @@ def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Batches of 7 do not divide over the devices of the other tests."""
+    one = functools.partial(sharding.make_parallel, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_parallel", one)
+
+
 def test_the_cases_hold_every_term_between_domains():
     named = {name for case in CASES.values() for name in case.get("terms", {})}
     named |= {
@@ -170,7 +180,7 @@ def start(config, folder, moment):
 
 
 def starts(plan):
-    """Runs each start in a child process of its own, forked before jax has started; prints the signals that ended them."""
+    """Runs each start in a child process, forked before jax has started; prints the signals that ended them."""
     table, ended = json.loads(pathlib.Path(plan).read_text()), []
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", table["cache"])
@@ -359,3 +369,30 @@ def test_every_run_of_a_set_opens_the_target_after_its_own_choices(home, tables,
     assert len(folders) == {"replicas": 2}.get(home, 4) and set(opened) == set(folders)
     for folder in folders:
         check_ledger(folder, 1)
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dann": {"strength": -1.0}}, r"dann: .*strength.*nothing below 0, which would turn the reversal round"),
+        ({"mcd": {"strength": ("linear", {"start": -1.0})}}, "mcd: .*strength.*nothing below 0"),
+        ({"mmd": {"factors": ()}}, "mmd: .*factors.*at least one"),
+        ({"jan": {"factors": (1.0, 0.0)}}, "jan: .*factors.*numbers above 0"),
+        ({"dann": {"target": "train"}}, "dann compares the stream 'train' with itself"),
+        ({"adda": {"target": "train"}}, "adda compares the stream 'train' with itself"),
+        ({"dann": {"target": "targt"}}, r"dann is on the stream 'targt' \(did you mean 'target'\?\)"),
+    ],
+)
+def test_arguments_that_would_train_something_else_are_refused_by_name(given, message, tables):
+    with pytest.raises(ValueError, match=message):
+        terms.make_terms(read(config_of(tables, "", terms=given)))
+
+
+def test_a_turn_that_names_a_group_twice_is_refused(tables):
+    """Its optimizer would count two steps where it takes one."""
+    turns = ((("backbone", "head", "backbone"), {"task": 1.0}),)
+    with pytest.raises(ValueError, match=r"turns = (.|\n)*a turn names a group twice: \('backbone', 'head', 'backbone'\)"):
+        build.build(config_of(tables, "", turns=turns, streams={}), sharding.make_parallel())
