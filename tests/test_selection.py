@@ -129,6 +129,8 @@ def test_paths_that_lead_to_one_place_are_one_source(tables, monkeypatch):
     )
     assert len({sealed.canonical(name) for name in names}) == 1
     assert sealed.canonical("digits:inverted") == "digits:inverted"
+    corrupted = {sealed.canonical(f"corrupt:blur:3:table:{path}") for path in ("target.csv", "./target.csv")}
+    assert len(corrupted) == 1 and corrupted != {sealed.canonical("corrupt:blur:2:table:target.csv")}
 
 
 # The ledger
@@ -248,7 +250,7 @@ def test_mixed_inputs_are_each_example_with_another_one(tables):
 
 @pytest.mark.parametrize("select", ["infomax", pytest.param("dev", marks=pytest.mark.slow)])
 def test_a_selector_can_choose_the_checkpoint_of_the_run(select, tables, done, tmp_path):
-    config = config_of(tables, select=select, total=(8.0, "steps"), eval_every=(1.0, "steps"), lr=0.5)
+    config = config_of(tables, select=select, total=(5.0, "steps"), eval_every=(1.0, "steps"), lr=0.5)
     result = train(config, tmp_path / "w", verbose=False)
     row = files.read_json(tmp_path / "w" / "choices.json")["choices"][select]
     assert result["step"] == row["step"] and result["select"] == select
@@ -316,12 +318,34 @@ def test_overlapping_target_splits_make_a_transductive_result(done, tables):
     assert run.material.shared == {("target", "held_out"): 85}
 
 
+@pytest.mark.slow
+def test_candidates_of_cached_features_are_those_of_live_ones_without_mixed_inputs(tmp_path):
+    base = options.override(options.make(), {
+        "model.name": "resnet8_cifar", "model.weights": "builtin:glyphs", "data.train": "train[:60]",
+        "data.val": "train[95%:]", "data.candidates": ("held_out", "digits:faded", "train[:41]"),
+        "data.extra_eval": (("target_test", "digits:faded", "test[:37]"),), "batch_size": 12, "resamples": 5,
+        "total": (4.0, "steps"), "eval_every": (2.0, "steps"), "log_every": (2.0, "steps"), "eval_batch_size": 64,
+        "select": "bnm",
+    })  # fmt: skip
+    found = {}
+    for cache in ("", "features"):
+        config = options.override(base, {"cache": cache, "cache_dir": str(tmp_path / "c") if cache else ""})
+        found[cache] = train(config, tmp_path / f"w{cache}", verbose=False)
+    live, cached = (candidates.read(candidates.path_of(tmp_path / f"w{cache}", 4)) for cache in found)
+    assert set(live) - set(cached) == {"mixed_logits"}
+    for name, values in cached.items():
+        np.testing.assert_allclose(values, live[name], rtol=1e-4, atol=1e-4)
+    names = [[row["selector"] for row in result["selection"]["rows"]] for result in found.values()]
+    assert [name for name in names[0] if name not in names[1]] == ["mixval"]
+
+
 # Arms, domains, and no labelled source at all
 
 
 SOURCE_ONLY = (("terms", {}), ("streams", {}))
 
 
+@pytest.mark.slow
 def test_a_source_only_arm_with_the_same_candidates_is_scored_on_the_same_examples(tables, tmp_path, capsys):
     config = config_of(tables, baseline=SOURCE_ONLY, total=(2.0, "steps"))
     found = inprocess.run(config, tmp_path / "w")
@@ -364,6 +388,7 @@ def test_several_source_domains_are_judged_by_the_rules_of_generalisation(tables
     assert files.read_json(tmp_path / "w" / "ledger.json")["sealed"] == ["target_test", "held_out"]
 
 
+@pytest.mark.slow
 def test_without_a_labelled_source_everything_of_the_target_is_sealed(tables, tmp_path):
     changes = {
         "data.source": f"table:{tables}/target.csv",
