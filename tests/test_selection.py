@@ -76,6 +76,15 @@ def test_nothing_but_the_number_of_sealed_labels_can_be_read(read):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(labels)).open(), np.arange(5))
 
 
+def test_predictions_without_labels_are_checked_and_not_saved(tmp_path):
+    made = tasks.make_predictions({"logits": np.eye(3)}, None, range(3), tasks.Spec(class_names=tuple("abc")))
+    assert made.labels is None and made.values.dtype == np.float32
+    with pytest.raises(ValueError, match=r"p\.npz: the labels are sealed"):
+        tasks.save_predictions(tmp_path / "p.npz", made)
+    with pytest.raises(ValueError, match="2 different ids"):
+        tasks.make_predictions({"logits": np.eye(3)}, None, [0, 1, 1], tasks.Spec(class_names=tuple("abc")))
+
+
 def load(tables, split, seal=True, **more):
     name = f"table:{tables}/target.csv"
     return sources.load(name, split, labels=("label",), sealed=[sealed.canonical(name)] if seal else [], **more)
@@ -200,7 +209,7 @@ def test_a_source_that_is_labelled_too_is_not_sealed_and_the_result_says_so(tabl
 def test_nothing_is_proved_where_nothing_is_sealed(tables, tmp_path):
     plain = {"streams": {}, "terms": {}, "data.candidates": (), "data.extra_eval": (), "total": (1.0, "steps")}
     with pytest.raises(ValueError, match="has no sealed labels, so that nothing can be proved"):
-        leak.prove(config_of(tables, **plain), tmp_path / "w")
+        leak.prove(config_of(tables, **plain), tmp_path / "w", verbose=False)
 
 
 # Candidates
@@ -403,7 +412,7 @@ def test_without_a_labelled_source_everything_of_the_target_is_sealed(tables, tm
         "terms": {"entropy": {"target": "train"}},
     }
     config = config_of(tables, **changes, total=(2.0, "steps"))
-    _, differences = leak.prove(config, tmp_path / "w")
+    _, differences = leak.prove(config, tmp_path / "w", verbose=False)
     assert differences == []
     ledger = files.read_json(tmp_path / "w" / "ledger.json")
     assert ledger["sealed"] == ["train", "val"]
@@ -473,8 +482,8 @@ def test_few_labels_are_so_many_of_each_class_by_the_seed():
 # The leak test
 
 
-def test_the_poison_proof_passes_and_the_result_says_so(tables, tmp_path, capsys):
-    _, differences = leak.prove(config_of(tables, select="infomax"), tmp_path / "w")
+def test_the_poison_proof_passes_and_the_result_says_so(tables, tmp_path):
+    _, differences = leak.prove(config_of(tables, select="infomax"), tmp_path / "w", verbose=False)
     assert differences == []
     result = files.read_json(tmp_path / "w" / "result.json")
     assert result["leak_test"] == "passed"
@@ -488,7 +497,7 @@ def test_the_poison_proof_passes_and_the_result_says_so(tables, tmp_path, capsys
     assert differ == ["target_test", "held_out"]
     assert {"metrics.jsonl", "choices.json", "trained.safetensors"} <= set(leak.decided(tmp_path / "w"))
     assert any(what.startswith("checkpoints/6: ") for what in leak.decided(tmp_path / "w"))
-    again, _ = leak.prove(config_of(tables, select="infomax"), tmp_path / "w")
+    again, _ = leak.prove(config_of(tables, select="infomax"), tmp_path / "w", verbose=False)
     assert again["result"]["leak_test"] == "passed"
 
 
@@ -568,7 +577,7 @@ def test_a_planted_leak_fails_the_test_and_is_named(plant, tables, tmp_path, mon
     select = "best_val" if plant == "checkpoint" else "last"
     steps = 2.0 if plant == "selector" else 8.0
     config = config_of(tables, select=select, lr=0.4, eval_every=(1.0, "steps"), total=(steps, "steps"))
-    _, differences = leak.prove(config, tmp_path / "w")
+    _, differences = leak.prove(config, tmp_path / "w", verbose=False)
     assert any(named in line for line in differences), differences
     assert files.read_json(tmp_path / "w" / "result.json")["leak_test"].startswith("failed: ")
 
