@@ -212,7 +212,7 @@ def test_a_class_can_lose_where_the_whole_gains():
     found = alarm.negative_transfer([(predictions(LABELS, arm), predictions(LABELS, base))])
     assert not found["alarm"] and list(found["classes"]) == ["z"]
     (line,) = alarm.sentences("dann", "source-only", {"predictions-t.npz": found})
-    assert line.startswith("NEGATIVE TRANSFER: dann is worse than source-only on t in class z: error +0.5000 [")
+    assert line.startswith("NEGATIVE TRANSFER: dann is worse than source-only on t: in class z +0.500 [")
 
 
 def test_seeds_are_averaged_by_example_whatever_their_order():
