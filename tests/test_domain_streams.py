@@ -47,8 +47,8 @@ def test_a_strong_view_is_of_the_same_examples_with_draws_of_its_own():
         assert (batch["image:strong"] != batch["image"]).any(axis=(1, 2, 3)).all()
         assert (again["image:strong"] != again["image"]).any(axis=(1, 2, 3)).sum() > 6  # equal ops, other draws
     untouched = (("flip", {"probability": 0.0}),)
-    batch = streams_of(read(config_of(streams={"target": TARGET | {"strong": untouched}})))["target"][7]
-    source = sources.load(TARGET["source"], TARGET["split"])
+    settings = read(config_of(streams={"target": TARGET | {"strong": untouched}}))
+    batch, source = streams_of(settings)["target"][7], inputs.load_sources(settings)["target"]
     np.testing.assert_array_equal(batch["image:strong"], source.inputs[batch["index"]])
 
 
@@ -266,7 +266,7 @@ def test_no_run_trains_on_images_whose_corrupted_copies_it_scores(tmp_path):
     stream = {"streams": {"target": {"source": shifted, "split": "train", "batch_size": 6}}, "terms": {"dann": {}}}
     with pytest.raises(ValueError, match=r"streams\.target: 6 of 6 examples of val, which is scored"):
         scoring("train[60%:]", **stream)
-    stream["streams"]["target"]["split"] = "train[:60%]"
+    stream["streams"]["target"] |= {"split": "train[:60%]", "labelled": True}  # unlabelled ones are not stratified
     assert len(scoring("train[60%:]", **stream)["target"]) == 9
 
 

@@ -232,7 +232,7 @@ COMMANDS = {
         arg("--source", required=True, help="the labelled domain, such as arrays:FILE.npz or folder:PATH"),
         arg("--target", required=True, help="the other domain; its labels are read when all methods have predicted"),
         arg("--source-split", default="train", help="such as train or train[:80%%]"),
-        arg("--target-split", default="train", help="to cut a slice by class reads labels; a whole split does not"),
+        arg("--target-split", default="train", help="a slice of it is not stratified, as its labels are sealed"),
         arg("--labels", default="", help="the label column of csv: and table: sources"),
         arg("--method", default="pca,tca,jda,sa,gfk,coral,ot_da", help="names with commas"),
         arg("--classifier", default="1nn", help="1nn | svm | logistic; weighting needs one of the last two"),

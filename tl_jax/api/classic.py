@@ -13,6 +13,7 @@ import numpy as np
 from tl_jax.core import checks, files
 from tl_jax.data import sources
 from tl_jax.data.examples import Source
+from tl_jax.data.sealed import canonical
 from tl_jax.methods import classic
 from tl_jax.tasks.intervals import interval, resample
 
@@ -50,11 +51,22 @@ def check_methods(arguments: Mapping[str, Mapping[str, Any]], classifier: str, s
     checks.refuse("--method", problems)
 
 
-def load_domain(source: str, split: str, labels: Sequence[str] = (), shots: int = 0, seed: int = 0) -> Source:
-    found = sources.load(source, split, labels=tuple(labels), shots=shots, seed=seed)
+def load_domain(source: str, split: str, labels: Sequence[str] = (), *, sealed: bool = False) -> Source:
+    """The examples of a domain; sealed: nobody reads a label until they are opened, and slices are not stratified."""
+    found = sources.load(source, split, labels=tuple(labels), sealed={canonical(source)} if sealed else ())
     if found.label_kind != "classes":
         raise ValueError(f"{found.name} has {found.label_kind}, expected classes")
     return found
+
+
+def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """bool [N]: `shots` examples of each class, by seed. Raises ValueError where that leaves none to score."""
+    drawn = np.zeros(len(labels), bool)
+    for c in np.unique(labels) if shots else ():
+        drawn[np.random.default_rng([seed, c]).permutation(np.flatnonzero(labels == c))[:shots]] = True
+    if drawn.all():
+        raise ValueError(f"--shots {shots}: all {len(labels)} target examples are labelled, none is left to score")
+    return drawn
 
 
 def same_classes(source: Source, target: Source) -> None:
@@ -134,17 +146,19 @@ def run(args: Any) -> list[Row]:
     steps, columns = tuple(filter(None, args.scale.split(","))), tuple(filter(None, args.labels.split(",")))
     classic.scale(np.ones((1, 1)), steps)
     source = load_domain(args.source, args.source_split, columns)
-    target = load_domain(args.target, args.target_split, columns)
+    target = load_domain(args.target, args.target_split, columns, sealed=True)
     same_classes(source, target)
-    few = load_domain(args.target, args.target_split, columns, args.shots, args.seed) if args.shots else None
-    known = np.isin(target.ids, few.ids) if few else np.zeros(len(target), bool)
-    if known.all():
-        raise ValueError(f"--shots {args.shots}: every example of {target.name} is labelled, none is left to score")
+    if common := sources.overlap(source, target):
+        raise ValueError(f"{len(common)} examples, such as {common[0]}, are in both domains; expected other examples")
     ours, theirs = (classic.scale(x, steps) for x in read_features((source, target), args))
     order = np.array([source.class_names.index(name) for name in target.class_names])
-    shots = (theirs[known], order[target.labels[known]]) if few else None
+    known, shots = np.zeros(len(target), bool), None
+    if args.shots:
+        truth = order[target.labels.open()]
+        known = draw_shots(truth, args.shots, args.seed)
+        shots = theirs[known], truth[known]
     found = compare((ours, source.labels), theirs[~known], arguments, classifier=classifier, shots=shots)
-    truth = order[target.labels[~known]]  # the labels of the target, for the first time
+    truth = order[target.labels.open()][~known]
     rows = score({name: each[0] for name, each in found.items()}, truth, resamples=args.resamples)
     for row, (_, adapted, seconds) in zip(rows, found.values(), strict=True):
         row |= {"seconds": seconds, "arguments": arguments.get(row["method"], {}), "facts": dict(adapted.facts)}
