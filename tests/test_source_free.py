@@ -155,7 +155,7 @@ RUNS = {
     "eata": {"terms": {"eata": {"examples": 20}}, "method.rules": NORMS, **ALONE},
     "adda": {"phases": (
         (("total", (1.0, "steps")),),
-        (("total", (4.0, "steps")), ("terms", {"task": {"weight": 0}, "adda": {"width": 8}}),
+        (("total", (4.0, "steps")), ("terms", {"adda": {"width": 8}}),
          ("method.rules", FROZEN_HEAD)),
     ), "method.rules": ((".*", "all"),)},
     "mcd in turns": {"method.name": "full", "terms": {"mcd_source": {}, "mcd_discrepancy": {}}, "turns": (

@@ -30,7 +30,7 @@ def draw(method: str, i: int) -> dict:
 
     options: dict = {"lr": power(-4.5, -2.5, 1e-3)}
     if method == "GroupDRO":
-        options["terms"] = {"task": {"weight": 0.0}, "groupdro": {"eta": power(-3, -1, 1e-2)}}
+        options["terms"] = {"groupdro": {"eta": power(-3, -1, 1e-2)}}
     elif method != "ERM":
         weight = power(-1, 5, 100.0 if method == "IRM" else 10.0)
         at = min(1.0, power(0, 4, 500.0) / THEIRS)

@@ -78,9 +78,9 @@ def join(parts: Sequence) -> "np.ndarray | SealedLabels":
 def canonical(source: str) -> str:
     """The name of a source by which it is sealed: paths that lead to one place are one."""
     kind, _, path = source.partition(":")
-    if kind == "corrupt" and path.count(":") > 1:
+    if kind == "corrupt" and path.count(":") > 1:  # corrupt:NAME:SEVERITY:SOURCE
         *how, clean = path.split(":", 2)
-        return ":".join((kind, *how, canonical(clean)))
+        return ":".join([kind, *how, canonical(clean)])
     there = os.path.expanduser(path)
     return f"{kind}:{os.path.realpath(there)}" if path and os.path.exists(there) else source
 

@@ -32,7 +32,8 @@ Terms = Mapping[str, tuple[Callable, Term]]
 def make_terms(settings: Settings) -> list[Terms]:
     """The terms of each phase with their weights, functions of the phase's progress; ValueError lists all problems.
 
-    A phase has the task's own term with weight 1 unless it says otherwise; a term of weight 0 is left out.
+    A phase has the task's own term with weight 1 unless it says otherwise, or has a term that replaces it; a term of
+    weight 0 is left out.
     """
     own = {TASK: {}} if settings.data.labelled else {}
     problems, given = [], [{**own, **phase.terms} for phase in settings.phases]
@@ -44,6 +45,9 @@ def make_terms(settings: Settings) -> list[Terms]:
     checks.refuse("the terms of the loss do not fit", problems)
     given = [{name: pair for name, pair in terms.items() if pair[0] != 0} for terms in given]
     made = [{name: (schedules.make(w), TERMS[name](**arguments)) for name, (w, arguments) in x.items()} for x in given]
+    for phase, terms in zip(settings.phases, made, strict=True):
+        if TASK not in phase.terms and any(term.replaces_task for _, term in terms.values()):
+            terms.pop(TASK, None)
     problems = [problem for terms in made for problem in _problems(settings, terms)] + _unused(settings, made)
     checks.refuse("the terms of the loss do not fit", problems)
     return made
