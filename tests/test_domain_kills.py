@@ -26,7 +26,7 @@ from tl_jax.methods.domain import source_free
 from tl_jax.methods.term import MAIN, Result, Term
 from tl_jax.runtime import sharding
 from tl_jax.studies import inprocess, leak
-from tl_jax.training import build, terms
+from tl_jax.training import build, inputs, terms
 from tl_jax.training.settings import read
 from tl_jax.training.train import train
 
@@ -394,5 +394,38 @@ def test_arguments_that_would_train_something_else_are_refused_by_name(given, me
 def test_a_turn_that_names_a_group_twice_is_refused(tables):
     """Its optimizer would count two steps where it takes one."""
     turns = ((("backbone", "head", "backbone"), {"task": 1.0}),)
-    with pytest.raises(ValueError, match=r"turns = (.|\n)*a turn names a group twice: \('backbone', 'head', 'backbone'\)"):
+    with pytest.raises(
+        ValueError, match=r"turns = (.|\n)*a turn names a group twice: \('backbone', 'head', 'backbone'\)"
+    ):
         build.build(config_of(tables, "", turns=turns, streams={}), sharding.make_parallel())
+
+
+# Sealed by split
+
+
+def test_the_splits_of_one_file_that_only_unlabelled_streams_name_are_sealed(tmp_path):
+    rng, arrays = np.random.default_rng(0), {}
+    for split, rows in (("train", 41), ("test", 29), ("photo", 53)):
+        labels = np.arange(rows) % 3
+        arrays |= {f"{split}_features": rng.normal(size=(rows, 5)).astype(np.float32), f"{split}_label": labels}
+    np.savez(tmp_path / "all.npz", **arrays)
+    name = f"arrays:{tmp_path}/all.npz"
+    changes = {
+        "data.source": name, "data.labels": (), "data.test": "test", "terms": {"entropy": {}},
+        "streams": {"target": {"source": name, "split": "photo[:50%]", "batch_size": 7}},
+        "data.candidates": ("target_val", name, "photo[50%:70%]"),
+        "data.extra_eval": (("target_test", name, "photo[70%:]"), ("more", name, "test[:50%]")),
+    }  # fmt: skip
+    settings = read(config_of(tmp_path, "", **changes))
+    found = inputs.load_sources(settings)
+    assert {name for name, source in found.items() if source.sealed} == {"target", "target_val", "target_test"}
+    ids = [i for name in ("target", "target_val", "target_test") for i in found[name].ids]
+    assert len(ids) == len(set(ids)) == 53
+    ledger = inputs.make_ledger(found, settings)
+    assert ledger.unsealed == {} and {row["stream"] for row in ledger.rows} == {"train", "val", "test", "more"}
+    changes |= {"data.test": "photo[70%:]", "data.extra_eval": ()}
+    found = inputs.load_sources(read(config_of(tmp_path, "", **changes)))
+    assert {name for name, source in found.items() if source.sealed} == {"target", "target_val", "test"}
+    changes |= {"data.val": "photo[70%:]", "data.test": ""}  # which is read while training
+    found = inputs.load_sources(read(config_of(tmp_path, "", **changes)))
+    assert not any(source.sealed for source in found.values())

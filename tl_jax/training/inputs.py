@@ -148,12 +148,12 @@ def judged_on(data: DataSettings) -> list[tuple[str, str, str]]:
 def sealed_sources(settings: Settings) -> set[str | tuple[str, str]]:
     """The sources, by canonical name, whose labels nobody reads before every choice is made.
 
-    Those that an unlabelled stream or data.candidates names, and no labelled stream, val or test. Of a source that is
-    named by both, (source, split) of the splits that only the former name.
+    Those that an unlabelled stream or data.candidates names, and no labelled one. Of a source that both name, (source,
+    split) of the splits that only the former name.
     """
     data = settings.data
     streams = [(stream.source, stream.split, stream.labelled) for stream in settings.streams.values()]
-    streams += [(data.source, split, data.labelled) for name in SPLITS if (split := getattr(data, name))]
+    streams += [(data.source, split, data.labelled) for split in (data.train, data.val) if split]
     streams += [(source, split, False) for _, source, split in judged_on(data)]
     named: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}
     for source, split, labelled in streams:
