@@ -25,7 +25,10 @@ from tl_jax.methods import domain
 from tl_jax.methods.domain import source_free
 from tl_jax.methods.term import MAIN, Result, Term
 from tl_jax.runtime import sharding
-from tl_jax.studies import inprocess, leak
+from tl_jax.runtime.preemption import Preempted
+from tl_jax.studies import inprocess, leak, store, worker
+from tl_jax.studies.report import report
+from tl_jax.studies.study import Study
 from tl_jax.training import build, inputs, terms
 from tl_jax.training.settings import read
 from tl_jax.training.train import train
@@ -429,3 +432,45 @@ def test_the_splits_of_one_file_that_only_unlabelled_streams_name_are_sealed(tmp
     changes |= {"data.val": "photo[70%:]", "data.test": ""}  # which is read while training
     found = inputs.load_sources(read(config_of(tmp_path, "", **changes)))
     assert not any(source.sealed for source in found.values())
+
+
+@pytest.mark.slow
+def test_a_study_of_methods_opens_each_target_after_the_choices_of_its_run(tables, tmp_path):
+    methods = {"source-only": dict(ONLY_SOURCE), "entropy": {}, "bnm": {"terms": {"bnm": {"weight": 0.1}}}}
+    base = config_of(tables, "", terms={"entropy": {}}, total=(4.0, "steps"))
+    store.plan(tmp_path, "s", "?", Study(base, {"method": methods}, {"method": "source-only"}, seeds=(0, 3)))
+    worker.work(tmp_path)
+    report.write(tmp_path)
+    folders = [path.parent for path in tmp_path.rglob("ledger.json")]
+    assert len(folders) == 6
+    for folder in folders:
+        check_ledger(folder, 1)
+    units = files.read_json(tmp_path / "choices.json")["units"]
+    assert set(units) == {"seed 0", "seed 3"} and all("dev" in choices for choices in units.values())
+
+
+# The labels on disk
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_alike_where_the_targets_labels_were_changed_meanwhile(tmp_path):
+    """All classes stay; the labels of rows change, between a kill and the resumed start, and as early as the first."""
+    config = config_of(make_tables(tmp_path), "", terms={"entropy": {}})
+    train(config, tmp_path / "whole", verbose=False)
+    with pytest.raises(Preempted):
+        train(config, tmp_path / "w", verbose=False, stop_requested=lambda done: done == 5)
+    path = tmp_path / "target.csv"
+    head, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([head, *(line[:-1] + "bca"["abc".index(line[-1])] for line in lines)]) + "\n")
+    train(config, tmp_path / "w", verbose=False)
+    assert leak.decided(tmp_path / "w") == leak.decided(tmp_path / "whole")
+    labels = [np.load(tmp_path / name / "predictions-target_test.npz")["labels"] for name in ("w", "whole")]
+    assert (labels[0] != labels[1]).all()
+
+
+def test_class_weights_that_count_labels_need_some(tables):
+    changes = {**SOURCE_FREE, "task_args": {"class_weight": "balanced"}, "terms": {"tent": {}}, "method.rules": NORMS}
+    with pytest.raises(
+        ValueError, match=r"task_args.class_weight = 'balanced' counts labels, and data.labelled = False"
+    ):
+        options.check(config_of(tables, "", **changes))

@@ -1,9 +1,11 @@
 """The selection panel and the alarm of negative transfer, over the runs of a study and of replicas."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests import test_report
 from tl_jax import tasks
@@ -268,3 +270,12 @@ def test_a_study_shows_negative_transfer_in_red(study, capsys):
     assert ".alarm" in (folder / "report.html").read_text()
     assert "NEGATIVE TRANSFER: dann is worse than source-only on target_test:" not in (folder / "report.md").read_text()
     assert tables.to_markdown("t", {"": [tables.Alarm("seen")]}).endswith("**seen**\n")
+
+
+def test_the_panel_names_every_selector_on_a_console_of_80_columns():
+    shown, numbers = io.StringIO(), ("0.130", "-0.026 [-0.065, +0.000]", "0.026", "-1.00")
+    headers = ("selector", "reads", "chosen", "accuracy", "minus last [95 %]", "regret", "rho")
+    rows = [(name, "source", "400", *numbers) for name in SELECTORS]
+    Console(file=shown, width=80).print(tables.to_console(tables.Table("What", headers, rows, 3)))
+    assert "…" not in shown.getvalue() and max(map(len, shown.getvalue().splitlines())) <= 80
+    assert all(f" {name} " in shown.getvalue() for name in SELECTORS)
