@@ -157,8 +157,8 @@ RUNS = {
     "adda": {"phases": (
         (("total", (1.0, "steps")),),
         (("total", (4.0, "steps")), ("terms", {"adda": {"width": 8}}),
-         ("method.rules", ((r"discriminator/.*", "discriminator"), *FROZEN_HEAD))),
-    ), "method.rules": ((r"discriminator/.*", "frozen"), (".*", "all"))},
+         ("method.rules", FROZEN_HEAD)),
+    ), "method.rules": ((".*", "all"),)},
     "mcd in turns": {"method.name": "full", "terms": {"mcd_source": {}, "mcd_discrepancy": {}}, "turns": (
         (("backbone", "head", "second_head"), MCD), (("head", "second_head"), {**MCD, "mcd_discrepancy": -1.0}),
         *4 * ((("backbone",), {"mcd_discrepancy": 1.0}),),

@@ -74,7 +74,10 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
             problems.append(
                 "task is on the stream train, which data.labelled=False leaves without labels: leave it out"
             )
-        for stream in (*term.on, *term.feeds):
+        places = (*term.on, *term.feeds)
+        if len(set(places)) < len(places):
+            problems.append(f"{name} compares the stream {places[-1]!r} with itself: give it another one as its target")
+        for stream in places:
             if stream not in streams:
                 problems.append(f"{name} is on the stream {stream!r}{nearest(stream, streams)}: add streams.{stream}")
         if settings.loop.parallel == "pmap" and (term.on != (MAIN,) or term.reads):
