@@ -109,7 +109,7 @@ def _check_sources(found: Mapping[str, Source], settings: Settings) -> None:
     fix = "what is partial or open needs a method made for it, and there is none; leave these classes out everywhere"
     checks.refuse(f"the classes of {len(which)} sources are not those of train ({train.name}); {fix}", which)
     held_out = [name for name in scored_names(found, settings) if name != "test" or data.resample != "loo"]
-    for name in held_out:
+    for name in held_out if data.labelled else ():
         if shared := sources.overlap(train, found[name]):
             count = f"{len(shared)} of {len(found[name])} examples"
             raise ValueError(
@@ -188,8 +188,8 @@ def scored_names(found: Mapping[str, Source], settings: Settings) -> list[str]:
 
 def trained_names(settings: Settings) -> list[str]:
     """The names of the streams that may not hold what is scored: all but those that transductive training allows."""
-    further = [name for name, stream in settings.streams.items() if stream.labelled or not settings.data.transductive]
-    return [MAIN, *further]
+    labelled = {MAIN: settings.data.labelled, **{name: stream.labelled for name, stream in settings.streams.items()}}
+    return [name for name in labelled if labelled[name] or not settings.data.transductive]
 
 
 def find_duplicates(found: Mapping[str, Source], settings: Settings) -> dict[str, Any]:
@@ -211,8 +211,8 @@ def find_duplicates(found: Mapping[str, Source], settings: Settings) -> dict[str
 
 
 def transductive(found: Mapping[str, Source], settings: Settings) -> dict[tuple[str, str], int]:
-    """{(further stream or split that candidates are judged on, scored split): examples that are in both}."""
-    judged = [name for name, *_ in judged_on(settings.data)]
+    """{(stream besides a labelled train, or split that candidates are judged on; scored split): examples in both}."""
+    judged = [*([] if settings.data.labelled else [MAIN]), *(name for name, *_ in judged_on(settings.data))]
     shared = {
         (stream, name): len(sources.overlap(found[stream], found[name]))
         for stream in (*settings.streams, *judged)

@@ -86,9 +86,11 @@ def mcd_discrepancy(layers: Layers = None, target: Target = "target") -> Term:
     """
 
     def loss(context: Context) -> Result:
-        f = context.outputs[target][HEAD_READS].astype(jnp.float32)
-        (second,), statistics = head_logits(context, SECOND, (f,), context.key)
-        return Result(disagreement(context.outputs[target]["logits"], second), batch_stats=statistics)
+        streams = list(context.outputs)  # as the model's own head normalises them
+        f = [context.outputs[stream][HEAD_READS].astype(jnp.float32) for stream in streams]
+        logits, statistics = head_logits(context, SECOND, f, context.key)
+        one, two = context.outputs[target]["logits"].astype(jnp.float32), logits[streams.index(target)]
+        return Result(disagreement(one, two), batch_stats=statistics)
 
     return Term(loss, on=(target,), init=_with_second_head(layers), needs=frozenset({CLASSES}))
 
