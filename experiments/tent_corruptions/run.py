@@ -52,42 +52,37 @@ def make_config(method: str, source: str, weights: str, passes: int = 1):
     return config.lock()
 
 
-def measure(source: str, weights: str, folder: pathlib.Path, decay: bool) -> dict[str, tl_jax.tasks.Predictions]:
-    """{method: what it answered} on one corrupted set."""
+def measure(source: str, weights: str, folder: pathlib.Path, arms) -> dict[str, tl_jax.tasks.Predictions]:
+    """{method: what it answered} on one corrupted set, for `source` and pairs (method, passes)."""
     path = folder / "predictions-source.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         found = score(tl_jax.load("resnet20_cifar", weights), source, "test", batch_size=200)
         tl_jax.tasks.save_predictions(path, found)
     rows = {"source": path}
-    arms = [(method, 1) for method in TERMS] + [("tent", passes) for passes in PASSES if decay]
     for method, passes in arms:
         name = method if passes == 1 else f"{method}, {passes} passes"
         home = folder / name.replace(", ", "_").replace(" ", "_")
         tl_jax.train(make_config(method, source, weights, passes), home, verbose=False)
         rows[name] = home / ("predictions.npz" if method == "norm" else f"predictions-{between.ONLINE}.npz")
     made = {name: tl_jax.load_predictions(path) for name, path in rows.items()}
-    made["source"] = made["source"]._replace(spec=made["norm"].spec)  # the weight file names no classes
-    return made
+    spec = next(x.spec for name, x in made.items() if name != "source")  # the weight file names no classes
+    return {**made, "source": made["source"]._replace(spec=spec)}
 
 
-def main(cifar10: pathlib.Path, weights: str, out: pathlib.Path, count: int = 5000) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    images = out / f"first_{count}.npz"
-    if not images.exists():
-        subset(cifar10, count, images)
-    rows, lines, began = [], [], time.monotonic()
-    sets = [*((name, severity) for severity in (5, 3) for name in CORRUPTIONS), ("clean", 0)]
-    for name, severity in sets:
-        source = f"arrays:{images}" if name == "clean" else f"corrupt:{name}:{severity}:arrays:{images}"
-        found = measure(source, weights, out / "runs" / f"{name}_{severity}", (name, severity) in DECAY)
-        for method, predictions in found.items():
+def scores(found: dict) -> list[list]:
+    """Rows of corruption, severity, method, error and its interval, points below source and their paired interval."""
+    rows = []
+    for (name, severity), answered in found.items():
+        for method, predictions in answered.items():
             accuracy = tl_jax.summarize(predictions)["accuracy"]
-            against = tl_jax.paired_difference(predictions, found["source"], metric="accuracy")
+            gain = tl_jax.paired_difference(predictions, answered["source"], metric="accuracy")
             error = [100 * (1 - accuracy[part]) for part in ("value", "high", "low")]
-            rows.append([name, severity, method, *error, *(100 * against[part] for part in ("value", "low", "high"))])
-        cells = [f"{method} {row[3]:.1f}" for method, row in zip(found, rows[-len(found) :], strict=True)]
-        print(f"{name} {severity}: {', '.join(cells)} ({time.monotonic() - began:.0f} s)", flush=True)
+            rows.append([name, severity, method, *error, *(100 * gain[part] for part in ("value", "low", "high"))])
+    return rows
+
+
+def write(rows: list[list], out: pathlib.Path) -> None:
     lines = ["| corruption | severity | method | error | 95 % interval | points below source, paired |"]
     lines += ["| --- | --- | --- | ---: | --- | --- |"]
     for name, severity, method, error, low, high, *gain in rows:
@@ -97,6 +92,23 @@ def main(cifar10: pathlib.Path, weights: str, out: pathlib.Path, count: int = 50
     with (out / "table.csv").open("w", newline="") as file:
         header = ["corruption", "severity", "method", "error", "low", "high", "gain", "gain_low", "gain_high"]
         csv.writer(file).writerows([header, *rows])
+
+
+def main(cifar10: pathlib.Path, weights: str, out: pathlib.Path, count: int = 5000) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    images = out / f"first_{count}.npz"
+    if not images.exists():
+        subset(cifar10, count, images)
+    once, further = [(method, 1) for method in TERMS], [("tent", passes) for passes in PASSES]
+    todo = [(pair, once) for pair in (*((name, n) for n in (5, 3) for name in CORRUPTIONS), ("clean", 0))]
+    todo += [(pair, [*once, *further]) for pair in DECAY]
+    found, began = {}, time.monotonic()
+    for (name, severity), arms in todo:
+        source = f"arrays:{images}" if name == "clean" else f"corrupt:{name}:{severity}:arrays:{images}"
+        found[name, severity] = measure(source, weights, out / "runs" / f"{name}_{severity}", arms)
+        write(scores(found), out)
+        print(f"{name} {severity}: {time.monotonic() - began:.0f} s", flush=True)
+    print((out / "table.md").read_text())
 
 
 if __name__ == "__main__":
