@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import scipy.stats
+import threadpoolctl
 from sklearn import cluster, linear_model, metrics
 
 from tl_jax.methods import selectors
+from tl_jax.methods.domain.measure import separation
 from tl_jax.methods.selectors import SELECTORS, Candidate
 
 INDEX = np.arange(60)
@@ -63,6 +65,22 @@ def test_the_density_ratio_is_that_of_two_gaussians_whose_ratio_is_known():
     )
     p = fitted.predict_proba((x - mean) / std)
     np.testing.assert_allclose(selectors.density_ratio(source, target, x), 2 * p[:, 1] / p[:, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("fit", [lambda a, b: selectors.density_ratio(a, b, a), lambda a, b: separation({0: a, 1: b})])
+def test_classifiers_of_domains_are_fitted_on_one_thread(fit, monkeypatch):
+    """Runs beside each other otherwise wait for each other's threads: twenty times the seconds on busy cores."""
+    seen, theirs = [], linear_model.LogisticRegression.fit
+
+    def spy(self, *args):
+        seen.append({pool["num_threads"] for pool in threadpoolctl.threadpool_info()})
+        return theirs(self, *args)
+
+    monkeypatch.setattr(linear_model.LogisticRegression, "fit", spy)
+    rng = np.random.default_rng(0)
+    with threadpoolctl.threadpool_limits(2):
+        fit(rng.normal(size=(9, 3)), rng.normal(size=(8, 3)) + 1)
+    assert seen and set().union(*seen) == {1}
 
 
 def test_ensv_scores_each_against_the_mean_of_the_pool():

@@ -123,13 +123,15 @@ def density_ratio(source: np.ndarray, target: np.ndarray, features: np.ndarray) 
 
     A logistic regression on features standardised over both (Bickel, Brueckner and Scheffer 2007).
     """
+    import threadpoolctl
     from sklearn import linear_model
 
     both = np.concatenate([source, target])
     mean, std = both.mean(0), both.std(0)
     is_target = np.repeat([0, 1], [len(source), len(target)])
     scaled = (both - mean) / (std + (std == 0))
-    fitted = linear_model.LogisticRegression(max_iter=1000).fit(scaled, is_target)
+    with threadpoolctl.threadpool_limits(1):  # as above
+        fitted = linear_model.LogisticRegression(max_iter=1000).fit(scaled, is_target)
     odds = fitted.decision_function((features - mean) / (std + (std == 0)))
     return len(source) / len(target) * np.exp(np.clip(odds, -LARGEST, LARGEST))
 

@@ -43,6 +43,7 @@ def separation(features: Mapping[str, np.ndarray], seed: int = 0) -> Separation:
 
 def _confusion(halves: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Shares [D, D] of a logistic regression (C = 1) on standardised features."""
+    import threadpoolctl  # scikit-learn brings it
     from sklearn.linear_model import LogisticRegression  # slow to import
 
     (seen, y), (unseen, true) = (
@@ -50,7 +51,8 @@ def _confusion(halves: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     )
     mean, std = seen.mean(axis=0), seen.std(axis=0)
     std[std == 0] = 1.0
-    model = LogisticRegression(max_iter=2000).fit((seen - mean) / std, y)
+    with threadpoolctl.threadpool_limits(1):  # the same sums on any number of cores, and no wait for each other
+        model = LogisticRegression(max_iter=2000).fit((seen - mean) / std, y)
     table = np.zeros((len(halves),) * 2)
     np.add.at(table, (true, model.predict((unseen - mean) / std)), 1)
     return table / table.sum(axis=1, keepdims=True)
