@@ -227,11 +227,12 @@ def check_ledger(folder, starts):
     assert len(opened) == len(set(opened))
 
 
-QUICK = ("games", "adda", "shot")
+def of_which_ci_runs(cases, few):
+    return [case if case in few else pytest.param(case, marks=pytest.mark.exhaustive) for case in cases]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.exhaustive) for c in CASES])
+@pytest.mark.parametrize("case", of_which_ci_runs(CASES, ("adda", "shot")))
 def test_a_run_that_was_killed_again_and_again_ends_bit_equal_to_an_undisturbed_one(case, tables, tmp_path):
     config, moments = config_of(tables, case), MOMENTS[case]
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
@@ -248,7 +249,7 @@ def test_a_run_that_was_killed_again_and_again_ends_bit_equal_to_an_undisturbed_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.exhaustive) for c in CASES])
+@pytest.mark.parametrize("case", of_which_ci_runs(CASES, ("games",)))
 def test_no_method_sees_the_labels_of_the_target(case, tables, tmp_path):
     found, differences = leak.prove(config_of(tables, case, select="infomax"), tmp_path / "w")
     assert differences == [] and files.read_json(tmp_path / "w" / "result.json")["leak_test"] == "passed"
@@ -331,9 +332,7 @@ PLANTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "plant", [p if p == "pseudo-labels" else pytest.param(p, marks=pytest.mark.exhaustive) for p in PLANTS]
-)
+@pytest.mark.parametrize("plant", of_which_ci_runs(PLANTS, ("pseudo-labels",)))
 def test_a_planted_leak_is_found(plant, tables, tmp_path, monkeypatch):
     make, case, named = PLANTS[plant]
     make(monkeypatch)
@@ -355,7 +354,7 @@ HOMES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("home", of_which_ci_runs(HOMES, ("replicas",)))
 def test_every_run_of_a_set_opens_the_target_after_its_own_choices(home, tables, tmp_path, monkeypatch):
     from tl_jax.data.sealed import Ledger
 
