@@ -23,7 +23,7 @@ from tl_jax.data.examples import Source
 from tl_jax.data.sealed import SealedLabels
 from tl_jax.methods import domain
 from tl_jax.methods.domain import source_free
-from tl_jax.methods.term import MAIN, Result, Term
+from tl_jax.methods.term import MAIN, Context, Result, StreamFacts, Term
 from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies import inprocess, leak, store, worker
@@ -391,6 +391,22 @@ def test_every_run_of_a_set_opens_the_target_after_its_own_choices(home, tables,
 def test_arguments_that_would_train_something_else_are_refused_by_name(given, message, tables):
     with pytest.raises(ValueError, match=message):
         terms.make_terms(read(config_of(tables, "", terms=given)))
+
+
+@pytest.mark.parametrize("name", ["irm", "fishr", "coral_domains"])
+def test_one_row_of_a_domain_is_refused_where_a_domain_needs_two(name, tables):
+    """Its penalty would be 0 in silence."""
+    context = Context(*[None] * len(Context._fields))._replace(
+        batch={MAIN: {"domain": np.arange(3)}}, facts={MAIN: StreamFacts(30, 3)}
+    )
+    with pytest.raises(ValueError, match=f"{name}: a batch of 3 rows of 3 domains, expected two or more of each"):
+        domain.TERMS[name]().loss(context)
+
+
+def test_statistics_that_are_not_there_are_not_computed_anew(tables):
+    changes = {"terms": {"adabn": {}}, "model.head": (), "phases": ()}
+    with pytest.raises(ValueError, match=r"terms.adabn: adabn: the network has no BatchNorm layer"):
+        build.build(config_of(tables, "", **changes), sharding.make_parallel())
 
 
 def test_a_turn_that_names_a_group_twice_is_refused(tables):

@@ -4,6 +4,8 @@ Plain ERM on all domains is the task's own term. The weights that the methods we
 one that changes at a step is a schedule of the term's weight, `("step", {"first": 1.0, "value": 100.0, "at": 0.1})`.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +27,15 @@ def residuals(context: Context) -> jax.Array:
     return jax.grad(total)(out["logits"])
 
 
+def _check_rows(name: str, context: Context) -> None:
+    """Raises ValueError where a domain has one row, of which there is no variance and no second half."""
+    rows, domains = len(context.batch[MAIN]["domain"]), context.facts[MAIN].domains
+    if rows < 2 * domains:
+        raise ValueError(
+            f"{name}: a batch of {rows} rows of {domains} domains, expected two or more of each: raise batch_size"
+        )
+
+
 def invariance(slopes: jax.Array, domain: jax.Array, domains: int) -> jax.Array:
     """The mean over domains of (mean of every second slope) * (mean of the others), of slopes [B]."""
     member = jax.nn.one_hot(domain, domains, axis=0)
@@ -43,6 +54,7 @@ def irm() -> Term:
     """
 
     def loss(context: Context) -> Result:
+        _check_rows("irm", context)
         slopes = jnp.sum(residuals(context) * context.outputs[MAIN]["logits"], axis=-1)
         return Result(invariance(slopes, context.batch[MAIN]["domain"], context.facts[MAIN].domains))
 
@@ -105,7 +117,7 @@ def coral_domains(features: Features = "embedding") -> Term:
     The mean over pairs of domains of mean_k (m_ik - m_jk)^2 + mean_kl (C_ikl - C_jkl)^2, the form of DomainBed. Weight
     1, or of 10^-1 .. 10^1.
     """
-    return _between(coral_between, features)
+    return _between(coral_between, features, two_rows="coral_domains")
 
 
 def mmd_domains(features: Features = "embedding") -> Term:
@@ -117,8 +129,12 @@ def mmd_domains(features: Features = "embedding") -> Term:
     return _between(mmd_between, features)
 
 
-def _between(distance, features: str) -> Term:
+def _between(distance: Callable, features: str, two_rows: str = "") -> Term:
+    """two_rows: the name of a term that needs two rows of each domain."""
+
     def loss(context: Context) -> Result:
+        if two_rows:
+            _check_rows(two_rows, context)
         x = context.outputs[MAIN][features].astype(jnp.float32)
         return Result(distance(x, context.batch[MAIN]["domain"], context.facts[MAIN].domains))
 
@@ -145,6 +161,7 @@ def fishr(decay: Decay = 0.95) -> Term:
     """
 
     def loss(context: Context) -> Result:
+        _check_rows("fishr", context)
         z = context.outputs[MAIN]["embedding"].astype(jnp.float32)
         z = jnp.concatenate([z, jnp.ones((len(z), 1))], axis=1)
         v = gradient_variances(residuals(context).astype(jnp.float32), z, source_shares(context))

@@ -37,7 +37,14 @@ def adabn(target: Stream = "target") -> Term:
         means = {path: leaf / count for path, leaf in sums.items()}
         return {path: leaf - means[_mean(path)] ** 2 if _is_var(path) else leaf for path, leaf in means.items()}
 
-    return Term(loss, on=(target,), statistics=statistics)
+    def init(start: Start) -> tuple[dict[str, Network], Any]:
+        if not trees.flatten(start.variables["batch_stats"]):
+            raise ValueError(
+                "adabn: the network has no BatchNorm layer, expected one whose statistics are computed anew"
+            )
+        return {}, None
+
+    return Term(loss, on=(target,), init=init, statistics=statistics)
 
 
 def _is_var(path: str) -> bool:
