@@ -2,7 +2,7 @@
 
 DeiT-tiny with ImageNet weights on PACS (Li et al. 2017), its last block and head trained. target=NAME: adaptation from
 photos to the domain NAME, all of which is trained on without labels, chosen on and scored (transductive).
-held_out=NAME: generalisation from the other three domains. Everything in front of the last block is computed once.
+held_out=NAME: generalisation from the other three domains. All blocks but the last are computed once.
 """
 
 import pathlib
