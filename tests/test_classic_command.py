@@ -176,7 +176,9 @@ def accuracy(office, method, task):
     return 100 * (classic.adapt(method, xs, ys, xt).predict(xt) == yt).mean()
 
 
-@pytest.mark.parametrize("method", ["none", "pca", "gfk", "tca", pytest.param("jda", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["gfk", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "pca", "tca", "jda"))]
+)
 def test_published_cells_of_office_caltech_are_reproduced(office, method):
     published, tolerance = cells("first", method)
     assert len(published) == (12 if method == "none" else 2)

@@ -230,6 +230,7 @@ def test_a_target_may_be_a_folder_of_images_without_classes(tmp_path):
         inputs.load_sources(read(options.override(domains(tmp_path, "digits"), {"data.source": f"{flat}/art"})))
 
 
+@pytest.mark.slow
 def test_networks_train_on_feature_matrices_with_domains_and_a_target(tmp_path):
     rng, names = np.random.default_rng(0), []
     for name in ("a", "b", "t"):

@@ -226,6 +226,7 @@ def test_means_over_examples_are_the_same_in_parts(name, tables):
     assert_same(*(take_walk(config, 1, 2) for config in configs), logs=False)
 
 
+@pytest.mark.slow
 def test_a_second_view_moves_the_statistics_after_the_training_pass(tables):
     """Source, target, and the target again as its own second view: each moves them by a tenth, in this order."""
     found = {}

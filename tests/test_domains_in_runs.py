@@ -36,7 +36,7 @@ CASES = {
     },
     "several": {
         "data.source": SOURCES[:2], "streams": TARGET,
-        "terms": {"task": {"weight": 0.0}, "m3sda": {}, "mdan": {"width": 16}, "darn": {"tau": 0.2}},
+        "terms": {"m3sda": {}, "mdan": {"width": 16}, "darn": {"tau": 0.2}},
     },
     "mixed": {"method.mix_domains": 0.3, "method.add": (STYLE,)},
 }  # fmt: skip

@@ -207,7 +207,7 @@ def test_the_square_of_irm_in_closed_form_is_the_same_to_1e_6():
     np.testing.assert_allclose(irm_of(domain, logits, residuals), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*GENERALISE, "m3sda", "darn"])
+@pytest.mark.parametrize("name", [*GENERALISE, "m3sda", pytest.param("darn", marks=pytest.mark.slow)])
 def test_the_order_of_the_rows_says_nothing(name):
     """For IRM of the domains; within a domain every second row is the other half."""
     x, logits, y, domain = scattered()
@@ -260,7 +260,9 @@ def test_fishr_averages_the_variances_and_scales_the_new_one_as_if_it_were_alone
         np.testing.assert_allclose(result.loss, (average / 0.25).var(0).mean(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["regression", "binary", "multilabel"])
+@pytest.mark.parametrize(
+    "name", ["binary", *(pytest.param(name, marks=pytest.mark.slow) for name in ("regression", "multilabel"))]
+)
 def test_every_task_has_the_terms_on_risks_and_gradients(name):
     rng = np.random.default_rng(0)
     outputs = {"regression": 2, "binary": 1, "multilabel": 3}[name]
@@ -354,7 +356,7 @@ def discriminators(domains, features, width=7):
     return params, forward
 
 
-@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("hard", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_mdan_weighs_each_source_by_the_softmax_and_reverses_the_features_alone(hard):
     x, logits, y, domain = scattered()
     target, mu, gamma = np.random.default_rng(9).standard_normal((5, 6)), 0.3, 4.0
@@ -489,6 +491,7 @@ def test_domain_mixup_mixes_each_domain_with_the_next_of_a_ring_by_one_weight():
     assert len(rings) > 1
 
 
+@pytest.mark.slow
 def test_all_views_are_mixed_alike_and_plain_mixup_is_as_before():
     mix = mixing.make_mix(0.0, 0.0, 0.3, 2)
     images, domain = jnp.arange(8.0)[:, None], jnp.array([0, 1, 1, 0, 1, 0, 0, 1])

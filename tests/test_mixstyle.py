@@ -75,6 +75,7 @@ def test_no_gradient_goes_through_the_statistics():
     np.testing.assert_allclose(pull(upstream)[0], upstream * scale[:, None, None], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_p_is_of_whole_batches_and_types_stay():
     x = draws((6, 4, 4, 3)).astype(jnp.bfloat16)
     keys = jax.random.split(jax.random.key(0), 300)
@@ -102,7 +103,8 @@ ALWAYS = {"p": 1.0, "alpha": 0.5}
 AFTER = {CIFAR: ("stem", "stage1/block0", "stage2"), VIT: ("stem", "block1")}
 
 
-@pytest.mark.parametrize("model", [CIFAR, pytest.param(VIT, marks=pytest.mark.slow)], ids=["resnet", "vit"])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [CIFAR, VIT], ids=["resnet", "vit"])
 def test_the_network_in_pieces_is_the_network_and_mixing_acts_behind_the_first_cut_in_training_alone(model):
     x, variables = draws((4, 24, 24, 3), 5), variables_of(model)
     plain, mixing = (Adapted(model, (("mixstyle", {**p, "after": AFTER[model]}),)) for p in (NEVER, ALWAYS))

@@ -9,6 +9,7 @@ from tests import test_report
 from tl_jax import tasks
 from tl_jax.core import files, manifest
 from tl_jax.methods.selectors import SELECTORS
+from tl_jax.studies import local
 from tl_jax.studies.report import alarm, report, selection, tables
 from tl_jax.training import candidates
 from tl_jax.training.selection import LAST_ORACLE, ORACLE
@@ -211,7 +212,7 @@ def test_a_class_can_lose_where_the_whole_gains():
     found = alarm.negative_transfer([(predictions(LABELS, arm), predictions(LABELS, base))])
     assert not found["alarm"] and list(found["classes"]) == ["z"]
     (line,) = alarm.sentences("dann", "source-only", {"predictions-t.npz": found})
-    assert line.startswith("NEGATIVE TRANSFER: dann is worse than source-only on t in class z: error +0.5000 [")
+    assert line.startswith("NEGATIVE TRANSFER: dann is worse than source-only on t: in class z +0.500 [")
 
 
 def test_seeds_are_averaged_by_example_whatever_their_order():
@@ -254,8 +255,11 @@ def test_an_arm_is_watched_where_it_transfers_what_its_baseline_does_not(arm, ba
     assert alarm.transfers(arm, base) is expected
 
 
-def test_a_study_shows_negative_transfer_in_red(study):
+def test_a_study_shows_negative_transfer_in_red(study, capsys):
     folder, _, summary = study
+    local.tell_answer(folder)
+    shown = capsys.readouterr().out
+    assert "NEGATIVE TRANSFER: mcc is worse" in shown and "rankme" in shown
     harm = {row["arm"]: row["sets"]["predictions-target_test.npz"]["alarm"] for row in summary["negative_transfer"]}
     assert harm == {"dann": False, "mcc": True}
     line = "NEGATIVE TRANSFER: mcc is worse than source-only on target_test: error +"

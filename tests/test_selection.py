@@ -76,6 +76,15 @@ def test_nothing_but_the_number_of_sealed_labels_can_be_read(read):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(labels)).open(), np.arange(5))
 
 
+def test_predictions_without_labels_are_checked_and_not_saved(tmp_path):
+    made = tasks.make_predictions({"logits": np.eye(3)}, None, range(3), tasks.Spec(class_names=tuple("abc")))
+    assert made.labels is None and made.values.dtype == np.float32
+    with pytest.raises(ValueError, match=r"p\.npz: the labels are sealed"):
+        tasks.save_predictions(tmp_path / "p.npz", made)
+    with pytest.raises(ValueError, match="2 different ids"):
+        tasks.make_predictions({"logits": np.eye(3)}, None, [0, 1, 1], tasks.Spec(class_names=tuple("abc")))
+
+
 def load(tables, split, seal=True, **more):
     name = f"table:{tables}/target.csv"
     return sources.load(name, split, labels=("label",), sealed=[sealed.canonical(name)] if seal else [], **more)
@@ -129,6 +138,8 @@ def test_paths_that_lead_to_one_place_are_one_source(tables, monkeypatch):
     )
     assert len({sealed.canonical(name) for name in names}) == 1
     assert sealed.canonical("digits:inverted") == "digits:inverted"
+    corrupted = {sealed.canonical(f"corrupt:blur:3:table:{path}") for path in ("target.csv", "./target.csv")}
+    assert len(corrupted) == 1 and corrupted != {sealed.canonical("corrupt:blur:2:table:target.csv")}
 
 
 # The ledger
@@ -198,7 +209,7 @@ def test_a_source_that_is_labelled_too_is_not_sealed_and_the_result_says_so(tabl
 def test_nothing_is_proved_where_nothing_is_sealed(tables, tmp_path):
     plain = {"streams": {}, "terms": {}, "data.candidates": (), "data.extra_eval": (), "total": (1.0, "steps")}
     with pytest.raises(ValueError, match="has no sealed labels, so that nothing can be proved"):
-        leak.prove(config_of(tables, **plain), tmp_path / "w")
+        leak.prove(config_of(tables, **plain), tmp_path / "w", verbose=False)
 
 
 # Candidates
@@ -248,7 +259,7 @@ def test_mixed_inputs_are_each_example_with_another_one(tables):
 
 @pytest.mark.parametrize("select", ["infomax", pytest.param("dev", marks=pytest.mark.slow)])
 def test_a_selector_can_choose_the_checkpoint_of_the_run(select, tables, done, tmp_path):
-    config = config_of(tables, select=select, total=(8.0, "steps"), eval_every=(1.0, "steps"), lr=0.5)
+    config = config_of(tables, select=select, total=(5.0, "steps"), eval_every=(1.0, "steps"), lr=0.5)
     result = train(config, tmp_path / "w", verbose=False)
     row = files.read_json(tmp_path / "w" / "choices.json")["choices"][select]
     assert result["step"] == row["step"] and result["select"] == select
@@ -316,12 +327,34 @@ def test_overlapping_target_splits_make_a_transductive_result(done, tables):
     assert run.material.shared == {("target", "held_out"): 85}
 
 
+@pytest.mark.slow
+def test_candidates_of_cached_features_are_those_of_live_ones_without_mixed_inputs(tmp_path):
+    base = options.override(options.make(), {
+        "model.name": "resnet8_cifar", "model.weights": "builtin:glyphs", "data.train": "train[:60]",
+        "data.val": "train[95%:]", "data.candidates": ("held_out", "digits:faded", "train[:41]"),
+        "data.extra_eval": (("target_test", "digits:faded", "test[:37]"),), "batch_size": 12, "resamples": 5,
+        "total": (4.0, "steps"), "eval_every": (2.0, "steps"), "log_every": (2.0, "steps"), "eval_batch_size": 64,
+        "select": "bnm",
+    })  # fmt: skip
+    found = {}
+    for cache in ("", "features"):
+        config = options.override(base, {"cache": cache, "cache_dir": str(tmp_path / "c") if cache else ""})
+        found[cache] = train(config, tmp_path / f"w{cache}", verbose=False)
+    live, cached = (candidates.read(candidates.path_of(tmp_path / f"w{cache}", 4)) for cache in found)
+    assert set(live) - set(cached) == {"mixed_logits"}
+    for name, values in cached.items():
+        np.testing.assert_allclose(values, live[name], rtol=1e-4, atol=1e-4)
+    names = [[row["selector"] for row in result["selection"]["rows"]] for result in found.values()]
+    assert [name for name in names[0] if name not in names[1]] == ["mixval"]
+
+
 # Arms, domains, and no labelled source at all
 
 
 SOURCE_ONLY = (("terms", {}), ("streams", {}))
 
 
+@pytest.mark.slow
 def test_a_source_only_arm_with_the_same_candidates_is_scored_on_the_same_examples(tables, tmp_path, capsys):
     config = config_of(tables, baseline=SOURCE_ONLY, total=(2.0, "steps"))
     found = inprocess.run(config, tmp_path / "w")
@@ -364,6 +397,7 @@ def test_several_source_domains_are_judged_by_the_rules_of_generalisation(tables
     assert files.read_json(tmp_path / "w" / "ledger.json")["sealed"] == ["target_test", "held_out"]
 
 
+@pytest.mark.slow
 def test_without_a_labelled_source_everything_of_the_target_is_sealed(tables, tmp_path):
     changes = {
         "data.source": f"table:{tables}/target.csv",
@@ -378,7 +412,7 @@ def test_without_a_labelled_source_everything_of_the_target_is_sealed(tables, tm
         "terms": {"entropy": {"target": "train"}},
     }
     config = config_of(tables, **changes, total=(2.0, "steps"))
-    _, differences = leak.prove(config, tmp_path / "w")
+    _, differences = leak.prove(config, tmp_path / "w", verbose=False)
     assert differences == []
     ledger = files.read_json(tmp_path / "w" / "ledger.json")
     assert ledger["sealed"] == ["train", "val"]
@@ -448,8 +482,8 @@ def test_few_labels_are_so_many_of_each_class_by_the_seed():
 # The leak test
 
 
-def test_the_poison_proof_passes_and_the_result_says_so(tables, tmp_path, capsys):
-    _, differences = leak.prove(config_of(tables, select="infomax"), tmp_path / "w")
+def test_the_poison_proof_passes_and_the_result_says_so(tables, tmp_path):
+    _, differences = leak.prove(config_of(tables, select="infomax"), tmp_path / "w", verbose=False)
     assert differences == []
     result = files.read_json(tmp_path / "w" / "result.json")
     assert result["leak_test"] == "passed"
@@ -463,7 +497,7 @@ def test_the_poison_proof_passes_and_the_result_says_so(tables, tmp_path, capsys
     assert differ == ["target_test", "held_out"]
     assert {"metrics.jsonl", "choices.json", "trained.safetensors"} <= set(leak.decided(tmp_path / "w"))
     assert any(what.startswith("checkpoints/6: ") for what in leak.decided(tmp_path / "w"))
-    again, _ = leak.prove(config_of(tables, select="infomax"), tmp_path / "w")
+    again, _ = leak.prove(config_of(tables, select="infomax"), tmp_path / "w", verbose=False)
     assert again["result"]["leak_test"] == "passed"
 
 
@@ -543,7 +577,7 @@ def test_a_planted_leak_fails_the_test_and_is_named(plant, tables, tmp_path, mon
     select = "best_val" if plant == "checkpoint" else "last"
     steps = 2.0 if plant == "selector" else 8.0
     config = config_of(tables, select=select, lr=0.4, eval_every=(1.0, "steps"), total=(steps, "steps"))
-    _, differences = leak.prove(config, tmp_path / "w")
+    _, differences = leak.prove(config, tmp_path / "w", verbose=False)
     assert any(named in line for line in differences), differences
     assert files.read_json(tmp_path / "w" / "result.json")["leak_test"].startswith("failed: ")
 

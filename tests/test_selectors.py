@@ -153,3 +153,10 @@ def test_the_weighted_spearman_is_a_weighted_pearson_of_ranks():
     )
     assert selectors.weighted_spearman([1, 2, 3], [3, 2, 1]) < 0 < selectors.weighted_spearman([1, 2, 3], [1, 2, 3])
     assert selectors.weighted_spearman([1, 1], [1, 2]) is None and selectors.weighted_spearman([1], [1]) is None
+
+
+def test_neighbours_are_all_other_examples_however_many_rows_are_made_at_a_time(monkeypatch):
+    p = np.random.default_rng(0).dirichlet(np.ones(3), 50)
+    whole = selectors.snd(p)
+    monkeypatch.setattr(selectors, "ROWS", 7)
+    assert selectors.snd(p) == pytest.approx(whole, abs=1e-12)

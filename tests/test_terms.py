@@ -116,6 +116,13 @@ LACKS = {
 }
 
 
+def test_a_term_that_replaces_the_task_leaves_it_out_unless_it_is_named(monkeypatch):
+    monkeypatch.setitem(TERMS, "wanting", needing(replaces_task=True))
+    for given, expected in (({}, {"wanting"}), ({"task": {"weight": 0.5}}, {"task", "wanting"})):
+        (made,) = terms.make_terms(settings_of(terms={"wanting": {}, **given}))
+        assert set(made) == expected
+
+
 def test_every_need_is_in_the_table_of_this_test():
     assert LACKS.keys() == terms.NEEDS.keys()
     known = {need for make in TERMS.values() for need in make().needs}

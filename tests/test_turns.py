@@ -152,10 +152,8 @@ def test_restart_begins_a_phase_with_new_optimizer_values():
         assert set(build(config, sharding.make_parallel()).phases[1].offsets.values()) == offsets
 
 
-@pytest.mark.parametrize(
-    "weights",
-    [(0.5, 2.0), pytest.param([("linear", {"stop": 2.0}), ("linear", {"stop": 0.25})], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", [(0.5, 2.0), [("linear", {"stop": 2.0}), ("linear", {"stop": 0.25})]])
 def test_replicas_may_differ_in_the_weights_of_terms(tmp_path, monkeypatch, weights):
     monkeypatch.setitem(TERMS, "size", size_of_logits)
     replicas = tuple((("terms.size.weight", weight),) for weight in weights)

@@ -148,7 +148,7 @@ def report(args: Args) -> None:
     from tl_jax.studies.report import report as reports
 
     summary = reports.write(args.workdir)
-    print("\n".join(summary["reading"]))
+    print("\n".join([*summary["reading"], *summary["alarms"]]))
     print(f"{args.workdir}/report.md, .html, .tex, .csv and {len(summary['figures'])} figures")
 
 

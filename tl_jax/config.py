@@ -261,7 +261,9 @@ def _data_problems(flat: Mapping[str, Any]) -> list[str]:
     unread, unscored = not cached and (views > 1 or cache_dir), patience and not flat["data.val"]
     candidates, select, val, task = map(flat.get, ("data.candidates", "select", "data.val", "task"))
     bare, judged = not flat["data.labelled"], f"data.candidates = {candidates!r}"
+    balanced = flat["task_args"].get("class_weight") == "balanced"
     return _where(
+        (bare and balanced, "task_args.class_weight = 'balanced' counts labels, and data.labelled = False leaves none"),
         (data_dir and not tfds, f"data.data_dir = {data_dir!r} belongs to tfds sources; this is {source!r}"),
         (unread, f"views = {views!r}, cache_dir = {cache_dir!r}: they belong to cache = 'features'"),
         (unscored, f"patience = {patience!r}: the score is that of val, and data.val is ''; name a split"),

@@ -34,7 +34,7 @@ def draw(method: str, i: int) -> dict:
 
     options: dict = {"lr": power(-4, -2.5, 1e-3)}  # theirs begins at -4.5, for eight times the steps
     if method == "GroupDRO":
-        options["terms"] = {"task": {"weight": 0.0}, "groupdro": {"eta": ETAS[(i + 1) % 3]}}
+        options["terms"] = {"groupdro": {"eta": ETAS[(i + 1) % 3]}}
     elif method != "ERM":
         weight = power(-1, 5, 100.0 if method == "IRM" else 10.0)
         at = min(1.0, power(0, 4, 500.0) / THEIRS)

@@ -78,6 +78,9 @@ def join(parts: Sequence) -> "np.ndarray | SealedLabels":
 def canonical(source: str) -> str:
     """The name of a source by which it is sealed: paths that lead to one place are one."""
     kind, _, path = source.partition(":")
+    if kind == "corrupt" and path.count(":") > 1:  # corrupt:NAME:SEVERITY:SOURCE
+        *how, clean = path.split(":", 2)
+        return ":".join([kind, *how, canonical(clean)])
     there = os.path.expanduser(path)
     return f"{kind}:{os.path.realpath(there)}" if path and os.path.exists(there) else source
 
@@ -93,12 +96,12 @@ class Ledger:
     def __init__(self, sealed: Sequence[str] = (), unsealed: dict[str, str] | None = None):
         self.sealed, self.unsealed = tuple(sealed), unsealed or {}
         self.rows: list[dict[str, Any]] = []
-        self._earlier: dict[pathlib.Path, list[dict[str, Any]]] = {}
+        self._earlier: dict[pathlib.Path, dict[str, Any]] = {}  # what earlier starts wrote
 
     def begin(self, folder: pathlib.Path) -> None:
         """Writes into a run's folder from now on, after the rows of its earlier starts."""
         path = folder / FILE
-        self._earlier[path] = files.read_json(path)["openings"] if path.exists() else []
+        self._earlier[path] = files.read_json(path) if path.exists() else {"starts": 0, "openings": []}
         self._write()
 
     def open(self, stream: str, source: Any, by: str, phase: str, step: int) -> np.ndarray:
@@ -116,6 +119,7 @@ class Ledger:
 
     def _write(self) -> None:
         for path, earlier in self._earlier.items():
-            start = 1 + max((row["start"] for row in earlier), default=-1)
-            rows = [*earlier, *({**row, "start": start} for row in self.rows)]
-            files.write_json(path, {"sealed": self.sealed, "unsealed": self.unsealed, "openings": rows})
+            start = earlier["starts"]
+            rows = [*earlier["openings"], *({**row, "start": start} for row in self.rows)]
+            told = {"sealed": self.sealed, "unsealed": self.unsealed, "starts": start + 1, "openings": rows}
+            files.write_json(path, told)

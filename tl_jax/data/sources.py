@@ -56,7 +56,7 @@ def load(
     on_error: str = "fail",
     data_dir: str | None = None,
     labelled: bool = True,
-    sealed: Collection[str] = (),
+    sealed: Collection[str | tuple[str, str]] = (),
     poison: str = "",
 ) -> Source:
     """Loads a split of a source; see docs/data.md for both languages. Several sources are the domains of one.
@@ -71,7 +71,8 @@ def load(
     `on_error="fail"` raises ValueError naming every file whose header is no image; `"skip"` decodes every image once,
     now, and drops the bad ones into `Source.skipped`. `data_dir` is where tfds keeps its data.
     `labelled=False` takes a folder of images without class folders too, which has no class names. `sealed` names
-    sources (see `sealed.canonical`) whose labels nothing reads: slices are not stratified, and there are no shots;
+    sources (see `sealed.canonical`), or pairs of one and its split, whose labels nothing reads: slices are not
+    stratified, and there are no shots;
     `poison` replaces these labels, to prove it. Raises ValueError on
     unknown sources or splits and on labels that do not fit the task, FileNotFoundError on missing data.
     """
@@ -87,11 +88,11 @@ def load(
         raise ValueError(f"shots={shots}: shots are examples of a class, and the task {task!r} has none; use a slice")
     slices, domains = parse_split(split), []
     for name in names:
-        splits, seal = dict.fromkeys(each.split for each in slices), canonical(name) in sealed
-        wholes = {
-            split: _load_whole(name, split, task, labels, group, on_error, data_dir, poison if seal else None)
-            for split in splits
-        }
+        place, wholes = canonical(name), {}
+        for cut in slices:
+            if (part := cut.split) not in wholes:
+                how = poison if place in sealed or (place, part) in sealed else None
+                wholes[part] = _load_whole(name, part, task, labels, group, on_error, data_dir, how)
         if (labelled or shots) and (bare := [whole for whole in wholes.values() if not whole.class_names]):
             found = f"no class folders in {bare[0].name}, only {len(bare[0])} files; expected {name}/CLASS/IMAGE"
             raise ValueError(f"{found}. Without classes it can be a stream without labels or shots alone")

@@ -120,7 +120,8 @@ class Term(NamedTuple):
     stream of `on` (None: only there); not when resuming in between. statistics: {path: leaf} of running statistics,
     computed anew where a phase begins. logs: the names of its `Result.logs`. reads: further networks that it runs on
     the inputs of streams. needs: what it cannot do without, names of training.terms.NEEDS. answers(memory): logits
-    [N, K] of the examples of its last stream in their order, as it predicted them while adapting.
+    [N, K] of the examples of its last stream in their order, as it predicted them while adapting. replaces_task: the
+    task's own term is left out beside it, unless the config names that too.
     """
 
     loss: Callable[[Context], Result]
@@ -134,6 +135,7 @@ class Term(NamedTuple):
     reads: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset()
     answers: Callable[[Any], jax.Array] | None = None
+    replaces_task: bool = False
 
 
 class Method(NamedTuple):

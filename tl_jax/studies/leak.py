@@ -21,14 +21,16 @@ FOLDER = "poison"
 DECIDED = ("metrics.jsonl", "choices.json", "trained.safetensors", "candidates/*.npz")
 
 
-def prove(config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never) -> tuple[dict[str, Any], list[str]]:
+def prove(
+    config: ConfigDict, workdir: pathlib.Path, stop_requested: Stop = never, *, verbose: bool = True
+) -> tuple[dict[str, Any], list[str]]:
     """Runs a config in its workdir, and poisoned in `workdir/poison/*`: (what `inprocess.run` returns, differences).
 
     Compared are the fingerprints of the data, the leaves of all checkpoints, metrics.jsonl, candidates, choices, the
     selected step and the weights. Every result.json says "leak_test": "passed", or "failed" and where. Raises
     ValueError where no label is sealed, and as `inprocess.run`.
     """
-    found = inprocess.run(config, workdir, stop_requested)
+    found = inprocess.run(config, workdir, stop_requested, verbose=verbose)
     if not any(files.read_json(path)["sealed"] for path in _of(workdir, FILE)):
         raise ValueError(
             f"{workdir} has no sealed labels, so that nothing can be proved; expected an unlabelled stream (streams.X) "

@@ -112,7 +112,7 @@ def tell_failures(workdir: pathlib.Path) -> None:
 
 def tell_answer(workdir: pathlib.Path) -> None:
     """Writes the report, and prints the mean of every cell, what the comparisons say, and where all of it lies."""
-    from tl_jax.studies.report import report, tables
+    from tl_jax.studies.report import report, selection, tables
 
     summary = report.write(workdir)
     metric, numbers = next(iter(summary["metrics"].items()))
@@ -124,6 +124,10 @@ def tell_answer(workdir: pathlib.Path) -> None:
     table = tables.Table(metric, (*factors, "mean", "95 % interval", "n"), rows, len(factors))
     CONSOLE.print(tables.to_console(table))
     CONSOLE.print("\n".join(summary["reading"]))
+    for line in summary["alarms"]:
+        CONSOLE.print(line, style="bold red")
+    if isinstance(summary["selection"], dict):
+        CONSOLE.print(tables.to_console(selection.table(summary["selection"])))
     CONSOLE.print(f"the whole report: {workdir}/report.html, .md, .csv and .tex; the runs: {workdir}/runs")
 
 

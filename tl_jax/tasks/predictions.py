@@ -86,6 +86,8 @@ def _label_problems(values: np.ndarray, labels: np.ndarray, spec: Spec) -> list[
 def save_predictions(path, predictions: Predictions) -> None:
     """Writes checked predictions atomically; see `make_predictions` for the errors."""
     outputs, labels, ids, spec, *further = make_predictions(*predictions)
+    if labels is None:
+        raise ValueError(f"{path}: the labels are sealed, expected predictions with labels; open them first")
     rest = spec._asdict()
     arrays = {**outputs, "labels": labels, "ids": ids, "class_names": np.asarray(rest.pop("class_names"), str)}
     arrays |= {"task": np.asarray(json.dumps(rest))}

@@ -145,18 +145,23 @@ def judged_on(data: DataSettings) -> list[tuple[str, str, str]]:
     return [tuple(data.candidates)] if data.candidates else []
 
 
-def sealed_sources(settings: Settings) -> set[str]:
+def sealed_sources(settings: Settings) -> set[str | tuple[str, str]]:
     """The sources, by canonical name, whose labels nobody reads before every choice is made.
 
-    Those that an unlabelled stream or data.candidates names, and no labelled one.
+    Those that an unlabelled stream or data.candidates names, and no labelled one. Of a source that both name, (source,
+    split) of the splits that only the former name.
     """
-    streams = [(stream.source, stream.labelled) for stream in settings.streams.values()]
-    streams += [(settings.data.source, settings.data.labelled)]
-    streams += [(source, False) for _, source, _ in judged_on(settings.data)]
-    names: dict[bool, set[str]] = {True: set(), False: set()}
-    for source, labelled in streams:
-        names[labelled] |= {canonical(each) for each in ([source] if isinstance(source, str) else source)}
-    return names[False] - names[True]
+    data = settings.data
+    streams = [(stream.source, stream.split, stream.labelled) for stream in settings.streams.values()]
+    streams += [(data.source, split, data.labelled) for split in (data.train, data.val) if split]
+    streams += [(source, split, False) for _, source, split in judged_on(data)]
+    named: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}
+    for source, split, labelled in streams:
+        splits = {part.partition("[")[0].strip() for part in split.split("+")}
+        names = [source] if isinstance(source, str) else source
+        named[labelled] |= {(canonical(name), each) for name in names for each in splits}
+    whole = {name for name, _ in named[False]} - {name for name, _ in named[True]}
+    return whole | (named[False] - named[True])
 
 
 def make_ledger(found: Mapping[str, Source], settings: Settings) -> Ledger:

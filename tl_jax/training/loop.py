@@ -87,7 +87,8 @@ class Loop:
 
     def _judged(self) -> list[str]:
         """The sets that every evaluation predicts: val, and those of candidates."""
-        return ["val", *candidates.names(self.first)] if "val" in self.first.material.data else []
+        names = ["val", *candidates.names(self.first)]  # val itself is among these where it is the sealed test
+        return list(dict.fromkeys(names)) if "val" in self.first.material.data else []
 
     def _refresh(self, i: int, step: int) -> None:
         if names := single.due(self.first, i, step):

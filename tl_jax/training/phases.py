@@ -186,6 +186,9 @@ def _make_turns(phase: PhaseSettings, phase_terms: terms.Terms, groups: Mapping[
             f"there is no {what} {x!r}{nearest(x, known)}; it has: {', '.join(known)}" for x in named.keys() - known
         ]
         problems += [f"no turn names the {what} {name!r}" for name in known if name not in named]
+    problems += [
+        f"a turn names a group twice: {turn.groups}" for turn in turns if len(set(turn.groups)) < len(turn.groups)
+    ]
     checks.refuse("the turns do not fit", sorted(problems))
     return turns
 

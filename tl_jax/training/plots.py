@@ -20,16 +20,16 @@ def draw_run(rows: list[dict], predictions: tasks.Predictions, folder) -> None:
     figures.draw(predictions, folder)
 
 
-def domain_map(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], names, path) -> None:
+def domain_map(start: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray], names, path) -> None:
     """Two leading principal components of source and target features, before and after training.
 
-    before, after: arrays of `candidates.read`. The left column is coloured by domain, the right by class: that of the
+    start, end: arrays of `candidates.read`. The left column is coloured by domain, the right by class: that of the
     source's labels, and the one predicted for the target, whose labels are not read. names: of the classes.
     """
     import sklearn.decomposition  # here, as it takes half a second
 
     with figure_at(path, (7.4, 6.6), rows=2, columns=2) as (figure, axes):
-        for row, (when, arrays) in enumerate({"before": before, "after": after}.items()):
+        for row, (when, arrays) in enumerate({"before": start, "after": end}.items()):
             source, target = (
                 arrays[f"{domain}_features"][:SHOWN].astype(np.float64) for domain in ("source", "target")
             )

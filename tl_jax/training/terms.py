@@ -32,7 +32,8 @@ Terms = Mapping[str, tuple[Callable, Term]]
 def make_terms(settings: Settings) -> list[Terms]:
     """The terms of each phase with their weights, functions of the phase's progress; ValueError lists all problems.
 
-    A phase has the task's own term with weight 1 unless it says otherwise; a term of weight 0 is left out.
+    A phase has the task's own term with weight 1 unless it says otherwise, or has a term that replaces it; a term of
+    weight 0 is left out.
     """
     own = {TASK: {}} if settings.data.labelled else {}
     problems, given = [], [{**own, **phase.terms} for phase in settings.phases]
@@ -44,6 +45,9 @@ def make_terms(settings: Settings) -> list[Terms]:
     checks.refuse("the terms of the loss do not fit", problems)
     given = [{name: pair for name, pair in terms.items() if pair[0] != 0} for terms in given]
     made = [{name: (schedules.make(w), TERMS[name](**arguments)) for name, (w, arguments) in x.items()} for x in given]
+    for phase, terms in zip(settings.phases, made, strict=True):
+        if TASK not in phase.terms and any(term.replaces_task for _, term in terms.values()):
+            terms.pop(TASK, None)
     problems = [problem for terms in made for problem in _problems(settings, terms)] + _unused(settings, made)
     checks.refuse("the terms of the loss do not fit", problems)
     return made
@@ -70,7 +74,10 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
             problems.append(
                 "task is on the stream train, which data.labelled=False leaves without labels: leave it out"
             )
-        for stream in (*term.on, *term.feeds):
+        places = (*term.on, *term.feeds)
+        if len(set(places)) < len(places):
+            problems.append(f"{name} compares the stream {places[-1]!r} with itself: give it another one as its target")
+        for stream in places:
             if stream not in streams:
                 problems.append(f"{name} is on the stream {stream!r}{nearest(stream, streams)}: add streams.{stream}")
         if settings.loop.parallel == "pmap" and (term.on != (MAIN,) or term.reads):

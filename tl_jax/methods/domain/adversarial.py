@@ -101,8 +101,8 @@ def adda(
 ) -> Term:
     """ADDA: target features that D cannot tell from those of the source network as it was (Tzeng et al. 2017, eq. 9).
 
-    For a phase after one on the source, with the weight of `task` 0 and the head frozen by rules. D is told f_s, the
-    features of the source by the network as the phase began, in eval mode, from f_t, those of the target: the mean
+    For a phase after one on the source, with the head frozen by rules, in place of the task's own term. D is told f_s,
+    the features of the source by the network as the phase began, in eval mode, from f_t, those of the target: the mean
     binary cross-entropy of D, and for the features strength * that of D(f_t) with the label of the source. reversal:
     instead the gradient of D's loss reversed and multiplied by strength, as in TLLib, which lets it rise to 2. D and
     target as in `dann`; BatchNorm in it normalises both domains together. Memory: a second copy of the model.
@@ -130,7 +130,9 @@ def adda(
         return {kind: {name: start.variables[kind][name] for name in tree} for kind, tree in start.memory.items()}
 
     needs, logs = frozenset({WHOLE}), ("accuracy", "strength")
-    return Term(loss, on=(target,), feeds=(MAIN,), init=init, refresh=refresh, logs=logs, needs=needs)
+    return Term(
+        loss, on=(target,), feeds=(MAIN,), init=init, refresh=refresh, logs=logs, needs=needs, replaces_task=True
+    )
 
 
 def bsp(

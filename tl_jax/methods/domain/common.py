@@ -11,7 +11,10 @@ from tl_jax.methods import schedules
 from tl_jax.methods.term import MAIN, MODEL, Context
 
 Strength = Annotated[float, checks.number(0)]
-Reversal = Annotated[Any, schedules.CHECK]
+Reversal = Annotated[Any, checks.Check(
+    lambda value: schedules.CHECK.fits(value) and min(schedules.parts(value)[1].values(), default=0) >= 0,
+    f"{schedules.CHECK.expected}, nothing below 0, which would turn the reversal round",
+)]  # fmt: skip
 Target = Annotated[str, checks.TEXT]
 Features = Annotated[str, checks.one_of("embedding", "pre_logits")]
 RAMP = ("sigmoid", {"alpha": 10.0})  # of a reversal: 2 / (1 + exp(-10 p)) - 1 (Ganin et al. 2016, section 5.2.2)

@@ -12,7 +12,8 @@ from tl_jax.methods.precompute import linear
 from tl_jax.methods.term import MAIN, Context, Network, Result, Start, Term, reverse
 
 Estimate = Annotated[str, checks.one_of("unbiased", "biased", "linear")]
-Factors = Annotated[Sequence[float], checks.sequence(checks.number(0, above=True), "a sequence of numbers above 0")]
+_NUMBERS = checks.sequence(checks.number(0, above=True), "a sequence of numbers above 0, at least one")
+Factors = Annotated[Sequence[float], checks.Check(lambda x: _NUMBERS.fits(x) and len(x) > 0, _NUMBERS.expected)]
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0)
 
 

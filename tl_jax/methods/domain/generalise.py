@@ -58,7 +58,7 @@ def vrex() -> Term:
 
 
 def groupdro(eta: Positive = 0.01) -> Term:
-    """GroupDRO, in place of the task's own term (terms.task.weight = 0): the worst domain (Sagawa et al. 2020, alg. 1).
+    """GroupDRO, in place of the task's own term: the worst domain (Sagawa et al. 2020, alg. 1).
 
     sum_d q_d risk_d. Each step first multiplies q_d by exp(eta risk_d) and divides by the sum. Memory: q [D], at first
     equal. Logs: the largest q. Default eta: DomainBed's.
@@ -74,7 +74,7 @@ def groupdro(eta: Positive = 0.01) -> Term:
         domains = start.facts[MAIN].domains
         return {}, jnp.full(domains, 1 / domains)
 
-    return Term(loss, init=init, logs=("largest",), needs=NEEDS)
+    return Term(loss, init=init, logs=("largest",), needs=NEEDS, replaces_task=True)
 
 
 def spread(x: jax.Array) -> jax.Array:

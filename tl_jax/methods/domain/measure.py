@@ -73,7 +73,7 @@ def diagnosis(name: str, train: float, held_out: float, distance: float) -> str:
             "it fails where a linear classifier does not: the discriminator is too weak, or has collapsed; raise its "
             "learning rate or width, or lower the strength"
         )
-    elif held_out > ALIGNED:
+    elif max(held_out, (2 + distance) / 4) > ALIGNED:  # its own accuracy, and that of the linear classifier
         said = "the features are aligned in part"
     else:
         said = "the features are aligned as wholes; whether class by class, only target labels can tell"

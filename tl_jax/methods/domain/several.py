@@ -86,7 +86,7 @@ def mdan(
     features: Features = "embedding",
     width: Annotated[int, checks.integer(1, 2**14)] = 1024,
 ) -> Term:
-    """MDAN, in place of the task's own term (terms.task.weight = 0): the worst sources count most (Zhao et al. 2018).
+    """MDAN, in place of the task's own term: the worst sources count most (Zhao et al. 2018).
 
     1/gamma log sum_i exp gamma (risk_i + mu d_i), or with `hard` max_i (risk_i + mu d_i) (section 4). d_i is the binary
     cross-entropy of D_i(reverse(f)), its mean over source domain i plus its mean over the target, source = 1. D_i is
@@ -116,7 +116,7 @@ def mdan(
             networks[f"discriminator{i}"] = Network(module, None, jax.jit(module.init)(key, x), f"discriminator{i}")
         return networks, None
 
-    return Term(loss, on=(MAIN, target), init=init, logs=("accuracy", "effective"), needs=NEEDS)
+    return Term(loss, on=(MAIN, target), init=init, logs=("accuracy", "effective"), needs=NEEDS, replaces_task=True)
 
 
 def darn(
@@ -126,7 +126,7 @@ def darn(
     target: Target = "target",
     features: Features = "embedding",
 ) -> Term:
-    """Sources weigh the more, the nearer they are; in place of the task's own term, terms.task.weight = 0.
+    """Sources weigh the more, the nearer they are; in place of the task's own term.
 
     sum_i a_i risk_i with the a >= 0, sum a = 1, that minimise the bound sum_i a_i g_i + tau |a| of DARN (Wen, Greiner &
     Schuurmans 2020, section 4): a_i ~ max(nu - g_i, 0), sum_i max(nu - g_i, 0)^2 = tau^2. A large tau weighs all alike,
@@ -151,7 +151,7 @@ def darn(
     def init(start: Start):
         return {}, jnp.zeros(start.facts[MAIN].domains)
 
-    return Term(loss, on=(MAIN, target), init=init, logs=("effective",), needs=NEEDS)
+    return Term(loss, on=(MAIN, target), init=init, logs=("effective",), needs=NEEDS, replaces_task=True)
 
 
 def least_bound(g: jax.Array, tau: float) -> jax.Array:

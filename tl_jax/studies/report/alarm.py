@@ -8,10 +8,11 @@ import numpy as np
 
 from tl_jax import config as options
 from tl_jax import tasks
-from tl_jax.core import files
+from tl_jax.core import files, messages
 from tl_jax.tasks import Predictions
 from tl_jax.tasks.intervals import resampled_mean
 
+LISTED = 5  # classes in one sentence
 LEAST = 6  # examples that differ, below which a sign test cannot be below 0.05
 
 
@@ -90,7 +91,7 @@ def _same(pair: tuple[Predictions, Predictions]) -> bool:
 
 
 def sentences(arm: str, base: str, found: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
-    """One line for each alarm of `of_folders`, and for what cannot be compared."""
+    """One line for each set of `of_folders` with an alarm, and for what cannot be compared."""
     lines = []
     for file, row in found.items():
         where = file.removeprefix("predictions").removesuffix(".npz").removeprefix("-") or "the scored split"
@@ -98,8 +99,13 @@ def sentences(arm: str, base: str, found: Mapping[str, Mapping[str, Any] | None]
             why = "as one arm seals its labels and the other does not: let both have the same data.candidates"
             lines.append(f"{arm} cannot be compared with {base} on {where}: the examples differ, perhaps {why}")
             continue
-        for name, each in {"": row, **{f" in class {c}": r for c, r in row["classes"].items()}}.items():
-            if each["alarm"]:
-                span = f"{each['value']:+.4f} [{each['low']:+.4f}, {each['high']:+.4f}]"
-                lines.append(f"NEGATIVE TRANSFER: {arm} is worse than {base} on {where}{name}: error {span}")
+        told = [f"error {_span(row)}"] if row["alarm"] else []
+        if classes := [f"{name} {_span(each)}" for name, each in row["classes"].items()]:
+            told.append(f"in class {', '.join(messages.shorten(classes, LISTED))}")
+        if told:
+            lines.append(f"NEGATIVE TRANSFER: {arm} is worse than {base} on {where}: {'; '.join(told)}")
     return lines
+
+
+def _span(row: Mapping[str, Any]) -> str:
+    return f"{row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"

@@ -39,7 +39,8 @@ def write(workdir: pathlib.Path) -> dict[str, Any]:
     numbers = {metric: analyse(results, metric) for metric in results.metrics}
     pictures, notes = figures.draw(results, numbers, workdir / "figures")
     panel, harm = select(results, workdir), harms(results)
-    sections, for_latex = make_sections(results, numbers, pictures, notes, panel, harm)
+    alarms = [line for row in harm for line in alarm.sentences(row["arm"], row["against"], row["sets"])]
+    sections, for_latex = make_sections(results, numbers, pictures, notes, panel, alarms)
     title = results.name or "Study"
     images = {picture.name: (workdir / "figures" / f"{picture.name}.png").read_bytes() for picture in pictures}
     write_text(workdir / "report.md", tables.to_markdown(title, sections))
@@ -61,6 +62,7 @@ def write(workdir: pathlib.Path) -> dict[str, Any]:
         "metrics": metrics,
         "selection": panel,
         "negative_transfer": harm,
+        "alarms": alarms,
         "figures": [picture.name for picture in pictures],
     }
 
@@ -105,7 +107,7 @@ def analyse(results: Results, metric: str) -> dict[str, Any]:
 
 
 def make_sections(
-    results: Results, numbers: dict, pictures: list[Picture], notes: list[str], panel: Any, harm: list[dict]
+    results: Results, numbers: dict, pictures: list[Picture], notes: list[str], panel: Any, alarms: list[str]
 ) -> tuple[Sections, dict[str, Table]]:
     """The report from top to bottom, and the tables that a paper would show."""
 
@@ -121,12 +123,11 @@ def make_sections(
     measured = [f"Measured on {', '.join(devices)}{mixed}."] if devices else []
     chosen = {"selection": selection.table(panel)} if isinstance(panel, dict) else {}
     told = [panel] if isinstance(panel, str) else []
-    alarms = [Alarm(line) for row in harm for line in alarm.sentences(row["arm"], row["against"], row["sets"])]
     question = [paragraph.strip() for paragraph in re.split(r"\n\s*\n", results.question) if paragraph.strip()]
     sections = {
         "": question,
         "Answer": _answer(results, numbers),
-        "Negative transfer": alarms,
+        "Negative transfer": list(map(Alarm, alarms)),
         "Design": _design(results),
         "Failed and missing runs": _unfinished(results),
         "Results": [*cells.values(), *pictures_of("cells", "budget")],

@@ -41,9 +41,11 @@ Sections = Mapping[str, Sequence[Block]]
 
 
 def to_console(table: Table) -> rich.table.Table:
-    shown = rich.table.Table(title=table.caption, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    box = {"box": rich.box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}  # 8 columns more of 80 for text
+    shown = rich.table.Table(title=table.caption, title_justify="left", **box)
     for i, header in enumerate(table.headers):
-        shown.add_column(header, justify="left" if i < table.text_columns else "right", no_wrap=i >= table.text_columns)
+        text = i < table.text_columns  # which is broken where the console is narrow, so that no name is cut off
+        shown.add_column(header, justify="left" if text else "right", no_wrap=not text, overflow="fold")
     for row in table.rows:
         shown.add_row(*row)
     return shown
