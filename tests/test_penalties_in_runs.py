@@ -46,20 +46,19 @@ def test_what_terms_compute_is_due_where_a_phase_begins_alone_and_reads_each_ima
     reads, phases = add_counted(monkeypatch), ({"total": (2, "steps")}, {"total": (3, "steps"), **BOTH})
     parallel = sharding.make_parallel()
     run = build.build(make_config(phases=tuple(tuple(phase.items()) for phase in phases)), parallel)
-    first, second = run.phases
-    assert [single.due(first, step) for step in (0, 1)] == [[], []]
-    assert [sorted(single.due(second, step)) for step in (2, 3, 4)] == [["co_tuning", "delta"], [], []]
+    assert [single.due(run, 0, step) for step in (0, 1)] == [[], []]
+    assert [sorted(single.due(run, 1, step)) for step in (2, 3, 4)] == [["co_tuning", "delta"], [], []]
     variables, memory = run.material.variables, run.material.memory
     one_by_one = []
     for name in ("delta", "co_tuning"):
         reads.clear()
-        memory = single.refreshed(run, 1, variables, memory, [name], never)
+        memory, _ = single.refreshed(run, 1, variables, memory, [name], never)
         one_by_one.append(sorted(reads))
     train = run.material.data["train"]
     assert one_by_one == [sorted(("train", int(number)) for number in train.inputs.numbers)] * 2
     assert float(memory["delta"]["stage3"].sum()) == pytest.approx(1.0, rel=1e-5)
     reads.clear()
-    again = single.refreshed(run, 1, variables, memory, ["co_tuning"], never)
+    again, _ = single.refreshed(run, 1, variables, memory, ["co_tuning"], never)
     np.testing.assert_array_equal(again["co_tuning"], memory["co_tuning"])
 
 
@@ -68,7 +67,7 @@ def test_the_relationship_of_co_tuning_is_that_of_the_network_as_it_was_loaded(m
     add_counted(monkeypatch)
     run = build.build(make_config(**BOTH), sharding.make_parallel())
     moved = jax.tree.map(lambda x: x + 0.1, run.material.variables)
-    rows = single.refreshed(run, 0, moved, run.material.memory, ["co_tuning"], never)["co_tuning"]
+    rows = single.refreshed(run, 0, moved, run.material.memory, ["co_tuning"], never)[0]["co_tuning"]
     model, loaded, card, *_ = load.load("resnet8_cifar", "builtin:glyphs", image_size=16)
     data = run.material.data["train"]
     batch = pipeline.eval_batches(data, {"image": pipeline.View(card)}, len(data))[0]

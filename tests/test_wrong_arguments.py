@@ -35,6 +35,14 @@ OPTIONS = {
     "--data_dir": (ABSENT,),
     "--out": ("", f"{ABSENT}/x.csv", f"{ABSENT}/x.npz", "/proc/x.csv", "x.txt"),
     "--weights": WRONG,
+    **dict.fromkeys(("--source", "--target"), WRONG),
+    **dict.fromkeys(("--source-split", "--target-split"), ("tst", "train[", "train[5:5]")),
+    "--method": ("x", "pca,x", ","),
+    "--classifier": ("x",),
+    "--scale": ("x", "zscore,x"),
+    "--arg": ("x", "k=", "pca.k=-1", "nope=1"),
+    "--shots": ("-1", "x", "9" * 400),
+    "--run": ("nowhere", ABSENT),
     "--model": ("x", "resnet18"),
 }
 
@@ -47,6 +55,9 @@ def place(tmp_path_factory):
     for name in ("a", "b"):
         (folder / "images" / name).mkdir(parents=True)
         Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(folder / "images" / name / "1.png")
+    features, label = np.random.default_rng(0).standard_normal((12, 3)), np.arange(12) % 2
+    for i, name in enumerate(("source", "target")):
+        np.savez(folder / f"{name}.npz", features=features + i, label=label)
     (folder / "file").write_text("x")
     (folder / "damaged.npz").write_bytes((folder / "run" / "predictions.npz").read_bytes()[:-100])
     return folder
@@ -59,6 +70,7 @@ def valid(place):
         "predict": [run, f"{images}/a/1.png"],
         "evaluate": [run, "digits"],
         "metrics": [f"{run}/predictions.npz"],
+        "classic": [f"--source=arrays:{place}/source.npz", f"--target=arrays:{place}/target.npz", "--method=coral"],
         "labels": [run],
         "inspect": [GLYPHS],
         "convert": ["resnet8_cifar", GLYPHS, str(place / "out.safetensors")],
@@ -78,6 +90,7 @@ def harmless(argv):
         ("soup", "--out", "x.txt"),
         ("wise_ft", "--out", "x.txt"),
         ("labels", "--out", "x.txt"),
+        ("classic", "--out", "x.txt"),
     }
     return value in ("", "train,train") or (name, flag, value) in taken
 

@@ -2,7 +2,7 @@
 
 DeiT-tiny with ImageNet weights on PACS (Li et al. 2017), its last block and head trained. target=NAME: adaptation from
 photos to the domain NAME, all of which is trained on without labels, chosen on and scored (transductive).
-held_out=NAME: generalisation from the other three domains. Everything before the last block is computed once.
+held_out=NAME: generalisation from the other three domains. All blocks but the last are computed once.
 """
 
 import pathlib
@@ -47,7 +47,7 @@ GENERALISATION = {
     "erm": {},
     "irm": {"terms": {"irm": {"weight": later(100.0)}}},
     "vrex": {"terms": {"vrex": {"weight": later(10.0)}}},
-    "groupdro": {"terms": {"task": {"weight": 0.0}, "groupdro": {}}},
+    "groupdro": {"terms": {"groupdro": {}}},
     "coral_domains": {"terms": {"coral_domains": {}}},
     "mmd_domains": {"terms": {"mmd_domains": {}}},
     "mixstyle": {"method.add": (("mixstyle", {"after": ("block10",)}),)},
@@ -56,10 +56,11 @@ GENERALISATION = {
 
 
 def get_study(arg: str = "") -> Study:
-    """The argument is root=FOLDER of domains, weights=FILE, target=NAME or held_out=NAME, and further options."""
+    """The argument is root=FOLDER of domains, weights=FILE, target=NAME (sketch) or held_out=NAME, and options."""
     given = dict(item.partition("=")[::2] for item in arg.split(",") if item)
     root, weights = given.pop("root", "pacs"), given.pop("weights", "deit_tiny_patch16_224.safetensors")
-    target, held_out = given.pop("target", ""), given.pop("held_out", "")
+    held_out = given.pop("held_out", "")
+    target = given.pop("target", "" if held_out else "sketch")
     unseen = target or held_out
     if unseen not in DOMAINS or bool(target) == bool(held_out):
         raise ValueError(f"target={target!r}, held_out={held_out!r}: expected one of them, of {', '.join(DOMAINS)}")
