@@ -1,5 +1,6 @@
 """Test settings: four simulated CPU devices, rank promotion raises, and where the acceptance material lies."""
 
+import collections
 import os
 import pathlib
 import tempfile
@@ -22,6 +23,21 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 duplicates.FOLDER = pathlib.Path(_CACHE.name, "duplicates")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+CASES = 2  # of a slow test that CI runs
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items):
+    """Of a slow test with many cases the first ones are CI's; the others are exhaustive."""
+    seen = collections.Counter()
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("exhaustive"):
+            name = item.nodeid.partition("[")[0]
+            seen[name] += 1
+            if seen[name] > CASES:
+                item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.fixture

@@ -248,6 +248,7 @@ def test_kliep_is_the_solution_of_its_convex_program():
     assert found.weights.std() > 0.3  # it moved
 
 
+@pytest.mark.slow
 def test_kliep_takes_the_width_of_the_largest_held_out_likelihood():
     rng = np.random.default_rng(0)
     xs, xt = rng.normal(size=(300, 1)), 0.5 + 0.6 * rng.normal(size=(200, 1))

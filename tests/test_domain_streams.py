@@ -214,6 +214,7 @@ def test_all_sources_whose_classes_differ_are_named_at_once(tmp_path):
 # Runs
 
 
+@pytest.mark.slow
 def test_a_target_may_be_a_folder_of_images_without_classes(tmp_path):
     flat = write_images(tmp_path, ("art",), 7, shift=1)
     config = domains(tmp_path, f"{flat}/art", strong=(("rand_augment", {}),))

@@ -323,6 +323,7 @@ def test_random_maps_keep_the_inner_products_of_the_outer_product():
     assert np.abs(h @ h.T - exact @ exact.T).max() < 0.1 * np.abs(exact @ exact.T).max()
 
 
+@pytest.mark.slow
 def test_jan_raises_the_discrepancy_along_its_maps_and_lowers_it_along_the_features():
     def numpy_jmmd(x, theta):
         p = scipy.special.softmax(x @ HEADS[MODEL], axis=1)
@@ -497,6 +498,7 @@ def test_batches_that_a_distance_cannot_be_taken_of_are_refused(name, arguments,
         loss_of(name, jnp.asarray(X), as_float32(WEIGHTS), sizes=sizes, arguments=arguments)
 
 
+@pytest.mark.slow
 def test_the_linear_discrepancy_of_several_domains_pairs_rows_at_random():
     """Its mean over keys is the unbiased one; without it, neighbours would be of one domain."""
     x, sizes = jnp.asarray(X[:24], jnp.float32), (12, 12)

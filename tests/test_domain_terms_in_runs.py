@@ -69,6 +69,7 @@ def config_of(tables, name, sizes=(12, 12), several=False, **changes):
     })  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TERMS)
 def test_every_term_trains_its_networks_and_resumes_bit_equal_after_it_was_stopped(name, tables, tmp_path):
     """With an odd batch of the target, two source domains, and BatchNorm stream by stream."""
@@ -105,6 +106,7 @@ def assert_same(left, right, logs=True):
         np.testing.assert_allclose(*means, rtol=1e-5, atol=1e-5, err_msg=str(names))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_batches", ["joint", pytest.param("per_stream", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", ["mcd", *(pytest.param(name, marks=pytest.mark.slow) for name in FEW if name != "mcd")]

@@ -55,6 +55,7 @@ def test_the_cases_hold_every_term():
     assert {*GENERALISE, *SEVERAL} == {*CASES["generalise"]["terms"], *CASES["several"]["terms"]} - {"task"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", ["generalise", *(pytest.param(c, marks=pytest.mark.slow) for c in ("several", "mixed"))]
 )

@@ -132,6 +132,7 @@ def test_fit_takes_a_folder_and_a_temporary_workdir_that_goes_with_the_run(model
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_numbers_as_labels_are_a_regression_in_their_unit(model):
     ink = (IMAGES > 127).sum(axis=(1, 2)) * 10.0
     found = tl_jax.fit(model, (IMAGES[:60], ink[:60]), epochs=1, changes=QUICK, verbose=False)
@@ -318,6 +319,7 @@ def test_the_package_asks_for_ranges_that_hold_the_pinned_versions():
         assert specifiers.SpecifierSet(table[name][len(name) :]).contains(version), (name, version)
 
 
+@pytest.mark.slow
 def test_genuine_cifar_weights_score_what_they_do_elsewhere(shared, tmp_path, capsys):
     """The first thousand test images; all ten thousand give 81.0 %."""
     with np.load(shared / "data" / "cifar10_jpeg" / "test.npz") as full:

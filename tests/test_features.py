@@ -63,6 +63,7 @@ def numbers(folder):
 COMPUTING = "computing the features of"  # what is logged before features are computed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way", [way if way == "last block" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
 )

@@ -147,6 +147,7 @@ def test_dropout_in_the_head_acts_in_training_only():
     assert abs((dropped == 0).mean() - 0.25) < 0.01
 
 
+@pytest.mark.slow
 def test_head_init_is_of_the_last_dense_layer():
     make = functools.partial(RESNET, num_classes=5, head=LAYERS)
     for init in ("zeros", "lecun"):

@@ -97,6 +97,7 @@ def test_running_from_any_cut_gives_the_same_logits():
         SMALL(drop_path=0.1).init(jax.random.key(0), images())
 
 
+@pytest.mark.slow
 def test_whole_channels_and_features_are_dropped_in_training_behind_the_deterministic_cut():
     model = SMALL(widths=(4, 60, 400))
     variables = random_variables(model)
@@ -141,6 +142,7 @@ def test_new_layers_have_torchs_range_and_rules_know_the_parts():
     }
 
 
+@pytest.mark.slow
 def test_low_rank_updates_of_its_convolutions_merge():
     model, addition = SMALL(rate=0.0), ("lora", {"rank": 2, "targets": "backbone/.*/kernel"})
     variables = random_variables(model)

@@ -65,6 +65,7 @@ def test_each_example_gets_a_mixture_of_its_style_and_that_of_a_partner(shape, d
     assert np.mean(weights) == pytest.approx(0.5, abs=0.15)
 
 
+@pytest.mark.slow
 def test_no_gradient_goes_through_the_statistics():
     x, upstream = draws((9, 4, 4, 3)), draws((9, 4, 4, 3), 2)
     key = jax.random.key(3)

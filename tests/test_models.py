@@ -139,6 +139,7 @@ def test_running_from_any_cut_gives_the_same_logits(make):
 REMAT = [pytest.param("block", marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["", *REMAT])
 def test_the_class_token_by_itself_is_the_first_of_all_tokens_with_the_same_gradients(remat):
     model = VIT(num_classes=5, drop_path=0.5, remat=remat)
@@ -251,6 +252,7 @@ def test_running_statistics_move_by_a_tenth_towards_the_batch():
     close(new["var"], 0.9 * old["var"] + 0.1 * batch.var((0, 1, 2)))
 
 
+@pytest.mark.slow
 def test_axis_name_gives_every_device_the_statistics_of_the_whole_batch():
     count = min(jax.device_count(), 2)
     if count < 2:

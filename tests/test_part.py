@@ -126,6 +126,7 @@ def test_the_file_is_as_large_as_what_was_trained(tmp_path):
     assert values == trainable + statistics < sum(leaf.size for leaf in jax.tree.leaves(saved.variables))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "add",
     [

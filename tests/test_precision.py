@@ -115,6 +115,7 @@ def equations(jaxpr):
                     yield from equations(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [VIT, *RESNETS], ids=["vit", *NAMES])
 def test_a_bfloat16_step_multiplies_in_bfloat16_but_for_the_head_and_keeps_everything_else_float32(make):
     step, state, batch = abstract_step(make(dtype=jnp.bfloat16), 16 if make is VIT else 32)

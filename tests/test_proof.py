@@ -259,6 +259,7 @@ def test_parts_of_a_batch_train_as_the_whole_where_nothing_is_normalised_over_it
     assert_same_training(whole, parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_batches", ["joint", pytest.param("per_stream", marks=pytest.mark.slow)])
 def test_four_devices_adapt_as_one_does(norm_batches, tables):
     config = kind_of("adaptation", tables, norm_batches=norm_batches)

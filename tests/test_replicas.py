@@ -119,6 +119,7 @@ FAST = ("shots, cached features",)
 COVERED = ("delta", "phases")  # each is part of a case with phases that CI runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

@@ -118,6 +118,7 @@ def test_the_panel_is_in_every_form_of_the_report(study):
     assert (folder / "selection.csv").read_text().splitlines()[0] == ",".join(selection.HEADERS)
 
 
+@pytest.mark.slow
 def test_runs_without_candidates_have_no_panel_and_different_sets_are_told_apart(study, tmp_path):
     folder, _, _ = study
     bare = test_report.two_factors(tmp_path / "w")

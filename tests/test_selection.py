@@ -167,6 +167,7 @@ def test_no_target_label_is_opened_before_every_selector_has_chosen(done, monkey
     assert events[first + 1] == "ledger.json"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_appends_to_its_ledger_and_is_bit_equal(done, tables, tmp_path):
     folder, _ = done
 
@@ -257,6 +258,7 @@ def test_mixed_inputs_are_each_example_with_another_one(tables):
     np.testing.assert_array_equal(mixed[0]["table"], next(iter(mixed))["table"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select", ["infomax", pytest.param("dev", marks=pytest.mark.slow)])
 def test_a_selector_can_choose_the_checkpoint_of_the_run(select, tables, done, tmp_path):
     config = config_of(tables, select=select, total=(5.0, "steps"), eval_every=(1.0, "steps"), lr=0.5)
@@ -383,6 +385,7 @@ def test_arms_with_other_examples_are_said_to_be_incomparable(tables, tmp_path):
     assert line.startswith("dann cannot be compared with erm on t: the examples differ")
 
 
+@pytest.mark.slow
 def test_several_source_domains_are_judged_by_the_rules_of_generalisation(tables, tmp_path):
     names = tuple(f"table:{tables}/{name}.csv" for name in ("source", "other"))
     config = config_of(tables, **{"data.source": names, "streams": {}, "terms": {}, "total": (2.0, "steps")})
@@ -567,6 +570,7 @@ PLANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plant", ["selector", *(pytest.param(p, marks=pytest.mark.slow) for p in ("slices", "term", "checkpoint"))]
 )

@@ -177,6 +177,7 @@ def make_config(name):
     })  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name != "adabn" else ()) for name in RUNS]
 )

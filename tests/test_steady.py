@@ -89,6 +89,7 @@ def test_a_run_compiles_one_train_step_and_one_eval_step_and_nothing_after_its_f
     assert seen[8] == seen[3], compiled[seen[3] : seen[8]]  # step 2 logged, evaluated and saved
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_compiles_each_step_once(tmp_path, compiled):
     seen = {}
     with pytest.raises(Preempted):
@@ -120,6 +121,7 @@ def test_between_the_first_and_the_last_step_nothing_moves_unasked(tmp_path):
         jax.config.update("jax_transfer_guard", before)
 
 
+@pytest.mark.slow
 def test_a_step_takes_over_the_memory_of_the_state_before_it(one_device):
     run = build(make_config(optimizer="adamw"), one_device)
     program, phase = Single(run, one_device), run.phases[0]

@@ -75,6 +75,7 @@ def test_frozen_parameters_and_statistics_are_bit_equal_after_100_steps(method, 
     assert moved == trained | (statistics if last_k else set())
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_moves_every_parameter_and_statistic():
     before, *_ = setup("full")
     after, _ = run(3, method="full")
@@ -103,6 +104,7 @@ def test_a_step_equals_optax_written_by_hand():
     assert float(state.sums["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
     # A ViT has no batch statistics, so that the parts must give exactly the whole.
     options = {"name": "vit_tiny_patch16_224", "method": "last_k", "last_k": 1, "image_size": 16, "clip": 0.5}
@@ -154,6 +156,7 @@ def test_under_pmap_what_is_frozen_stays_bit_for_bit_on_a_number_of_devices_that
     assert trees.leaf_hashes(after.params) != trees.leaf_hashes(before.params)
 
 
+@pytest.mark.slow
 def test_the_first_step_with_a_nan_is_remembered():
     state, train, parallel, *_ = setup("full", optimizer=optim.Group("sgd"), clip=0.0)
     state = parallel.place(state)
@@ -164,6 +167,7 @@ def test_the_first_step_with_a_nan_is_remembered():
     assert int(state.bad_step) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mixing",
     [

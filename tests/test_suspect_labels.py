@@ -129,6 +129,7 @@ def test_out_of_fold_probabilities_are_those_of_scikit_learn_with_the_strength_c
     np.testing.assert_array_equal(labels.out_of_fold(changed, truth, 4, 3, 5)[others], p[others])
 
 
+@pytest.mark.slow
 def test_planted_errors_of_digits_are_at_the_top_whatever_the_number_of_devices(tmp_path, monkeypatch, capsys):
     planted = write_digits(tmp_path / "digits.npz", np.random.default_rng(0))
     run = train_run(tmp_path / "run", **{"data.source": f"arrays:{tmp_path}/digits.npz", "data.test": ""})

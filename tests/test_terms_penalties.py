@@ -561,6 +561,7 @@ def small_vit():
     return module(num_classes=CLASSES, width=12, depth=1, heads=2, image_size=32, dropout=0.5, head_init="lecun")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_module", "cut", "channels"),
     [pytest.param(RESNET, "stage3", 64, marks=pytest.mark.slow), (small_vit, "block0", 12)],
