@@ -176,7 +176,7 @@ def vit_in_numpy(params, x, where=(), deep=False):
 @pytest.mark.parametrize(
     ("additions", "reference"),
     [
-        ((), {}),
+        pytest.param((), {}, marks=pytest.mark.slow),
         ((ADAPTER,), {"where": ("attn", "mlp")}),
         ((("adapter", {"where": "mlp"}),), {"where": ("mlp",)}),
         ((SHALLOW,), {}),

@@ -183,7 +183,8 @@ def read_begun(folder, program):
     with Checkpoints(home / "checkpoints") as checkpoints:
         restored = checkpoints.restore_latest(lambda step: program.initial(0))
     [print(text) for text in restored.damaged]
-    return plan, sets, configs, restored.step, trees.flatten(restored.state)
+    ledgers = [files.read_json(path) for path in sorted(folder.glob("runs/*/ledger.json"))]
+    return plan, sets, configs, restored.step, trees.flatten(restored.state), ledgers
 
 
 def read_average(folder, table):

@@ -146,6 +146,7 @@ def test_every_type_and_size_comes_back_and_the_file_is_as_long_as_its_leaves(tm
     assert (tmp_path / "1" / "state" / "leaves").stat().st_size == sum(x.nbytes for x in big_state(1).values())
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_the_state_at_that_moment_though_steps_take_over_its_memory(tmp_path):
     def steps(state):
         return jax.tree.map(lambda x: x + 1, state)

@@ -59,6 +59,7 @@ def test_every_config_trains_one_step_on_made_up_data(name, tmp_path):
         for key, network in config.networks.items()
     }
     small["streams"] = {key: {**stream, "source": source, "batch_size": 8} for key, stream in config.streams.items()}
+    small["data.candidates"] = tuple(config.data.candidates) and (config.data.candidates[0], source, "val")
     small["data.extra_eval"] = tuple((key, source, split) for key, _, split in config.data.extra_eval)
     small |= {"total": (1.0, "steps"), "schedule.warmup": (0.0, "steps"), "seeds": (), "baseline": ()}
     small |= {"data.workers": 0, "data.transductive": bool(config.streams), "replicas": config.replicas[::17]}

@@ -180,6 +180,7 @@ def test_a_dense_layer_is_that_of_flax(by_hand):
     same(*found)
 
 
+@pytest.mark.slow
 def test_folded_norms_give_the_numbers_of_unfolded_ones_in_training():
     images, found = draw(0, 2, 32, 32, 3), []
     variables = drawn(network(), images)

@@ -515,6 +515,7 @@ def test_the_linear_discrepancy_of_several_domains_pairs_rows_at_random():
     assert abs(float(value(keys[0], "linear", 1)) - exact) > 40 * error
 
 
+@pytest.mark.slow
 def test_rows_that_are_all_equal_have_no_discrepancy_and_a_finite_gradient():
     value, gradient = jax.value_and_grad(lambda x: loss_of("mmd", x, as_float32(WEIGHTS)).loss)(jnp.ones((47, WIDTH)))
     assert float(value) == pytest.approx(0.0, abs=1e-5) and np.isfinite(gradient).all()

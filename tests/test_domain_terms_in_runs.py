@@ -165,6 +165,7 @@ def walk_of_players(config, steps=4):
     return np.diff(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "player", "sign"),
     [

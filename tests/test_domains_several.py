@@ -260,6 +260,7 @@ def test_fishr_averages_the_variances_and_scales_the_new_one_as_if_it_were_alone
         np.testing.assert_allclose(result.loss, (average / 0.25).var(0).mean(), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["binary", *(pytest.param(name, marks=pytest.mark.slow) for name in ("regression", "multilabel"))]
 )
@@ -356,6 +357,7 @@ def discriminators(domains, features, width=7):
     return params, forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hard", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_mdan_weighs_each_source_by_the_softmax_and_reverses_the_features_alone(hard):
     x, logits, y, domain = scattered()

@@ -211,7 +211,7 @@ def test_equal_rows_of_a_table_are_told_and_not_refused(tmp_path):
     assert audit(config)["across"]["exact"] > 5
 
 
-@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("allowed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_says_what_it_found(photos, tmp_path, capsys, allowed):
     root = shutil.copytree(photos, tmp_path / "photos")
     shutil.copy(root / "train" / "b" / "2.jpg", root / "val" / "b" / "again.jpg")

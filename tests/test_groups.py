@@ -198,6 +198,7 @@ def test_one_group_has_no_interval():
     assert entry["value"] is not None and entry["low"] is entry["high"] is None
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_with_the_groups_and_the_cut_of_its_own_data(tmp_path):
     changes = {"data.source": "digits", "data.group": r"\d$", "data.split_seed": 3, "data.train": "train[:50%]",
                "data.val": "train[50%:]", "data.test": "", "method.name": "linear_probe", "method.k": 0, "groups": {},

@@ -223,6 +223,7 @@ def moved(variables):
     return jax.tree.map(lambda x: np.asarray(x) + np.float32(0.25), variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [BOTTLENECK, POOLED, FLAT], ids=["bottleneck", "pooled", "flat"])
 def test_a_head_goes_out_and_comes_back_bit_equal_with_its_card(small, layers, tmp_path):
     path = tmp_path / "w.safetensors"

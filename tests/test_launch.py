@@ -56,7 +56,7 @@ def test_the_smoke_config_runs_and_prints_audit_progress_and_result(tmp_path):
         (["--config", "configs/smok.py"], "configs/smoke.py"),
         ([*SMOKE, "--config.lrr=1"], "did you mean"),
         (["--config", "configs/smoke.py:modle=x"], "did you mean 'model'"),
-        ([*SMOKE, "--config.model.name=resnet21_cifar"], "resnet20_cifar"),
+        pytest.param([*SMOKE, "--config.model.name=resnet21_cifar"], "resnet20_cifar", marks=pytest.mark.slow),
         ([*SMOKE, "--config.data.source=folder:/nowhere/at/all"], "/nowhere/at/all"),
         ([*SMOKE, "--config.batch_size=many"], "batch_size"),
         (["--config", "configs/smoke.py:batch_size=many"], "does not have the type"),

@@ -161,6 +161,7 @@ def test_bfloat16_computes_near_float32():
     close(logits, model.apply(variables, images())[0], 0.05)
 
 
+@pytest.mark.slow
 def test_a_convolution_without_padding_by_patches_is_xlas(monkeypatch):
     rng = np.random.default_rng(0)
     x, kernel = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 11, 9, 4), (5, 5, 4, 6)))

@@ -54,6 +54,11 @@ RESNET = functools.partial(ResNet, depths=(1, 1), widths=(16, 32), bottleneck=Tr
 CIFAR = functools.partial(ResNet, depths=(1, 1, 1), widths=(4, 8, 16), cifar=True)
 VIT = functools.partial(ViT, patch_size=8, width=24, depth=2, heads=3, image_size=24)
 FAMILIES = pytest.mark.parametrize("make", [RESNET, CIFAR, VIT], ids=["resnet", "cifar", "vit"])
+ONE_NOW = pytest.mark.parametrize(
+    "make",
+    [CIFAR, *(pytest.param(make, marks=pytest.mark.slow) for make in (RESNET, VIT))],
+    ids=["cifar", "resnet", "vit"],
+)
 
 
 def images(size=24, batch=4, seed=0):
@@ -118,7 +123,7 @@ def test_unknown_model_names_its_nearest_neighbours():
         models.get("resnet51")
 
 
-@FAMILIES
+@ONE_NOW
 def test_running_from_any_cut_gives_the_same_logits(make):
     model = make(num_classes=5)
     variables = random_variables(model)

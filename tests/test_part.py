@@ -152,6 +152,7 @@ def test_what_only_penalties_look_at_stays_behind(tmp_path):
     assert not any(path.startswith(("params/reference", "params/source_head")) for path in formats.read(saved.path)[0])
 
 
+@pytest.mark.slow
 def test_further_networks_are_left_out(tmp_path):
     rng = np.random.default_rng(0)
     theirs = MLP(num_classes=1, widths=(8,), norm=True).init(jax.random.key(0), rng.random((1, 64)))

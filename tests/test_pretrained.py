@@ -142,6 +142,7 @@ def test_new_head_replaces_the_files_head_and_is_reported(small_resnet, small_fi
     assert not zeros.variables["params"]["head"]["kernel"].any()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_head_from_scratch_and_from_a_file(small_vit, small_files):
     heads = [
         load.load(small_vit, path, 5, head_init="lecun", seed=seed).variables["params"]["head"]["kernel"]

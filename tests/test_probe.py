@@ -176,6 +176,7 @@ def run_until(run, folder, call=None):
     return len(calls), stopped or result.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_probe_stops_between_batches_and_between_fits_and_the_same_command_finishes(tmp_path):
     run = make_run("logistic", (0.01, 0.1, 1.0), eval_batch_size=64)
     count, whole = run_until(run, tmp_path / "whole")

@@ -216,6 +216,7 @@ def remains(folder):
     return {"predictions": arrays, **{name: (folder / name).read_bytes() for name in names}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adaptation", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_a_run_that_crashed_twice_ends_bit_equal_to_an_unbroken_one(kind, tables, teacher, tmp_path):
     config = kind_of(kind, tables, teacher, total=(5.0, "steps"))

@@ -175,6 +175,7 @@ def test_replicas_that_were_stopped_and_killed_end_bit_equal_to_unbroken_ones(un
     assert run(make_config(), tmp_path / "w") == unbroken[1]  # shown again, nothing is built
 
 
+@pytest.mark.slow
 def test_a_replica_that_diverges_stops_no_other(unbroken, tmp_path):
     config = make_config({"replicas": (RATES[0], (("lr", 1e38),), *RATES[1:])})
     table = run(config, tmp_path / "w")

@@ -132,6 +132,7 @@ def test_runs_without_candidates_have_no_panel_and_different_sets_are_told_apart
     manifest.write(runs[1][1], "result.json", before)
 
 
+@pytest.mark.slow
 def test_a_candidate_that_was_changed_is_named_in_place_of_a_panel(study):
     folder, _, _ = study
     path = folder / "runs" / plan(folder)[3]["key"] / "candidates" / "step_000020.npz"

@@ -159,6 +159,7 @@ def test_the_largest_axis_that_the_devices_divide_is_cut_and_small_leaves_stay_w
         sharding.make_parallel("pmap", fsdp=100)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_divided_leaves_is_restored_on_other_devices_and_undivided(tmp_path):
     parallel = sharding.make_parallel(fsdp=FSDP)
     _, _, state = setup(make_vit, parallel)

@@ -146,6 +146,7 @@ def test_files_of_the_first_torch_versions_and_of_python_2_read(tmp_path):
     assert list(tensors) == ["w", "v"] and np.array_equal(tensors["w"], np.arange(6).reshape(2, 3))
 
 
+@pytest.mark.slow
 def test_deep_nests_among_the_storage_names_are_refused(tmp_path):
     """Hashing a deep tuple recurses in C until the stack is gone."""
     parts = [

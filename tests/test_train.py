@@ -126,6 +126,7 @@ def test_a_finished_run_is_shown_again_without_a_step_or_a_look_at_its_data(tmp_
     assert train(config, tmp_path / "w", stop_requested=lambda done: 1 / 0) == json.loads(json.dumps(result))
 
 
+@pytest.mark.slow
 def test_a_run_that_crashed_three_times_ends_bit_equal_to_an_unbroken_one(finished, tmp_path):
     for step in (1, 2, 3):  # step 2 is evaluated and saved only after the crash
         crashed(make_config(), tmp_path / "w", step)

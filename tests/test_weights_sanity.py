@@ -289,6 +289,7 @@ def test_what_is_no_sha256_is_refused_with_its_option(value):
         options.check(make_config(**{**changes, "model.weights_sha256": ""}))
 
 
+@pytest.mark.slow
 def test_a_study_whose_runs_had_other_bytes_under_one_name_has_no_report(net, tmp_path):
     path, write = net
     hashes, home = [write(1.0)], tmp_path / "study"

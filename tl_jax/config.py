@@ -290,6 +290,7 @@ def _method_problems(flat: Mapping[str, Any]) -> list[str]:
         )
     takes = {"phases": [], "method.add": [], "method.auto_rgn": False, "method.stoch_norm": 0.0, "terms": {}}
     takes |= {
+        "data.labelled": True,
         "data.candidates": [],
         "streams": {},
         "networks": {},

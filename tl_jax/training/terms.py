@@ -67,7 +67,8 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
     """What the terms of a phase need and the run has not."""
     streams, problems = {MAIN, *settings.streams}, []
     if not terms:
-        problems.append("no term has a weight above 0: there is nothing to minimise")
+        why = "" if settings.data.labelled else ", and data.labelled = False leaves out that of the task"
+        problems.append(f"no term has a weight above 0{why}: there is nothing to minimise")
     for name, (_, term) in terms.items():
         problems += [f"{name} needs {NEEDS[need][1]}" for need in sorted(term.needs) if not NEEDS[need][0](settings)]
         if name == TASK and not settings.data.labelled:
