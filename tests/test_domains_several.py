@@ -419,6 +419,7 @@ def test_the_weights_of_sources_minimise_the_bound(tau):
     np.testing.assert_allclose(several.least_bound(jnp.full(3, 2.0), tau), 1 / 3)
 
 
+@pytest.mark.slow
 def test_sources_near_the_target_weigh_more_and_the_gradient_is_that_of_the_weighted_risks():
     x, logits, y, domain = scattered()
     rng = np.random.default_rng(1)
@@ -460,6 +461,7 @@ def test_sources_near_the_target_weigh_more_and_the_gradient_is_that_of_the_weig
 # Mixup of domains
 
 
+@pytest.mark.slow
 def test_domain_mixup_mixes_each_domain_with_the_next_of_a_ring_by_one_weight():
     domain = np.random.default_rng(2).permutation(np.repeat(np.arange(4), (3, 7, 2, 12)))
     place = np.array([np.sum(domain[:i] == d) for i, d in enumerate(domain)])

@@ -143,6 +143,7 @@ def test_damaged_features_are_computed_anew(store, tmp_path, capsys, damage):
     np.testing.assert_array_equal(arrays["logits"], store[1][1]["logits"])
 
 
+@pytest.mark.slow
 def test_a_computation_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     """Of the 40 images in batches of 16 the first two batches are there, and are not read again."""
     reads, asked = add_counted(monkeypatch), []

@@ -78,6 +78,7 @@ def test_every_layout_goes_out_and_comes_back_bit_equal(name, tmp_path):
     assert bias == ("backbone.3.bias",)
 
 
+@pytest.mark.slow
 def test_running_from_any_cut_gives_the_same_logits():
     model = SMALL()
     variables = random_variables(model)

@@ -87,6 +87,7 @@ def test_p_is_of_whole_batches_and_types_stay():
     np.testing.assert_array_equal(jax.jit(mix_styles)(x, keys[0], 0.0, 0.5), x)
 
 
+@pytest.mark.slow
 def test_where_all_are_of_one_domain_the_partner_is_any_other():
     x = draws((6, 4, 4, 3))
     mixed = mix_styles(x, jax.random.key(1), 1.0, 0.5, jnp.zeros(6, jnp.int32))

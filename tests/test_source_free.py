@@ -116,6 +116,7 @@ def test_eata_without_a_certain_example_is_its_anchor_alone():
     assert not result.memory["average"].any()
 
 
+@pytest.mark.slow
 def test_adda_teaches_the_discriminator_and_turns_the_features():
     """With D(f) = w f: the gradient of w is that of D's loss, that of f of the loss with the other label."""
     w, source, target = np.array([0.3, -0.2]), X[:4, :2], X[30:37, :2]

@@ -106,6 +106,7 @@ def test_an_example_may_be_confident_of_a_class_that_is_not_its_most_probable_on
     assert found.joint.tolist() == [[2, 1], [0, 2]]
 
 
+@pytest.mark.slow
 def test_out_of_fold_probabilities_are_those_of_scikit_learn_with_the_strength_chosen_inside():
     rng = np.random.default_rng(0)
     truth = np.repeat([0, 1, 2], [30, 40, 7])

@@ -64,6 +64,7 @@ def test_a_set_that_was_begun_stays_as_it_is_and_can_be_parted(tmp_path):
     assert together.members(tmp_path, runs[1].key) == ([runs[1].key], None)
 
 
+@pytest.mark.slow
 def test_a_study_does_its_sets_as_it_does_runs_one_by_one(tmp_path, capsys):
     runs = plan(tmp_path / "w", seeds=(0,))
     with pytest.raises(Preempted):
