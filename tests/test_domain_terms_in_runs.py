@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from test_domain_terms import NAMES
-from test_proof import Crash, assert_close, crash_at, remains, take_walk, variables_of
+from test_proof import Crash, assert_close, crash_at, losses_on_one_batch, remains, take_walk, variables_of
 
 from tl_jax import config as options
 from tl_jax.core import trees
@@ -149,22 +149,6 @@ def test_eight_devices_adapt_as_one_does(norm_batches, tables, tmp_path):
     assert not found.stdout, found.stdout
 
 
-def walk_of_players(config, steps=4):
-    """The losses of some steps on one batch, so that they move by the parameters alone."""
-    parallel = sharding.make_parallel("jit", jax.devices()[:1])
-    run = build.build(config, parallel)
-    program = single.Single(run, parallel)
-    state, losses = program.initial(0), []
-    sets = program.batches(0, state, list(run.phases[0].plan.streams), never)
-    batch = next(program.iterate(sets, 0, 1))
-    step, _ = program.compile(0, state, batch)
-    for done in range(1, steps + 1):
-        state, line = program.take_line(0, step(state, batch), done)
-        sums = program.read_line(line)[0][0]
-        losses.append(sums["loss"] / sums["examples"])
-    return np.diff(losses)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "player", "sign"),
@@ -184,7 +168,7 @@ def test_the_players_of_a_game_move_its_value_their_own_way(name, player, sign, 
         "terms": {"task": {"weight": 0.0}, name: own}, "groups": {g: {"lr_mult": 0.0} for g in groups - {player}},
         "optimizer_args": {}, "lr": 0.003, "clip": 0.0, "weight_decay": 0.0,
     }  # fmt: skip
-    moved = walk_of_players(config_of(tables, name, **changes))
+    moved = np.diff(losses_on_one_batch(config_of(tables, name, **changes)))
     assert (sign * moved > 0).all(), moved
 
 

@@ -312,22 +312,27 @@ def test_reversal_is_the_identity_whose_gradient_is_turned_round():
     np.testing.assert_array_equal(gradient, -0.25 * 2 * x)
 
 
-@pytest.mark.parametrize(("player", "sign"), [("discriminator", -1), ("backbone", 1)])
-def test_the_discriminator_lowers_its_loss_and_the_backbone_raises_it(player, sign, tables):
-    still = {group: {"lr_mult": 0.0} for group in {"discriminator", "backbone"} - {player}}
-    terms = {"task": {"weight": 0.0}, "dann": {"width": 16, "strength": 0.5}}
-    config = kind_of("adaptation", tables, terms=terms, groups=still, optimizer_args={}, lr=0.01, clip=0.0)
-    parallel = sharding.make_parallel("jit", jax.devices()[:1])
-    run = build.build(config, parallel)
+def losses_on_one_batch(config, steps=4):
+    """The losses of some steps on the same batch, which move by the parameters alone."""
+    run = build.build(config, parallel := sharding.make_parallel("jit", jax.devices()[:1]))
     program = single.Single(run, parallel)
     state, losses = program.initial(0), []
     sets = program.batches(0, state, list(run.phases[0].plan.streams), never)
     batch = next(program.iterate(sets, 0, 1))
     step, _ = program.compile(0, state, batch)
-    for done in range(1, 5):  # the same batch: the loss moves by the parameters alone
+    for done in range(1, steps + 1):
         state, line = program.take_line(0, step(state, batch), done)
         sums = program.read_line(line)[0][0]
         losses.append(sums["loss"] / sums["examples"])
+    return losses
+
+
+@pytest.mark.parametrize(("player", "sign"), [("discriminator", -1), ("backbone", 1)])
+def test_the_discriminator_lowers_its_loss_and_the_backbone_raises_it(player, sign, tables):
+    still = {group: {"lr_mult": 0.0} for group in {"discriminator", "backbone"} - {player}}
+    terms = {"task": {"weight": 0.0}, "dann": {"width": 16, "strength": 0.5}}
+    config = kind_of("adaptation", tables, terms=terms, groups=still, optimizer_args={}, lr=0.01, clip=0.0)
+    losses = losses_on_one_batch(config)
     assert (sign * np.diff(losses) > 0).all(), losses
 
 

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import plans
 import pytest
 
 import tl_jax
 from configs import smoke
-from tests import plans
 from tl_jax import config as options
 from tl_jax import tasks
 from tl_jax.core import trees

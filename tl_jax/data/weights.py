@@ -9,8 +9,7 @@ import numpy as np
 
 from tl_jax.core.checks import refuse
 from tl_jax.data.examples import Source
-from tl_jax.data.readers.arrays import read_npz
-from tl_jax.data.readers.folder import check_file
+from tl_jax.data.readers.arrays import read_file
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +21,7 @@ def with_weights(source: Source, path: str) -> Source:
     further ones. Raises FileNotFoundError, or ValueError that lists ids without a weight, or with several.
     """
     file = Path(path).expanduser()
-    check_file(file, ".npz")
-    try:
-        with file.open("rb") as stream:
-            arrays = read_npz(stream)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file}: {error}; expected an .npz with ids and weight") from None
+    arrays = read_file(file, "an .npz with ids and weight")
     ids, weight = arrays.get("ids", np.zeros(0)), arrays.get("weight", np.zeros(0))
     if ids.dtype.kind != "U" or weight.dtype.kind not in "fiu" or ids.ndim != 1 or weight.shape != ids.shape:
         found = ", ".join(f"{key} {array.dtype} {list(array.shape)}" for key, array in arrays.items()) or "nothing"

@@ -53,12 +53,7 @@ def load_arrays(path: str, split: str, group: str = "") -> Source:
     """
     root = Path(path).expanduser()
     file = root / f"{split}.npz" if root.is_dir() else root
-    check_file(file, ".npz")
-    try:
-        with file.open("rb") as stream:
-            arrays = read_npz(stream)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file}: {error}; expected an .npz of plain arrays (no objects)") from None
+    arrays = read_file(file, "an .npz of plain arrays (no objects)")
     prefixes = [key.rpartition("_")[0] for key in arrays if key.endswith(("_image", "_bytes", "_features"))]
     check_split(file, split, prefixes or ["train" if file == root else split])
     prefix = f"{split}_" if prefixes else ""
@@ -73,6 +68,16 @@ def load_arrays(path: str, split: str, group: str = "") -> Source:
         expected = f"data.group={group!r} to be the array {prefix + group!r}, integers or text [{len(source)}]"
         raise ValueError(f"{file}: expected {expected}; {is_there}")
     return groups.with_groups(source, named.astype(str).tolist())
+
+
+def read_file(file: Path, expected: str) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file; FileNotFoundError, or ValueError that says what is wrong and what was expected."""
+    check_file(file, ".npz")
+    try:
+        with file.open("rb") as stream:
+            return read_npz(stream)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {file}: {error}; expected {expected}") from None
 
 
 def read_npz(stream: BinaryIO) -> dict[str, np.ndarray]:
