@@ -10,7 +10,9 @@ from configs import smoke
 from tl_jax import config as options
 from tl_jax.methods.domain import adversarial, outputs, source_free, test_time
 from tl_jax.methods.term import Context, StreamFacts
+from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Preempted
+from tl_jax.training import build
 from tl_jax.training.train import train
 
 ROW, J, K = np.arange(60.0)[:, None], np.arange(8.0), np.arange(5.0)
@@ -176,6 +178,19 @@ def make_config(name):
         "select": "last", "method.name": "rules", "lr": 0.01, "total": (7.0, "steps"),
         "streams": {} if "data.labelled" in RUNS[name] else target, **RUNS[name],
     })  # fmt: skip
+
+
+def test_a_network_is_frozen_in_a_phase_without_its_terms():
+    """ADDA's discriminator neither decays nor counts steps before its phase, so it starts that phase as it was made."""
+    config = options.override(make_config("adda"), {"weight_decay": 0.5, "decay": ".*", "optimizer": "sgd"})
+    run = build.build(config, sharding.make_parallel())
+    first, second = (
+        {row["group"] for row in phase.audit["parameters"] if row["path"].startswith("discriminator/")}
+        for phase in run.phases
+    )
+    assert (first, second) == ({"frozen"}, {"discriminator"})
+    assert "discriminator" not in run.phases[0].groups
+    assert {offset for path, offset in run.phases[1].offsets.items() if path.startswith("discriminator/")} == {0}
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Digits of one source with labels, of another without: which adaptation, and which way to choose among them, helps?
 
 A LeNet from random numbers. task=SOURCE-TARGET of mnist, usps and mnist_m. Rates, batches and schedule are those of
-TLLib's digits (Jiang et al. 2020), with 3,000 steps of 64 + 64 images in place of 50,000 of 128 + 128. The target's
+TLLib's digits (Jiang et al. 2020), with 3,000 steps of 36 + 36 images in place of 50,000 of 128 + 128. The target's
 three parts are disjoint: trained on without labels, judged on without labels, scored.
 """
 
@@ -14,7 +14,7 @@ from tl_jax.studies.study import Study
 
 DOMAINS = ("mnist", "usps", "mnist_m")
 STEPS = 3000
-BATCH = 64  # of each domain
+BATCH = 36  # of each domain
 REST = {"method.name": "rules", "method.rules": (("head/.*", "frozen"), (".*", "backbone"))}
 METHODS = {
     "source only": {"streams": {}},

@@ -23,7 +23,7 @@ class Network(NamedTuple):
 
     module: `apply(variables, array, train, start, stop, ...)` -> (logits, outputs). card: what it takes; None where it
     reads the outputs of another network. variables: {"params", "batch_stats"}. group: what trains it, or "frozen".
-    origin: where its leaves come from, for the audit.
+    origin: where its leaves come from, for the audit. made_by: the terms whose `init` gave it.
     """
 
     module: Any
@@ -31,6 +31,7 @@ class Network(NamedTuple):
     variables: Mapping[str, Any]
     group: str = FROZEN
     origin: str = "new"
+    made_by: tuple[str, ...] = ()
 
 
 class StreamFacts(NamedTuple):

@@ -99,7 +99,7 @@ def make_phase(
     own = [path for path in paths if path.split("/")[0] not in networks]
     name = "linear_probe" if method.name in probes.NAMES else method.name
     cuts = material.model.cuts
-    groups_of = {name: network.group for name, network in networks.items()}
+    groups_of = terms.groups_of(networks, phase_terms)
     with naming(table, "method.name", "method.k", "method.blocks", "method.rules"):
         own_rules = rules.make_rules(name, own, cuts, method.k, method.blocks, method.rules)
         matches = trees.match_rules(paths, rules.auxiliary(paths, groups_of) + own_rules)
@@ -114,7 +114,7 @@ def make_phase(
     multipliers = rules.layer_multipliers(own, cuts, phase.layer_decay) if phase.layer_decay < 1 else {}
     trained = (path for path in own if labels[path] != trees.FROZEN)
     blocks = rules.parts(trained) if method.auto_rgn else {}
-    apart = tuple(name for name, network in networks.items() if network.group == name)
+    apart = tuple(name for name, group in groups_of.items() if group == name)
 
     def make_schedule(lr):
         args = dict(phase.schedule_args)

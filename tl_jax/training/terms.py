@@ -5,6 +5,7 @@ from typing import Any
 
 from tl_jax.core import checks
 from tl_jax.core.messages import nearest
+from tl_jax.core.trees import FROZEN
 from tl_jax.methods import TERMS, schedules
 from tl_jax.methods.term import AVERAGE, MAIN, MODEL, TASK, Network, Start, Term
 from tl_jax.training.settings import PhaseSettings, Settings, naming
@@ -103,6 +104,13 @@ def _unused(settings: Settings, phases: Sequence[Terms]) -> list[str]:
     return problems + [f"networks.{name} is read by no term{where}" for name in settings.networks if name not in read]
 
 
+def groups_of(networks: Mapping[str, Network], terms: Terms) -> dict[str, str]:
+    """The group of every further network in a phase: its own where a term of the phase made or reads it, else frozen."""
+    read = {name for _, term in terms.values() for name in term.reads}
+    used = {name for name, network in networks.items() if name in read or terms.keys() & set(network.made_by)}
+    return {name: network.group if name in used else FROZEN for name, network in networks.items()}
+
+
 def initialise(
     phases: Sequence[Terms], start: Start, given: Mapping[str, Network]
 ) -> tuple[dict[str, Network], dict[str, Any]]:
@@ -115,7 +123,7 @@ def initialise(
             known = networks.get(network, value)
             both = known.variables, value.variables
             variables = {kind: {**both[0].get(kind, {}), **both[1].get(kind, {})} for kind in {**both[0], **both[1]}}
-            networks[network] = value._replace(variables=variables)
+            networks[network] = value._replace(variables=variables, made_by=(*known.made_by, name))
         if kept is not None:
             memory[name] = kept
         if unknown := [network for network in term.reads if network not in {MODEL, AVERAGE, *networks}]:
