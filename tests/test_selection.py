@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
+from configs import smoke
 from tl_jax import config as options
 from tl_jax import tasks
 from tl_jax.core import files
@@ -17,7 +18,7 @@ from tl_jax.methods.selectors import SELECTORS
 from tl_jax.runtime import sharding
 from tl_jax.studies import command, inprocess, leak
 from tl_jax.studies.report import alarm
-from tl_jax.training import artifacts, build, candidates, loop, selection
+from tl_jax.training import artifacts, build, candidates, inputs, loop, selection, settings
 from tl_jax.training.train import train
 
 CLASSES, SIZES = 4, {"source": 210, "other": 90, "target": 170}
@@ -139,7 +140,7 @@ def test_paths_that_lead_to_one_place_are_one_source(tables, monkeypatch):
     assert len({sealed.canonical(name) for name in names}) == 1
     assert sealed.canonical("digits:inverted") == "digits:inverted"
     corrupted = {sealed.canonical(f"corrupt:blur:3:table:{path}") for path in ("target.csv", "./target.csv")}
-    assert len(corrupted) == 1 and corrupted != {sealed.canonical("corrupt:blur:2:table:target.csv")}
+    assert corrupted == {sealed.canonical("corrupt:blur:2:corrupt:contrast:1:table:target.csv")}
 
 
 # The ledger
@@ -204,6 +205,26 @@ def test_a_source_that_is_labelled_too_is_not_sealed_and_the_result_says_so(tabl
     assert not set(run.material.data["target"].ids) & set(run.material.data["train"].ids)  # one cut for both
     told = artifacts._openness(run)["leak_test"]
     assert told.startswith("target: another stream has labels of its source")
+
+
+def test_what_is_made_of_a_sealed_source_by_corruption_is_sealed_and_so_is_what_it_was_made_of():
+    config = smoke.get_config()
+    with config.unlocked():
+        config.data.source, config.data.train, config.data.val, config.data.test = "digits:inverted", "train[:80%]", "train[80%:]", ""
+        config.streams.target = {"source": "corrupt:contrast:3:digits", "split": "train"}
+        config.data.extra_eval = (("clean", "digits", "test"), ("other", "corrupt:brightness:5:digits", "test"))
+        config.select = "last"
+
+    def sealed_names(**changes):
+        found = inputs.load_sources(settings.read(options.override(config, changes)))
+        return {name for name, source in found.items() if source.sealed}
+
+    assert sealed_names() == {"target", "clean", "other"}
+    # A labelled stream of the clean images has these labels: what it names is cut as it is, and not sealed.
+    own = {"data.source": "digits", "data.train": "train[:40%]", "data.val": "train[40%:50%]", "streams.target.split": "train[50%:]"}
+    assert sealed_names(**own) == set()
+    assert sealed_names(**own | {"streams.target.split": "test", "data.transductive": True}) == {"target", "clean", "other"}
+
 
 
 @pytest.mark.slow

@@ -76,11 +76,10 @@ def join(parts: Sequence) -> "np.ndarray | SealedLabels":
 
 
 def canonical(source: str) -> str:
-    """The name of a source by which it is sealed: paths that lead to one place are one."""
+    """The name of a source by which it is sealed: paths to one place are one, and corrupted sources are the clean one."""
+    while source.startswith("corrupt:") and source.count(":") > 2:  # corrupt:NAME:SEVERITY:SOURCE
+        source = source.split(":", 3)[-1]
     kind, _, path = source.partition(":")
-    if kind == "corrupt" and path.count(":") > 1:  # corrupt:NAME:SEVERITY:SOURCE
-        *how, clean = path.split(":", 2)
-        return ":".join([kind, *how, canonical(clean)])
     there = os.path.expanduser(path)
     return f"{kind}:{os.path.realpath(there)}" if path and os.path.exists(there) else source
 

@@ -72,9 +72,10 @@ def load(
     now, and drops the bad ones into `Source.skipped`. `data_dir` is where tfds keeps its data.
     `labelled=False` takes a folder of images without class folders too, which has no class names. `sealed` names
     sources (see `sealed.canonical`), or pairs of one and its split, whose labels nothing reads: slices are not
-    stratified, and there are no shots;
-    `poison` replaces these labels, to prove it. Raises ValueError on
-    unknown sources or splits and on labels that do not fit the task, FileNotFoundError on missing data.
+    stratified, and there are no shots; `poison` replaces these labels, to prove it.
+
+    Raises ValueError on unknown sources or splits and on labels that do not fit the task, FileNotFoundError on missing
+    data.
     """
     names = (source,) if isinstance(source, str) else tuple(source)
     if task not in KINDS:
