@@ -76,7 +76,7 @@ def join(parts: Sequence) -> "np.ndarray | SealedLabels":
 
 
 def canonical(source: str) -> str:
-    """The name of a source by which it is sealed: paths to one place are one, and corrupted sources are the clean one."""
+    """The name by which a source is sealed: paths to one place are one, and a corrupted source is the clean one."""
     while source.startswith("corrupt:") and source.count(":") > 2:  # corrupt:NAME:SEVERITY:SOURCE
         source = source.split(":", 3)[-1]
     kind, _, path = source.partition(":")
