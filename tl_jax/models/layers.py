@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,33 +11,72 @@ import jax.numpy as jnp
 
 from tl_jax.models.kernels import convolve
 
-NORM_MOMENTUM = 0.9  # share of the running statistics that an update keeps
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # as in torchvision's and timm's ResNets
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "": lambda x: x,
+    "relu": nn.relu,
+    "relu6": lambda x: jnp.clip(x, 0, 6),
+    "silu": nn.silu,
+    "hard_sigmoid": nn.hard_sigmoid,
+    "hard_swish": nn.hard_swish,
+    "sigmoid": nn.sigmoid,
+}
 
 
 class Policy(NamedTuple):
-    """How the layers of a network compute; see `Model` in models/variant.py for the fields."""
+    """How the layers of a network compute; see `Model` and `ConvNet` in models/variant.py for the fields."""
 
     dtype: Any
     frozen_norms: tuple[str, ...]
     axis_name: str | None
     fold: bool
+    norm_eps: float = 1e-5
+    norm_momentum: float = 0.9
+    same: bool = False
+
+
+def pads_of(padding: str, sizes: Sequence[int], stride: int, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The zeros (before, after) of each axis of an input of `shape` [H, W].
+
+    padding: "half", size // 2 on every side, as in torch; "same", so that ceil(side / stride) values come out, the odd
+    one after, as in TensorFlow; "valid", none.
+    """
+    if padding == "half":
+        return tuple((size // 2, size // 2) for size in sizes)
+    if padding == "valid":
+        return tuple((0, 0) for _ in sizes)
+    sums = (max((-(-side // stride) - 1) * stride + size - side, 0) for size, side in zip(sizes, shape, strict=True))
+    return tuple((total // 2, total - total // 2) for total in sums)
 
 
 class Conv(nn.Module):
-    """Square convolution without bias, padded by `size // 2` on every side: [B, H, W, C] -> [B, H/s, W/s, F]."""
+    """Convolution [B, H, W, C] -> [B, H', W', F]; size: of a square, or (height, width); padding: see `pads_of`."""
 
     features: int
-    size: int
+    size: int | tuple[int, int]
     stride: int = 1
     groups: int = 1
     dtype: Any = jnp.float32
+    padding: str = "half"
+    use_bias: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", HE_FAN_OUT, shape, jnp.float32).astype(self.dtype)
-        return convolve.conv(x.astype(self.dtype), kernel, self.stride, self.groups)
+        shape = (*self.sizes, x.shape[-1] // self.groups, self.features)
+        y = self.run(x, self.param("kernel", HE_FAN_OUT, shape, jnp.float32))
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return y + jnp.expand_dims(bias, (0, 1, 2)).astype(self.dtype)
+
+    def run(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The convolution of x with a kernel, without bias."""
+        pads = pads_of(self.padding, self.sizes, self.stride, x.shape[1:3])
+        return convolve.conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups, pads)
 
 
 # flax's, [B, ..., C] -> [B, ..., F], with the gradient of its kernel as a CPU computes it fastest.
@@ -47,18 +86,19 @@ Dense = functools.partial(nn.Dense, dot_general=lambda x, kernel, *_, **__: conv
 def batch_norm(module: nn.Module, name: str, train: bool, scale_init: Callable = nn.initializers.ones) -> nn.BatchNorm:
     """Makes the BatchNorm `name` inside `module`, which has a field `policy`.
 
-    NORM_MOMENTUM 0.9 is torch's 0.1. The running variance averages biased variances of batches, torch's unbiased ones.
+    A momentum of 0.9 is torch's 0.1. The running variance averages biased variances of batches, torch's unbiased ones.
     """
-    dtype, frozen_norms, axis_name, _ = module.policy
-    frozen = "/".join((*module.path, name)) in frozen_norms
-    settings = {"momentum": NORM_MOMENTUM, "epsilon": 1e-5, "dtype": dtype, "axis_name": axis_name}
-    return nn.BatchNorm(use_running_average=frozen or not train, scale_init=scale_init, name=name, **settings)
+    policy = module.policy
+    frozen = "/".join((*module.path, name)) in policy.frozen_norms
+    settings = {"momentum": policy.norm_momentum, "epsilon": policy.norm_eps, "axis_name": policy.axis_name}
+    settings |= {"dtype": policy.dtype, "scale_init": scale_init}
+    return nn.BatchNorm(use_running_average=frozen or not train, name=name, **settings)
 
 
 def conv_norm(
-    module: nn.Module, conv: Conv, norm: nn.BatchNorm, x: jax.Array, shortcut: jax.Array | None = None, relu=False
+    module: nn.Module, conv: Conv, norm: nn.BatchNorm, x: jax.Array, shortcut: jax.Array | None = None, act: str = ""
 ) -> jax.Array:
-    """norm(conv(x)) + shortcut, then relu if asked for, for two children of `module`, which has a field `policy`.
+    """act(norm(conv(x)) + shortcut) for two children of `module`, which has a field `policy`; act: of ACTIVATIONS.
 
     With `fold`, a norm that uses its running statistics goes into the kernel, and one that uses the batch's becomes one
     operation with what follows where `convolve.by_hand`.
@@ -66,21 +106,90 @@ def conv_norm(
     fold, by_batch = module.policy.fold and not module.is_initializing(), not norm.use_running_average
     if fold and by_batch and norm.axis_name is None and convolve.by_hand(norm.dtype):
         scale, bias = (norm.get_variable("params", name) for name in ("scale", "bias"))
-        y, *moments = convolve.norm(conv(x), scale, bias, shortcut, relu, norm.epsilon)
+        y, *moments = convolve.norm(conv(x), scale, bias, shortcut, act == "relu", norm.epsilon)
         for name, new in zip(("mean", "var"), moments, strict=True):
             running = norm.get_variable("batch_stats", name)
             norm.put_variable("batch_stats", name, norm.momentum * running + (1 - norm.momentum) * new)
-        return y
+        return y if act == "relu" else ACTIVATIONS[act](y)
     if by_batch or not fold:
         y = norm(conv(x))
     else:
         params, stats = module.variables["params"], module.variables["batch_stats"][norm.name]
         scale = params[norm.name]["scale"] * jax.lax.rsqrt(stats["var"] + norm.epsilon)
-        kernel = (params[conv.name]["kernel"] * jnp.expand_dims(scale, (0, 1, 2))).astype(conv.dtype)
-        shift = (params[norm.name]["bias"] - stats["mean"] * scale).astype(conv.dtype)
-        y = convolve.conv(x.astype(conv.dtype), kernel, conv.stride, conv.groups) + jnp.expand_dims(shift, (0, 1, 2))
-    y = y if shortcut is None else shortcut + y
-    return nn.relu(y) if relu else y
+        kernel = params[conv.name]["kernel"] * jnp.expand_dims(scale, (0, 1, 2))
+        mean = stats["mean"] - params[conv.name]["bias"] if conv.use_bias else stats["mean"]
+        shift = (params[norm.name]["bias"] - mean * scale).astype(conv.dtype)
+        y = conv.run(x, kernel) + jnp.expand_dims(shift, (0, 1, 2))
+    return ACTIVATIONS[act](y if shortcut is None else shortcut + y)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, BatchNorm and activation: the stem, a shortcut, the layer behind the last block."""
+
+    features: int
+    size: int | tuple[int, int]
+    stride: int
+    policy: Policy
+    act: str = ""
+    groups: int = 1
+    padding: str = ""  # "": that of the policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        conv = make_conv(self, "conv", self.features, self.size, self.stride, self.groups, self.padding)
+        return conv_norm(self, conv, batch_norm(self, "norm", train), x, act=self.act)
+
+
+def make_conv(
+    module: nn.Module, name: str, features: int, size: Any, stride: int = 1, groups: int = 1, padding: str = "", **more
+) -> Conv:
+    """Makes the convolution `name` inside `module`, which has a field `policy`; padding "": that of the policy."""
+    policy = module.policy
+    padding = padding or ("same" if policy.same else "half")
+    return Conv(features, size, stride, groups, policy.dtype, padding, name=name, **more)
+
+
+class SqueezeExcite(nn.Module):
+    """x gate(W2 act(W1 mean(x))), the mean over all pixels (Hu et al. 2018, arXiv:1709.01507): [B, H, W, C]."""
+
+    reduced: int
+    dtype: Any
+    act: str = "relu"
+    gate: str = "sigmoid"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.mean(jax.lax.optimization_barrier(x), axis=(1, 2), keepdims=True)  # see `mean_of_pixels`
+        y = ACTIVATIONS[self.act](Dense(self.reduced, dtype=self.dtype, name="reduce")(y))
+        return x * ACTIVATIONS[self.gate](Dense(x.shape[-1], dtype=self.dtype, name="expand")(y))
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution, called one by one; blocks: makers of a module from its name."""
+
+    blocks: tuple[Callable[..., nn.Module], ...]
+
+    @nn.compact
+    def __call__(self, j: int, x: jax.Array, train: bool) -> jax.Array:
+        return self.blocks[j](name=f"block{j}")(x, train)
+
+
+def stage_cuts(depths: Sequence[int]) -> tuple[str, ...]:
+    """stem, stage1/block0, ..., stage1 (its last block), stage2/block0, ..., pre_logits."""
+    stages = ([*(f"stage{i}/block{j}" for j in range(depth - 1)), f"stage{i}"] for i, depth in enumerate(depths, 1))
+    return ("stem", *(cut for stage in stages for cut in stage), "pre_logits")
+
+
+def stage_parts(stages: Sequence[Sequence[Callable[..., nn.Module]]], train: bool) -> list[Callable]:
+    """A function of x for each block of the stages, given as makers of modules from a name."""
+    made = [Stage(tuple(blocks), name=f"stage{i}") for i, blocks in enumerate(stages, 1)]
+    return [functools.partial(stage, j, train=train) for stage in made for j in range(len(stage.blocks))]
+
+
+def mean_of_pixels(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, C], float32."""
+    # XLA (jaxlib 0.11.2, CPU) returns NaN where it fuses a convolution in bfloat16 into this mean.
+    return jnp.mean(jax.lax.optimization_barrier(x), axis=(1, 2), dtype=jnp.float32)
 
 
 class DropPath(nn.Module):
@@ -102,15 +211,32 @@ def drop_path_rates(drop_path: float, blocks: int) -> list[float]:
     return [drop_path * i / max(blocks - 1, 1) for i in range(blocks)]
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 maximum with stride 2 over [B, H, W, C], one row and column of -inf on every side, as in torch."""
-    if convolve.by_hand(x.dtype):
+def max_pool(x: jax.Array, size: int = 3, stride: int = 2, pads: Any = "half") -> jax.Array:
+    """The maximum of windows of [B, H, W, C] with borders of -inf; pads: a name of `pads_of`, or ((top, bottom), ...).
+
+    A window begins within the padded image and ends there: what is left over at the bottom and right is not read.
+    """
+    if (size, stride, pads) == (3, 2, "half") and convolve.by_hand(x.dtype):
         return convolve.max_pool(x)
-    height, width = x.shape[1:3]
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
     # The gradient of reduce_window is four times slower on a CPU.
-    shifts = [x[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)]
-    return functools.reduce(jnp.maximum, shifts)
+    return functools.reduce(jnp.maximum, _windows(x, size, stride, pads, -jnp.inf))
+
+
+def mean_pool(x: jax.Array, size: int, stride: int, pads: Any = "half", count_zeros: bool = True) -> jax.Array:
+    """The mean of windows of [B, H, W, C]; count_zeros: of the border too, as in torch, not of its pixels alone."""
+    total = functools.reduce(jnp.add, _windows(x, size, stride, pads, 0))
+    if count_zeros:
+        return total / size**2
+    ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+    return total / functools.reduce(jnp.add, _windows(ones, size, stride, pads, 0))
+
+
+def _windows(x: jax.Array, size: int, stride: int, pads: Any, border: float) -> list[jax.Array]:
+    """The pixel (i, j) of every window, for all i and j."""
+    pads = pads_of(pads, (size, size), stride, x.shape[1:3]) if isinstance(pads, str) else pads
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=border)
+    height, width = ((side - size) // stride * stride + 1 for side in x.shape[1:3])
+    return [x[:, i : i + height : stride, j : j + width : stride] for i in range(size) for j in range(size)]
 
 
 def recomputed(block: type[nn.Module], remat: str) -> type[nn.Module]:

@@ -3,29 +3,13 @@
 
 import functools
 import re
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from tl_jax.core.card import Card
 from tl_jax.models import conversion, layers
-from tl_jax.models.variant import Model, Variant, with_flavours
-
-
-class ConvNorm(nn.Module):
-    """Convolution and BatchNorm: the stem, and the projection shortcut."""
-
-    features: int
-    size: int
-    stride: int
-    policy: layers.Policy
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = layers.Conv(self.features, self.size, self.stride, dtype=self.policy.dtype, name="conv")
-        return layers.conv_norm(self, conv, layers.batch_norm(self, "norm", train), x)
+from tl_jax.models.variant import ConvNet, Variant, with_flavours
 
 
 class Block(nn.Module):
@@ -51,11 +35,11 @@ class Block(nn.Module):
         y = x
         for i, (features, size, stride, groups) in enumerate(convs, start=1):
             last = i == len(convs)
-            conv = layers.Conv(features, size, stride, groups, self.policy.dtype, name=f"conv{i}")
+            conv = layers.make_conv(self, f"conv{i}", features, size, stride, groups)
             # The last scale starts at zero: every block starts as the identity (Goyal et al. 2017, section 5.1).
             norm = layers.batch_norm(self, f"norm{i}", train, nn.initializers.zeros if last else nn.initializers.ones)
             added = shortcut if last and not dropped else None
-            y = layers.conv_norm(self, conv, norm, y, added, not (last and dropped))
+            y = layers.conv_norm(self, conv, norm, y, added, "" if last and dropped else "relu")
         return nn.relu(shortcut + layers.DropPath(self.drop_path)(y, train)) if dropped else y
 
     def shortcut_of(self, x: jax.Array, features: int, train: bool) -> jax.Array:
@@ -64,23 +48,10 @@ class Block(nn.Module):
         if self.cifar:  # option A: every second pixel, zero channels added on both sides
             more = features - x.shape[-1]
             return jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0),) * 3 + ((more // 2, more - more // 2),))
-        return ConvNorm(features, 1, self.stride, self.policy, name="shortcut")(x, train)
+        return layers.ConvNorm(features, 1, self.stride, self.policy, name="shortcut")(x, train)
 
 
-class Stage(nn.Module):
-    """The blocks of one resolution, called one by one; the first has the stride."""
-
-    block: Callable[..., nn.Module]
-    stride: int
-    drop_paths: tuple[float, ...]
-
-    @nn.compact
-    def __call__(self, j: int, x: jax.Array, train: bool) -> jax.Array:
-        stride = self.stride if j == 0 else 1
-        return self.block(stride=stride, drop_path=self.drop_paths[j], name=f"block{j}")(x, train)
-
-
-class ResNet(Model):
+class ResNet(ConvNet):
     """Residual network on images [B, H, W, 3] of any size; see `Model` for what all networks share.
 
     The cuts: stem, stage1/block0, ..., stage1 (its last block), stage2/block0, ... [B, h, w, C], pre_logits [B, D].
@@ -97,29 +68,27 @@ class ResNet(Model):
 
     @property
     def cuts(self) -> tuple[str, ...]:
-        blocks = []
-        for i, depth in enumerate(self.depths, 1):
-            blocks += [*(f"stage{i}/block{j}" for j in range(depth - 1)), f"stage{i}"]
-        return ("stem", *blocks, "pre_logits")
+        return layers.stage_cuts(self.depths)
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
         kind = {name: getattr(self, name) for name in ("bottleneck", "groups", "base_width", "cifar", "policy")}
         block = functools.partial(layers.recomputed(Block, self.remat), **kind)
-        rates = layers.drop_path_rates(self.drop_path, sum(self.depths))
+        rates = iter(layers.drop_path_rates(self.drop_path, sum(self.depths)))
 
         def stem(x):
             size, stride = (3, 1) if self.cifar else (7, 2)
-            x = ConvNorm(self.widths[0], size, stride, self.policy, name="stem")(x, train)
+            x = layers.ConvNorm(self.widths[0], size, stride, self.policy, name="stem")(x, train)
             return nn.relu(x if self.cifar else layers.max_pool(x))  # the maximum first leaves a quarter of the pixels
 
-        parts = [stem]
-        for i, depth in enumerate(self.depths):
-            own = tuple(rates[sum(self.depths[:i]) :][:depth])
-            stage = Stage(functools.partial(block, width=self.widths[i]), 2 if i else 1, own, name=f"stage{i + 1}")
-            parts += [functools.partial(stage, j, train=train) for j in range(depth)]
-        # XLA (jaxlib 0.11.2, CPU) returns NaN where it fuses a convolution in bfloat16 into this mean.
-        parts.append(lambda x: jnp.mean(jax.lax.optimization_barrier(x), axis=(1, 2), dtype=jnp.float32))
+        stages = [
+            [
+                functools.partial(block, width=width, stride=2 if i and j == 0 else 1, drop_path=next(rates))
+                for j in range(depth)
+            ]
+            for i, (depth, width) in enumerate(zip(self.depths, self.widths, strict=False))
+        ]
+        parts = [stem, *layers.stage_parts(stages, train), layers.mean_of_pixels]
         return layers.run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
 
 

@@ -54,6 +54,23 @@ class Model(nn.Module, kw_only=True):
         return (y, out) if stop is not None else classify(self, x, out, train, start)
 
 
+class ConvNet(Model, kw_only=True):
+    """A network of convolutions and BatchNorm.
+
+    norm_eps, norm_momentum: of every BatchNorm of the backbone; the momentum is the share of the running statistics
+    that an update keeps. same: convolutions are padded as in TensorFlow, see layers.pads_of.
+    """
+
+    norm_eps: float = 1e-5
+    norm_momentum: float = 0.9
+    same: bool = False
+
+    @property
+    def policy(self) -> Policy:
+        own = super().policy
+        return own._replace(norm_eps=self.norm_eps, norm_momentum=self.norm_momentum, same=self.same)
+
+
 class Variant(NamedTuple):
     """One named model.
 

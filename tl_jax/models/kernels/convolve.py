@@ -13,13 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Pads = tuple[tuple[int, int], tuple[int, int]]  # rows above and below, columns left and right
 CHUNK_BYTES = 2**24  # of temporary arrays: half of a common last-level cache
 KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])  # G of the paper
 
 
-def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
-    """Square convolution padded by size // 2: [B, H, W, C], [size, size, C / groups, F] -> [B, H/s, W/s, F]."""
-    size, _, channels, features = kernel.shape
+def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, pads: Pads | None = None) -> jax.Array:
+    """Convolution of [B, H, W, C] with [height, width, C / groups, F]; pads: zeros around, None: half the kernel."""
+    size, width, channels, features = kernel.shape
+    half = ((size // 2, size // 2), (width // 2, width // 2))
+    if size != width or pads not in (None, half):
+        return plain(x, kernel, stride, groups, pads or half)
     # A matmul is up to 2.6x faster than XLA's convolution on CPU. On a GPU, XLA (jaxlib 0.10.2) ends the process with a
     # failed check where it fuses the slice of a stride into a matmul.
     if size == 1 and groups == 1 and (stride == 1 or jax.default_backend() == "cpu"):
@@ -36,9 +40,10 @@ def by_hand(dtype: jnp.dtype) -> bool:
     return jax.default_backend() == "cpu" and jax.device_count() == 1 and dtype == jnp.float32
 
 
-def plain(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
+def plain(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, pads: Pads | None = None) -> jax.Array:
     layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": groups}
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), [(kernel.shape[0] // 2,) * 2] * 2, **layout)
+    pads = pads or tuple((side // 2, side // 2) for side in kernel.shape[:2])
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pads, **layout)
 
 
 def valid(x: jax.Array, kernel: jax.Array) -> jax.Array:
