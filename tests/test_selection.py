@@ -195,6 +195,13 @@ def test_a_resumed_run_appends_to_its_ledger_and_is_bit_equal(done, tables, tmp_
     assert [row["start"] for row in rows if row["stream"] == "target_test"] == [3]
 
 
+def test_a_ledger_that_lacks_its_count_of_starts_is_named(tmp_path):
+    (tmp_path / sealed.FILE).write_text('{"openings": []}')
+    with pytest.raises(ValueError, match="ledger.json.*no starts"):
+        sealed.Ledger().begin(tmp_path)
+
+
+
 def test_a_source_that_is_labelled_too_is_not_sealed_and_the_result_says_so(tables):
     own = {"source": f"table:{tables}/source.csv", "split": "train[20%:70%]", "batch_size": 8}
     changes = {"streams": {"target": own}, "data.train": "train[:20%]", "data.candidates": (), "data.extra_eval": ()}

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tl_jax.core import files
+from tl_jax.core import checks, files
 
 FILE = "ledger.json"
+FIELDS = {"starts": checks.integer(0), "openings": checks.sequence(checks.TABLE, "a list of openings")}
 POISONS = ("permuted", "none")  # what may stand in place of sealed labels, to prove that nobody reads them
 
 
@@ -100,7 +101,7 @@ class Ledger:
     def begin(self, folder: pathlib.Path) -> None:
         """Writes into a run's folder from now on, after the rows of its earlier starts."""
         path = folder / FILE
-        self._earlier[path] = files.read_json(path) if path.exists() else {"starts": 0, "openings": []}
+        self._earlier[path] = files.read_json(path, FIELDS) if path.exists() else {"starts": 0, "openings": []}
         self._write()
 
     def open(self, stream: str, source: Any, by: str, phase: str, step: int) -> np.ndarray:
