@@ -208,3 +208,9 @@ def test_a_resumed_run_appends_to_its_ledger_and_is_bit_equal(done, tables, tmp_
     rows = files.read_json(tmp_path / "w" / "ledger.json")["openings"]
     assert [row["start"] for row in rows if row["stream"] == "val"] == [0, 1, 2, 3]
     assert [row["start"] for row in rows if row["stream"] == "target_test"] == [3]
+
+
+def test_a_ledger_that_lacks_its_count_of_starts_is_named(tmp_path):
+    (tmp_path / sealed.FILE).write_text('{"openings": []}')
+    with pytest.raises(ValueError, match=r"ledger\.json.*no starts"):
+        sealed.Ledger().begin(tmp_path)

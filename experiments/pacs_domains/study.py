@@ -15,8 +15,11 @@ from tl_jax.studies.study import Study
 DOMAINS = ("photo", "art_painting", "cartoon", "sketch")
 STEPS = 100
 EACH = 28  # images of each domain in a batch, four a class in the mean
-ALONE = {"method.name": "rules", "method.rules": (("head/.*", "frozen"), ("backbone/(block11|norm)/.*", "backbone"),
-                                                  (".*", "frozen"))}  # fmt: skip
+ALONE = {  # the last block alone
+    "method.name": "rules",
+    "method.k": 0,
+    "method.rules": (("head/.*", "frozen"), ("backbone/(block11|norm)/.*", "backbone"), (".*", "frozen")),
+}
 ADAPTATION = {
     "source only": {"streams": {}},
     "dann": {"terms": {"dann": {"width": 256}}},

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tl_jax.core import files
+from tl_jax.core import checks, files
 
 FILE = "ledger.json"
+FIELDS = {"starts": checks.integer(0), "openings": checks.sequence(checks.TABLE, "a list of openings")}
 POISONS = ("permuted", "none")  # what may stand in place of sealed labels, to prove that nobody reads them
 
 
@@ -76,7 +77,7 @@ def join(parts: Sequence) -> "np.ndarray | SealedLabels":
 
 
 def canonical(source: str) -> str:
-    """The name of a source by which it is sealed: paths to one place are one, and corrupted sources are the clean one."""
+    """The name by which a source is sealed: paths to one place are one, and a corrupted source is the clean one."""
     while source.startswith("corrupt:") and source.count(":") > 2:  # corrupt:NAME:SEVERITY:SOURCE
         source = source.split(":", 3)[-1]
     kind, _, path = source.partition(":")
@@ -100,7 +101,7 @@ class Ledger:
     def begin(self, folder: pathlib.Path) -> None:
         """Writes into a run's folder from now on, after the rows of its earlier starts."""
         path = folder / FILE
-        self._earlier[path] = files.read_json(path) if path.exists() else {"starts": 0, "openings": []}
+        self._earlier[path] = files.read_json(path, FIELDS) if path.exists() else {"starts": 0, "openings": []}
         self._write()
 
     def open(self, stream: str, source: Any, by: str, phase: str, step: int) -> np.ndarray:

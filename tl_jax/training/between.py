@@ -93,9 +93,13 @@ def report(run: Run, folder: pathlib.Path, step: int) -> dict[str, Any]:
         }
         for name in discriminators(run.phases[run.phase_of(step)].plan)
     }
-    accuracies = {name: pair for name, pair in accuracies.items() if None not in pair.values()}
     farthest = max(found.proxy_a_distance.values())
-    said = [measure.diagnosis(name, **pair, distance=farthest) for name, pair in accuracies.items()]
+    said = []
+    for name, pair in accuracies.items():
+        lacking = " or ".join(split.replace("_", " ") for split, value in pair.items() if value is None)
+        unknown = f"{name}: no accuracy of its discriminator is known of {lacking} examples"
+        unknown += "; of held out ones a run that trains together with others has none"
+        said.append(unknown if lacking else measure.diagnosis(name, **pair, distance=farthest))
     confusion = {"domains": list(found.domains), "shares": found.confusion.round(6).tolist()}
     table = {"proxy_a_distance": found.proxy_a_distance, "confusion": confusion}
     return {"domains": {**table, "discriminators": accuracies, "diagnosis": said}}

@@ -105,7 +105,7 @@ def _unused(settings: Settings, phases: Sequence[Terms]) -> list[str]:
 
 
 def groups_of(networks: Mapping[str, Network], terms: Terms) -> dict[str, str]:
-    """The group of every further network in a phase: its own where a term of the phase made or reads it, else frozen."""
+    """The group of every further network in a phase: its own where a term of it made or reads it, else frozen."""
     read = {name for _, term in terms.values() for name in term.reads}
     used = {name for name, network in networks.items() if name in read or terms.keys() & set(network.made_by)}
     return {name: network.group if name in used else FROZEN for name, network in networks.items()}
