@@ -22,7 +22,7 @@ from configs import distill_digits, ink_regression
 from tl_jax import config as options
 from tl_jax.core import trees
 from tl_jax.methods import TERMS, distill, domain
-from tl_jax.methods.term import MAIN, Context, Result, Term, reverse
+from tl_jax.methods.term import MAIN, Context, Result, Term
 from tl_jax.runtime import sharding
 from tl_jax.training import build, single, steps
 from tl_jax.training.settings import read
@@ -58,13 +58,6 @@ def test_dann_is_the_mean_of_both_domains_cross_entropies():
     assert float(found.loss) == pytest.approx(expected, rel=1e-6)
     assert float(found.logs["accuracy"]) == pytest.approx(((z[:20] > 0).mean() + (z[20:] <= 0).mean()) / 2)
     assert float(found.logs["strength"]) == pytest.approx(2 / (1 + np.exp(-5)) - 1, rel=1e-6)
-
-
-def test_reversal_is_the_identity_whose_gradient_is_turned_round():
-    x = jnp.arange(4.0)
-    value, gradient = jax.value_and_grad(lambda x: jnp.sum(reverse(x, 0.25) ** 2))(x)
-    assert float(value) == 14.0
-    np.testing.assert_array_equal(gradient, -0.25 * 2 * x)
 
 
 @pytest.mark.parametrize(("player", "sign"), [("discriminator", -1), ("backbone", 1)])
