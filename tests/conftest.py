@@ -20,6 +20,7 @@ _CACHE = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
+pytest.register_assert_rewrite("walks")  # a failed assertion of its helpers shows its values, as in a test file
 duplicates.FOLDER = pathlib.Path(_CACHE.name, "duplicates")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from test_domain_terms import NAMES
-from test_proof import Crash, assert_close, crash_at, losses_on_one_batch, remains, take_walk, variables_of
+from walks import Crash, assert_close, crash_at, losses_on_one_batch, remains, take_walk, variables_of
 
 from tl_jax import config as options
 from tl_jax.core import trees
@@ -121,7 +121,7 @@ import json, sys
 sys.path.insert(0, "tests")
 from test_domain_terms import NAMES
 from test_domain_terms_in_runs import assert_same
-from test_proof import take_walk
+from walks import take_walk
 from tl_jax import config
 for name, flat in json.load(open(sys.argv[1])).items():
     config_of_it = config.from_flat(flat)

@@ -74,8 +74,7 @@ def load(
     sources (see `sealed.canonical`), or pairs of one and its split, whose labels nothing reads: slices are not
     stratified, and there are no shots; `poison` replaces these labels, to prove it.
 
-    Raises ValueError on unknown sources or splits and on labels that do not fit the task, FileNotFoundError on missing
-    data.
+    ValueError: unknown sources or splits, labels that do not fit the task. FileNotFoundError: missing data.
     """
     names = (source,) if isinstance(source, str) else tuple(source)
     if task not in KINDS:
