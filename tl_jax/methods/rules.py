@@ -8,6 +8,7 @@ from tl_jax.core.trees import FROZEN, Rules
 
 NAMES = ("linear_probe", "full", "last_k", "first_k", "blocks", "bitfit", "norm_only", "rules")
 HEAD = ("head/.*", "head")
+FINAL = ("norm", "final")  # what may lie behind the last block: a norm, or layers of any kind
 
 
 def make_rules(
@@ -18,7 +19,7 @@ def make_rules(
     All train the new head (group "head"); of the rest (group "backbone") train
       linear_probe  nothing;
       full          everything;
-      last_k        the last `k` residual blocks and the final norm behind them;
+      last_k        the last `k` blocks and the norm or layers behind them;
       first_k       the stem and the first `k` blocks (for shifts of the input: Lee et al. 2023, surgical fine-tuning);
       blocks        the parts named in `blocks`, such as stem, stage2, stage2/block0, block3, norm;
       bitfit        biases alone (Ben Zaken et al. 2022);
@@ -39,10 +40,10 @@ def make_rules(
     all_blocks = block_names(paths, cuts)
     if k > len(all_blocks):
         raise ValueError(f"k={k}, but the network has {len(all_blocks)} blocks: {all_blocks}")
-    final_norm = ["norm"] if any(path.startswith("backbone/norm/") for path in paths) else []
+    behind = [name for name in FINAL if any(path.startswith(f"backbone/{name}/") for path in paths)]
     trained = {
         "linear_probe": [],
-        "last_k": [f"({'|'.join(all_blocks[-k:] + final_norm)})/.*"],
+        "last_k": [f"({'|'.join(all_blocks[-k:] + behind)})/.*"],
         "first_k": [f"({'|'.join(['stem', *all_blocks[:k]])})/.*"],
         "blocks": [f"{block}/.*" for block in blocks],
         "bitfit": [".*/bias"],
@@ -59,12 +60,14 @@ def auxiliary(paths: Sequence[str], groups: Mapping[str, str]) -> list[tuple[str
 
 def block_names(paths: Iterable[str], cuts: Sequence[str]) -> list[str]:
     """The network's residual blocks in the order of its cuts, such as stage1/block0 or block11."""
-    return sorted(set(parts(paths).values()) - {"stem", "norm"}, key=lambda block: _place(block, cuts))
+    return sorted(set(parts(paths).values()) - {"stem", *FINAL}, key=lambda block: _place(block, cuts))
 
 
 def parts(paths: Iterable[str]) -> dict[str, str]:
-    """The part of the backbone that each path of it is in: stem, a block or the final norm."""
-    found = {path: re.match(r"(?:.+/)?backbone/(stem|norm|(?:stage\d+/)?block\d+)(?:/|$)", path) for path in paths}
+    """The part of the backbone that each path of it is in: stem, a block or what is behind the last one."""
+    found = {
+        path: re.match(r"(?:.+/)?backbone/(stem|norm|final|(?:stage\d+/)?block\d+)(?:/|$)", path) for path in paths
+    }
     return {path: match[1] for path, match in found.items() if match}
 
 

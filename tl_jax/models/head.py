@@ -107,7 +107,7 @@ def classify(
     if module.num_classes == 0:
         embedding = logits = x
     elif module.head:
-        policy = layers.Policy(jnp.float32, *module.policy[1:4])  # its norms are not the backbone's
+        policy = layers.Policy(jnp.float32, *module.policy[1:5])  # the epsilon is not the backbone's
         head = Head(module.num_classes, module.head, module.dropout, module.head_init, policy, name="head")
         embedding, logits = head(x, train)
     else:

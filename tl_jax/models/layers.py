@@ -30,8 +30,8 @@ class Policy(NamedTuple):
     frozen_norms: tuple[str, ...]
     axis_name: str | None
     fold: bool
+    norm_momentum: float
     norm_eps: float = 1e-5
-    norm_momentum: float = 0.9
     same: bool = False
 
 

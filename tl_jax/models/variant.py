@@ -28,8 +28,9 @@ class Model(nn.Module, kw_only=True):
     dropout: before the last dense layer. drop_path: stochastic depth at the last block, rising linearly from 0. remat:
     what the backward pass of a block recomputes, see layers.recomputed. attention: "xla" or "cudnn", see layers.attend.
     frozen_norms: paths of BatchNorm layers that use their running statistics, unchanged, even in training. axis_name:
-    pmap axis over which BatchNorm averages. fold: put a BatchNorm that uses its running statistics into the convolution
-    before it, with the same numbers; must be off where calls of the two are intercepted, since they are not made.
+    pmap axis over which BatchNorm averages. norm_momentum: the share of its running statistics that an update keeps.
+    fold: put a BatchNorm that uses its running statistics into the convolution before it, with the same numbers; must
+    be off where calls of the two are intercepted, since they are not made.
     """
 
     num_classes: int
@@ -40,13 +41,14 @@ class Model(nn.Module, kw_only=True):
     attention: str = "xla"
     frozen_norms: tuple[str, ...] = ()
     axis_name: str | None = None
+    norm_momentum: float = 0.9
     head_init: str = "zeros"
     head: tuple = ()
     fold: bool = True
 
     @property
     def policy(self) -> Policy:
-        return Policy(self.dtype, self.frozen_norms, self.axis_name, self.fold)
+        return Policy(self.dtype, self.frozen_norms, self.axis_name, self.fold, self.norm_momentum)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
@@ -57,18 +59,15 @@ class Model(nn.Module, kw_only=True):
 class ConvNet(Model, kw_only=True):
     """A network of convolutions and BatchNorm.
 
-    norm_eps, norm_momentum: of every BatchNorm of the backbone; the momentum is the share of the running statistics
-    that an update keeps. same: convolutions are padded as in TensorFlow, see layers.pads_of.
+    norm_eps: of every BatchNorm of the backbone. same: convolutions are padded as in TensorFlow, see layers.pads_of.
     """
 
     norm_eps: float = 1e-5
-    norm_momentum: float = 0.9
     same: bool = False
 
     @property
     def policy(self) -> Policy:
-        own = super().policy
-        return own._replace(norm_eps=self.norm_eps, norm_momentum=self.norm_momentum, same=self.same)
+        return super().policy._replace(norm_eps=self.norm_eps, same=self.same)
 
 
 class Variant(NamedTuple):

@@ -17,7 +17,7 @@ from tl_jax.data.examples import Source
 from tl_jax.methods import probes
 from tl_jax.methods.term import MAIN, MODEL, Network, Start, StreamFacts
 from tl_jax.models import peft
-from tl_jax.models.layers import NORM_MOMENTUM, unfused
+from tl_jax.models.layers import unfused
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.runtime.log import log
@@ -220,13 +220,11 @@ def _make_start(
         x = x if start else steps.normalise(x, card)
         return model.apply(steps.subtree(variables, network), x, train=False, start=start, stop=stop)[1]
 
-    blank = jax.tree.map(jnp.zeros_like, variables["batch_stats"])  # so that those of the batch are left
-
     def batch_statistics(variables, x):
-        still, own = model.clone(dropout=0.0, drop_path=0.0), {**variables, "batch_stats": blank}
+        still = model.clone(dropout=0.0, drop_path=0.0, norm_momentum=0.0)  # of the batch alone
         x, rngs = steps.normalise(x, card), {"dropout": jax.random.key(0)}
-        _, found = still.apply(own, x, train=True, mutable=["batch_stats"], rngs=rngs)
-        return {path: leaf / (1 - NORM_MOMENTUM) for path, leaf in trees.flatten(found.get("batch_stats", {})).items()}
+        _, found = still.apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)
+        return trees.flatten(found.get("batch_stats", {}))
 
     source_head = functools.partial(load.source_head, settings.model.name, settings.model.weights)
     facts = {name: StreamFacts(len(data[name]), data[name].num_domains) for name in (MAIN, *settings.streams)}
