@@ -24,11 +24,11 @@ def table(found: Mapping[str, Any]) -> Table:
         told = dict.fromkeys(f"{c['options']} {c['step']}".strip() if c else "-" for c in row["chosen"])
         mark = " (train-val)" if found["several"] and row["selector"] == "source_risk" else ""
         numbers = f"{row['accuracy']:.3f}", f"{gained['value']:+.3f}{span}", f"{row['regret']:.3f}"
-        name = f"{row['selector']}{mark}", row["reads"], "; ".join(told)
+        name = f"{row['selector'].partition(':')[0]}{mark}", row["reads"], "; ".join(told)
         rows.append((*name, *numbers, "-" if order is None else f"{order:+.2f}"))
     caption = (
         f"What each selector's choice (options, step) is worth on {found['test']}, judged on {found['judged_on']}. "
-        "reads: whose labels. rho: weighted Spearman correlation of scores and accuracies."
+        f"reads: whose labels. rho: weighted Spearman correlation of scores and accuracies. {selection.ORACLE}."
     )
     return Table(caption, HEADERS, rows, 3)
 
