@@ -83,7 +83,7 @@ def test_the_names_that_select_takes_are_the_selectors_of_one_candidate():
         ({"data.val": "", "data.test": "train[70%:]"}, "data.candidates = .*data.val is ''"),
         ({"data.candidates": (), "select": "infomax"}, "select = 'infomax' judges data.candidates, which is"),
         ({"select": "infomx"}, "select = 'infomx': expected one of last, best_val, source_risk"),
-        ({"task": "binary"}, "data.candidates = .*classes of a classification"),
+        ({"task": "binary"}, "data.candidates = .*task = 'classification'; found 'binary', leave it out"),
         ({"data.candidates": ("held_out", "T", "train[45%:75%]")},
          "streams.target: 9 of 52 examples of held_out, .* in the training stream 'target'"),
         ({"data.candidates": ("held_out", "T", "train[60%:80%]")}, "data.candidates: 8 of 42 examples of target_test"),

@@ -133,7 +133,7 @@ def test_every_need_is_in_the_table_of_this_test():
 def test_a_term_is_refused_where_a_need_is_not_met_with_the_sentence_of_that_need(monkeypatch, need):
     monkeypatch.setitem(TERMS, "wanting", needing(needs=frozenset({need})))
     lacking, having = LACKS[need]
-    sentence = re.escape(f"wanting needs {terms.NEEDS[need][1]}")
+    sentence = re.escape(f"wanting needs {terms.NEEDS[need][1].format('binary')}")
     with pytest.raises(ValueError, match=sentence):
         build.build(
             options.override(smoke.get_config(), {**lacking, "terms": {"wanting": {}}}), sharding.make_parallel()
@@ -148,7 +148,7 @@ def test_all_needs_that_are_not_met_are_in_one_error(monkeypatch):
     with pytest.raises(ValueError) as error:
         terms.make_terms(settings._replace(loop=settings.loop._replace(task="regression")))
     for need, (_, sentence) in terms.NEEDS.items():
-        assert f"with_{need} needs {sentence}" in str(error.value)
+        assert f"with_{need} needs {sentence.format('regression')}" in str(error.value)
 
 
 TARGET = {"target": {"source": "digits:inverted", "split": "train[:10%]", "batch_size": 16}}

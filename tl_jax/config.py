@@ -270,7 +270,10 @@ def _data_problems(flat: Mapping[str, Any]) -> list[str]:
         (bare and select == "best_val", "select = 'best_val': data.labelled = False leaves val without labels too"),
         (bare and patience, f"patience = {patience!r}: data.labelled = False leaves val without labels too"),
         (candidates and not val, f"{judged}: every evaluation on val writes one, and data.val is ''; name a split"),
-        (candidates and task != "classification", f"{judged}: selectors read the classes of a classification"),
+        (
+            candidates and task != "classification",
+            f"{judged}: selectors read class probabilities, task = 'classification'; found {task!r}, leave it out",
+        ),
         (select in SELECTORS and not candidates, f"select = {select!r} judges data.candidates, which is (); name it"),
         (select == "mixval" and flat["cache"], "select = 'mixval' mixes inputs, of which cache = 'features' has none"),
         (min_delta and not patience, f"min_delta = {min_delta!r} belongs to patience, which is 0"),

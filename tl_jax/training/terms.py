@@ -12,7 +12,7 @@ from tl_jax.training.settings import PhaseSettings, Settings, naming
 
 # What a term may need, whether a run has it, and how to give it to it.
 NEEDS: dict[str, tuple[Callable[[Settings], bool], str]] = {
-    "classes": (lambda s: s.loop.task == "classification", "task = 'classification'"),
+    "classes": (lambda s: s.loop.task == "classification", "task = 'classification', found {!r}; leave it out"),
     "stochastic": (
         lambda s: bool(s.model.dropout or s.model.drop_path or any(p.method.stoch_norm for p in s.phases)),
         "something random in the network: model.dropout, model.drop_path or method.stoch_norm above 0",
@@ -71,7 +71,8 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
         why = "" if settings.data.labelled else ", and data.labelled = False leaves out that of the task"
         problems.append(f"no term has a weight above 0{why}: there is nothing to minimise")
     for name, (_, term) in terms.items():
-        problems += [f"{name} needs {NEEDS[need][1]}" for need in sorted(term.needs) if not NEEDS[need][0](settings)]
+        needs = [NEEDS[need] for need in sorted(term.needs)]
+        problems += [f"{name} needs {text.format(settings.loop.task)}" for had, text in needs if not had(settings)]
         if name == TASK and not settings.data.labelled:
             problems.append(
                 "task is on the stream train, which data.labelled=False leaves without labels: leave it out"
