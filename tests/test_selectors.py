@@ -60,7 +60,7 @@ def test_the_density_ratio_is_that_of_two_gaussians_whose_ratio_is_known():
     expected = scipy.stats.norm.pdf(x[:, 0], 0.7) / scipy.stats.norm.pdf(x[:, 0])
     np.testing.assert_allclose(selectors.density_ratio(source, target, x), expected, rtol=0.12)
     mean, std = np.concatenate([source, target]).mean(), np.concatenate([source, target]).std()
-    fitted = linear_model.LogisticRegression().fit(
+    fitted = linear_model.LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(
         (np.concatenate([source, target]) - mean) / std, [0] * 4000 + [1] * 2000
     )
     p = fitted.predict_proba((x - mean) / std)

@@ -139,7 +139,7 @@ def density_ratio(source: np.ndarray, target: np.ndarray, features: np.ndarray) 
     is_target = np.repeat([0, 1], [len(source), len(target)])
     scaled = (both - mean) / (std + (std == 0))
     with threadpoolctl.threadpool_limits(1):  # as above
-        fitted = linear_model.LogisticRegression(max_iter=1000).fit(scaled, is_target)
+        fitted = linear_model.LogisticRegression(tol=1e-8, max_iter=1000).fit(scaled, is_target)
     odds = fitted.decision_function((features - mean) / (std + (std == 0)))
     return len(source) / len(target) * np.exp(np.clip(odds, -LARGEST, LARGEST))
 
