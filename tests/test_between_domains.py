@@ -37,7 +37,7 @@ def test_fewer_than_four_examples_are_told_with_their_numbers():
     [
         (0.95, 0.70, 0.1, "knows its training examples, not the domains"),
         (0.95, 0.93, 1.9, "the features are not aligned"),
-        (0.55, 0.50, 1.8, "it fails where a linear classifier does not"),
+        (0.55, 0.50, 1.8, "a linear classifier still tells domains apart"),
         (0.70, 0.65, 0.2, "aligned in part"),
         (0.20, 0.34, 1.0, "aligned in part"),  # a linear classifier has 3 of 4
         (0.52, 0.50, 0.1, "aligned as wholes"),

@@ -113,7 +113,18 @@ LACKS = {
     "whole_batch": ({"accumulate": 2}, {}),
     "average": ({}, {"ema": 0.9}),
     "domains": ({"data.source": ("digits",)}, {"data.source": ("digits", "digits:inverted")}),
+    "turns": ({}, {"turns": ((("head",), {"task": 1.0}),)}),
 }
+
+
+def test_a_term_that_needs_a_trained_network_says_so_of_a_new_head(capsys, monkeypatch):
+    monkeypatch.setitem(TERMS, "eager", needing(trained=True))
+    later = ({"phases": ((), (("terms", {"eager": {}}),))}, False)
+    kept = {"model.keep_head": True, "model.weights": "builtin:glyphs"}
+    for changes, told in (({"terms": {"eager": {}}}, True), ({"terms": {"eager": {}}, **kept}, False), later):
+        settings = settings_of(**changes)
+        terms.warn(settings, terms.make_terms(settings))
+        assert ("eager: this goes on with a network that answers already" in capsys.readouterr().out) == told
 
 
 def test_a_term_that_replaces_the_task_leaves_it_out_unless_it_is_named(monkeypatch):

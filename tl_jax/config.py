@@ -16,6 +16,7 @@ from tl_jax.core.options import CARD, NETWORK, OPTIONS, SELECTORS, STREAM, TASK_
 
 WHOLE = tuple(name for name, option in OPTIONS.items() if isinstance(option.initial, dict))  # each is one value
 REPLICABLE = tuple(name for name, option in OPTIONS.items() if option.replica)
+DIFFERING = ", ".join("weights of terms" if name == "terms" else name for name in REPLICABLE)
 PHASED = tuple(name for name, option in OPTIONS.items() if option.phase)
 SEVERAL_TYPES = ("data.source",)  # a string, or a tuple of them
 ENTRIES = {  # options that hold tables by name: their fields, those that must be given, and names that are taken
@@ -247,7 +248,7 @@ def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
     problems = _where(*rows)
     for i, replica in enumerate(replicas):
         if wrong := ", ".join(key for key, _ in replica if _option_of(key) not in REPLICABLE):
-            problems.append(f"replicas[{i}] sets {wrong}; replicas may differ in {', '.join(REPLICABLE)} alone")
+            problems.append(f"replicas[{i}] sets {wrong}; replicas may differ in {DIFFERING} alone")
         if (first := replicas.index(replica)) < i:
             problems.append(f"replicas[{i}] is replicas[{first}] again")
     return problems

@@ -79,7 +79,8 @@ def report(run: Run, folder: pathlib.Path, step: int) -> dict[str, Any]:
     arrays = candidates.read(path)
     names, val = candidates.names(run), run.material.data["val"]
     which = arrays.get("source_domains", np.zeros(len(arrays["source_features"]), int))
-    domains = val.domain_names if val.domains is not None else ("source",)
+    source = "source" if run.settings.data.labelled else "val"
+    domains = val.domain_names if val.domains is not None else (source,)
     parts = {name: arrays["source_features"][which == d] for d, name in enumerate(domains)}
     try:
         found = measure.separation({**parts, names[0]: arrays["target_features"]})

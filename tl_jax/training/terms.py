@@ -8,6 +8,7 @@ from tl_jax.core.messages import nearest
 from tl_jax.core.trees import FROZEN
 from tl_jax.methods import TERMS, schedules
 from tl_jax.methods.term import AVERAGE, MAIN, MODEL, TASK, Network, Start, Term
+from tl_jax.runtime.log import log
 from tl_jax.training.settings import PhaseSettings, Settings, naming
 
 # What a term may need, whether a run has it, and how to give it to it.
@@ -24,6 +25,10 @@ NEEDS: dict[str, tuple[Callable[[Settings], bool], str]] = {
     "domains": (
         lambda s: s.data.labelled and not isinstance(s.data.source, str) and len(s.data.source) > 1,
         "several labelled domains: data.source = (SOURCE, SOURCE, ...), one for each",
+    ),
+    "turns": (
+        lambda s: any(phase.turns for phase in s.phases),
+        "turns that raise and lower it, as docs/domains.md gives them",
     ),
     "average": (lambda s: s.loop.ema > 0, "the moving average: ema above 0"),
 }
@@ -52,6 +57,16 @@ def make_terms(settings: Settings) -> list[Terms]:
     problems = [problem for terms in made for problem in _problems(settings, terms)] + _unused(settings, made)
     checks.refuse("the terms of the loss do not fit", problems)
     return made
+
+
+def warn(settings: Settings, phases: Sequence[Terms]) -> None:
+    """Says which terms of the first phase go on with a trained network that is not there."""
+    eager = [name for name, (_, term) in phases[0].items() if term.trained]
+    if eager and not (settings.model.weights and settings.model.keep_head):
+        log(
+            f"{', '.join(eager)}: this goes on with a network that answers already, but the first phase has a new "
+            "head; set model.weights and model.keep_head=True, or train a phase on labels first"
+        )
 
 
 def weights_of(phase: PhaseSettings) -> dict[str, tuple[str, dict[str, Any]]]:
