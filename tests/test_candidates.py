@@ -132,6 +132,9 @@ def test_replicas_write_the_candidates_of_the_runs_by_themselves(tables, tmp_pat
     table = files.read_json(tmp_path / "w" / "replicas.json")["selection"]
     options_chosen = {c["options"] for row in table["rows"] for c in row["chosen"] if c}
     assert options_chosen <= {"lr=0.1", "lr=0.02"}
+    # Of runs that are trained together no discriminator is scored on held-out examples, and the result says so.
+    said = files.read_json(folder / "result.json")["domains"]["diagnosis"]
+    assert said == ["dann: by this step its discriminator has no accuracy on train or held out examples"]  # step 2 of 3
     assert files.read_json(tmp_path / "w" / "choices.json")["units"]["seed 0"].keys() == SELECTORS.keys()
 
 

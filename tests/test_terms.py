@@ -121,7 +121,9 @@ def test_a_term_that_needs_a_trained_network_says_so_of_a_new_head(capsys, monke
     monkeypatch.setitem(TERMS, "eager", needing(trained=True))
     later = ({"phases": ((), (("terms", {"eager": {}}),))}, False)
     kept = {"model.keep_head": True, "model.weights": "builtin:glyphs"}
-    for changes, told in (({"terms": {"eager": {}}}, True), ({"terms": {"eager": {}}, **kept}, False), later):
+    alone = {"terms": {"task": {"weight": 0}, "eager": {}}}
+    taught = ({"terms": {"eager": {}}}, False)  # beside the task's own term
+    for changes, told in ((alone, True), ({**alone, **kept}, False), taught, later):
         settings = settings_of(**changes)
         terms.warn(settings, terms.make_terms(settings))
         assert ("eager: this goes on with a network that answers already" in capsys.readouterr().out) == told

@@ -98,8 +98,7 @@ def report(run: Run, folder: pathlib.Path, step: int) -> dict[str, Any]:
     said = []
     for name, pair in accuracies.items():
         lacking = " or ".join(split.replace("_", " ") for split, value in pair.items() if value is None)
-        unknown = f"{name}: no accuracy of its discriminator is known of {lacking} examples"
-        unknown += "; of held out ones a run that trains together with others has none"
+        unknown = f"{name}: by this step its discriminator has no accuracy on {lacking} examples"
         said.append(unknown if lacking else measure.diagnosis(name, **pair, distance=farthest))
     confusion = {"domains": list(found.domains), "shares": found.confusion.round(6).tolist()}
     table = {"proxy_a_distance": found.proxy_a_distance, "confusion": confusion}
