@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tl_jax.methods.domain import measure
+from tl_jax.training import plots
 
 
 def domain(seed, shift, rows=400):
@@ -37,7 +38,7 @@ def test_fewer_than_four_examples_are_told_with_their_numbers():
     [
         (0.95, 0.70, 0.1, "knows its training examples, not the domains"),
         (0.95, 0.93, 1.9, "the features are not aligned"),
-        (0.55, 0.50, 1.8, "it fails where a linear classifier does not"),
+        (0.55, 0.50, 1.8, "a linear classifier still tells domains apart"),
         (0.70, 0.65, 0.2, "aligned in part"),
         (0.20, 0.34, 1.0, "aligned in part"),  # a linear classifier has 3 of 4
         (0.52, 0.50, 0.1, "aligned as wholes"),
@@ -46,3 +47,12 @@ def test_fewer_than_four_examples_are_told_with_their_numbers():
 def test_a_diagnosis_goes_by_both_accuracies_and_the_linear_classifier(train, held_out, distance, said):
     line = measure.diagnosis("dann", train, held_out, distance)
     assert said in line and line.startswith(f"dann: accuracy {train:.2f} in training and {held_out:.2f} held out")
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_map_of_domains_is_drawn_by_answers_where_val_has_no_labels(labelled, tmp_path):
+    arrays = {f"{name}_features": domain(k, k, 20) for k, name in enumerate(("source", "target"))}
+    arrays |= {f"{name}_logits": np.eye(3)[np.arange(20) % 3] for name in ("source", "target")}
+    arrays |= {"source_labels": np.arange(20) % 3} if labelled else {}
+    plots.domain_map(arrays, arrays, ("a", "b", "c"), tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 1000

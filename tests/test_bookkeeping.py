@@ -13,6 +13,7 @@ import pytest
 from configs import smoke
 from tl_jax import config as options
 from tl_jax.core import files
+from tl_jax.runtime import log as runtime_log
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies import store
 from tl_jax.training.train import train
@@ -149,3 +150,12 @@ def test_writers_of_one_file_do_not_take_each_other_for_killed(tmp_path):
             list(pool.map(lambda i: files.write_text(tmp_path / "a.json", f"{i}"), range(400)))
         assert (tmp_path / "a.json").read_text().isdigit()
     assert (tmp_path / "a.json").read_text() == "slow" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_console_shows_every_term_of_the_loss_before_their_own_numbers(tmp_path, capsys):
+    row = {"train/loss": 6.0, "train/grad_norm": 1.0, "train/task": 1.0, "train/dann": 2.0, "train/dann/accuracy": 0.5}
+    row |= {"train/mmd": 3.0, "train/mmd/mean_distance": 0.25, "train/coral": 4.0, "train/lr": 0.1}
+    with runtime_log.RunLog(tmp_path, [], 0, 4) as found:
+        found.progress(2, row, 8.0)
+    shown = capsys.readouterr().out
+    assert "loss 6  task 1  dann 2  mmd 3  coral 4  " in shown and "accuracy" not in shown and "lr" not in shown

@@ -1,17 +1,20 @@
 """Candidates and choices: what a candidate holds, how selectors choose among them, and which candidates are refused."""
 
 import json
+import pathlib
+import time
 
 import numpy as np
 import pytest
 from candidate_runs import config_of, load, make_done, make_tables  # noqa: F401
+from test_distributed import finish, launch
 
 from tl_jax import config as options
 from tl_jax.core import files
 from tl_jax.core.options import SELECTORS as SINGLE
 from tl_jax.methods.selectors import SELECTORS
 from tl_jax.runtime import sharding
-from tl_jax.studies import inprocess
+from tl_jax.studies import inprocess, leak
 from tl_jax.training import artifacts, build, candidates, selection
 from tl_jax.training.train import train
 
@@ -83,7 +86,7 @@ def test_the_names_that_select_takes_are_the_selectors_of_one_candidate():
         ({"data.val": "", "data.test": "train[70%:]"}, "data.candidates = .*data.val is ''"),
         ({"data.candidates": (), "select": "infomax"}, "select = 'infomax' judges data.candidates, which is"),
         ({"select": "infomx"}, "select = 'infomx': expected one of last, best_val, source_risk"),
-        ({"task": "binary"}, "data.candidates = .*classes of a classification"),
+        ({"task": "binary"}, "data.candidates = .*task = 'classification'; found 'binary', leave it out"),
         ({"data.candidates": ("held_out", "T", "train[45%:75%]")},
          "streams.target: 9 of 52 examples of held_out, .* in the training stream 'target'"),
         ({"data.candidates": ("held_out", "T", "train[60%:80%]")}, "data.candidates: 8 of 42 examples of target_test"),
@@ -129,6 +132,9 @@ def test_replicas_write_the_candidates_of_the_runs_by_themselves(tables, tmp_pat
     table = files.read_json(tmp_path / "w" / "replicas.json")["selection"]
     options_chosen = {c["options"] for row in table["rows"] for c in row["chosen"] if c}
     assert options_chosen <= {"lr=0.1", "lr=0.02"}
+    # Of runs that are trained together no discriminator is scored on held-out examples, and the result says so.
+    said = files.read_json(folder / "result.json")["domains"]["diagnosis"]
+    assert said == ["dann: by this step its discriminator has no accuracy on train or held out examples"]  # step 2 of 3
     assert files.read_json(tmp_path / "w" / "choices.json")["units"]["seed 0"].keys() == SELECTORS.keys()
 
 
@@ -166,3 +172,73 @@ def test_several_source_domains_are_judged_by_the_rules_of_generalisation(tables
     assert result["selection"]["several"] and result["setting"] == "inductive"
     assert [row["selector"] for row in result["selection"]["rows"]][-2:] == [selection.LAST_ORACLE, selection.ORACLE]
     assert files.read_json(tmp_path / "w" / "ledger.json")["sealed"] == ["target_test", "held_out"]
+
+
+WATCHED = """
+import json, os, pathlib, sys
+sys.path.insert(0, "tests")
+from candidate_runs import config_of
+from tl_jax.data.sealed import SealedLabels
+
+folder, first, opened = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1]), sys.argv[-1] != "1", SealedLabels.open
+
+def open_seen(self):
+    with open(f"{folder}.opened", "a") as file:
+        print(json.dumps([first, (folder / "choices.json").exists()]), file=file)
+    return opened(self)
+
+def writes(event, found):
+    writing = event == "open" and found[2] & (os.O_WRONLY | os.O_RDWR)
+    if writing and not first and str(found[0]).startswith(f"{folder}/"):
+        raise PermissionError(f"process 1 writes {found[0]}")
+
+SealedLabels.open = open_seen
+sys.addaudithook(writes)
+
+def get_config():
+    return config_of(TABLES, total=(8.0, "steps"), log_every=(1.0, "steps"), select="infomax")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_choose_as_one_and_resume_bit_equal_after_both_were_killed(tables, tmp_path):
+    """Process 1 writes no file, and neither opens a sealed label before the choices are there."""
+    config, (one, two, killed) = tmp_path / "config.py", (tmp_path / name for name in ("one", "two", "killed"))
+    config.write_text(WATCHED.replace("TABLES", repr(str(tables))))
+    finish(launch(1, one, config=config))
+    outputs = finish(launch(2, two, config=config))
+    assert all("Gloo" in line for line in outputs[1].splitlines()) and (two / "domain_map.png").exists()
+    for step in (0, 2, 4, 6, 8):
+        arrays, others = (candidates.read(candidates.path_of(folder, step)) for folder in (one, two))
+        assert arrays.keys() == others.keys()
+        for name in arrays:
+            np.testing.assert_allclose(others[name], arrays[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    chosen, others = (files.read_json(folder / "choices.json")["choices"] for folder in (one, two))
+    assert {name: row["step"] for name, row in chosen.items()} == {name: row["step"] for name, row in others.items()}
+    for name, row in chosen.items():
+        assert others[name]["scores"] == pytest.approx(row["scores"], rel=1e-5, abs=1e-5), name
+    rows, others = (files.read_rows(folder / "metrics.jsonl") for folder in (one, two))
+    assert [row.keys() for row in rows] == [row.keys() for row in others] and "val/dann/accuracy" in rows[-1]
+    assert [list(row.values()) for row in others] == [pytest.approx(list(row.values()), rel=1e-5) for row in rows]
+    results = [files.read_json(folder / "result.json") for folder in (one, two)]
+    assert results[0]["selection"] == results[1]["selection"] and results[0]["domains"] == results[1]["domains"]
+    assert files.read_json(one / "ledger.json") == files.read_json(two / "ledger.json")
+
+    processes = launch(2, killed, config=config)
+    while not candidates.path_of(killed, 4).exists() and processes[0].poll() is None:
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.communicate()
+    assert candidates.steps_of(killed) and not (killed / "choices.json").exists()
+    finish(launch(2, killed, config=config))
+    assert leak.decided(killed) == leak.decided(two)
+    assert (killed / "result.json").read_bytes() == (two / "result.json").read_bytes()
+    opened = files.read_json(killed / "ledger.json")["openings"]
+    assert [(row["stream"], row["start"]) for row in opened if row["phase"] != "load"] == [
+        ("target_test", 1), ("held_out", 1)
+    ]  # fmt: skip
+    for folder in (two, killed):
+        seen = [tuple(json.loads(line)) for line in pathlib.Path(f"{folder}.opened").read_text().splitlines()]
+        assert sorted(seen) == [(False, True), (True, True), (True, True)]

@@ -124,7 +124,7 @@ def test_images_are_compared_by_the_features_of_a_network(tmp_path, capsys):
     ("changes", "messages"),
     [
         (["--method", "tka,kmm"], ["no classic method 'tka' (did you mean 'tca'?)", "kmm weights examples, which 1nn"]),
-        (["--arg", "kk=3"], ["'kk=3': expected argument=value of one of the methods"]),
+        (["--arg", "kk=3"], ["'kk=3': expected argument=value or METHOD", "(did you mean 'k'?)"]),
         (["--method", "tca", "--arg", "tca.k=many"], ["tca: k = 'many', expected an integer of at least 1"]),
         (["--scale", "z"], ["no scaling 'z'"]),
         (["--classifier", "2nn"], ["no classifier '2nn' (did you mean '1nn'?)"]),

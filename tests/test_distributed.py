@@ -355,11 +355,11 @@ def test_an_exception_in_one_process_of_jax_ends_the_other_and_is_named():
     assert "Traceback" in outputs[1][1] and "Traceback" not in outputs[0][1]
 
 
-def launch(count, workdir, *options):
-    """The smoke config in `count` processes of one device each, four examples of a batch of 16 on each of four."""
+def launch(count, workdir, *options, config="configs/smoke.py"):
+    """A config in `count` processes of one device each; of smoke, four examples of a batch of 16 on each of four."""
     address = free_address()
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    command = [sys.executable, "launch.py", "--config", "configs/smoke.py", *options, "--workdir", str(workdir)]
+    command = [sys.executable, "launch.py", "--config", str(config), *options, "--workdir", str(workdir)]
     flags = ["--coordinator", address, "--num-processes", str(count), "--process-id"] if count > 1 else []
     return [
         subprocess.Popen(

@@ -13,10 +13,12 @@ from test_domain_terms import NAMES
 from walks import Crash, assert_close, crash_at, losses_on_one_batch, remains, take_walk, variables_of
 
 from tl_jax import config as options
-from tl_jax.core import trees
+from tl_jax.core import files, trees
 from tl_jax.methods import domain
 from tl_jax.runtime import sharding
-from tl_jax.training import build, single
+from tl_jax.tasks import METRICS
+from tl_jax.training import build, settings, single
+from tl_jax.training.terms import make_terms
 from tl_jax.training.train import never, train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -241,6 +243,54 @@ def test_a_strong_view_of_images_is_what_the_term_reads(name, tables):
     batch = walked.run.material.streams["target"][0]
     assert batch["image:strong"].shape == batch["image"].shape
     assert not np.array_equal(batch["image:strong"], batch["image"])
+
+
+LABELS = {
+    "binary": lambda a, b: "ny"[a > 0],
+    "multilabel": lambda a, b: f"{int(a > 0)},{int(b > 0)}",
+    "regression": lambda a, b: f"{a:.3f},{b + 9:.3f}",
+}
+NO_CLASSES = [name for name, make in domain.TERMS.items() if "classes" not in make().needs]
+
+
+def config_of_task(tables, folder, task, **changes):
+    """The tables with labels of a task, made of their first two columns, in place of classes."""
+    for path in tables.glob("*.csv"):
+        head, *rows = (line.split(",")[:-1] for line in path.read_text().splitlines())
+        labels = [LABELS[task](*map(float, row[:2])) for row in rows]
+        names = [f"y{i}" for i in range(labels[0].count(",") + 1)]
+        lines = [head + names, *(row + [label] for row, label in zip(rows, labels, strict=True))]
+        (folder / path.name).write_text("".join(",".join(line) + "\n" for line in lines))
+    target = f"table:{folder}/target.csv"
+    changes |= {"task": task, "data.labels": tuple(names), "data.extra_eval": (("scored", target, "train[60%:]"),)}
+    changes |= {"streams": {"target": {"source": target, "split": "train[:60%]", "batch_size": 12}}}
+    return config_of(folder, "task", several=True, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", LABELS)
+def test_what_needs_no_classes_adapts_every_task(task, tables, tmp_path):
+    """All terms in one program, whose loss is their sum; the target's labels are opened for its score alone."""
+    made = {name: {"width": 12} if name in ("dann", "adda", "mdan") else {} for name in ("task", *NO_CLASSES)}
+    config = config_of_task(tables, tmp_path, task, terms=made, select="best_val")
+    result = train(config, tmp_path / "w", verbose=False)
+    rows = files.read_rows(tmp_path / "w" / "metrics.jsonl")
+    assert {f"train/{name}" for name in made} <= rows[0].keys()
+    assert None not in (value for row in rows for value in row.values())
+    assert np.isfinite(result["extra_eval"]["scored"][METRICS[task].monitor[0][0]]["value"])
+    ledger = files.read_json(tmp_path / "w" / "ledger.json")
+    assert ledger["sealed"] == ["scored", "target"]
+    assert [r["stream"] for r in ledger["openings"] if r["phase"] == "score"] == ["scored"]
+
+
+@pytest.mark.parametrize("task", LABELS)
+def test_what_needs_classes_refuses_other_tasks_by_name_before_anything_is_loaded(task, tables, tmp_path):
+    names = sorted(set(domain.TERMS) - set(NO_CLASSES))
+    config = config_of_task(tables, tmp_path, task, terms={name: {} for name in names})
+    with pytest.raises(ValueError) as error:
+        make_terms(settings.read(config))
+    for name in names:
+        assert f"\n  {name} needs task = 'classification', found '{task}'; leave it out" in str(error.value)
 
 
 def flops(config):

@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from tl_jax.__main__ import main
+from tl_jax.runtime import malloc
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAM = """
 import os, pathlib, sys
@@ -43,3 +46,9 @@ def test_a_program_starts_over_once_with_its_arguments_and_its_number(tmp_path, 
     *starts, end = output.splitlines()
     assert process.returncode == 0 and starts == ["begun"] * begun
     assert end == f"{left.format(folder=tmp_path)}|['--x', 'a b']|{process.pid}"
+
+
+def test_who_calls_main_with_arguments_is_not_started_over(monkeypatch, capsys):
+    monkeypatch.setattr(malloc, "keep_memory", lambda: pytest.fail("the caller's process would start over"))
+    assert main(["train", "nowhere.py"]) == 2
+    assert "there is no config nowhere.py" in capsys.readouterr().err

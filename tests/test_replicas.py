@@ -208,7 +208,7 @@ def test_val_chooses_the_best_and_test_never_does(unbroken):
         ({"replicas": ((("lr", 0.1),), (("lr", 0.1),))}, r"replicas\[1\] is replicas\[0\] again"),
         (
             {"replicas": ((("batch_size", 4),),)},
-            "replicas may differ in seed, terms, data.shots, lr, weight_decay, groups",
+            "replicas may differ in seed, weights of terms, data.shots, lr, weight_decay, groups",
         ),
         ({"replicas": (("lr", 0.1),)}, "expected a sequence, each pairs"),
         ({"seeds": (1,)}, r"seeds = \[1\] does not go with replicas"),

@@ -9,6 +9,7 @@ from tl_jax.core import files
 from tl_jax.methods.selectors import SELECTORS
 from tl_jax.studies import inprocess
 from tl_jax.studies.report import alarm
+from tl_jax.studies.report import selection as selection_report
 from tl_jax.training import candidates, selection
 
 
@@ -55,6 +56,20 @@ def test_the_panel_of_several_options_and_seeds_chooses_among_both():
     assert rows["random candidate"]["accuracy"] == pytest.approx(np.mean(hits))
     assert rows[selection.LAST_ORACLE]["chosen"][0] == {"options": "b", "step": 2}
     assert rows[selection.ORACLE]["regret"] == 0
+
+
+def test_the_table_names_the_base_options_and_counts_equal_choices():
+    hits = [[1, 0, 0], [1, 1, 0]]
+    scores = ([0, 1], [0, 1], [1, 0])
+    units = [unit(["", "a"], [1, 1], hits, infomax=score) for score in scores]
+    facts = {"test": "t", "judged_on": "j", "several": False}
+    table = selection_report.table({**facts, "rows": selection.panel(units, resamples=5)})
+    chosen = {row[0]: row[2] for row in table.rows}
+    assert chosen["infomax"] == "a 1 (x2); base 1" and chosen["oracle"] == "a 1" and chosen["last"] == "-"
+    assert "nothing to choose" not in table.caption
+    one = selection.panel([unit([""], [4], hits[:1], infomax=[0])], resamples=5)
+    table = selection_report.table({**facts, "steps": [4], "rows": one})
+    assert "One candidate" in table.caption and {row[0]: row[2] for row in table.rows}["infomax"] == "4"
 
 
 def test_few_labels_are_so_many_of_each_class_by_the_seed():

@@ -60,7 +60,7 @@ def test_the_density_ratio_is_that_of_two_gaussians_whose_ratio_is_known():
     expected = scipy.stats.norm.pdf(x[:, 0], 0.7) / scipy.stats.norm.pdf(x[:, 0])
     np.testing.assert_allclose(selectors.density_ratio(source, target, x), expected, rtol=0.12)
     mean, std = np.concatenate([source, target]).mean(), np.concatenate([source, target]).std()
-    fitted = linear_model.LogisticRegression().fit(
+    fitted = linear_model.LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(
         (np.concatenate([source, target]) - mean) / std, [0] * 4000 + [1] * 2000
     )
     p = fitted.predict_proba((x - mean) / std)
@@ -99,11 +99,19 @@ def candidate(logits=LOGITS, features=X, count=30, labels=LABELS):
 def test_each_selector_reads_no_more_than_it_says():
     full = candidate()
     for name, selector in SELECTORS.items():
-        bare = Candidate(full.log_target, full.target_features)._replace(
-            **{field: getattr(full, field) for field in selector.fields}
-        )
+        fields = {field: getattr(full, field) for field in selector.fields}
+        bare = Candidate(full.log_target, full.target_features, **fields)
         assert selector.scores([bare]) == selector.scores([full]), name
         assert (selector.reads == "source") == ("source_labels" in selector.fields), name
+
+
+def test_a_candidate_has_one_density_ratio_for_all_that_read_it(monkeypatch):
+    calls, ratio, one = [], selectors.density_ratio, candidate()
+    monkeypatch.setattr(selectors, "density_ratio", lambda *arrays: (calls.append(1), ratio(*arrays))[1])
+    found = [SELECTORS[name].scores([one]) for name in ("iwcv", "dev")]
+    weights = ratio(X[S], X[T], X[S])
+    assert len(calls) == 1
+    np.testing.assert_allclose(found, [[-risk(LOSSES, weights)] for risk in (selectors.iwcv_risk, selectors.dev_risk)])
 
 
 DEGENERATE = {

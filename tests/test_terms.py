@@ -113,7 +113,20 @@ LACKS = {
     "whole_batch": ({"accumulate": 2}, {}),
     "average": ({}, {"ema": 0.9}),
     "domains": ({"data.source": ("digits",)}, {"data.source": ("digits", "digits:inverted")}),
+    "turns": ({}, {"turns": ((("head",), {"task": 1.0}),)}),
 }
+
+
+def test_a_term_that_needs_a_trained_network_says_so_of_a_new_head(capsys, monkeypatch):
+    monkeypatch.setitem(TERMS, "eager", needing(trained=True))
+    later = ({"phases": ((), (("terms", {"eager": {}}),))}, False)
+    kept = {"model.keep_head": True, "model.weights": "builtin:glyphs"}
+    alone = {"terms": {"task": {"weight": 0}, "eager": {}}}
+    taught = ({"terms": {"eager": {}}}, False)  # beside the task's own term
+    for changes, told in ((alone, True), ({**alone, **kept}, False), taught, later):
+        settings = settings_of(**changes)
+        terms.warn(settings, terms.make_terms(settings))
+        assert ("eager: this goes on with a network that answers already" in capsys.readouterr().out) == told
 
 
 def test_a_term_that_replaces_the_task_leaves_it_out_unless_it_is_named(monkeypatch):
@@ -133,7 +146,7 @@ def test_every_need_is_in_the_table_of_this_test():
 def test_a_term_is_refused_where_a_need_is_not_met_with_the_sentence_of_that_need(monkeypatch, need):
     monkeypatch.setitem(TERMS, "wanting", needing(needs=frozenset({need})))
     lacking, having = LACKS[need]
-    sentence = re.escape(f"wanting needs {terms.NEEDS[need][1]}")
+    sentence = re.escape(f"wanting needs {terms.NEEDS[need][1].format('binary')}")
     with pytest.raises(ValueError, match=sentence):
         build.build(
             options.override(smoke.get_config(), {**lacking, "terms": {"wanting": {}}}), sharding.make_parallel()
@@ -148,7 +161,7 @@ def test_all_needs_that_are_not_met_are_in_one_error(monkeypatch):
     with pytest.raises(ValueError) as error:
         terms.make_terms(settings._replace(loop=settings.loop._replace(task="regression")))
     for need, (_, sentence) in terms.NEEDS.items():
-        assert f"with_{need} needs {sentence}" in str(error.value)
+        assert f"with_{need} needs {sentence.format('regression')}" in str(error.value)
 
 
 TARGET = {"target": {"source": "digits:inverted", "split": "train[:10%]", "batch_size": 16}}

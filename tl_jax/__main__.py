@@ -22,10 +22,8 @@ Args = argparse.Namespace
 
 
 def train(args: Args) -> int:
-    from tl_jax.runtime.malloc import keep_memory
     from tl_jax.studies import command
 
-    keep_memory()
     given = args.rest if args.rest and args.rest[0].startswith("-") else ["--config", *args.rest]
     return command.main(given if args.rest else [], ("-m", "tl_jax", "train"))
 
@@ -304,7 +302,12 @@ def _flags(args: Args, error: Exception) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        if argv[:1] == ["train"]:  # a program of its own; who calls this function goes on as it is
+            from tl_jax.runtime.malloc import keep_memory
+
+            keep_memory()
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m tl_jax", description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -16,6 +16,7 @@ from tl_jax.core.options import CARD, NETWORK, OPTIONS, SELECTORS, STREAM, TASK_
 
 WHOLE = tuple(name for name, option in OPTIONS.items() if isinstance(option.initial, dict))  # each is one value
 REPLICABLE = tuple(name for name, option in OPTIONS.items() if option.replica)
+DIFFERING = ", ".join("weights of terms" if name == "terms" else name for name in REPLICABLE)
 PHASED = tuple(name for name, option in OPTIONS.items() if option.phase)
 SEVERAL_TYPES = ("data.source",)  # a string, or a tuple of them
 ENTRIES = {  # options that hold tables by name: their fields, those that must be given, and names that are taken
@@ -247,7 +248,7 @@ def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
     problems = _where(*rows)
     for i, replica in enumerate(replicas):
         if wrong := ", ".join(key for key, _ in replica if _option_of(key) not in REPLICABLE):
-            problems.append(f"replicas[{i}] sets {wrong}; replicas may differ in {', '.join(REPLICABLE)} alone")
+            problems.append(f"replicas[{i}] sets {wrong}; replicas may differ in {DIFFERING} alone")
         if (first := replicas.index(replica)) < i:
             problems.append(f"replicas[{i}] is replicas[{first}] again")
     return problems
@@ -270,7 +271,10 @@ def _data_problems(flat: Mapping[str, Any]) -> list[str]:
         (bare and select == "best_val", "select = 'best_val': data.labelled = False leaves val without labels too"),
         (bare and patience, f"patience = {patience!r}: data.labelled = False leaves val without labels too"),
         (candidates and not val, f"{judged}: every evaluation on val writes one, and data.val is ''; name a split"),
-        (candidates and task != "classification", f"{judged}: selectors read the classes of a classification"),
+        (
+            candidates and task != "classification",
+            f"{judged}: selectors read class probabilities, task = 'classification'; found {task!r}, leave it out",
+        ),
         (select in SELECTORS and not candidates, f"select = {select!r} judges data.candidates, which is (); name it"),
         (select == "mixval" and flat["cache"], "select = 'mixval' mixes inputs, of which cache = 'features' has none"),
         (min_delta and not patience, f"min_delta = {min_delta!r} belongs to patience, which is 0"),

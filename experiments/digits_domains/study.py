@@ -16,6 +16,7 @@ DOMAINS = ("mnist", "usps", "mnist_m")
 STEPS = 3000
 BATCH = 36  # of each domain
 REST = {"method.name": "rules", "method.rules": (("head/.*", "frozen"), (".*", "backbone"))}
+BOTTLENECK = (("dense", {"features": 500}), ("batch_norm", {}), ("relu", {}), ("dropout", {"rate": 0.5}))
 METHODS = {
     "source only": {"streams": {}},
     "dann": {"terms": {"dann": {}}},
@@ -25,18 +26,18 @@ METHODS = {
     "jan": {"terms": {"jan": {}}},
     "coral": {"terms": {"coral": {}}},
     "mcd": {"terms": {"mcd": {"discrepancy": 0.3, "balance": 0.03}}},
-    "mdd": {"terms": {"mdd": {}}, "clip": 1.0},  # this and afn diverge without a clip: LeNet has no BatchNorm
-    "afn": {"terms": {"afn": {}}, "clip": 1.0},
+    "mdd": {"terms": {"mdd": {}}, "clip": 1.0},  # it diverges without a clip
+    "afn": {"terms": {"afn": {}}, "norm_batches": "per_stream", "model.head": BOTTLENECK},  # so does it, without a norm
     "mcc": {"terms": {"mcc": {}}},
     "bnm": {"terms": {"bnm": {}}},
     "shot": {},  # its phases depend on the number of steps
 }
-FEW = ("source only", "dann", "cdan", "mmd", "mcc")  # of the tasks with MNIST-M
+ALL, FEW = "usps-mnist", ("source only", "dann", "mmd", "mcc")  # the task of all methods; those of the others
 
 
 def levels(task: str, steps: int) -> dict[str, dict]:
     """{method: its options}; SHOT trains two thirds of the steps on the source, then without it and a resting head."""
-    names = FEW if "mnist_m" in task else METHODS
+    names = METHODS if task == ALL else FEW
     first, second = float(2 * steps // 3), float(steps - 2 * steps // 3)
     adapt = {"terms": {"task": {"weight": 0.0}, "shot": {"target": "target"}}, **REST, "restart": True}
     shot = {"phases": ((("total", (first, "steps")),), (("total", (second, "steps")), *adapt.items()))}

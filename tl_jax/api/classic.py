@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tl_jax.core import checks, files
+from tl_jax.core.messages import nearest
 from tl_jax.data import sources
 from tl_jax.data.examples import Source
 from tl_jax.data.sealed import canonical
@@ -32,7 +33,11 @@ def read_arguments(given: Sequence[str], names: Sequence[str]) -> dict[str, dict
         method, _, argument = left.rpartition(".")
         takers = [name for name in names if (name == method if method else argument in known[name])]
         if not (equals and takers):
-            problems.append(f"{text!r}: expected argument=value of one of the methods, or METHOD.argument=value")
+            every = sorted({name for own in known.values() for name in own})
+            problems.append(
+                f"{text!r}: expected argument=value or METHOD.argument=value of the methods {', '.join(known)}, whose "
+                f"arguments are {', '.join(every) or 'none'}{nearest(argument, every)}"
+            )
         try:
             value = ast.literal_eval(right)
         except (ValueError, SyntaxError):

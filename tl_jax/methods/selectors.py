@@ -4,6 +4,8 @@ Each is a function of plain arrays, P [N, K] probabilities and F [N, D] features
 it. None wins everywhere: entropy and SND reward collapse onto one class, DEV is unbounded where domains separate.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,7 +18,8 @@ ROWS = 1024  # of a matrix of all pairs, at a time
 LARGEST = 30.0  # log odds beyond which a ratio of densities is cut: past it the domains are simply apart
 
 
-class Candidate(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidate:
     """What a checkpoint wrote of source (S, labelled) and target (T, not), float64; log P are log probabilities.
 
     log_source [N, K], source_labels int [N], source_features [N, D]: of the source's val; source_domains int [N], where
@@ -33,6 +36,11 @@ class Candidate(NamedTuple):
     source_features: np.ndarray | None = None
     train_features: np.ndarray | None = None
     source_domains: np.ndarray | None = None
+
+    @functools.cached_property
+    def weights(self) -> np.ndarray:
+        """The density ratio at source_features [N], fitted once for all selectors that read it."""
+        return density_ratio(self.train_features, self.target_features, self.source_features)
 
 
 class Selector(NamedTuple):
@@ -131,7 +139,7 @@ def density_ratio(source: np.ndarray, target: np.ndarray, features: np.ndarray) 
     is_target = np.repeat([0, 1], [len(source), len(target)])
     scaled = (both - mean) / (std + (std == 0))
     with threadpoolctl.threadpool_limits(1):  # as above
-        fitted = linear_model.LogisticRegression(max_iter=1000).fit(scaled, is_target)
+        fitted = linear_model.LogisticRegression(tol=1e-8, max_iter=1000).fit(scaled, is_target)
     odds = fitted.decision_function((features - mean) / (std + (std == 0)))
     return len(source) / len(target) * np.exp(np.clip(odds, -LARGEST, LARGEST))
 
@@ -163,7 +171,7 @@ def source_risk(log_p: np.ndarray, labels: np.ndarray, domains: np.ndarray | Non
 def _weighted(risk: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Candidate], float]:
     def score(c: Candidate) -> float:
         losses = -c.log_source[np.arange(len(c.source_labels)), c.source_labels]
-        return -risk(losses, density_ratio(c.train_features, c.target_features, c.source_features))
+        return -risk(losses, c.weights)
 
     return score
 

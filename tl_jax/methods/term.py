@@ -122,7 +122,8 @@ class Term(NamedTuple):
     computed anew where a phase begins. logs: the names of its `Result.logs`. reads: further networks that it runs on
     the inputs of streams. needs: what it cannot do without, names of training.terms.NEEDS. answers(memory): logits
     [N, K] of the examples of its last stream in their order, as it predicted them while adapting. replaces_task: the
-    task's own term is left out beside it, unless the config names that too.
+    task's own term is left out beside it, unless the config names that too. trained: it goes on with a network that
+    answers already.
     """
 
     loss: Callable[[Context], Result]
@@ -137,6 +138,7 @@ class Term(NamedTuple):
     needs: frozenset[str] = frozenset()
     answers: Callable[[Any], jax.Array] | None = None
     replaces_task: bool = False
+    trained: bool = False
 
 
 class Method(NamedTuple):

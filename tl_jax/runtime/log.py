@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from tl_jax.core.files import atomic_write, sound_rows, write_text, writing
 
 CONSOLE = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
-UNSHOWN, SHOWN = ("train/grad_norm", "train/lr"), 4  # of a line of metrics, on the console
+UNSHOWN, SHOWN = ("train/grad_norm", "train/lr"), 4  # of a line of metrics, on the console; at least so many
 SHOWN_WAIT = 0.02  # share of the time from which on the wait for data is shown
 
 
@@ -113,7 +113,9 @@ class RunLog:
         self._append("timing", {**row, **self.rates((step - self._timed) / seconds)})
         self._timed = step
         shown = {name.removeprefix("train/"): value for name, value in metrics.items() if name not in UNSHOWN}
-        text = "  ".join(f"{name} {value:.4g}" for name, value in list(shown.items())[:SHOWN])
+        names = sorted(shown, key=lambda name: "/" in name)  # the loss, the task's metric and all terms, then their own
+        count = 2 if self._bar and CONSOLE.width < 110 else max(SHOWN, sum("/" not in name for name in names))
+        text = "  ".join(f"{name} {shown[name]:.4g}" for name in names[:count])
         text += f"  waited {waited / seconds:.0%} for data" if waited > SHOWN_WAIT * seconds else ""
         if self._bar:
             self._bar.update(self._task, completed=step, text=text, rate=f"{rate:,.0f} examples/s")

@@ -79,7 +79,8 @@ def report(run: Run, folder: pathlib.Path, step: int) -> dict[str, Any]:
     arrays = candidates.read(path)
     names, val = candidates.names(run), run.material.data["val"]
     which = arrays.get("source_domains", np.zeros(len(arrays["source_features"]), int))
-    domains = val.domain_names if val.domains is not None else ("source",)
+    source = "source" if run.settings.data.labelled else "val"
+    domains = val.domain_names if val.domains is not None else (source,)
     parts = {name: arrays["source_features"][which == d] for d, name in enumerate(domains)}
     try:
         found = measure.separation({**parts, names[0]: arrays["target_features"]})
@@ -97,8 +98,7 @@ def report(run: Run, folder: pathlib.Path, step: int) -> dict[str, Any]:
     said = []
     for name, pair in accuracies.items():
         lacking = " or ".join(split.replace("_", " ") for split, value in pair.items() if value is None)
-        unknown = f"{name}: no accuracy of its discriminator is known of {lacking} examples"
-        unknown += "; of held out ones a run that trains together with others has none"
+        unknown = f"{name}: by this step its discriminator has no accuracy on {lacking} examples"
         said.append(unknown if lacking else measure.diagnosis(name, **pair, distance=farthest))
     confusion = {"domains": list(found.domains), "shares": found.confusion.round(6).tolist()}
     table = {"proxy_a_distance": found.proxy_a_distance, "confusion": confusion}

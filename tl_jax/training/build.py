@@ -66,6 +66,7 @@ def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
 def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = True) -> Material:
     """Loads data and networks. compare: look for duplicates, and refuse those of scored examples in training."""
     made = terms.make_terms(settings)
+    terms.warn(settings, made)
     sharding.check_batch_size(settings.loop.batch_size, settings.loop.accumulate, parallel.mesh.size)
     check_hashes(settings)
     keep_compiled_programs()

@@ -62,7 +62,10 @@ def write(folder: pathlib.Path | None, run: Run, step: int, found: Mapping[str, 
         with files.atomic_write(path_of(folder, step)) as file:
             np.savez(file, **arrays)
     select = run.settings.loop.select
-    return {select: SELECTORS[select].scores([make(arrays)])[0]} if select in SINGLE else {}
+    if select not in SINGLE:
+        return {}
+    # Another host may round otherwise, and all must take one step.
+    return distributed.from_first(lambda: {select: SELECTORS[select].scores([make(arrays)])[0]})
 
 
 def make(arrays: Mapping[str, np.ndarray]) -> Candidate:

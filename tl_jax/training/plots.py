@@ -24,7 +24,7 @@ def domain_map(start: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray], n
     """Two leading principal components of source and target features, before and after training.
 
     start, end: arrays of `candidates.read`. The left column is coloured by domain, the right by class: that of the
-    source's labels, and the one predicted for the target, whose labels are not read. names: of the classes.
+    source's labels, and the one predicted where there are none, as in the target. names: of the classes.
     """
     import sklearn.decomposition  # here, as it takes half a second
 
@@ -34,7 +34,8 @@ def domain_map(start: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray], n
                 arrays[f"{domain}_features"][:SHOWN].astype(np.float64) for domain in ("source", "target")
             )
             points = sklearn.decomposition.PCA(2, random_state=0).fit_transform(np.concatenate([source, target]))
-            labels = [arrays["source_labels"][:SHOWN], arrays["target_logits"][:SHOWN].argmax(axis=1)]
+            answers = {name: arrays[f"{name}_logits"].argmax(axis=1) for name in ("source", "target")}
+            labels = [arrays.get("source_labels", answers["source"])[:SHOWN], answers["target"][:SHOWN]]
             halves = points[: len(source)], points[len(source) :]
             by_domain, by_class = axes[2 * row : 2 * row + 2]
             for half, label, colour, marker in zip(halves, labels, (BLUE, VERMILION), "ox", strict=True):

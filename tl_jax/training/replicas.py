@@ -82,7 +82,7 @@ def _check_together(runs: Sequence[Run]) -> None:
     if problems:
         lines = [f"{line}  (replicas 0 -> {', '.join(map(str, who))})" for line, who in problems.items()]
         raise ValueError(
-            f"these replicas cannot be one program; they may differ in {', '.join(options.REPLICABLE)}, with the same "
+            f"these replicas cannot be one program; they may differ in {options.DIFFERING}, with the same "
             "number of steps (with other shots: durations in steps) and the same kind of groups:\n" + "\n".join(lines)
         )
 

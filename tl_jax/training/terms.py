@@ -8,11 +8,12 @@ from tl_jax.core.messages import nearest
 from tl_jax.core.trees import FROZEN
 from tl_jax.methods import TERMS, schedules
 from tl_jax.methods.term import AVERAGE, MAIN, MODEL, TASK, Network, Start, Term
+from tl_jax.runtime.log import log
 from tl_jax.training.settings import PhaseSettings, Settings, naming
 
 # What a term may need, whether a run has it, and how to give it to it.
 NEEDS: dict[str, tuple[Callable[[Settings], bool], str]] = {
-    "classes": (lambda s: s.loop.task == "classification", "task = 'classification'"),
+    "classes": (lambda s: s.loop.task == "classification", "task = 'classification', found {!r}; leave it out"),
     "stochastic": (
         lambda s: bool(s.model.dropout or s.model.drop_path or any(p.method.stoch_norm for p in s.phases)),
         "something random in the network: model.dropout, model.drop_path or method.stoch_norm above 0",
@@ -24,6 +25,10 @@ NEEDS: dict[str, tuple[Callable[[Settings], bool], str]] = {
     "domains": (
         lambda s: s.data.labelled and not isinstance(s.data.source, str) and len(s.data.source) > 1,
         "several labelled domains: data.source = (SOURCE, SOURCE, ...), one for each",
+    ),
+    "turns": (
+        lambda s: any(phase.turns for phase in s.phases),
+        "turns that raise and lower it, as docs/domains.md gives them",
     ),
     "average": (lambda s: s.loop.ema > 0, "the moving average: ema above 0"),
 }
@@ -54,6 +59,16 @@ def make_terms(settings: Settings) -> list[Terms]:
     return made
 
 
+def warn(settings: Settings, phases: Sequence[Terms]) -> None:
+    """Says which terms of the first phase go on with a trained network that is not there."""
+    eager = [name for name, (_, term) in phases[0].items() if term.trained and TASK not in phases[0]]
+    if eager and not (settings.model.weights and settings.model.keep_head):
+        log(
+            f"{', '.join(eager)}: this goes on with a network that answers already, but the first phase has a new "
+            "head; set model.weights and model.keep_head=True, or train a phase on labels first"
+        )
+
+
 def weights_of(phase: PhaseSettings) -> dict[str, tuple[str, dict[str, Any]]]:
     """{term: (schedule, its numbers)} of the weights that a phase names."""
     return {name: schedules.parts(_apart(arguments)[0]) for name, arguments in phase.terms.items()}
@@ -71,7 +86,8 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
         why = "" if settings.data.labelled else ", and data.labelled = False leaves out that of the task"
         problems.append(f"no term has a weight above 0{why}: there is nothing to minimise")
     for name, (_, term) in terms.items():
-        problems += [f"{name} needs {NEEDS[need][1]}" for need in sorted(term.needs) if not NEEDS[need][0](settings)]
+        needs = [NEEDS[need] for need in sorted(term.needs)]
+        problems += [f"{name} needs {text.format(settings.loop.task)}" for had, text in needs if not had(settings)]
         if name == TASK and not settings.data.labelled:
             problems.append(
                 "task is on the stream train, which data.labelled=False leaves without labels: leave it out"

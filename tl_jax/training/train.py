@@ -128,9 +128,8 @@ def _train(
             return dict.fromkeys(folders, error)
         results: dict[int, ResultOrError] = {j: error for j, error in ended.failed.items() if j in folders}
         left = [j for j in folders if j not in results]
-        if distributed.is_first():
-            for j in left:
-                candidates.choose(program.runs[j], folders[j], ended.rows[j])
+        # All wait for the choices: behind this line each process opens sealed labels.
+        distributed.from_first(lambda: [candidates.choose(program.runs[j], folders[j], ended.rows[j]) for j in left])
         first = program.runs[0]
         last = first.settings.loop.select == "last"
         selected = {j: ended.step if last else best_step(first, ended.rows[j]) for j in left}

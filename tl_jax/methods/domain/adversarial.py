@@ -131,8 +131,9 @@ def adda(
 
     needs, logs = frozenset({WHOLE}), ("accuracy", "strength")
     return Term(
-        loss, on=(target,), feeds=(MAIN,), init=init, refresh=refresh, logs=logs, needs=needs, replaces_task=True
-    )
+        loss, on=(target,), feeds=(MAIN,), init=init, refresh=refresh, logs=logs, needs=needs, replaces_task=True,
+        trained=True,
+    )  # fmt: skip
 
 
 def bsp(

@@ -92,7 +92,7 @@ def mcd_discrepancy(layers: Layers = None, target: Target = "target") -> Term:
         one, two = context.outputs[target]["logits"].astype(jnp.float32), logits[streams.index(target)]
         return Result(disagreement(one, two), batch_stats=statistics)
 
-    return Term(loss, on=(target,), init=_with_second_head(layers), needs=frozenset({CLASSES}))
+    return Term(loss, on=(target,), init=_with_second_head(layers), needs=frozenset({CLASSES, "turns"}))
 
 
 def _with_second_head(layers: Any) -> Callable:

@@ -70,8 +70,8 @@ def diagnosis(name: str, train: float, held_out: float, distance: float) -> str:
         )
     elif distance > 1:
         said = (
-            "it fails where a linear classifier does not: the discriminator is too weak, or has collapsed; raise its "
-            "learning rate or width, or lower the strength"
+            "a linear classifier still tells domains apart that it cannot: the features are aligned as far as it sees; "
+            "raise its learning rate or width, or lower the strength. The target may have gained all the same"
         )
     elif max(held_out, (2 + distance) / 4) > ALIGNED:  # its own accuracy, and that of the linear classifier
         said = "the features are aligned in part"

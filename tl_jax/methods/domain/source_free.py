@@ -46,7 +46,7 @@ def shot(
 
     return Term(
         loss, on=(target,), init=init, refresh=refresh, refresh_every=every, logs=("agreement",),
-        needs=frozenset({"classes", "whole_batch"}),
+        needs=frozenset({"classes", "whole_batch"}), trained=True,
     )  # fmt: skip
 
 

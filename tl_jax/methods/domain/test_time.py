@@ -70,9 +70,8 @@ def tent(target: Stream = MAIN) -> Term:
     def init(start: Start) -> tuple[dict[str, Network], Any]:
         return {}, _blank(start, target)
 
-    return Term(
-        loss, on=(target,), init=init, answers=lambda memory: memory, needs=frozenset({"classes", "whole_batch"})
-    )
+    needs = frozenset({"classes", "whole_batch"})
+    return Term(loss, on=(target,), init=init, answers=lambda memory: memory, needs=needs, trained=True)
 
 
 def eata(
@@ -133,7 +132,7 @@ def eata(
 
     return Term(
         loss, on=(target,), init=init, refresh=refresh, logs=("chosen",), answers=lambda memory: memory["answers"],
-        needs=frozenset({"classes", "whole_batch"}),
+        needs=frozenset({"classes", "whole_batch"}), trained=True,
     )  # fmt: skip
 
 

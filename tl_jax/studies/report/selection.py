@@ -1,6 +1,7 @@
 """The selection panel as a table, and over the option sets and seeds of a study."""
 
 import pathlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,19 +18,21 @@ HEADERS = ("selector", "reads", "chosen", "accuracy", "minus last [95 %]", "regr
 
 def table(found: Mapping[str, Any]) -> Table:
     """The panel of a result or a study; found: its entry "selection"."""
-    rows = []
+    rows, named = [], any(c.get("options") for row in found["rows"] for c in row["chosen"])
     for row in found["rows"]:
         gained, order = row["difference"], row["spearman"]
         span = "" if gained["low"] is None else f" [{gained['low']:+.3f}, {gained['high']:+.3f}]"
-        told = dict.fromkeys(f"{c['options']} {c['step']}".strip() if c else "-" for c in row["chosen"])
+        own = (f"{c['options'] or 'base' * named} {c['step']}".strip() if c else "-" for c in row["chosen"])
+        told = [x if n in (1, len(row["chosen"])) else f"{x} (x{n})" for x, n in Counter(own).items()]
         mark = " (train-val)" if found["several"] and row["selector"] == "source_risk" else ""
         numbers = f"{row['accuracy']:.3f}", f"{gained['value']:+.3f}{span}", f"{row['regret']:.3f}"
-        name = f"{row['selector']}{mark}", row["reads"], "; ".join(told)
+        name = f"{row['selector'].partition(':')[0]}{mark}", row["reads"], "; ".join(told)
         rows.append((*name, *numbers, "-" if order is None else f"{order:+.2f}"))
     caption = (
         f"What each selector's choice (options, step) is worth on {found['test']}, judged on {found['judged_on']}. "
-        "reads: whose labels. rho: weighted Spearman correlation of scores and accuracies."
+        f"reads: whose labels. rho: weighted Spearman correlation of scores and accuracies. {selection.ORACLE}."
     )
+    caption += " One candidate: there was nothing to choose." if len(found.get("steps", ())) == 1 else ""
     return Table(caption, HEADERS, rows, 3)
 
 

@@ -41,8 +41,8 @@ Sections = Mapping[str, Sequence[Block]]
 
 
 def to_console(table: Table) -> rich.table.Table:
-    box = {"box": rich.box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}  # 8 columns more of 80 for text
-    shown = rich.table.Table(title=table.caption, title_justify="left", **box)
+    narrow = {"box": rich.box.SIMPLE_HEAD, "padding": 0, "show_edge": False}  # 16 of 80 columns more for text
+    shown = rich.table.Table(title=table.caption, title_justify="left", **narrow)
     for i, header in enumerate(table.headers):
         text = i < table.text_columns  # which is broken where the console is narrow, so that no name is cut off
         shown.add_column(header, justify="left" if text else "right", no_wrap=not text, overflow="fold")
