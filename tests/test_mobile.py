@@ -15,7 +15,7 @@ from tl_jax import models
 from tl_jax.core import trees
 from tl_jax.data.image import ops
 from tl_jax.methods import rules
-from tl_jax.models import conversion, efficientnet, mobilenet
+from tl_jax.models import conversion, efficientnet, mobilenet, peft
 from tl_jax.models.mobile import MobileNet, Row
 from tl_jax.weights import formats, load
 
@@ -169,6 +169,16 @@ def test_the_last_convolution_is_a_cut_of_its_own_and_trains_with_the_last_block
     assert "final" not in MobileNet(num_classes=5, stages=STAGES).cuts
 
 
+def test_lora_goes_to_the_pointwise_convolutions_by_default():
+    model = SMALL(num_classes=5)
+    variables = common.random_variables(model)
+    added = trees.flatten(peft.init(model, variables, (("lora", {}),), jax.random.key(0)))
+    params = trees.flatten(variables["params"])
+    expected = {path for path, leaf in params.items() if path.endswith("kernel") and leaf.shape[:-2] == (1, 1)}
+    assert {re.sub("^lora/|/[ab]$", "", path) + "/kernel" for path in added} == expected
+    assert "backbone/stage4/block0/conv1/kernel" in expected
+
+
 def test_every_variant_is_counted():
     names = {name for family in (mobilenet, efficientnet) for name in family.VARIANTS if "." not in name}
     assert names == set(COUNTS)
@@ -270,6 +280,16 @@ def test_native_names_go_out_and_come_back_bit_equal(name, tmp_path):
     loaded = load.load(name, tmp_path / "w.safetensors")
     assert loaded.layout == "native" and loaded.card == card
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
+
+
+def test_a_table_lists_the_modules_of_its_files(timm, torchvision, reference):
+    with reference.torch.device("meta"):
+        theirs = {("timm", name): timm.create_model(name) for name in NOW}
+        theirs |= {("torchvision", name): torchvision.get_model(TORCHVISION[name], weights=None) for name in NOW[1:]}
+    for (layout, name), model in theirs.items():
+        found = {key.rpartition(".")[0] for key in model.state_dict()}
+        table = models.get(name).layouts[layout]
+        assert table.modules == {module for module in found if not re.match(table.head, f"{module}.")}, (layout, name)
 
 
 def test_a_file_is_known_by_its_names_and_shapes(torchvision, reference, tmp_path):

@@ -96,10 +96,15 @@ def _v2_variants() -> dict[str, Variant]:
     return variants
 
 
+_PORT = {1: ("_expand_conv", "_bn0"), 2: ("_depthwise_conv", "_bn1"), 3: ("_project_conv", "_bn2")}
+
+
 def _port_block(row: Row, i: int, j: int, n: int) -> mobile.Names:
-    names = zip(("_expand_conv", "_depthwise_conv", "_project_conv"), range(3), strict=True)
-    own = {k: (f"_blocks.{n - 1}.{conv}", f"_blocks.{n - 1}._bn{norm}") for k, (conv, norm) in enumerate(names, 1)}
-    return {path: name for k in row.convs for path, name in mobile.both(f"{{}}{k}", *own[k]).items()}
+    """EfficientNet-PyTorch's names; it counts the blocks through."""
+    names = {}
+    for k in row.convs:
+        names |= mobile.both(f"{{}}{k}", *(f"_blocks.{n - 1}.{name}" for name in _PORT[k]))
+    return names
 
 
 def _lite_variants() -> dict[str, Variant]:

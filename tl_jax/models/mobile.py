@@ -172,7 +172,7 @@ def timm_block(row: Row, i: int, j: int, n: int) -> Names:
     prefix, names = f"blocks.{i - 1}.{j}", {}
     for m, (k, conv) in enumerate(zip(row.convs, _TIMM.get(row.convs, ("conv",)), strict=True), 1):
         names |= both(f"{{}}{k}", f"{prefix}.{conv}", f"{prefix}.bn{m}")
-    return names | squeeze(f"{prefix}.se.conv_{{}}", ("reduce", "expand"))
+    return names | (squeeze(f"{prefix}.se.conv_{{}}", ("reduce", "expand")) if row.squeeze else {})
 
 
 def torchvision_block(row: Row, i: int, j: int, n: int, prefix: str = "features.{i}.{j}.block") -> Names:
