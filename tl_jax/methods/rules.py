@@ -91,9 +91,9 @@ def _place(path: str, cuts: Sequence[str]) -> int:
 def layer_multipliers(paths: Iterable[str], cuts: Sequence[str], decay: float) -> dict[str, float]:
     """Layer-wise learning rate decay: the factor `decay ** (depth + 1 - layer)` on each path's learning rate.
 
-    Layer 0 is the stem, layer i + 1 block i (the last with the norm), depth + 1 the head, as in timm (Clark et
-    al. 2020, ELECTRA). Added parameters have the factor of their block.
+    Layer 0 is the stem, layer i + 1 block i (the last with what lies behind it), depth + 1 the head, as in timm
+    (Clark et al. 2020, ELECTRA). Added parameters have the factor of their block.
     """
-    depth = len(cuts) - 2  # without the stem and pre_logits
+    depth = len([cut for cut in cuts if cut not in FINAL]) - 2  # without the stem and pre_logits
     layers = {path: min(place, depth) for path, place in places(paths, cuts).items()}
     return {path: decay ** (depth + 1 - layers.get(path, depth + 1)) for path in paths}

@@ -3,10 +3,11 @@
 import difflib
 from typing import Any
 
-from tl_jax.models import lenet, mlp, resnet, vit
+from tl_jax.models import efficientnet, lenet, mlp, mobilenet, resnet, vit
 from tl_jax.models.variant import Variant
 
-MODELS: dict[str, Variant] = {**resnet.VARIANTS, **vit.VARIANTS, **mlp.VARIANTS, **lenet.VARIANTS}
+_FAMILIES = (resnet, vit, mobilenet, efficientnet, mlp, lenet)
+MODELS: dict[str, Variant] = {name: variant for family in _FAMILIES for name, variant in family.VARIANTS.items()}
 
 
 def get(name: str) -> Variant:

@@ -22,10 +22,13 @@ class Transform(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One row: the regex of a whole target path, templates of the source keys with its groups, and the transform."""
+    """One row: the regex of a whole target path, the source keys, and the transform.
+
+    sources: templates with the groups of the regex, or functions of its match that raise KeyError for what they lack.
+    """
 
     target: str
-    sources: tuple[str, ...]
+    sources: tuple[str | Callable[[re.Match], str], ...]
     transform: Transform
 
 
@@ -34,17 +37,20 @@ class Layout(NamedTuple):
 
     rules: the first whose regex matches a whole path applies. head: regex of source keys of the classifier. ignore:
     regex of source keys that are no weights. aliases: (regex, replacement) pairs from other spellings to the table's.
+    modules: source keys without their last part, of all but the head, where the table lists them.
     """
 
     rules: tuple[Rule, ...]
     head: str
     ignore: str = r"(?!)"
     aliases: tuple[tuple[str, str], ...] = ()
+    modules: frozenset[str] = frozenset()
 
 
 SAME = Transform(lambda x: x, lambda x: (x,))
 CONV = Transform(lambda w: w.transpose(2, 3, 1, 0), lambda w: (w.transpose(3, 2, 0, 1),))  # OIHW <-> HWIO
 DENSE = Transform(lambda w: w.T, lambda w: (w.T,))  # [out, in] <-> [in, out]; a bias [out] stays as it is
+POINTWISE = Transform(lambda w: w[:, :, 0, 0].T, lambda w: (w.T[:, :, None, None],))  # [O, I, 1, 1] <-> [in, out]
 QKV = Transform(lambda *w: np.concatenate(w).T, lambda w: tuple(np.split(w.T, 3)))  # three of DENSE <-> one
 
 
@@ -66,6 +72,24 @@ def norm(target: str, source: str) -> list[Rule]:
     return rows + [Rule(f"batch_stats/{target}/{leaf}", (f"{source}.{key}",), SAME) for leaf, key in stats.items()]
 
 
+def by_names(names: Mapping[str, str], head: str, ignore: str, pointwise: str = r"(?!)") -> Layout:
+    """The table of torch modules from {our path: their name}, for names which no template gives.
+
+    pointwise: regex of our dense layers that are convolutions there; every other layer conv* is one, the rest are
+    dense or norms.
+    """
+
+    def key(leaf: str) -> Callable[[re.Match], str]:
+        return lambda match: f"{names[match[1]]}.{leaf}"
+
+    kernels = {r".+/conv\d*": CONV, pointwise: POINTWISE, r".+": DENSE}
+    rules = [Rule(f"params/({path})/kernel", (key("weight"),), transform) for path, transform in kernels.items()]
+    rules += [Rule(f"params/(.+)/{leaf}", (key(name),), SAME) for leaf, name in (("scale", "weight"), ("bias", "bias"))]
+    rules += [Rule(f"batch_stats/(.+)/{leaf}", (key(f"running_{leaf}"),), SAME) for leaf in ("mean", "var")]
+    modules = frozenset(name for path, name in names.items() if not path.startswith("head"))
+    return Layout(tuple(rules), head, ignore, modules=modules)
+
+
 NATIVE_HEAD = r"(?:params|batch_stats)/head/.+"
 NATIVE = Layout((Rule(r"(.+)", (r"\1",), SAME),), head=NATIVE_HEAD)  # our own paths as keys
 
@@ -80,7 +104,8 @@ def sources_of(layout: Layout, path: str) -> tuple[tuple[str, ...], Transform]:
     """The source keys of a target path and their transform; KeyError where the table has no row for it."""
     for rule in layout.rules:
         if match := re.fullmatch(rule.target, path):
-            return tuple(match.expand(template) for template in rule.sources), rule.transform
+            keys = (source(match) if callable(source) else match.expand(source) for source in rule.sources)
+            return tuple(keys), rule.transform
     raise KeyError(path)
 
 

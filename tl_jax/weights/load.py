@@ -262,9 +262,10 @@ def _looks_like(tensors: Tensors) -> str:
 
 def candidates(tensors: Tensors) -> list[tuple[str, str]]:
     """The (model, layout) pairs whose backbone the tensors fill, judged by names and shapes; flavours left out."""
-    found, related = [], {}
+    found, related, modules = [], {}, {key.rpartition(".")[0] for key in tensors}
     for name, variant in models.MODELS.items():
-        for layout, table in variant.layouts.items() if "." not in name else ():
+        layouts = variant.layouts.items() if "." not in name else ()
+        for layout, table in ((layout, table) for layout, table in layouts if table.modules <= modules):
             family = (variant.module.func, table)  # one member tells whether the family's table knows any key
             if family not in related:
                 related[family] = tables.coverage(table, _backbone_shapes(name), tensors) > 0
