@@ -3,10 +3,19 @@
 import difflib
 from typing import Any
 
-from tl_jax.models import lenet, mlp, resnet, vit
+from tl_jax.models import densenet, inception, lenet, mlp, resnet, squeezenet, vgg, vit
 from tl_jax.models.variant import Variant
 
-MODELS: dict[str, Variant] = {**resnet.VARIANTS, **vit.VARIANTS, **mlp.VARIANTS, **lenet.VARIANTS}
+MODELS: dict[str, Variant] = {
+    **resnet.VARIANTS,
+    **vit.VARIANTS,
+    **mlp.VARIANTS,
+    **lenet.VARIANTS,
+    **vgg.VARIANTS,
+    **inception.VARIANTS,
+    **densenet.VARIANTS,
+    **squeezenet.VARIANTS,
+}
 
 
 def get(name: str) -> Variant:
@@ -28,6 +37,8 @@ def deterministic_cuts(model: Any) -> tuple[str, ...]:
         return model.cuts[:1] if model.dropout else model.cuts
     if isinstance(model, lenet.LeNet):
         return model.cuts[:1] if model.rate else model.cuts
+    if isinstance(model, vgg.VGG):
+        return model.cuts[:-1] if model.dropout else model.cuts
     return model.cuts[:2] if model.drop_path and len(model.cuts) > 3 else model.cuts  # the first block's rate is 0
 
 

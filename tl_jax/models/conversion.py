@@ -34,17 +34,19 @@ class Layout(NamedTuple):
 
     rules: the first whose regex matches a whole path applies. head: regex of source keys of the classifier. ignore:
     regex of source keys that are no weights. aliases: (regex, replacement) pairs from other spellings to the table's.
+    layers: names, of the publisher's head before its last dense layer, see models/head.py.
     """
 
     rules: tuple[Rule, ...]
     head: str
     ignore: str = r"(?!)"
     aliases: tuple[tuple[str, str], ...] = ()
+    layers: tuple[str, ...] = ()
 
 
 SAME = Transform(lambda x: x, lambda x: (x,))
 CONV = Transform(lambda w: w.transpose(2, 3, 1, 0), lambda w: (w.transpose(3, 2, 0, 1),))  # OIHW <-> HWIO
-DENSE = Transform(lambda w: w.T, lambda w: (w.T,))  # [out, in] <-> [in, out]; a bias [out] stays as it is
+DENSE = Transform(lambda w: w.T, lambda w: (w.T,))  # [out, in] <-> [in, out]
 QKV = Transform(lambda *w: np.concatenate(w).T, lambda w: tuple(np.split(w.T, 3)))  # three of DENSE <-> one
 
 
@@ -53,10 +55,15 @@ def conv(target: str, source: str) -> list[Rule]:
     return [Rule(f"params/{target}/kernel", (f"{source}.weight",), CONV)]
 
 
+def affine(target: str, source: str, transform: Transform, keys: Sequence[str] = (".weight", ".bias")) -> list[Rule]:
+    """The rows of a kernel and its bias; keys: what follows the name of the layer in a file."""
+    rows = zip(("kernel", "bias"), keys, (transform, SAME), strict=True)
+    return [Rule(f"params/{target}/{leaf}", (f"{source}{key}",), way) for leaf, key, way in rows]
+
+
 def dense(target: str, source: str) -> list[Rule]:
     """The rows of a torch linear layer."""
-    keys = {"kernel": "weight", "bias": "bias"}
-    return [Rule(f"params/{target}/{leaf}", (f"{source}.{key}",), DENSE) for leaf, key in keys.items()]
+    return affine(target, source, DENSE)
 
 
 def norm(target: str, source: str) -> list[Rule]:
@@ -71,9 +78,15 @@ NATIVE = Layout((Rule(r"(.+)", (r"\1",), SAME),), head=NATIVE_HEAD)  # our own p
 
 
 def with_native_head(layout: Layout) -> Layout:
-    """The layout for a network whose head has layers: these are stored under our own paths."""
+    """The layout for a network whose head is not the publisher's: it is stored under our own paths."""
     own = Rule(f"({NATIVE_HEAD})", (r"\1",), SAME)
     return layout._replace(rules=(own, *layout.rules), head=f"{layout.head}|{NATIVE_HEAD}")
+
+
+def for_head(layout: Layout, layers: Sequence) -> Layout:
+    """The layout for a network whose head has these layers."""
+    own = tuple((name, {}) for name in layout.layers)
+    return layout if tuple(layers) == own else with_native_head(layout)
 
 
 def sources_of(layout: Layout, path: str) -> tuple[tuple[str, ...], Transform]:
