@@ -74,7 +74,7 @@ def norm(target: str, source: str) -> list[Rule]:
 
 
 NATIVE_HEAD = r"(?:params|batch_stats)/head/.+"
-NATIVE = Layout((Rule(r"(.+)", (r"\1",), SAME),), head=NATIVE_HEAD)  # our own paths as keys
+NATIVE = Layout((Rule(r"((?:params|batch_stats)/.+)", (r"\1",), SAME),), head=NATIVE_HEAD)  # our own paths as keys
 
 
 def with_native_head(layout: Layout) -> Layout:
@@ -109,6 +109,15 @@ def source_shapes(transform: Transform, shape: tuple[int, ...]) -> list[tuple[in
 
 def is_head(layout: Layout, key: str) -> bool:
     return re.fullmatch(layout.head, canonical(layout, key)) is not None
+
+
+def may_know(layout: Layout, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether a file has any key of the form of the table's; needs no network, unlike `coverage`."""
+    own = [rule.target for rule in layout.rules if rule.sources == (r"\1",)]
+    templates = (source for rule in layout.rules for source in rule.sources if source != r"\1")
+    own += {".+".join(map(re.escape, re.split(r"\\\d", template))) for template in templates}
+    pattern = re.compile("|".join(f"(?:{regex})" for regex in own))
+    return any(pattern.fullmatch(canonical(layout, key)) for key in tensors)
 
 
 def coverage(layout: Layout, leaves: Iterable[str], tensors: Mapping[str, np.ndarray]) -> int:

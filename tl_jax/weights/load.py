@@ -267,7 +267,8 @@ def candidates(tensors: Tensors) -> list[tuple[str, str]]:
         for layout, table in variant.layouts.items() if "." not in name else ():
             family = (variant.module.func, table)  # one member tells whether the family's table knows any key
             if family not in related:
-                related[family] = tables.coverage(table, _backbone_shapes(name), tensors) > 0
+                known = tables.may_know(table, tensors)
+                related[family] = known and tables.coverage(table, _backbone_shapes(name), tensors) > 0
             native = tables.with_native_head(table)
             if related[family] and tables.shapes_match(native, _backbone_shapes(name), tensors):
                 found.append((name, layout))
