@@ -94,6 +94,6 @@ def layer_multipliers(paths: Iterable[str], cuts: Sequence[str], decay: float) -
     Layer 0 is the stem, layer i + 1 block i (the last with what lies behind it), depth + 1 the head, as in timm
     (Clark et al. 2020, ELECTRA). Added parameters have the factor of their block.
     """
-    depth = len([cut for cut in cuts if cut not in FINAL]) - 2  # without the stem and pre_logits
+    depth = sum(cut not in FINAL for cut in cuts) - 2  # without the stem and pre_logits
     layers = {path: min(place, depth) for path, place in places(paths, cuts).items()}
     return {path: decay ** (depth + 1 - layers.get(path, depth + 1)) for path in paths}

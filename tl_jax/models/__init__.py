@@ -3,10 +3,10 @@
 import difflib
 from typing import Any
 
-from tl_jax.models import efficientnet, lenet, mlp, mobilenet, resnet, vit
+from tl_jax.models import densenet, efficientnet, inception, lenet, mlp, mobilenet, resnet, squeezenet, vgg, vit
 from tl_jax.models.variant import Variant
 
-_FAMILIES = (resnet, vit, mobilenet, efficientnet, mlp, lenet)
+_FAMILIES = (resnet, vit, vgg, inception, densenet, squeezenet, mobilenet, efficientnet, mlp, lenet)
 MODELS: dict[str, Variant] = {name: variant for family in _FAMILIES for name, variant in family.VARIANTS.items()}
 
 
@@ -29,6 +29,8 @@ def deterministic_cuts(model: Any) -> tuple[str, ...]:
         return model.cuts[:1] if model.dropout else model.cuts
     if isinstance(model, lenet.LeNet):
         return model.cuts[:1] if model.rate else model.cuts
+    if isinstance(model, vgg.VGG):
+        return model.cuts[:-1] if model.dropout else model.cuts
     return model.cuts[:2] if model.drop_path and len(model.cuts) > 3 else model.cuts  # the first block's rate is 0
 
 

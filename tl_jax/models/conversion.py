@@ -38,6 +38,7 @@ class Layout(NamedTuple):
     rules: the first whose regex matches a whole path applies. head: regex of source keys of the classifier. ignore:
     regex of source keys that are no weights. aliases: (regex, replacement) pairs from other spellings to the table's.
     modules: source keys without their last part, of all but the head, where the table lists them.
+    layers: names, of the publisher's head before its last dense layer, see models/head.py.
     """
 
     rules: tuple[Rule, ...]
@@ -45,6 +46,7 @@ class Layout(NamedTuple):
     ignore: str = r"(?!)"
     aliases: tuple[tuple[str, str], ...] = ()
     modules: frozenset[str] = frozenset()
+    layers: tuple[str, ...] = ()
 
 
 SAME = Transform(lambda x: x, lambda x: (x,))
@@ -59,10 +61,15 @@ def conv(target: str, source: str) -> list[Rule]:
     return [Rule(f"params/{target}/kernel", (f"{source}.weight",), CONV)]
 
 
+def affine(target: str, source: str, transform: Transform, keys: Sequence[str] = (".weight", ".bias")) -> list[Rule]:
+    """The rows of a kernel and its bias; keys: what follows the name of the layer in a file."""
+    rows = zip(("kernel", "bias"), keys, (transform, SAME), strict=True)
+    return [Rule(f"params/{target}/{leaf}", (f"{source}{key}",), way) for leaf, key, way in rows]
+
+
 def dense(target: str, source: str) -> list[Rule]:
     """The rows of a torch linear layer."""
-    keys = {"kernel": "weight", "bias": "bias"}
-    return [Rule(f"params/{target}/{leaf}", (f"{source}.{key}",), DENSE) for leaf, key in keys.items()]
+    return affine(target, source, DENSE)
 
 
 def norm(target: str, source: str) -> list[Rule]:
@@ -91,13 +98,19 @@ def by_names(names: Mapping[str, str], head: str, ignore: str, pointwise: str = 
 
 
 NATIVE_HEAD = r"(?:params|batch_stats)/head/.+"
-NATIVE = Layout((Rule(r"(.+)", (r"\1",), SAME),), head=NATIVE_HEAD)  # our own paths as keys
+NATIVE = Layout((Rule(r"((?:params|batch_stats)/.+)", (r"\1",), SAME),), head=NATIVE_HEAD)  # our own paths as keys
 
 
 def with_native_head(layout: Layout) -> Layout:
-    """The layout for a network whose head has layers: these are stored under our own paths."""
+    """The layout for a network whose head is not the publisher's: it is stored under our own paths."""
     own = Rule(f"({NATIVE_HEAD})", (r"\1",), SAME)
     return layout._replace(rules=(own, *layout.rules), head=f"{layout.head}|{NATIVE_HEAD}")
+
+
+def for_head(layout: Layout, layers: Sequence) -> Layout:
+    """The layout for a network whose head has these layers."""
+    own = tuple((name, {}) for name in layout.layers)
+    return layout if tuple(layers) == own else with_native_head(layout)
 
 
 def sources_of(layout: Layout, path: str) -> tuple[tuple[str, ...], Transform]:
@@ -121,6 +134,15 @@ def source_shapes(transform: Transform, shape: tuple[int, ...]) -> list[tuple[in
 
 def is_head(layout: Layout, key: str) -> bool:
     return re.fullmatch(layout.head, canonical(layout, key)) is not None
+
+
+def may_know(layout: Layout, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether a file has any key of the form of the table's; needs no network, unlike `coverage`."""
+    own = [rule.target for rule in layout.rules if rule.sources == (r"\1",)]
+    templates = (source for rule in layout.rules for source in rule.sources if source != r"\1")
+    own += {".+".join(map(re.escape, re.split(r"\\\d", template))) for template in templates}
+    pattern = re.compile("|".join(f"(?:{regex})" for regex in own))
+    return any(pattern.fullmatch(canonical(layout, key)) for key in tensors)
 
 
 def coverage(layout: Layout, leaves: Iterable[str], tensors: Mapping[str, np.ndarray]) -> int:

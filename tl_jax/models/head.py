@@ -16,7 +16,7 @@ from tl_jax.models import layers
 XAVIER = nn.initializers.xavier_uniform()  # Glorot & Bengio 2010, equation 16
 HEAD_INIT = {"zeros": nn.initializers.zeros, "lecun": nn.initializers.lecun_normal(), "xavier": XAVIER}
 HE = nn.initializers.he_normal()  # He et al. 2015, arXiv:1502.01852, equation 10
-READS_MAP = ("pool", "flatten")  # layers that take the output of the last cut before pre_logits
+READS_MAP = ("pool", "flatten", "by_pixel")  # layers that take the output of the last cut before pre_logits
 
 Layers = Sequence[tuple[str, Mapping[str, Any]]]
 
@@ -36,6 +36,13 @@ def _pool(head, i, x, train):
     return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
 
 
+def _by_pixel(head, i, x, train):
+    """Keeps the positions, so that the layers behind act on each; a logit is the mean of its positive parts."""
+    if x.ndim < 3:
+        raise ValueError(f"model.head begins with by_pixel, but the backbone's output {x.shape} has no positions")
+    return x
+
+
 # (the Head, position in the list, x, train, parameters) -> x
 LAYERS: dict[str, Callable[..., jax.Array]] = {
     "dense": _dense,
@@ -46,6 +53,7 @@ LAYERS: dict[str, Callable[..., jax.Array]] = {
     "dropout": _dropout,
     "pool": _pool,
     "flatten": lambda head, i, x, train: x.reshape(x.shape[0], -1),
+    "by_pixel": _by_pixel,
 }
 
 
@@ -84,7 +92,12 @@ class Head(nn.Module):
         for i, (name, args) in enumerate(self.layers):
             x = LAYERS[name](self, i, x, train, **args)
         y = nn.Dropout(self.dropout, deterministic=not train)(x) if self.dropout else x
-        return x, nn.Dense(self.num_classes, kernel_init=HEAD_INIT[self.head_init], name="out")(y)
+        logits = nn.Dense(self.num_classes, kernel_init=HEAD_INIT[self.head_init], name="out")(y)
+        if logits.ndim > 2:  # by_pixel
+            positions = tuple(range(1, logits.ndim - 1))
+            # Unlike that of relu, the gradient of maximum is not zero where a new layer of zeros begins.
+            x, logits = x.mean(axis=positions), jnp.maximum(logits, 0).mean(axis=positions)
+        return x, logits
 
 
 def reads(model: nn.Module) -> str:

@@ -84,12 +84,12 @@ Dense = functools.partial(nn.Dense, dot_general=lambda x, kernel, *_, **__: conv
 
 
 def batch_norm(module: nn.Module, name: str, train: bool, scale_init: Callable = nn.initializers.ones) -> nn.BatchNorm:
-    """Makes the BatchNorm `name` inside `module`, which has a field `policy`.
+    """Makes the BatchNorm `name` inside `module`, which has a field `policy`; inside a whole network, in its backbone.
 
     A momentum of 0.9 is torch's 0.1. The running variance averages biased variances of batches, torch's unbiased ones.
     """
     policy = module.policy
-    frozen = "/".join((*module.path, name)) in policy.frozen_norms
+    frozen = "/".join((*(module.path or ("backbone",)), name)) in policy.frozen_norms
     settings = {"momentum": policy.norm_momentum, "epsilon": policy.norm_eps, "axis_name": policy.axis_name}
     settings |= {"dtype": policy.dtype, "scale_init": scale_init}
     return nn.BatchNorm(use_running_average=frozen or not train, name=name, **settings)
@@ -209,6 +209,13 @@ class DropPath(nn.Module):
 def drop_path_rates(drop_path: float, blocks: int) -> list[float]:
     """Rates that rise linearly from 0 at the first block to `drop_path` at the last."""
     return [drop_path * i / max(blocks - 1, 1) for i in range(blocks)]
+
+
+def refuse_drop_path(model: nn.Module) -> None:
+    """ValueError where a network without residual branches is asked for stochastic depth."""
+    if model.drop_path:
+        name = type(model).__name__
+        raise ValueError(f"drop_path={model.drop_path}: {name} has no residual branches to drop; use dropout")
 
 
 def max_pool(x: jax.Array, size: int = 3, stride: int = 2, pads: Any = "half") -> jax.Array:

@@ -79,8 +79,7 @@ class LeNet(Model):
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
-        if self.drop_path:
-            raise ValueError(f"drop_path={self.drop_path}: LeNet has no residual branches to drop; use dropout")
+        layers.refuse_drop_path(self)
         first, second, third = self.widths
         stem, block = Block(first, 0.0, self.policy, name="stem"), Block(second, self.rate, self.policy, name="block0")
         dropout = nn.Dropout(self.rate, deterministic=not train) if self.rate else lambda x: x
@@ -93,16 +92,11 @@ class LeNet(Model):
         return layers.run_parts(parts, x, start, stop)
 
 
-def _rows(target: str, source: str, transform: conversion.Transform) -> list[conversion.Rule]:
-    kernel = conversion.Rule(f"params/{target}/kernel", (f"{source}.weight",), transform)
-    return [kernel, conversion.Rule(f"params/{target}/bias", (f"{source}.bias",), conversion.SAME)]
-
-
 # The names of TLLib's ImageClassifier; its LeNet by itself has no prefix.
 TLLIB = conversion.Layout(
     (
-        *_rows("backbone/stem/conv", "backbone.0", conversion.CONV),
-        *_rows("backbone/block0/conv", "backbone.3", conversion.CONV),
+        *conversion.affine("backbone/stem/conv", "backbone.0", conversion.CONV),
+        *conversion.affine("backbone/block0/conv", "backbone.3", conversion.CONV),
         *conversion.dense("backbone/block1/dense", "backbone.8"),
         *conversion.dense("head", "head"),
     ),

@@ -30,7 +30,7 @@ def norm_policies(batch_stats: Any, labels: Mapping[str, str], rules: trees.Rule
     paths = trees.flatten(batch_stats)
     layers = sorted({path.rpartition("/")[0] for path in paths if path.endswith(("/mean", "/var"))})
     if not rules:
-        inside = {layer: re.match(r"(?:.+/)?backbone/(?:stage\d+/)?[^/]+(?=/)", layer) for layer in layers}
+        inside = {layer: re.match(r"(?:.+/)?backbone/(?:stage\d+/)?[^/]+(?=/|$)", layer) for layer in layers}
         blocks = {layer: own[0] if own else layer.rpartition("/")[0] for layer, own in inside.items()}
         trained = [path for path, label in labels.items() if label != FROZEN]
         updated = {block for block in blocks.values() if any(path.startswith(f"{block}/") for path in trained)}

@@ -72,10 +72,10 @@ def load(
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
-    own = table if card.head else variant.layouts[layout]  # the file's own head
+    own = tables.for_head(variant.layouts[layout], card.head)  # the file's own head
     card = _with_columns(_with_head(card, num_classes, head, own, tensors, path), columns, path)
     card = card.replace(input_size=image_size or card.input_size)
-    table = table if card.head else variant.layouts[layout]
+    table = tables.for_head(variant.layouts[layout], card.head)
     model = _make(variant.module, card, head_init)
     shapes, features = _shapes(model, card)
     resampled = _resample(table, shapes, kept) if image_size else {}
@@ -176,7 +176,7 @@ def export(
     }
     if any(problems.values()):
         raise ValueError(f"cannot export these variables as {name}: {tables.listing(problems)}")
-    tensors, table = {}, tables.with_native_head(variant.layouts[layout]) if card.head else variant.layouts[layout]
+    tensors, table = {}, tables.for_head(variant.layouts[layout], card.head)
     for leaf, value in flat.items():
         keys, transform = tables.sources_of(table, leaf)
         tensors |= zip(keys, transform.export(value.astype(np.float32)), strict=True)
@@ -202,7 +202,7 @@ def _shapes(model: Any, card: Card) -> tuple[dict[str, tuple[int, ...]], tuple[i
     return {leaf: value.shape for leaf, value in trees.flatten(tree).items()}, out[heads.reads(model)].shape
 
 
-@functools.lru_cache(maxsize=64)  # a study writes many files of one network
+@functools.lru_cache(maxsize=256)  # a study writes many files of one network
 def _network_shapes(module: Any, card: str) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf of the network that `module` makes for a card, given as JSON."""
     card = Card.from_json(card)
@@ -268,7 +268,8 @@ def candidates(tensors: Tensors) -> list[tuple[str, str]]:
         for layout, table in ((layout, table) for layout, table in layouts if table.modules <= modules):
             family = (variant.module.func, table)  # one member tells whether the family's table knows any key
             if family not in related:
-                related[family] = tables.coverage(table, _backbone_shapes(name), tensors) > 0
+                known = tables.may_know(table, tensors)
+                related[family] = known and tables.coverage(table, _backbone_shapes(name), tensors) > 0
             native = tables.with_native_head(table)
             if related[family] and tables.shapes_match(native, _backbone_shapes(name), tensors):
                 found.append((name, layout))

@@ -172,7 +172,7 @@ def norms_of(x: jax.Array) -> jax.Array:
 
 
 def second_head(start: Start, name: str, features: str, layers: Any) -> Network:
-    """A head on `features` with `layers`, or those of the model; ValueError where it begins with a pool or flatten.
+    """A head on `features` with `layers`, or those of the model; ValueError where it reads the map.
 
     The model itself without its backbone, run from behind pre_logits.
     """
