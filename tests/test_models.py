@@ -46,6 +46,14 @@ COUNTS = {
     "deit_small_patch16_224": 22050664,
     "deit_base_patch16_224": 86567656,
     "deit_base_patch16_384": 86859496,
+    "convnext_atto": 3695520,
+    "convnext_femto": 5217784,
+    "convnext_pico": 9045672,
+    "convnext_nano": 15593560,
+    "convnext_tiny": 28589128,
+    "convnext_small": 50223688,
+    "convnext_base": 88591464,
+    "convnext_large": 197767336,
     "lenet_grey": 431080,  # Caffe's LeNet, which it is
     "lenet": 432080,
 }

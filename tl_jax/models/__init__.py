@@ -3,10 +3,16 @@
 import difflib
 from typing import Any
 
-from tl_jax.models import lenet, mlp, resnet, vit
+from tl_jax.models import convnext, lenet, mlp, resnet, vit
 from tl_jax.models.variant import Variant
 
-MODELS: dict[str, Variant] = {**resnet.VARIANTS, **vit.VARIANTS, **mlp.VARIANTS, **lenet.VARIANTS}
+MODELS: dict[str, Variant] = {
+    **resnet.VARIANTS,
+    **convnext.VARIANTS,
+    **vit.VARIANTS,
+    **mlp.VARIANTS,
+    **lenet.VARIANTS,
+}
 
 
 def get(name: str) -> Variant:
