@@ -3,13 +3,15 @@
 import difflib
 from typing import Any
 
-from tl_jax.models import convnext, lenet, mlp, resnet, vit
+from tl_jax.models import clip, convnext, dinov2, lenet, mlp, resnet, vit
 from tl_jax.models.variant import Variant
 
 MODELS: dict[str, Variant] = {
     **resnet.VARIANTS,
     **convnext.VARIANTS,
     **vit.VARIANTS,
+    **dinov2.VARIANTS,
+    **clip.VARIANTS,
     **mlp.VARIANTS,
     **lenet.VARIANTS,
 }
