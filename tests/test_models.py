@@ -63,6 +63,29 @@ COUNTS = {
     "densenet201": 20013928,
     "squeezenet1_0": 1248424,
     "squeezenet1_1": 1235496,
+    # timm's, without the mask token (and position of the class token) that the flavours have, see test_vit_towers.py
+    "vit_small_patch14_dinov2": 22056192,
+    "vit_small_patch14_reg4_dinov2": 22057344,
+    "vit_base_patch14_dinov2": 86579712,
+    "vit_base_patch14_reg4_dinov2": 86582016,
+    "vit_large_patch14_dinov2": 304367616,
+    "vit_large_patch14_reg4_dinov2": 304370688,
+    # with the projection, and the bias that timm adds to it
+    "vit_base_patch32_clip_224": 87849728,
+    "vit_base_patch32_clip_quickgelu_224": 87849728,
+    "vit_base_patch16_clip_224": 86193152,
+    "vit_base_patch16_clip_quickgelu_224": 86193152,
+    "vit_large_patch14_clip_224": 303966976,
+    "vit_large_patch14_clip_quickgelu_224": 303966976,
+    "vit_base_patch16_siglip_224": 92884224,
+    "convnext_atto": 3695520,
+    "convnext_femto": 5217784,
+    "convnext_pico": 9045672,
+    "convnext_nano": 15593560,
+    "convnext_tiny": 28589128,
+    "convnext_small": 50223688,
+    "convnext_base": 88591464,
+    "convnext_large": 197767336,
     "lenet_grey": 431080,  # Caffe's LeNet, which it is
     "lenet": 432080,
 }
@@ -125,11 +148,11 @@ def test_parameter_count_is_timms(name):
     torch = pytest.importorskip("torch_reference").torch
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
-        reference = timm.create_model(name, num_classes=1000)
+        reference = timm.create_model(name, num_classes=models.get(name).card.num_classes)
     assert COUNTS[name] == sum(parameter.numel() for parameter in reference.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in COUNTS if name.startswith(("vit", "deit"))])
+@pytest.mark.parametrize("name", [name for name in COUNTS if re.match(r"(vit|deit)_[a-z]+_patch\d+_\d+", name)])
 def test_preprocessing_of_the_card_is_timms(name):
     pytest.importorskip("torch_reference")
     timm = pytest.importorskip("timm")

@@ -11,7 +11,7 @@ from test_pretrained import CLASSES, TINY_VIT, add_variants, close, images
 
 from tl_jax import models
 from tl_jax.core.card import Card
-from tl_jax.models import resnet, vit
+from tl_jax.models import positions, resnet, vit
 from tl_jax.models.variant import Variant
 from tl_jax.weights import load
 
@@ -348,7 +348,7 @@ def test_position_embeddings_are_resampled_as_timm_does(old, new, reference):
     pos_embed = pytest.importorskip("timm.layers.pos_embed")
     values = np.random.default_rng(0).standard_normal((1, 1 + old * old, 16)).astype(np.float32)
     expected = pos_embed.resample_abs_pos_embed(reference.torch.from_numpy(values), [new, new]).numpy()
-    close(vit.resample_pos_embed(values, 1 + new * new), expected, 1e-5)
+    close(positions.resample(values, (old, old), (new, new)), expected, 1e-5)
 
 
 @pytest.mark.parametrize(

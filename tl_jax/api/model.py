@@ -51,7 +51,7 @@ class Model:
     module: Any
     variables: Mapping[str, Any]
     card: Card
-    image_size: int = 0  # as given to `load`
+    image_size: int | tuple[int, int] = 0  # as given to `load`
 
     @property
     def spec(self) -> tasks.Spec:
@@ -75,13 +75,19 @@ class Model:
 
 
 def load(
-    name: str, weights: str | os.PathLike = "", *, num_classes: int | None = None, image_size: int = 0, seed: int = 0
+    name: str,
+    weights: str | os.PathLike = "",
+    *,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] = 0,
+    seed: int = 0,
 ) -> Model:
     """Loads a weight file of any known layout into the named model; without a file its weights are random.
 
     name "" takes the model that the file's card names. weights: a file, the folder of a finished run, "builtin:NAME" or
-    "hf://owner/name[/file]@revision". num_classes: of a new head; 0 loads a file that has none. Raises one ValueError
-    that lists every tensor that does not fit.
+    "hf://owner/name[/file]@revision". num_classes: of a new head; 0 loads a file that has none. image_size: a
+    side or (height, width), resamples position embeddings. Raises one ValueError that lists every tensor that does not
+    fit.
     """
     weights = os.fspath(weights)
     loaded = pretrained.load(name, weights, num_classes, image_size=image_size or None, seed=seed)

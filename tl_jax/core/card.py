@@ -15,18 +15,24 @@ PIXELS = ("input", "input_size", "mean", "std", "interpolation", "crop", "column
 LATER = ("input", "columns", "task", "target_mean", "target_std", "threshold", "head")
 
 
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of images of a size, which is that of a square or both."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 @dataclasses.dataclass(frozen=True)
 class Card:
     """What travels with a set of weights, from the conversion to the last checkpoint.
 
     Input "image": pixels enter the network as `(x / 255 - mean) / std`. Evaluation resizes the short side to
-    `floor(input_size / crop)` pixels with `interpolation`, then cuts the centre `input_size` square.
+    `floor(input_size / crop)` pixels with `interpolation`, then cuts the centre `input_size` square. `input_size` may
+    be (height, width) too: such images are not prepared from files, they are given as arrays.
     Input "table": the values of `columns` enter as `(x - mean) / std`, one mean and deviation a column.
     """
 
     model: str
     num_classes: int  # how many outputs there are
-    input_size: int = 224
+    input_size: int | tuple[int, int] = 224
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"
@@ -45,7 +51,9 @@ class Card:
 
     def __post_init__(self):
         channels = 3 if self.input == "image" else len(self.columns)
-        size = checks.integer(1).fits(self.input_size) and len(self.mean) == len(self.std) == channels
+        given = self.input_size if isinstance(self.input_size, tuple) else (self.input_size,) * 2
+        whole = len(given) == 2 and all(checks.integer(1).fits(side) for side in given)
+        size = whole and len(self.mean) == len(self.std) == channels
         positive = all(isinstance(x, Real) and x > 0 for x in (*self.std, self.crop))
         if self.input not in INPUTS or not (size and positive and all(isinstance(x, Real) for x in self.mean)):
             found = {name: getattr(self, name) for name in ("input", "input_size", "mean", "std", "crop")}

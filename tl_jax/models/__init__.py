@@ -3,10 +3,25 @@
 import difflib
 from typing import Any
 
-from tl_jax.models import densenet, efficientnet, inception, lenet, mlp, mobilenet, resnet, squeezenet, vgg, vit
+from tl_jax.models import (
+    clip,
+    convnext,
+    densenet,
+    dinov2,
+    efficientnet,
+    inception,
+    lenet,
+    mlp,
+    mobilenet,
+    resnet,
+    squeezenet,
+    vgg,
+    vit,
+)
 from tl_jax.models.variant import Variant
 
-_FAMILIES = (resnet, vit, vgg, inception, densenet, squeezenet, mobilenet, efficientnet, mlp, lenet)
+_VISION = (resnet, vgg, inception, densenet, squeezenet, mobilenet, efficientnet, convnext, vit, dinov2, clip)
+_FAMILIES = (*_VISION, mlp, lenet)
 MODELS: dict[str, Variant] = {name: variant for family in _FAMILIES for name, variant in family.VARIANTS.items()}
 
 

@@ -56,6 +56,18 @@ POINTWISE = Transform(lambda w: w[:, :, 0, 0].T, lambda w: (w.T[:, :, None, None
 QKV = Transform(lambda *w: np.concatenate(w).T, lambda w: tuple(np.split(w.T, 3)))  # three of DENSE <-> one
 
 
+def _refuse_values(w: np.ndarray) -> tuple[np.ndarray, ...]:
+    if w.any():
+        raise ValueError(
+            "a leaf that must be zero in this layout is not, such as the bias of a projection: use another"
+        )
+    return ()
+
+
+# Leaves without a key of their own: zeros when loaded. What is not zero any more cannot be exported, or is left out.
+ABSENT, LEFT_OUT = Transform(lambda: np.zeros(0), _refuse_values), Transform(lambda: np.zeros(0), lambda w: ())
+
+
 def conv(target: str, source: str) -> list[Rule]:
     """The row of a torch convolution without bias."""
     return [Rule(f"params/{target}/kernel", (f"{source}.weight",), CONV)]
@@ -168,6 +180,9 @@ def fill(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]):
     problems = {kind: [] for kind in KINDS}
     for leaf, shape in shapes.items():
         sources, transform = sources_of(layout, leaf)
+        if not sources:
+            flat[leaf], origins[leaf] = np.zeros(shape, np.float32), "zeros"
+            continue
         keys = [spelling[source] for source in sources if source in spelling]
         used.update(keys)
         if len(keys) < len(sources):

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from tl_jax.core import checks, messages, trees
-from tl_jax.models import layers, mixstyle, vit
+from tl_jax.core.card import sides
+from tl_jax.models import layers, mixstyle, transformer, vit
 from tl_jax.models.variant import Model
 
 Additions = Sequence[tuple[str, Mapping[str, Any]]]
@@ -107,7 +108,8 @@ def _prompt(model, params, tokens: Count = 10, deep: Annotated[bool, checks.FLAG
     """Visual prompt tuning, learned tokens behind the class token (Jia et al. 2022, arXiv:2203.12119, section 3.2).
 
     Shallow prompts enter behind the stem, after the position embedding, and stay in the sequence; with `deep`, every
-    later block reads fresh ones in their place. Uniform within sqrt(6 / (3 patch^2 + width)), as in the paper.
+    later block reads fresh ones in their place. Without a class token they come first. Uniform within
+    sqrt(6 / (3 patch^2 + width)), as in the paper.
     """
     if problems := _needs_vit("prompt", model):
         return {}, problems
@@ -171,9 +173,9 @@ def _groups(model: nn.Module) -> dict[str, int]:
             groups["/".join(module.path)] = getattr(module, "feature_group_count", getattr(module, "groups", 1))
         return next_fun(*args, **kwargs)
 
-    size = getattr(model, "image_size", 64)
+    height, width = sides(getattr(model, "image_size", 64))
     with nn.intercept_methods(record):
-        jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+        jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32))
     return groups
 
 
@@ -248,7 +250,8 @@ class Adapted:
         model, intercepted = self.model, contextlib.nullcontext()
         if table or self.stoch_norm:
             alpha = options.get("lora", {}).get("alpha", 0.0)
-            intercepted = nn.intercept_methods(functools.partial(_intercept, table, alpha, self.stoch_norm))
+            behind = int(getattr(model, "class_token", False))
+            intercepted = nn.intercept_methods(functools.partial(_intercept, table, alpha, self.stoch_norm, behind))
             model = self.model.clone(fold=False)
         with intercepted:
             if train and "mixstyle" in options:
@@ -258,23 +261,28 @@ class Adapted:
 
 def _check_tokens(model: vit.ViT, prompt: Mapping[str, Any], x: jax.Array, start: str) -> None:
     """Raises ValueError where x was taken from the network without prompts."""
-    patches, prompts = (model.image_size // model.patch_size) ** 2, prompt["backbone"]["stem"]["tokens"].shape[1]
-    if x.ndim == 3 and x.shape[1] != (wanted := 1 + prompts + patches):
-        expected = f"expected {wanted}: the class token, {prompts} prompts, {patches} patches"
+    patches, prompts = math.prod(model.grid), prompt["backbone"]["stem"]["tokens"].shape[1]
+    if x.ndim == 3 and x.shape[1] != (wanted := model.tokens + prompts):
+        more = {"the class token": model.class_token, f"{model.registers} registers": model.registers}
+        tokens = "".join(f"{name}, " for name, there in more.items() if there)
+        expected = f"expected {wanted}: {tokens}{prompts} prompts, {patches} patches"
         found = f"start={start!r} with {x.shape[1]} tokens"
         raise ValueError(f"{found}, {expected}; take the input from this adapted model, out[{start!r}]")
 
 
-def _intercept(table, alpha, stoch_norm, next_fun, args, kwargs, context):
-    """One call of a module: stochastic normalisation, then LoRA, SSF, adapter and prompt, in this order."""
+def _intercept(table, alpha, stoch_norm, behind, next_fun, args, kwargs, context):
+    """One call of a module: stochastic normalisation, then LoRA, SSF, adapter and prompt, in this order.
+
+    behind: the number of tokens that stand before the prompts.
+    """
     module = context.module
     own = table.get("/".join(module.path), {}) if context.method_name == "__call__" else {}
     mixed = stoch_norm and isinstance(module, nn.BatchNorm) and not module.use_running_average
     if not own and not mixed:
         return next_fun(*args, **kwargs)
     x, *rest = args
-    if "prompt" in own and isinstance(module, vit.Block):
-        x = _with_prompts(x, own["prompt"]["tokens"], replaced=own["prompt"]["tokens"].shape[1])
+    if "prompt" in own and isinstance(module, transformer.Block):
+        x = _with_prompts(x, own["prompt"]["tokens"], behind, replaced=own["prompt"]["tokens"].shape[1])
     if mixed:  # before the call, which updates the statistics
         running = module.clone(use_running_average=True, parent=None, name=None).apply(module.variables, x)
     y = next_fun(x, *rest, **kwargs)
@@ -288,8 +296,8 @@ def _intercept(table, alpha, stoch_norm, next_fun, args, kwargs, context):
         y = y * scale + shift
     if "adapter" in own:
         y = y + _dense(nn.gelu(_dense(y, own["adapter"], "down"), approximate=False), own["adapter"], "up")
-    if "prompt" in own and isinstance(module, vit.Stem):
-        y = _with_prompts(y, own["prompt"]["tokens"], replaced=0)
+    if "prompt" in own and isinstance(module, transformer.Stem):
+        y = _with_prompts(y, own["prompt"]["tokens"], behind, replaced=0)
     return y
 
 
@@ -297,10 +305,10 @@ def _as_channels(vector: jax.Array, y: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def _with_prompts(x: jax.Array, tokens: jax.Array, replaced: int) -> jax.Array:
-    """Puts `tokens` [1, P, D] after the class token of x [B, N, D], in place of the next `replaced` tokens."""
+def _with_prompts(x: jax.Array, tokens: jax.Array, behind: int, replaced: int) -> jax.Array:
+    """Puts `tokens` [1, P, D] after the first `behind` tokens of x [B, N, D], in place of the next `replaced` ones."""
     tokens = jnp.broadcast_to(tokens.astype(x.dtype), (x.shape[0], *tokens.shape[1:]))
-    return jnp.concatenate([x[:, :1], tokens, x[:, 1 + replaced :]], axis=1)
+    return jnp.concatenate([x[:, :behind], tokens, x[:, behind + replaced :]], axis=1)
 
 
 def _dense(x: jax.Array, leaves: Mapping[str, jax.Array], name: str) -> jax.Array:

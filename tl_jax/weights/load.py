@@ -11,10 +11,9 @@ import numpy as np
 
 from tl_jax import models
 from tl_jax.core import messages, trees
-from tl_jax.core.card import Card
+from tl_jax.core.card import Card, sides
 from tl_jax.models import conversion as tables
 from tl_jax.models import head as heads
-from tl_jax.models import vit
 from tl_jax.models.head import HEAD_INIT, Layers
 from tl_jax.weights import formats, hub
 
@@ -41,7 +40,7 @@ def load(
     path: str | pathlib.Path | None = "",
     num_classes: int | None = None,
     *,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     head_init: str = "zeros",
     seed: int = 0,
     head: Layers = (),
@@ -52,8 +51,9 @@ def load(
     `name` "" takes the model that the file's card names. `path` is a file, the folder of a finished run,
     "builtin:NAME" or "hf://owner/name[/file]@revision"; "" or None: random numbers from `seed`. `num_classes` None
     keeps the file's head, an integer makes a new one from `seed` with the layers `head` before the last dense one
-    (`head_init`, a name of HEAD_INIT, is of the last), 0 makes none. `image_size` rebuilds a model with position
-    embeddings for another input, resampling them. `columns`: of a table, in the order in which the network reads them.
+    (`head_init`, a name of HEAD_INIT, is of the last), 0 makes none. `image_size`, a side or (height, width),
+    rebuilds a model with position embeddings for another input, resampling them. `columns`: of a table, in the order
+    in which the network reads them.
     A file whose publisher computes or preprocesses differently gives the model's flavour (`card.model` names it).
     Raises ValueError for a file whose bytes have another hash than its name says, and one that lists every unused key,
     unfilled leaf, wrong shape, non-finite value and negative variance.
@@ -61,6 +61,8 @@ def load(
     if head_init not in HEAD_INIT:
         raise ValueError(f"head_init={messages.brief(head_init)} is unknown; known: {', '.join(HEAD_INIT)}")
     head = heads.check(head)
+    if image_size:
+        image_size = sides(image_size)[0] if len(set(sides(image_size))) == 1 else sides(image_size)
     if not path:
         card = _with_columns(models.get(name).card, columns, path)
         classes = card.num_classes if num_classes is None else num_classes
@@ -74,11 +76,11 @@ def load(
     kept = {key: value for key, value in tensors.items() if key not in dropped}
     own = tables.for_head(variant.layouts[layout], card.head)  # the file's own head
     card = _with_columns(_with_head(card, num_classes, head, own, tensors, path), columns, path)
-    card = card.replace(input_size=image_size or card.input_size)
+    made_for, card = card.input_size, card.replace(input_size=image_size or card.input_size)
     table = tables.for_head(variant.layouts[layout], card.head)
     model = _make(variant.module, card, head_init)
     shapes, features = _shapes(model, card)
-    resampled = _resample(table, shapes, kept) if image_size else {}
+    resampled = _resample(table, shapes, kept, model, made_for) if image_size else {}
     wanted = {leaf: shape for leaf, shape in shapes.items() if num_classes is None or not leaf.startswith(HEAD)}
     flat, origins, problems = tables.fill(table, wanted, {**kept, **resampled})
     if problems:
@@ -86,7 +88,7 @@ def load(
     if num_classes:
         flat |= _new_head(model, features, seed)
     for key in resampled:
-        origins[POS_EMBED] += f" (resampled from {tensors[key].shape[1]} to {shapes[POS_EMBED][1]} tokens)"
+        origins[POS_EMBED] += f" (resampled from {tensors[key].shape[-2]} to {shapes[POS_EMBED][1]} tokens)"
     variables = trees.unflatten(jax.device_put({leaf: flat[leaf] for leaf in shapes}))
     return Loaded(model, variables, card, {x: origins.get(x, "new") for x in shapes}, layout, tuple(dropped), sha256)
 
@@ -117,8 +119,12 @@ def _with_head(
     if head and head != card.head:
         own = f"{path} keeps its own head, whose layers are {card.head}"
         raise ValueError(f"{own}, and asked for were {head}: give num_classes for a new head, or no layers")
-    (bias,), _ = tables.sources_of(table, f"params/head/{'out/' if card.head else ''}bias")
-    sizes = [value.size for key, value in tensors.items() if tables.canonical(table, key) == bias]
+    out = f"params/head/{'out/' if card.head else ''}"
+    bias = tables.sources_of(table, f"{out}bias")[0]  # a projection has none
+    kernel = tables.sources_of(table, f"{out}kernel")
+    found = {tables.canonical(table, key): value for key, value in tensors.items()}
+    sizes = [found[key].size for key in bias if key in found]
+    sizes = sizes or [kernel[1].load(found[key]).shape[-1] for key in kernel[0] if not bias and key in found]
     return card.replace(num_classes=sizes[0] if sizes else card.num_classes)  # without one it is reported unfilled
 
 
@@ -160,6 +166,7 @@ def export(
     variant = models.get(name)
     if card.model not in (name, *variant.flavours.values()):
         raise ValueError(f"the card belongs to {card.model!r}, not to {name!r}: pass the one the weights came with")
+    variant = models.get(card.model)  # the flavour, whose leaves may be others
     layout = layout or next(iter(variant.layouts))
     if layout not in variant.layouts:
         raise ValueError(f"{name} has no layout {layout!r}; it has {', '.join(variant.layouts)}")
@@ -190,10 +197,10 @@ def _make(module: Any, card: Card, head_init: str) -> Any:
 
 
 def example_input(card: Card) -> jax.Array:
-    """One example of zeros as the network of a card takes it: [1, S, S, 3], or [1, columns]."""
+    """One example of zeros as the network of a card takes it: [1, H, W, 3], or [1, columns]."""
     if card.input == "table":
         return jnp.zeros((1, len(card.columns)))
-    return jnp.zeros((1, card.input_size, card.input_size, 3))
+    return jnp.zeros((1, *sides(card.input_size), 3))
 
 
 def _shapes(model: Any, card: Card) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
@@ -215,14 +222,20 @@ def _default_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return _network_shapes(variant.module, card.to_json())
 
 
+def _flavour(name: str, layout: str) -> str:
+    """The name of the network that files of a layout give, whose leaves may be others."""
+    return models.get(name).flavours.get(layout, name)
+
+
 def _backbone_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return {leaf: shape for leaf, shape in _default_shapes(name).items() if not leaf.startswith(HEAD)}
 
 
 def _detect(name: str, path: Any, tensors: Tensors) -> str:
     """The layout whose table reads most of the file's keys; ties go to the first."""
-    leaves, layouts = list(_default_shapes(name)), models.get(name).layouts
-    counts = {key: tables.coverage(table, leaves, tensors) for key, table in layouts.items()}
+    layouts = models.get(name).layouts
+    leaves = {key: _default_shapes(_flavour(name, key)) for key in layouts}
+    counts = {key: tables.coverage(table, leaves[key], tensors) for key, table in layouts.items()}
     best = max(counts, key=counts.get)
     if counts[best] == 0:
         hint = f"its keys begin {', '.join(sorted(tensors)[:5])}{_looks_like(tensors)}"
@@ -230,13 +243,23 @@ def _detect(name: str, path: Any, tensors: Tensors) -> str:
     return best
 
 
-def _resample(table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors) -> Tensors:
-    """The file's position embedding on the model's grid, under the file's key; {} where it needs no resampling."""
+def _resample(
+    table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, model: Any, made_for: Any
+) -> Tensors:
+    """The file's position embedding on the model's grid, under the file's key; {} where it needs no resampling.
+
+    made_for: the image size on the card of the file.
+    """
     if POS_EMBED not in shapes:
         return {}
-    ((source,), _), shape = tables.sources_of(table, POS_EMBED), shapes[POS_EMBED]
-    found = {key: x for key, x in tensors.items() if tables.canonical(table, key) == source}
-    return {k: vit.resample_pos_embed(x, shape[1]) for k, x in found.items() if vit.is_other_grid(x.shape, shape)}
+    (source,), transform = tables.sources_of(table, POS_EMBED)
+    found = {}
+    for key, x in tensors.items():
+        if tables.canonical(table, key) == source and (old := transform.load(x)) is not (
+            new := model.resampled(old, made_for)
+        ):
+            (found[key],) = transform.export(new)
+    return found
 
 
 def _new_head(model: Any, features: tuple[int, ...], seed: int) -> dict[str, jax.Array]:
@@ -269,9 +292,10 @@ def candidates(tensors: Tensors) -> list[tuple[str, str]]:
             family = (variant.module.func, table)  # one member tells whether the family's table knows any key
             if family not in related:
                 known = tables.may_know(table, tensors)
-                related[family] = known and tables.coverage(table, _backbone_shapes(name), tensors) > 0
+                shapes = _backbone_shapes(_flavour(name, layout)) if known else {}
+                related[family] = known and tables.coverage(table, shapes, tensors) > 0
             native = tables.with_native_head(table)
-            if related[family] and tables.shapes_match(native, _backbone_shapes(name), tensors):
+            if related[family] and tables.shapes_match(native, _backbone_shapes(_flavour(name, layout)), tensors):
                 found.append((name, layout))
     return found
 

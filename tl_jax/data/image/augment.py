@@ -45,6 +45,10 @@ def make_preprocess(card: Card, augment: Sequence[tuple[str, Mapping]] = ()) -> 
         raise ValueError(f"the card's interpolation {card.interpolation!r} is none of {', '.join(ops.RESAMPLE)}")
     problems = [checks.pairs_problems("augmentation", [pair], ops.OPS) for pair in augment]
     checks.refuse("invalid augmentations", itertools.chain(*problems))
+    if not isinstance(card.input_size, int):
+        raise ValueError(
+            f"the card's input_size {card.input_size} is no square, and files are prepared as squares alone"
+        )
     resize_size = math.floor(card.input_size / card.crop)
     filled = []
     for name, parameters in augment:
