@@ -151,8 +151,9 @@ def is_head(layout: Layout, key: str) -> bool:
 def may_know(layout: Layout, tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether a file has any key of the form of the table's; needs no network, unlike `coverage`."""
     own = [rule.target for rule in layout.rules if rule.sources == (r"\1",)]
-    templates = (source for rule in layout.rules for source in rule.sources if source != r"\1")
+    templates = (x for rule in layout.rules for x in rule.sources if isinstance(x, str) and x != r"\1")
     own += {".+".join(map(re.escape, re.split(r"\\\d", template))) for template in templates}
+    own += [re.escape(module) + r"\.\w+" for module in layout.modules]
     pattern = re.compile("|".join(f"(?:{regex})" for regex in own))
     return any(pattern.fullmatch(canonical(layout, key)) for key in tensors)
 
