@@ -106,7 +106,7 @@ def test_whole_channels_and_features_are_dropped_in_training_behind_the_determin
         model.apply(variables, images(), train, rngs={"dropout": jax.random.key(seed)})
         for train, seed in ((False, 0), (True, 0), (True, 0), (True, 1))
     )
-    assert models.deterministic_cuts(model) == ("stem",) and models.deterministic_cuts(SMALL(rate=0.0)) == model.cuts
+    assert model.deterministic_cuts == ("stem",) and SMALL(rate=0.0).deterministic_cuts == model.cuts
     np.testing.assert_array_equal(first["stem"], plain["stem"])
     np.testing.assert_array_equal(first["logits"], again["logits"])
     assert not np.array_equal(first["logits"], other["logits"])
@@ -208,7 +208,7 @@ def test_the_perceptron_reads_red_and_green_in_the_order_of_pixels():
         np.testing.assert_array_equal(model.apply(variables, out[cut], start=cut)[0], logits)
         np.testing.assert_array_equal(model.apply(variables, x, stop=cut)[0], out[cut])
     assert (variant.card.mean, variant.card.std, variant.card.input_size) == ((0.0,) * 3, (1.0,) * 3, 14)
-    assert isinstance(model, mlp.MLP) and models.deterministic_cuts(model) == model.cuts
+    assert isinstance(model, mlp.MLP) and model.deterministic_cuts == model.cuts
 
 
 def test_the_perceptron_goes_out_and_comes_back_bit_equal(tmp_path):

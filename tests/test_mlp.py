@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from test_models import close
 
-from tl_jax import models
 from tl_jax.core import trees
 from tl_jax.methods import rules
 from tl_jax.models import peft
@@ -97,8 +96,8 @@ def test_dropout_acts_in_training_and_behind_the_deterministic_cuts_alone():
     np.testing.assert_array_equal(model.apply(variables, table())[0], WIDE().apply(variables, table())[0])
     first, other = (model.apply(variables, table(), True, rngs={"dropout": jax.random.key(seed)})[1] for seed in (0, 1))
     equal = tuple(cut for cut in model.cuts if np.array_equal(first[cut], other[cut]))
-    assert equal == models.deterministic_cuts(model) == ("stem",)
-    assert models.deterministic_cuts(WIDE()) == WIDE().cuts
+    assert equal == model.deterministic_cuts == ("stem",)
+    assert WIDE().deterministic_cuts == WIDE().cuts
 
 
 @pytest.mark.parametrize("remat", ["", "block"])

@@ -483,8 +483,8 @@ def test_heads_read_the_last_map_of_vgg_and_dropout_makes_its_features_random():
     model = models.get("vgg16").module(num_classes=3, head=(("flatten", {}), ("dense", {"features": 8})))
     tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     assert tree["params"]["head"]["dense1"]["kernel"].shape == (7 * 7 * 512, 8)
-    assert models.deterministic_cuts(model) == model.cuts
-    assert models.deterministic_cuts(model.clone(dropout=0.5)) == model.cuts[:-1]
+    assert model.deterministic_cuts == model.cuts
+    assert model.clone(dropout=0.5).deterministic_cuts == model.cuts[:-1]
     small = vgg.VGG(num_classes=3, **SMALL_VGG, dropout=0.5)
     variables, maps = random_variables(small, 32), images(7)[..., :1] * np.ones(12, np.float32)
     apply = functools.partial(small.apply, variables, maps, True, start="stage5")

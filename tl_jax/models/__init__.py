@@ -1,7 +1,6 @@
 """The table of models: `MODELS[name]` or `get(name)` gives the module, its card and its conversion tables."""
 
 import difflib
-from typing import Any
 
 from tl_jax.models import (
     clip,
@@ -38,15 +37,4 @@ def list_models(text: str = "") -> tuple[str, ...]:
     return tuple(name for name in MODELS if text in name)
 
 
-def deterministic_cuts(model: Any) -> tuple[str, ...]:
-    """The cuts of a module whose output is not random in training; a frozen prefix may end at these."""
-    if isinstance(model, mlp.MLP):
-        return model.cuts[:1] if model.dropout else model.cuts
-    if isinstance(model, lenet.LeNet):
-        return model.cuts[:1] if model.rate else model.cuts
-    if isinstance(model, vgg.VGG):
-        return model.cuts[:-1] if model.dropout else model.cuts
-    return model.cuts[:2] if model.drop_path and len(model.cuts) > 3 else model.cuts  # the first block's rate is 0
-
-
-__all__ = ["MODELS", "Variant", "deterministic_cuts", "get", "list_models"]
+__all__ = ["MODELS", "Variant", "get", "list_models"]

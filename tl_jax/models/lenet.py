@@ -77,6 +77,10 @@ class LeNet(Model):
     def cuts(self) -> tuple[str, ...]:
         return ("stem", "block0", "block1", "pre_logits")
 
+    @property
+    def deterministic_cuts(self) -> tuple[str, ...]:
+        return self.cuts[:1] if self.rate else self.cuts
+
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
         layers.refuse_drop_path(self)

@@ -53,6 +53,10 @@ class MLP(Model):
     def cuts(self) -> tuple[str, ...]:
         return ("stem", *(f"block{i}" for i in range(len(self.widths) - 1)), "pre_logits")
 
+    @property
+    def deterministic_cuts(self) -> tuple[str, ...]:
+        return self.cuts[:1] if self.dropout else self.cuts
+
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
         if self.drop_path:

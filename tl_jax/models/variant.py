@@ -50,6 +50,11 @@ class Model(nn.Module, kw_only=True):
     def policy(self) -> Policy:
         return Policy(self.dtype, self.frozen_norms, self.axis_name, self.fold, self.norm_momentum)
 
+    @property
+    def deterministic_cuts(self) -> tuple[str, ...]:
+        """The cuts whose output is not random in training; a frozen prefix may end at these."""
+        return self.cuts[:2] if self.drop_path and len(self.cuts) > 3 else self.cuts  # the first block's rate is 0
+
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
         y, out = self.backbone(x, train, start, stop)

@@ -89,6 +89,10 @@ class VGG(ConvNet):
     def cuts(self) -> tuple[str, ...]:
         return layers.stage_cuts(_blocks(self.depths))
 
+    @property
+    def deterministic_cuts(self) -> tuple[str, ...]:
+        return self.cuts[:-1] if self.dropout else self.cuts
+
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
         layers.refuse_drop_path(self)

@@ -18,7 +18,7 @@ from tl_jax.data.pipeline import EvalBatches, TrainBatches
 from tl_jax.data.sealed import Ledger
 from tl_jax.methods import mixing, probes, rules
 from tl_jax.methods.term import MAIN, MODEL, Method, Network, Start
-from tl_jax.models import deterministic_cuts, peft
+from tl_jax.models import peft
 from tl_jax.models.head import reads
 from tl_jax.runtime import sharding
 from tl_jax.tasks import Spec
@@ -268,7 +268,7 @@ def _make_prefix(
     own = [path for path in changing if path.split("/")[0] not in networks]
     cuts, read = model.cuts, reads(model.model)
     length = rules.frozen_cuts(own, cuts)
-    length = min(length, len(deterministic_cuts(model.model)), *(cuts.index(x) + 1 for x in (read, *model.styled)))
+    length = min(length, len(model.model.deterministic_cuts), *(cuts.index(x) + 1 for x in (read, *model.styled)))
     if not length:
         return None
     dtype = settings.model.prefix_dtype or settings.model.dtype
