@@ -11,9 +11,9 @@ import functools
 import numpy as np
 
 from tl_jax.core.card import Card
-from tl_jax.models.conversion import ABSENT, DENSE, NATIVE, QKV, SAME, Layout, Transform
+from tl_jax.models.conversion import ABSENT, DENSE, NATIVE, QKV, SAME, Layout, Transform, rules_of
 from tl_jax.models.variant import Variant, with_flavours
-from tl_jax.models.vit import BLOCK, TIMM_KEYS, ViT, qkv_rules, rules_of
+from tl_jax.models.vit import BLOCK, TIMM_KEYS, ViT, qkv_rules
 
 TOKEN = Transform(lambda w: w.reshape(1, 1, -1), lambda w: (w.reshape(-1),))  # [D] <-> [1, 1, D]
 TABLE = Transform(lambda w: w[None], lambda w: (w[0],))  # [N, D] <-> [1, N, D]

@@ -11,6 +11,7 @@ from tl_jax.core.messages import shorten
 
 SHOWN = 5  # offenders that a message names per kind
 KINDS = ("unused keys", "unfilled leaves", "wrong shapes", "no floats", "non-finite values", "negative variances")
+LEAVES = ("cls_token", "pos_embed", "mask_token", "register_tokens", "latent", "gamma", "bias_table")
 Shapes = Mapping[str, tuple[int, ...]]  # per target path
 
 
@@ -69,8 +70,8 @@ ABSENT, LEFT_OUT = Transform(lambda: np.zeros(0), _refuse_values), Transform(lam
 
 
 def conv(target: str, source: str) -> list[Rule]:
-    """The row of a torch convolution without bias."""
-    return [Rule(f"params/{target}/kernel", (f"{source}.weight",), CONV)]
+    """The rows of a torch convolution; that of the bias serves those that have one."""
+    return affine(target, source, CONV)
 
 
 def affine(target: str, source: str, transform: Transform, keys: Sequence[str] = (".weight", ".bias")) -> list[Rule]:
@@ -89,6 +90,27 @@ def norm(target: str, source: str) -> list[Rule]:
     params, stats = {"scale": "weight", "bias": "bias"}, {"mean": "running_mean", "var": "running_var"}
     rows = [Rule(f"params/{target}/{leaf}", (f"{source}.{key}",), SAME) for leaf, key in params.items()]
     return rows + [Rule(f"batch_stats/{target}/{leaf}", (f"{source}.{key}",), SAME) for leaf, key in stats.items()]
+
+
+def rules_of(names: Mapping[str, str | tuple[tuple[str, ...], Transform]]) -> list[Rule]:
+    """The rows of {regex of the path of our module: template of its name in a torch file}.
+
+    The last part of a path says what the module is: conv* or patch_embed a convolution, norm* a normalisation, one of
+    LEAVES a parameter by itself, any other a dense layer. What is stored otherwise has a path that ends in its leaf,
+    and (keys, transform) in place of a name.
+    """
+    rules = []
+    for path, name in names.items():
+        last = path.rpartition("/")[2]
+        if not isinstance(name, str):
+            rules.append(Rule(f"params/{path}", *name))
+        elif last in LEAVES:
+            rules.append(Rule(f"params/{path}", (name,), SAME))
+        elif last.startswith("norm"):
+            rules += norm(path, name)
+        else:
+            rules += (conv if last.startswith(("conv", "patch_embed")) else dense)(path, name)
+    return rules
 
 
 def by_names(names: Mapping[str, str], head: str, ignore: str, pointwise: str = r"(?!)") -> Layout:
