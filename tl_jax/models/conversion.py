@@ -37,7 +37,8 @@ class Layout(NamedTuple):
     """The table of one (family, file format) pair.
 
     rules: the first whose regex matches a whole path applies. head: regex of source keys of the classifier. ignore:
-    regex of source keys that are no weights. aliases: (regex, replacement) pairs from other spellings to the table's.
+    regex of source keys that are no weights, which are not read, though a rule may write them behind the weight.
+    aliases: (regex, replacement) pairs from other spellings to the table's.
     modules: source keys without their last part, of all but the head, where the table lists them.
     layers: names, of the publisher's head before its last dense layer, see models/head.py.
     """
@@ -206,13 +207,14 @@ def fill(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]):
         if not sources:
             flat[leaf], origins[leaf] = np.zeros(shape, np.float32), "zeros"
             continue
+        sources = [source for source in sources if not re.fullmatch(layout.ignore, source)]
         keys = [spelling[source] for source in sources if source in spelling]
         used.update(keys)
         if len(keys) < len(sources):
             problems["unfilled leaves"].append(f"{leaf} (no {', '.join(set(sources) - set(spelling))})")
             continue
         arrays = [tensors[key] for key in keys]
-        expected = source_shapes(transform, shape)
+        expected = source_shapes(transform, shape)[: len(keys)]
         defects = [_defect(leaf, *each) for each in zip(keys, arrays, expected, strict=True)]
         for kind, text in filter(None, defects):
             problems[kind].append(text)
