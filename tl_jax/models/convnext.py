@@ -1,7 +1,6 @@
 """ConvNeXt (Liu et al. 2022, arXiv:2201.03545); atto to nano are timm's."""
 
 import functools
-import math
 import re
 
 import flax.linen as nn
@@ -169,10 +168,9 @@ def convnext_variants(name: str, module, crop: float, resize: int) -> dict[str, 
     card = Card(name, 1000, crop=crop)
     if not resize:
         return with_flavours(module, card, CONV_LAYOUTS, {})
-    share = math.floor(224 / resize * 1e4) / 1e4  # rounded down, so that floor(224 / share) is `resize` again
     flavours = {
         "facebook": ("fb", {}, card.replace(crop=0.875)),
-        "torchvision": ("tv", {}, card.replace(interpolation="bilinear", crop=share)),
+        "torchvision": ("tv", {}, card.replace(interpolation="bilinear", crop=224 / resize)),
         "hf": ("hf", {"last_eps": 1e-12}, card.replace(crop=0.875)),
     }
     return with_flavours(module, card, LAYOUTS, flavours)

@@ -230,8 +230,7 @@ LAYOUTS = {
 def swin_variants(name: str, module, resize: int) -> dict[str, Variant]:
     """A Swin as timm has it, and its flavours: .tv (short side of `resize` pixels before the crop), .hf (no crop)."""
     card = Card(name, 1000, crop=0.9)
-    share = math.floor(224 / resize * 1e4) / 1e4  # rounded down, so that floor(224 / share) is `resize` again
-    flavours = {"torchvision": ("tv", {}, card.replace(crop=share)), "hf": ("hf", {}, card.replace(crop=1.0))}
+    flavours = {"torchvision": ("tv", {}, card.replace(crop=224 / resize)), "hf": ("hf", {}, card.replace(crop=1.0))}
     return with_flavours(module, card, LAYOUTS, flavours)
 
 
