@@ -79,13 +79,12 @@ def check_forward(model, parts, name, path, x, layout):
     return loaded
 
 
-def test_timm_gives_the_same_logits_stages_and_gradient_and_takes_the_export(small, tmp_path):
+def test_timm_gives_the_same_logits_and_stages_and_takes_the_export(small, tmp_path):
     model, x = randomized(small_timm()), twins.images(64)
     path = torch_reference.save(model, tmp_path / "w.pth")
     loaded = check_forward(model, stages_of(model), small, path, x, "timm")
     assert (loaded.card.model, loaded.card.crop) == (small, 0.9)
     twins.check_export(loaded, small_timm(), x, tmp_path)
-    twins.check_gradient(loaded, model, x)
 
 
 def test_microsofts_names_are_read_as_timm_reads_them(small, tmp_path):

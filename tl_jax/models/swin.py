@@ -30,10 +30,12 @@ def relative_places(window: int) -> np.ndarray:
 
 def shift_mask(sides: tuple[int, int], window: int, shifts: tuple[int, int]) -> np.ndarray:
     """FAR for two pixels of a window that rolling a map by `shifts` brought together, otherwise 0: [windows, n, n]."""
-    zones = [
-        np.digitize(np.arange(side), [side - window, side - n] * (n > 0)) for side, n in zip(sides, shifts, strict=True)
-    ]
-    zone = windows_of(3 * zones[0][None, :, None, None] + zones[1][None, None, :, None], window)[0, ..., 0]
+
+    def zones(side: int, shift: int) -> np.ndarray:
+        return np.digitize(np.arange(side), [side - window, side - shift] if shift else [])
+
+    rows, columns = map(zones, sides, shifts)
+    zone = windows_of((3 * rows[:, None] + columns)[None, :, :, None], window)[0, ..., 0]
     return np.where(zone[:, :, None] == zone[:, None], 0.0, FAR).astype(np.float32)
 
 
