@@ -80,7 +80,7 @@ def test_without_a_hash_of_the_hub_the_record_is_what_counts(timms):
 def test_another_file_or_revision_is_refused_until_the_record_is_removed(timms):
     hub.resolve(SPEC)
     was = hexes(timms.files[FILE])
-    expected = rf"expected revision {COMMIT} with sha256 {was}, as {timms.records} recorded .* remove its line there"
+    expected = rf"expected revision {COMMIT} with sha256 {was}, as {timms.records} recorded at .* remove its line there"
     shutil.rmtree(timms.cache)
     timms.files[FILE] = b"another"
     for _ in range(2):
@@ -110,6 +110,8 @@ def test_a_pin_takes_the_place_of_the_record(timms):
     assert not timms.records.exists()
     with pytest.raises(ValueError, match=f"expected {'0' * 64}"):
         hub.resolve(f"{SPEC}#sha256={'0' * 64}")
+    timms.records.write_text(f"{SPEC} {OTHER} {'0' * 64}\n")
+    hub.resolve(f"{SPEC}#sha256={hexes(timms.files[FILE])}")
 
 
 def test_offline_the_cache_counts_with_a_record_and_without(timms, monkeypatch):
@@ -180,6 +182,8 @@ def test_many_at_once_record_each_file_once(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda spec: published.check(spec, found, path), specs))
     assert sorted(path.read_text().splitlines()) == [f"timm:{i} {COMMIT} {'0' * 64}" for i in range(5)]
+    with pytest.raises(ValueError, match=f"found revision {OTHER} .* expected revision {COMMIT}"):
+        published.check("timm:1", found._replace(revision=OTHER), path)
 
 
 @pytest.mark.slow

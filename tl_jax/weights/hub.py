@@ -107,7 +107,7 @@ def _from_table(spec, row, pinned):
     if known and not isinstance(cached, str):
         found = _ask(spec, *where, spec.partition("@")[2] or "main", missing, dry_run=True).commit_hash
         if found != revision:  # before it is downloaded
-            raise published.changed(spec, f"revision {found}", records)
+            raise published.changed(spec, known, f"revision {found}", records)
     path = pathlib.Path(_ask(spec, *where, revision, missing))
     sha256 = _verify(spec, path) or formats.sha256(path)
     if not pinned:

@@ -110,31 +110,35 @@ class Record(NamedTuple):
 
 def recorded(spec: str, path: pathlib.Path) -> Record | None:
     """The record of a spec in the file of records, None where there is none; ValueError for a damaged line."""
+    return next((Record(*rest) for own, *rest in map(str.split, _lines(path)) if own == spec), None)
+
+
+def _lines(path):
     lines = path.read_text().splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         if not re.fullmatch(r"\S+ \S+ [0-9a-f]{64}", line):
             raise ValueError(f"{path}: line {number} is damaged, expected SPEC REVISION SHA256; remove it")
-    return next((Record(*line.split()[1:]) for line in lines if line.split()[0] == spec), None)
+    return lines
 
 
 def check(spec: str, found: Record, path: pathlib.Path) -> None:
     """Records what a spec is, the first time; ValueError where the record says something else. Safe with processes."""
-    if not recorded(spec, path):
-        try:
+    known = recorded(spec, path)
+    try:
+        if not known:
             with filelock.FileLock(f"{path}.lock", timeout=SECONDS):
-                if not recorded(spec, path):
-                    known = path.read_text() if path.exists() else ""
-                    files.write_text(path, f"{known}{spec} {found.revision} {found.sha256}\n")
-        except OSError as error:
-            fix = f"let HF_HUB_CACHE be in a folder of yours, or append #sha256={found.sha256}"
-            raise OSError(f"{spec}: what it is cannot be recorded ({error}); {fix}") from None
-    if recorded(spec, path) != found:
-        raise changed(spec, f"revision {found.revision} with sha256 {found.sha256}", path)
+                known = recorded(spec, path) or found
+                others = [line for line in _lines(path) if line.split()[0] != spec]
+                files.write_text(path, "".join(f"{line}\n" for line in [*others, " ".join((spec, *known))]))
+    except OSError as error:
+        fix = f"let HF_HUB_CACHE be in a folder of yours, or append #sha256={found.sha256}"
+        raise OSError(f"{spec}: what it is cannot be recorded ({error}); {fix}") from None
+    if known != found:
+        raise changed(spec, known, f"revision {found.revision} with sha256 {found.sha256}", path)
 
 
-def changed(spec: str, found: str, path: pathlib.Path) -> ValueError:
+def changed(spec: str, known: Record, found: str, path: pathlib.Path) -> ValueError:
     """The error for a spec that is no longer what its record says."""
-    revision, sha256 = recorded(spec, path)
-    stay = "" if "@" in spec else f"; the revision that was recorded is {spec}@{revision}"
-    expected = f"expected revision {revision} with sha256 {sha256}, as {path} recorded when it was first used"
+    expected = f"expected revision {known.revision} with sha256 {known.sha256}, as {path} recorded at its first use"
+    stay = "" if "@" in spec else f"; the one that was recorded is {spec}@{known.revision}"
     return ValueError(f"{spec}: found {found}, {expected}. To accept the new one, remove its line there{stay}")
