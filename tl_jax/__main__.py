@@ -198,7 +198,7 @@ _SHOWN = (
 )
 _BATCH = arg("--batch-size", type=_COUNT, default=128, help="over all devices")
 _OUT = arg("--out", required=True, type=_FOLDER, help="the folder to write to")
-_WEIGHTS = arg("source", help="a file, builtin:NAME or hf://owner/name[/file]@revision")
+_WEIGHTS = arg("source", help="a file, builtin:NAME, timm:NAME or hf://owner/name[/file]@revision")
 COMMANDS = {
     train: ("train a config file; flags as of launch.py", (
         arg("rest", nargs=argparse.REMAINDER, metavar="FILE[:ARGUMENT] [--config.OPTION=VALUE ...] [--workdir W]"),
@@ -253,7 +253,7 @@ COMMANDS = {
         arg("--splits", default="", help="names with commas, such as train,val; default: all that the run names"),
         arg("--label", default="", help="which label of a multilabel task"),
     )),
-    inspect: ("list a weight file's tensors and the models it fits", (_WEIGHTS,)),
+    inspect: ("list a weight file's tensors and the models it fits; timm: lists the known names", (_WEIGHTS,)),
     convert: ("write a weight file as safetensors with a card", (
         arg("name", help="the model, such as resnet50"),
         _WEIGHTS,

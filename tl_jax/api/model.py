@@ -84,10 +84,10 @@ def load(
 ) -> Model:
     """Loads a weight file of any known layout into the named model; without a file its weights are random.
 
-    name "" takes the model that the file's card names. weights: a file, the folder of a finished run, "builtin:NAME" or
-    "hf://owner/name[/file]@revision". num_classes: of a new head; 0 loads a file that has none. image_size: a
-    side or (height, width), resamples position embeddings. Raises one ValueError that lists every tensor that does not
-    fit.
+    name "" takes the model that the file's card names. weights: a file, the folder of a finished run, "builtin:NAME",
+    "timm:NAME", which names the model too, or "hf://owner/name[/file]@revision". num_classes: of a new head; 0 loads a
+    file that has none. image_size: a side or (height, width), resamples position embeddings. Raises one ValueError
+    that lists every tensor that does not fit.
     """
     weights = os.fspath(weights)
     loaded = pretrained.load(name, weights, num_classes, image_size=image_size or None, seed=seed)

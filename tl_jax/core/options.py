@@ -99,8 +99,8 @@ _ROWS = (
             "other on one batch: pairs ((group, ...), {term: factor}); (): one of all groups on all terms", phase=True),
 
     # The network
-    _option("model.name", "resnet18", TEXT, "the architecture, see docs/weights.md"),
-    _option("model.weights", "", TEXT, "file, builtin:NAME or hf://owner/name[/file]@revision; \"\": random numbers"),
+    _option("model.name", "resnet18", TEXT, "the architecture, see docs/weights.md; \"\": that of weights timm:NAME"),
+    _option("model.weights", "", TEXT, "file, builtin:NAME, timm:NAME, hf://owner/name[/file]@revision; \"\": random"),
     _option("model.weights_sha256", "", HASH, "what the bytes of that file must have; \"\": any, and config.json "
             "keeps what they had", numbers=False),
     _option("model.image_size", 0, PIXELS, "pixels; 0: the size on the weight card"),

@@ -15,7 +15,7 @@ from tl_jax.core.card import Card, sides
 from tl_jax.models import conversion as tables
 from tl_jax.models import head as heads
 from tl_jax.models.head import HEAD_INIT, Layers
-from tl_jax.weights import formats, hub
+from tl_jax.weights import formats, hub, published
 
 CARD_KEY = "tl_jax.card"
 HEAD = ("params/head/", "batch_stats/head/")
@@ -49,11 +49,13 @@ def load(
     """Loads a weight file of any known layout into the named model, or initialises it at random where there is none.
 
     `name` "" takes the model that the file's card names. `path` is a file, the folder of a finished run,
-    "builtin:NAME" or "hf://owner/name[/file]@revision"; "" or None: random numbers from `seed`. `num_classes` None
-    keeps the file's head, an integer makes a new one from `seed` with the layers `head` before the last dense one
-    (`head_init`, a name of HEAD_INIT, is of the last), 0 makes none. `image_size`, a side or (height, width),
-    rebuilds a model with position embeddings for another input, resampling them. `columns`: of a table, in the order
-    in which the network reads them.
+    "builtin:NAME", "timm:NAME" or "hf://owner/name[/file]@revision"; "" or None: random numbers from `seed`.
+    `num_classes` None keeps the file's head, an integer makes a new one from `seed` with the layers `head` before the
+    last dense one (`head_init`, a name of HEAD_INIT, is of the last), 0 makes none. `image_size`, a side or (height,
+    width), rebuilds a model with position embeddings for another input, resampling them. `columns`: of a table, in the
+    order in which the network reads them.
+    "timm:NAME" also names the model, and what its row in the table of published.py says about pixels, classes and
+    licence takes the place of the same fields of the model's default card; `name` may be "" or must agree.
     A file whose publisher computes or preprocesses differently gives the model's flavour (`card.model` names it).
     Raises ValueError for a file whose bytes have another hash than its name says, and one that lists every unused key,
     unfilled leaf, wrong shape, non-finite value and negative variance.
@@ -94,7 +96,15 @@ def load(
 
 
 def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Variant, Card, str]:
-    """A file's tensors, layout, variant, card (its own, or the variant's with source and hash) and sha256."""
+    """A file's tensors, layout, variant, card (its own, or the variant's with source and hash) and sha256.
+
+    The row of a `timm:NAME` says the model, and its fields replace those of the card of the variant that the layout of
+    the file gives.
+    """
+    row = published.find(path)
+    if row and name and row.model not in (name, *models.get(name).flavours.values()):
+        raise ValueError(f"{path} holds weights of {row.model!r}, asked for was {name!r}: give the first, or ''")
+    name = row.model if row else name
     file = hub.resolve(path)
     tensors, metadata = formats.read(file)
     sha256 = hub.check_name(file)
@@ -106,7 +116,9 @@ def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Var
     if card and card.model not in (name, *variant.flavours.values()):
         raise ValueError(f"{path} holds weights of {card.model!r} according to its card, asked for was {name!r}")
     variant = models.get(card.model if card else variant.flavours.get(layout, name))
-    return tensors, layout, variant, card or variant.card.replace(source=str(path), sha256=sha256), sha256
+    own = row.card(variant.card) if row else variant.card
+    source = row.source(file) if row else str(path)
+    return tensors, layout, variant, card or own.replace(source=source, sha256=sha256), sha256
 
 
 def _with_head(
@@ -301,11 +313,17 @@ def candidates(tensors: Tensors) -> list[tuple[str, str]]:
 
 
 def inspect(path: str | pathlib.Path) -> str:
-    """A table of a weight file's keys, the models and layouts it fits, and its card."""
-    tensors, metadata = formats.read(hub.resolve(path))
+    """A table of a weight file's keys, the models and layouts it fits, and its card; "timm:" gives the known names."""
+    if path == published.PREFIX:
+        return published.listing()
+    row, file = published.find(path), hub.resolve(path)
+    tensors, metadata = formats.read(file)
     width = max(map(len, tensors))
     lines = [f"{key:<{width}}  {value.dtype!s:<8}  {list(value.shape)}" for key, value in tensors.items()]
     lines += [f"{len(tensors)} tensors, {sum(value.size for value in tensors.values()):,} numbers"]
+    if row:
+        card = row.card(models.get(row.model).card).replace(source=row.source(file), sha256=formats.sha256(file))
+        return "\n".join([*lines, f"card {card.to_json()}"])
     if CARD_KEY in metadata:
         return "\n".join([*lines, f"card {metadata[CARD_KEY]}"])
     for name, layout in (fits := candidates(tensors)):
