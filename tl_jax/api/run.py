@@ -171,9 +171,13 @@ def fit(
         weakref.finalize(run, shutil.rmtree, run.folder, ignore_errors=True)
     named = {
         "model.name": model.name, "model.weights": model.weights, "model.image_size": model.image_size,
+        "model.channels": model.channels,
         "seed": seed, "batch_size": batch_size, "total": (float(epochs), "epochs"), "lr": recipes.LR,
         **_data_options(data, task, run.folder, given), **table[method],
     }  # fmt: skip
+    if model.channels:
+        named["data.card"] = {"mean": model.card.mean, "std": model.card.std, **given.get("data.card", {})}
+        given = {key: value for key, value in given.items() if key != "data.card"}
     training.train(options.override(options.make(), {**named, **given}), run.folder, verbose=verbose)
     return run
 
