@@ -1,5 +1,6 @@
 """Images that are no 8-bit RGB squares: other sides, channels and types of pixels, from files to what a run saves."""
 
+import argparse
 import io
 import json
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 import tl_jax
 from tl_jax import __main__ as command
+from tl_jax import config as options
 from tl_jax.core.card import Card, Form
 from tl_jax.data import duplicates, pipeline, sources
 from tl_jax.data.image import decode, ops
@@ -212,6 +214,20 @@ def test_a_card_says_what_pixels_mean_and_old_cards_stay_as_they_are():
         Card("m", 2).override(GREY, allowed=True)
 
 
+def test_sizes_of_the_command_line_and_of_configs_are_a_side_or_both():
+    base = options.make()
+    for text, size in (("64", 64), ("(64, 96)", (64, 96))):
+        config = options.parse(base, f"model.image_size={text}")
+        options.check(config)
+        assert config.model.image_size == size
+    for wrong in ((64,), (64, 0), "64", (64, 96, 3)):
+        with pytest.raises(ValueError, match=r"model.image_size = .*a pair \(height, width\)"):
+            options.check(options.override(base, {"model.image_size": wrong}))
+    assert [command._PIXELS(text) for text in ("224", "192x256")] == [224, (192, 256)]
+    with pytest.raises(argparse.ArgumentTypeError, match="192x"):
+        command._PIXELS("192x")
+
+
 # Sources
 
 
@@ -300,6 +316,30 @@ def test_arrays_of_any_type_are_read_as_the_card_says(tmp_path):
     np.testing.assert_array_equal(grey.inputs, sources.load("digits").inputs[..., :1])
     with pytest.raises(ValueError, match="corruptions are defined for 8-bit"):
         sources.load("corrupt:contrast:1:digits", form=Form("uint8", 4))
+
+
+def test_tfds_records_keep_their_sixteen_bits(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    values, label = ramp("uint16"), tfds.features.ClassLabel(names=["a", "b"])
+    image = tfds.features.Image(shape=(None, None, 1), dtype=np.uint16)
+
+    class DeepScans(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"image": image, "label": label})
+            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=("image", "label"))
+
+        def _split_generators(self, manager):
+            return {"train": ((i, {"image": io.BytesIO(encoded(values, "PNG")), "label": i}) for i in range(2))}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    DeepScans(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    found = sources.load("tfds:deep_scans", data_dir=str(tmp_path), form=SCAN_CARD.form)
+    batch = pipeline.eval_batches(found, {"image": View(SCAN_CARD.replace(input_size=(7, 5)))}, 2)[0]["image"]
+    np.testing.assert_array_equal(batch, np.stack([values, values])[..., None])
 
 
 def test_copies_of_deep_images_are_found_and_drawn_by_their_own_range(tmp_path):

@@ -145,7 +145,7 @@ def stream(model: Any, data: Any, batch_size: int = 128) -> Iterator[answers.Row
 def predict(model: Any, data: Any, *, batch_size: int = 128) -> list[answers.Row]:
     """One row {"file", "class", "probability", "top5"} for each input; see `tasks.answers` for the other tasks.
 
-    model: a Model or a Run. data: a folder, a file or a sequence of them, images uint8 [N, H, W, 3] or a list of them,
+    model: a Model or a Run. data: a folder, a file or a sequence of them, images [N, H, W, C] or a list of them,
     or a Dataset; of a network that reads a table, a .csv file or rows [N, F]. What cannot be read has a row {"file",
     "error"}.
     """

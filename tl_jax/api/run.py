@@ -152,7 +152,7 @@ def fit(
 ) -> Run:
     """Adapts a network, as `load` gives it, to data; the same trainer as on the command line, with its defaults.
 
-    data: a source such as "folder:PATH" or its path, a pair (images uint8 [N, H, W, 3], labels), a Dataset, or a table
+    data: a source such as "folder:PATH" or its path, a pair (images [N, H, W, C], labels), a Dataset, or a table
     {split: pair or Dataset}. Without a split val a fifth of train takes its place; without test val is scored. method:
     one of `list_methods`. task: that of the labels unless given. workdir: kept, and resumed where the same call was
     interrupted; None: a temporary folder that is removed with the Run. changes: {dotted option: value}, see

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from tl_jax import tasks
 from tl_jax.core import trees
-from tl_jax.core.card import Card
+from tl_jax.core.card import STORED, Card
 from tl_jax.data.examples import Source
 from tl_jax.methods import probes
 from tl_jax.methods.term import MAIN, MODEL, Network, Start, StreamFacts
@@ -209,7 +209,8 @@ def _load_network(settings: Settings, name: str) -> Network:
     with naming({}, f"networks.{name}"):
         loaded = load.load(given.name, given.weights, None, image_size=given.image_size or None)
     module = peft.Adapted(loaded.model.clone(dtype=jnp.dtype(settings.model.dtype)))
-    return Network(module, loaded.card, loaded.variables, origin=given.weights or "new")
+    held = {name: value for name, value in settings.data.card.items() if name in STORED}
+    return Network(module, loaded.card.replace(**held), loaded.variables, origin=given.weights or "new")
 
 
 def _make_start(

@@ -30,7 +30,7 @@ SAMPLED = 1000  # examples of the former
 def form_of(settings: Settings) -> Form:
     """How images are read: as data.card and model.channels say, else as the card of the weights does."""
     model, card = settings.model, None
-    with contextlib.suppress(ValueError, OSError):  # loading the weights will say what is wrong
+    with contextlib.suppress(Exception):  # loading the weights will say what is wrong with them
         card = load.card_of(model.name, model.weights)
     own = card.form if card and card.input == "image" else Form()
     return Form(settings.data.card.get("pixels", own.pixels), model.channels or own.channels)
