@@ -224,6 +224,8 @@ def _check_decoded(plans: dict[str, Plan], results: dict[str, list[list]]) -> No
     folders = " and ".join(str(plan.folder) for plan in plans.values())
     what = f"{len(bad)} of {sum(map(len, results.values()))} images cannot be decoded; the others are packed"
     fix = f"leave these out with --on_error skip, which goes on from here, or repair them, remove {folders}"
+    if any(" expected " in reason for reason in bad):
+        fix = f"say with --pixels and --channels what the files hold; {fix}"
     refuse(f"{what}; {fix}, and start again", bad, len(bad))
 
 
