@@ -126,12 +126,11 @@ def clip_variants(module, card: Card, publisher: str) -> dict[str, Variant]:
 
 
 def siglip_variants(module, card: Card) -> dict[str, Variant]:
-    """A SigLIP tower as timm has it, made by `module`; its .hf flavour has the tanh GELU of the original.
-
-    That resizes height and width apart, which no card says: photos lose their borders here, as they do in timm.
-    """
+    """A SigLIP tower as timm has it, which crops; its .hf flavour has tanh GELU and squashes, as the original."""
     layouts = {"timm": SIGLIP_TIMM, "hf": SIGLIP_HF, "native": NATIVE}
-    return with_flavours(module, card, layouts, {"hf": ("hf", {"act": "gelu_tanh"}, card.replace(crop=1.0))})
+    return with_flavours(
+        module, card, layouts, {"hf": ("hf", {"act": "gelu_tanh"}, card.replace(crop=1.0, crop_mode="squash"))}
+    )
 
 
 def _all_variants() -> dict[str, Variant]:
