@@ -85,6 +85,7 @@ def load(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     seed: int = 0,
+    partial: Sequence[str] = (),
 ) -> Model:
     """Loads a weight file of any known layout into the named model; without a file its weights are random.
 
@@ -92,12 +93,12 @@ def load(
     "timm:NAME", which names the model too, or "hf://owner/name[/file]@revision". num_classes: of a new head; 0 loads a
     file that has none. image_size: a side or (height, width), resamples position embeddings. channels: of the images,
     where it is another number than the weights have, with the mean and std of these channels where they do not follow
-    from the card; the kernel of the stem is summed or repeated. Raises one ValueError that lists every tensor that does
-    not fit.
+    from the card; the kernel of the stem is summed or repeated. partial: regexes of what the file may lack, such as
+    ("stage4/.*",); that is random, from `seed`. Raises one ValueError that lists every tensor that does not fit.
     """
     weights = os.fspath(weights)
     how = {"image_size": image_size or None, "channels": channels, "mean": mean, "std": std, "seed": seed}
-    loaded = pretrained.load(name, weights, num_classes, **how)
+    loaded = pretrained.load(name, weights, num_classes, partial=partial, **how)
     name = name or loaded.card.model
     return Model(name, weights, loaded.model, loaded.variables, loaded.card, image_size, channels)
 

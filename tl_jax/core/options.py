@@ -8,7 +8,20 @@ from typing import Any, NamedTuple
 
 from tl_jax.core import checks
 from tl_jax.core.card import CROP_MODES, PIXEL_TYPES
-from tl_jax.core.checks import FLAG, NAMED, RULES, TABLE, TEXT, TEXTS, either, integer, number, one_of, sequence
+from tl_jax.core.checks import (
+    FLAG,
+    NAMED,
+    REGEXES,
+    RULES,
+    TABLE,
+    TEXT,
+    TEXTS,
+    either,
+    integer,
+    number,
+    one_of,
+    sequence,
+)
 
 
 class Option(NamedTuple):
@@ -108,6 +121,8 @@ _ROWS = (
     _option("model.weights", "", TEXT, "file, builtin:NAME, timm:NAME, hf://owner/name[/file]@revision; \"\": random"),
     _option("model.weights_sha256", "", HASH, "what the bytes of that file must have; \"\": any, and config.json "
             "keeps what they had", numbers=False),
+    _option("model.partial", (), REGEXES, "what that file may lack, and begins from random numbers: regexes of whole "
+            "paths of the backbone, stage4/.*"),
     _option("model.image_size", 0, PIXELS, "pixels, of a side or (height, width); 0: the size on the weight card"),
     _option("model.channels", 0, integer(0, 1024), "of the images; 0: as many as the weight card has means"),
     _option("model.keep_head", False, FLAG, "go on with the file's classifier, for the same classes; else a new head"),

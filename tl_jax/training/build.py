@@ -27,7 +27,7 @@ from tl_jax.training.phases import Material, Phase, check_prefixes, make_phase
 from tl_jax.training.settings import Settings, naming, read
 from tl_jax.weights import hub, load, sanity
 
-MODEL_OPTIONS = ("name", "weights", "image_size", "channels", "reinit", "head", "head_init")
+MODEL_OPTIONS = ("name", "weights", "partial", "image_size", "channels", "reinit", "head", "head_init")
 
 
 class Run(NamedTuple):
@@ -139,7 +139,11 @@ def check_hashes(settings: Settings) -> None:
 
 def _examine(variables: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
     """What `sanity.examine` finds in the leaves of a network that a file gave; {} where none did."""
-    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(variables).items() if origins.get(path) != "new"}
+    flat = {
+        path: np.asarray(leaf)
+        for path, leaf in trees.flatten(variables).items()
+        if origins.get(path) not in load.RANDOM
+    }
     return sanity.examine(flat) if flat else {}
 
 
@@ -149,7 +153,7 @@ def load_model(
     """The network with a new head, or with the file's own, and random numbers in the parts of model.reinit."""
     model = settings.model
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
-    arguments |= {"head": model.head, "columns": tuple(columns), "channels": model.channels}
+    arguments |= {"head": model.head, "columns": tuple(columns), "channels": model.channels, "partial": model.partial}
     arguments |= {name: settings.data.card.get(name, ()) for name in ("mean", "std")}
     loaded = load.load(model.name, model.weights, None if model.keep_head else outputs, **arguments)
     known = loaded.card.class_names or class_names
@@ -231,7 +235,9 @@ def _make_start(
         _, found = still.apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)
         return trees.flatten(found.get("batch_stats", {}))
 
-    source_head = functools.partial(load.source_head, settings.model.name, settings.model.weights)
+    source_head = functools.partial(
+        load.source_head, settings.model.name, settings.model.weights, settings.model.partial
+    )
     facts = {name: StreamFacts(len(data[name]), data[name].num_domains) for name in (MAIN, *settings.streams)}
     key = jax.random.key(settings.loop.seed)
     return Start(variables, None, task, model, facts, shapes, None, apply, batch_statistics, source_head, key)
