@@ -13,19 +13,17 @@ import numpy as np
 
 from tl_jax import models
 from tl_jax.core import messages, trees
-from tl_jax.core.card import Card, sides, size_text
+from tl_jax.core.card import Card, size_text
 from tl_jax.models import conversion as tables
 from tl_jax.models import head as heads
 from tl_jax.models.head import HEAD_INIT, Layers
-from tl_jax.weights import formats, hub, published
+from tl_jax.weights import formats, hub, other_inputs, published
 
 CARD_KEY = "tl_jax.card"
 HEAD = ("params/head/", "batch_stats/head/")
 RANDOM = ("new", "missing")  # origins of leaves that no file gave: wanted so, and those that a partial file lacks
 LAYER = ("kernel", "bias", "scale", "mean", "var")  # the leaves that make a layer together
-POS_EMBED = "params/backbone/stem/pos_embed"
 Tensors = Mapping[str, np.ndarray]  # of a file, by its keys
-Changed = dict[str, tuple[np.ndarray, str]]  # what stands in the place of some of them, and why
 
 
 class Loaded(NamedTuple):
@@ -62,13 +60,9 @@ def load(
     `num_classes` None keeps the file's head, an integer makes a new one from `seed` with the layers `head` before the
     last dense one (`head_init`, a name of HEAD_INIT, is of the last), 0 makes none. `image_size`, a side or (height,
     width), rebuilds a model with position embeddings for another input, resampling them. `columns`: of a table, in the
-    order in which the network reads them.
-    `channels`: of images, where the card of the weights has another number: a stem for three is summed for one,
-    otherwise repeated and scaled by 3 / channels, as in timm. `mean`, `std`: of these; without them one channel has the
-    means of the card's, equal ones are repeated, others asked for.
-    `partial`: regexes of paths in the backbone that a file may lack, which begin from `seed`, see docs/weights.md.
-    "timm:NAME" also names the model, and what its row in the table of published.py says about pixels, classes and
-    licence takes the place of the same fields of the model's default card; `name` may be "" or must agree.
+    order in which the network reads them. `channels`: of images, and their `mean` and `std`, see other_inputs.py.
+    `partial`: regexes of paths in the backbone that a file may lack, which begin from `seed`.
+    "timm:NAME" also names the model; its row in the table of published.py replaces fields of the model's card.
     A file whose publisher computes or preprocesses differently gives the model's flavour (`card.model` names it).
     Raises ValueError for a file whose bytes have another hash than its name says, and one that lists every unused key,
     unfilled leaf, wrong shape, non-finite value and negative variance.
@@ -78,27 +72,31 @@ def load(
     head = heads.check(head)
     if partial and not path:
         raise ValueError(f"partial={tuple(partial)} is about a weight file, and there is none: leave it out")
-    image_size = _side_or_sides(image_size) if image_size else None
+    image_size = other_inputs.one_side(image_size) if image_size else None
+
+    def for_input(card: Card) -> Card:
+        card = other_inputs.with_channels(other_inputs.with_columns(card, columns, path), channels, mean, std)
+        return card.replace(input_size=image_size or card.input_size)
+
     if not path:
-        card = _with_channels(_with_columns(models.get(name).card, columns, path), channels, mean, std)
+        card = for_input(models.get(name).card)
         classes = card.num_classes if num_classes is None else num_classes
-        card = card.replace(num_classes=classes, input_size=image_size or card.input_size, head=head if classes else ())
+        card = card.replace(num_classes=classes, head=head if classes else ())
         return _random(_make(models.get(name).module, card, head_init), card, seed)
     tensors, layout, variant, card, sha256 = _read(name, path)
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
     own = tables.for_head(variant.layouts[layout], card.head)  # the file's own head
-    made_for = _with_columns(_with_head(card, num_classes, head, own, tensors, path), columns, path)
-    card = _with_channels(made_for, channels, mean, std).replace(input_size=image_size or made_for.input_size)
+    made_for = _with_head(card, num_classes, head, own, tensors, path)
+    card = for_input(made_for)
     table = tables.for_head(variant.layouts[layout], card.head)
     model = _make(variant.module, card, head_init)
     shapes, features = _shapes(model, card)
-    changed = _resample(table, shapes, kept, model, made_for.input_size) if image_size else {}
-    changed |= _adapt_stem(table, shapes, kept, model, made_for) if len(card.mean) != len(made_for.mean) else {}
+    changed = other_inputs.changed(table, shapes, kept, model, made_for, bool(image_size))
     wanted = {leaf: shape for leaf, shape in shapes.items() if num_classes is None or not leaf.startswith(HEAD)}
-    given = kept | {key: x for key, (x, _) in changed.items()}
-    flat, origins, problems, lacking = _fill(table, wanted, given, partial)
+    kept |= {key: x for key, (x, _) in changed.items()}
+    flat, origins, problems, lacking = _fill(table, wanted, kept, partial)
     if problems:
         raise ValueError(_message(name or card.model, path, layout, tensors, problems, cover(lacking, wanted)))
     if "missing" in origins.values():  # with the head
@@ -202,46 +200,6 @@ def _with_head(
     return card.replace(num_classes=sizes[0] if sizes else card.num_classes)  # without one it is reported unfilled
 
 
-def _with_columns(card: Card, columns: Sequence[str], path: Any) -> Card:
-    """The card with the columns that the network reads; means and deviations are 0 and 1 until data gives them."""
-    columns = tuple(columns)
-    given = f"given were {len(columns)} {columns[:5]}"
-    if card.input != "table" and columns:
-        raise ValueError(f"{card.model} reads an {card.input} and no columns; {given}")
-    if card.input == "table" and not (columns or card.columns):
-        raise ValueError(f"{card.model} reads a table: give its columns")
-    if card.columns and columns not in ((), card.columns):
-        own = f"{path} reads {len(card.columns)} columns {card.columns[:5]} according to its card"
-        raise ValueError(f"{own}, {given}; they must be the same in the same order")
-    if card.columns or not columns:
-        return card
-    return card.replace(columns=columns, mean=(0.0,) * len(columns), std=(1.0,) * len(columns))
-
-
-def _side_or_sides(size: int | tuple[int, int]) -> int | tuple[int, int]:
-    return sides(size)[0] if len(set(sides(size))) == 1 else sides(size)
-
-
-def _with_channels(card: Card, channels: int, mean: Sequence[float], std: Sequence[float]) -> Card:
-    """The card of a network for images of another number of channels; ValueError where their statistics are unknown."""
-    if channels in (0, len(card.mean)):
-        return card
-    if card.input != "image":
-        raise ValueError(f"channels={channels}: {card.model} reads a table, which has columns")
-    found = {}
-    for name, given, own in (("mean", mean, card.mean), ("std", std, card.std)):
-        if given:
-            found[name] = tuple(given)
-        elif channels == 1 or len(set(own)) == 1:
-            found[name] = (sum(own) / len(own),) * channels if len(set(own)) > 1 else own[:1] * channels
-    wrong = [name for name in ("mean", "std") if len(found.get(name, ())) != channels]
-    if wrong:
-        known = f"the card of {card.model} has mean {card.mean} and std {card.std}, which say nothing of others"
-        fix = f"give {' and '.join(wrong)} with {channels} numbers, such as those of the training images over the scale"
-        raise ValueError(f"channels={channels}: {known}; {fix} (in a config: data.card)")
-    return card.replace(**found)
-
-
 def card_of(name: str, path: str | pathlib.Path | None) -> Card:
     """The card with which `load` begins, read without the tensors, which are not checked."""
     metadata = formats.read_metadata(hub.resolve(path)) if path else {}
@@ -275,7 +233,7 @@ def export(
     if layout not in variant.layouts:
         raise ValueError(f"{name} has no layout {layout!r}; it has {', '.join(variant.layouts)}")
     plain = variant.card.replace(num_classes=card.num_classes, input_size=card.input_size, head=card.head)
-    plain = _with_columns(plain, card.columns, path).replace(mean=card.mean, std=card.std)
+    plain = other_inputs.with_columns(plain, card.columns, path).replace(mean=card.mean, std=card.std)
     shapes = _network_shapes(variant.module, plain.to_json())
     flat = {leaf: np.asarray(value) for leaf, value in trees.flatten(variables).items()}
     found = {leaf: value.shape for leaf, value in flat.items()}
@@ -326,7 +284,7 @@ def _network_shapes(module: Any, card: str) -> dict[str, tuple[int, ...]]:
 
 def _default_shapes(name: str) -> dict[str, tuple[int, ...]]:
     variant = models.get(name)
-    card = _with_columns(variant.card, ("x",), "") if variant.card.input == "table" else variant.card
+    card = other_inputs.with_columns(variant.card, ("x",), "") if variant.card.input == "table" else variant.card
     return _network_shapes(variant.module, card.to_json())
 
 
@@ -349,47 +307,6 @@ def _detect(name: str, path: Any, tensors: Tensors) -> str:
         hint = f"its keys begin {', '.join(sorted(tensors)[:5])}{_looks_like(tensors)}"
         raise ValueError(f"{path} has no key that {name} knows (layouts tried: {', '.join(layouts)}); {hint}")
     return best
-
-
-def _resample(
-    table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, model: Any, made_for: Any
-) -> Changed:
-    """The file's position embedding on the model's grid; {} where it needs no resampling.
-
-    made_for: the image size on the card of the file.
-    """
-    if POS_EMBED not in shapes:
-        return {}
-    (source,), transform = tables.sources_of(table, POS_EMBED)
-    found = {}
-    for key, x in tensors.items():
-        if tables.canonical(table, key) == source and (old := transform.load(x)) is not (
-            new := model.resampled(old, made_for)
-        ):
-            (tensor,) = transform.export(new)
-            found[key] = tensor, f"resampled from {x.shape[-2]} to {new.shape[1]} tokens"
-    return found
-
-
-def _adapt_stem(
-    table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, model: Any, made_for: Card
-) -> Changed:
-    """The file's kernels of three channels for as many as the model has.
-
-    These are the kernels whose shapes differ between the model and one for `made_for`, the card of the file.
-    """
-    size = getattr(model, "image_size", made_for.input_size)
-    there, found = _shapes(model, made_for.replace(input_size=size))[0], {}
-    keys = {tables.canonical(table, key): key for key in tensors}
-    for leaf in (leaf for leaf, shape in shapes.items() if len(shape) == 4 and shape != there[leaf]):
-        sources, transform = tables.sources_of(table, leaf)
-        (key,) = (keys.get(source) for source in sources)
-        if key and (kernel := transform.load(tensors[key])).shape[2] == 3:
-            kernel, channels = kernel.astype(np.float32), shapes[leaf][2]
-            repeated = np.tile(kernel, (1, 1, -(-channels // 3), 1))[:, :, :channels] * np.float32(3 / channels)
-            (tensor,) = transform.export(kernel.sum(2, keepdims=True) if channels == 1 else repeated)
-            found[key] = tensor, f"resampled from 3 to {channels} channels"
-    return found
 
 
 def _new_head(model: Any, features: tuple[int, ...], seed: int) -> dict[str, jax.Array]:
