@@ -253,7 +253,7 @@ COMMANDS = {
         arg("--splits", default="", help="names with commas, such as train,val; default: all that the run names"),
         arg("--label", default="", help="which label of a multilabel task"),
     )),
-    inspect: ("list a weight file's tensors and the models it fits", (_WEIGHTS,)),
+    inspect: ("list a weight file's tensors, and the models that it fits or that are nearest", (_WEIGHTS,)),
     convert: ("write a weight file as safetensors with a card", (
         arg("name", help="the model, such as resnet50"),
         _WEIGHTS,

@@ -17,7 +17,7 @@ from tl_jax.core.card import Card, sides
 from tl_jax.models import conversion as tables
 from tl_jax.models import head as heads
 from tl_jax.models.head import HEAD_INIT, Layers
-from tl_jax.weights import formats, hub
+from tl_jax.weights import formats, hub, nearest
 
 CARD_KEY = "tl_jax.card"
 HEAD = ("params/head/", "batch_stats/head/")
@@ -89,7 +89,7 @@ def load(
     wanted = {leaf: shape for leaf, shape in shapes.items() if num_classes is None or not leaf.startswith(HEAD)}
     flat, origins, problems, lacking = _fill(table, wanted, {**kept, **resampled}, partial)
     if problems:
-        raise ValueError(_message(name or card.model, path, layout, tensors, problems, cover(lacking, wanted)))
+        raise ValueError(_message(name or card.model, path, layout, tensors, problems, nearest.cover(lacking, wanted)))
     if "missing" in origins.values():  # with the head
         flat = {**trees.flatten(_random(model, card, seed).variables), **flat}
     elif num_classes:
@@ -138,13 +138,6 @@ def _excuse(
         "layers that the file half fills, of which partial must match all leaves": list(half.values()),
     }
     return excused, {kind: texts for kind, texts in wrong.items() if texts}
-
-
-def cover(leaves: Collection[str], among: Iterable[str]) -> tuple[str, ...]:
-    """The `partial` that excuses these leaves of a network's backbone and no other of `among`."""
-    paths = {leaf: leaf.split("/", 2)[2] for leaf in among if not leaf.startswith(HEAD)}
-    short = [[path for leaf, path in paths.items() if (leaf in leaves) == wanted] for wanted in (True, False)]
-    return tuple(trees.cover(*short))
 
 
 def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Variant, Card, str]:
@@ -276,6 +269,8 @@ def _network_shapes(module: Any, card: str) -> dict[str, tuple[int, ...]]:
 
 
 def _default_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    if known := nearest.known_shapes().get(name):
+        return known
     variant = models.get(name)
     card = _with_columns(variant.card, ("x",), "") if variant.card.input == "table" else variant.card
     return _network_shapes(variant.module, card.to_json())
@@ -284,10 +279,6 @@ def _default_shapes(name: str) -> dict[str, tuple[int, ...]]:
 def _flavour(name: str, layout: str) -> str:
     """The name of the network that files of a layout give, whose leaves may be others."""
     return models.get(name).flavours.get(layout, name)
-
-
-def _backbone_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    return {leaf: shape for leaf, shape in _default_shapes(name).items() if not leaf.startswith(HEAD)}
 
 
 def _detect(name: str, path: Any, tensors: Tensors) -> str:
@@ -346,30 +337,15 @@ def _looks_like(tensors: Tensors) -> str:
 
 def candidates(tensors: Tensors) -> list[tuple[str, str]]:
     """The (model, layout) pairs whose backbone the tensors fill, judged by names and shapes; flavours left out."""
-    found, related, modules = [], {}, {key.rpartition(".")[0] for key in tensors}
-    for name, variant in models.MODELS.items():
-        layouts = variant.layouts.items() if "." not in name else ()
-        for layout, table in ((layout, table) for layout, table in layouts if table.modules <= modules):
-            family = (variant.module.func, table)  # one member tells whether the family's table knows any key
-            if family not in related:
-                known = tables.may_know(table, tensors)
-                shapes = _backbone_shapes(_flavour(name, layout)) if known else {}
-                related[family] = known and tables.coverage(table, shapes, tensors) > 0
-            native = tables.with_native_head(table)
-            if related[family] and tables.shapes_match(native, _backbone_shapes(_flavour(name, layout)), tensors):
-                found.append((name, layout))
-    return found
+    return [(each.name, each.layout) for each in nearest.matches(tensors, _default_shapes) if not each.differs]
 
 
 def inspect(path: str | pathlib.Path) -> str:
-    """A table of a weight file's keys, the models and layouts it fits, and its card."""
+    """A table of a weight file's keys, its card, or else the models and layouts that it fits or those nearest to it."""
     tensors, metadata = formats.read(hub.resolve(path))
     width = max(map(len, tensors))
     lines = [f"{key:<{width}}  {value.dtype!s:<8}  {list(value.shape)}" for key, value in tensors.items()]
     lines += [f"{len(tensors)} tensors, {sum(value.size for value in tensors.values()):,} numbers"]
     if CARD_KEY in metadata:
         return "\n".join([*lines, f"card {metadata[CARD_KEY]}"])
-    for name, layout in (fits := candidates(tensors)):
-        card = models.get(name).card
-        lines.append(f"fits {name} (layout {layout}): {card.input_size} px with mean {card.mean}, std {card.std}")
-    return "\n".join([*lines, "no card" if fits else "fits no known model; no card"])
+    return "\n".join([*lines, *nearest.describe(tensors, _default_shapes), "no card"])
