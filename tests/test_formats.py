@@ -28,6 +28,13 @@ def test_module_prefix_stays_unless_all_names_have_it(tmp_path):
     assert set(formats.read(tmp_path / "w.safetensors")[0]) == {"module.a", "b"}
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model.", "model.module.", "module._orig_mod.model."])
+def test_prefixes_that_programs_put_before_all_names_are_dropped(tmp_path, prefix):
+    tensors = {f"{prefix}a": np.ones(1), f"{prefix}b": np.ones(1), "n_averaged": np.array(3)}
+    formats.write_safetensors(tmp_path / "w.safetensors", tensors, {})
+    assert set(formats.read(tmp_path / "w.safetensors")[0]) == {"a", "b"}
+
+
 def test_safetensors_round_trip_keeps_bits_strides_and_metadata(tmp_path):
     rng = np.random.default_rng(0)
     tensors = {

@@ -56,6 +56,9 @@ COUNTS = {
     "vgg16_bn": 138365992,
     "vgg19": 143667240,
     "vgg19_bn": 143678248,
+    "resnet18.stage3": 3039784,  # torchvision's, less layer4, and 1000 classes of 256 or 1024 channels
+    "resnet34.stage3": 8427304,
+    "resnet50.stage3": 9568296,
     "inception_v3": 23834568,
     "inception_v3.aux": 27161264,
     "inception_v3.gluon": 23834568,

@@ -193,16 +193,6 @@ def lacking(layout: Layout, leaves: Iterable[str], tensors: Mapping[str, np.ndar
     return {leaf for leaf in leaves if (keys := sources_of(layout, leaf)[0]) and found.isdisjoint(keys)}
 
 
-def shapes_match(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether every leaf is there in the right shape, and no further key but those of the head and the ignored ones."""
-    found = {canonical(layout, key): value.shape for key, value in tensors.items()}
-    for leaf, shape in shapes.items():
-        keys, transform = sources_of(layout, leaf)
-        if [found.pop(key, None) for key in keys] != source_shapes(transform, shape):
-            return False
-    return all(re.fullmatch(f"{layout.head}|{layout.ignore}", key) for key in found)
-
-
 def fill(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]):
     """Fills every leaf from a file's tensors: (flat variables in float32, origin per leaf, offenders per kind)."""
     spelling = {canonical(layout, key): key for key in tensors}

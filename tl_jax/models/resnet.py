@@ -121,6 +121,7 @@ def _hf_layout() -> conversion.Layout:
 
 
 LAYOUTS = {"timm": TIMM, "hf": _hf_layout(), "native": conversion.NATIVE}
+TO_STAGE3 = {"timm": TIMM._replace(ignore=rf"layer4\..+|{_COUNTERS}"), "native": conversion.NATIVE}
 CIFAR_LAYOUTS = {"cifar": CIFAR, "native": conversion.NATIVE}
 
 _FIELDS = {
@@ -135,13 +136,19 @@ _FIELDS = {
 
 
 def _all_variants() -> dict[str, Variant]:
-    """All with torchvision's first preprocessing; transformers has the plain ones, with bicubic resizing."""
+    """All with torchvision's first preprocessing; transformers has the plain ones, with bicubic resizing.
+
+    NAME.stage3 ends there, with a head on the mean of 256 or 1024 channels; what a file has of layer4 is not read.
+    """
     variants = {}
     for name, fields in _FIELDS.items():
         plain, card = re.fullmatch(r"resnet\d+", name), Card(name, 1000, interpolation="bilinear")
         layouts = LAYOUTS if plain else {key: LAYOUTS[key] for key in ("timm", "native")}
         flavours = {"hf": ("hf", {}, card.replace(interpolation="bicubic"))} if plain else {}
         variants |= with_flavours(functools.partial(ResNet, **fields), card, layouts, flavours)
+        if name in ("resnet18", "resnet34", "resnet50"):
+            short = functools.partial(ResNet, **{**fields, "depths": fields["depths"][:3]})
+            variants[f"{name}.stage3"] = Variant(short, card.replace(model=f"{name}.stage3"), TO_STAGE3, {})
     for n in (1, 2, 3, 5, 7, 9):
         card = Card(f"resnet{6 * n + 2}_cifar", 10, input_size=32, crop=1.0)
         module = functools.partial(ResNet, depths=(n, n, n), widths=(16, 32, 64), cifar=True)

@@ -23,6 +23,7 @@ SUFFIXES = {
     ".npz": ("npz",),
     **dict.fromkeys(TORCH, ("torch zip", "torch legacy")),
 }
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of data parallel and of compiled modules, and of Lightning's
 SEAL, UNSEALED = "tl_jax.sha256", "0" * 64
 _SAFETENSORS_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 _DAMAGE = (safetensors.SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, MemoryError, OSError)
@@ -32,9 +33,9 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Reads a weight file into `(tensors, metadata)`, trusting nothing in it.
 
     The contents decide the format; a known suffix that contradicts them is an error. Tensors are native, contiguous and
-    writable; bfloat16 becomes float32, every other type is kept. A torch state dict may be bare or lie under
-    `state_dict` or `model`; a `module.` prefix of all names is dropped. Metadata exists in safetensors only. Raises
-    FileNotFoundError, IsADirectoryError, or ValueError for a damaged, foreign or unsafe file.
+    writable; bfloat16 becomes float32, every other type is kept. A torch state dict may be bare or lie under a key of
+    `torch_files.WRAPPERS`; a prefix of PREFIXES that all names have is dropped. Metadata exists in safetensors only.
+    Raises FileNotFoundError, IsADirectoryError, or ValueError for a damaged, foreign or unsafe file.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -53,8 +54,10 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise
     except _DAMAGE as error:  # OSError: a seek to where a damaged archive points
         raise ValueError(f"{path}: damaged or cut short ({error}); download or copy the file again") from None
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    for prefix in PREFIXES * 2:  # one may be inside of another
+        names = [name for name in tensors if name != "n_averaged"]  # the count of torch's AveragedModel
+        if names and all(name.startswith(prefix) for name in names):
+            tensors = {name.removeprefix(prefix): tensors[name] for name in names}
     return tensors, metadata
 
 
