@@ -33,6 +33,7 @@ from tl_jax.models.mlp import MLP
 from tl_jax.models.mobile import TF, MobileNet, Row
 from tl_jax.models.resnet import ResNet
 from tl_jax.models.squeezenet import SqueezeNet
+from tl_jax.models.swin import Swin
 from tl_jax.models.variant import ConvNet, Variant
 from tl_jax.models.vgg import VGG
 from tl_jax.models.vit import ViT
@@ -71,6 +72,7 @@ FAMILIES = {
     "efficientnetv2": (MobileNet, {"stages": FUSED, "stem": 8, "final": 16, "act": "silu"}, 24),
     "tf": (MobileNet, {"stages": SQUEEZED, "stem": 8, "final": 16, "act": "silu", **TF}, 24),
     "convnext": (ConvNeXt, {"depths": (1, 2), "widths": (4, 8), "scale_init": 0.5}, 32),
+    "swin": (Swin, {"depths": (1, 2), "width": 4, "head_size": 2, "window": 3}, 32),
     "vit": (ViT, VIT_SIZES, 24),
     "dinov2": (ViT, {**VIT_SIZES, "layer_scale": 0.5, "registers": 2, "class_position": False}, 24),
     "clip": (ViT, {**VIT_SIZES, "pre_norm": True, "act": "quick_gelu", "norm_eps": 1e-5}, 24),
@@ -347,6 +349,7 @@ PATHS = (
     "efficientnetv2",
     "tf",
     "convnext",
+    "swin",
     *VITS,
 )
 

@@ -13,10 +13,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """The files of one repository, owner/name at main, and the requests made for them."""
+    """The files of one repository at its newest commit and at older ones, and the requests made for them.
+
+    cdn: the address to which a request for a file is sent on, as the hub does with large ones, or "". form: of etags.
+    """
 
     def __init__(self, files):
         self.files, self.requests, self.etags = dict(files), [], {}
+        self.repo, self.commits, self.cdn, self.form = "owner/name", [COMMIT], "", '"{}"'
 
     def etag(self, name):
         content = self.files[name]
@@ -29,26 +33,29 @@ def handler(served):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
             served.requests.append((self.command, self.path))
+            if self.path.startswith("/cdn/"):  # knows no commit, and has hashes of another kind
+                return self.answer(200, {"ETag": '"of-the-cdn"'}, served.files[self.path.removeprefix("/cdn/")])
             repo, _, rest = self.path.partition("/resolve/")
             revision, _, name = rest.partition("/")
-            error = None
-            if repo != "/owner/name":
-                error = "RepoNotFound"
-            elif revision not in ("main", COMMIT):
-                error = "RevisionNotFound"
-            elif name not in served.files:
-                error = "EntryNotFound"
-            self.send_response(404 if error else 200)
-            self.send_header("X-Repo-Commit", COMMIT)
-            if error:
-                self.send_header("X-Error-Code", error)
-            else:
-                self.send_header("ETag", f'"{served.etag(name)}"')
-                self.send_header("X-Linked-Etag", f'"{served.etag(name)}"')
-                self.send_header("X-Linked-Size", str(len(served.files[name])))
-            self.send_header("Content-Length", "0" if error else str(len(served.files[name])))
+            headers = {"X-Repo-Commit": served.commits[-1] if revision == "main" else revision}
+            if repo != f"/{served.repo}":
+                return self.answer(404, headers | {"X-Error-Code": "RepoNotFound"})
+            if revision not in ("main", *served.commits):
+                return self.answer(404, headers | {"X-Error-Code": "RevisionNotFound"})
+            if name not in served.files:
+                return self.answer(404, headers | {"X-Error-Code": "EntryNotFound"})
+            etag = served.form.format(served.etag(name))
+            headers |= {"ETag": etag, "X-Linked-Etag": etag, "X-Linked-Size": str(len(served.files[name]))}
+            if served.cdn:
+                return self.answer(302, headers | {"ETag": '"of-the-redirect"', "Location": f"{served.cdn}/cdn/{name}"})
+            return self.answer(200, headers, served.files[name])
+
+        def answer(self, status, headers, content=b""):
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(key, value)
             self.end_headers()
-            return None if error else served.files[name]
+            return content
 
         def do_GET(self):
             if content := self.do_HEAD():
@@ -68,7 +75,8 @@ def served(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler(served))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    served.port = server.server_port
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{served.port}")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):

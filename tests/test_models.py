@@ -14,6 +14,7 @@ from tl_jax.core.card import sides
 from tl_jax.models.layers import DropPath, drop_path_rates, max_pool
 from tl_jax.models.resnet import ResNet
 from tl_jax.models.vit import ViT
+from tl_jax.weights import published
 
 # Published counts (torchvision's and timm's model pages; He et al. 2016, table 6, for CIFAR, in full digits).
 COUNTS = {
@@ -79,6 +80,8 @@ COUNTS = {
     "vit_large_patch14_clip_224": 303966976,
     "vit_large_patch14_clip_quickgelu_224": 303966976,
     "vit_base_patch16_siglip_224": 92884224,
+    "swin_tiny_patch4_window7_224": 28288354,
+    "swin_small_patch4_window7_224": 49606258,
     "convnext_atto": 3695520,
     "convnext_femto": 5217784,
     "convnext_pico": 9045672,
@@ -160,6 +163,20 @@ def test_preprocessing_of_the_card_is_timms(name):
     card, reference = models.get(name).card, timm.get_pretrained_cfg(name)
     assert (card.mean, card.std, card.interpolation) == (reference.mean, reference.std, reference.interpolation)
     assert (card.crop, card.input_size) == (reference.crop_pct, reference.input_size[-1])
+
+
+def test_table_of_published_files_is_what_the_script_makes_of_the_installed_timm():
+    make = pytest.importorskip("make_published")
+    assert published.TABLE.read_text() == make.text(make.rows()), "run tests/make_published.py"
+    assert list(published.table().values()) == make.rows()
+    assert len(published.table()) >= 60
+
+
+@pytest.mark.slow
+def test_networks_of_published_files_have_the_keys_and_shapes_of_timms():
+    make = pytest.importorskip("make_published")
+    one_each = {(row.model, row.num_classes, row.input_size): row for row in published.table().values()}
+    assert make.misfits(one_each.values()) == []
 
 
 def test_unknown_model_names_its_nearest_neighbours():

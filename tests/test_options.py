@@ -128,7 +128,8 @@ INITIAL = """
 [1.0, "epochs"], "select": "last", "patience": 0, "min_delta": 0.0, "resamples": 1000, "seeds": [], "baseline": [],
 "replicas": [], "cache": "", "views": 1, "cache_dir": "", "parallel": "jit", "fsdp": 0,
 "model.weights_sha256": "", "data.weights": "", "method.mix_domains": 0.0, "turns": [], "restart": false,
-"data.labelled": true}
+"data.labelled": true,
+"model.channels": 0}
 """
 
 

@@ -36,7 +36,7 @@ OTHERS = (
 STREAM = {"source": "digits", "split": "test[:10%]"}
 OWN = {  # values that are nearly right
     "model.name": ("resnet8_cifr", "vit_small_patch16_224x", "mlp_small"),
-    "model.weights": ("builtin:glyfs", "builtin:", "hf://", "hf://a", "hf://a/b", "/etc/passwd", ".", "/"),
+    "model.weights": ("builtin:glyfs", "builtin:", "hf://", "hf://a", "hf://a/b", "timm:", "/etc/passwd", ".", "/"),
     "model.reinit": (("stage9",), ("stem", "stem"), ("(",), ("",)),
     "model.image_size": (1, 10**9, 10**6),
     "model.head": ((("dense", {"width": -1}),), (("dence", {"width": 3}),), (("dense", {"width": 10**12}),)),

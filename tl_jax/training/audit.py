@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from tl_jax.core import messages, trees
-from tl_jax.core.card import Card
+from tl_jax.core.card import Card, size_text
 from tl_jax.core.trees import FROZEN, Match
 from tl_jax.methods.rules import places
 from tl_jax.training import optim
@@ -166,7 +166,9 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
     caption = (
         f"{totals['trainable']:,} of {totals['parameters']:,} parameters train ({share:.2f} %), "
         f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values\n{_input(card)}\n"
-    ) + ", ".join(f"{split} {_count(facts)}" for split, facts in audit["data"].items())
+    )
+    resampled = [f"{row['path']}: {row['origin']}\n" for row in audit["parameters"] if "(resampled" in row["origin"]]
+    caption += "".join(resampled) + ", ".join(f"{split} {_count(facts)}" for split, facts in audit["data"].items())
     table = Table(title=f"transfer audit: {card['model']}", caption=caption, box=box.SIMPLE_HEAD)
     for name in ("part", "params", "origin", "group", "lr x", "decay", "statistics"):
         justify = "right" if name in ("params", "lr x", "decay") else "left"
@@ -202,8 +204,10 @@ def sanity_lines(audit: Mapping[str, Any]) -> list[str]:
 def _input(card: Mapping[str, Any]) -> str:
     if columns := card.get("columns"):
         return f"input {len(columns)} columns, standardised: {', '.join(columns[:10])}{', ...' * (len(columns) > 10)}"
-    size = f"input {card['input_size']} px, {card['interpolation']}, crop {card['crop']:g}"
-    return f"{size}, mean {card['mean']}, std {card['std']}"
+    mode = f" ({card['crop_mode']})" if "crop_mode" in card else ""
+    size = f"input {size_text(card['input_size'])} px, {card['interpolation']}, crop {card['crop']:g}{mode}"
+    values = f", {card.get('pixels', 'uint8')} / {card['scale']:g}" if "scale" in card else ""
+    return f"{size}{values}, mean {card['mean']}, std {card['std']}"
 
 
 def _cells(rows: list[dict], policies: set[str]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from tl_jax import tasks
 from tl_jax.core import trees
-from tl_jax.core.card import Card
+from tl_jax.core.card import STORED, Card
 from tl_jax.data.examples import Source
 from tl_jax.methods import probes
 from tl_jax.methods.term import MAIN, MODEL, Network, Start, StreamFacts
@@ -26,6 +26,8 @@ from tl_jax.training import audit, inputs, optim, steps, terms
 from tl_jax.training.phases import Material, Phase, check_prefixes, make_phase
 from tl_jax.training.settings import Settings, naming, read
 from tl_jax.weights import hub, load, sanity
+
+MODEL_OPTIONS = ("name", "weights", "image_size", "channels", "reinit", "head", "head_init")
 
 
 class Run(NamedTuple):
@@ -74,7 +76,7 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
     train = data[MAIN]
     with naming(table, "task", "data.source"):
         spec = tasks.fit_spec(settings.loop.task, train.labels, train.class_names)
-    with naming(table, *(f"model.{name}" for name in ("name", "weights", "image_size", "reinit", "head", "head_init"))):
+    with naming(table, *(f"model.{name}" for name in MODEL_OPTIONS)):
         loaded = load_model(settings, tasks.make(spec).outputs, train.class_names, train.columns)
     with naming(table, "model.name", "data.source", "data.card"):
         card = _finish_card(settings, loaded.card.replace(sha256=loaded.sha256), spec, train)
@@ -147,7 +149,8 @@ def load_model(
     """The network with a new head, or with the file's own, and random numbers in the parts of model.reinit."""
     model = settings.model
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
-    arguments |= {"head": model.head, "columns": tuple(columns)}
+    arguments |= {"head": model.head, "columns": tuple(columns), "channels": model.channels}
+    arguments |= {name: settings.data.card.get(name, ()) for name in ("mean", "std")}
     loaded = load.load(model.name, model.weights, None if model.keep_head else outputs, **arguments)
     known = loaded.card.class_names or class_names
     if model.keep_head and (loaded.card.num_classes != outputs or tuple(known) != tuple(class_names)):
@@ -206,7 +209,8 @@ def _load_network(settings: Settings, name: str) -> Network:
     with naming({}, f"networks.{name}"):
         loaded = load.load(given.name, given.weights, None, image_size=given.image_size or None)
     module = peft.Adapted(loaded.model.clone(dtype=jnp.dtype(settings.model.dtype)))
-    return Network(module, loaded.card, loaded.variables, origin=given.weights or "new")
+    held = {name: value for name, value in settings.data.card.items() if name in STORED}
+    return Network(module, loaded.card.replace(**held), loaded.variables, origin=given.weights or "new")
 
 
 def _make_start(

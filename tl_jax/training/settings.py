@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tl_jax import config as options
 from tl_jax.core import files, messages
 from tl_jax.core.options import OPTIONS, Option
+from tl_jax.weights import published
 
 Pairs = tuple[tuple[str, Mapping[str, Any]], ...]
 
@@ -78,7 +79,7 @@ def read(config: Any) -> Settings:
     flat = _plain(config)
     batch = {"batch_size": flat["batch_size"], "augment": flat["data.augment"]}
     return Settings(
-        model=_pick(ModelSettings, flat, _section("model.")),
+        model=_named(_pick(ModelSettings, flat, _section("model."))),
         data=_pick(DataSettings, flat, _section("data.")),
         loop=_pick(LoopSettings, flat, RUN),
         streams={name: StreamSettings(**{**batch, **given}) for name, given in flat["streams"].items()},
@@ -87,6 +88,12 @@ def read(config: Any) -> Settings:
         table=options.flatten(config),
         identity=options.identity(config),
     )
+
+
+def _named(model: ModelSettings) -> ModelSettings:
+    """With the name that the table of published files gives, where the config leaves it out."""
+    row = None if model.name else published.find(model.weights)
+    return model._replace(name=row.model) if row else model
 
 
 def phase_table(phase: PhaseSettings) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) ->
     base = pretrained.load(
         about["model"], file, card.num_classes,
         image_size=card.input_size, seed=about["seed"], head=card.head, columns=card.columns,
+        channels=0 if card.columns else card.form.channels, mean=card.mean, std=card.std,
     )  # fmt: skip
     if base.sha256 != about["weights"]["sha256"]:
         then, now = "{file} with sha256 {sha256}".format(**about["weights"]), base.sha256 or "none: random weights"

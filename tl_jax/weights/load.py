@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,16 +12,17 @@ import numpy as np
 
 from tl_jax import models
 from tl_jax.core import messages, trees
-from tl_jax.core.card import Card, sides
+from tl_jax.core.card import Card, sides, size_text
 from tl_jax.models import conversion as tables
 from tl_jax.models import head as heads
 from tl_jax.models.head import HEAD_INIT, Layers
-from tl_jax.weights import formats, hub
+from tl_jax.weights import formats, hub, published
 
 CARD_KEY = "tl_jax.card"
 HEAD = ("params/head/", "batch_stats/head/")
 POS_EMBED = "params/backbone/stem/pos_embed"
 Tensors = Mapping[str, np.ndarray]  # of a file, by its keys
+Changed = dict[str, tuple[np.ndarray, str]]  # what stands in the place of some of them, and why
 
 
 class Loaded(NamedTuple):
@@ -45,15 +47,23 @@ def load(
     seed: int = 0,
     head: Layers = (),
     columns: Sequence[str] = (),
+    channels: int = 0,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
 ) -> Loaded:
     """Loads a weight file of any known layout into the named model, or initialises it at random where there is none.
 
     `name` "" takes the model that the file's card names. `path` is a file, the folder of a finished run,
-    "builtin:NAME" or "hf://owner/name[/file]@revision"; "" or None: random numbers from `seed`. `num_classes` None
-    keeps the file's head, an integer makes a new one from `seed` with the layers `head` before the last dense one
-    (`head_init`, a name of HEAD_INIT, is of the last), 0 makes none. `image_size`, a side or (height, width),
-    rebuilds a model with position embeddings for another input, resampling them. `columns`: of a table, in the order
-    in which the network reads them.
+    "builtin:NAME", "timm:NAME" or "hf://owner/name[/file]@revision"; "" or None: random numbers from `seed`.
+    `num_classes` None keeps the file's head, an integer makes a new one from `seed` with the layers `head` before the
+    last dense one (`head_init`, a name of HEAD_INIT, is of the last), 0 makes none. `image_size`, a side or (height,
+    width), rebuilds a model with position embeddings for another input, resampling them. `columns`: of a table, in the
+    order in which the network reads them.
+    `channels`: of images, where the card of the weights has another number: a stem for three is summed for one,
+    otherwise repeated and scaled by 3 / channels, as in timm. `mean`, `std`: of these; without them one channel has the
+    means of the card's, equal ones are repeated, others asked for.
+    "timm:NAME" also names the model, and what its row in the table of published.py says about pixels, classes and
+    licence takes the place of the same fields of the model's default card; `name` may be "" or must agree.
     A file whose publisher computes or preprocesses differently gives the model's flavour (`card.model` names it).
     Raises ValueError for a file whose bytes have another hash than its name says, and one that lists every unused key,
     unfilled leaf, wrong shape, non-finite value and negative variance.
@@ -61,10 +71,9 @@ def load(
     if head_init not in HEAD_INIT:
         raise ValueError(f"head_init={messages.brief(head_init)} is unknown; known: {', '.join(HEAD_INIT)}")
     head = heads.check(head)
-    if image_size:
-        image_size = sides(image_size)[0] if len(set(sides(image_size))) == 1 else sides(image_size)
+    image_size = _side_or_sides(image_size) if image_size else None
     if not path:
-        card = _with_columns(models.get(name).card, columns, path)
+        card = _with_channels(_with_columns(models.get(name).card, columns, path), channels, mean, std)
         classes = card.num_classes if num_classes is None else num_classes
         card = card.replace(num_classes=classes, input_size=image_size or card.input_size, head=head if classes else ())
         model = _make(models.get(name).module, card, head_init)
@@ -75,26 +84,34 @@ def load(
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
     own = tables.for_head(variant.layouts[layout], card.head)  # the file's own head
-    card = _with_columns(_with_head(card, num_classes, head, own, tensors, path), columns, path)
-    made_for, card = card.input_size, card.replace(input_size=image_size or card.input_size)
+    made_for = _with_columns(_with_head(card, num_classes, head, own, tensors, path), columns, path)
+    card = _with_channels(made_for, channels, mean, std).replace(input_size=image_size or made_for.input_size)
     table = tables.for_head(variant.layouts[layout], card.head)
     model = _make(variant.module, card, head_init)
     shapes, features = _shapes(model, card)
-    resampled = _resample(table, shapes, kept, model, made_for) if image_size else {}
+    changed = _resample(table, shapes, kept, model, made_for.input_size) if image_size else {}
+    changed |= _adapt_stem(table, shapes, kept, model, made_for) if len(card.mean) != len(made_for.mean) else {}
     wanted = {leaf: shape for leaf, shape in shapes.items() if num_classes is None or not leaf.startswith(HEAD)}
-    flat, origins, problems = tables.fill(table, wanted, {**kept, **resampled})
+    flat, origins, problems = tables.fill(table, wanted, kept | {key: x for key, (x, _) in changed.items()})
     if problems:
         raise ValueError(_message(name or card.model, path, layout, tensors, problems))
     if num_classes:
         flat |= _new_head(model, features, seed)
-    for key in resampled:
-        origins[POS_EMBED] += f" (resampled from {tensors[key].shape[-2]} to {shapes[POS_EMBED][1]} tokens)"
     variables = trees.unflatten(jax.device_put({leaf: flat[leaf] for leaf in shapes}))
-    return Loaded(model, variables, card, {x: origins.get(x, "new") for x in shapes}, layout, tuple(dropped), sha256)
+    told = {leaf: f"{keys} ({changed[keys][1]})" if keys in changed else keys for leaf, keys in origins.items()}
+    return Loaded(model, variables, card, {x: told.get(x, "new") for x in shapes}, layout, tuple(dropped), sha256)
 
 
 def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Variant, Card, str]:
-    """A file's tensors, layout, variant, card (its own, or the variant's with source and hash) and sha256."""
+    """A file's tensors, layout, variant, card (its own, or the variant's with source and hash) and sha256.
+
+    The row of a `timm:NAME` says the model, and its fields replace those of the card of the variant that the layout of
+    the file gives.
+    """
+    row = published.find(path)
+    if row and name and row.model not in (name, *models.get(name).flavours.values()):
+        raise ValueError(f"{path} holds weights of {row.model!r}, asked for was {name!r}: give the first, or ''")
+    name = row.model if row else name
     file = hub.resolve(path)
     tensors, metadata = formats.read(file)
     sha256 = hub.check_name(file)
@@ -106,7 +123,9 @@ def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Var
     if card and card.model not in (name, *variant.flavours.values()):
         raise ValueError(f"{path} holds weights of {card.model!r} according to its card, asked for was {name!r}")
     variant = models.get(card.model if card else variant.flavours.get(layout, name))
-    return tensors, layout, variant, card or variant.card.replace(source=str(path), sha256=sha256), sha256
+    own = row.card(variant.card) if row else variant.card
+    source = row.source(file) if row else str(path)
+    return tensors, layout, variant, card or own.replace(source=source, sha256=sha256), sha256
 
 
 def _with_head(
@@ -144,6 +163,36 @@ def _with_columns(card: Card, columns: Sequence[str], path: Any) -> Card:
     return card.replace(columns=columns, mean=(0.0,) * len(columns), std=(1.0,) * len(columns))
 
 
+def _side_or_sides(size: int | tuple[int, int]) -> int | tuple[int, int]:
+    return sides(size)[0] if len(set(sides(size))) == 1 else sides(size)
+
+
+def _with_channels(card: Card, channels: int, mean: Sequence[float], std: Sequence[float]) -> Card:
+    """The card of a network for images of another number of channels; ValueError where their statistics are unknown."""
+    if channels in (0, len(card.mean)):
+        return card
+    if card.input != "image":
+        raise ValueError(f"channels={channels}: {card.model} reads a table, which has columns")
+    found = {}
+    for name, given, own in (("mean", mean, card.mean), ("std", std, card.std)):
+        if given:
+            found[name] = tuple(given)
+        elif channels == 1 or len(set(own)) == 1:
+            found[name] = (sum(own) / len(own),) * channels if len(set(own)) > 1 else own[:1] * channels
+    wrong = [name for name in ("mean", "std") if len(found.get(name, ())) != channels]
+    if wrong:
+        known = f"the card of {card.model} has mean {card.mean} and std {card.std}, which say nothing of others"
+        fix = f"give {' and '.join(wrong)} with {channels} numbers, such as those of the training images over the scale"
+        raise ValueError(f"channels={channels}: {known}; {fix} (in a config: data.card)")
+    return card.replace(**found)
+
+
+def card_of(name: str, path: str | pathlib.Path | None) -> Card:
+    """The card with which `load` begins, read without the tensors, which are not checked."""
+    metadata = formats.read_metadata(hub.resolve(path)) if path else {}
+    return Card.from_json(metadata[CARD_KEY]) if CARD_KEY in metadata else models.get(name).card
+
+
 def source_head(name: str, path: str | pathlib.Path) -> dict[str, jax.Array] | None:
     """A weight file's classifier {"kernel" [D, K], "bias" [K]} on pre_logits; None: it has none, or further layers."""
     if not path:
@@ -171,7 +220,8 @@ def export(
     if layout not in variant.layouts:
         raise ValueError(f"{name} has no layout {layout!r}; it has {', '.join(variant.layouts)}")
     plain = variant.card.replace(num_classes=card.num_classes, input_size=card.input_size, head=card.head)
-    shapes = _network_shapes(variant.module, _with_columns(plain, card.columns, path).to_json())
+    plain = _with_columns(plain, card.columns, path).replace(mean=card.mean, std=card.std)
+    shapes = _network_shapes(variant.module, plain.to_json())
     flat = {leaf: np.asarray(value) for leaf, value in trees.flatten(variables).items()}
     found = {leaf: value.shape for leaf, value in flat.items()}
     problems = {
@@ -197,10 +247,8 @@ def _make(module: Any, card: Card, head_init: str) -> Any:
 
 
 def example_input(card: Card) -> jax.Array:
-    """One example of zeros as the network of a card takes it: [1, H, W, 3], or [1, columns]."""
-    if card.input == "table":
-        return jnp.zeros((1, len(card.columns)))
-    return jnp.zeros((1, *sides(card.input_size), 3))
+    """One example of zeros as the network of a card takes it: [1, H, W, C], or [1, columns]."""
+    return jnp.zeros((1, *card.shape))
 
 
 def _shapes(model: Any, card: Card) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
@@ -245,8 +293,8 @@ def _detect(name: str, path: Any, tensors: Tensors) -> str:
 
 def _resample(
     table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, model: Any, made_for: Any
-) -> Tensors:
-    """The file's position embedding on the model's grid, under the file's key; {} where it needs no resampling.
+) -> Changed:
+    """The file's position embedding on the model's grid; {} where it needs no resampling.
 
     made_for: the image size on the card of the file.
     """
@@ -258,7 +306,29 @@ def _resample(
         if tables.canonical(table, key) == source and (old := transform.load(x)) is not (
             new := model.resampled(old, made_for)
         ):
-            (found[key],) = transform.export(new)
+            (tensor,) = transform.export(new)
+            found[key] = tensor, f"resampled from {x.shape[-2]} to {new.shape[1]} tokens"
+    return found
+
+
+def _adapt_stem(
+    table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, model: Any, made_for: Card
+) -> Changed:
+    """The file's kernels of three channels for as many as the model has.
+
+    These are the kernels whose shapes differ between the model and one for `made_for`, the card of the file.
+    """
+    size = getattr(model, "image_size", made_for.input_size)
+    there, found = _shapes(model, made_for.replace(input_size=size))[0], {}
+    keys = {tables.canonical(table, key): key for key in tensors}
+    for leaf in (leaf for leaf, shape in shapes.items() if len(shape) == 4 and shape != there[leaf]):
+        sources, transform = tables.sources_of(table, leaf)
+        (key,) = (keys.get(source) for source in sources)
+        if key and (kernel := transform.load(tensors[key])).shape[2] == 3:
+            kernel, channels = kernel.astype(np.float32), shapes[leaf][2]
+            repeated = np.tile(kernel, (1, 1, -(-channels // 3), 1))[:, :, :channels] * np.float32(3 / channels)
+            (tensor,) = transform.export(kernel.sum(2, keepdims=True) if channels == 1 else repeated)
+            found[key] = tensor, f"resampled from 3 to {channels} channels"
     return found
 
 
@@ -274,7 +344,10 @@ def _message(name: str, path: Any, layout: str, tensors: Tensors, problems: Mapp
         hint = "; the file has no head: give num_classes for a new one, or 0 for none"
     else:
         grid = not others and kind == "wrong shapes" and len(texts) == 1 and "pos" in texts[0]
-        hint = ("; give image_size to resample the position embedding" if grid else "") + _looks_like(tensors)
+        hint = "; give image_size to resample the position embedding" if grid else ""
+        if stem := re.search(r"is \((\d+), (\d+), (.+)\), expected \(\1, \d+, \3\)$", "" if others else texts[0]):
+            hint = f"; for images of {stem[2]} channels give channels={stem[2]} (in a config: model.channels)"
+        hint += _looks_like(tensors)
     return f"{path} does not fit {name} (best layout: {layout}): {tables.listing(problems)}{hint}"
 
 
@@ -301,14 +374,22 @@ def candidates(tensors: Tensors) -> list[tuple[str, str]]:
 
 
 def inspect(path: str | pathlib.Path) -> str:
-    """A table of a weight file's keys, the models and layouts it fits, and its card."""
-    tensors, metadata = formats.read(hub.resolve(path))
+    """A table of a weight file's keys, the models and layouts it fits, and its card; "timm:" gives the known names."""
+    if path == published.PREFIX:
+        return published.listing()
+    row, file = published.find(path), hub.resolve(path)
+    tensors, metadata = formats.read(file)
     width = max(map(len, tensors))
     lines = [f"{key:<{width}}  {value.dtype!s:<8}  {list(value.shape)}" for key, value in tensors.items()]
     lines += [f"{len(tensors)} tensors, {sum(value.size for value in tensors.values()):,} numbers"]
+    if row:
+        card = row.card(models.get(row.model).card).replace(source=row.source(file), sha256=formats.sha256(file))
+        return "\n".join([*lines, f"card {card.to_json()}"])
     if CARD_KEY in metadata:
         return "\n".join([*lines, f"card {metadata[CARD_KEY]}"])
     for name, layout in (fits := candidates(tensors)):
         card = models.get(name).card
-        lines.append(f"fits {name} (layout {layout}): {card.input_size} px with mean {card.mean}, std {card.std}")
+        lines.append(
+            f"fits {name} (layout {layout}): {size_text(card.input_size)} px with mean {card.mean}, std {card.std}"
+        )
     return "\n".join([*lines, "no card" if fits else "fits no known model; no card"])
