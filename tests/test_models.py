@@ -10,6 +10,7 @@ import pytest
 
 from tl_jax import models
 from tl_jax.core import trees
+from tl_jax.core.card import sides
 from tl_jax.models.layers import DropPath, drop_path_rates, max_pool
 from tl_jax.models.resnet import ResNet
 from tl_jax.models.vit import ViT
@@ -108,7 +109,7 @@ ONE_NOW = pytest.mark.parametrize(
 
 
 def images(size=24, batch=4, seed=0):
-    return np.random.default_rng(seed).standard_normal((batch, size, size, 3)).astype(np.float32)
+    return np.random.default_rng(seed).standard_normal((batch, *sides(size), 3)).astype(np.float32)
 
 
 def random_variables(model, size=24, seed=0):

@@ -118,7 +118,7 @@ def _lite_variants() -> dict[str, Variant]:
     layouts = {key: table for key, table in _layouts(stages).items() if key != "torchvision"}
     variants = {card.model: Variant(module, card, layouts, {})}
     port = card.replace(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
-    layouts |= {"port": mobile.make_layout(stages, names, _port_block)}
+    layouts = {**layouts, "port": mobile.make_layout(stages, names, _port_block)}
     tf = card.replace(model=f"tf_{card.model}", **HALF)
     return variants | with_flavours(functools.partial(module, **TF), tf, layouts, {"port": ("port", {}, port)})
 
