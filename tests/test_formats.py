@@ -132,7 +132,7 @@ def test_npz_of_objects_is_refused_and_executes_nothing(tmp_path):
         ("w.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("w.safetensors", b"<!DOCTYPE html><html>", "web page"),
         ("w.bin", b"garbage in here", "no known format"),
-        ("w.h5", b"\x89HDF\r\n\x1a\n", "no known format"),
+        ("w.h5", b"\x89HDX\r\n\x1a\n", "no known format"),
     ],
 )
 def test_what_is_no_weight_file_is_called_what_it_is(tmp_path, name, contents, message):

@@ -273,19 +273,37 @@ def keras_forward(torch, layers, pixels):
     return np.moveaxis(maps.numpy(), 1, -1), x.numpy()
 
 
-@pytest.mark.parametrize("spelling", ["{0}/{0}/{1}:0", "model_weights/{0}/{0}/{1}:0", "{0}/{1}:0", "{0}/{0}_{2}_1:0"])
-def test_keras_vgg_gives_the_logits_of_its_equations(spelling, reference, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("spelling", "top"),
+    [
+        ("{0}/{0}_{2}_1:0", True),
+        ("{0}/{0}/{1}:0", False),
+        ("model_weights/{0}/{0}/{1}", True),
+        ("model_weights/vgg16/{0}/{1}:0", False),
+        ("by class", True),
+    ],
+    ids=["keras1", "keras2", "keras3", "inside", "by_class"],
+)
+def test_keras_vgg_gives_the_logits_of_its_equations(spelling, top, reference, tmp_path, monkeypatch):
+    h5py = pytest.importorskip("h5py")
     name, arrays = add_vgg(monkeypatch), keras_file(np.random.default_rng(0))
     for old, depths in {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}.items():
         assert models.get(old).module.keywords["depths"] == depths and models.get(f"{old}.keras").card.mean[0] > 0.48
-    leaves = (("kernel", "W"), ("bias", "b"))
-    keys = {(x, leaf): spelling.format(x, leaf, old) for x in arrays for leaf, old in leaves}
-    tensors = {
-        keys[x, leaf]: array for x, pair in arrays.items() for (leaf, _), array in zip(leaves, pair, strict=True)
+    kept = {layer: pair for layer, pair in arrays.items() if top or "conv" in layer}
+    convs, dense = [x for x in arrays if "conv" in x], ["fc1", "fc2", "predictions"]
+    kinds = {
+        x: f"{kind}{f'_{i}' * (i > 0)}" for kind, xs in (("conv2d", convs), ("dense", dense)) for i, x in enumerate(xs)
     }
-    np.savez(tmp_path / "w.npz", **tensors)
-    loaded = load.load(name, tmp_path / "w.npz")
-    assert (loaded.layout, loaded.card.model) == ("keras", "small_vgg.keras")
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        for layer, pair in kept.items():
+            for i, (leaf, old) in enumerate((("kernel", "W"), ("bias", "b"))):
+                path = spelling.format(layer, leaf, old)
+                file[path if spelling != "by class" else f"layers/{kinds[layer]}/vars/{i}"] = pair[i]
+        file["optimizer_weights/Adam/iterations:0"], file["model_weights/input_1/no"] = 3, np.zeros(0)
+        del file["model_weights/input_1/no"]  # layers without weights are there, empty
+    loaded = load.load(name, tmp_path / "w.h5", None if top else 0)
+    flavour = "keras" if top else "keras_notop"
+    assert (loaded.layout, loaded.card.model) == (flavour, f"small_vgg.{flavour}")
     pixels = np.random.default_rng(1).integers(0, 256, (2, 224, 224, 3))
     x = (np.float32(pixels) / np.float32(loaded.card.scale) - np.float32(loaded.card.mean)) / np.float32(
         loaded.card.std
@@ -293,11 +311,16 @@ def test_keras_vgg_gives_the_logits_of_its_equations(spelling, reference, tmp_pa
     logits, out = jax.jit(loaded.model.apply)(loaded.variables, x)
     maps, expected = keras_forward(reference.torch, arrays, pixels)
     close(out["stage5"], maps)
-    close(logits, expected)
-    load.export(loaded.variables, name, tmp_path / "out.safetensors", card=loaded.card, layout="keras")
-    back, _ = formats.read(tmp_path / "out.safetensors")
-    for (x, leaf), key in keys.items():
-        np.testing.assert_array_equal(back[f"{x}/{x}/{leaf}:0"], tensors[key])
+    close(logits, expected if top else maps.mean((1, 2)))
+    load.export(loaded.variables, name, tmp_path / "out.h5", card=loaded.card)
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert list(file.attrs["layer_names"]) == [layer.encode() for layer in kept]
+        for layer, pair in kept.items():
+            names = file[layer].attrs["weight_names"]
+            assert list(names) == [f"{layer}/{leaf}:0".encode() for leaf in ("kernel", "bias")]
+            for path, array in zip(names, pair, strict=True):
+                np.testing.assert_array_equal(file[layer][path], array)
+    assert load.load("", tmp_path / "out.h5").card == loaded.card
     load.export(loaded.variables, name, tmp_path / "timm.safetensors", card=loaded.card)
     assert load.load(name, tmp_path / "timm.safetensors").card == loaded.card
 

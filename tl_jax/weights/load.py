@@ -169,7 +169,8 @@ def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Var
     if card and card.model not in (name, *variant.flavours.values()):
         raise ValueError(f"{path} holds weights of {card.model!r} according to its card, asked for was {name!r}")
     variant = models.get(card.model if card else variant.flavours.get(layout, name))
-    own = row.card(variant.card) if row else variant.card
+    pixels = tables.pixels_of(variant.layouts[layout], tensors)
+    own = (row.card(variant.card) if row else variant.card).replace(**pixels)
     source = row.source(file) if row else str(path)
     return tensors, layout, variant, card or own.replace(source=source, sha256=sha256), sha256
 
@@ -214,17 +215,25 @@ def export(
 ) -> None:
     """Writes variables as safetensors with the names of `layout` (timm's by default) and the card in the metadata.
 
-    timm and torchvision load the file with their strict `load_state_dict`; a head with layers lies under this package's
-    names, which they do not know. Raises one ValueError for a card of another model, and for missing, surplus,
-    misshapen or non-finite leaves, and negative variances.
+    timm and torchvision load the file with their strict `load_state_dict`. A path that ends in .h5 gives a file of
+    Keras, with the card too, which `load_weights` reads into the same network of keras.applications. A head with layers
+    lies under this package's names, which none of them knows. Raises one ValueError for a card of another model, and
+    for missing, surplus, misshapen or non-finite leaves, and negative variances.
     """
     variant = models.get(name)
     if card.model not in (name, *variant.flavours.values()):
         raise ValueError(f"the card belongs to {card.model!r}, not to {name!r}: pass the one the weights came with")
     variant = models.get(card.model)  # the flavour, whose leaves may be others
-    layout = layout or next(iter(variant.layouts))
+    keras = pathlib.Path(path).suffix.lower() in formats.KERAS
+    own = [name for name in variant.layouts if name.startswith("keras")] or ["keras"]
+    layout = layout or (own[-1] if keras else next(iter(variant.layouts)))
     if layout not in variant.layouts:
         raise ValueError(f"{name} has no layout {layout!r}; it has {', '.join(variant.layouts)}")
+    if keras and not layout.startswith("keras"):
+        raise ValueError(f"{path} would be a file of Keras, and the layout is {layout!r}: give another name or layout")
+    if layout.startswith("keras") and layout in variant.flavours:
+        own = f"Keras' network is {variant.flavours[layout]}, which computes or preprocesses differently"
+        raise ValueError(f"{path} cannot be a file of Keras for {card.model}: {own}; give another layout")
     plain = variant.card.replace(num_classes=card.num_classes, input_size=card.input_size, head=card.head)
     plain = other_inputs.with_columns(plain, card.columns, path).replace(mean=card.mean, std=card.std)
     shapes = _network_shapes(variant.module, plain.to_json())
@@ -239,11 +248,14 @@ def export(
     }
     if any(problems.values()):
         raise ValueError(f"cannot export these variables as {name}: {tables.listing(problems)}")
-    tensors, table = {}, tables.for_head(variant.layouts[layout], card.head)
+    table = tables.for_head(variant.layouts[layout], card.head)
+    tensors = dict(table.pixels.export(card.mean, card.std))
     for leaf, value in flat.items():
         keys, transform = tables.sources_of(table, leaf)
         tensors |= zip(keys, transform.export(value.astype(np.float32)), strict=True)
-    formats.write_safetensors(path, tensors, {CARD_KEY: card.to_json()})
+    place = {module: i for i, module in enumerate(table.modules)}
+    ordered = sorted(tensors, key=lambda key: place.get(tables.module_of(key), len(place)))
+    formats.write(path, {key: tensors[key] for key in ordered}, {CARD_KEY: card.to_json()})
 
 
 def _random(model: Any, card: Card, seed: int) -> Loaded:

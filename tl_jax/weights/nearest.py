@@ -119,12 +119,12 @@ def describe(tensors: Tensors, shapes_of: Callable[[str], tables.Shapes]) -> lis
     found, lines = nearest(tensors, shapes_of), []
     for each in found:
         text = f"{each.name} (layout {each.layout})" + (f" behind the prefix {each.prefix!r}" if each.prefix else "")
-        card, head = models.get(each.model).card, f"head {', '.join(each.head)}" if each.head else "no head"
+        variant, head = models.get(each.model), f"head {', '.join(each.head)}" if each.head else "no head"
         flavour = f", loaded as {each.model}" if each.model != each.name else ""
         if not each.differs:
-            lines.append(
-                f"fits {text}{flavour}: {size_text(card.input_size)} px with mean {card.mean}, std {card.std}; {head}"
-            )
+            card = variant.card.replace(**tables.pixels_of(variant.layouts[each.layout], tensors))
+            pixels = f"{size_text(card.input_size)} px with mean {card.mean}, std {card.std}"
+            lines.append(f"fits {text}{flavour}: {pixels}; {head}")
             continue
         load = f"; partial={each.parts} loads it" if 0 < len(each.parts) <= SHOWN else ""
         differs = f"{each.fits} of {each.total} keys fit; {tables.listing(each.differs)}{load}; {head}"
