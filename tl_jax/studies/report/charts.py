@@ -138,8 +138,10 @@ def _line(axis, name, order, line, bars=False):
         axis.plot(*numbers["circle"], "o", color=INK, markersize=12, fillstyle="none")
 
 
-def pareto(path, points: Sequence[dict], best: Sequence[int], label: str, *, order: Sequence[str], legend=""):
-    """Score against trainable parameters (log); the points of the Pareto set `best` are joined and named.
+def pareto(
+    path, points: Sequence[dict], best: Sequence[int], labels: tuple[str, str], *, order: Sequence[str], legend=""
+):
+    """Score against a cost (log); the points of the Pareto set `best` are joined and named. labels: of x and y.
 
     A point is {"x", "mean", "low", "high", "name", "group"}; those of a group share a colour. x may be 0.
     """
@@ -170,7 +172,7 @@ def pareto(path, points: Sequence[dict], best: Sequence[int], label: str, *, ord
         if len(positive) < len(points):
             axis.axvspan(at_zero / 1.6, at_zero * 1.6, color="#F2F2F2", zorder=0)
             axis.text(at_zero, 0.02, "0", transform=axis.get_xaxis_transform(), ha="center", color=GREY)
-        axis.set(xlabel="trainable parameters", ylabel=label)
+        axis.set(xlabel=labels[0], ylabel=labels[1])
         axis.margins(x=0.12, y=0.12)
         axis.grid(True)
         if several:
