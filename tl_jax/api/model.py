@@ -81,16 +81,17 @@ def load(
     num_classes: int | None = None,
     image_size: int | tuple[int, int] = 0,
     seed: int = 0,
+    partial: Sequence[str] = (),
 ) -> Model:
     """Loads a weight file of any known layout into the named model; without a file its weights are random.
 
     name "" takes the model that the file's card names. weights: a file, the folder of a finished run, "builtin:NAME" or
     "hf://owner/name[/file]@revision". num_classes: of a new head; 0 loads a file that has none. image_size: a
-    side or (height, width), resamples position embeddings. Raises one ValueError that lists every tensor that does not
-    fit.
+    side or (height, width), resamples position embeddings. partial: regexes of what the file may lack, such as
+    ("stage4/.*",); that is random, from `seed`. Raises one ValueError that lists every tensor that does not fit.
     """
     weights = os.fspath(weights)
-    loaded = pretrained.load(name, weights, num_classes, image_size=image_size or None, seed=seed)
+    loaded = pretrained.load(name, weights, num_classes, image_size=image_size or None, seed=seed, partial=partial)
     return Model(name or loaded.card.model, weights, loaded.model, loaded.variables, loaded.card, image_size)
 
 

@@ -7,7 +7,7 @@ import re
 from typing import Any, NamedTuple
 
 from tl_jax.core import checks
-from tl_jax.core.checks import FLAG, NAMED, RULES, TABLE, TEXT, TEXTS, integer, number, one_of, sequence
+from tl_jax.core.checks import FLAG, NAMED, REGEXES, RULES, TABLE, TEXT, TEXTS, integer, number, one_of, sequence
 
 
 class Option(NamedTuple):
@@ -103,6 +103,8 @@ _ROWS = (
     _option("model.weights", "", TEXT, "file, builtin:NAME or hf://owner/name[/file]@revision; \"\": random numbers"),
     _option("model.weights_sha256", "", HASH, "what the bytes of that file must have; \"\": any, and config.json "
             "keeps what they had", numbers=False),
+    _option("model.partial", (), REGEXES, "what that file may lack, and begins from random numbers: regexes of whole "
+            "paths of the backbone, stage4/.*"),
     _option("model.image_size", 0, PIXELS, "pixels; 0: the size on the weight card"),
     _option("model.keep_head", False, FLAG, "go on with the file's classifier, for the same classes; else a new head"),
     _option("model.reinit", (), TEXTS, "blocks that start from random numbers all the same: stage3, block11, ..."),

@@ -164,6 +164,12 @@ def coverage(layout: Layout, leaves: Iterable[str], tensors: Mapping[str, np.nda
     return sum(canonical(layout, key) in wanted for key in tensors)
 
 
+def lacking(layout: Layout, leaves: Iterable[str], tensors: Mapping[str, np.ndarray]) -> set[str]:
+    """The leaves of which a file has nothing; those that have no key in the layout are no such."""
+    found = {canonical(layout, key) for key in tensors}
+    return {leaf for leaf in leaves if (keys := sources_of(layout, leaf)[0]) and found.isdisjoint(keys)}
+
+
 def shapes_match(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether every leaf is there in the right shape, and no further key but those of the head and the ignored ones."""
     found = {canonical(layout, key): value.shape for key, value in tensors.items()}

@@ -27,6 +27,8 @@ from tl_jax.training.phases import Material, Phase, check_prefixes, make_phase
 from tl_jax.training.settings import Settings, naming, read
 from tl_jax.weights import hub, load, sanity
 
+_ABOUT_MODEL = ("name", "weights", "partial", "image_size", "reinit", "head", "head_init")
+
 
 class Run(NamedTuple):
     """Everything that one run is made of.
@@ -74,7 +76,7 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
     train = data[MAIN]
     with naming(table, "task", "data.source"):
         spec = tasks.fit_spec(settings.loop.task, train.labels, train.class_names)
-    with naming(table, *(f"model.{name}" for name in ("name", "weights", "image_size", "reinit", "head", "head_init"))):
+    with naming(table, *(f"model.{name}" for name in _ABOUT_MODEL)):
         loaded = load_model(settings, tasks.make(spec).outputs, train.class_names, train.columns)
     with naming(table, "model.name", "data.source", "data.card"):
         card = _finish_card(settings, loaded.card.replace(sha256=loaded.sha256), spec, train)
@@ -137,7 +139,11 @@ def check_hashes(settings: Settings) -> None:
 
 def _examine(variables: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
     """What `sanity.examine` finds in the leaves of a network that a file gave; {} where none did."""
-    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(variables).items() if origins.get(path) != "new"}
+    flat = {
+        path: np.asarray(leaf)
+        for path, leaf in trees.flatten(variables).items()
+        if origins.get(path) not in load.RANDOM
+    }
     return sanity.examine(flat) if flat else {}
 
 
@@ -148,7 +154,8 @@ def load_model(
     model = settings.model
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
     arguments |= {"head": model.head, "columns": tuple(columns)}
-    loaded = load.load(model.name, model.weights, None if model.keep_head else outputs, **arguments)
+    classes = None if model.keep_head else outputs
+    loaded = load.load(model.name, model.weights, classes, partial=model.partial, **arguments)
     known = loaded.card.class_names or class_names
     if model.keep_head and (loaded.card.num_classes != outputs or tuple(known) != tuple(class_names)):
         raise ValueError(
@@ -227,7 +234,9 @@ def _make_start(
         _, found = still.apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)
         return trees.flatten(found.get("batch_stats", {}))
 
-    source_head = functools.partial(load.source_head, settings.model.name, settings.model.weights)
+    source_head = functools.partial(
+        load.source_head, settings.model.name, settings.model.weights, settings.model.partial
+    )
     facts = {name: StreamFacts(len(data[name]), data[name].num_domains) for name in (MAIN, *settings.streams)}
     key = jax.random.key(settings.loop.seed)
     return Start(variables, None, task, model, facts, shapes, None, apply, batch_statistics, source_head, key)

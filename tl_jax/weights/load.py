@@ -2,7 +2,9 @@
 
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,8 @@ from tl_jax.weights import formats, hub
 
 CARD_KEY = "tl_jax.card"
 HEAD = ("params/head/", "batch_stats/head/")
+RANDOM = ("new", "missing")  # origins of leaves that no file gave: wanted so, and those that a partial file lacks
+LAYER = ("kernel", "bias", "scale", "mean", "var")  # the leaves that make a layer together
 POS_EMBED = "params/backbone/stem/pos_embed"
 Tensors = Mapping[str, np.ndarray]  # of a file, by its keys
 
@@ -29,7 +33,7 @@ class Loaded(NamedTuple):
     model: Any
     variables: dict[str, Any]
     card: Card
-    origins: dict[str, str]  # {"params/backbone/...": source keys, or "new"} for every leaf of the variables
+    origins: dict[str, str]  # {"params/backbone/...": source keys, or one of RANDOM} for every leaf of the variables
     layout: str  # the conversion table that fitted; "" for a random initialisation
     dropped: tuple[str, ...]  # keys of the file's classifier which a new head (or none) replaced
     sha256: str  # of the file that was read, whatever its card says; "" for a random initialisation
@@ -45,6 +49,7 @@ def load(
     seed: int = 0,
     head: Layers = (),
     columns: Sequence[str] = (),
+    partial: Sequence[str] = (),
 ) -> Loaded:
     """Loads a weight file of any known layout into the named model, or initialises it at random where there is none.
 
@@ -53,7 +58,7 @@ def load(
     keeps the file's head, an integer makes a new one from `seed` with the layers `head` before the last dense one
     (`head_init`, a name of HEAD_INIT, is of the last), 0 makes none. `image_size`, a side or (height, width),
     rebuilds a model with position embeddings for another input, resampling them. `columns`: of a table, in the order
-    in which the network reads them.
+    in which the network reads them. `partial`: regexes of paths in the backbone that a file may lack, see docs.
     A file whose publisher computes or preprocesses differently gives the model's flavour (`card.model` names it).
     Raises ValueError for a file whose bytes have another hash than its name says, and one that lists every unused key,
     unfilled leaf, wrong shape, non-finite value and negative variance.
@@ -61,15 +66,15 @@ def load(
     if head_init not in HEAD_INIT:
         raise ValueError(f"head_init={messages.brief(head_init)} is unknown; known: {', '.join(HEAD_INIT)}")
     head = heads.check(head)
+    if partial and not path:
+        raise ValueError(f"partial={tuple(partial)} is about a weight file, and there is none: leave it out")
     if image_size:
         image_size = sides(image_size)[0] if len(set(sides(image_size))) == 1 else sides(image_size)
     if not path:
         card = _with_columns(models.get(name).card, columns, path)
         classes = card.num_classes if num_classes is None else num_classes
         card = card.replace(num_classes=classes, input_size=image_size or card.input_size, head=head if classes else ())
-        model = _make(models.get(name).module, card, head_init)
-        variables = jax.jit(lambda key: model.init(key, example_input(card)))(jax.random.key(seed))
-        return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
+        return _random(_make(models.get(name).module, card, head_init), card, seed)
     tensors, layout, variant, card, sha256 = _read(name, path)
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
@@ -82,15 +87,64 @@ def load(
     shapes, features = _shapes(model, card)
     resampled = _resample(table, shapes, kept, model, made_for) if image_size else {}
     wanted = {leaf: shape for leaf, shape in shapes.items() if num_classes is None or not leaf.startswith(HEAD)}
-    flat, origins, problems = tables.fill(table, wanted, {**kept, **resampled})
+    flat, origins, problems, lacking = _fill(table, wanted, {**kept, **resampled}, partial)
     if problems:
-        raise ValueError(_message(name or card.model, path, layout, tensors, problems))
-    if num_classes:
+        raise ValueError(_message(name or card.model, path, layout, tensors, problems, cover(lacking, wanted)))
+    if "missing" in origins.values():  # with the head
+        flat = {**trees.flatten(_random(model, card, seed).variables), **flat}
+    elif num_classes:
         flat |= _new_head(model, features, seed)
     for key in resampled:
         origins[POS_EMBED] += f" (resampled from {tensors[key].shape[-2]} to {shapes[POS_EMBED][1]} tokens)"
     variables = trees.unflatten(jax.device_put({leaf: flat[leaf] for leaf in shapes}))
     return Loaded(model, variables, card, {x: origins.get(x, "new") for x in shapes}, layout, tuple(dropped), sha256)
+
+
+def _fill(table: tables.Layout, wanted: tables.Shapes, tensors: Tensors, partial: Sequence[str]):
+    """`tables.fill` but for what `partial` excuses, which has no value and the origin "missing"; and all that lacks."""
+    lacking = tables.lacking(table, wanted, tensors)
+    missing, wrong = _excuse(partial, wanted, lacking)
+    needed = {leaf: shape for leaf, shape in wanted.items() if leaf not in missing}
+    flat, origins, problems = tables.fill(table, needed, tensors)
+    return flat, origins | dict.fromkeys(missing, "missing"), wrong | problems, lacking
+
+
+def _excuse(
+    partial: Sequence[str], leaves: Iterable[str], lacking: Collection[str]
+) -> tuple[set[str], dict[str, list[str]]]:
+    """The `lacking` leaves that the regexes allow a file to lack, and what is wrong with the regexes, by kind."""
+    paths = {leaf: leaf.split("/", 2)[2] for leaf in leaves if not leaf.startswith(HEAD)}
+    matched = {regex: {leaf for leaf, path in paths.items() if re.fullmatch(regex, path)} for regex in partial}
+    every = set().union(*matched.values())
+    excused, layers, half = every & set(lacking), defaultdict(set), {}
+    for leaf, path in paths.items():
+        layer, _, name = path.rpartition("/")
+        if name in LAYER:
+            layers[layer].add(leaf)
+    for layer, its in layers.items():
+        if its & excused and not (its <= every or its <= set(lacking)):
+            names = [sorted(x.rpartition("/")[2] for x in each) for each in (its - set(lacking), its & set(lacking))]
+            half[layer] = "{}: the file has {} and lacks {}".format(layer, *map(", ".join, names))
+    folders = {f"{path.rsplit('/', i)[0]}/.*" for path in paths.values() for i in range(1, path.count("/") + 1)}
+    wrong = {
+        "regexes of partial that match nothing in the backbone": [
+            f"{regex!r}{trees.why_dead(regex, [*paths.values(), *folders])}"
+            for regex, found in matched.items()
+            if not found
+        ],
+        "regexes of partial for what the file has": [
+            repr(regex) for regex, found in matched.items() if found and not found & excused
+        ],
+        "layers that the file half fills, of which partial must match all leaves": list(half.values()),
+    }
+    return excused, {kind: texts for kind, texts in wrong.items() if texts}
+
+
+def cover(leaves: Collection[str], among: Iterable[str]) -> tuple[str, ...]:
+    """The `partial` that excuses these leaves of a network's backbone and no other of `among`."""
+    paths = {leaf: leaf.split("/", 2)[2] for leaf in among if not leaf.startswith(HEAD)}
+    short = [[path for leaf, path in paths.items() if (leaf in leaves) == wanted] for wanted in (True, False)]
+    return tuple(trees.cover(*short))
 
 
 def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Variant, Card, str]:
@@ -144,14 +198,14 @@ def _with_columns(card: Card, columns: Sequence[str], path: Any) -> Card:
     return card.replace(columns=columns, mean=(0.0,) * len(columns), std=(1.0,) * len(columns))
 
 
-def source_head(name: str, path: str | pathlib.Path) -> dict[str, jax.Array] | None:
+def source_head(name: str, path: str | pathlib.Path, partial: Sequence[str] = ()) -> dict[str, jax.Array] | None:
     """A weight file's classifier {"kernel" [D, K], "bias" [K]} on pre_logits; None: it has none, or further layers."""
     if not path:
         return None
     tensors, layout, variant, card, _ = _read(name, path)
     if card.head or not any(tables.is_head(variant.layouts[layout], key) for key in tensors):
         return None
-    return load(name, path).variables["params"]["head"]
+    return load(name, path, partial=partial).variables["params"]["head"]
 
 
 def export(
@@ -188,6 +242,11 @@ def export(
         keys, transform = tables.sources_of(table, leaf)
         tensors |= zip(keys, transform.export(value.astype(np.float32)), strict=True)
     formats.write_safetensors(path, tensors, {CARD_KEY: card.to_json()})
+
+
+def _random(model: Any, card: Card, seed: int) -> Loaded:
+    variables = jax.jit(lambda key: model.init(key, example_input(card)))(jax.random.key(seed))
+    return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
 
 
 def _make(module: Any, card: Card, head_init: str) -> Any:
@@ -268,13 +327,15 @@ def _new_head(model: Any, features: tuple[int, ...], seed: int) -> dict[str, jax
     return {leaf: x for leaf, x in trees.flatten(init(jax.random.key(seed))).items() if leaf.startswith(HEAD)}
 
 
-def _message(name: str, path: Any, layout: str, tensors: Tensors, problems: Mapping[str, Any]) -> str:
+def _message(name: str, path: Any, layout: str, tensors: Tensors, problems: Mapping[str, Any], parts: tuple) -> str:
     (kind, texts), *others = problems.items()
     if not others and kind == "unfilled leaves" and all(text.startswith(HEAD) for text in texts):
         hint = "; the file has no head: give num_classes for a new one, or 0 for none"
     else:
         grid = not others and kind == "wrong shapes" and len(texts) == 1 and "pos" in texts[0]
         hint = ("; give image_size to resample the position embedding" if grid else "") + _looks_like(tensors)
+        if not hint and parts and not others and kind == "unfilled leaves":
+            hint = f"; if it is known to lack them: partial={parts}"
     return f"{path} does not fit {name} (best layout: {layout}): {tables.listing(problems)}{hint}"
 
 
