@@ -35,7 +35,7 @@ def get_study(arg: str = "") -> Study:
     """The argument is root=FOLDER of prepare.py, weights=FOLDER, ask=count or platelets, way=NAME, stage=prepare."""
     given = dict(item.partition("=")[::2] for item in arg.split(",") if item)
     root, weights = given.pop("root", "smears"), given.pop("weights", "../shared/weights")
-    ask, way, stage = given.pop("ask", "count"), given.pop("way", "squeeze"), given.pop("stage", "")
+    ask, way, stage = given.pop("ask", "count"), given.pop("way", "pad"), given.pop("stage", "")
     if ask not in ASKED or way not in WAYS or stage not in ("", "prepare"):
         known = f"ask={' or '.join(ASKED)}, way={', '.join(WAYS)}, stage=prepare or none"
         raise ValueError(f"ask={ask!r}, way={way!r}, stage={stage!r}: expected {known}")

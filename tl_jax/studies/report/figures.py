@@ -161,14 +161,16 @@ def _means_along(results: Results, metric: str, along: str, place: Mapping, cell
 def costs(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     """The score against what its training costs, a figure for each cost that is the same on every machine."""
     metric, factor, rows = results.metrics[0], _colour_factor(results), analysis.costs(results)
+    others = [other for other in results.factors if other != factor]
     for name, column, x_label in (("parameters", "trainable_parameters", "trainable parameters"),
                                   ("training", "flops", "FLOPs of the training")):  # fmt: skip
         points = []
         for row in rows:
             mean, x = numbers[metric]["means"][row["cell"]], row[column]
             if mean["n"] and x is not None:
-                group = results.level(row["cell"], factor) if factor else ""
-                points.append({**mean, "x": x, "name": results.title(row["cell"], without=[factor]), "group": group})
+                cell, group = row["cell"], results.level(row["cell"], factor) if factor else ""
+                title = results.title(cell, [factor]) if len(others) > 1 else results.level(cell, others[0])
+                points.append({**mean, "x": x, "name": title, "group": group})
         if len({point["x"] for point in points}) < 2:
             continue
         scores = [tasks.direction(metric) * point["mean"] for point in points]
