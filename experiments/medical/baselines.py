@@ -71,30 +71,51 @@ def baselines(folder: pathlib.Path, ask: str) -> dict[str, tasks.Predictions]:
     return found
 
 
+def above_zero(predictions: tasks.Predictions) -> tasks.Predictions:
+    """Those of the photos whose label is not 0."""
+    kept = np.asarray(predictions.labels).reshape(len(predictions.labels), -1)[:, 0] > 0
+    outputs = {name: values[kept] for name, values in predictions.outputs.items()}
+    return predictions._replace(
+        outputs=outputs, labels=predictions.labels[kept], ids=predictions.ids[kept], features=None
+    )
+
+
 def report(folder: pathlib.Path, ask: str, workdir: pathlib.Path | None) -> None:
-    metrics, known = ASKED[ask][2], baselines(folder, ask)
-    print(f"\n{ask}: test photos, 95 % interval over photos\n\n| | {' | '.join(metrics)} |")
-    print(f"| --- |{' --- |' * len(metrics)}")
-    for title, predictions in known.items():
+    """Prints errors and differences; of counts also without the photos of 0, which nobody has counted."""
+    known, cells = baselines(folder, ask), {}
+    if workdir is not None:
+        found = results.load(workdir)
+        for cell, units in found.grid.items():
+            folders = [run.folder for run in units.values() if run.state == "done"]
+            if folders:
+                cells[", ".join(cell)] = [tasks.load_predictions(path / "predictions.npz") for path in folders]
+    tables = {"all": lambda predictions: predictions} | ({"count > 0": above_zero} if ask == "count" else {})
+    for title, chosen in tables.items():
+        compare(ask, title, {name: chosen(x) for name, x in known.items()},
+                {name: list(map(chosen, runs)) for name, runs in cells.items()})  # fmt: skip
+
+
+def compare(ask: str, title: str, known: dict, cells: dict[str, list]) -> None:
+    metrics, (*_, reference) = ASKED[ask][2], known.values()
+    print(f"\n{ask}, {len(reference.labels)} test photos ({title}), 95 % interval over photos\n")
+    print(f"| | {' | '.join(metrics)} |\n| --- |{' --- |' * len(metrics)}")
+    for name, predictions in known.items():
         summary = tasks.summarize(predictions)
-        print(f"| {title} | {' | '.join(shown(summary[metric]) for metric in metrics)} |")
-    if workdir is None:
-        return
-    found, (*_, reference) = results.load(workdir), known.values()
-    print(f"\n| minus colour histograms, mean of the seeds, their widest interval | {' | '.join(metrics)} |")
-    print(f"| --- |{' --- |' * len(metrics)}")
-    for cell, units in found.grid.items():
-        folders = [run.folder for run in units.values() if run.state == "done"]
-        runs = [tasks.load_predictions(path / "predictions.npz") for path in folders]
-        texts = [difference([tasks.paired_difference(run, reference, metric=metric) for run in runs])
-                 for metric in metrics]  # fmt: skip
-        print(f"| {found.title(cell)} | {' | '.join(texts)} |")
+        print(f"| {name} | {' | '.join(shown(summary[metric]) for metric in metrics)} |")
+    for name, runs in cells.items():
+        summaries = [tasks.summarize(run) for run in runs]
+        texts = [over_seeds([summary[metric] for summary in summaries]) for metric in metrics]
+        print(f"| {name} | {' | '.join(texts)} |")
+    print(f"\n| minus colour histograms | {' | '.join(metrics)} |\n| --- |{' --- |' * len(metrics)}")
+    for name, runs in cells.items():
+        rows = {metric: [tasks.paired_difference(run, reference, metric=metric) for run in runs] for metric in metrics}
+        print(f"| {name} | {' | '.join(over_seeds(rows[metric], '+') for metric in metrics)} |")
 
 
-def difference(rows: list[dict]) -> str:
-    values = {name: [row[name] for row in rows] for name in ("value", "low", "high")}
-    widest = {"low": min(values["low"], default=np.nan), "high": max(values["high"], default=np.nan)}
-    return shown({"value": np.mean(values["value"]), **widest}, "+") if rows else "-"
+def over_seeds(rows: list[dict], sign: str = "") -> str:
+    """The mean of the seeds, with the lowest and the highest end of their intervals."""
+    ends = {"low": min(row["low"] for row in rows), "high": max(row["high"] for row in rows)}
+    return shown({"value": np.mean([row["value"] for row in rows]), **ends}, sign)
 
 
 def shown(row: dict, sign: str = "") -> str:
