@@ -11,13 +11,13 @@ import pytest
 
 from tl_jax import models
 from tl_jax.models import conversion
-from tl_jax.weights import load, nearest
+from tl_jax.weights import load, nearest, other_inputs
 
 
 def traced(name):
     """The shapes of a network, whatever the table says."""
     variant = models.get(name)
-    card = load._with_columns(variant.card, ("x",), "") if variant.card.input == "table" else variant.card
+    card = other_inputs.with_columns(variant.card, ("x",), "") if variant.card.input == "table" else variant.card
     return load._network_shapes(variant.module, card.to_json())
 
 

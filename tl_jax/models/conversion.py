@@ -189,11 +189,6 @@ def may_know(layout: Layout, tensors: Mapping[str, np.ndarray]) -> bool:
     return any(pattern.fullmatch(canonical(layout, key)) for key in tensors)
 
 
-def has_modules(layout: Layout, tensors: Iterable[str]) -> bool:
-    """Whether a file has every module that the table lists."""
-    return not layout.modules or set(layout.modules) <= {module_of(canonical(layout, key)) for key in tensors}
-
-
 def module_of(key: str) -> str:
     return re.sub(r"[./]\w+$", "", key)
 
