@@ -13,7 +13,7 @@ from tl_jax.core import trees
 from tl_jax.core.card import Card
 from tl_jax.models import conversion, resnet, vit
 from tl_jax.models.variant import Variant
-from tl_jax.weights import formats, load
+from tl_jax.weights import formats, load, other_inputs
 
 CLASSES = 7
 TINY_VIT = functools.partial(vit.ViT, patch_size=16, width=24, depth=2, heads=3, image_size=48)
@@ -74,10 +74,10 @@ def close(actual, expected, tolerance=1e-4):
 def test_image_size_rebuilds_the_model_for_another_grid_and_says_so(small_vit, small_files):
     loaded = load.load(small_vit, small_files[small_vit], image_size=80)
     assert loaded.card.input_size == loaded.model.image_size == 80
-    assert loaded.origins[load.POS_EMBED] == "pos_embed (resampled from 10 to 26 tokens)"
+    assert loaded.origins[other_inputs.POS_EMBED] == "pos_embed (resampled from 10 to 26 tokens)"
     assert jax.jit(loaded.model.apply)(loaded.variables, images(80))[0].shape == (2, CLASSES)
     tensors, _ = formats.read(small_files[small_vit])
-    resampled = trees.flatten(loaded.variables)[load.POS_EMBED]
+    resampled = trees.flatten(loaded.variables)[other_inputs.POS_EMBED]
     np.testing.assert_array_equal(resampled[:, 0], tensors["pos_embed"][:, 0])
     card = models.get(small_vit).card.replace(input_size=80)
     load.export(loaded.variables, small_vit, small_files[small_vit], card=card)
@@ -116,10 +116,17 @@ def test_every_resnet_layout_goes_out_and_comes_back_bit_equal(name, kind, tmp_p
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
 
 
-@pytest.mark.parametrize("name", [name for name in models.MODELS if "." not in name])
+WHOLE = [name for name in models.MODELS if "." not in name]
+FIRST = {(models.get(name).module.func, *models.get(name).layouts): name for name in reversed(WHOLE)}  # of its kind
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FIRST.values() else pytest.mark.slow) for name in WHOLE]
+)
 def test_every_table_is_one_to_one_over_every_leaf(name):
     for kind, table in models.get(name).layouts.items():
-        keys = [key for leaf in load._default_shapes(name) for key in conversion.sources_of(table, leaf)[0]]
+        leaves = load._default_shapes(load._flavour(name, kind))
+        keys = [key for leaf in leaves for key in conversion.sources_of(table, leaf)[0]]
         assert len(set(keys)) == len(keys), kind
         assert all(conversion.canonical(table, key) == key for key in keys), kind
         assert all(conversion.may_know(table, {key: None}) for key in keys[:: len(keys) // 9 + 1]), kind

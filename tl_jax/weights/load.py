@@ -13,19 +13,17 @@ import numpy as np
 
 from tl_jax import models
 from tl_jax.core import messages, trees
-from tl_jax.core.card import Card, sides, size_text
+from tl_jax.core.card import Card
 from tl_jax.models import conversion as tables
 from tl_jax.models import head as heads
 from tl_jax.models.head import HEAD_INIT, Layers
-from tl_jax.weights import formats, hub, published
+from tl_jax.weights import formats, hub, nearest, other_inputs, published
 
 CARD_KEY = "tl_jax.card"
 HEAD = ("params/head/", "batch_stats/head/")
 RANDOM = ("new", "missing")  # origins of leaves that no file gave: wanted so, and those that a partial file lacks
 LAYER = ("kernel", "bias", "scale", "mean", "var")  # the leaves that make a layer together
-POS_EMBED = "params/backbone/stem/pos_embed"
 Tensors = Mapping[str, np.ndarray]  # of a file, by its keys
-Changed = dict[str, tuple[np.ndarray, str]]  # what stands in the place of some of them, and why
 
 
 class Loaded(NamedTuple):
@@ -62,45 +60,37 @@ def load(
     `num_classes` None keeps the file's head, an integer makes a new one from `seed` with the layers `head` before the
     last dense one (`head_init`, a name of HEAD_INIT, is of the last), 0 makes none. `image_size`, a side or (height,
     width), rebuilds a model with position embeddings for another input, resampling them. `columns`: of a table, in the
-    order in which the network reads them.
-    `channels`: of images, where the card of the weights has another number: a stem for three is summed for one,
-    otherwise repeated and scaled by 3 / channels, as in timm. `mean`, `std`: of these; without them one channel has the
-    means of the card's, equal ones are repeated, others asked for.
-    `partial`: regexes of paths in the backbone that a file may lack, which begin from `seed`, see docs/weights.md.
-    "timm:NAME" also names the model, and what its row in the table of published.py says about pixels, classes and
-    licence takes the place of the same fields of the model's default card; `name` may be "" or must agree.
+    order in which the network reads them. `channels`: of images, and their `mean` and `std`, see other_inputs.py.
+    `partial`: regexes of paths in the backbone that a file may lack, which begin from `seed`.
+    "timm:NAME" also names the model; its row in the table of published.py replaces fields of the model's card.
     A file whose publisher computes or preprocesses differently gives the model's flavour (`card.model` names it).
     Raises ValueError for a file whose bytes have another hash than its name says, and one that lists every unused key,
     unfilled leaf, wrong shape, non-finite value and negative variance.
     """
-    if head_init not in HEAD_INIT:
-        raise ValueError(f"head_init={messages.brief(head_init)} is unknown; known: {', '.join(HEAD_INIT)}")
-    head = heads.check(head)
-    if partial and not path:
-        raise ValueError(f"partial={tuple(partial)} is about a weight file, and there is none: leave it out")
-    image_size = _side_or_sides(image_size) if image_size else None
+    head = _check_arguments(path, head, head_init, partial)
+    given = {"image_size": image_size, "columns": columns, "channels": channels, "mean": mean, "std": std}
+    for_input = functools.partial(other_inputs.fit_card, path=path, **given)
     if not path:
-        card = _with_channels(_with_columns(models.get(name).card, columns, path), channels, mean, std)
-        classes = card.num_classes if num_classes is None else num_classes
-        card = card.replace(num_classes=classes, input_size=image_size or card.input_size, head=head if classes else ())
+        card = for_input(models.get(name).card)
+        card = card.replace(num_classes=card.num_classes if num_classes is None else num_classes)
+        card = card.replace(head=head if card.num_classes else ())
         return _random(_make(models.get(name).module, card, head_init), card, seed)
     tensors, layout, variant, card, sha256 = _read(name, path)
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
     own = tables.for_head(variant.layouts[layout], card.head)  # the file's own head
-    made_for = _with_columns(_with_head(card, num_classes, head, own, tensors, path), columns, path)
-    card = _with_channels(made_for, channels, mean, std).replace(input_size=image_size or made_for.input_size)
+    made_for = _with_head(card, num_classes, head, own, tensors, path)
+    card = for_input(made_for)
     table = tables.for_head(variant.layouts[layout], card.head)
     model = _make(variant.module, card, head_init)
     shapes, features = _shapes(model, card)
-    changed = _resample(table, shapes, kept, model, made_for.input_size) if image_size else {}
-    changed |= _adapt_stem(table, shapes, kept, model, made_for) if len(card.mean) != len(made_for.mean) else {}
+    changed = other_inputs.changed(table, shapes, kept, model, made_for, bool(image_size))
     wanted = {leaf: shape for leaf, shape in shapes.items() if num_classes is None or not leaf.startswith(HEAD)}
-    given = kept | {key: x for key, (x, _) in changed.items()}
-    flat, origins, problems, lacking = _fill(table, wanted, given, partial)
+    kept |= {key: x for key, (x, _) in changed.items()}
+    flat, origins, problems, lacking = _fill(table, wanted, kept, partial)
     if problems:
-        raise ValueError(_message(name or card.model, path, layout, tensors, problems, cover(lacking, wanted)))
+        raise ValueError(_message(name or card.model, path, layout, tensors, problems, nearest.cover(lacking, wanted)))
     if "missing" in origins.values():  # with the head
         flat = {**trees.flatten(_random(model, card, seed).variables), **flat}
     elif num_classes:
@@ -108,6 +98,14 @@ def load(
     variables = trees.unflatten(jax.device_put({leaf: flat[leaf] for leaf in shapes}))
     told = {leaf: f"{keys} ({changed[keys][1]})" if keys in changed else keys for leaf, keys in origins.items()}
     return Loaded(model, variables, card, {x: told.get(x, "new") for x in shapes}, layout, tuple(dropped), sha256)
+
+
+def _check_arguments(path: str | pathlib.Path | None, head: Layers, head_init: str, partial: Sequence[str]) -> Layers:
+    if head_init not in HEAD_INIT:
+        raise ValueError(f"head_init={messages.brief(head_init)} is unknown; known: {', '.join(HEAD_INIT)}")
+    if partial and not path:
+        raise ValueError(f"partial={tuple(partial)} is about a weight file, and there is none: leave it out")
+    return heads.check(head)
 
 
 def _fill(table: tables.Layout, wanted: tables.Shapes, tensors: Tensors, partial: Sequence[str]):
@@ -150,13 +148,6 @@ def _excuse(
     return excused, {kind: texts for kind, texts in wrong.items() if texts}
 
 
-def cover(leaves: Collection[str], among: Iterable[str]) -> tuple[str, ...]:
-    """The `partial` that excuses these leaves of a network's backbone and no other of `among`."""
-    paths = {leaf: leaf.split("/", 2)[2] for leaf in among if not leaf.startswith(HEAD)}
-    short = [[path for leaf, path in paths.items() if (leaf in leaves) == wanted] for wanted in (True, False)]
-    return tuple(trees.cover(*short))
-
-
 def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Variant, Card, str]:
     """A file's tensors, layout, variant, card (its own, or the variant's with source and hash) and sha256.
 
@@ -178,7 +169,8 @@ def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Var
     if card and card.model not in (name, *variant.flavours.values()):
         raise ValueError(f"{path} holds weights of {card.model!r} according to its card, asked for was {name!r}")
     variant = models.get(card.model if card else variant.flavours.get(layout, name))
-    own = row.card(variant.card) if row else variant.card
+    pixels = tables.pixels_of(variant.layouts[layout], tensors)
+    own = (row.card(variant.card) if row else variant.card).replace(**pixels)
     source = row.source(file) if row else str(path)
     return tensors, layout, variant, card or own.replace(source=source, sha256=sha256), sha256
 
@@ -202,46 +194,6 @@ def _with_head(
     return card.replace(num_classes=sizes[0] if sizes else card.num_classes)  # without one it is reported unfilled
 
 
-def _with_columns(card: Card, columns: Sequence[str], path: Any) -> Card:
-    """The card with the columns that the network reads; means and deviations are 0 and 1 until data gives them."""
-    columns = tuple(columns)
-    given = f"given were {len(columns)} {columns[:5]}"
-    if card.input != "table" and columns:
-        raise ValueError(f"{card.model} reads an {card.input} and no columns; {given}")
-    if card.input == "table" and not (columns or card.columns):
-        raise ValueError(f"{card.model} reads a table: give its columns")
-    if card.columns and columns not in ((), card.columns):
-        own = f"{path} reads {len(card.columns)} columns {card.columns[:5]} according to its card"
-        raise ValueError(f"{own}, {given}; they must be the same in the same order")
-    if card.columns or not columns:
-        return card
-    return card.replace(columns=columns, mean=(0.0,) * len(columns), std=(1.0,) * len(columns))
-
-
-def _side_or_sides(size: int | tuple[int, int]) -> int | tuple[int, int]:
-    return sides(size)[0] if len(set(sides(size))) == 1 else sides(size)
-
-
-def _with_channels(card: Card, channels: int, mean: Sequence[float], std: Sequence[float]) -> Card:
-    """The card of a network for images of another number of channels; ValueError where their statistics are unknown."""
-    if channels in (0, len(card.mean)):
-        return card
-    if card.input != "image":
-        raise ValueError(f"channels={channels}: {card.model} reads a table, which has columns")
-    found = {}
-    for name, given, own in (("mean", mean, card.mean), ("std", std, card.std)):
-        if given:
-            found[name] = tuple(given)
-        elif channels == 1 or len(set(own)) == 1:
-            found[name] = (sum(own) / len(own),) * channels if len(set(own)) > 1 else own[:1] * channels
-    wrong = [name for name in ("mean", "std") if len(found.get(name, ())) != channels]
-    if wrong:
-        known = f"the card of {card.model} has mean {card.mean} and std {card.std}, which say nothing of others"
-        fix = f"give {' and '.join(wrong)} with {channels} numbers, such as those of the training images over the scale"
-        raise ValueError(f"channels={channels}: {known}; {fix} (in a config: data.card)")
-    return card.replace(**found)
-
-
 def card_of(name: str, path: str | pathlib.Path | None) -> Card:
     """The card with which `load` begins, read without the tensors, which are not checked."""
     metadata = formats.read_metadata(hub.resolve(path)) if path else {}
@@ -263,19 +215,27 @@ def export(
 ) -> None:
     """Writes variables as safetensors with the names of `layout` (timm's by default) and the card in the metadata.
 
-    timm and torchvision load the file with their strict `load_state_dict`; a head with layers lies under this package's
-    names, which they do not know. Raises one ValueError for a card of another model, and for missing, surplus,
-    misshapen or non-finite leaves, and negative variances.
+    timm and torchvision load the file with their strict `load_state_dict`. A path that ends in .h5 gives a file of
+    Keras, with the card too, which `load_weights` reads into the same network of keras.applications. A head with layers
+    lies under this package's names, which none of them knows. Raises one ValueError for a card of another model, and
+    for missing, surplus, misshapen or non-finite leaves, and negative variances.
     """
     variant = models.get(name)
     if card.model not in (name, *variant.flavours.values()):
         raise ValueError(f"the card belongs to {card.model!r}, not to {name!r}: pass the one the weights came with")
     variant = models.get(card.model)  # the flavour, whose leaves may be others
-    layout = layout or next(iter(variant.layouts))
+    keras = pathlib.Path(path).suffix.lower() in formats.KERAS
+    own = [name for name in variant.layouts if name.startswith("keras")] or ["keras"]
+    layout = layout or (own[-1] if keras else next(iter(variant.layouts)))
     if layout not in variant.layouts:
         raise ValueError(f"{name} has no layout {layout!r}; it has {', '.join(variant.layouts)}")
+    if keras and not layout.startswith("keras"):
+        raise ValueError(f"{path} would be a file of Keras, and the layout is {layout!r}: give another name or layout")
+    if layout.startswith("keras") and layout in variant.flavours:
+        own = f"Keras' network is {variant.flavours[layout]}, which computes or preprocesses differently"
+        raise ValueError(f"{path} cannot be a file of Keras for {card.model}: {own}; give another layout")
     plain = variant.card.replace(num_classes=card.num_classes, input_size=card.input_size, head=card.head)
-    plain = _with_columns(plain, card.columns, path).replace(mean=card.mean, std=card.std)
+    plain = other_inputs.with_columns(plain, card.columns, path).replace(mean=card.mean, std=card.std)
     shapes = _network_shapes(variant.module, plain.to_json())
     flat = {leaf: np.asarray(value) for leaf, value in trees.flatten(variables).items()}
     found = {leaf: value.shape for leaf, value in flat.items()}
@@ -288,11 +248,14 @@ def export(
     }
     if any(problems.values()):
         raise ValueError(f"cannot export these variables as {name}: {tables.listing(problems)}")
-    tensors, table = {}, tables.for_head(variant.layouts[layout], card.head)
+    table = tables.for_head(variant.layouts[layout], card.head)
+    tensors = dict(table.pixels.export(card.mean, card.std))
     for leaf, value in flat.items():
         keys, transform = tables.sources_of(table, leaf)
         tensors |= zip(keys, transform.export(value.astype(np.float32)), strict=True)
-    formats.write_safetensors(path, tensors, {CARD_KEY: card.to_json()})
+    place = {module: i for i, module in enumerate(table.modules)}
+    ordered = sorted(tensors, key=lambda key: place.get(tables.module_of(key), len(place)))
+    formats.write(path, {key: tensors[key] for key in ordered}, {CARD_KEY: card.to_json()})
 
 
 def _random(model: Any, card: Card, seed: int) -> Loaded:
@@ -325,18 +288,16 @@ def _network_shapes(module: Any, card: str) -> dict[str, tuple[int, ...]]:
 
 
 def _default_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    if known := nearest.known_shapes().get(name):
+        return known
     variant = models.get(name)
-    card = _with_columns(variant.card, ("x",), "") if variant.card.input == "table" else variant.card
+    card = other_inputs.with_columns(variant.card, ("x",), "") if variant.card.input == "table" else variant.card
     return _network_shapes(variant.module, card.to_json())
 
 
 def _flavour(name: str, layout: str) -> str:
     """The name of the network that files of a layout give, whose leaves may be others."""
     return models.get(name).flavours.get(layout, name)
-
-
-def _backbone_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    return {leaf: shape for leaf, shape in _default_shapes(name).items() if not leaf.startswith(HEAD)}
 
 
 def _detect(name: str, path: Any, tensors: Tensors) -> str:
@@ -349,47 +310,6 @@ def _detect(name: str, path: Any, tensors: Tensors) -> str:
         hint = f"its keys begin {', '.join(sorted(tensors)[:5])}{_looks_like(tensors)}"
         raise ValueError(f"{path} has no key that {name} knows (layouts tried: {', '.join(layouts)}); {hint}")
     return best
-
-
-def _resample(
-    table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, model: Any, made_for: Any
-) -> Changed:
-    """The file's position embedding on the model's grid; {} where it needs no resampling.
-
-    made_for: the image size on the card of the file.
-    """
-    if POS_EMBED not in shapes:
-        return {}
-    (source,), transform = tables.sources_of(table, POS_EMBED)
-    found = {}
-    for key, x in tensors.items():
-        if tables.canonical(table, key) == source and (old := transform.load(x)) is not (
-            new := model.resampled(old, made_for)
-        ):
-            (tensor,) = transform.export(new)
-            found[key] = tensor, f"resampled from {x.shape[-2]} to {new.shape[1]} tokens"
-    return found
-
-
-def _adapt_stem(
-    table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, model: Any, made_for: Card
-) -> Changed:
-    """The file's kernels of three channels for as many as the model has.
-
-    These are the kernels whose shapes differ between the model and one for `made_for`, the card of the file.
-    """
-    size = getattr(model, "image_size", made_for.input_size)
-    there, found = _shapes(model, made_for.replace(input_size=size))[0], {}
-    keys = {tables.canonical(table, key): key for key in tensors}
-    for leaf in (leaf for leaf, shape in shapes.items() if len(shape) == 4 and shape != there[leaf]):
-        sources, transform = tables.sources_of(table, leaf)
-        (key,) = (keys.get(source) for source in sources)
-        if key and (kernel := transform.load(tensors[key])).shape[2] == 3:
-            kernel, channels = kernel.astype(np.float32), shapes[leaf][2]
-            repeated = np.tile(kernel, (1, 1, -(-channels // 3), 1))[:, :, :channels] * np.float32(3 / channels)
-            (tensor,) = transform.export(kernel.sum(2, keepdims=True) if channels == 1 else repeated)
-            found[key] = tensor, f"resampled from 3 to {channels} channels"
-    return found
 
 
 def _new_head(model: Any, features: tuple[int, ...], seed: int) -> dict[str, jax.Array]:
@@ -420,23 +340,14 @@ def _looks_like(tensors: Tensors) -> str:
 
 def candidates(tensors: Tensors) -> list[tuple[str, str]]:
     """The (model, layout) pairs whose backbone the tensors fill, judged by names and shapes; flavours left out."""
-    found, related, modules = [], {}, {key.rpartition(".")[0] for key in tensors}
-    for name, variant in models.MODELS.items():
-        layouts = variant.layouts.items() if "." not in name else ()
-        for layout, table in ((layout, table) for layout, table in layouts if table.modules <= modules):
-            family = (variant.module.func, table)  # one member tells whether the family's table knows any key
-            if family not in related:
-                known = tables.may_know(table, tensors)
-                shapes = _backbone_shapes(_flavour(name, layout)) if known else {}
-                related[family] = known and tables.coverage(table, shapes, tensors) > 0
-            native = tables.with_native_head(table)
-            if related[family] and tables.shapes_match(native, _backbone_shapes(_flavour(name, layout)), tensors):
-                found.append((name, layout))
-    return found
+    return [(each.name, each.layout) for each in nearest.matches(tensors, _default_shapes) if not each.differs]
 
 
 def inspect(path: str | pathlib.Path) -> str:
-    """A table of a weight file's keys, the models and layouts it fits, and its card; "timm:" gives the known names."""
+    """A table of a weight file's keys, its card, or else the models and layouts that it fits or those nearest to it.
+
+    "timm:" gives the names of all published files that are known.
+    """
     if path == published.PREFIX:
         return published.listing()
     row, file = published.find(path), hub.resolve(path)
@@ -449,9 +360,4 @@ def inspect(path: str | pathlib.Path) -> str:
         return "\n".join([*lines, f"card {card.to_json()}"])
     if CARD_KEY in metadata:
         return "\n".join([*lines, f"card {metadata[CARD_KEY]}"])
-    for name, layout in (fits := candidates(tensors)):
-        card = models.get(name).card
-        lines.append(
-            f"fits {name} (layout {layout}): {size_text(card.input_size)} px with mean {card.mean}, std {card.std}"
-        )
-    return "\n".join([*lines, "no card" if fits else "fits no known model; no card"])
+    return "\n".join([*lines, *nearest.describe(tensors, _default_shapes), "no card"])
