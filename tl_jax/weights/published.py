@@ -130,7 +130,7 @@ def check(spec: str, found: Record, path: pathlib.Path) -> None:
                 known = recorded(spec, path) or found
                 others = [line for line in _lines(path) if line.split()[0] != spec]
                 files.write_text(path, "".join(f"{line}\n" for line in [*others, " ".join((spec, *known))]))
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the second: a file system without locks
         fix = f"let HF_HUB_CACHE be in a folder of yours, or append #sha256={found.sha256}"
         raise OSError(f"{spec}: what it is cannot be recorded ({error}); {fix}") from None
     if known != found:
