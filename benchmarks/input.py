@@ -30,7 +30,7 @@ import common
 
 from tl_jax.core.card import Card
 from tl_jax.data import pipeline, sources
-from tl_jax.data.image import ops
+from tl_jax.data.image import decode, ops
 from tl_jax.data.readers import pack
 
 DATA = flags.DEFINE_string("data", "", "folder:PATH with a split named train; empty: photos are generated.")
@@ -166,10 +166,10 @@ def measure(ways: dict) -> list[dict]:
 
 def jpeg_rows(source: sources.Source) -> list[dict]:
     encoded = [source.inputs[i] for i in range(min(len(source), 64))]
-    decoded, rng = [ops.decode_image(data) for data in encoded], np.random.default_rng(0)
+    decoded, rng = [decode.decode_image(data) for data in encoded], np.random.default_rng(0)
     crop = {"size": CARD.input_size, "interpolation": INTERPOLATION.value}
     ways = {
-        ("decode alone, 1 core", None, None): lambda: alone(lambda i: ops.decode_image(encoded[i]), len(encoded)),
+        ("decode alone, 1 core", None, None): lambda: alone(lambda i: decode.decode_image(encoded[i]), len(encoded)),
         ("crop and resize alone, 1 core", None, None): lambda: alone(
             lambda i: ops.random_resized_crop(decoded[i], rng, **crop), len(encoded)
         ),

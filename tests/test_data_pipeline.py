@@ -18,7 +18,7 @@ from tl_jax.core.card import Card
 from tl_jax.data import pipeline, sources, workers
 from tl_jax.data.image import ops
 from tl_jax.data.image.augment import make_preprocess
-from tl_jax.data.image.ops import decode
+from tl_jax.data.image.decode import decode
 from tl_jax.data.pipeline import eval_batches, train_batches
 
 CARD = Card("m", 10, input_size=12, crop=0.75, interpolation="bilinear")

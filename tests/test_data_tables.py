@@ -9,7 +9,7 @@ from PIL import Image
 
 from tl_jax.core.card import Card
 from tl_jax.data import sources
-from tl_jax.data.image import ops
+from tl_jax.data.image import decode
 from tl_jax.data.image.augment import make_preprocess
 from tl_jax.data.pipeline import View, eval_batches, train_batches
 from tl_jax.data.readers import pack
@@ -57,7 +57,7 @@ def test_a_csv_of_images_has_paths_beside_it_and_classes_of_all_its_splits(insec
     assert train.ids == ("one.png", "deep/two.png", "four.png") and val.ids == ("three.png",)
     assert train.class_names == val.class_names == ("ant, red", "bee", "wasp")
     assert train.labels.tolist() == [1, 0, 1] and val.labels.tolist() == [2] and train.labels.dtype == np.int32
-    assert [ops.decode(train[i]["image"])[0, 0, 0] for i in range(3)] == [1, 2, 4]
+    assert [decode.decode(train[i]["image"])[0, 0, 0] for i in range(3)] == [1, 2, 4]
     both = sources.load(insects, "train[:67%]+val", labels=("kind",))
     assert len(both) == 3 and both.ids[2] == "three.png"
 

@@ -195,7 +195,7 @@ def test_cards_and_epsilons_are_timms(timm):
     for name in sorted(set(COUNTS) - set(NOT_IN_TIMM)):
         card, its = models.get(name).card, timm.get_pretrained_cfg(name)
         assert (card.mean, card.std, card.interpolation) == (its.mean, its.std, its.interpolation), name
-        assert (card.crop, card.input_size) == (its.crop_pct, its.input_size[-1]), name
+        assert (card.crop, card.crop_mode, card.input_size) == (its.crop_pct, its.crop_mode, its.input_size[-1]), name
         model = models.get(name).module(num_classes=5)
         assert (model.same, model.norm_eps) == ((True, 1e-3) if name.startswith("tf_") else (False, 1e-5))
     for name in NOT_IN_TIMM:  # of the same preprocessing

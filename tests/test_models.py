@@ -79,6 +79,8 @@ COUNTS = {
     "vit_large_patch14_clip_224": 303966976,
     "vit_large_patch14_clip_quickgelu_224": 303966976,
     "vit_base_patch16_siglip_224": 92884224,
+    "swin_tiny_patch4_window7_224": 28288354,
+    "swin_small_patch4_window7_224": 49606258,
     "convnext_atto": 3695520,
     "convnext_femto": 5217784,
     "convnext_pico": 9045672,

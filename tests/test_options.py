@@ -128,7 +128,8 @@ INITIAL = """
 [1.0, "epochs"], "select": "last", "patience": 0, "min_delta": 0.0, "resamples": 1000, "seeds": [], "baseline": [],
 "replicas": [], "cache": "", "views": 1, "cache_dir": "", "parallel": "jit", "fsdp": 0,
 "model.weights_sha256": "", "data.weights": "", "method.mix_domains": 0.0, "turns": [], "restart": false,
-"data.labelled": true}
+"data.labelled": true,
+ "model.channels": 0, "model.partial": []}
 """
 
 
@@ -218,6 +219,7 @@ BAD = {
     "task": ("clasification", "one of classification, binary, multilabel, regression"),
     "model.keep_head": (1, "True or False"),
     "model.reinit": ("stage3", "strings"),
+    "model.partial": (("stage4/(",), "regular expressions"),
     "data.extra_eval": ((("a", "digits", "test"), ("a", "glyphs", "test")), "each name once"),
     "data.sampling": ("balanced", "one of shuffled, class_balanced"),
     "method.blocks": ((1,), "strings"),

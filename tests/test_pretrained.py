@@ -13,7 +13,7 @@ from tl_jax.core import trees
 from tl_jax.core.card import Card
 from tl_jax.models import conversion, resnet, vit
 from tl_jax.models.variant import Variant
-from tl_jax.weights import formats, load
+from tl_jax.weights import formats, load, other_inputs
 
 CLASSES = 7
 TINY_VIT = functools.partial(vit.ViT, patch_size=16, width=24, depth=2, heads=3, image_size=48)
@@ -74,10 +74,10 @@ def close(actual, expected, tolerance=1e-4):
 def test_image_size_rebuilds_the_model_for_another_grid_and_says_so(small_vit, small_files):
     loaded = load.load(small_vit, small_files[small_vit], image_size=80)
     assert loaded.card.input_size == loaded.model.image_size == 80
-    assert loaded.origins[load.POS_EMBED] == "pos_embed (resampled from 10 to 26 tokens)"
+    assert loaded.origins[other_inputs.POS_EMBED] == "pos_embed (resampled from 10 to 26 tokens)"
     assert jax.jit(loaded.model.apply)(loaded.variables, images(80))[0].shape == (2, CLASSES)
     tensors, _ = formats.read(small_files[small_vit])
-    resampled = trees.flatten(loaded.variables)[load.POS_EMBED]
+    resampled = trees.flatten(loaded.variables)[other_inputs.POS_EMBED]
     np.testing.assert_array_equal(resampled[:, 0], tensors["pos_embed"][:, 0])
     card = models.get(small_vit).card.replace(input_size=80)
     load.export(loaded.variables, small_vit, small_files[small_vit], card=card)

@@ -384,8 +384,9 @@ def test_cards_are_timms_of_the_published_towers(name):
     tag = next(tag for part, tag in TAGS.items() if part in name)
     card, theirs = models.get(name).card, timm.get_pretrained_cfg(f"{name}.{tag}")
     assert (card.mean, card.std, card.interpolation) == (theirs.mean, theirs.std, theirs.interpolation)
-    assert (card.crop, card.input_size, card.num_classes) == (
+    assert (card.crop, card.crop_mode, card.input_size, card.num_classes) == (
         theirs.crop_pct,
+        theirs.crop_mode,
         theirs.input_size[-1],
         theirs.num_classes,
     )

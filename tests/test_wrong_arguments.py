@@ -25,6 +25,8 @@ OPTIONS = {
     "--seed": ("-1", "x", "9" * 400),
     "--workers": ("-1", "x", "1000000000"),
     "--interpolation": ("x", ""),
+    "--pixels": ("x", "uint16"),
+    "--channels": ("0", "-1", "x", "4"),
     "--split": ("", "tst", "train[", "train[5:5]", "train,train"),
     "--splits": ("tst", ",", "train[:10%]"),
     "--label": ("x",),

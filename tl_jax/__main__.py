@@ -16,6 +16,7 @@ from typing import Any
 
 import tl_jax
 from tl_jax.core import checks, files, manifest
+from tl_jax.core.card import PIXEL_TYPES, Form, size_text
 from tl_jax.core.options import PIXELS, SEED
 
 Args = argparse.Namespace
@@ -120,7 +121,7 @@ def convert(args: Args) -> None:
     model = tl_jax.load(args.name, args.source, num_classes=args.num_classes, image_size=args.image_size)
     card = model.card
     tl_jax.export(model.variables, card.model, args.out, card=card, layout=args.layout)
-    size = f"{card.input_size} px" if card.input == "image" else f"{len(card.columns)} columns"
+    size = f"{size_text(card.input_size)} px" if card.input == "image" else f"{len(card.columns)} columns"
     print(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {size}")
 
 
@@ -132,6 +133,7 @@ def pack(args: Args) -> None:
     packing.pack(
         args.source, args.folder, args.split.split(","), size=args.size, interpolation=args.interpolation,
         num_workers=args.workers, on_error=args.on_error, data_dir=args.data_dir,
+        form=Form(args.pixels, args.channels),
     )  # fmt: skip
 
 
@@ -188,7 +190,8 @@ def one(check: checks.Check, kind: Callable[[str], Any] = int) -> Callable[[str]
     return parse
 
 
-_COUNT, _SIZE, _PIXELS = one(checks.integer(1, 10**6)), one(checks.integer(1, 2**14)), one(PIXELS)
+_COUNT, _SIZE = one(checks.integer(1, 10**6)), one(checks.integer(1, 2**14))
+_PIXELS = one(PIXELS, lambda text: tuple(map(int, text.split("x"))) if "x" in text else int(text))
 _WORKERS = one(checks.integer(0, 1024))
 _SHARE = one(checks.number(0, 1, above=True, below=True), float)
 _FOLDER = one(checks.Check(bool, "a folder"), str)
@@ -214,7 +217,7 @@ COMMANDS = {
         arg("what", nargs="+", metavar="[RUN] DATA", help="a run's folder, and a source, folder or .npz file"),
         arg("--model", default="", help="instead of RUN: the model of --weights; not needed where its card names it"),
         arg("--weights", default="", help="instead of RUN: a weight file, with its own head"),
-        arg("--image-size", type=_PIXELS, default=0, help="pixels, instead of those on the card"),
+        arg("--image-size", type=_PIXELS, default=0, help="pixels, 224 or HEIGHTxWIDTH, instead of the card's"),
         arg("--split", default="", help="such as test or train[:10%%]; default: test, else val, else train"),
         arg("--labels", default="", help="label columns, with commas, of csv: and table: sources"),
         arg("--out", default="", help="write the predictions to this .npz file too"),
@@ -268,6 +271,8 @@ COMMANDS = {
         arg("--split", default="train", help="one or several names, with commas: train,val"),
         arg("--size", type=_SIZE, default=256, help="pixels of the short side; smaller images stay"),
         arg("--interpolation", default="bicubic", help="bicubic | bilinear | ..."),
+        arg("--pixels", choices=PIXEL_TYPES, default="uint8", help="what the files hold"),
+        arg("--channels", type=_COUNT, default=3, help="of the network that will read them"),
         arg("--workers", type=_WORKERS, default=os.cpu_count(), help="processes that decode; 0: threads"),
         arg("--on_error", choices=["fail", "skip"], default="fail", help="damaged images"),
         arg("--data_dir", help="of tfds"),

@@ -18,7 +18,7 @@ WHOLE = tuple(name for name, option in OPTIONS.items() if isinstance(option.init
 REPLICABLE = tuple(name for name, option in OPTIONS.items() if option.replica)
 DIFFERING = ", ".join("weights of terms" if name == "terms" else name for name in REPLICABLE)
 PHASED = tuple(name for name, option in OPTIONS.items() if option.phase)
-SEVERAL_TYPES = ("data.source",)  # a string, or a tuple of them
+SEVERAL_TYPES = ("data.source", "model.image_size")  # a string or a number, or a tuple of them
 ENTRIES = {  # options that hold tables by name: their fields, those that must be given, and names that are taken
     "streams": (STREAM, ("source", "split"), ("train", "val", "test")),
     "networks": (NETWORK, ("name", "weights"), ("backbone", "head")),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tl_jax.core import files
-from tl_jax.core.card import Card
+from tl_jax.core.card import Card, Form
 from tl_jax.core.messages import listed, nearest
 from tl_jax.data import sources
 from tl_jax.data.examples import Source, sizes_of
@@ -68,7 +68,7 @@ def splits_of(source: str, task: str, labels: Sequence[str] = ()) -> list[str]:
     found, problem = [], None
     for split in ("train", "val", "test"):
         try:
-            sources.list_split(source, split, task=task, labels=tuple(labels))
+            sources.list_split(source, split, task=task, labels=tuple(labels), form=None)
             found.append(split)
         except (ValueError, OSError) as error:
             problem = problem or error
@@ -78,13 +78,22 @@ def splits_of(source: str, task: str, labels: Sequence[str] = ()) -> list[str]:
 
 
 def load_labelled(
-    data: Any, split: str, *, task: str, labels: Sequence[str] = (), cuts: Mapping[str, Mapping[str, Any]] | None = None
+    data: Any,
+    split: str,
+    card: Card,
+    *,
+    labels: Sequence[str] = (),
+    cuts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Source:
-    """One labelled split of what a user hands over. cuts: {source: group and split_seed} of sources that are known."""
+    """One labelled split of what a user hands over, for the network of a card.
+
+    cuts: {source: group and split_seed} of sources that are known.
+    """
+    task, form = card.task, card.form if card.input == "image" else Form()
     if isinstance(data, PATH):
         name = source_name(data)
         split = split or splits_of(name, task, labels)[-1]
-        return sources.load(name, split, task=task, labels=tuple(labels), **(cuts or {}).get(name, {}))
+        return sources.load(name, split, task=task, labels=tuple(labels), form=form, **(cuts or {}).get(name, {}))
     named = by_split(data)
     chosen = split or next(name for name in ("test", "val", "train", *named) if name in named)
     if chosen not in named:
@@ -100,7 +109,7 @@ def by_split(data: Any) -> dict[str, Source]:
             found[split] = each
             continue
         if not isinstance(each, list | tuple) or len(each) not in (2, 3) or isinstance(each[0], str):
-            pair = "a pair (images uint8 [N, H, W, 3], labels), a Dataset, or a table {split: pair or Dataset}"
+            pair = "a pair (images [N, H, W, C], labels), a Dataset, or a table {split: pair or Dataset}"
             expected = f"expected a source such as 'folder:PATH', a path, {pair}"
             raise ValueError(f"{split}: found {type(each).__name__}; {expected}")
         images, labels, *classes = map(np.asarray, each)

@@ -21,7 +21,7 @@ from tl_jax.core.checks import refuse
 from tl_jax.data import pipeline, resample, sources
 from tl_jax.data.examples import Source, join
 from tl_jax.data.groups import per_class
-from tl_jax.data.image import ops
+from tl_jax.data.image import decode
 from tl_jax.methods import probes
 from tl_jax.runtime import sharding
 from tl_jax.runtime.log import tolerate
@@ -291,8 +291,6 @@ def _show(rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
 
 def _draw(rows: Sequence[Row], places: Sequence[tuple], path: pathlib.Path) -> None:
     """A sheet of the pictures of the rows, with label, suggestion and the probability of the label."""
-    from PIL import Image
-
     from tl_jax.core.plotting import figure_at, short  # here, as matplotlib takes its time
 
     columns = min(len(rows), 8)
@@ -301,8 +299,8 @@ def _draw(rows: Sequence[Row], places: Sequence[tuple], path: pathlib.Path) -> N
         for axis in axes:
             axis.axis("off")
         for axis, row, (_, source, k) in zip(axes, rows, places, strict=False):
-            with ops.reading(source.inputs[k]) as image:
-                small = Image.fromarray(np.asarray(image))
+            with decode.reading(source.inputs[k], source.form) as image:
+                small = decode.picture(image)
             small.thumbnail((200, 200))
             axis.imshow(small)
             mark = "*" if row["suspect"] == "yes" else ""

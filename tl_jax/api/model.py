@@ -22,7 +22,7 @@ from tl_jax.api import inputs
 from tl_jax.core.card import Card
 from tl_jax.core.messages import listed
 from tl_jax.data.examples import Source
-from tl_jax.data.image import ops
+from tl_jax.data.image import decode
 from tl_jax.data.image.augment import make_preprocess
 from tl_jax.data.pipeline import THREADS
 from tl_jax.runtime import sharding
@@ -52,6 +52,7 @@ class Model:
     variables: Mapping[str, Any]
     card: Card
     image_size: int | tuple[int, int] = 0  # as given to `load`
+    channels: int = 0
 
     @property
     def spec(self) -> tasks.Spec:
@@ -80,18 +81,26 @@ def load(
     *,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] = 0,
+    channels: int = 0,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
     seed: int = 0,
+    partial: Sequence[str] = (),
 ) -> Model:
     """Loads a weight file of any known layout into the named model; without a file its weights are random.
 
     name "" takes the model that the file's card names. weights: a file, the folder of a finished run, "builtin:NAME",
     "timm:NAME", which names the model too, or "hf://owner/name[/file]@revision". num_classes: of a new head; 0 loads a
-    file that has none. image_size: a side or (height, width), resamples position embeddings. Raises one ValueError
-    that lists every tensor that does not fit.
+    file that has none. image_size: a side or (height, width), resamples position embeddings. channels: of the images,
+    where it is another number than the weights have, with the mean and std of these channels where they do not follow
+    from the card; the kernel of the stem is summed or repeated. partial: regexes of what the file may lack, such as
+    ("stage4/.*",); that is random, from `seed`. Raises one ValueError that lists every tensor that does not fit.
     """
     weights = os.fspath(weights)
-    loaded = pretrained.load(name, weights, num_classes, image_size=image_size or None, seed=seed)
-    return Model(name or loaded.card.model, weights, loaded.model, loaded.variables, loaded.card, image_size)
+    how = {"image_size": image_size or None, "channels": channels, "mean": mean, "std": std, "seed": seed}
+    loaded = pretrained.load(name, weights, num_classes, partial=partial, **how)
+    name = name or loaded.card.model
+    return Model(name, weights, loaded.model, loaded.variables, loaded.card, image_size, channels)
 
 
 def _batches(model: Model, data: Any, batch_size: int) -> Iterator[tuple[list[tuple[str, str | None]], dict]]:
@@ -105,7 +114,7 @@ def _batches(model: Model, data: Any, batch_size: int) -> Iterator[tuple[list[tu
             if model.card.input == "table":
                 return np.asarray(items[i], np.float32)
             item = items[i].read_bytes() if isinstance(items[i], pathlib.Path) else items[i]
-            with ops.reading(item) as image:
+            with decode.reading(item, model.card.form) as image:
                 return np.asarray(preprocess(image))
         except (ValueError, OSError) as error:
             return str(error)
@@ -138,7 +147,7 @@ def stream(model: Any, data: Any, batch_size: int = 128) -> Iterator[answers.Row
 def predict(model: Any, data: Any, *, batch_size: int = 128) -> list[answers.Row]:
     """One row {"file", "class", "probability", "top5"} for each input; see `tasks.answers` for the other tasks.
 
-    model: a Model or a Run. data: a folder, a file or a sequence of them, images uint8 [N, H, W, 3] or a list of them,
+    model: a Model or a Run. data: a folder, a file or a sequence of them, images [N, H, W, C] or a list of them,
     or a Dataset; of a network that reads a table, a .csv file or rows [N, F]. What cannot be read has a row {"file",
     "error"}.
     """
@@ -170,7 +179,7 @@ def score(
     """The outputs of a network for labelled data, with the labels in the order of its own classes; see `evaluate`."""
     own = _model(model)
     known = {"labels": labels or getattr(model, "labels", ()), "cuts": getattr(model, "cuts", None)}
-    source = inputs.load_labelled(data, split, task=own.card.task, **known)
+    source = inputs.load_labelled(data, split, own.card, **known)
     found = _whole(own, source, batch_size)
     matched, read = match_labels(source, own.spec, named=bool(own.card.class_names)), found.pop(FEATURES)
     return tasks.make_predictions(found, matched, source.ids, own.spec, read, source.groups)

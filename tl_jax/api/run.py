@@ -152,7 +152,7 @@ def fit(
 ) -> Run:
     """Adapts a network, as `load` gives it, to data; the same trainer as on the command line, with its defaults.
 
-    data: a source such as "folder:PATH" or its path, a pair (images uint8 [N, H, W, 3], labels), a Dataset, or a table
+    data: a source such as "folder:PATH" or its path, a pair (images [N, H, W, C], labels), a Dataset, or a table
     {split: pair or Dataset}. Without a split val a fifth of train takes its place; without test val is scored. method:
     one of `list_methods`. task: that of the labels unless given. workdir: kept, and resumed where the same call was
     interrupted; None: a temporary folder that is removed with the Run. changes: {dotted option: value}, see
@@ -171,9 +171,13 @@ def fit(
         weakref.finalize(run, shutil.rmtree, run.folder, ignore_errors=True)
     named = {
         "model.name": model.name, "model.weights": model.weights, "model.image_size": model.image_size,
+        "model.channels": model.channels,
         "seed": seed, "batch_size": batch_size, "total": (float(epochs), "epochs"), "lr": recipes.LR,
         **_data_options(data, task, run.folder, given), **table[method],
     }  # fmt: skip
+    if model.channels:
+        named["data.card"] = {"mean": model.card.mean, "std": model.card.std, **given.get("data.card", {})}
+        given = {key: value for key, value in given.items() if key != "data.card"}
     training.train(options.override(options.make(), {**named, **given}), run.folder, verbose=verbose)
     return run
 

@@ -2,17 +2,42 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 from tl_jax.core import checks, files
 
 INPUTS = ("image", "table")
+CROP_MODES = ("center", "squash", "border")
+PIXEL_TYPES = ("uint8", "uint16", "int16", "float32")
 # The fields that decide what the network reads.
-PIXELS = ("input", "input_size", "mean", "std", "interpolation", "crop", "columns")
+PIXELS = ("input", "input_size", "mean", "std", "interpolation", "crop", "columns", "crop_mode", "pixels", "scale")
+STORED = ("pixels", "scale")  # those of them that say how the files hold it: no weights contradict them
 # Left out of the JSON at their defaults, so that a new field changes no card that exists.
-LATER = ("input", "columns", "task", "target_mean", "target_std", "threshold", "head")
+LATER = (
+    "input", "columns", "task", "target_mean", "target_std", "threshold", "head", "crop_mode", "pixels", "scale",
+)  # fmt: skip
+
+
+def size_text(size: int | Sequence[int]) -> str:
+    """A size for people: "224", or "192x256"."""
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
+
+
+class Form(NamedTuple):
+    """How images are read: the type of the pixel values in the files, and the channels that the network takes."""
+
+    pixels: str = "uint8"
+    channels: int = 3
+
+    @property
+    def dtype(self) -> str:
+        """Of images in memory: 16-bit values are float32, which holds them exactly."""
+        return "uint8" if self.pixels == "uint8" else "float32"
+
+    def __str__(self) -> str:
+        return f"{self.channels} channel{'s' * (self.channels > 1)} of {self.pixels}"
 
 
 def sides(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -24,9 +49,11 @@ def sides(size: int | tuple[int, int]) -> tuple[int, int]:
 class Card:
     """What travels with a set of weights, from the conversion to the last checkpoint.
 
-    Input "image": pixels enter the network as `(x / 255 - mean) / std`. Evaluation resizes the short side to
-    `floor(input_size / crop)` pixels with `interpolation`, then cuts the centre `input_size` square. `input_size` may
-    be (height, width) too: such images are not prepared from files, they are given as arrays.
+    Input "image": pixels enter the network as `(x / scale - mean) / std`, as many channels as `mean` has numbers.
+    `pixels` is the type of the values in the files, `scale` what stands for 1: of uint8 255 unless given. Evaluation
+    resizes with `interpolation` to `floor(input_size / crop)` pixels and cuts the centre of `input_size`, a side or
+    (height, width). `crop_mode` is timm's: "center" keeps the aspect ratio and covers that size, "squash" takes exactly
+    that size, "border" keeps the ratio within it and fills the rest with the mean.
     Input "table": the values of `columns` enter as `(x - mean) / std`, one mean and deviation a column.
     """
 
@@ -48,22 +75,45 @@ class Card:
     target_std: tuple[float, ...] = ()
     threshold: float | None = None  # of the probability of a binary task
     head: tuple = ()  # the layers before the last dense one, pairs (name, arguments)
+    crop_mode: str = "center"
+    pixels: str = "uint8"
+    scale: float = 0.0  # 0 stands for 255, and is for uint8 alone
 
     def __post_init__(self):
-        channels = 3 if self.input == "image" else len(self.columns)
+        channels = max(len(self.mean), 1) if self.input == "image" else len(self.columns)
         given = self.input_size if isinstance(self.input_size, tuple) else (self.input_size,) * 2
         whole = len(given) == 2 and all(checks.integer(1).fits(side) for side in given)
         size = whole and len(self.mean) == len(self.std) == channels
         positive = all(isinstance(x, Real) and x > 0 for x in (*self.std, self.crop))
-        if self.input not in INPUTS or not (size and positive and all(isinstance(x, Real) for x in self.mean)):
-            found = {name: getattr(self, name) for name in ("input", "input_size", "mean", "std", "crop")}
+        known = self.input in INPUTS and self.crop_mode in CROP_MODES and self.pixels in PIXEL_TYPES
+        if not (known and size and positive and all(isinstance(x, Real) for x in self.mean)):
+            names = ("input", "input_size", "mean", "std", "crop", "crop_mode", "pixels")
+            found = {name: getattr(self, name) for name in names}
             expected = f"a whole number of pixels, {channels} means, {channels} deviations > 0, a crop > 0"
-            raise ValueError(f"invalid weight card: {found}; expected an input of {', '.join(INPUTS)}, {expected}")
+            kinds = f"an input of {', '.join(INPUTS)}, a crop_mode of {', '.join(CROP_MODES)}"
+            raise ValueError(
+                f"invalid weight card: {found}; expected {kinds}, pixels of {', '.join(PIXEL_TYPES)}, {expected}"
+            )
+        if not (isinstance(self.scale, Real) and (self.scale > 0 or (self.scale == 0 and self.pixels == "uint8"))):
+            usual = "65535 where uint16 uses all bits, 4095 where it uses 12, 1 for floats from 0 to 1"
+            raise ValueError(
+                f"the card says pixels {self.pixels!r} and scale {self.scale}: give the scale, the pixel value that "
+                f"stands for 1, which no file tells: {usual}"
+            )
 
     @property
-    def scale(self) -> float:
-        """What inputs are divided by before mean and deviation: the largest value of a pixel, 1 for a table."""
-        return 255.0 if self.input == "image" else 1.0
+    def divisor(self) -> float:
+        """What inputs are divided by before mean and deviation; 1 for a table."""
+        return (self.scale or 255.0) if self.input == "image" else 1.0
+
+    @property
+    def form(self) -> Form:
+        return Form(self.pixels, len(self.mean))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input of the network: (height, width, channels), or (columns,)."""
+        return (*sides(self.input_size), len(self.mean)) if self.input == "image" else (len(self.columns),)
 
     def to_json(self) -> str:
         defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in LATER}
@@ -89,7 +139,10 @@ class Card:
         if unknown := sorted(set(fields) - set(own)):
             raise ValueError(f"a weight card has no {', '.join(unknown)}; its fields: {', '.join(own)}")
         fields = files.as_tuples(fields)
-        clashes = [key for key, value in fields.items() if own[key] != value and key in PIXELS]
+        if len(fields.get("mean", self.mean)) != len(self.mean):
+            found = f"{len(fields['mean'])} means, and the network reads {len(self.mean)} channels"
+            raise ValueError(f"the card of {self.model} is given {found}; model.channels changes these")
+        clashes = [key for key, value in fields.items() if own[key] != value and key in PIXELS and key not in STORED]
         if clashes and not allowed:
             lines = [f"  {key}: the card says {own[key]!r}, the config {fields[key]!r}" for key in clashes]
             wrong = f"the config contradicts the weight card of {self.model}: the weights expect other pixels"

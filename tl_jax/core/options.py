@@ -7,7 +7,21 @@ import re
 from typing import Any, NamedTuple
 
 from tl_jax.core import checks
-from tl_jax.core.checks import FLAG, NAMED, RULES, TABLE, TEXT, TEXTS, integer, number, one_of, sequence
+from tl_jax.core.card import CROP_MODES, PIXEL_TYPES
+from tl_jax.core.checks import (
+    FLAG,
+    NAMED,
+    REGEXES,
+    RULES,
+    TABLE,
+    TEXT,
+    TEXTS,
+    either,
+    integer,
+    number,
+    one_of,
+    sequence,
+)
 
 
 class Option(NamedTuple):
@@ -27,7 +41,7 @@ def _option(name: str, initial: Any, check: checks.Check, doc: str, **marks: boo
     return Option(name, initial, initial, check, doc, **marks)
 
 
-SOURCE = checks.either(TEXT, sequence(TEXT, "a sequence of strings, one for each domain"))
+SOURCE = either(TEXT, sequence(TEXT, "a sequence of strings, one for each domain"))
 SAMPLING = one_of("shuffled", "class_balanced", "sequential")
 _TRIPLES = sequence(sequence(TEXT, "three strings", 3), "triples of strings (name, source, split), each name once")
 SETS = _TRIPLES._replace(fits=lambda x: _TRIPLES.fits(x) and len({name for name, *_ in x}) == len(x))
@@ -35,10 +49,11 @@ SEVERAL = sequence(checks.CHANGES, "a sequence, each pairs (dotted option, value
 TABLES = checks.Check(lambda x: TABLE.fits(x) and all(map(TABLE.fits, x.values())), "{name: {parameter: value}}")
 _SCHEDULE = checks.Check(lambda value: NAMED.fits([value]), "a pair (schedule, {parameter: value})")
 SEED = integer(0, 2**32 - 1)
-PIXELS = integer(0, 4096)
+_PAIR = sequence(integer(1, 4096), "a pair (height, width) of integers from 1 to 4096", 2)
+PIXELS = either(integer(0, 4096), _PAIR)
 RATE = number(0, 1, below=True)
 GRID = sequence(number(0), "numbers, (value, ...)")
-WEIGHT = checks.either(number(), _SCHEDULE)
+WEIGHT = either(number(), _SCHEDULE)
 _TURN = checks.Check(
     lambda x: isinstance(x, list | tuple) and len(x) == 2 and TEXTS.fits(x[0]) and bool(x[0]) and _FACTORS.fits(x[1]),
     "",
@@ -48,8 +63,8 @@ POSITIVE = sequence(number(0, above=True), "a sequence of numbers above 0")
 
 # The fields of options that are tables.
 TASK_ARGS = {
-    "class_weight": checks.either(one_of("balanced"), POSITIVE),
-    "pos_weight": checks.either(number(0, above=True), POSITIVE),
+    "class_weight": either(one_of("balanced"), POSITIVE),
+    "pos_weight": either(number(0, above=True), POSITIVE),
 }
 # Each with its task_args.
 TASKS = {
@@ -72,11 +87,14 @@ HASH = checks.Check(
 )
 NETWORK = {"name": TEXT, "weights": TEXT, "image_size": PIXELS, "sha256": HASH, "cache": one_of("", "features")}
 CARD = {
-    "input_size": integer(1, 4096),
+    "input_size": either(integer(1, 4096), _PAIR),
     "mean": sequence(number(), "a sequence of numbers"),
     "std": POSITIVE,
     "interpolation": TEXT,
     "crop": number(0.1, 10),
+    "crop_mode": one_of(*CROP_MODES),
+    "pixels": one_of(*PIXEL_TYPES),
+    "scale": number(0, above=True),
     "licence": TEXT,
 }
 
@@ -103,7 +121,10 @@ _ROWS = (
     _option("model.weights", "", TEXT, "file, builtin:NAME, timm:NAME, hf://owner/name[/file]@revision; \"\": random"),
     _option("model.weights_sha256", "", HASH, "what the bytes of that file must have; \"\": any, and config.json "
             "keeps what they had", numbers=False),
-    _option("model.image_size", 0, PIXELS, "pixels; 0: the size on the weight card"),
+    _option("model.partial", (), REGEXES, "what that file may lack, and begins from random numbers: regexes of whole "
+            "paths of the backbone, stage4/.*"),
+    _option("model.image_size", 0, PIXELS, "pixels, of a side or (height, width); 0: the size on the weight card"),
+    _option("model.channels", 0, integer(0, 1024), "of the images; 0: as many as the weight card has means"),
     _option("model.keep_head", False, FLAG, "go on with the file's classifier, for the same classes; else a new head"),
     _option("model.reinit", (), TEXTS, "blocks that start from random numbers all the same: stage3, block11, ..."),
     _option("model.head", (), NAMED, "layers between the features and the last dense layer: pairs (name, arguments)"),

@@ -64,7 +64,7 @@ def match_rules(paths: Iterable[str], rules: Rules, what: str = "parameter") -> 
     if not problems:
         problems = messages.shorten([f"no rule matches {what} {path!r}" for path in paths if path not in matches], 10)
         dead = [match for match in compiled if match not in matches.values()]
-        problems += [f"rule {tuple(match)} decides no {what}{_why_dead(match, paths)}" for match in dead]
+        problems += [f"rule {tuple(match)} decides no {what}{why_dead(match.pattern, paths)}" for match in dead]
     if problems:
         first = f"the rules do not fit the {what}s (a rule must match a whole path; the first match wins):"
         last = f"rules, in order: {[tuple(rule) for rule in rules]}"
@@ -72,12 +72,23 @@ def match_rules(paths: Iterable[str], rules: Rules, what: str = "parameter") -> 
     return matches
 
 
-def _why_dead(match: Match, paths: Sequence[str]) -> str:
-    if any(re.fullmatch(match.pattern, path) for path in paths):
+def why_dead(pattern: str, paths: Sequence[str]) -> str:
+    """A hint on a regex that decides none of the paths."""
+    if any(re.fullmatch(pattern, path) for path in paths):
         return ": an earlier rule takes every path that it matches"
-    if prefixes := [path for path in paths if re.match(match.pattern, path)]:
+    if prefixes := [path for path in paths if re.match(pattern, path)]:
         return f": it matches only the beginning of {prefixes[0]!r}; end it with '.*'"
-    return messages.nearest(match.pattern, paths)
+    return messages.nearest(pattern, paths)
+
+
+def cover(paths: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Regexes that match the paths and none of the others: a folder where all in it is meant, or one path."""
+
+    def folders(path):
+        return [path[:i] for i, letter in enumerate(path) if letter == "/"]
+
+    needed = {folder for path in others for folder in folders(path)}
+    return sorted({next((f"{x}/.*" for x in folders(path) if x not in needed), path) for path in paths})
 
 
 def split(tree: Any, labels: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:

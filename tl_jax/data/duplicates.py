@@ -24,7 +24,7 @@ from tl_jax.core.checks import refuse
 from tl_jax.core.messages import listed
 from tl_jax.data import groups
 from tl_jax.data.examples import EncodedImages, FileImages, JoinedImages, Source, originals
-from tl_jax.data.image import ops
+from tl_jax.data.image import decode
 
 FORMAT = 1  # of what is kept
 SIDE = 32  # pixels of a thumbnail
@@ -178,7 +178,12 @@ def looks_of(examples: Sequence[tuple[Source, int]]) -> Looks:
     if not in_memory:
         digest = hashlib.sha256(f"{FORMAT} {len(examples)}".encode())
         for source, i in examples:
-            digest.update(f"\n{source.ids[i]} ".encode(errors="surrogateescape") + _stamp(source.inputs, i))
+            digest.update(
+                f"\n{source.ids[i]} {'' if source.form == decode.RGB else f'{source.form} '}".encode(
+                    errors="surrogateescape"
+                )
+                + _stamp(source.inputs, i)
+            )
         path = FOLDER / f"{digest.hexdigest()}.npz"
         if (kept := _read(path)) is not None and len(kept.hashes) == len(examples):
             return kept
@@ -214,11 +219,11 @@ def _look(source: Source, index: int) -> tuple[np.ndarray, np.ndarray, bool] | s
         example = source.inputs[index]
         if isinstance(example, np.ndarray) and (example.ndim == 1 or min(example.shape[:2]) < SHORT):
             return _hash(example), np.zeros((SIDE, SIDE), np.uint8), False
-        with ops.reading(example) as image:
+        with decode.reading(example, source.form) as image:
             pixels = np.asarray(image)
     except (OSError, ValueError) as error:
         return f"{source.ids[index]}: {error}"
-    grey = Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    grey = decode.picture(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
     thumbnail = np.asarray(grey)
     return _hash(pixels), thumbnail, min(pixels.shape[:2]) >= SHORT and thumbnail.std() >= FLAT
 

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax.core.card import Form
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import unequal
 from tl_jax.data import sealed
-from tl_jax.data.image import ops
+from tl_jax.data.image import decode
 
 HEAD = 2**14  # bytes of each encoded image that a fingerprint reads
 
@@ -84,8 +85,8 @@ class JoinedImages(NamedTuple):
 class Source:
     """N labelled examples with random access. Sources pickle.
 
-    inputs: images, indexed by example, each uint8 [H, W, 3] or encoded bytes; they may be one uint8 array
-    [N, H, W, 3]. Or the rows of a table, float32 [N, F], whose names are `columns`.
+    inputs: images, indexed by example, each an array [H, W, C] or encoded bytes; they may be one array [N, H, W, C].
+    form: how they are read. Or the rows of a table, float32 [N, F], whose names are `columns`.
     labels: int32 [N] that count into `class_names`; int32 [N, K] of 0 and 1, one column a label of `class_names`; or
     float32 [N, T], one column a target of `class_names`. Or `SealedLabels`, which raise where one is read.
     ids name the examples across runs: the path below the root, split/index, or row/number.
@@ -109,6 +110,7 @@ class Source:
     domain_names: tuple[str, ...] = ()
     groups: np.ndarray | None = None
     weights: np.ndarray | None = None
+    form: Form = decode.RGB
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -269,13 +271,9 @@ def uncorrupted(name: str) -> str:
     return re.sub(r"^(corrupt:\w+:\d:)+", "", name)
 
 
-def header_shape(images: Sequence, index: int) -> tuple[int, int]:
-    """Height and width of an image up to a turn by EXIF; of an encoded one by its header, else ValueError, OSError."""
-    image = images.path(index) if isinstance(images, FileImages) else images[index]
-    if isinstance(image, np.ndarray):
-        return ops.shape_of(image)
-    with ops.open_image(image) as header:
-        return ops.shape_of(header)
+def header(images: Sequence, index: int, form: Form) -> decode.Header:
+    """Of an image, up to a turn by EXIF; of an encoded one by its header alone. ValueError, OSError."""
+    return decode.header_of(images.path(index) if isinstance(images, FileImages) else images[index], form)
 
 
 def find_unreadable(source: Source, *, fully: bool) -> dict[int, str]:
@@ -286,9 +284,9 @@ def find_unreadable(source: Source, *, fully: bool) -> dict[int, str]:
     def problem(index: int) -> str:
         try:
             if not fully:
-                header_shape(source.inputs, index)
+                header(source.inputs, index, source.form)
             elif isinstance(image := source.inputs[index], bytes):
-                with ops.reading(image):
+                with decode.reading(image, source.form):
                     pass
         except (ValueError, OSError) as error:
             return f"{source.ids[index]}: {error}"

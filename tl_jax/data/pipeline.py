@@ -44,9 +44,9 @@ class Rows(NamedTuple):
 class Batches:
     """Batches of one stream: `batches[step]` is {field: array} of this process, b = batch_size / process_count rows.
 
-    Of each view, an image uint8 [b, S, S, 3] with the card's input size S, or rows float32 [b, F] of a table. "index"
-    int32 [b]; "label", where the stream is labelled; "domain" int32 [b] and "weight" float32 [b], where the source has
-    domains or weights.
+    Of each view, images [b, H, W, C] of the card's input size and form, uint8 or float32, or rows float32 [b, F] of a
+    table. "index" int32 [b]; "label", where the stream is labelled; "domain" int32 [b] and "weight" float32 [b], where
+    the source has domains or weights.
 
     renders: of the views of images. prepared: by view, what is taken in place of rendering, [V, N, ...]: in its epoch e
     an example has row e % V. seed: of this stream; None where nothing is random.
@@ -78,8 +78,8 @@ class Batches:
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """(shape, type) of the arrays of one batch that are rendered."""
         local = self.batch_size // self.process_count
-        sizes = {field: render.preprocess.input_size for field, render in self.unprepared.items()}
-        return {field: ((local, size, size, 3), "uint8") for field, size in sizes.items()}
+        made = {field: render.preprocess for field, render in self.unprepared.items()}
+        return {field: ((local, *preprocess.shape), preprocess.form.dtype) for field, preprocess in made.items()}
 
     def iterate(self, start: int, stop: int, num_workers: int = 0) -> Iterator[Batch]:
         """Yields batches[start], ..., batches[stop - 1], made ahead of time by threads (0 workers) or worker processes.
@@ -237,14 +237,14 @@ def eval_batches(source: Source, views: Mapping[str, View], batch_size: int, **o
     made = make_views(source, views, augmented=False)
     batches = EvalBatches(source, *made, batch_size, **{"labelled": not source.sealed, **options})
     _check_sizes(batches)
-    cards = {(r.preprocess.resize_size, r.preprocess.interpolation): None for r in batches.renders.values()}
-    for wanted, packed in itertools.product(cards, source.made_smaller):
-        if packed != wanted:
-            log.warning(
-                "%s: images were resized to %d %s when packed, and are now to %d %s: their pixels differ a little "
-                "from those of the files; packed with --size %d --interpolation %s they are equal",
-                *(source.name, *packed, *wanted, *wanted),
-            )
+    made = dict.fromkeys(render.preprocess for render in batches.renders.values())
+    for preprocess, packed in itertools.product(made, source.made_smaller):
+        best = preprocess.short_side, preprocess.interpolation
+        equal = preprocess.crop_mode == "center" and len(set(preprocess.resize_size)) == 1
+        if not equal or packed != best:
+            fix = "; packed with --size {} --interpolation {} they are equal".format(*best) if equal else ""
+            text = "%s: images were resized to %d %s when packed, and are resized again for %s: their pixels differ a "
+            log.warning(text + "little from those of the files%s", source.name, *packed, preprocess.input_size, fix)
     return batches
 
 
@@ -286,7 +286,7 @@ def _check_sizes(batches: Batches, domains: int = 1) -> None:
     if size < 1 or size % (count * domains) or not 0 <= index < count:
         expected = f"a positive multiple of {count * domains}, an equal slice of each domain in each process"
         raise ValueError(f"batch_size {size} for {domains} domains in process {index} of {count}: expected {expected}")
-    pixels = sum(math.prod(shape) for shape, _ in batches.shapes.values())
+    pixels = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in batches.shapes.values())
     rows = size // count * sum(values[0, :1].nbytes for values in batches.prepared.values())
     needed = (THREADS + 1) * (pixels + rows + ROW * size)
     if needed > (there := machine.memory()):

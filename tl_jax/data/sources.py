@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax.core.card import Form
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import listed, nearest
 from tl_jax.data import groups
 from tl_jax.data.examples import Source, check_split, find_unreadable, join, join_domains, overlap
+from tl_jax.data.image import decode
 from tl_jax.data.labels import KINDS, check_fit
 from tl_jax.data.readers import builtin
 from tl_jax.data.readers.arrays import array_source, load_arrays
-from tl_jax.data.readers.corrupted import FORM, clean_images, load_corrupted
+from tl_jax.data.readers.corrupted import FORM, CorruptedImages, clean_images, load_corrupted
 from tl_jax.data.readers.folder import load_folder
 from tl_jax.data.readers.glyphs import load_glyphs
 from tl_jax.data.readers.mat import load_mat
@@ -30,6 +32,7 @@ BUILTIN = {name: functools.partial(builtin.load_digits, name) for name in builti
 PLAIN = {"folder": load_folder, "packed": load_packed, "mat": load_mat}  # sources that take a path and a split
 COLUMNS = {"csv": load_csv, "table": load_table}  # sources with label columns
 DIABETES = "table:diabetes"
+FORM_FIX = "say what the files hold by data.card (pixels and scale), and the channels by model.channels"
 FORMS = (
     "folder:PATH",
     "arrays:FILE.npz",
@@ -58,6 +61,7 @@ def load(
     labelled: bool = True,
     sealed: Collection[str | tuple[str, str]] = (),
     poison: str = "",
+    form: Form = decode.RGB,
 ) -> Source:
     """Loads a split of a source; see docs/data.md for both languages. Several sources are the domains of one.
 
@@ -65,15 +69,14 @@ def load(
     regression. `labels` names the label columns of csv: and table: sources. `group` says what belongs together: the
     name of a column (csv:, table:) or of an array (arrays:), else a regular expression that finds the group in the ids.
 
-    Slices such as `train[:80%]` cut a permutation by `split_seed`, stratified where labels are classes; where there
-    are groups it is one of groups, and a slice begins and ends at the nearest end of a group. `shots` > 0
-    then takes that many examples of every class (in every domain) by `seed`; more shots contain the fewer.
-    `on_error="fail"` raises ValueError naming every file whose header is no image; `"skip"` decodes every image once,
-    now, and drops the bad ones into `Source.skipped`. `data_dir` is where tfds keeps its data.
-    `labelled=False` takes a folder of images without class folders too, which has no class names. `sealed` names
-    sources (see `sealed.canonical`), or pairs of one and its split, whose labels nothing reads: slices are not
-    stratified, and there are no shots; `poison` replaces these labels, to prove it.
-
+    Slices such as `train[:80%]` cut a permutation by `split_seed`, stratified where labels are classes; where there are
+    groups it is one of groups, and a slice begins and ends at the nearest end of a group. `shots` > 0 then takes that
+    many examples of every class (in every domain) by `seed`; more shots contain the fewer. `on_error="fail"` raises
+    ValueError naming every file whose header is no image; `"skip"` decodes every image once, now, and drops the bad
+    ones into `Source.skipped`. `data_dir` is where tfds keeps its data. `labelled=False` takes a folder of images
+    without class folders too, which has no class names. `sealed` names sources (see `sealed.canonical`), or pairs of
+    one and its split, whose labels nothing reads: slices are not stratified, and there are no shots; `poison` replaces
+    these labels, to prove it. `form`: of the network's card.
     ValueError: unknown sources or splits, labels that do not fit the task. FileNotFoundError: missing data.
     """
     names = (source,) if isinstance(source, str) else tuple(source)
@@ -92,7 +95,7 @@ def load(
         for cut in slices:
             if (part := cut.split) not in wholes:
                 how = poison if place in sealed or (place, part) in sealed else None
-                wholes[part] = _load_whole(name, part, task, labels, group, on_error, data_dir, how)
+                wholes[part] = _load_whole(name, part, task, labels, group, on_error, data_dir, how, form)
         if (labelled or shots) and (bare := [whole for whole in wholes.values() if not whole.class_names]):
             found = f"no class folders in {bare[0].name}, only {len(bare[0])} files; expected {name}/CLASS/IMAGE"
             raise ValueError(f"{found}. Without classes it can be a stream without labels or shots alone")
@@ -118,15 +121,18 @@ def list_split(
     task: str = "classification",
     labels: Sequence[str] = (),
     group: str = "",
+    form: Form | None = decode.RGB,
 ) -> Source:
-    """A whole split of a source as it lies there, without a look at the images; raises as `load` does."""
+    """A whole split of a source as it lies there, without a look at the images; raises as `load` does.
+
+    form: None leaves arrays as they are.
+    """
     if not re.fullmatch(r"\w+", split):
         raise ValueError(f"expected the name of a split such as train, found {split!r}; slices are cut when loaded")
     kind, _, argument = source.partition(":")
     if kind == "corrupt":
-        return load_corrupted(
-            argument, lambda clean: list_split(clean, split, data_dir, task=task, labels=labels, group=group)
-        )
+        clean = functools.partial(list_split, split=split, data_dir=data_dir, task=task, labels=labels, group=group)
+        return _in_form(load_corrupted(argument, clean), form or decode.RGB)
     if source not in BUILTIN and (kind not in (*PLAIN, *COLUMNS, "arrays", "tfds") or not argument):
         known = (*BUILTIN, DIABETES, *FORMS)
         raise ValueError(f"unknown source {source!r}{nearest(source, known)}. Sources: {', '.join(known)}")
@@ -145,7 +151,28 @@ def list_split(
     if len(found) == 0:
         raise ValueError(f"{found.name} holds no examples")
     check_fit(found, task)
+    found = _in_form(found, form) if form else found
     return groups.by_pattern(found, group) if group and found.groups is None else found
+
+
+def _in_form(source: Source, form: Form) -> Source:
+    """The source with images that are read in a form; what is decoded already must have it."""
+    if source.columns:
+        return source
+    inputs, clean = source.inputs, clean_images(source.inputs)
+    if isinstance(inputs, CorruptedImages) and not decode.is_photo(form):
+        raise ValueError(f"{source.name}: corruptions are defined for 8-bit grey and RGB, found {form}")
+    try:
+        if isinstance(clean, PackedImages):
+            decode.check(decode.Header(1, 1, *clean.form, encoded=False), form)
+        elif isinstance(clean, np.ndarray):
+            decode.header_of(clean[0], form)
+    except decode.WrongForm as error:
+        raise ValueError(f"images of {source.name} are not {form}: {error}; {FORM_FIX}") from None
+    if not isinstance(inputs, np.ndarray) or inputs.shape[-1] == form.channels:
+        return dataclasses.replace(source, form=form)
+    inputs = decode.in_channels(inputs, form.channels)
+    return dataclasses.replace(source, form=form, inputs=inputs, sizes=np.full(len(source), inputs[0].nbytes, np.int64))
 
 
 class Slice(NamedTuple):
@@ -226,10 +253,11 @@ def _draw_shots(source: Source, shots: int, seed: int) -> Source:
 
 def _load_whole(
     name: str, split: str, task: str, labels: Sequence[str], group: str, on_error: str, data_dir: str | None,
-    poison: str | None,
+    poison: str | None, form: Form,
 ) -> Source:  # fmt: skip
     """poison: of the labels, which are sealed; None: they are not."""
-    source, fully = list_split(name, split, data_dir, task=task, labels=labels, group=group), on_error == "skip"
+    source = list_split(name, split, data_dir, task=task, labels=labels, group=group, form=form)
+    fully = on_error == "skip"
     if poison is not None:
         source = dataclasses.replace(source, labels=SealedLabels(source.labels, poison))
     # Packed images have hashes. The files of tfds have checksums, and a second pass over large records is dear.
@@ -240,7 +268,8 @@ def _load_whole(
     if bad and fully:
         return without(source, bad)
     what = f"{len(bad)} of {len(source)} files of {source.name} are not images that can be read"
-    refuse(f"{what}; repair or remove them, or set on_error='skip' to leave them out", bad.values())
+    other = f" as {form}; {FORM_FIX}" if any(" expected " in text for text in bad.values()) else ""
+    refuse(f"{what}{other}; repair or remove them, or set on_error='skip' to leave them out", bad.values())
     return source
 
 
@@ -293,7 +322,7 @@ def _load_tfds(name: str, split: str, data_dir: str | None) -> Source:
         call = f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
         fix = f"Prepare it once where tensorflow is installed, {call}; then give the folder above it as data_dir"
         raise FileNotFoundError(f"{found}. {fix}") from None
-    records.decoders = {image: tfds.decode.SkipDecoding()}  # decoded like every other source's images, by ops.decode
+    records.decoders = {image: tfds.decode.SkipDecoding()}  # decoded like every other source's images, by decode.py
     labels, sizes = np.empty(len(records), np.int32), np.empty(len(records), np.int64)
     for i in range(len(records)):
         record = records[i]

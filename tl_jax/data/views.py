@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import threading
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from tl_jax.core.checks import refuse
 from tl_jax.core.fields import DOMAIN, INDEX, LABEL, MASK, WEIGHT
 from tl_jax.core.messages import listed
 from tl_jax.data.examples import Source
-from tl_jax.data.image import ops
+from tl_jax.data.image import decode, ops
 from tl_jax.data.image.augment import Preprocess, make_preprocess
 
 _local = threading.local()
@@ -60,7 +61,7 @@ def write_example(
     name = f"{source.ids[index]} of {source.name}"
     with contextlib.ExitStack() as stack:
         try:
-            image = stack.enter_context(ops.reading(source.inputs[index]))
+            image = stack.enter_context(decode.reading(source.inputs[index], source.form))
         except ValueError as error:
             raise ValueError(f"cannot read {name}: {error}; repair or remove it, or set on_error='skip'") from None
         except OSError as error:
@@ -86,6 +87,9 @@ def make_views(
         elif card.columns != source.columns:
             differ = listed([f"{a} -> {b}" for a, b in itertools.zip_longest(card.columns, source.columns) if a != b])
             problems.append(f"{field}: the columns of {card.model} are not those of the source:\n{differ}")
+        if card.input == source.input == "image" and card.form != source.form:
+            fix = "networks of one run read images in one form"
+            problems.append(f"{field}: {card.model} reads {card.form}, the source was loaded as {source.form}; {fix}")
         if card.input == "table" and augment:
             problems.append(f"{field}: rows of a table have no augmentations, found {augment}")
     refuse(f"the views of {source.name} cannot be used", problems)
@@ -95,7 +99,7 @@ def make_views(
             prepared[field] = source.inputs[None]
             continue
         preprocess = make_preprocess(card, augment if augmented else ())
-        wanted = preprocess.resize_size
+        wanted = preprocess.short_side
         if small := [size for size, _ in source.made_smaller if size < wanted]:
             found = f"packed with --size {min(small)}, but the card resizes to a short side of {wanted}"
             raise ValueError(f"{source.name} was {found}: pack it with --size {wanted} or more, or take its files")
@@ -106,13 +110,14 @@ def make_views(
 
 
 def _prepare(source: Source, render: Render) -> np.ndarray | None:
-    """All input pixels at once [N, S, S, 3], where they are the same in every epoch and small; else None."""
-    size = render.preprocess.input_size
-    if not isinstance(source.inputs, np.ndarray) or render.preprocess.ops or 3 * len(source) * size**2 > IN_MEMORY:
+    """All input pixels at once [N, H, W, C], where they are the same in every epoch and small; else None."""
+    preprocess, inputs = render.preprocess, source.inputs
+    shape, dtype = (len(source), *preprocess.shape), np.dtype(preprocess.form.dtype)
+    if not isinstance(inputs, np.ndarray) or preprocess.ops or math.prod(shape) * dtype.itemsize > IN_MEMORY:
         return None
-    if source.inputs.shape[1:3] == (render.preprocess.resize_size,) * 2 == (size,) * 2:
-        return source.inputs
-    pixels = np.empty((len(source), size, size, 3), np.uint8)
+    if inputs.dtype == dtype and preprocess.keeps(*inputs.shape[1:3]):
+        return inputs
+    pixels = np.empty(shape, dtype)
     for i in range(len(source)):
         write_example(source, {"": render}, {"": pixels}, i, i)
     return pixels

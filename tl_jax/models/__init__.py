@@ -14,12 +14,13 @@ from tl_jax.models import (
     mobilenet,
     resnet,
     squeezenet,
+    swin,
     vgg,
     vit,
 )
 from tl_jax.models.variant import Variant
 
-_VISION = (resnet, vgg, inception, densenet, squeezenet, mobilenet, efficientnet, convnext, vit, dinov2, clip)
+_VISION = (resnet, vgg, inception, densenet, squeezenet, mobilenet, efficientnet, convnext, swin, vit, dinov2, clip)
 _FAMILIES = (*_VISION, mlp, lenet)
 MODELS: dict[str, Variant] = {name: variant for family in _FAMILIES for name, variant in family.VARIANTS.items()}
 

@@ -11,9 +11,9 @@ import functools
 import numpy as np
 
 from tl_jax.core.card import Card
-from tl_jax.models.conversion import ABSENT, DENSE, NATIVE, QKV, SAME, Layout, Transform
+from tl_jax.models.conversion import ABSENT, DENSE, NATIVE, QKV, SAME, Layout, Transform, rules_of
 from tl_jax.models.variant import Variant, with_flavours
-from tl_jax.models.vit import BLOCK, TIMM_KEYS, ViT, qkv_rules, rules_of
+from tl_jax.models.vit import BLOCK, TIMM_KEYS, ViT, qkv_rules
 
 TOKEN = Transform(lambda w: w.reshape(1, 1, -1), lambda w: (w.reshape(-1),))  # [D] <-> [1, 1, D]
 TABLE = Transform(lambda w: w[None], lambda w: (w[0],))  # [N, D] <-> [1, N, D]
@@ -126,12 +126,11 @@ def clip_variants(module, card: Card, publisher: str) -> dict[str, Variant]:
 
 
 def siglip_variants(module, card: Card) -> dict[str, Variant]:
-    """A SigLIP tower as timm has it, made by `module`; its .hf flavour has the tanh GELU of the original.
-
-    That resizes height and width apart, which no card says: photos lose their borders here, as they do in timm.
-    """
+    """A SigLIP tower as timm has it, which crops; its .hf flavour has tanh GELU and squashes, as the original."""
     layouts = {"timm": SIGLIP_TIMM, "hf": SIGLIP_HF, "native": NATIVE}
-    return with_flavours(module, card, layouts, {"hf": ("hf", {"act": "gelu_tanh"}, card.replace(crop=1.0))})
+    return with_flavours(
+        module, card, layouts, {"hf": ("hf", {"act": "gelu_tanh"}, card.replace(crop=1.0, crop_mode="squash"))}
+    )
 
 
 def _all_variants() -> dict[str, Variant]:

@@ -11,6 +11,7 @@ from tl_jax.core.messages import shorten
 
 SHOWN = 5  # offenders that a message names per kind
 KINDS = ("unused keys", "unfilled leaves", "wrong shapes", "no floats", "non-finite values", "negative variances")
+LEAVES = ("cls_token", "pos_embed", "mask_token", "register_tokens", "latent", "gamma", "bias_table")
 Shapes = Mapping[str, tuple[int, ...]]  # per target path
 
 
@@ -36,7 +37,8 @@ class Layout(NamedTuple):
     """The table of one (family, file format) pair.
 
     rules: the first whose regex matches a whole path applies. head: regex of source keys of the classifier. ignore:
-    regex of source keys that are no weights. aliases: (regex, replacement) pairs from other spellings to the table's.
+    regex of source keys that are no weights, which are not read, though a rule may write them behind the weight.
+    aliases: (regex, replacement) pairs from other spellings to the table's.
     modules: source keys without their last part, of all but the head, where the table lists them.
     layers: names, of the publisher's head before its last dense layer, see models/head.py.
     """
@@ -69,8 +71,8 @@ ABSENT, LEFT_OUT = Transform(lambda: np.zeros(0), _refuse_values), Transform(lam
 
 
 def conv(target: str, source: str) -> list[Rule]:
-    """The row of a torch convolution without bias."""
-    return [Rule(f"params/{target}/kernel", (f"{source}.weight",), CONV)]
+    """The rows of a torch convolution; that of the bias serves those that have one."""
+    return affine(target, source, CONV)
 
 
 def affine(target: str, source: str, transform: Transform, keys: Sequence[str] = (".weight", ".bias")) -> list[Rule]:
@@ -89,6 +91,27 @@ def norm(target: str, source: str) -> list[Rule]:
     params, stats = {"scale": "weight", "bias": "bias"}, {"mean": "running_mean", "var": "running_var"}
     rows = [Rule(f"params/{target}/{leaf}", (f"{source}.{key}",), SAME) for leaf, key in params.items()]
     return rows + [Rule(f"batch_stats/{target}/{leaf}", (f"{source}.{key}",), SAME) for leaf, key in stats.items()]
+
+
+def rules_of(names: Mapping[str, str | tuple[tuple[str, ...], Transform]]) -> list[Rule]:
+    """The rows of {regex of the path of our module: template of its name in a torch file}.
+
+    The last part of a path says what the module is: conv* or patch_embed a convolution, norm* a normalisation, one of
+    LEAVES a parameter by itself, any other a dense layer. What is stored otherwise has a path that ends in its leaf,
+    and (keys, transform) in place of a name.
+    """
+    rules = []
+    for path, name in names.items():
+        last = path.rpartition("/")[2]
+        if not isinstance(name, str):
+            rules.append(Rule(f"params/{path}", *name))
+        elif last in LEAVES:
+            rules.append(Rule(f"params/{path}", (name,), SAME))
+        elif last.startswith("norm"):
+            rules += norm(path, name)
+        else:
+            rules += (conv if last.startswith(("conv", "patch_embed")) else dense)(path, name)
+    return rules
 
 
 def by_names(names: Mapping[str, str], head: str, ignore: str, pointwise: str = r"(?!)") -> Layout:
@@ -164,6 +187,12 @@ def coverage(layout: Layout, leaves: Iterable[str], tensors: Mapping[str, np.nda
     return sum(canonical(layout, key) in wanted for key in tensors)
 
 
+def lacking(layout: Layout, leaves: Iterable[str], tensors: Mapping[str, np.ndarray]) -> set[str]:
+    """The leaves of which a file has nothing; those that have no key in the layout are no such."""
+    found = {canonical(layout, key) for key in tensors}
+    return {leaf for leaf in leaves if (keys := sources_of(layout, leaf)[0]) and found.isdisjoint(keys)}
+
+
 def shapes_match(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether every leaf is there in the right shape, and no further key but those of the head and the ignored ones."""
     found = {canonical(layout, key): value.shape for key, value in tensors.items()}
@@ -184,13 +213,14 @@ def fill(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]):
         if not sources:
             flat[leaf], origins[leaf] = np.zeros(shape, np.float32), "zeros"
             continue
+        sources = [source for source in sources if not re.fullmatch(layout.ignore, source)]
         keys = [spelling[source] for source in sources if source in spelling]
         used.update(keys)
         if len(keys) < len(sources):
             problems["unfilled leaves"].append(f"{leaf} (no {', '.join(set(sources) - set(spelling))})")
             continue
         arrays = [tensors[key] for key in keys]
-        expected = source_shapes(transform, shape)
+        expected = source_shapes(transform, shape)[: len(keys)]
         defects = [_defect(leaf, *each) for each in zip(keys, arrays, expected, strict=True)]
         for kind, text in filter(None, defects):
             problems[kind].append(text)

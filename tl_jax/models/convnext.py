@@ -1,7 +1,7 @@
 """ConvNeXt (Liu et al. 2022, arXiv:2201.03545); atto to nano are timm's."""
 
 import functools
-import math
+import re
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tl_jax.core.card import Card
 from tl_jax.models import conversion, layers
-from tl_jax.models.conversion import SAME, Rule, Transform
+from tl_jax.models.conversion import POINTWISE, Transform
 from tl_jax.models.variant import Model, Variant, with_flavours
 
 
@@ -101,9 +101,6 @@ class ConvNeXt(Model):
         return layers.run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
 
 
-_POINTWISE = Transform(  # [out, in, 1, 1] <-> [in, out], for a dense layer that the file has as a convolution
-    lambda w: w.reshape(w.shape[:2]).T if w.ndim == 4 else w, lambda w: (w.T[:, :, None, None] if w.ndim == 2 else w,)
-)
 _PIXELS = Transform(lambda w: w.reshape(-1), lambda w: (w[:, None, None],))  # [D, 1, 1] <-> [D]
 # Our path: the keys of timm, Facebook, torchvision and transformers. {s}: the stage from 0; {k}: 2 s, which is the
 # place in torchvision's list of the layers before that stage; \1: the block.
@@ -132,23 +129,16 @@ _BLOCKS = (r"stages.{s}.blocks.\1", r"stages.{s}.\1", r"features.{after}.\1", r"
 
 def _layout(column: int, head: str, conv_mlp: bool = False, **more) -> conversion.Layout:
     """The table of a column of _KEYS; conv_mlp: its dense layers are 1x1 convolutions."""
-    rules = []
+    names = {}
     for pattern, keys in _KEYS.items():
         for s in range(4) if "{n}" in pattern else [0]:
             block = _BLOCKS[column].format(s=s, after=2 * s + 1)
-            path, key = pattern.replace("{n}", str(s + 1)), keys[column].format(s=s, k=2 * s, b=block)
-            leaf = path.rpartition("/")[2]
-            if leaf == "gamma":
-                rules.append(Rule(f"params/{path}", (key,), _PIXELS if column == 2 else SAME))
-            elif leaf == "conv":
-                rules += [*conversion.conv(path, key), Rule(f"params/{path}/bias", (f"{key}.bias",), SAME)]
-            elif leaf == "norm":
-                rules += conversion.norm(path, key)
-            else:
-                rows = conversion.dense(path, key)
-                as_conv = conv_mlp and leaf != "head"
-                rules += [row._replace(transform=_POINTWISE) for row in rows] if as_conv else rows
-    return conversion.Layout(tuple(rules), head, **more)
+            names[pattern.replace("{n}", str(s + 1))] = keys[column].format(s=s, k=2 * s, b=block)
+    if column == 2:
+        names |= {path: ((name,), _PIXELS) for path, name in names.items() if path.endswith("gamma")}
+    rules = conversion.rules_of(names)
+    dense = [rule._replace(transform=POINTWISE) if re.search(r"/fc\d/kernel", rule.target) else rule for rule in rules]
+    return conversion.Layout(tuple(dense if conv_mlp else rules), head, **more)
 
 
 LAYOUTS = {
@@ -178,10 +168,9 @@ def convnext_variants(name: str, module, crop: float, resize: int) -> dict[str, 
     card = Card(name, 1000, crop=crop)
     if not resize:
         return with_flavours(module, card, CONV_LAYOUTS, {})
-    share = math.floor(224 / resize * 1e4) / 1e4  # rounded down, so that floor(224 / share) is `resize` again
     flavours = {
         "facebook": ("fb", {}, card.replace(crop=0.875)),
-        "torchvision": ("tv", {}, card.replace(interpolation="bilinear", crop=share)),
+        "torchvision": ("tv", {}, card.replace(interpolation="bilinear", crop=224 / resize)),
         "hf": ("hf", {"last_eps": 1e-12}, card.replace(crop=0.875)),
     }
     return with_flavours(module, card, LAYOUTS, flavours)

@@ -81,22 +81,21 @@ class DenseNet(ConvNet):
 
 def _layout() -> conversion.Layout:
     """torchvision's names, which are timm's; torchvision's published files have the old ones, norm.1 for norm1."""
-    rules = [
-        *conversion.conv("backbone/stem/conv", "features.conv0"),
-        *conversion.norm("backbone/stem/norm", "features.norm0"),
-        *conversion.norm("backbone/norm", "features.norm5"),
-        *conversion.dense("head", "classifier"),
-    ]
-    for i in range(1, 5):
-        first = f"backbone/stage{i + 1}/block0/transition"  # behind the dense layers of stage i
-        rules += conversion.conv(f"{first}/conv", f"features.transition{i}.conv")
-        rules += conversion.norm(f"{first}/norm", f"features.transition{i}.norm")
+    names = {
+        "backbone/stem/conv": "features.conv0",
+        "backbone/stem/norm": "features.norm0",
+        "backbone/norm": "features.norm5",
+        "head": "classifier",
+    }
+    for i in range(1, 5):  # a transition lies behind the dense layers of stage i
+        for leaf in ("conv", "norm"):
+            names[f"backbone/stage{i + 1}/block0/transition/{leaf}"] = f"features.transition{i}.{leaf}"
     for j in range(48):  # dense layers count from 1 there
-        source = rf"features.denseblock\1.denselayer{j + 1}"
-        rules += conversion.conv(rf"backbone/stage(\d)/block{j}/conv(\d)", rf"{source}.conv\2")
-        rules += conversion.norm(rf"backbone/stage(\d)/block{j}/norm(\d)", rf"{source}.norm\2")
+        for leaf in ("conv", "norm"):
+            source = rf"features.denseblock\1.denselayer{j + 1}.{leaf}\2"
+            names[rf"backbone/stage(\d)/block{j}/{leaf}(\d)"] = source
     old = (r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.")
-    return conversion.Layout(tuple(rules), r"classifier\..+", r".*\.num_batches_tracked", (old,))
+    return conversion.Layout(tuple(conversion.rules_of(names)), r"classifier\..+", r".*\.num_batches_tracked", (old,))
 
 
 LAYOUTS = {"timm": _layout(), "native": conversion.NATIVE}

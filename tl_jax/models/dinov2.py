@@ -7,9 +7,9 @@ registers a position of the class token, which timm has added to that token. So 
 import functools
 
 from tl_jax.core.card import Card
-from tl_jax.models.conversion import LEFT_OUT, NATIVE, QKV, Layout
+from tl_jax.models.conversion import LEFT_OUT, NATIVE, QKV, Layout, rules_of
 from tl_jax.models.variant import Variant, with_flavours
-from tl_jax.models.vit import BLOCK, TIMM_KEYS, ViT, qkv_rules, rules_of
+from tl_jax.models.vit import BLOCK, TIMM_KEYS, ViT, qkv_rules
 
 _SCALES = {f"{BLOCK}/ls{i}/gamma": rf"blocks.\1.ls{i}.gamma" for i in (1, 2)}
 _MASK, _REGISTERS = "backbone/stem/mask_token", "backbone/stem/register_tokens"

@@ -32,6 +32,8 @@ B = {
     "b6": (1.8, 2.6, (528, 0.942), (528, 0.942), (528, 528)),
     "b7": (2.0, 3.1, (600, 0.949), (600, 0.949), (600, 600)),
 }
+SQUASH = {"crop_mode": "squash"}
+TIMM = {"b1": HALF, "b5": SQUASH}  # what else is timm's own
 KINDS = [("fused", 1, 1), ("fused", 2, 4), ("fused", 2, 4)]  # kind, stride and expansion of the stages of v2
 KINDS += [("inverted", 2, 4), ("inverted", 1, 6), ("inverted", 2, 6), ("inverted", 1, 6)]
 V2 = {  # channels and blocks of the stages; the input sizes of TensorFlow, timm and torchvision
@@ -69,7 +71,7 @@ def _b_variants() -> dict[str, Variant]:
         fields = {"stem": divisible(32 * width), "final": divisible(1280 * width), "act": "silu"}
         card, big = Card(f"efficientnet_{name}", 1000), name in ("b5", "b6", "b7")
         cards = [
-            card.replace(input_size=timm[0], crop=timm[1], **(HALF if name == "b1" else {})),
+            card.replace(input_size=timm[0], crop=timm[1], **TIMM.get(name, {})),
             card.replace(input_size=size, crop=size / short),
             card.replace(model=f"tf_{card.model}", input_size=tf[0], crop=tf[1]),
         ]
@@ -90,7 +92,7 @@ def _v2_variants() -> dict[str, Variant]:
         cards = [
             card.replace(input_size=timm),
             card.replace(input_size=torchvision, interpolation=other, **(HALF if name == "l" else {})),
-            card.replace(model=f"tf_{card.model}", input_size=tf, **HALF),
+            card.replace(model=f"tf_{card.model}", input_size=tf, **HALF, **({} if name == "s" else SQUASH)),
         ]
         variants |= _variants(functools.partial(MobileNet, **fields), cards, {"norm_eps": 1e-3})
     return variants

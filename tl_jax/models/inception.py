@@ -192,11 +192,10 @@ def _layout() -> conversion.Layout:
     for i, stage in enumerate(STAGES, 1):
         places += [(rf"backbone/stage{i}/block{j}/(branch\w+)", rf"{name}.\1") for j, name in enumerate(stage)]
     places += [(rf"backbone/final/layer{i + 1}", f"AuxLogits.conv{i}") for i in range(2)]
-    rules = [*conversion.dense("head", "fc"), *conversion.dense("backbone/final/dense", "AuxLogits.fc")]
-    for path, source in places:
-        rules += conversion.conv(f"{path}/conv", f"{source}.conv")
-        rules += conversion.norm(f"{path}/norm", f"{source}.bn")
-    return conversion.Layout(tuple(rules), r"fc\..+", r"AuxLogits\..+|.*\.num_batches_tracked")
+    names = {f"{path}/conv": f"{source}.conv" for path, source in places}
+    names |= {f"{path}/norm": f"{source}.bn" for path, source in places}
+    names |= {"head": "fc", "backbone/final/dense": "AuxLogits.fc"}
+    return conversion.Layout(tuple(conversion.rules_of(names)), r"fc\..+", r"AuxLogits\..+|.*\.num_batches_tracked")
 
 
 LAYOUTS = {"timm": _layout(), "native": conversion.NATIVE}

@@ -266,23 +266,25 @@ def _is_product(primitive, *args, **parameters) -> bool:
     return matmul or primitive is jax.lax.conv_general_dilated_p
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = "xla") -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v of each head, [B, N, H, D]; the softmax is float32, the matmuls have q's type.
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = "xla", bias: Any = None) -> jax.Array:
+    """softmax(q k^T / sqrt(D) + bias) v of each head, [B, N, H, D]; the softmax is float32, the matmuls have q's type.
 
-    attention: "xla", or "cudnn" for its fused kernel where there is one, see `unfused`.
+    attention: "xla", or "cudnn" for its fused kernel where there is one, see `unfused`, which has no bias [B, H, N, N].
     """
     if attention == "cudnn" and not unfused(q.dtype, q.shape[-1]):
         return _attend_fused(q, k, v)
     if jax.default_backend() == "cpu" and q.dtype == jnp.float32:
-        return _attend_on_cpu(q, k, v)
+        return _attend_on_cpu(q, k, v, bias)
     scores = _scores(q, k) / math.sqrt(q.shape[-1])
+    scores = scores if bias is None else scores + bias
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
-def _attend_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _attend_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any) -> jax.Array:
     """With heads before tokens: XLA's matmuls over strided rows take four times as long at 197 tokens."""
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q / math.sqrt(q.shape[-1]), k, v))
     scores = jnp.einsum("bhqd,bhkd->bhqk", q, k)
+    scores = scores if bias is None else scores + bias
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     sums = weights.sum(-1, keepdims=True)
     return jnp.swapaxes(jnp.einsum("bhqk,bhkd->bhqd", weights, v) / sums, 1, 2)

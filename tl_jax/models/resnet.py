@@ -94,32 +94,30 @@ class ResNet(ConvNet):
 
 
 _BLOCK, _COUNTERS = r"backbone/stage(\d)/block(\d+)", r".*\.num_batches_tracked"
-_TIMM = (  # torchvision uses the same names
-    *conversion.conv("backbone/stem/conv", "conv1"),
-    *conversion.norm("backbone/stem/norm", "bn1"),
-    *conversion.conv(rf"{_BLOCK}/conv(\d)", r"layer\1.\2.conv\3"),
-    *conversion.norm(rf"{_BLOCK}/norm(\d)", r"layer\1.\2.bn\3"),
-    *conversion.conv(rf"{_BLOCK}/shortcut/conv", r"layer\1.\2.downsample.0"),
-    *conversion.norm(rf"{_BLOCK}/shortcut/norm", r"layer\1.\2.downsample.1"),
-)
-TIMM = conversion.Layout((*_TIMM, *conversion.dense("head", "fc")), r"fc\..+", _COUNTERS)
+_TIMM = {  # torchvision uses the same names
+    "backbone/stem/conv": "conv1",
+    "backbone/stem/norm": "bn1",
+    rf"{_BLOCK}/conv(\d)": r"layer\1.\2.conv\3",
+    rf"{_BLOCK}/norm(\d)": r"layer\1.\2.bn\3",
+    rf"{_BLOCK}/shortcut/conv": r"layer\1.\2.downsample.0",
+    rf"{_BLOCK}/shortcut/norm": r"layer\1.\2.downsample.1",
+}
+TIMM = conversion.Layout(tuple(conversion.rules_of({**_TIMM, "head": "fc"})), r"fc\..+", _COUNTERS)
 # The names of akamaster's pytorch_resnet_cifar10; option A leaves no shortcut to convert.
-CIFAR = conversion.Layout((*_TIMM, *conversion.dense("head", "linear")), r"linear\..+", _COUNTERS)
+CIFAR = conversion.Layout(tuple(conversion.rules_of({**_TIMM, "head": "linear"})), r"linear\..+", _COUNTERS)
 
 
 def _hf_layout() -> conversion.Layout:
     """ResNetForImageClassification counts stages and convolutions from 0; a bare ResNetModel has no prefix."""
-    places = [("backbone/stem/{}", "resnet.embedder.embedder")]
+    places = {"backbone/stem/{}": "resnet.embedder.embedder"}
     for stage in range(4):
         block, source = rf"backbone/stage{stage + 1}/block(\d+)", rf"resnet.encoder.stages.{stage}.layers.\1"
-        places += [(f"{block}/shortcut/{{}}", f"{source}.shortcut")]
-        places += [(f"{block}/{{}}{i + 1}", f"{source}.layer.{i}") for i in range(3)]
-    rules = []
-    for path, source in places:
-        rules += conversion.conv(path.format("conv"), f"{source}.convolution")
-        rules += conversion.norm(path.format("norm"), f"{source}.normalization")
-    rules += conversion.dense("head", "classifier.1")
-    return conversion.Layout(tuple(rules), r"classifier\..+", _COUNTERS, ((r"^(embedder|encoder)\.", r"resnet.\1."),))
+        places |= {f"{block}/shortcut/{{}}": f"{source}.shortcut"}
+        places |= {f"{block}/{{}}{i + 1}": f"{source}.layer.{i}" for i in range(3)}
+    names = {path.format("conv"): f"{source}.convolution" for path, source in places.items()} | {"head": "classifier.1"}
+    names |= {path.format("norm"): f"{source}.normalization" for path, source in places.items()}
+    aliases = ((r"^(embedder|encoder)\.", r"resnet.\1."),)
+    return conversion.Layout(tuple(conversion.rules_of(names)), r"classifier\..+", _COUNTERS, aliases)
 
 
 LAYOUTS = {"timm": TIMM, "hf": _hf_layout(), "native": conversion.NATIVE}

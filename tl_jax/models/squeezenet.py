@@ -87,7 +87,6 @@ _FIELDS = {
     "squeezenet1_0": {"stem": (96, 7), "depths": (3, 4, 1)},
     "squeezenet1_1": {"stem": (64, 3), "depths": (2, 2, 4)},
 }
-_POINTS = conversion.Transform(lambda w: w[:, :, 0, 0].T, lambda w: (w.T[:, :, None, None],))
 
 
 def _layout(depths: tuple[int, ...]) -> conversion.Layout:
@@ -100,7 +99,7 @@ def _layout(depths: tuple[int, ...]) -> conversion.Layout:
                 source = f"features.{number}.{theirs}"
                 rules += conversion.affine(f"backbone/stage{i}/block{j}/{ours}", source, conversion.CONV)
             number += 1
-    rules += conversion.affine("head/out", "classifier.1", _POINTS)
+    rules += conversion.affine("head/out", "classifier.1", conversion.POINTWISE)
     return conversion.Layout(tuple(rules), r"classifier\..+", layers=("by_pixel",))
 
 

@@ -1,7 +1,6 @@
 """VGG with 11, 13, 16 or 19 layers (Simonyan and Zisserman 2014, arXiv:1409.1556, table 1), also with BatchNorm."""
 
 import functools
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -133,22 +132,19 @@ _GRID_DENSE = conversion.Transform(
     lambda w: _GRID_CONV.load(w.reshape(w.shape[0], -1, GRID, GRID)),
     lambda w: (_GRID_CONV.export(w)[0].reshape(w.shape[-1], -1),),
 )
-_POINT_CONV = conversion.Transform(lambda w: w[:, :, 0, 0].T, lambda w: (w.T[:, :, None, None],))
 _SWAPPED = conversion.Transform(lambda w: w[:, :, ::-1], lambda w: (w[:, :, ::-1],))  # RGB <-> BGR
 
 
 def torch_layout(depths: Sequence[int], norm: bool, timm: bool) -> conversion.Layout:
     """torchvision's names, or timm's, whose dense layers are convolutions."""
-    rules, number, stages = [], 0, itertools.groupby(_places(depths), key=lambda place: place[1])
-    for _, stage in stages:
-        for path, _, _ in stage:
-            rules += conversion.affine(f"backbone/{path}/conv", f"features.{number}", conversion.CONV)
-            rules += conversion.norm(f"backbone/{path}/norm", f"features.{number + 1}") if norm else []
-            number += 3 if norm else 2  # the ReLU too
-        number += 1  # the pool
+    rules, number = [], 0
+    for path, i, j in _places(depths):
+        rules += conversion.conv(f"backbone/{path}/conv", f"features.{number}")
+        rules += conversion.norm(f"backbone/{path}/norm", f"features.{number + 1}") if norm else []
+        number += (3 if norm else 2) + (j == depths[i - 1])  # the ReLU too, and the pool
     fc1, fc2, head = ("pre_logits.fc1", "pre_logits.fc2", "head.fc") if timm else (f"classifier.{i}" for i in (0, 3, 6))
     rules += conversion.affine("backbone/final/fc1", fc1, _GRID_CONV if timm else _GRID_DENSE)
-    rules += conversion.affine("backbone/final/fc2", fc2, _POINT_CONV if timm else conversion.DENSE)
+    rules += conversion.affine("backbone/final/fc2", fc2, conversion.POINTWISE if timm else conversion.DENSE)
     rules += conversion.dense("head", head)
     return conversion.Layout(tuple(rules), rf"{re.escape(head)}\..+", r".*\.num_batches_tracked")
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 
 from tl_jax.core.card import Card, sides
 from tl_jax.models import conversion, positions
-from tl_jax.models.conversion import NATIVE, SAME, Layout, Rule, Transform, conv, dense, norm
+from tl_jax.models.conversion import NATIVE, SAME, Layout, Rule, Transform, rules_of
 from tl_jax.models.layers import drop_path_rates, recomputed, run_parts
 from tl_jax.models.transformer import AttentionPool, Block, Stem
 from tl_jax.models.variant import Model, Variant, with_flavours
@@ -108,22 +108,6 @@ _KEYS = {
     "backbone/norm": ("norm", "encoder.ln", "vit.layernorm"),
     "head": ("head", "heads.head", "classifier"),
 }
-
-
-def rules_of(keys: Mapping[str, str | tuple[tuple[str, ...], Transform]]) -> list[Rule]:
-    """The rows of {path of a module, or of a leaf of its own: the file's key, or its keys and the transform}."""
-    rules = []
-    for path, key in keys.items():
-        leaf = path.rpartition("/")[2]
-        if not isinstance(key, str):
-            rules.append(Rule(f"params/{path}", *key))
-        elif leaf in ("cls_token", "pos_embed", "mask_token", "register_tokens", "gamma", "latent"):
-            rules.append(Rule(f"params/{path}", (key,), SAME))
-        elif leaf == "patch_embed":
-            rules += [*conv(path, key), Rule(f"params/{path}/bias", (f"{key}.bias",), SAME)]
-        else:
-            rules += (norm if leaf.startswith("norm") else dense)(path, key)
-    return rules
 
 
 def qkv_rules(sources: Sequence[str], transform: Transform, path: str = f"{BLOCK}/attn/qkv") -> list[Rule]:

@@ -29,7 +29,12 @@ from tl_jax.weights import load as pretrained
 START = "start"
 NEEDED = ("config.json", "result.json", "predictions.npz", "model.safetensors")
 OWN = ("data.augment", "data.shots", "data.workers", "data.on_error")  # options of data in which runs may differ
-SHARED = ("model.name", "model.image_size", "model.dtype")  # options of the network in which they may not
+SHARED = (
+    "model.name",
+    "model.image_size",
+    "model.channels",
+    "model.dtype",
+)  # options of the network in which they may not
 CHANGED = 0.01  # the share of predicted classes that may change when a run is scored anew, on another device
 UNTUNED = 0.5  # alpha where there is no val to choose it by, as Wortsman et al. 2022a recommend
 
@@ -134,7 +139,7 @@ def make_scorer(weights: Weights) -> Scorer:
     """The evaluation of the run's config on val, test (scored, where there is one) and data.extra_eval."""
     settings, card = weights.settings, weights.card
     parallel = sharding.make_parallel(settings.loop.parallel, fsdp=settings.loop.fsdp)
-    found = inputs.load_sources(settings)
+    found = inputs.load_sources(settings, card.form)
     data = {name: found[name].opened() for name in inputs.scored_names(found, settings)}
     if any(source.class_names != card.class_names for source in data.values()):
         raise ValueError(f"the data of {weights.name} have other classes by now than when it ran: {card.class_names}")

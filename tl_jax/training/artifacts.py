@@ -114,6 +114,7 @@ def finalize(
         note_cost(folder, run, len(run.phases) - 1, replicas=replicas)
         card, added = material.card.replace(**tasks.card_fields(spec)), material.model.additions
         about = {"model": settings.model.name, "weights": material.base, "seed": settings.loop.seed, "additions": added}
+        about["partial"] = settings.model.partial
         delta.save(folder / "trained.safetensors", variables, report, card, **about)
         if peft.can_merge(added):  # one plain network can have what was trained
             load.export(peft.merge(variables, added), settings.model.name, folder / "model.safetensors", card=card)
@@ -184,6 +185,7 @@ def _facts(run: Run, split: str, spec: Spec) -> dict[str, Any]:
         "model": run.material.card.model,
         "method": run.settings.phases[0].method.name,
         **({"weights_sha256": sha256} if (sha256 := run.material.base["sha256"]) else {}),
+        **({"missing_weights": parts} if (parts := audit.missing_parts(run.phases[0].audit)) else {}),
         "data": run.material.data[split].name,
         "split": split,
         "select": run.settings.loop.select,

@@ -14,11 +14,11 @@ from rich import box
 from rich.table import Table
 
 from tl_jax.core import messages, trees
-from tl_jax.core.card import Card
+from tl_jax.core.card import Card, size_text
 from tl_jax.core.trees import FROZEN, Match
 from tl_jax.methods.rules import places
 from tl_jax.training import optim
-from tl_jax.weights import sanity
+from tl_jax.weights import load, sanity
 
 
 def norm_policies(batch_stats: Any, labels: Mapping[str, str], rules: trees.Rules) -> dict[str, str]:
@@ -56,9 +56,10 @@ def make_audit(
 ) -> dict[str, Any]:
     """The whole audit of a phase as plain JSON data.
 
-    origins: `{collection/path: key in the weight file, "new", or "copy" of what was loaded}`. matches: the rule of each
-    parameter path. policies: from `norm_policies`. data: facts of the data to show. multipliers: of layer-wise decay.
-    auxiliary: the names of further networks, whose frozen parameters do not count in the totals.
+    origins: `{collection/path: key in the weight file, "new", "missing" there, or "copy" of what was loaded}`.
+    matches: the rule of each parameter path. policies: from `norm_policies`. data: facts of the data to show.
+    multipliers: of layer-wise decay. auxiliary: the names of further networks, whose frozen parameters do not count in
+    the totals.
     """
     moments, parameters, statistics = _moment_counts(opt_state, matches), [], []
     for path, leaf in trees.flatten(variables["params"]).items():
@@ -90,7 +91,7 @@ def make_audit(
             "parameters": whole,
             "trainable": trainable,
             "frozen": whole - trainable,
-            "new": _size(row for row in counted if row["origin"] == "new"),
+            "new": _size(row for row in counted if row["origin"] in load.RANDOM),
             "optimizer_values": sum(moments.values()),
         },
         "card": json.loads(card.to_json()),
@@ -166,7 +167,9 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
     caption = (
         f"{totals['trainable']:,} of {totals['parameters']:,} parameters train ({share:.2f} %), "
         f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values\n{_input(card)}\n"
-    ) + ", ".join(f"{split} {_count(facts)}" for split, facts in audit["data"].items())
+    )
+    resampled = [f"{row['path']}: {row['origin']}\n" for row in audit["parameters"] if "(resampled" in row["origin"]]
+    caption += "".join(resampled) + ", ".join(f"{split} {_count(facts)}" for split, facts in audit["data"].items())
     table = Table(title=f"transfer audit: {card['model']}", caption=caption, box=box.SIMPLE_HEAD)
     for name in ("part", "params", "origin", "group", "lr x", "decay", "statistics"):
         justify = "right" if name in ("params", "lr x", "decay") else "left"
@@ -199,15 +202,36 @@ def sanity_lines(audit: Mapping[str, Any]) -> list[str]:
     return [f"weights of {name}: {sanity.line(found)}" for name, found in audit.get("sanity", {}).items()]
 
 
+def missing_parts(audit: Mapping[str, Any], frozen: bool = False) -> list[str]:
+    """What of the backbone the weight file lacks, or what of that is frozen, as regexes of whole paths."""
+    rows = [(row, not row["trainable"]) for row in audit["parameters"]]
+    rows += [(row, row["policy"] == FROZEN) for row in audit["statistics"]]
+    own = {row["path"].removeprefix("backbone/"): row["origin"] == "missing" and fixed >= frozen for row, fixed in rows}
+    return trees.cover([path for path, meant in own.items() if meant], [path for path, x in own.items() if not x])
+
+
+def missing_lines(audit: Mapping[str, Any]) -> list[str]:
+    """What of the backbone the weight file lacks, with a warning where that is frozen, for the console."""
+    rows = [row for row in (*audit["parameters"], *audit["statistics"]) if row["origin"] == "missing"]
+    if not rows:
+        return []
+    parts, frozen = (", ".join(messages.shorten(missing_parts(audit, frozen), 5)) for frozen in (False, True))
+    lines = [f"missing in the weight file, so random: {len(rows)} leaves, {_size(rows):,} numbers [{parts}]"]
+    why = "random numbers that never train; let them train, or leave them out of what is read"
+    return lines + ([f"WARNING: frozen though missing in the weight file [{frozen}]: {why}"] if frozen else [])
+
+
 def _input(card: Mapping[str, Any]) -> str:
     if columns := card.get("columns"):
         return f"input {len(columns)} columns, standardised: {', '.join(columns[:10])}{', ...' * (len(columns) > 10)}"
-    size = f"input {card['input_size']} px, {card['interpolation']}, crop {card['crop']:g}"
-    return f"{size}, mean {card['mean']}, std {card['std']}"
+    mode = f" ({card['crop_mode']})" if "crop_mode" in card else ""
+    size = f"input {size_text(card['input_size'])} px, {card['interpolation']}, crop {card['crop']:g}{mode}"
+    values = f", {card.get('pixels', 'uint8')} / {card['scale']:g}" if "scale" in card else ""
+    return f"{size}{values}, mean {card['mean']}, std {card['std']}"
 
 
 def _cells(rows: list[dict], policies: set[str]) -> tuple[str, ...]:
-    origins = {row["origin"] if row["origin"] in ("new", "copy") else "file" for row in rows}
+    origins = {row["origin"] if row["origin"] in (*load.RANDOM, "copy") else "file" for row in rows}
     rates, decays = ([f"{x:g}" for x in sorted({row[name] for row in rows})] for name in ("lr_mult", "weight_decay"))
     named = (origins, {row["group"] for row in rows}, policies)
     origin, group, policy = ("+".join(sorted(values)) for values in named)

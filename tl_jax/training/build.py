@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from tl_jax import tasks
 from tl_jax.core import trees
-from tl_jax.core.card import Card
+from tl_jax.core.card import STORED, Card
 from tl_jax.data.examples import Source
 from tl_jax.methods import probes
 from tl_jax.methods.term import MAIN, MODEL, Network, Start, StreamFacts
@@ -26,6 +26,8 @@ from tl_jax.training import audit, inputs, optim, steps, terms
 from tl_jax.training.phases import Material, Phase, check_prefixes, make_phase
 from tl_jax.training.settings import Settings, naming, read
 from tl_jax.weights import hub, load, sanity
+
+MODEL_OPTIONS = ("name", "weights", "partial", "image_size", "channels", "reinit", "head", "head_init")
 
 
 class Run(NamedTuple):
@@ -74,7 +76,7 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
     train = data[MAIN]
     with naming(table, "task", "data.source"):
         spec = tasks.fit_spec(settings.loop.task, train.labels, train.class_names)
-    with naming(table, *(f"model.{name}" for name in ("name", "weights", "image_size", "reinit", "head", "head_init"))):
+    with naming(table, *(f"model.{name}" for name in MODEL_OPTIONS)):
         loaded = load_model(settings, tasks.make(spec).outputs, train.class_names, train.columns)
     with naming(table, "model.name", "data.source", "data.card"):
         card = _finish_card(settings, loaded.card.replace(sha256=loaded.sha256), spec, train)
@@ -137,7 +139,11 @@ def check_hashes(settings: Settings) -> None:
 
 def _examine(variables: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
     """What `sanity.examine` finds in the leaves of a network that a file gave; {} where none did."""
-    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(variables).items() if origins.get(path) != "new"}
+    flat = {
+        path: np.asarray(leaf)
+        for path, leaf in trees.flatten(variables).items()
+        if origins.get(path) not in load.RANDOM
+    }
     return sanity.examine(flat) if flat else {}
 
 
@@ -147,7 +153,8 @@ def load_model(
     """The network with a new head, or with the file's own, and random numbers in the parts of model.reinit."""
     model = settings.model
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
-    arguments |= {"head": model.head, "columns": tuple(columns)}
+    arguments |= {"head": model.head, "columns": tuple(columns), "channels": model.channels, "partial": model.partial}
+    arguments |= {name: settings.data.card.get(name, ()) for name in ("mean", "std")}
     loaded = load.load(model.name, model.weights, None if model.keep_head else outputs, **arguments)
     known = loaded.card.class_names or class_names
     if model.keep_head and (loaded.card.num_classes != outputs or tuple(known) != tuple(class_names)):
@@ -206,7 +213,8 @@ def _load_network(settings: Settings, name: str) -> Network:
     with naming({}, f"networks.{name}"):
         loaded = load.load(given.name, given.weights, None, image_size=given.image_size or None)
     module = peft.Adapted(loaded.model.clone(dtype=jnp.dtype(settings.model.dtype)))
-    return Network(module, loaded.card, loaded.variables, origin=given.weights or "new")
+    held = {name: value for name, value in settings.data.card.items() if name in STORED}
+    return Network(module, loaded.card.replace(**held), loaded.variables, origin=given.weights or "new")
 
 
 def _make_start(
@@ -227,7 +235,9 @@ def _make_start(
         _, found = still.apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)
         return trees.flatten(found.get("batch_stats", {}))
 
-    source_head = functools.partial(load.source_head, settings.model.name, settings.model.weights)
+    source_head = functools.partial(
+        load.source_head, settings.model.name, settings.model.weights, settings.model.partial
+    )
     facts = {name: StreamFacts(len(data[name]), data[name].num_domains) for name in (MAIN, *settings.streams)}
     key = jax.random.key(settings.loop.seed)
     return Start(variables, None, task, model, facts, shapes, None, apply, batch_statistics, source_head, key)

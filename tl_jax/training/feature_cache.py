@@ -33,6 +33,7 @@ from tl_jax.runtime.preemption import Preempted, Stop, check, saved_by
 from tl_jax.runtime.sharding import Parallel
 from tl_jax.training import steps
 
+UNSAID = {"crop_mode": "center", "pixels": "uint8", "scale": 0.0}  # fields that keys hold at other values alone
 FORMAT = 1  # raised when the same key would mean other numbers
 FOLDER = pathlib.Path.home() / ".cache" / "tl_jax" / "features"
 SAVE_EVERY = 30.0  # seconds of computing that a kill may cost
@@ -82,7 +83,7 @@ def _key(module: Any, reader: steps.Reader, leaves: Mapping[str, Any], cut: str)
         "added": [list(pair) for pair in module.additions],
         "weights": messages.fingerprint(trees.leaf_hashes(leaves)),
         "computed_in": np.dtype(module.dtype).name,
-        "card": {field: getattr(reader.card, field) for field in PIXELS},
+        "card": {field: x for field in PIXELS if (x := getattr(reader.card, field)) != UNSAID.get(field)},
         "cut": cut,
     }
 

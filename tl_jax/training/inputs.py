@@ -1,5 +1,6 @@
 """The data of a run: sources, checked against each other, and the streams of batches made of them."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 
 from tl_jax.core import checks, messages
-from tl_jax.core.card import PIXELS, Card
+from tl_jax.core.card import PIXELS, Card, Form
 from tl_jax.data import duplicates, groups, pipeline, resample, sources, weights
 from tl_jax.data.examples import Source
 from tl_jax.data.mixed import mixed_batches
@@ -19,20 +20,33 @@ from tl_jax.methods.term import MAIN
 from tl_jax.runtime import distributed, sharding
 from tl_jax.runtime.log import log
 from tl_jax.training.settings import DataSettings, Settings, StreamSettings, naming
+from tl_jax.weights import load
 
 SPLITS = ("train", "val", "test")
 SAMPLE, MIXED = "sample of train", "mixed candidates"  # what else is predicted of a candidate
 SAMPLED = 1000  # examples of the former
 
 
-def load_sources(settings: Settings) -> dict[str, Source]:
-    """The sources of train, val, test, extra_eval and further streams, by name; ValueError where they do not fit."""
+def form_of(settings: Settings) -> Form:
+    """How images are read: as data.card and model.channels say, else as the card of the weights does."""
+    model, card = settings.model, None
+    with contextlib.suppress(Exception):  # loading the weights will say what is wrong with them
+        card = load.card_of(model.name, model.weights)
+    own = card.form if card and card.input == "image" else Form()
+    return Form(settings.data.card.get("pixels", own.pixels), model.channels or own.channels)
+
+
+def load_sources(settings: Settings, form: Form | None = None) -> dict[str, Source]:
+    """The sources of train, val, test, extra_eval and further streams, by name; ValueError where they do not fit.
+
+    form: of the network that reads them, where it is loaded already.
+    """
     data, loop = settings.data, settings.loop
     with naming(settings.table, "data.train", "data.val", "data.test"):
         _check_splits(data, loop.select != "last" or bool(loop.patience), settings.streams)
     common = {"task": settings.loop.task, "labels": data.labels, "seed": loop.seed, "split_seed": data.split_seed}
     common |= {"on_error": data.on_error, "data_dir": data.data_dir or None, "group": data.group}
-    common |= {"sealed": sealed_sources(settings), "poison": data.poison}
+    common |= {"sealed": sealed_sources(settings), "poison": data.poison, "form": form or form_of(settings)}
 
     def read(name, source, split, shots=0, labelled=True):
         with naming(settings.table, *_options_of(name, settings)):
@@ -240,8 +254,9 @@ def _resample(pool: Source, design: str, split_seed: int) -> dict[str, Source]:
 
 def field_of(network: str, card: Card, model_card: Card) -> str:
     """The field of a batch that a further network reads: the model's, where both see the same before normalisation."""
-    same = all(getattr(card, name) == getattr(model_card, name) for name in PIXELS if name not in ("mean", "std"))
-    return model_card.input if same else f"{card.input}:{network}"
+    device = ("mean", "std", "scale")
+    same = all(getattr(card, name) == getattr(model_card, name) for name in PIXELS if name not in device)
+    return model_card.input if same and card.form == model_card.form else f"{card.input}:{network}"
 
 
 def make_streams(

@@ -20,6 +20,7 @@ from tl_jax.training import audit, evaluate, feature_cache, steps
 from tl_jax.training.build import Phase, Run
 from tl_jax.training.optim import to_steps
 from tl_jax.training.steps import TrainState
+from tl_jax.weights.load import RANDOM
 
 
 class Line(NamedTuple):
@@ -69,7 +70,7 @@ class Single:
         """
         variables, origins = self._run.material.variables, self._run.material.origins
         frozen = audit.frozen_hashes(variables, [phase.audit for phase in self._run.phases])
-        given = {p for p, origin in origins.items() if origin not in ("new", "copy") and "(resampled" not in origin}
+        given = {p for p, origin in origins.items() if origin not in (*RANDOM, "copy") and "(resampled" not in origin}
         if any(origins[path] == "copy" for path in frozen):
             flat = trees.flatten(variables)
             values = set(trees.leaf_hashes({path: flat[path] for path in given}).values())

@@ -103,7 +103,7 @@ def _show(run: Run) -> None:
     for phase in run.phases:
         log(f"\nphase {phase.start} .. {phase.stop} of {run.total_steps} steps" if len(run.phases) > 1 else "")
         log(audit.to_table(phase.audit, run.material.model.cuts))
-        for line in audit.sanity_lines(phase.audit):
+        for line in (*audit.missing_lines(phase.audit), *audit.sanity_lines(phase.audit)):
             log(line)
         if prefix := phase.plan.prefix:
             once = "its outputs are cached" if prefix.cached else "cache='features' would compute it once"

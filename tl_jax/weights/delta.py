@@ -26,16 +26,18 @@ def save(
     model: str,
     weights: Mapping[str, str],
     seed: int,
+    partial: Sequence[str] = (),
     additions: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> None:
     """Writes what trained of the model and of its added parameters as safetensors under this package's paths.
 
     The head and what is new in a model from a file are written whether they trained or not. report: the proved audit,
-    which says what was frozen. weights: {"file", "sha256"} of what was loaded; seed: of a model that no file filled.
+    which says what was frozen. weights: {"file", "sha256"} of what was loaded, partial: what that may lack; seed: of
+    what no file filled.
     """
     tables = {"params": "parameters", "batch_stats": "statistics"}
     rows = {f"{kind}/{row['path']}": row for kind in tables for row in report["phases"][0][tables[kind]]}
-    new = {path for path, row in rows.items() if row["origin"] == "new" and weights["file"]}
+    new = {path for path, row in rows.items() if row["origin"] in pretrained.RANDOM and weights["file"]}
     model_paths = tuple(f"{kind}/{name}/" for kind in variables for name in peft.MODEL)
     hashes = {path: sha256 for path, sha256 in report["proof"]["hashes"].items() if path.startswith(model_paths)}
     frozen = {path: x for path, x in hashes.items() if not path.startswith(pretrained.HEAD) and path not in new}
@@ -43,6 +45,7 @@ def save(
     flat = {p: x for p, x in trees.flatten(variables).items() if p.split("/")[1] in kinds}
     about = {"model": model, "weights": dict(weights), "seed": seed}
     about |= {"additions": [[name, dict(args)] for name, args in additions], "rested": messages.fingerprint(frozen)}
+    about |= {"partial": list(partial)} if partial else {}
     tensors = {path: np.asarray(leaf) for path, leaf in flat.items() if path not in frozen}
     formats.write_safetensors(path, tensors, {pretrained.CARD_KEY: card.to_json(), KEY: json.dumps(about)})
 
@@ -61,6 +64,8 @@ def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) ->
     base = pretrained.load(
         about["model"], file, card.num_classes,
         image_size=card.input_size, seed=about["seed"], head=card.head, columns=card.columns,
+        channels=0 if card.columns else card.form.channels, mean=card.mean, std=card.std,
+        partial=about.get("partial", ()),
     )  # fmt: skip
     if base.sha256 != about["weights"]["sha256"]:
         then, now = "{file} with sha256 {sha256}".format(**about["weights"]), base.sha256 or "none: random weights"

@@ -58,6 +58,15 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return tensors, metadata
 
 
+def read_metadata(path) -> dict[str, str]:
+    """The metadata of a safetensors file, without a look at its tensors; {} of other files, and of damaged ones."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except (safetensors.SafetensorError, OSError):
+        return {}
+
+
 sha256 = files.sha256
 
 

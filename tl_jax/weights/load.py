@@ -2,7 +2,9 @@
 
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,15 +13,16 @@ import numpy as np
 
 from tl_jax import models
 from tl_jax.core import messages, trees
-from tl_jax.core.card import Card, sides
+from tl_jax.core.card import Card, size_text
 from tl_jax.models import conversion as tables
 from tl_jax.models import head as heads
 from tl_jax.models.head import HEAD_INIT, Layers
-from tl_jax.weights import formats, hub, published
+from tl_jax.weights import formats, hub, other_inputs, published
 
 CARD_KEY = "tl_jax.card"
 HEAD = ("params/head/", "batch_stats/head/")
-POS_EMBED = "params/backbone/stem/pos_embed"
+RANDOM = ("new", "missing")  # origins of leaves that no file gave: wanted so, and those that a partial file lacks
+LAYER = ("kernel", "bias", "scale", "mean", "var")  # the leaves that make a layer together
 Tensors = Mapping[str, np.ndarray]  # of a file, by its keys
 
 
@@ -29,7 +32,7 @@ class Loaded(NamedTuple):
     model: Any
     variables: dict[str, Any]
     card: Card
-    origins: dict[str, str]  # {"params/backbone/...": source keys, or "new"} for every leaf of the variables
+    origins: dict[str, str]  # {"params/backbone/...": source keys, or one of RANDOM} for every leaf of the variables
     layout: str  # the conversion table that fitted; "" for a random initialisation
     dropped: tuple[str, ...]  # keys of the file's classifier which a new head (or none) replaced
     sha256: str  # of the file that was read, whatever its card says; "" for a random initialisation
@@ -45,6 +48,10 @@ def load(
     seed: int = 0,
     head: Layers = (),
     columns: Sequence[str] = (),
+    channels: int = 0,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    partial: Sequence[str] = (),
 ) -> Loaded:
     """Loads a weight file of any known layout into the named model, or initialises it at random where there is none.
 
@@ -53,9 +60,9 @@ def load(
     `num_classes` None keeps the file's head, an integer makes a new one from `seed` with the layers `head` before the
     last dense one (`head_init`, a name of HEAD_INIT, is of the last), 0 makes none. `image_size`, a side or (height,
     width), rebuilds a model with position embeddings for another input, resampling them. `columns`: of a table, in the
-    order in which the network reads them.
-    "timm:NAME" also names the model, and what its row in the table of published.py says about pixels, classes and
-    licence takes the place of the same fields of the model's default card; `name` may be "" or must agree.
+    order in which the network reads them. `channels`: of images, and their `mean` and `std`, see other_inputs.py.
+    `partial`: regexes of paths in the backbone that a file may lack, which begin from `seed`.
+    "timm:NAME" also names the model; its row in the table of published.py replaces fields of the model's card.
     A file whose publisher computes or preprocesses differently gives the model's flavour (`card.model` names it).
     Raises ValueError for a file whose bytes have another hash than its name says, and one that lists every unused key,
     unfilled leaf, wrong shape, non-finite value and negative variance.
@@ -63,36 +70,89 @@ def load(
     if head_init not in HEAD_INIT:
         raise ValueError(f"head_init={messages.brief(head_init)} is unknown; known: {', '.join(HEAD_INIT)}")
     head = heads.check(head)
-    if image_size:
-        image_size = sides(image_size)[0] if len(set(sides(image_size))) == 1 else sides(image_size)
+    if partial and not path:
+        raise ValueError(f"partial={tuple(partial)} is about a weight file, and there is none: leave it out")
+    image_size = other_inputs.one_side(image_size) if image_size else None
+
+    def for_input(card: Card) -> Card:
+        card = other_inputs.with_channels(other_inputs.with_columns(card, columns, path), channels, mean, std)
+        return card.replace(input_size=image_size or card.input_size)
+
     if not path:
-        card = _with_columns(models.get(name).card, columns, path)
+        card = for_input(models.get(name).card)
         classes = card.num_classes if num_classes is None else num_classes
-        card = card.replace(num_classes=classes, input_size=image_size or card.input_size, head=head if classes else ())
-        model = _make(models.get(name).module, card, head_init)
-        variables = jax.jit(lambda key: model.init(key, example_input(card)))(jax.random.key(seed))
-        return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
+        card = card.replace(num_classes=classes, head=head if classes else ())
+        return _random(_make(models.get(name).module, card, head_init), card, seed)
     tensors, layout, variant, card, sha256 = _read(name, path)
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
     own = tables.for_head(variant.layouts[layout], card.head)  # the file's own head
-    card = _with_columns(_with_head(card, num_classes, head, own, tensors, path), columns, path)
-    made_for, card = card.input_size, card.replace(input_size=image_size or card.input_size)
+    made_for = _with_head(card, num_classes, head, own, tensors, path)
+    card = for_input(made_for)
     table = tables.for_head(variant.layouts[layout], card.head)
     model = _make(variant.module, card, head_init)
     shapes, features = _shapes(model, card)
-    resampled = _resample(table, shapes, kept, model, made_for) if image_size else {}
+    changed = other_inputs.changed(table, shapes, kept, model, made_for, bool(image_size))
     wanted = {leaf: shape for leaf, shape in shapes.items() if num_classes is None or not leaf.startswith(HEAD)}
-    flat, origins, problems = tables.fill(table, wanted, {**kept, **resampled})
+    kept |= {key: x for key, (x, _) in changed.items()}
+    flat, origins, problems, lacking = _fill(table, wanted, kept, partial)
     if problems:
-        raise ValueError(_message(name or card.model, path, layout, tensors, problems))
-    if num_classes:
+        raise ValueError(_message(name or card.model, path, layout, tensors, problems, cover(lacking, wanted)))
+    if "missing" in origins.values():  # with the head
+        flat = {**trees.flatten(_random(model, card, seed).variables), **flat}
+    elif num_classes:
         flat |= _new_head(model, features, seed)
-    for key in resampled:
-        origins[POS_EMBED] += f" (resampled from {tensors[key].shape[-2]} to {shapes[POS_EMBED][1]} tokens)"
     variables = trees.unflatten(jax.device_put({leaf: flat[leaf] for leaf in shapes}))
-    return Loaded(model, variables, card, {x: origins.get(x, "new") for x in shapes}, layout, tuple(dropped), sha256)
+    told = {leaf: f"{keys} ({changed[keys][1]})" if keys in changed else keys for leaf, keys in origins.items()}
+    return Loaded(model, variables, card, {x: told.get(x, "new") for x in shapes}, layout, tuple(dropped), sha256)
+
+
+def _fill(table: tables.Layout, wanted: tables.Shapes, tensors: Tensors, partial: Sequence[str]):
+    """`tables.fill` but for what `partial` excuses, which has no value and the origin "missing"; and all that lacks."""
+    lacking = tables.lacking(table, wanted, tensors)
+    missing, wrong = _excuse(partial, wanted, lacking)
+    needed = {leaf: shape for leaf, shape in wanted.items() if leaf not in missing}
+    flat, origins, problems = tables.fill(table, needed, tensors)
+    return flat, origins | dict.fromkeys(missing, "missing"), wrong | problems, lacking
+
+
+def _excuse(
+    partial: Sequence[str], leaves: Iterable[str], lacking: Collection[str]
+) -> tuple[set[str], dict[str, list[str]]]:
+    """The `lacking` leaves that the regexes allow a file to lack, and what is wrong with the regexes, by kind."""
+    paths = {leaf: leaf.split("/", 2)[2] for leaf in leaves if not leaf.startswith(HEAD)}
+    matched = {regex: {leaf for leaf, path in paths.items() if re.fullmatch(regex, path)} for regex in partial}
+    every = set().union(*matched.values())
+    excused, layers, half = every & set(lacking), defaultdict(set), {}
+    for leaf, path in paths.items():
+        layer, _, name = path.rpartition("/")
+        if name in LAYER:
+            layers[layer].add(leaf)
+    for layer, its in layers.items():
+        if its & excused and not (its <= every or its <= set(lacking)):
+            names = [sorted(x.rpartition("/")[2] for x in each) for each in (its - set(lacking), its & set(lacking))]
+            half[layer] = "{}: the file has {} and lacks {}".format(layer, *map(", ".join, names))
+    folders = {f"{path.rsplit('/', i)[0]}/.*" for path in paths.values() for i in range(1, path.count("/") + 1)}
+    wrong = {
+        "regexes of partial that match nothing in the backbone": [
+            f"{regex!r}{trees.why_dead(regex, [*paths.values(), *folders])}"
+            for regex, found in matched.items()
+            if not found
+        ],
+        "regexes of partial for what the file has": [
+            repr(regex) for regex, found in matched.items() if found and not found & excused
+        ],
+        "layers that the file half fills, of which partial must match all leaves": list(half.values()),
+    }
+    return excused, {kind: texts for kind, texts in wrong.items() if texts}
+
+
+def cover(leaves: Collection[str], among: Iterable[str]) -> tuple[str, ...]:
+    """The `partial` that excuses these leaves of a network's backbone and no other of `among`."""
+    paths = {leaf: leaf.split("/", 2)[2] for leaf in among if not leaf.startswith(HEAD)}
+    short = [[path for leaf, path in paths.items() if (leaf in leaves) == wanted] for wanted in (True, False)]
+    return tuple(trees.cover(*short))
 
 
 def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Variant, Card, str]:
@@ -140,30 +200,20 @@ def _with_head(
     return card.replace(num_classes=sizes[0] if sizes else card.num_classes)  # without one it is reported unfilled
 
 
-def _with_columns(card: Card, columns: Sequence[str], path: Any) -> Card:
-    """The card with the columns that the network reads; means and deviations are 0 and 1 until data gives them."""
-    columns = tuple(columns)
-    given = f"given were {len(columns)} {columns[:5]}"
-    if card.input != "table" and columns:
-        raise ValueError(f"{card.model} reads an {card.input} and no columns; {given}")
-    if card.input == "table" and not (columns or card.columns):
-        raise ValueError(f"{card.model} reads a table: give its columns")
-    if card.columns and columns not in ((), card.columns):
-        own = f"{path} reads {len(card.columns)} columns {card.columns[:5]} according to its card"
-        raise ValueError(f"{own}, {given}; they must be the same in the same order")
-    if card.columns or not columns:
-        return card
-    return card.replace(columns=columns, mean=(0.0,) * len(columns), std=(1.0,) * len(columns))
+def card_of(name: str, path: str | pathlib.Path | None) -> Card:
+    """The card with which `load` begins, read without the tensors, which are not checked."""
+    metadata = formats.read_metadata(hub.resolve(path)) if path else {}
+    return Card.from_json(metadata[CARD_KEY]) if CARD_KEY in metadata else models.get(name).card
 
 
-def source_head(name: str, path: str | pathlib.Path) -> dict[str, jax.Array] | None:
+def source_head(name: str, path: str | pathlib.Path, partial: Sequence[str] = ()) -> dict[str, jax.Array] | None:
     """A weight file's classifier {"kernel" [D, K], "bias" [K]} on pre_logits; None: it has none, or further layers."""
     if not path:
         return None
     tensors, layout, variant, card, _ = _read(name, path)
     if card.head or not any(tables.is_head(variant.layouts[layout], key) for key in tensors):
         return None
-    return load(name, path).variables["params"]["head"]
+    return load(name, path, partial=partial).variables["params"]["head"]
 
 
 def export(
@@ -183,7 +233,8 @@ def export(
     if layout not in variant.layouts:
         raise ValueError(f"{name} has no layout {layout!r}; it has {', '.join(variant.layouts)}")
     plain = variant.card.replace(num_classes=card.num_classes, input_size=card.input_size, head=card.head)
-    shapes = _network_shapes(variant.module, _with_columns(plain, card.columns, path).to_json())
+    plain = other_inputs.with_columns(plain, card.columns, path).replace(mean=card.mean, std=card.std)
+    shapes = _network_shapes(variant.module, plain.to_json())
     flat = {leaf: np.asarray(value) for leaf, value in trees.flatten(variables).items()}
     found = {leaf: value.shape for leaf, value in flat.items()}
     problems = {
@@ -202,6 +253,11 @@ def export(
     formats.write_safetensors(path, tensors, {CARD_KEY: card.to_json()})
 
 
+def _random(model: Any, card: Card, seed: int) -> Loaded:
+    variables = jax.jit(lambda key: model.init(key, example_input(card)))(jax.random.key(seed))
+    return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
+
+
 def _make(module: Any, card: Card, head_init: str) -> Any:
     model = module(num_classes=card.num_classes, head_init=head_init, head=card.head)
     # Only a model with position embeddings is built for one input size.
@@ -209,10 +265,8 @@ def _make(module: Any, card: Card, head_init: str) -> Any:
 
 
 def example_input(card: Card) -> jax.Array:
-    """One example of zeros as the network of a card takes it: [1, H, W, 3], or [1, columns]."""
-    if card.input == "table":
-        return jnp.zeros((1, len(card.columns)))
-    return jnp.zeros((1, *sides(card.input_size), 3))
+    """One example of zeros as the network of a card takes it: [1, H, W, C], or [1, columns]."""
+    return jnp.zeros((1, *card.shape))
 
 
 def _shapes(model: Any, card: Card) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
@@ -230,7 +284,7 @@ def _network_shapes(module: Any, card: str) -> dict[str, tuple[int, ...]]:
 
 def _default_shapes(name: str) -> dict[str, tuple[int, ...]]:
     variant = models.get(name)
-    card = _with_columns(variant.card, ("x",), "") if variant.card.input == "table" else variant.card
+    card = other_inputs.with_columns(variant.card, ("x",), "") if variant.card.input == "table" else variant.card
     return _network_shapes(variant.module, card.to_json())
 
 
@@ -255,38 +309,24 @@ def _detect(name: str, path: Any, tensors: Tensors) -> str:
     return best
 
 
-def _resample(
-    table: tables.Layout, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, model: Any, made_for: Any
-) -> Tensors:
-    """The file's position embedding on the model's grid, under the file's key; {} where it needs no resampling.
-
-    made_for: the image size on the card of the file.
-    """
-    if POS_EMBED not in shapes:
-        return {}
-    (source,), transform = tables.sources_of(table, POS_EMBED)
-    found = {}
-    for key, x in tensors.items():
-        if tables.canonical(table, key) == source and (old := transform.load(x)) is not (
-            new := model.resampled(old, made_for)
-        ):
-            (found[key],) = transform.export(new)
-    return found
-
-
 def _new_head(model: Any, features: tuple[int, ...], seed: int) -> dict[str, jax.Array]:
     """Initialises the head alone, with the numbers that a random initialisation from the same seed gives it."""
     init = jax.jit(lambda key: model.init(key, jnp.zeros(features), start=heads.reads(model)))
     return {leaf: x for leaf, x in trees.flatten(init(jax.random.key(seed))).items() if leaf.startswith(HEAD)}
 
 
-def _message(name: str, path: Any, layout: str, tensors: Tensors, problems: Mapping[str, Any]) -> str:
+def _message(name: str, path: Any, layout: str, tensors: Tensors, problems: Mapping[str, Any], parts: tuple) -> str:
     (kind, texts), *others = problems.items()
     if not others and kind == "unfilled leaves" and all(text.startswith(HEAD) for text in texts):
         hint = "; the file has no head: give num_classes for a new one, or 0 for none"
     else:
         grid = not others and kind == "wrong shapes" and len(texts) == 1 and "pos" in texts[0]
-        hint = ("; give image_size to resample the position embedding" if grid else "") + _looks_like(tensors)
+        hint = "; give image_size to resample the position embedding" if grid else ""
+        if stem := re.search(r"is \((\d+), (\d+), (.+)\), expected \(\1, \d+, \3\)$", "" if others else texts[0]):
+            hint = f"; for images of {stem[2]} channels give channels={stem[2]} (in a config: model.channels)"
+        hint += _looks_like(tensors)
+        if not hint and parts and not others and kind == "unfilled leaves":
+            hint = f"; if it is known to lack them: partial={parts}"
     return f"{path} does not fit {name} (best layout: {layout}): {tables.listing(problems)}{hint}"
 
 
@@ -328,5 +368,7 @@ def inspect(path: str | pathlib.Path) -> str:
         return "\n".join([*lines, f"card {metadata[CARD_KEY]}"])
     for name, layout in (fits := candidates(tensors)):
         card = models.get(name).card
-        lines.append(f"fits {name} (layout {layout}): {card.input_size} px with mean {card.mean}, std {card.std}")
+        lines.append(
+            f"fits {name} (layout {layout}): {size_text(card.input_size)} px with mean {card.mean}, std {card.std}"
+        )
     return "\n".join([*lines, "no card" if fits else "fits no known model; no card"])

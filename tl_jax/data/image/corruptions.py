@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from tl_jax.data.image import ops
+from tl_jax.data.image import decode, ops
 
 SMALL, LARGE = 64, 256
 
@@ -62,7 +62,7 @@ def _brightness(x: np.ndarray, rng: np.random.Generator, added: float) -> np.nda
 def _jpeg(x: np.ndarray, rng: np.random.Generator, quality: int) -> np.ndarray:
     stream = io.BytesIO()
     Image.fromarray(_as_bytes(x)).save(stream, "JPEG", quality=quality)
-    return ops.decode(stream.getvalue()) / 255
+    return decode.decode(stream.getvalue()) / 255
 
 
 def _pixelate(x: np.ndarray, rng: np.random.Generator, factor: float) -> np.ndarray:
@@ -92,10 +92,10 @@ CORRUPTIONS: dict[str, tuple[Callable[..., np.ndarray], tuple, tuple]] = {
 
 def corrupt(image: np.ndarray | Image.Image, name: str, severity: int, rng: np.random.Generator) -> np.ndarray:
     """uint8 [H, W, 3] of a decoded image; severity 1 to 5; a corruption without chance draws nothing from `rng`."""
-    if min(ops.shape_of(image)) > LARGE:
+    if min(decode.shape_of(image)) > LARGE:
         image = ops.resize(image, size=LARGE, interpolation="bilinear")
     function, small, large = CORRUPTIONS[name]
-    constants = (small if min(ops.shape_of(image)) <= SMALL else large)[severity - 1]
+    constants = (small if min(decode.shape_of(image)) <= SMALL else large)[severity - 1]
     x = np.asarray(image) / 255
     return _as_bytes(function(x, rng, *(constants if isinstance(constants, tuple) else (constants,))))
 

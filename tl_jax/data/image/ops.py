@@ -1,22 +1,17 @@
-"""Decoding, the card's resize and crop, and the augmentations: pure functions on uint8 images [H, W, 3]."""
+"""The card's resize and crop, and the augmentations: pure functions on images [H, W, C], uint8 or float32."""
 
-import contextlib
-import io
 import math
-import os
-import threading
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance
 
 from tl_jax.core import checks
+from tl_jax.core.card import CROP_MODES, sides
 from tl_jax.data.image import rand_augment as ra
+from tl_jax.data.image.decode import shape_of
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # MPO is read as JPEG; Pillow has no reader by that name
-MAX_PIXELS = 2**26  # 64 megapixels are 192 MiB as RGB; a larger image is refused before it is decoded
-JPEG_PIXELS = 1024  # of one byte: a JPEG takes at least a bit for each 8 x 8 pixels, so twice what is possible
 RESAMPLE = {kind.name.lower(): kind for kind in Image.Resampling}
 
 
@@ -26,12 +21,12 @@ def _interval(high: float = math.inf) -> checks.Check:
     return pair._replace(fits=lambda value: pair.fits(value) and value[0] <= value[1])
 
 
-_budget = threading.Condition()
-_free = MAX_PIXELS  # of the pixels that the threads of this process may read at one time
-
+_SIDE = checks.integer(1, 16_384)
+_SIDES = checks.sequence(_SIDE, "a pair (height, width) of such", 2)
 # The kinds of parameters of the augmentations.
 Interpolation = Annotated[str, checks.one_of(*RESAMPLE)]
-Size = Annotated[int, checks.integer(1, 16_384)]
+Size = Annotated[int | tuple[int, int], checks.either(_SIDE, _SIDES)]
+CropMode = Annotated[str, checks.one_of(*CROP_MODES)]
 Fill = Annotated[int, checks.integer(0, 255)]
 Probability = Annotated[float, checks.number(0, 1)]
 Amount = Annotated[float, checks.number(0, 100)]
@@ -39,132 +34,68 @@ Areas = Annotated[tuple[float, float], _interval(1)]
 Ratios = Annotated[tuple[float, float], _interval()]
 
 
-def open_image(data: bytes | str) -> Image.Image:
-    """Reads the header of encoded bytes, or of the file at a path; ValueError says why it is no image.
+def resized(height: int, width: int, size: int | tuple[int, int], crop_mode: str = "center") -> tuple[int, int]:
+    """Height and width after `resize`."""
+    wanted = sides(size)
+    if crop_mode == "squash":
+        return wanted
+    if crop_mode == "center" and wanted[0] == wanted[1]:  # the short side is this, the long one cut off, not rounded
+        short = min(height, width)
+        return int(wanted[0] * height / short), int(wanted[0] * width / short)
+    ratios = height / wanted[0], width / wanted[1]
+    ratio = max(ratios) if crop_mode == "border" else min(ratios)
+    return max(round(height / ratio), 1), max(round(width / ratio), 1)
 
-    The format is told from the content, never from the file name; only `FORMATS` up to `MAX_PIXELS` are read.
+
+def resize(
+    image: np.ndarray | Image.Image,
+    rng=None,
+    *,
+    size: Size,
+    interpolation: Interpolation,
+    crop_mode: CropMode = "center",
+) -> np.ndarray:
+    """Resizes as timm does, and torchvision where both sides of `size` are equal.
+
+    The image covers `size` ("center"), lies within it ("border"), or takes exactly that size ("squash").
     """
-    if not data:
-        raise ValueError("not a readable image (it is empty)")
-    try:
-        image = Image.open(data if isinstance(data, str) else io.BytesIO(data), formats=FORMATS)
-    except Exception as error:  # on damaged headers Pillow raises almost any type
-        raise ValueError(f"not a readable image ({_reason(error)}; formats read: {', '.join(FORMATS)})") from None
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise ValueError(f"image of {image.width} x {image.height} pixels; at most {MAX_PIXELS} are read")
-    size = os.path.getsize(data) if isinstance(data, str) else len(data)
-    if image.format in ("JPEG", "MPO") and image.width * image.height > JPEG_PIXELS * size:
-        image.close()
-        raise ValueError(f"damaged JPEG ({size:,} bytes cannot hold {image.width} x {image.height} pixels)")
-    return image
-
-
-def decode(data: bytes) -> np.ndarray:
-    """Decodes an encoded image into uint8 RGB [H, W, 3]; see `decode_image`."""
-    return np.asarray(decode_image(data))
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """Decodes an encoded image into a Pillow image in mode RGB; ValueError says how it is damaged.
-
-    EXIF orientation is applied; of several frames the first is taken; 16-bit grey is scaled to 8 bits; transparent
-    pixels are laid on white; CMYK, grey and palette images become RGB.
-    """
-    return _load(open_image(data))
-
-
-def _load(image: Image.Image) -> Image.Image:
-    try:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
-    except Exception as error:  # see open_image
-        raise ValueError(f"damaged {image.format or 'image'} ({_reason(error)})") from None
-
-
-def _reason(error: Exception) -> str:
-    """The error's text without the repr of a memory stream, which names an address and no file."""
-    return str(error).split(" <_io.")[0].strip() or type(error).__name__
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)  # Pillow's own conversion clips at 255 instead of scaling
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixel mode {image.mode} has no defined white; save it with 8 or 16 bits per channel")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def as_rgb(image: np.ndarray | bytes) -> np.ndarray | Image.Image:
-    """Encoded bytes as a Pillow image, uint8 [H, W], [H, W, 1] or [H, W, 3] as [H, W, 3]; ValueError on others."""
-    if isinstance(image, bytes):
-        return decode_image(image)
-    fits = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))
-    if image.dtype != np.uint8 or not (fits and image.size):
-        raise ValueError(f"an image must be uint8 [H, W], [H, W, 1] or [H, W, 3], found {image.dtype} {image.shape}")
-    image = image[..., None] if image.ndim == 2 else image
-    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
-
-
-@contextlib.contextmanager
-def reading(image: np.ndarray | bytes) -> Iterator[np.ndarray | Image.Image]:
-    """`as_rgb` of an image that is kept within the block; raises as it does.
-
-    By their headers, the images that the threads of a process read at one time have at most `MAX_PIXELS`; others wait.
-    """
-    global _free
-    if not isinstance(image, bytes):
-        yield as_rgb(image)
-        return
-    pixels = math.prod((header := open_image(image)).size)
-    with _budget:
-        _budget.wait_for(lambda: _free >= pixels)
-        _free -= pixels
-    try:
-        yield _load(header)
-    finally:
-        with _budget:
-            _free += pixels
-            _budget.notify_all()
-
-
-def shape_of(image: np.ndarray | Image.Image) -> tuple[int, int]:
-    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
-
-
-def resized(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width after `resize`: the short side is `size`, the long one `floor(size * long / short)`."""
-    short = min(height, width)
-    return int(size * height / short), int(size * width / short)
-
-
-def resize(image: np.ndarray | Image.Image, rng=None, *, size: Size, interpolation: Interpolation) -> np.ndarray:
-    """Resizes to `resized`, as torchvision does."""
-    return _scale(image, *resized(*shape_of(image), size), interpolation)
+    return _scale(image, *resized(*shape_of(image), size, crop_mode), interpolation)
 
 
 def _scale(image: np.ndarray | Image.Image, height: int, width: int, interpolation: str) -> np.ndarray:
     if shape_of(image) == (height, width):
         return np.asarray(image)
-    pil = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    return np.asarray(pil.resize((width, height), RESAMPLE[interpolation]))
+    return _with_pillow(image, lambda pil, _: pil.resize((width, height), RESAMPLE[interpolation]))
 
 
-def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Cuts the central `size` square; the margins are halved with Python's round, as in torchvision.
+def _with_pillow(image: np.ndarray | Image.Image, change: Callable[[Image.Image, Any], Image.Image], fill=0):
+    """`change(Pillow image, fill)`: of 8-bit RGB at once, else of channel after channel, floats in Pillow's mode F."""
+    if isinstance(image, Image.Image) or (image.dtype == np.uint8 and image.shape[2] == 3):
+        return np.asarray(change(image if isinstance(image, Image.Image) else Image.fromarray(image), (fill,) * 3))
+    planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, 2, 0)]
+    return np.stack([np.asarray(change(plane, fill)) for plane in planes], axis=2)
 
-    A side shorter than `size` (a card with crop > 1) is padded with black to it first.
+
+def _padded(image: np.ndarray, offset: Sequence[int], shape: Sequence[int], fill: Any = 0) -> np.ndarray:
+    """The image in a larger one of height and width `shape`, `offset` rows and columns from its corner."""
+    padded = np.empty((*shape, image.shape[2]), image.dtype)
+    padded[:] = fill
+    padded[offset[0] : offset[0] + image.shape[0], offset[1] : offset[1] + image.shape[1]] = image
+    return padded
+
+
+def centre_crop(image: np.ndarray, size: int | tuple[int, int], fill: Any = 0) -> np.ndarray:
+    """Cuts the centre of `size`; the margins are halved with Python's round, as in torchvision.
+
+    A side shorter than that (a card with crop > 1, or the crop_mode "border") is padded with `fill` to it first.
     """
-    missing = [max(size - side, 0) for side in image.shape[:2]]
+    wanted = sides(size)
+    missing = [max(want - side, 0) for want, side in zip(wanted, image.shape[:2], strict=True)]
     if any(missing):
-        image = np.pad(image, [(m // 2, m - m // 2) for m in missing] + [(0, 0)])
-    top, left = (round((side - size) / 2) for side in image.shape[:2])
-    return image[top : top + size, left : left + size]
+        shape = [side + more for side, more in zip(image.shape[:2], missing, strict=True)]
+        image = _padded(image, [more // 2 for more in missing], shape, fill)
+    top, left = (round((side - want) / 2) for side, want in zip(image.shape[:2], wanted, strict=True))
+    return image[top : top + wanted[0], left : left + wanted[1]]
 
 
 def flip(image: np.ndarray, rng: np.random.Generator, *, probability: Probability = 0.5) -> np.ndarray:
@@ -192,7 +123,7 @@ def random_resized_crop(
     scale: Areas = (0.08, 1.0),
     ratio: Ratios = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """Cuts a box of random area and aspect ratio and resizes it to `size` x `size` (Szegedy et al. 2015, section 6).
+    """Cuts a box of random area and aspect ratio and resizes it to `size` (Szegedy et al. 2015, section 6).
 
     `scale` bounds the box's share of the area, `ratio` its width / height. After ten boxes that do not fit, the largest
     central box within `ratio` is taken.
@@ -208,24 +139,22 @@ def random_resized_crop(
         top, left = (height - h) // 2, (width - w) // 2
     # Cut, then resized: with a `box`, Pillow's resize would blend in pixels from outside of it.
     if isinstance(image, np.ndarray):
-        return _scale(np.ascontiguousarray(image[top : top + h, left : left + w]), size, size, interpolation)
-    return _scale(image.crop((left, top, left + w, top + h)), size, size, interpolation)
+        return _scale(np.ascontiguousarray(image[top : top + h, left : left + w]), *sides(size), interpolation)
+    return _scale(image.crop((left, top, left + w, top + h)), *sides(size), interpolation)
 
 
 def random_crop(
     image: np.ndarray, rng, *, size: Size, padding: Annotated[int, checks.integer(0, 16_384)] = 0
 ) -> np.ndarray:
-    """Adds `padding` black pixels on every side, then cuts a `size` square at a random place (He et al. 2016, 4.2)."""
-    height, width = (side + 2 * padding for side in image.shape[:2])
-    if min(height, width) < size:
+    """Adds `padding` black pixels on every side, then cuts `size` at a random place (He et al. 2016, section 4.2)."""
+    (height, width), (rows, columns) = (side + 2 * padding for side in image.shape[:2]), sides(size)
+    if height < rows or width < columns:
         what = f"random_crop of {size} pixels from an image of {height} x {width} (padding included)"
         raise ValueError(what + "; put ('resize', {}) before it or raise padding")
     if padding:
-        padded = np.zeros((height, width, 3), np.uint8)
-        padded[padding : height - padding, padding : width - padding] = image
-        image = padded
-    top, left = _place(rng, height - size, width - size)
-    return image[top : top + size, left : left + size]
+        image = _padded(image, (padding, padding), (height, width))
+    top, left = _place(rng, height - rows, width - columns)
+    return image[top : top + rows, left : left + columns]
 
 
 def rotation(
@@ -233,7 +162,7 @@ def rotation(
 ) -> np.ndarray:
     """Rotates about the centre by a uniform angle within +-degrees; bilinear, size kept, corners filled with `fill`."""
     angle = rng.uniform(-degrees, degrees)
-    return np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=(fill,) * 3))
+    return _with_pillow(image, lambda pil, f: pil.rotate(angle, Image.Resampling.BILINEAR, fillcolor=f), fill)
 
 
 def zoom(image: np.ndarray, rng, *, factor: Ratios = (0.8, 1.2), fill: Fill = 0) -> np.ndarray:
@@ -241,14 +170,14 @@ def zoom(image: np.ndarray, rng, *, factor: Ratios = (0.8, 1.2), fill: Fill = 0)
     (height, width), s = image.shape[:2], 1 / rng.uniform(*factor)
     matrix = (s, 0, (1 - s) * width / 2, 0, s, (1 - s) * height / 2)  # Pillow maps output to input, pixel centres at .5
     affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
-    image = Image.fromarray(image).transform((width, height), affine, matrix, bilinear, fillcolor=(fill,) * 3)
-    return np.asarray(image)
+    size = width, height
+    return _with_pillow(image, lambda pil, f: pil.transform(size, affine, matrix, bilinear, fillcolor=f), fill)
 
 
 def translation(image: np.ndarray, rng, *, fraction: Probability = 0.1, fill: Fill = 0) -> np.ndarray:
     """Shifts by whole pixels, uniform within +-fraction of the width and of the height; uncovered pixels are `fill`."""
     shift = tuple(round(rng.uniform(-fraction, fraction) * side) for side in image.shape[1::-1])
-    return np.asarray(Image.fromarray(image).rotate(0, translate=shift, fillcolor=(fill,) * 3))
+    return _with_pillow(image, lambda pil, f: pil.rotate(0, translate=shift, fillcolor=f), fill)
 
 
 def colour_jitter(
@@ -319,20 +248,22 @@ def random_erasing(
         if 0 < h < height and 0 < w < width:
             top, left = _place(rng, height - h, width - w)
             image = image.copy()
-            image[top : top + h, left : left + w] = rng.integers(0, 256, (h, w, 3), np.uint8)
+            image[top : top + h, left : left + w] = rng.integers(0, 256, (h, w, image.shape[2]), np.uint8)
             break
     return image
 
 
 GEOMETRIC = (flip, resize, random_resized_crop, random_crop, rotation, zoom, translation)
 OPS = {op.__name__: op for op in (*GEOMETRIC, colour_jitter, rand_augment, random_erasing)}
+COLOURS = {"colour_jitter", "rand_augment"}  # what is defined for 8-bit RGB alone
+BYTES = {*COLOURS, "random_erasing"}  # what is defined for 8 bits alone
 PILLOW = {"resize", "random_resized_crop"}  # what takes an image of Pillow's as well; all give arrays
 
 
 def put(row: np.ndarray, image: np.ndarray) -> None:
-    """Writes an image [S, S, 3] into its row of a batch; a mirrored one by channels, six times as fast as at once."""
+    """Writes an image [H, W, C] into its row of a batch; a mirrored one by channels, six times as fast as at once."""
     if image.strides[1] > 0:
         row[...] = image
     else:
-        for channel in range(3):
+        for channel in range(image.shape[2]):
             row[..., channel] = image[..., channel]

@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from tl_jax.core.card import PIXEL_TYPES
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import shorten
 from tl_jax.data import groups
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 def array_source(
     name: str, split: str, inputs: Sequence, labels: np.ndarray, class_names: tuple[str, ...], sizes=None, columns=()
 ) -> Source:
-    """A source over inputs in memory: images uint8 [N, H, W, 3], a container of images whose sizes are given, or rows
+    """A source over inputs in memory: images [N, H, W, C], a container of images whose sizes are given, or rows
     float32 [N, D] whose D `columns` are named."""
     twice = [repr(name) for name, count in Counter(class_names).items() if count > 1]
     refuse(f"{name} {split}: {len(twice)} class names occur more than once; give every class its own", twice)
@@ -45,7 +46,7 @@ def array_source(
 def load_arrays(path: str, split: str, group: str = "") -> Source:
     """Reads one split of an .npz file, or the file `{split}.npz` of a folder.
 
-    Keys: `image` (uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]), `bytes` (uint8) with `offsets` (int [N + 1]) for
+    Keys: `image` ([N, H, W] or [N, H, W, C] of one of PIXEL_TYPES), `bytes` (uint8) with `offsets` (int [N + 1]) for
     encoded images, or `features` (numbers [N, D]) for the rows of a table; `label` or `labels` (classes int [N], from
     0; labels of 0 and 1 [N, K]; numbers float [N] or [N, T]); optionally `classes` (names), and the array that `group`
     names (int or text [N]). With a prefix (`train_image`, `train_label`, ...) one file holds several splits; without,
@@ -122,7 +123,7 @@ def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: 
         expected = f"0 .. {len(class_names) - 1} ({len(class_names)} classes); labels count from 0"
         raise ValueError(f"{file}: labels run from {lowest} to {highest}, outside {expected}")
     if "image" in found:
-        return array_source(name, split, _as_rgb(file, found["image"]), labels, class_names)
+        return array_source(name, split, _as_images(file, found["image"]), labels, class_names)
     if "features" in found:
         rows = _as_rows(file, found["features"])
         columns = tuple(f"x{i}" for i in range(rows.shape[1]))
@@ -149,13 +150,12 @@ def _check_gaps(file: Path | str, split: str, present: list[int]) -> None:
     log.warning("%s; the others have no example there", found)
 
 
-def _as_rgb(file: Path | str, images: np.ndarray) -> np.ndarray:
+def _as_images(file: Path | str, images: np.ndarray) -> np.ndarray:
     stack = images[..., None] if images.ndim == 3 else images
-    if stack.dtype != np.uint8 or stack.ndim != 4 or 0 in stack.shape[1:] or stack.shape[-1] not in (1, 3):
-        fix = "An image needs pixels." if 0 in images.shape[1:] else "Scale floats to 0 .. 255 first."
-        found = f"{images.dtype} {images.shape}. {fix}"
-        raise ValueError(f"{file}: image must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]; found {found}")
-    return np.repeat(stack, 3, axis=3) if stack.shape[-1] == 1 else stack
+    if (stack.dtype.name not in PIXEL_TYPES and stack.dtype.kind != "f") or 0 in stack.shape[1:]:
+        fix = "An image needs pixels" if 0 in stack.shape[1:] else f"Types that are read: {', '.join(PIXEL_TYPES)}"
+        raise ValueError(f"{file}: image must be [N, H, W] or [N, H, W, C]; found {images.dtype} {images.shape}. {fix}")
+    return stack
 
 
 def _as_rows(file: Path | str, features: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from tl_jax.core.messages import nearest
 from tl_jax.data.examples import Source
-from tl_jax.data.image import ops
+from tl_jax.data.image import decode
 from tl_jax.data.image.corruptions import CORRUPTIONS, corrupt
 
 FORM = "corrupt:NAME:SEVERITY:SOURCE"
@@ -25,7 +25,7 @@ class CorruptedImages(NamedTuple):
 
     def __getitem__(self, index: int) -> np.ndarray:
         key = hashlib.sha256(f"{self.name} {self.ids[index]}".encode(errors="surrogateescape")).digest()
-        with ops.reading(self.clean[index]) as image:
+        with decode.reading(self.clean[index]) as image:
             return corrupt(image, self.name, self.severity, np.random.default_rng(int.from_bytes(key)))
 
     def select(self, indices: np.ndarray) -> "CorruptedImages":

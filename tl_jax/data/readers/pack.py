@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax.core.card import PIXEL_TYPES, Form
 from tl_jax.core.checks import refuse
 from tl_jax.core.files import atomic_write, locked, read_json, write_json, writing
 from tl_jax.core.messages import listed
 from tl_jax.data import workers
-from tl_jax.data.examples import Source, header_shape
-from tl_jax.data.image import ops
+from tl_jax.data.examples import Source, header
+from tl_jax.data.image import decode, ops
 from tl_jax.data.readers.packed import FILES, FORMAT, checksum, padded
 from tl_jax.data.sources import check_on_error, list_split, without
 
@@ -51,21 +52,24 @@ def pack(
     num_workers: int = 0,
     on_error: str = "fail",
     data_dir: str | None = None,
+    form: Form = decode.RGB,
     report: Callable[[str], None] = print,
 ) -> None:
     """Packs whole splits into `folder`; one that is packed already is left as it is.
 
     An image whose short side is longer than `size` is resized to it, as a card's resize would; others keep their
-    pixels. A call that was broken off continues where it was and ends with the same bytes. Raises ValueError that lists
-    all images that cannot be decoded (on_error "skip" leaves them out), where the folder holds something else or is
-    being packed, and OSError where the disk has no room.
+    pixels. `form`: that of the card of the network that will read them. A call that was broken off continues where it
+    was and ends with the same bytes. Raises ValueError that lists all images that cannot be decoded (on_error "skip"
+    leaves them out), where the folder holds something else or is being packed, and OSError where the disk has no room.
     """
     if interpolation not in ops.RESAMPLE or size < 1:
         kinds = ", ".join(ops.RESAMPLE)
         raise ValueError(f"size={size}, interpolation={interpolation!r}; expected a positive size and one of {kinds}")
+    if form.pixels not in PIXEL_TYPES or form.channels < 1:
+        raise ValueError(f"found {form}; expected at least one channel of one of {', '.join(PIXEL_TYPES)}")
     check_on_error(on_error)
     rows = source.startswith("table:")
-    wholes = {} if rows else {split: list_split(source, split, data_dir) for split in dict.fromkeys(splits)}
+    wholes = {} if rows else {split: list_split(source, split, data_dir, form=form) for split in dict.fromkeys(splits)}
     if rows or any(whole.columns for whole in wholes.values()):
         raise ValueError(f"{source} holds rows of a table; only images are packed")
     if any(whole.made_smaller for whole in wholes.values()):
@@ -75,7 +79,7 @@ def pack(
     with locked(root / ".lock", f"another process is packing into {root}; wait for it"):
         for split, whole in wholes.items():
             meta = {"format": FORMAT, "source": source, "split": split, "size": size, "interpolation": interpolation}
-            meta["source_sha256"] = whole.fingerprint
+            meta |= {"source_sha256": whole.fingerprint} | ({} if form == decode.RGB else form._asdict())
             if (root / split).exists():
                 _check_same(root / split / "meta.json", meta)
                 report(f"{root / split} is packed already")
@@ -109,7 +113,7 @@ def _plan(source: Source, meta: dict[str, Any], folder: Path, report: Callable[[
 
     def shape(index: int) -> tuple[int, int]:
         try:
-            return header_shape(source.inputs, index)
+            return header(source.inputs, index, source.form)[:2]
         except (ValueError, OSError):
             return 0, 0  # decoding it will say why
 
@@ -118,7 +122,8 @@ def _plan(source: Source, meta: dict[str, Any], folder: Path, report: Callable[[
         shapes = list(pool.map(shape, range(len(source))))
     size = meta["size"]
     targets = [ops.resized(*shape, min(size, *shape)) if all(shape) else shape for shape in shapes]
-    lengths = 3 * np.array(targets, np.int64).prod(axis=1)
+    values = source.form.channels * np.dtype(source.form.pixels).itemsize
+    lengths = values * np.array(targets, np.int64).prod(axis=1)
     smaller = np.array([min(shape) > size for shape in shapes])
     return Plan(source, folder, np.append(0, np.cumsum(padded(lengths))), lengths, smaller, meta)
 
@@ -186,15 +191,16 @@ def _pack_piece(plan: Plan, start: int) -> list[list]:
 
 def _pack_one(plan: Plan, index: int, file: int) -> list:
     try:
-        with ops.reading(plan.source.inputs[index]) as image:
-            size = min(plan.meta["size"], *ops.shape_of(image))
-            image = np.ascontiguousarray(ops.resize(image, size=size, interpolation=plan.meta["interpolation"]))
+        with decode.reading(plan.source.inputs[index], plan.source.form) as image:
+            size = min(plan.meta["size"], *decode.shape_of(image))
+            image = ops.resize(image, size=size, interpolation=plan.meta["interpolation"])
+            image = np.ascontiguousarray(_stored(image, np.dtype(plan.source.form.pixels)))
     except (ValueError, OSError) as error:
         return [str(error)]
     if image.nbytes != plan.lengths[index]:
         return [f"its header promises {plan.lengths[index]} bytes at this size, its pixels are {image.nbytes}"]
     pixels = np.zeros(padded(image.nbytes), np.uint8)
-    pixels[: image.nbytes] = image.reshape(-1)
+    pixels[: image.nbytes] = image.reshape(-1).view(np.uint8)
     data, at = memoryview(pixels), int(plan.offsets[index])
     while data:
         try:
@@ -206,11 +212,20 @@ def _pack_one(plan: Plan, index: int, file: int) -> list:
     return [*image.shape[:2], hashlib.sha256(image).hexdigest(), checksum(pixels)]
 
 
+def _stored(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The image in the type that its files have; where resizing left whole numbers, the nearest one."""
+    if dtype.kind == "f" or image.dtype == dtype:
+        return image.astype(dtype, copy=False)
+    return np.rint(image).clip(np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype)
+
+
 def _check_decoded(plans: dict[str, Plan], results: dict[str, list[list]]) -> None:
     bad = [reason for split, plan in plans.items() for reason in _reasons(plan, results[split]).values()]
     folders = " and ".join(str(plan.folder) for plan in plans.values())
     what = f"{len(bad)} of {sum(map(len, results.values()))} images cannot be decoded; the others are packed"
     fix = f"leave these out with --on_error skip, which goes on from here, or repair them, remove {folders}"
+    if any(" expected " in reason for reason in bad):
+        fix = f"say with --pixels and --channels what the files hold; {fix}"
     refuse(f"{what}; {fix}, and start again", bad, len(bad))
 
 

@@ -1,6 +1,6 @@
 """Packed sources: decoded images of one short side in a memory-mapped file, read without decoding anything.
 
-FOLDER/SPLIT/pixels.bin   uint8 [height, width, 3] of each image, filled up with zeros to a multiple of 8 bytes
+FOLDER/SPLIT/pixels.bin   [height, width, channels] of each image, filled up with zeros to a multiple of 8 bytes
 FOLDER/SPLIT/index.npz    offsets int64 [N], shapes int32 [N, 2], labels int32 [N], sha256 uint8 [N, 32] of the pixels,
                           sums uint64 [N] of their 64-bit words, compared whenever an image is read
 FOLDER/SPLIT/meta.json    what was packed how, class names, ids, what was left out, the sha256 of the index
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tl_jax.core import files
+from tl_jax.core.card import Form
 from tl_jax.core.checks import refuse
 from tl_jax.data.examples import Source
 from tl_jax.data.readers.arrays import read_npz
@@ -39,13 +40,21 @@ class Store(NamedTuple):
     meta: dict[str, Any]
 
     def image(self, index: int) -> np.ndarray:
-        """uint8 [H, W, 3], not copied; OSError where its checksum says that it changed."""
+        """[H, W, C], not copied; OSError where its checksum says that it changed."""
         height, width = self.shapes[index].tolist()
-        start, size = int(self.offsets[index]), height * width * 3
+        start, size = int(self.offsets[index]), height * width * self.bytes_per_pixel
         if checksum(self.pixels[start : start + padded(size)]) != self.sums[index]:
             fix = "its packed pixels are not those that were packed; `python -m tl_jax verify` names all such images"
             raise OSError(f"{self.meta['ids'][index]}: {fix}. Copy the folder again or pack the source anew")
-        return self.pixels[start : start + size].reshape(height, width, 3)
+        return self.pixels[start : start + size].view(self.form.pixels).reshape(height, width, self.form.channels)
+
+    @property
+    def form(self) -> Form:
+        return Form(self.meta.get("pixels", "uint8"), self.meta.get("channels", 3))
+
+    @property
+    def bytes_per_pixel(self) -> int:
+        return self.form.channels * np.dtype(self.form.pixels).itemsize
 
     def is_sound(self, index: int) -> bool:
         try:
@@ -73,6 +82,10 @@ class PackedImages(NamedTuple):
     def __getitem__(self, index: int) -> np.ndarray:
         return _opened(self.path).image(self.indices[index])
 
+    @property
+    def form(self) -> Form:
+        return _opened(self.path).form
+
     def select(self, indices: np.ndarray) -> "PackedImages":
         return self._replace(indices=self.indices[indices])
 
@@ -99,7 +112,7 @@ def load_packed(path: str, split: str) -> Source:
         labels=store.labels.copy(),
         class_names=tuple(store.meta["class_names"]),
         ids=tuple(store.meta["ids"]),
-        sizes=store.shapes.astype(np.int64).prod(axis=1) * 3,
+        sizes=store.shapes.astype(np.int64).prod(axis=1) * store.bytes_per_pixel,
         skipped=tuple(store.meta["skipped"]),
         made_smaller=((store.meta["size"], store.meta["interpolation"]),) if store.meta["made_smaller"] else (),
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from tl_jax import tasks
 from tl_jax.core.files import write_text
+from tl_jax.core.messages import shorten
 from tl_jax.studies.report import alarm, analysis, figures, selection, tables
 from tl_jax.studies.report.results import COSTS, Cell, Results, Unit, last_line, load
 from tl_jax.studies.report.tables import Alarm, Block, Picture, Sections, Table, scaled
@@ -169,6 +170,8 @@ def _design(results: Results) -> list[Block]:
         f"design: {results.design}",
         f"baseline: {', '.join(map('='.join, results.baseline.items())) or 'none'}",
     ]
+    partial = {(run.weights[0], ", ".join(shorten(run.missing, 5))) for run in results.runs() if run.missing}
+    lines += [f"partial weights: {file} lacks {parts}, which began at random" for file, parts in sorted(partial)]
     caption = f"The grid: {len(results.grid)} cells, every combination of these levels."
     return [Table(caption, ("factor", "level", "options"), rows, 3), lines]
 

@@ -33,6 +33,7 @@ class Run(NamedTuple):
     cost: Mapping[str, float | None] = {}
     device: str = ""
     weights: tuple[str, str] = ("", "")  # file and sha256
+    missing: tuple[str, ...] = ()  # what of the backbone that file lacks
 
     @property
     def word(self) -> str:
@@ -141,7 +142,8 @@ def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
     known = {"trainable_parameters": result.get("trainable_parameters"), **cost}
     known_costs = {name: _finite(known.get(name)) for name in COSTS}
     weights = config.model.weights, result.get("weights_sha256", "")
-    return run._replace(scores=scores, cost=known_costs, device=cost.get("device") or "", weights=weights)
+    known = {"weights": weights, "missing": tuple(result.get("missing_weights", ()))}
+    return run._replace(scores=scores, cost=known_costs, device=cost.get("device") or "", **known)
 
 
 def last_line(error: str, workdir: pathlib.Path) -> str:
