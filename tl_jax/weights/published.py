@@ -39,10 +39,7 @@ class File(NamedTuple):
     licence: str
 
     def card(self, own: Card) -> Card:
-        """A variant's card, of which every field that the table has is replaced; the others stay.
-
-        A column is used as soon as a card has the field, as one of its PIXELS (crop_mode).
-        """
+        """A variant's card, of which every field that the table has is replaced; the others stay."""
         fields = {key: value for key, value in self._asdict().items() if key in ("num_classes", "licence", *PIXELS)}
         return own.replace(**fields)
 
