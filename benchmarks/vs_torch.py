@@ -6,10 +6,10 @@ python benchmarks/vs_torch.py --end_to_end --models deit_tiny_patch16_224 --weig
 
 Ours is the step that a run with these options takes: labels, clipping, logged gradient norm, frozen prefix. PyTorch has
 the same weights, images, AdamW (fused), clip and frozen parts: what is frozen needs no gradient, and only what trains
-is in train mode. It runs channels_last (ResNets) in float32 on a CPU, in bfloat16 and compiled on a GPU, where ours is
-in bfloat16 too. Both take uint8 images and normalise them. Before anything is timed, the losses of the first step must
-be equal. Ours keeps its memory as under launch.py (runtime/malloc.py), PyTorch is as it comes; --torch_memory gives it
-the same malloc.
+is in train mode. It runs channels_last (all but ViTs) in float32 on a CPU, in bfloat16 and compiled on a GPU, where
+ours is in bfloat16 too. Both take uint8 images of 224 pixels and normalise them. Before anything is timed, the losses
+of the first step must be equal. Ours keeps its memory as under launch.py (runtime/malloc.py), PyTorch is as it comes;
+--torch_memory gives it the same malloc.
 
 --end_to_end: a linear probe from the weight file to its accuracy on test, each in a process of its own, from its start
 to its end: `launch.py` with cached features, against a loop that decodes and resizes in two workers and runs the frozen
@@ -49,7 +49,7 @@ LOOP = flags.DEFINE_string("loop", "", "Used by the benchmark itself: run the Py
 
 METHODS = {"forward": {}, "head": {"method.name": "linear_probe"}, "full": {"method.name": "full"}}
 METHODS["last block"] = {"method.name": "last_k", "method.k": 1}
-LR, CLIP = 1e-3, 1.0
+LR, CLIP, PIXELS = 1e-3, 1.0, 224
 WEIGHTS_FILE, BATCH_FILE, FACTS_FILE = "weights.safetensors", "batch.npz", "facts.json"
 
 
@@ -76,7 +76,7 @@ def make_images(folder: pathlib.Path) -> str:
 
     rng, arrays = np.random.default_rng(0), {}
     for split in ("train", "val"):
-        arrays[f"{split}_image"] = rng.integers(0, 256, (BATCH_SIZE.value, 224, 224, 3)).astype(np.uint8)
+        arrays[f"{split}_image"] = rng.integers(0, 256, (BATCH_SIZE.value, PIXELS, PIXELS, 3)).astype(np.uint8)
         arrays[f"{split}_label"] = np.arange(BATCH_SIZE.value, dtype=np.int32) % 10
     np.savez(folder / "images.npz", **arrays)
     return f"arrays:{folder / 'images.npz'}"
@@ -98,6 +98,7 @@ def make_ours(name: str, way: str, folder: pathlib.Path) -> tuple[Callable[[], o
         transfer.get_config(f"model={name},data={make_images(folder)}"),
         {"data.train": "train", "data.val": "val", "batch_size": BATCH_SIZE.value, "model.head_init": "lecun",
          "model.dtype": "bfloat16" if common.DEVICE.value == "gpu" else "float32", "total": (1000, "steps"),
+         "model.image_size": PIXELS,
          "schedule.name": "constant", "lr": LR, "clip": CLIP, **METHODS[way]},
     )  # fmt: skip
     parallel = sharding.make_parallel()
@@ -146,15 +147,15 @@ def make_torch(name: str, way: str, folder: pathlib.Path) -> tuple[Callable[[], 
 
     gpu = common.DEVICE.value == "gpu"
     place = torch.device("cuda" if gpu else "cpu")
-    layout = torch.channels_last if "resne" in name else torch.contiguous_format
+    vit = name.startswith(("vit", "deit"))
+    layout = torch.contiguous_format if vit else torch.channels_last
     facts, batch = json.loads((folder / FACTS_FILE).read_text()), np.load(folder / BATCH_FILE)
-    model = timm.create_model(name, num_classes=facts["num_classes"])
+    size = {"img_size": PIXELS} if vit else {}
+    model = timm.create_model(name, num_classes=facts["num_classes"], **size)
     model.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=True)
     model = model.to(place, memory_format=layout).eval().requires_grad_(False)
     trained = {"forward": [], "full": [model], "head": [model.get_classifier()]}
-    trained["last block"] = [model.get_classifier(), *(
-        [model.layer4[-1]] if "resne" in name else [model.blocks[-1], model.norm]
-    )]  # fmt: skip
+    trained["last block"] = [model.get_classifier(), *last_block(model)]
     for module in trained[way]:
         module.train().requires_grad_(True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -182,6 +183,20 @@ def make_torch(name: str, way: str, folder: pathlib.Path) -> tuple[Callable[[], 
             torch.cuda.synchronize()
 
     return call, {"loss": float(step()), "trained": sum(parameter.numel() for parameter in parameters)}
+
+
+def last_block(model) -> list:
+    """The modules of timm's network that METHODS["last block"] trains, besides the head."""
+    family = type(model).__name__
+    if family == "ResNet":
+        return [model.layer4[-1]]
+    if family == "EfficientNet":  # MobileNets too
+        return [model.blocks[-1][-1], model.conv_head, model.bn2]
+    if family == "ConvNeXt":
+        return [model.stages[-1].blocks[-1], model.head.norm]
+    if family == "VGG":
+        return [[layer for layer in model.features if hasattr(layer, "weight")][-1], model.pre_logits]
+    return [model.blocks[-1], model.norm]
 
 
 def serve(folder: pathlib.Path) -> None:

@@ -30,13 +30,14 @@ ONLY = {
     "flax": "models/",
     "tensorflow_datasets": "data/",
     "safetensors": "weights/",
+    "h5py": "weights/keras_files.py",
     "huggingface_hub": "weights/hub.py",
 }
 NEVER = {
     "data/": {"jax", "flax", "optax"},
     "methods/classic/": {"jax", "flax", "optax"},
     "models/": {"optax", "ml_collections"},
-    "": {"torch", "tensorflow", "timm"},
+    "": {"torch", "tensorflow", "timm", "keras"},
 }
 
 

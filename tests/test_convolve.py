@@ -66,6 +66,11 @@ SHAPES = {
     "pointwise, many pixels": (2, 120, 120, 4, 3, 1, 1, 1),
     "groups": (2, 5, 6, 64, 64, 3, 1, 4),
     "groups, strided": (2, 5, 6, 16, 32, 3, 2, 4),
+    "depthwise 3, prime batch": (3, 9, 8, 24, 24, 3, 1, 24),
+    "depthwise 3, strided": (2, 16, 15, 6, 6, 3, 2, 6),
+    "depthwise 5, strided": (2, 7, 10, 6, 6, 5, 2, 6),
+    "depthwise 7, smaller than its kernel": (2, 3, 2, 5, 5, 7, 1, 5),
+    "depthwise 7": (1, 15, 8, 5, 5, 7, 1, 5),
 }
 
 
@@ -82,6 +87,38 @@ def test_every_form_gives_the_numbers_of_float64_forward_and_backward(name, by_h
 
     for found, expected in zip(run(x, kernel, draw(2, *y.shape)), (y, dx, dkernel), strict=True):
         close(found, expected)
+
+
+@pytest.mark.parametrize("size, stride, height, width", [(3, 2, 8, 9), (5, 1, 9, 8), (5, 2, 9, 8), (7, 2, 16, 7)])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_a_depthwise_convolution_with_any_border_is_that_of_xla(
+    padding, size, stride, height, width, by_hand, monkeypatch
+):
+    x, kernel = draw(0, 2, height, width, 6), draw(1, size, size, 1, 6)
+    pads = layers.pads_of(padding, (size, size), stride, x.shape[1:3])
+
+    def run(x, kernel):
+        y, back = jax.vjp(lambda x, kernel: convolve.conv(x, kernel, stride, 6, pads), x, kernel)
+        return y, *back(jnp.sin(y))
+
+    found = jax.jit(run)(x, kernel)
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(run)(x, kernel))
+    monkeypatch.setattr(convolve, "by_hand", lambda dtype: False)
+    same(found, jax.jit(run)(x, kernel))
+
+
+def test_a_depthwise_convolution_is_recomputed_and_exported_for_any_batch(by_hand):
+    x, kernel = draw(0, 3, 8, 7, 6), draw(1, 3, 3, 1, 6)
+
+    def loss(x, kernel):
+        return jnp.sin(convolve.conv(x, kernel, 2, 6)).sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    same(jax.jit(jax.grad(jax.checkpoint(loss), (0, 1)))(x, kernel), gradient(x, kernel))
+    (batch,) = jax.export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), jax.ShapeDtypeStruct(kernel.shape, x.dtype)]
+    exported = jax.export.export(gradient)(*shapes)
+    same(tuple(exported.call(x, kernel)), gradient(x, kernel))
 
 
 def test_chunks_of_any_size_give_the_same(by_hand, monkeypatch):
@@ -206,6 +243,7 @@ VMAPPED = {
     "winograd": (convolve.winograd, (2, 4, 4, 64), (3, 3, 64, 64)),
     "strided": (convolve.strided, (2, 4, 4, 8), (3, 3, 8, 8)),
     "stem": (convolve.strided, (2, 8, 8, 3), (7, 7, 3, 8)),
+    "depthwise": (lambda x, kernel: convolve.conv(x, kernel, 2, 8), (2, 4, 4, 8), (3, 3, 1, 8)),
     "pointwise": (convolve.pointwise, (2, 4, 4, 8), (8, 4)),
     "norm": (lambda x, scale: convolve.norm(x, scale, scale, x, True, 1e-5)[0], (2, 4, 4, 8), (8,)),
     "max_pool": (lambda x, scale: convolve.max_pool(x) * scale, (2, 4, 4, 8), (1, 1, 1, 1)),

@@ -19,7 +19,7 @@ from tl_jax.methods import rules
 from tl_jax.models import MODELS, peft
 from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.training import build, single, steps
+from tl_jax.training import build, feature_cache, single, steps
 from tl_jax.training.train import train
 from tl_jax.weights import formats
 
@@ -92,9 +92,23 @@ def store(tmp_path_factory):
     return folder, numbers(folder / "run")
 
 
-def test_the_same_features_are_never_computed_twice(store, tmp_path, capsys):
+def test_the_same_features_are_never_computed_twice_and_counted_in_every_run(store, tmp_path, capsys):
     train(cached(PROBE, store[0], lr=1e-4), tmp_path / "w", verbose=False)
     assert COMPUTING not in capsys.readouterr().out
+    cost, first = (json.loads((folder / "cost.json").read_text()) for folder in (tmp_path / "w", store[0] / "run"))
+    assert cost["flops"] == first["flops"] > cost["flops_per_step"] * cost["steps"]
+
+
+@pytest.mark.parametrize(("augment", "views", "epochs"), [(AUGMENT, 3, 3), (AUGMENT, 9, 4), ((), 1, 1)])
+def test_features_count_once_for_every_example_and_view(augment, views, epochs):
+    changes = {"data.augment": augment, "views": views, "total": (4.0, "epochs")}
+    run = build.build(cached(PROBE, "", **changes), sharding.make_parallel())
+    reader, variables = run.material.readers["model"], run.material.variables
+    x = feature_cache.example(run.material.streams["train"], reader.field)
+    live = jax.jit(steps.make_eval_step(reader, run.task, None)).lower(variables, x).cost_analysis()["flops"]
+    each = single.flops_of_features(run, 0)["train"]
+    assert 0.9 * live < each <= live  # all but the head
+    assert single.kept(run, "train") == epochs * len(run.material.data["train"])
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,13 @@ def test_module_prefix_stays_unless_all_names_have_it(tmp_path):
     assert set(formats.read(tmp_path / "w.safetensors")[0]) == {"module.a", "b"}
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model.", "model.module.", "module._orig_mod.model."])
+def test_prefixes_that_programs_put_before_all_names_are_dropped(tmp_path, prefix):
+    tensors = {f"{prefix}a": np.ones(1), f"{prefix}b": np.ones(1), "n_averaged": np.array(3)}
+    formats.write_safetensors(tmp_path / "w.safetensors", tensors, {})
+    assert set(formats.read(tmp_path / "w.safetensors")[0]) == {"a", "b"}
+
+
 def test_safetensors_round_trip_keeps_bits_strides_and_metadata(tmp_path):
     rng = np.random.default_rng(0)
     tensors = {
@@ -125,7 +132,7 @@ def test_npz_of_objects_is_refused_and_executes_nothing(tmp_path):
         ("w.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("w.safetensors", b"<!DOCTYPE html><html>", "web page"),
         ("w.bin", b"garbage in here", "no known format"),
-        ("w.h5", b"\x89HDF\r\n\x1a\n", "no known format"),
+        ("w.h5", b"\x89HDX\r\n\x1a\n", "no known format"),
     ],
 )
 def test_what_is_no_weight_file_is_called_what_it_is(tmp_path, name, contents, message):

@@ -10,6 +10,7 @@ import pytest
 
 from tl_jax import models
 from tl_jax.core import trees
+from tl_jax.core.card import sides
 from tl_jax.models.layers import DropPath, drop_path_rates, max_pool
 from tl_jax.models.resnet import ResNet
 from tl_jax.models.vit import ViT
@@ -56,6 +57,9 @@ COUNTS = {
     "vgg16_bn": 138365992,
     "vgg19": 143667240,
     "vgg19_bn": 143678248,
+    "resnet18.stage3": 3039784,  # torchvision's, less layer4, and 1000 classes of 256 or 1024 channels
+    "resnet34.stage3": 8427304,
+    "resnet50.stage3": 9568296,
     "inception_v3": 23834568,
     "inception_v3.aux": 27161264,
     "inception_v3.gluon": 23834568,
@@ -105,7 +109,7 @@ ONE_NOW = pytest.mark.parametrize(
 
 
 def images(size=24, batch=4, seed=0):
-    return np.random.default_rng(seed).standard_normal((batch, size, size, 3)).astype(np.float32)
+    return np.random.default_rng(seed).standard_normal((batch, *sides(size), 3)).astype(np.float32)
 
 
 def random_variables(model, size=24, seed=0):

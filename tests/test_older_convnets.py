@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_models import random_variables
+from test_models import COUNTS, random_variables
 from test_pretrained import CLASSES, add_variants, close, images
 
 from tl_jax import models
 from tl_jax.core import trees
-from tl_jax.methods import rules
 from tl_jax.models import conversion, densenet, inception, squeezenet, vgg
-from tl_jax.training import audit
 from tl_jax.weights import formats, load
 
 SMALL_VGG = {"depths": (1, 2, 1, 1, 2), "widths": (4, 8, 8, 8, 12), "features": 24}
@@ -116,8 +114,14 @@ def check_both_ways(reference, tmp_path, model, parts, name, x, layout, again):
     return loaded
 
 
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("publisher", ["torchvision", "timm"])
+@pytest.mark.parametrize(
+    ("publisher", "norm"),
+    [
+        ("torchvision", True),
+        ("timm", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("torchvision", False), ("timm", True))),
+    ],
+)
 def test_small_vgg_is_theirs_both_ways(publisher, norm, reference, tmp_path, monkeypatch):
     name, make = add_vgg(monkeypatch, norm), functools.partial(small_torch_vgg, publisher, norm)
     model, x = make(), images(75, batch=1)  # 2x2 pixels are enlarged to 7x7
@@ -128,7 +132,7 @@ def test_small_vgg_is_theirs_both_ways(publisher, norm, reference, tmp_path, mon
         close(jax.jit(loaded.model.apply)(loaded.variables, x)[0], reference.record(model, {}, x)[0])
 
 
-@pytest.mark.parametrize("publisher", ["torchvision", "timm"])
+@pytest.mark.parametrize("publisher", ["timm", pytest.param("torchvision", marks=pytest.mark.slow)])
 def test_small_densenet_is_theirs_both_ways(publisher, reference, tmp_path, monkeypatch):
     name, model = add_densenet(monkeypatch), small_torch_densenet(publisher)
     parts = {**densenet_parts(model), "norm": model.features.norm5}
@@ -148,6 +152,7 @@ def torchvision_inception(**fields):
     return pytest.importorskip("torchvision").models.Inception3(CLASSES, init_weights=False, **fields)
 
 
+@pytest.mark.slow
 def test_inception_is_torchvisions_with_and_without_its_auxiliary_head(reference, tmp_path, monkeypatch):
     variant = models.get("inception_v3.aux")
     module = functools.partial(inception.Inception, aux=CLASSES)
@@ -202,7 +207,7 @@ def test_squeezenet_is_torchvisions_both_ways(name, reference, tmp_path):
 
 def test_a_new_head_of_squeezenet_is_the_published_one_without_its_relu(tmp_path):
     name, path, x = "squeezenet1_1", tmp_path / "w.safetensors", images(64)
-    published = load.load(name).model.clone(num_classes=CLASSES, head=squeezenet.BY_PIXEL)
+    published = models.get(name).module(num_classes=CLASSES, head=squeezenet.BY_PIXEL)
     variables = random_variables(published, 64)
     logits, out = jax.jit(published.apply)(variables, x)
     out_layer = variables["params"]["head"]["out"]
@@ -227,8 +232,8 @@ def test_a_new_head_of_squeezenet_is_the_published_one_without_its_relu(tmp_path
 def test_a_head_by_pixel_of_zeros_learns():
     model = models.get("squeezenet1_1").module(num_classes=3, head=(("by_pixel", {}), ("dense", {"features": 4})))
     maps = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 3, 512)), jnp.float32)
-    variables = model.init(jax.random.key(0), maps, start="stage3")
-    gradient = jax.grad(lambda v: model.apply(v, maps, start="stage3")[0][:, 0].sum())(variables)
+    variables = jax.jit(functools.partial(model.init, start="stage3"))(jax.random.key(0), maps)
+    gradient = jax.jit(jax.grad(lambda v: model.apply(v, maps, start="stage3")[0][:, 0].sum()))(variables)
     assert np.abs(gradient["params"]["head"]["out"]["kernel"]).max() > 0
     with pytest.raises(ValueError, match=r"model\.head begins with by_pixel, but the backbone's output"):
         models.get("mlp_small").module(num_classes=3, head=squeezenet.BY_PIXEL).init(
@@ -268,19 +273,37 @@ def keras_forward(torch, layers, pixels):
     return np.moveaxis(maps.numpy(), 1, -1), x.numpy()
 
 
-@pytest.mark.parametrize("spelling", ["{0}/{0}/{1}:0", "model_weights/{0}/{0}/{1}:0", "{0}/{1}:0", "{0}/{0}_{2}_1:0"])
-def test_keras_vgg_gives_the_logits_of_its_equations(spelling, reference, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("spelling", "top"),
+    [
+        ("{0}/{0}_{2}_1:0", True),
+        ("{0}/{0}/{1}:0", False),
+        ("model_weights/{0}/{0}/{1}", True),
+        ("model_weights/vgg16/{0}/{1}:0", False),
+        ("by class", True),
+    ],
+    ids=["keras1", "keras2", "keras3", "inside", "by_class"],
+)
+def test_keras_vgg_gives_the_logits_of_its_equations(spelling, top, reference, tmp_path, monkeypatch):
+    h5py = pytest.importorskip("h5py")
     name, arrays = add_vgg(monkeypatch), keras_file(np.random.default_rng(0))
     for old, depths in {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}.items():
         assert models.get(old).module.keywords["depths"] == depths and models.get(f"{old}.keras").card.mean[0] > 0.48
-    leaves = (("kernel", "W"), ("bias", "b"))
-    keys = {(x, leaf): spelling.format(x, leaf, old) for x in arrays for leaf, old in leaves}
-    tensors = {
-        keys[x, leaf]: array for x, pair in arrays.items() for (leaf, _), array in zip(leaves, pair, strict=True)
+    kept = {layer: pair for layer, pair in arrays.items() if top or "conv" in layer}
+    convs, dense = [x for x in arrays if "conv" in x], ["fc1", "fc2", "predictions"]
+    kinds = {
+        x: f"{kind}{f'_{i}' * (i > 0)}" for kind, xs in (("conv2d", convs), ("dense", dense)) for i, x in enumerate(xs)
     }
-    np.savez(tmp_path / "w.npz", **tensors)
-    loaded = load.load(name, tmp_path / "w.npz")
-    assert (loaded.layout, loaded.card.model) == ("keras", "small_vgg.keras")
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        for layer, pair in kept.items():
+            for i, (leaf, old) in enumerate((("kernel", "W"), ("bias", "b"))):
+                path = spelling.format(layer, leaf, old)
+                file[path if spelling != "by class" else f"layers/{kinds[layer]}/vars/{i}"] = pair[i]
+        file["optimizer_weights/Adam/iterations:0"], file["model_weights/input_1/no"] = 3, np.zeros(0)
+        del file["model_weights/input_1/no"]  # layers without weights are there, empty
+    loaded = load.load(name, tmp_path / "w.h5", None if top else 0)
+    flavour = "keras" if top else "keras_notop"
+    assert (loaded.layout, loaded.card.model) == (flavour, f"small_vgg.{flavour}")
     pixels = np.random.default_rng(1).integers(0, 256, (2, 224, 224, 3))
     x = (np.float32(pixels) / np.float32(loaded.card.scale) - np.float32(loaded.card.mean)) / np.float32(
         loaded.card.std
@@ -288,11 +311,16 @@ def test_keras_vgg_gives_the_logits_of_its_equations(spelling, reference, tmp_pa
     logits, out = jax.jit(loaded.model.apply)(loaded.variables, x)
     maps, expected = keras_forward(reference.torch, arrays, pixels)
     close(out["stage5"], maps)
-    close(logits, expected)
-    load.export(loaded.variables, name, tmp_path / "out.safetensors", card=loaded.card, layout="keras")
-    back, _ = formats.read(tmp_path / "out.safetensors")
-    for (x, leaf), key in keys.items():
-        np.testing.assert_array_equal(back[f"{x}/{x}/{leaf}:0"], tensors[key])
+    close(logits, expected if top else maps.mean((1, 2)))
+    load.export(loaded.variables, name, tmp_path / "out.h5", card=loaded.card)
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert list(file.attrs["layer_names"]) == [layer.encode() for layer in kept]
+        for layer, pair in kept.items():
+            names = file[layer].attrs["weight_names"]
+            assert list(names) == [f"{layer}/{leaf}:0".encode() for leaf in ("kernel", "bias")]
+            for path, array in zip(names, pair, strict=True):
+                np.testing.assert_array_equal(file[layer][path], array)
+    assert load.load("", tmp_path / "out.h5").card == loaded.card
     load.export(loaded.variables, name, tmp_path / "timm.safetensors", card=loaded.card)
     assert load.load(name, tmp_path / "timm.safetensors").card == loaded.card
 
@@ -329,10 +357,7 @@ def test_card_and_parameters_are_those_of_torchvisions_weights(name, reference):
     assert card.interpolation == given.interpolation.value
     if name != "inception_v3":  # whose own transform_input follows
         assert (card.mean, card.std) == (tuple(given.mean), tuple(given.std))
-    variant = models.get("inception_v3.aux" if name == "inception_v3" else name)
-    model = variant.module(num_classes=1000)
-    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
-    assert sum(leaf.size for leaf in jax.tree.leaves(tree["params"])) == weights.meta["num_params"]
+    assert COUNTS["inception_v3.aux" if name == "inception_v3" else name] == weights.meta["num_params"]
 
 
 @pytest.mark.parametrize(
@@ -353,7 +378,12 @@ def test_card_is_timms(name, tag, reference):
 
 @pytest.mark.parametrize(
     "family",
-    ["vgg", "densenet", pytest.param("inception", marks=EXHAUSTIVE), pytest.param("squeezenet", marks=EXHAUSTIVE)],
+    [
+        "vgg",
+        pytest.param("densenet", marks=pytest.mark.slow),
+        pytest.param("inception", marks=EXHAUSTIVE),
+        pytest.param("squeezenet", marks=EXHAUSTIVE),
+    ],
 )
 def test_a_training_steps_gradient_is_torchs(family, reference, tmp_path, monkeypatch):
     torch, size, name = reference.torch, 75, "inception_v3"
@@ -388,95 +418,6 @@ def test_a_training_steps_gradient_is_torchs(family, reference, tmp_path, monkey
         # What BatchNorm cancels, such as the bias before it, has a gradient of rounding errors alone.
         error = np.abs(leaf - expected[f"params/{path}"]).max()
         assert error <= 1e-3 * max(np.abs(expected[f"params/{path}"]).max(), 1e-2 * scale), path
-
-
-FAMILIES = {
-    "vgg": (functools.partial(vgg.VGG, **SMALL_VGG, norm=True), 64),
-    "densenet": (functools.partial(densenet.DenseNet, **SMALL_DENSENET), 40),
-    "squeezenet": (functools.partial(models.get("squeezenet1_1").module, head=squeezenet.BY_PIXEL), 40),
-    "inception": (inception.Inception, 75),
-}
-SMALL = pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=EXHAUSTIVE * (name == "inception")) for name in FAMILIES]
-)
-
-
-@SMALL
-def test_any_cut_folding_precision_and_frozen_statistics(family):
-    make, size = FAMILIES[family]
-    model, x = make(num_classes=5), images(size)
-    variables = random_variables(model, size)
-    logits, out = jax.jit(model.apply)(variables, x)
-    assert set(out) == {*model.cuts, "embedding", "logits"} and out["pre_logits"].dtype == jnp.float32
-    for cut in {model.cuts[0], *model.cuts[-4:-1]}:
-        again, behind = jax.jit(functools.partial(model.apply, start=cut))(variables, out[cut])
-        close(again, logits, 1e-5)
-        before = jax.eval_shape(functools.partial(model.apply, stop=cut), variables, x)[1]
-        assert {*before, *behind} == set(out) and not set(before) & set(behind)
-    close(jax.jit(model.clone(fold=False).apply)(variables, x)[0], logits, 1e-4)
-    half, out = jax.jit(model.clone(dtype=jnp.bfloat16).apply)(variables, x)
-    close(half, logits, 0.1)
-    assert half.dtype == jnp.float32 and out["stem"].dtype == out[model.cuts[-2]].dtype == jnp.bfloat16
-    layers = {path.rpartition("/")[0] for path in trees.flatten(variables.get("batch_stats", {}))}
-    frozen = functools.partial(model.clone(frozen_norms=tuple(layers)).apply, train=True, mutable=["batch_stats"])
-    (same, _), state = jax.jit(frozen)(variables, x)
-    close(same, logits, 1e-5)
-    jax.tree.map(np.testing.assert_array_equal, state.get("batch_stats", {}), variables.get("batch_stats", {}))
-    with pytest.raises(ValueError, match=r"drop_path=0\.1: \w+ has no residual branches to drop"):
-        model.clone(drop_path=0.1).apply(variables, x)
-
-
-@pytest.mark.slow
-@SMALL
-def test_recomputing_blocks_changes_no_gradient(family):
-    make, size = FAMILIES[family]
-    variables, x = random_variables(make(num_classes=5), size), images(size)
-
-    def gradient(remat):
-        model = make(num_classes=5, remat=remat)
-        loss = lambda params: jnp.sin(model.apply({**variables, "params": params}, x)[0]).sum()  # noqa: E731
-        return jax.jit(jax.grad(loss))(variables["params"])
-
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradient("block"), gradient(""))
-
-
-@functools.cache
-def paths_of(name):
-    tree = jax.eval_shape(models.get(name).module(num_classes=2).init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
-    return {kind: tuple(trees.flatten(leaves)) for kind, leaves in tree.items()}
-
-
-@pytest.mark.parametrize("name", ["vgg11_bn", "vgg16", "inception_v3.aux", "densenet121", "squeezenet1_0"])
-def test_rules_and_policies_know_every_part_by_its_path(name):
-    paths, cuts = paths_of(name), models.get(name).module(num_classes=2).cuts
-    backbone = [path for path in paths["params"] if path.startswith("backbone/")]
-    assert set(rules.parts(backbone)) == set(backbone)
-    norms = {path.rpartition("/")[0] for path in paths.get("batch_stats", ())}
-    assert all(re.search(r"/norm\d*$", norm) for norm in norms)
-    blocks = rules.block_names(backbone, cuts)
-    assert [cuts.index(b) if b in cuts else cuts.index(b.partition("/")[0]) for b in blocks] == sorted(
-        rules._place(b, cuts) for b in blocks
-    )
-
-    def labels(method, **more):
-        matches = trees.match_rules(list(paths["params"]), rules.make_rules(method, paths["params"], cuts, **more))
-        return {path: match.value for path, match in matches.items()}
-
-    last, first = labels("last_k", k=1), labels("first_k", k=1)
-    trained = {path for path, label in last.items() if label != trees.FROZEN}
-    behind = tuple(f"backbone/{part}/" for part in ("norm", "final", blocks[-1]))
-    assert trained == {path for path in paths["params"] if path.startswith((*behind, "head/"))}
-    statistics = trees.unflatten({path: np.zeros(2) for path in paths.get("batch_stats", ())})
-    policies = audit.norm_policies(statistics, first, ())
-    assert {norm for norm in norms if policies[norm] == "update"} == {
-        norm for norm in norms if norm.startswith(("backbone/stem/", f"backbone/{blocks[0]}/"))
-    }
-    assert rules.frozen_cuts([path for path in trained if path.startswith("backbone/")], cuts) == rules._place(
-        blocks[-1], cuts
-    )
-    multipliers = rules.layer_multipliers(paths["params"], cuts, 0.5)
-    assert {multipliers[path] for path in paths["params"] if path.startswith("head/")} == {1.0}
-    assert {multipliers[path] for path in backbone if path.startswith(behind)} == {0.5}
 
 
 def test_heads_read_the_last_map_of_vgg_and_dropout_makes_its_features_random():

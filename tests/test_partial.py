@@ -6,6 +6,7 @@ import pytest
 from test_pretrained import add_variants, random_variables, small_resnet  # noqa: F401
 from twins import images
 
+import tl_jax
 from configs import smoke
 from tl_jax import config as options
 from tl_jax import models
@@ -13,6 +14,7 @@ from tl_jax.core import files, trees
 from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies import soups
+from tl_jax.studies.report import report, results
 from tl_jax.training import audit, build
 from tl_jax.training.single import Single
 from tl_jax.training.train import train
@@ -45,7 +47,7 @@ def make(small_resnet, tmp_path):  # noqa: F811
     return make
 
 
-def test_resnet18_to_layer3_loads_and_its_stage3_is_torchvisions(shared):
+def test_resnet18_to_layer3_loads_and_its_stage3_is_torchvisions(shared, tmp_path):
     reference = pytest.importorskip("torch_reference")
     torchvision = pytest.importorskip("torchvision")
     twin = torchvision.models.resnet18(weights=None).eval()
@@ -62,6 +64,13 @@ def test_resnet18_to_layer3_loads_and_its_stage3_is_torchvisions(shared):
         assert np.abs(out[cut] - expected).max() <= 1e-4 * np.abs(expected).max()
     missing = {path for path, origin in loaded.origins.items() if origin == "missing"}
     assert missing == {path for path in loaded.origins if "/stage4/" in path}
+    short = load.load("resnet18.stage3", shared / LAYER3, 2)
+    logits, ends = jax.jit(short.model.apply)(short.variables, x)
+    assert logits.shape == (2, 2) and not {"missing"} & {*short.origins.values()}
+    np.testing.assert_allclose(ends["stage3"], out["stage3"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ends["pre_logits"], np.mean(ends["stage3"], axis=(1, 2)), rtol=0, atol=1e-5)
+    whole = load.load("resnet18.stage3", reference.save(twin, tmp_path / "whole.pth"), 2)
+    assert equal(whole.variables, short.variables), "layer4 is passed over"
     new = load.load("resnet18", "", 2, seed=3)
     flat, fresh = trees.flatten(loaded.variables), trees.flatten(new.variables)
     assert all(np.array_equal(flat[path], fresh[path]) for path in missing)
@@ -93,7 +102,8 @@ def test_an_error_says_which_partial_would_excuse_what_is_missing(make):
         load.load("small_resnet", path, 3)
     partial = ("stage2/block0/conv2/.*", "stage3/.*")
     assert str(error.value).endswith(f"if it is known to lack them: partial={partial}")
-    load.load("small_resnet", path, 3, partial=partial)
+    loaded = load.load("small_resnet", path, 3, partial=partial)
+    assert equal(loaded.variables, tl_jax.load("small_resnet", path, num_classes=3, partial=partial).variables)
 
 
 def test_a_shape_is_never_excused(make):
@@ -128,6 +138,13 @@ def test_a_kernel_of_which_a_file_has_a_part_is_not_missing(monkeypatch, tmp_pat
     without(("vit.encoder.layer.1.attention.attention.key",), path, path)
     with pytest.raises(ValueError, match=r"2 unfilled leaves .*block1/attn/qkv"):
         load.load(name, path, 3, partial=("block1/.*",))
+
+
+def test_a_report_names_what_began_at_random(tmp_path):
+    run = results.Run("key", ("a",), (0, ""), "done", tmp_path, weights=("r.pth", "12"), missing=("stage4/.*",))
+    study = results.Results("", "", {"arm": {"a": {}}}, {}, [0], ["accuracy"], "holdout", {("a",): {(0, ""): run}})
+    _, lines = report._design(study)
+    assert lines[-1] == "partial weights: r.pth lacks stage4/.*, which began at random"
 
 
 @pytest.fixture
@@ -169,10 +186,10 @@ def test_missing_parts_that_rest_are_warned_of_written_and_come_back(config, tmp
     assert lines[1].startswith("WARNING: frozen though missing in the weight file [stage3/.*]: random numbers")
     constant = Single(run, sharding.make_parallel()).constant_hashes()
     assert constant and not any("/stage3/" in path for path in constant), "what was drawn is in the checkpoints"
-    report = audit.prove([phase.audit], variables, variables)
+    proved = audit.prove([phase.audit], variables, variables)
     about = {"model": "resnet8_cifar", "weights": run.material.base, "seed": config.seed}
     path = tmp_path / "trained.safetensors"
-    delta.save(path, variables, report, run.material.card, partial=config.model.partial, **about)
+    delta.save(path, variables, proved, run.material.card, partial=config.model.partial, **about)
     assert equal(delta.load(path).variables, variables)
     statistics = options.override(config, {"method.name": "full", "method.norm": ((".*", "frozen"),)})
     lines = audit.missing_lines(build.build(statistics, sharding.make_parallel()).phases[0].audit)

@@ -97,7 +97,7 @@ def awkward(torch):
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("wrap", [None, "state_dict", "model"])
+@pytest.mark.parametrize("wrap", [None, "state_dict", "model", "model_ema"])
 def test_every_torch_file_reads_bit_equal_without_torch(tmp_path, zipped, protocol, wrap):
     torch = pytest.importorskip("torch")
     state = awkward(torch)
@@ -379,5 +379,5 @@ def test_torch_file_without_a_state_dict_names_what_it_holds(tmp_path):
     with pytest.raises(ValueError, match=r"not tensors: \['net', 'epoch'\]"):
         formats.read(tmp_path / "w.pth")
     write_zip(tmp_path / "w.pth", dumps({"state_dict": {"w": tensor()}, "model": {"w": tensor()}}), {"0": range(6)})
-    with pytest.raises(ValueError, match="both"):
+    with pytest.raises(ValueError, match="holds 'state_dict' and 'model'; save the one"):
         formats.read(tmp_path / "w.pth")

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from test_models import random_variables
 from test_pretrained import CLASSES, add_variants, close
 
 from tl_jax import models
@@ -46,7 +47,7 @@ def parts_of(model):
     return {"stem": model.norm_pre, **{f"block{i}": block for i, block in enumerate(model.blocks)}, "pre_logits": model}
 
 
-@REGISTERS
+@pytest.mark.parametrize("registers", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_dinov2_of_timm_at_its_own_size_and_at_another(registers, monkeypatch, tmp_path):
     name, model = small_dinov2(monkeypatch, registers), torch_reference.randomize(timm_dinov2(registers))
     path = torch_reference.save(model, tmp_path / "w.pth")
@@ -103,7 +104,7 @@ def test_dinov2_at_another_size_reads_positions_as_its_authors_do(monkeypatch, t
     close(found[:, :1], state["pos_embed"][:, :1].numpy(), 1e-9)
 
 
-@REGISTERS
+@pytest.mark.parametrize("registers", [4, pytest.param(0, marks=pytest.mark.slow)])
 def test_dinov2_of_transformers_at_its_own_size_and_at_another(registers, monkeypatch, tmp_path):
     name = small_dinov2(monkeypatch, registers)
     config = transformers.Dinov2WithRegistersConfig if registers else transformers.Dinov2Config
@@ -144,6 +145,7 @@ def check_parts(model, parts, name, path, x, size):
     return ours
 
 
+@pytest.mark.slow
 def test_dinov2_gradient_is_that_of_timm(monkeypatch, tmp_path):
     name, model = small_dinov2(monkeypatch, 4), torch_reference.randomize(timm_dinov2(4))
     loaded = load.load(name, torch_reference.save(model, tmp_path / "w.pth"))
@@ -191,7 +193,7 @@ def to_openai(state):
     return found
 
 
-@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("act", ["quick_gelu", pytest.param("gelu", marks=pytest.mark.slow)])
 def test_clip_of_timm_has_the_projection_as_its_head(act, monkeypatch, tmp_path):
     name, model = small_clip(monkeypatch, act), torch_reference.randomize(timm_clip(act))
     path, parts = torch_reference.save(model, tmp_path / "w.pth"), parts_of(model)
@@ -313,46 +315,16 @@ def test_any_vit_reads_images_that_are_no_squares_and_its_file_remembers_it(monk
     assert load.load("", tmp_path / "wide.safetensors", image_size=(42, 42)).card.input_size == 42
 
 
-TOWERS = {
-    "dinov2": functools.partial(SMALL, layer_scale=0.1, registers=4, class_position=False),
-    "clip": functools.partial(SMALL, pre_norm=True, act="quick_gelu"),
-    "siglip": functools.partial(SMALL, pool="map"),
-    "wide": functools.partial(SMALL, image_size=(28, 56)),
-}
-
-
-@pytest.mark.parametrize("kind", TOWERS)
-def test_added_parameters_and_cuts_work_on_every_tower(kind):
-    model = TOWERS[kind](num_classes=3, head_init="lecun")
-    x = twins.images(28, 56, batch=2) if kind == "wide" else twins.images(42, batch=2)
-    variables = jax.tree.map(lambda leaf: leaf + 0.01, model.init(jax.random.key(0), x))
-    logits, out = model.apply(variables, x)
-    for cut in model.cuts:
-        close(model.apply(variables, out[cut], start=cut)[0], logits, 1e-5)
-    additions = [("lora", {"rank": 2}), ("adapter", {"bottleneck": 2}), ("prompt", {"tokens": 2, "deep": True})]
-    for addition in additions:
-        added = peft.init(model, variables, [addition], jax.random.key(1))
-        both = {**variables, "params": {**variables["params"], **added}}
-        adapted = peft.Adapted(model, (addition,))
-        found, out = adapted.apply(both, x)
-        prompts = 2 if addition[0] == "prompt" else 0
-        assert out["block0"].shape[1] == model.tokens + prompts
-        if prompts:
-            assert not np.allclose(found, logits)
-            again, _ = adapted.apply(both, out["block0"], start="block0")
-            close(again, found, 1e-5)
-            with pytest.raises(ValueError, match=f"with {model.tokens} tokens, expected {model.tokens + 2}"):
-                adapted.apply(both, out["block0"][:, 2:], start="block0")
-        else:
-            close(found, logits, 1e-5)
-        gradient = jax.grad(lambda p, a=adapted: a.apply({"params": p}, x)[0].sum())(both["params"])
-        for leaf in trees.flatten(gradient[addition[0]]).values():
-            assert np.isfinite(leaf).all()
-    merged = peft.merge(
-        {"params": {**variables["params"], **peft.init(model, variables, additions[:1], jax.random.key(1))}},
-        additions[:1],
-    )
-    close(model.apply(merged, x)[0], logits, 1e-5)
+def test_prompts_enter_behind_the_tokens_of_the_tower_and_features_must_have_them():
+    model = SMALL(num_classes=3, registers=4, class_position=False)
+    variables, addition = random_variables(model, 42), ("prompt", {"tokens": 2, "deep": True})
+    added = peft.init(model, variables, [addition], jax.random.key(1))
+    both = {**variables, "params": {**variables["params"], **added}}
+    adapted = peft.Adapted(model, (addition,))
+    out = jax.eval_shape(adapted.apply, both, twins.images(42))[1]
+    assert [out[cut].shape for cut in ("stem", "block1")] == [(1, 1 + 4 + 2 + 9, 24)] * 2
+    with pytest.raises(ValueError, match="with 14 tokens, expected 16: the class token, 4 registers, 2 prompts, 9 pat"):
+        adapted.apply(both, np.zeros((1, 14, 24), np.float32), start="block0")
 
 
 NAMES = [name for name in (*dinov2.VARIANTS, *clip.VARIANTS) if "." not in name]

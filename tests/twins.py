@@ -1,5 +1,6 @@
 """A network of torch's libraries and ours with the same weights give the same numbers, forwards and backwards."""
 
+import functools
 import re
 
 import jax
@@ -13,6 +14,12 @@ from tl_jax.models import conversion
 from tl_jax.weights import formats, load
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run(model, variables, x):
+    """(logits, out) of a network of ours, which is traced once for all of its files."""
+    return model.apply(variables, x)
+
+
 def images(height, width=0, batch=1, seed=0):
     return np.random.default_rng(seed).standard_normal((batch, height, width or height, 3)).astype(np.float32)
 
@@ -22,7 +29,7 @@ def check_forward(model, modules, name, path, x, layout, **given):
     expected, features = torch_reference.record(model, modules, x)
     loaded = load.load(name, path, **given)
     assert loaded.layout == layout and "new" not in loaded.origins.values()
-    logits, out = jax.jit(loaded.model.apply)(loaded.variables, x)
+    logits, out = run(loaded.model, loaded.variables, x)
     close(logits, expected)
     assert set(features) == set(modules)
     for key, value in features.items():
@@ -37,7 +44,7 @@ def check_export(loaded, twin, x, folder, read=None):
     load.export(variables, loaded.card.model, path, card=loaded.card, layout=loaded.layout)
     tensors = {key: torch_reference.torch.from_numpy(np.array(x)) for key, x in formats.read(path)[0].items()}
     twin.load_state_dict(read(tensors) if read else tensors, strict=True)
-    close(jax.jit(loaded.model.apply)(variables, x)[0], torch_reference.record(twin.eval(), {}, x)[0])
+    close(run(loaded.model, variables, x)[0], torch_reference.record(twin.eval(), {}, x)[0])
 
 
 def check_gradient(loaded, model, x, names=lambda key: key):

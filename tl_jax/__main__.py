@@ -256,7 +256,7 @@ COMMANDS = {
         arg("--splits", default="", help="names with commas, such as train,val; default: all that the run names"),
         arg("--label", default="", help="which label of a multilabel task"),
     )),
-    inspect: ("list a weight file's tensors and the models it fits; timm: lists the known names", (_WEIGHTS,)),
+    inspect: ("list a weight file's tensors, and what it fits or is near to; timm: lists known files", (_WEIGHTS,)),
     convert: ("write a weight file as safetensors with a card", (
         arg("name", help="the model, such as resnet50"),
         _WEIGHTS,

@@ -55,7 +55,7 @@ def atomic_write(path):
 def _temporary(path: pathlib.Path) -> BinaryIO:
     """A new file beside `path`, locked as long as it is open."""
     while True:
-        file = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp").open("xb")
+        file = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp").open("x+b")
         with contextlib.suppress(OSError):  # a file system without locks: nothing is ever removed there
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:

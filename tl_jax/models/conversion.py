@@ -38,16 +38,19 @@ class Layout(NamedTuple):
 
     rules: the first whose regex matches a whole path applies. head: regex of source keys of the classifier. ignore:
     regex of source keys that are no weights, which are not read, though a rule may write them behind the weight.
-    aliases: (regex, replacement) pairs from other spellings to the table's.
-    modules: source keys without their last part, of all but the head, where the table lists them.
-    layers: names, of the publisher's head before its last dense layer, see models/head.py.
+    aliases: arguments of re.sub from other spellings to the table's.
+    modules: source keys without their last part, of all but the head, in the file's order, where the table lists them.
+    pixels: for files that hold means and deviations of pixels: {"mean": ..., "std": ...} of a card from the tensors by
+    the table's keys ({} where there are none), and such tensors from a mean and a deviation. layers: names, of the
+    publisher's head before its last dense layer, see models/head.py.
     """
 
     rules: tuple[Rule, ...]
     head: str
     ignore: str = r"(?!)"
-    aliases: tuple[tuple[str, str], ...] = ()
-    modules: frozenset[str] = frozenset()
+    aliases: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = ()
+    modules: tuple[str, ...] = ()
+    pixels: Transform = Transform(lambda tensors: {}, lambda mean, std: {})
     layers: tuple[str, ...] = ()
 
 
@@ -128,7 +131,7 @@ def by_names(names: Mapping[str, str], head: str, ignore: str, pointwise: str = 
     rules = [Rule(f"params/({path})/kernel", (key("weight"),), transform) for path, transform in kernels.items()]
     rules += [Rule(f"params/(.+)/{leaf}", (key(name),), SAME) for leaf, name in (("scale", "weight"), ("bias", "bias"))]
     rules += [Rule(f"batch_stats/(.+)/{leaf}", (key(f"running_{leaf}"),), SAME) for leaf in ("mean", "var")]
-    modules = frozenset(name for path, name in names.items() if not path.startswith("head"))
+    modules = tuple(name for path, name in names.items() if not path.startswith("head"))
     return Layout(tuple(rules), head, ignore, modules=modules)
 
 
@@ -162,6 +165,11 @@ def canonical(layout: Layout, key: str) -> str:
     return functools.reduce(lambda name, alias: re.sub(*alias, name), layout.aliases, key)
 
 
+def pixels_of(layout: Layout, tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[float, ...]]:
+    """The mean and deviation of a card, where a file holds them: {"mean": ..., "std": ...} or {}."""
+    return layout.pixels.load({canonical(layout, key): value for key, value in tensors.items()})
+
+
 def source_shapes(transform: Transform, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The shapes that a file must have for a target of `shape`; allocates nothing."""
     return [array.shape for array in transform.export(np.broadcast_to(np.float32(0), shape))]
@@ -176,9 +184,18 @@ def may_know(layout: Layout, tensors: Mapping[str, np.ndarray]) -> bool:
     own = [rule.target for rule in layout.rules if rule.sources == (r"\1",)]
     templates = (x for rule in layout.rules for x in rule.sources if isinstance(x, str) and x != r"\1")
     own += {".+".join(map(re.escape, re.split(r"\\\d", template))) for template in templates}
-    own += [re.escape(module) + r"\.\w+" for module in layout.modules]
+    own += [re.escape(module) + r"[./]\w+" for module in layout.modules]
     pattern = re.compile("|".join(f"(?:{regex})" for regex in own))
     return any(pattern.fullmatch(canonical(layout, key)) for key in tensors)
+
+
+def has_modules(layout: Layout, tensors: Iterable[str]) -> bool:
+    """Whether a file has every module that the table lists."""
+    return not layout.modules or set(layout.modules) <= {module_of(canonical(layout, key)) for key in tensors}
+
+
+def module_of(key: str) -> str:
+    return re.sub(r"[./]\w+$", "", key)
 
 
 def coverage(layout: Layout, leaves: Iterable[str], tensors: Mapping[str, np.ndarray]) -> int:
@@ -191,16 +208,6 @@ def lacking(layout: Layout, leaves: Iterable[str], tensors: Mapping[str, np.ndar
     """The leaves of which a file has nothing; those that have no key in the layout are no such."""
     found = {canonical(layout, key) for key in tensors}
     return {leaf for leaf in leaves if (keys := sources_of(layout, leaf)[0]) and found.isdisjoint(keys)}
-
-
-def shapes_match(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether every leaf is there in the right shape, and no further key but those of the head and the ignored ones."""
-    found = {canonical(layout, key): value.shape for key, value in tensors.items()}
-    for leaf, shape in shapes.items():
-        keys, transform = sources_of(layout, leaf)
-        if [found.pop(key, None) for key in keys] != source_shapes(transform, shape):
-            return False
-    return all(re.fullmatch(f"{layout.head}|{layout.ignore}", key) for key in found)
 
 
 def fill(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]):

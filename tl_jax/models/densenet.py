@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from tl_jax.core.card import Card
-from tl_jax.models import conversion, layers
-from tl_jax.models.variant import ConvNet, Variant
+from tl_jax.models import conversion, keras, layers
+from tl_jax.models.variant import ConvNet, Variant, with_flavours
 
 
 class Transition(nn.Module):
@@ -99,13 +99,18 @@ def _layout() -> conversion.Layout:
 
 
 LAYOUTS = {"timm": _layout(), "native": conversion.NATIVE}
-VARIANTS: dict[str, Variant] = {
-    name: Variant(
-        functools.partial(DenseNet, depths=depths), Card(name, 1000, interpolation="bilinear"), LAYOUTS, {}
-    )  # torchvision's card; timm's own weights are resized bicubically
-    for name, depths in {
-        "densenet121": (6, 12, 24, 16),
-        "densenet169": (6, 12, 32, 32),
-        "densenet201": (6, 12, 48, 32),
-    }.items()
-}
+DEPTHS = {"densenet121": (6, 12, 24, 16), "densenet169": (6, 12, 32, 32), "densenet201": (6, 12, 48, 32)}
+
+
+def _all_variants() -> dict[str, Variant]:
+    """With torchvision's card; timm's own weights are resized bicubically."""
+    variants = {}
+    for name, depths in DEPTHS.items():
+        card, own = Card(name, 1000, interpolation="bilinear"), {"norm_eps": 1.001e-5, "norm_momentum": 0.99}
+        layouts = {**LAYOUTS, "keras": keras.densenet(depths)}
+        module = functools.partial(DenseNet, depths=depths)
+        variants |= with_flavours(module, card, layouts, {"keras": ("keras", own, card)})
+    return variants
+
+
+VARIANTS: dict[str, Variant] = _all_variants()

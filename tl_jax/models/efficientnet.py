@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tl_jax.core.card import Card
-from tl_jax.models import mobile
+from tl_jax.models import keras, mobile
 from tl_jax.models.conversion import NATIVE, Layout
 from tl_jax.models.mobile import HALF, TF, MobileNet, Row, Stages, divisible
 from tl_jax.models.variant import Variant, with_flavours
@@ -58,9 +58,12 @@ def _layouts(stages: Stages) -> dict[str, Layout]:
 def _variants(module: Callable[..., MobileNet], cards: Sequence[Card], own: Mapping[str, Any]) -> dict[str, Variant]:
     """timm's own network, its torchvision flavour with the fields `own`, and TensorFlow's; the cards in this order."""
     timm, torchvision, tf = cards
-    layouts = _layouts(module.keywords["stages"])
+    stages = module.keywords["stages"]
+    layouts = _layouts(stages)
     variants = with_flavours(module, timm, layouts, {"torchvision": ("tv", own, torchvision)})
     tf_layouts = {key: layouts[key] for key in ("timm", "native")}
+    if timm.model.startswith("efficientnet_b"):
+        tf_layouts["keras"] = keras.efficientnet(mobile.blocks_of(stages))
     return variants | {tf.model: Variant(functools.partial(module, **TF), tf, tf_layouts, {})}
 
 
@@ -118,7 +121,7 @@ def _lite_variants() -> dict[str, Variant]:
     layouts = {key: table for key, table in _layouts(stages).items() if key != "torchvision"}
     variants = {card.model: Variant(module, card, layouts, {})}
     port = card.replace(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
-    layouts |= {"port": mobile.make_layout(stages, names, _port_block)}
+    layouts = {**layouts, "port": mobile.make_layout(stages, names, _port_block)}
     tf = card.replace(model=f"tf_{card.model}", **HALF)
     return variants | with_flavours(functools.partial(module, **TF), tf, layouts, {"port": ("port", {}, port)})
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tl_jax.core.card import Card
-from tl_jax.models import conversion, layers
+from tl_jax.models import conversion, keras, layers
 from tl_jax.models.variant import ConvNet, Variant
 
 AUX_SIDE = 17  # pixels of the smallest map that the auxiliary head can read; 299 pixels give it
@@ -95,13 +95,14 @@ class Block(nn.Module):
     """Branches side by side: [B, H, W, C] -> [B, H', W', the sum of their channels]."""
 
     branches: tuple[Branch, ...]
+    count_zeros: bool
     policy: layers.Policy
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         pools = {
             "": lambda x: x,
-            "mean": lambda x: layers.mean_pool(x, 3, 1),  # with the zeros of the border
+            "mean": lambda x: layers.mean_pool(x, 3, 1, count_zeros=self.count_zeros),
             "max": lambda x: layers.max_pool(x, 3, 2, "valid"),
         }
         out = []
@@ -152,7 +153,8 @@ class Inception(ConvNet):
     """Inception-v3 on images [B, H, W, 3] of 75 pixels or more; see `Model` for what all networks share.
 
     The cuts: stem, stage1/block0, ..., stage1, stage2/block0, ..., stage3 [B, h, w, 2048], pre_logits; a stage begins
-    with the block that halves the resolution. drop_path must be 0.
+    with the block that halves the resolution. count_zeros: the means of 3x3 pixels count the zeros of the border, as in
+    torch, not in TensorFlow. drop_path must be 0.
 
     aux: the classes of the auxiliary head, 0 for none. It is kept as it was published, backbone/final, so that
     files go in and out whole: its logits are out["aux_logits"] where stage2 was run or given and has 17x17 pixels or
@@ -161,6 +163,7 @@ class Inception(ConvNet):
 
     norm_eps: float = 1e-3
     aux: int = 0
+    count_zeros: bool = True
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -170,7 +173,8 @@ class Inception(ConvNet):
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
         layers.refuse_drop_path(self)
         block, policy = layers.recomputed(Block, self.remat), self.policy
-        stages = [[functools.partial(block, branches, policy) for branches in stage.values()] for stage in STAGES]
+        block = functools.partial(block, count_zeros=self.count_zeros, policy=policy)
+        stages = [[functools.partial(block, branches) for branches in stage.values()] for stage in STAGES]
         parts = [
             lambda x: Stem(policy, name="stem")(x, train),
             *layers.stage_parts(stages, train),
@@ -198,6 +202,19 @@ def _layout() -> conversion.Layout:
     return conversion.Layout(tuple(conversion.rules_of(names)), r"fc\..+", r"AuxLogits\..+|.*\.num_batches_tracked")
 
 
+def _keras_layout() -> conversion.Layout:
+    blocks = [[(f"backbone/stem{f'/layer{i}' if i > 1 else ''}", 0)] for i in range(1, 6)]
+    for i, stage in enumerate(STAGES, 1):
+        for j, branches in enumerate(stage.values()):
+            path, block = f"backbone/stage{i}/block{j}", []
+            for _, chain, fork in branches:  # a fork ends in a layer that joins its two
+                rest = range(3 * (len(chain) - 1) + (4 if fork else 0), -1, -3)
+                block += [(f"{path}/{layer.name}", behind) for layer, behind in zip(chain, rest, strict=False)]
+                block += [(f"{path}/{layer.name}", 1) for layer in fork]
+            blocks.append(block)
+    return keras.inception(blocks)
+
+
 LAYOUTS = {"timm": _layout(), "native": conversion.NATIVE}
 
 
@@ -210,9 +227,15 @@ def _all_variants() -> dict[str, Variant]:
     card = Card("inception_v3", 1000, 299, (0.5,) * 3, (0.5,) * 3, "bilinear", 299 / 342)
     imagenet = Card("inception_v3.gluon", 1000, 299, interpolation="bicubic")
     cards = {card: {}, card.replace(model="inception_v3.aux"): {"aux": 1000}, imagenet: {}}
-    return {
+    variants = {
         its.model: Variant(functools.partial(Inception, **fields), its, LAYOUTS, {}) for its, fields in cards.items()
     }
+    # timm's names would lack the scales, which Keras' network has not.
+    layouts, own = {"native": conversion.NATIVE, "keras": _keras_layout()}, {"norm_scale": False, "count_zeros": False}
+    module, its = functools.partial(Inception, norm_momentum=0.99, **own), card.replace(model="inception_v3.keras")
+    plain = variants[card.model]
+    plain = plain._replace(layouts={**LAYOUTS, "keras": layouts["keras"]}, flavours={"keras": its.model})
+    return {**variants, card.model: plain, its.model: Variant(module, its, layouts, {})}
 
 
 VARIANTS: dict[str, Variant] = _all_variants()

@@ -33,18 +33,21 @@ class Policy(NamedTuple):
     norm_momentum: float
     norm_eps: float = 1e-5
     same: bool = False
+    norm_scale: bool = True
 
 
 def pads_of(padding: str, sizes: Sequence[int], stride: int, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """The zeros (before, after) of each axis of an input of `shape` [H, W].
 
     padding: "half", size // 2 on every side, as in torch; "same", so that ceil(side / stride) values come out, the odd
-    one after, as in TensorFlow; "valid", none.
+    one after, as in TensorFlow; "even", what "same" adds to sides that the stride divides; "valid", none.
     """
     if padding == "half":
         return tuple((size // 2, size // 2) for size in sizes)
     if padding == "valid":
         return tuple((0, 0) for _ in sizes)
+    if padding == "even":
+        shape = (stride, stride)
     sums = (max((-(-side // stride) - 1) * stride + size - side, 0) for size, side in zip(sizes, shape, strict=True))
     return tuple((total // 2, total - total // 2) for total in sums)
 
@@ -91,7 +94,7 @@ def batch_norm(module: nn.Module, name: str, train: bool, scale_init: Callable =
     policy = module.policy
     frozen = "/".join((*(module.path or ("backbone",)), name)) in policy.frozen_norms
     settings = {"momentum": policy.norm_momentum, "epsilon": policy.norm_eps, "axis_name": policy.axis_name}
-    settings |= {"dtype": policy.dtype, "scale_init": scale_init}
+    settings |= {"dtype": policy.dtype, "scale_init": scale_init, "use_scale": policy.norm_scale}
     return nn.BatchNorm(use_running_average=frozen or not train, name=name, **settings)
 
 
@@ -105,7 +108,8 @@ def conv_norm(
     """
     fold, by_batch = module.policy.fold and not module.is_initializing(), not norm.use_running_average
     if fold and by_batch and norm.axis_name is None and convolve.by_hand(norm.dtype):
-        scale, bias = (norm.get_variable("params", name) for name in ("scale", "bias"))
+        bias = norm.get_variable("params", "bias")
+        scale = norm.get_variable("params", "scale") if norm.use_scale else jnp.ones_like(bias)
         y, *moments = convolve.norm(conv(x), scale, bias, shortcut, act == "relu", norm.epsilon)
         for name, new in zip(("mean", "var"), moments, strict=True):
             running = norm.get_variable("batch_stats", name)
@@ -115,7 +119,7 @@ def conv_norm(
         y = norm(conv(x))
     else:
         params, stats = module.variables["params"], module.variables["batch_stats"][norm.name]
-        scale = params[norm.name]["scale"] * jax.lax.rsqrt(stats["var"] + norm.epsilon)
+        scale = params[norm.name].get("scale", 1.0) * jax.lax.rsqrt(stats["var"] + norm.epsilon)
         kernel = params[conv.name]["kernel"] * jnp.expand_dims(scale, (0, 1, 2))
         mean = stats["mean"] - params[conv.name]["bias"] if conv.use_bias else stats["mean"]
         shift = (params[norm.name]["bias"] - mean * scale).astype(conv.dtype)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from tl_jax.models import conversion, layers
+from tl_jax.models import conversion, keras, layers
 from tl_jax.models.variant import ConvNet
 
 
@@ -65,6 +65,7 @@ class Block(nn.Module):
     drop_path: float
     act: str
     hard: bool  # squeeze and excite as in MobileNetV3
+    even: bool
     policy: layers.Policy
 
     @nn.compact
@@ -85,7 +86,8 @@ class Block(nn.Module):
         for i in row.convs:
             if i == 3 and row.squeeze:
                 y = self.squeeze(y, x.shape[-1])
-            conv, norm = layers.make_conv(self, f"conv{i}", *convs[i]), layers.batch_norm(self, f"norm{i}", train)
+            conv = layers.make_conv(self, f"conv{i}", *convs[i], padding="even" if self.even and i == 2 else "")
+            norm = layers.batch_norm(self, f"norm{i}", train)
             y = layers.conv_norm(self, conv, norm, y, x if at_once and i == row.convs[-1] else None, acts[i])
         return x + layers.DropPath(self.drop_path)(y, train) if summed and not at_once else y
 
@@ -120,7 +122,7 @@ class MobileNet(ConvNet):
     where there is one) [B, h, w, C], pre_logits [B, D]. stem, final: channels of the first and the last convolution.
     dense: values of the layer behind the mean, 0 for none. hard: squeeze and excite as in MobileNetV3 (a quarter of the
     expanded channels, ReLU, a hard sigmoid), not as in EfficientNet (a quarter of the block's input, the network's
-    activation, a sigmoid).
+    activation, a sigmoid). even: depthwise convolutions are padded as "even" in layers.pads_of.
     """
 
     stages: Stages
@@ -129,6 +131,7 @@ class MobileNet(ConvNet):
     dense: int = 0
     act: str = "relu6"
     hard: bool = False
+    even: bool = False
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -137,7 +140,7 @@ class MobileNet(ConvNet):
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
-        kind = {"act": self.act, "hard": self.hard, "policy": self.policy}
+        kind = {"act": self.act, "hard": self.hard, "even": self.even, "policy": self.policy}
         block = functools.partial(layers.recomputed(Block, self.remat), **kind)
         rates = iter(layers.drop_path_rates(self.drop_path, sum(row.repeats for rows in self.stages for row in rows)))
         stages = [
@@ -156,7 +159,7 @@ class MobileNet(ConvNet):
         return layers.run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
 
 
-HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # of a card: pixels from -1 to 1
+HALF = keras.HALF  # of a card: pixels from -1 to 1
 TF = {"same": True, "norm_eps": 1e-3}  # of a network: as TensorFlow computes
 
 Names = dict[str, str]  # {path of a module: its name in the file}
@@ -201,15 +204,22 @@ def stem_and_head(stem: tuple[str, str], head: str, final: tuple[str, ...] = ())
     return both("backbone/stem/{}", *stem) | own | {"head": head}
 
 
+def blocks_of(stages: Stages) -> dict[str, tuple[int, int, Row]]:
+    """{path: (stage from 1, block from 0, row)} of all blocks, in order."""
+    found = {}
+    for i, rows in enumerate(stages, 1):
+        for j, row in enumerate(own for own in rows for _ in range(own.repeats)):
+            found[f"backbone/stage{i}/block{j}"] = i, j, row
+    return found
+
+
 def make_layout(stages: Stages, others: Names, block: Callable[[Row, int, int, int], Names], dense: bool = True):
     """A table from the names outside of the blocks and those of block j of stage i, the n-th of all (i and n from 1).
 
     dense: the layer behind the mean of the pixels is stored as one, not as a 1x1 convolution.
     """
-    names, n = dict(others), 0
-    for i, rows in enumerate(stages, 1):
-        for j, row in enumerate(own for own in rows for _ in range(own.repeats)):
-            n += 1
-            names |= {f"backbone/stage{i}/block{j}/{path}": name for path, name in block(row, i, j, n).items()}
+    names = dict(others)
+    for n, (place, (i, j, row)) in enumerate(blocks_of(stages).items(), 1):
+        names |= {f"{place}/{path}": name for path, name in block(row, i, j, n).items()}
     pointwise = r".+/se/\w+" if dense else r".+/se/\w+|.+/final/dense"
     return conversion.by_names(names, re.escape(others["head"]) + r"\..+", r".*\.num_batches_tracked", pointwise)

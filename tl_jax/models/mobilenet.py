@@ -4,7 +4,7 @@
 import functools
 
 from tl_jax.core.card import Card
-from tl_jax.models import mobile
+from tl_jax.models import keras, mobile
 from tl_jax.models.conversion import NATIVE
 from tl_jax.models.mobile import HALF, TF, MobileNet, Row, Stages, divisible
 from tl_jax.models.variant import Variant, with_flavours
@@ -74,7 +74,11 @@ def _v1_variants() -> dict[str, Variant]:
         stages = mobile.scaled(V1, percent / 100)
         module = functools.partial(MobileNet, stages=stages, stem=divisible(32 * percent / 100))
         card = Card(f"mobilenetv1_{percent:03}", 1000, crop=0.9 if percent == 125 else 0.875, **HALF)
-        variants[card.model] = Variant(module, card, {"timm": _timm(stages), "native": NATIVE}, {})
+        layouts, flavours = {"timm": _timm(stages), "native": NATIVE}, {}
+        if percent <= 100:
+            layouts["keras"] = keras.mobilenet_v1(list(mobile.blocks_of(stages)))
+            flavours["keras"] = ("keras", {**TF, "even": True, "norm_momentum": 0.99}, card)
+        variants |= with_flavours(module, card, layouts, flavours)
     return variants
 
 
@@ -90,6 +94,9 @@ def _v2_variants() -> dict[str, Variant]:
         if name == "100":
             layouts["torchvision"] = _torchvision(stages, v3=False)
             flavours["torchvision"] = ("tv", {}, card.replace(interpolation="bilinear"))
+        if not deep:
+            layouts["keras"] = keras.mobilenet_v2({path: row for path, (*_, row) in mobile.blocks_of(stages).items()})
+            flavours["keras"] = ("keras", {**TF, "norm_momentum": 0.999}, card.replace(**HALF))
         variants |= with_flavours(module, card, layouts, flavours)
     return variants
 
@@ -115,7 +122,8 @@ def _v3_variants() -> dict[str, Variant]:
         if percent >= 75:
             tf = functools.partial(module, **TF)
             card = Card(f"tf_{name}", 1000, interpolation="bilinear", **HALF)
-            variants[card.model] = Variant(tf, card, timm, {})
+            rows = {path: row for path, (*_, row) in mobile.blocks_of(stages).items()}
+            variants[card.model] = Variant(tf, card, {**timm, "keras": keras.mobilenet_v3(rows)}, {})
     return variants
 
 

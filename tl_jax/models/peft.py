@@ -69,14 +69,15 @@ def _lora(model, params, rank: Count = 8, alpha: Positive = 16.0, targets: Regex
     A is the layer itself (size, stride, groups) with `rank` outputs, B a matrix [rank, outputs], a pair for each group
     of a convolution. A starts uniform within 1 / sqrt(fan in), as in the authors' code, B at zero. targets: a regex of
     kernel paths; by default the attention kernels (qkv is one kernel), without any all 3x3 convolutions, or the
-    1x1 ones of a network with depthwise convolutions, which have no rank to speak of.
+    1x1 ones of a network with depthwise convolutions, which have no rank to speak of, without any all dense layers
+    of the backbone, as ConvNeXt's.
     """
     kernels = {path: leaf.shape for path, leaf in params.items() if path.endswith("/kernel")}
     chosen = [path for path in kernels if re.fullmatch(targets or ATTENTION, path)]
     groups = _groups(model) if any(len(shape) == 4 for shape in kernels.values()) else {}
     depthwise = any(kernels[f"{owner}/kernel"][-2] == 1 for owner, count in groups.items() if count > 1)
-    size = (1, 1) if depthwise else (3, 3)
-    chosen = chosen or [path for path, shape in kernels.items() if not targets and shape[:-2] == size]
+    for size in () if targets else ((1, 1) if depthwise else (3, 3), ()):
+        chosen = chosen or [x for x, shape in kernels.items() if shape[:-2] == size and x.startswith("backbone/")]
     leaves, problems = {}, [] if chosen else [_no_match("lora", targets, kernels)]
     for path in chosen:
         owner, shape = path.removesuffix("/kernel"), kernels[path]

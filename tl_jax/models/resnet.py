@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tl_jax.core.card import Card
-from tl_jax.models import conversion, layers
+from tl_jax.models import conversion, keras, layers
 from tl_jax.models.variant import ConvNet, Variant, with_flavours
 
 
@@ -23,12 +23,14 @@ class Block(nn.Module):
     groups: int
     base_width: int
     cifar: bool
+    stride_first: bool
     policy: layers.Policy
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         inner = self.width * self.base_width // 64 * self.groups
-        convs = [(inner, 1, 1, 1), (inner, 3, self.stride, self.groups), (4 * self.width, 1, 1, 1)]
+        strides = (self.stride, 1) if self.stride_first else (1, self.stride)
+        convs = [(inner, 1, strides[0], 1), (inner, 3, strides[1], self.groups), (4 * self.width, 1, 1, 1)]
         if not self.bottleneck:
             convs = [(self.width, 3, self.stride, 1), (self.width, 3, 1, 1)]
         shortcut = self.shortcut_of(x, convs[-1][0], train)
@@ -57,7 +59,8 @@ class ResNet(ConvNet):
 
     The cuts: stem, stage1/block0, ..., stage1 (its last block), stage2/block0, ... [B, h, w, C], pre_logits [B, D].
     depths, widths: blocks and base channels per stage. groups and base_width make ResNeXt and Wide ResNet. cifar: 3x3
-    stem without pooling and parameter-free (option A) shortcuts, He et al. 2016, section 4.2.
+    stem without pooling and parameter-free (option A) shortcuts, He et al. 2016, section 4.2. stride_first: bottlenecks
+    have the stride in the first convolution, as in the paper, not in the second.
     """
 
     depths: tuple[int, ...]
@@ -66,6 +69,7 @@ class ResNet(ConvNet):
     groups: int = 1
     base_width: int = 64
     cifar: bool = False
+    stride_first: bool = False
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -73,7 +77,8 @@ class ResNet(ConvNet):
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
-        kind = {name: getattr(self, name) for name in ("bottleneck", "groups", "base_width", "cifar", "policy")}
+        own = ("bottleneck", "groups", "base_width", "cifar", "stride_first", "policy")
+        kind = {name: getattr(self, name) for name in own}
         block = functools.partial(layers.recomputed(Block, self.remat), **kind)
         rates = iter(layers.drop_path_rates(self.drop_path, sum(self.depths)))
 
@@ -121,6 +126,7 @@ def _hf_layout() -> conversion.Layout:
 
 
 LAYOUTS = {"timm": TIMM, "hf": _hf_layout(), "native": conversion.NATIVE}
+TO_STAGE3 = {"timm": TIMM._replace(ignore=rf"layer4\..+|{_COUNTERS}"), "native": conversion.NATIVE}
 CIFAR_LAYOUTS = {"cifar": CIFAR, "native": conversion.NATIVE}
 
 _FIELDS = {
@@ -135,13 +141,23 @@ _FIELDS = {
 
 
 def _all_variants() -> dict[str, Variant]:
-    """All with torchvision's first preprocessing; transformers has the plain ones, with bicubic resizing."""
+    """All with torchvision's first preprocessing; transformers has the plain ones, with bicubic resizing.
+
+    NAME.stage3 ends there, with a head on the mean of 256 or 1024 channels; what a file has of layer4 is not read.
+    """
     variants = {}
     for name, fields in _FIELDS.items():
         plain, card = re.fullmatch(r"resnet\d+", name), Card(name, 1000, interpolation="bilinear")
         layouts = LAYOUTS if plain else {key: LAYOUTS[key] for key in ("timm", "native")}
         flavours = {"hf": ("hf", {}, card.replace(interpolation="bicubic"))} if plain else {}
+        if plain and "bottleneck" in fields:
+            layouts = {**layouts, "keras": keras.resnet(fields["depths"])}
+            own = {"stride_first": True, "norm_eps": 1.001e-5, "norm_momentum": 0.99}
+            flavours["keras"] = ("keras", own, card.replace(**keras.CAFFE))
         variants |= with_flavours(functools.partial(ResNet, **fields), card, layouts, flavours)
+        if name in ("resnet18", "resnet34", "resnet50"):
+            short = functools.partial(ResNet, **{**fields, "depths": fields["depths"][:3]})
+            variants[f"{name}.stage3"] = Variant(short, card.replace(model=f"{name}.stage3"), TO_STAGE3, {})
     for n in (1, 2, 3, 5, 7, 9):
         card = Card(f"resnet{6 * n + 2}_cifar", 10, input_size=32, crop=1.0)
         module = functools.partial(ResNet, depths=(n, n, n), widths=(16, 32, 64), cifar=True)

@@ -64,15 +64,17 @@ class Model(nn.Module, kw_only=True):
 class ConvNet(Model, kw_only=True):
     """A network of convolutions and BatchNorm.
 
-    norm_eps: of every BatchNorm of the backbone. same: convolutions are padded as in TensorFlow, see layers.pads_of.
+    norm_eps, norm_scale: of every BatchNorm of the backbone, its epsilon and whether it has a scale. same: convolutions
+    are padded as in TensorFlow, see layers.pads_of.
     """
 
     norm_eps: float = 1e-5
     same: bool = False
+    norm_scale: bool = True
 
     @property
     def policy(self) -> Policy:
-        return super().policy._replace(norm_eps=self.norm_eps, same=self.same)
+        return super().policy._replace(norm_eps=self.norm_eps, same=self.same, norm_scale=self.norm_scale)
 
 
 class Variant(NamedTuple):

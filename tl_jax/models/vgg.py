@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tl_jax.core.card import Card
-from tl_jax.models import conversion, layers
+from tl_jax.models import conversion, keras, layers
 from tl_jax.models.variant import ConvNet, Variant, with_flavours
 
 GRID = 7  # rows and columns of the map that the first dense layer reads: 224 / 2^5
@@ -74,9 +74,9 @@ class VGG(ConvNet):
     The cuts: stem, the first convolution; stage1/block0, ..., stage5, each stage behind its pool; pre_logits, the ReLU
     of the second dense layer. stage5 is the map that a head of flatten or pool reads, 7x7x512 for 224 pixels. stage1 of
     VGG-11 is its pool alone. depths, widths: convolutions per stage (the stem is one of the first stage's) and their
-    channels. features: of the dense layers. norm: BatchNorm behind every convolution. `dropout` acts behind both dense
-    layers (0.5 in the paper). drop_path must be 0. A map larger than 7x7 is averaged to 7x7, as in torchvision; timm
-    lets the dense layers slide over it instead.
+    channels. features: of the dense layers; 0 for none, then pre_logits are the mean of the last map. norm: BatchNorm
+    behind every convolution. `dropout` acts behind both dense layers (0.5 in the paper). drop_path must be 0. A map
+    larger than 7x7 is averaged to 7x7, as in torchvision; timm lets the dense layers slide over it instead.
     """
 
     depths: tuple[int, ...]
@@ -102,10 +102,11 @@ class VGG(ConvNet):
         ]
         if self.depths[0] == 1:
             stages[0] = [functools.partial(block, 0, pool=True)]
+        final = Final(self.features, self.dropout, self.dtype, name="final")
         parts = [
             lambda x: block(self.widths[0], pool=False, name="stem")(x, train),
             *layers.stage_parts(stages, train),
-            lambda x: Final(self.features, self.dropout, self.dtype, name="final")(x, train),
+            lambda x: final(x, train) if self.features else layers.mean_of_pixels(x),
         ]
         return layers.run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
 
@@ -132,7 +133,6 @@ _GRID_DENSE = conversion.Transform(
     lambda w: _GRID_CONV.load(w.reshape(w.shape[0], -1, GRID, GRID)),
     lambda w: (_GRID_CONV.export(w)[0].reshape(w.shape[-1], -1),),
 )
-_SWAPPED = conversion.Transform(lambda w: w[:, :, ::-1], lambda w: (w[:, :, ::-1],))  # RGB <-> BGR
 
 
 def torch_layout(depths: Sequence[int], norm: bool, timm: bool) -> conversion.Layout:
@@ -149,47 +149,22 @@ def torch_layout(depths: Sequence[int], norm: bool, timm: bool) -> conversion.La
     return conversion.Layout(tuple(rules), rf"{re.escape(head)}\..+", r".*\.num_batches_tracked")
 
 
-def keras_layout(depths: Sequence[int]) -> conversion.Layout:
-    """The paths of the arrays in Keras' .h5 files, as Keras 2 writes them; the published files are of Keras 1.
-
-    Keras flattens rows, columns, channels, as this package does. Its network reads BGR, so the channels of the first
-    kernel are swapped, here and back; the card, in RGB order, says that pixels are not divided by 255.
-    """
-    rules, same = [], conversion.SAME
-    for target, name, transform in (
-        *(
-            (f"{path}/conv", f"block{i}_conv{j}", _SWAPPED if path == "stem" else same)
-            for path, i, j in _places(depths)
-        ),
-        *((f"final/{name}", name, same) for name in ("fc1", "fc2")),
-    ):
-        rules += conversion.affine(f"backbone/{target}", f"{name}/{name}", transform, _KERAS)
-    rules += conversion.affine("head", "predictions/predictions", same, _KERAS)
-    aliases = (
-        (r"^model_weights/", ""),  # of a file with the whole model
-        (r"^([^/]+)/(kernel|bias):0$", r"\1/\1/\2:0"),
-        (r"^([^/]+)/\1_W(_1)?:0$", r"\1/\1/kernel:0"),
-        (r"^([^/]+)/\1_b(_1)?:0$", r"\1/\1/bias:0"),
-    )
-    return conversion.Layout(tuple(rules), r"predictions/.+", aliases=aliases)
-
-
-_KERAS = ("/kernel:0", "/bias:0")
 _DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 KERAS = (16, 19)  # of which Keras publishes weights
 
 
-def vgg_variants(name: str, fields: Mapping[str, Any], keras: bool) -> dict[str, Variant]:
-    """The variant with the card of torchvision and timm, and its flavour of Keras.
+def vgg_variants(name: str, fields: Mapping[str, Any], published: bool) -> dict[str, Variant]:
+    """The variant with the card of torchvision and timm, and Keras' flavours where `published`.
 
-    Keras subtracts the means of Caffe from BGR values of 0 to 255; for resizing, the card has the others' 256 pixels.
+    For resizing, Keras' card has the others' 256 pixels. Its files that end in notop lack the dense layers too.
     """
     depths, card = fields["depths"], Card(name, 1000, interpolation="bilinear")
-    kinds = {"timm": True, "torchvision": False}
+    kinds, flavours = {"timm": True, "torchvision": False}, {}
     layouts = {kind: torch_layout(depths, fields.get("norm", False), timm) for kind, timm in kinds.items()}
-    layouts |= {"keras": keras_layout(depths)} if keras else {}
-    caffe = card.replace(mean=(123.68 / 255, 116.779 / 255, 103.939 / 255), std=(1 / 255,) * 3)
-    flavours = {"keras": ("keras", {}, caffe)} if keras else {}
+    if published:
+        places, caffe = tuple(_places(depths)), card.replace(**keras.CAFFE)
+        layouts |= {"keras_notop": keras.vgg(places, dense=False), "keras": keras.vgg(places, dense=True)}
+        flavours = {"keras_notop": ("keras_notop", {"features": 0}, caffe), "keras": ("keras", {}, caffe)}
     return with_flavours(functools.partial(VGG, **fields), card, {**layouts, "native": conversion.NATIVE}, flavours)
 
 

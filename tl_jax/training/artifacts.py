@@ -22,7 +22,8 @@ from tl_jax.weights import delta, load
 def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | None = None, replicas: int = 1) -> None:
     """Writes cost.json: what a step of phase i costs as compiled, with what is known of the other phases.
 
-    flops_per_step is the mean over the steps, memory_bytes the largest of the phases; seconds are those of training
+    flops_per_step is the mean over the steps; flops those of all steps and of the features that training reads from a
+    cache, whoever computed them; memory_bytes the largest of the phases; seconds are those of training
     over all starts of the run, with compilation, without evaluation; data_wait_seconds those in which the devices
     waited for data; flops_per_second, mfu and roofline are medians of the rows of timing.jsonl. Of a run that was
     trained together with others, seconds and flops_per_step are its share and "replicas" says how many shared;
@@ -39,12 +40,14 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
         share = cost["flops_per_step"] and cost["flops_per_step"] / replicas
         phases[i] = {**cost, "flops_per_step": share, "steps": run.phases[i].length}
     flops = [phase["flops_per_step"] * phase["steps"] for phase in phases if phase and phase["flops_per_step"]]
+    once = [phase.get("flops_of_features") for phase in phases if phase]
     memory = [phase["memory_bytes"] for phase in phases if phase and phase["memory_bytes"]]
     rates = {name: [row[name] for row in timed if row.get(name)] for name in ("flops_per_second", "mfu", "roofline")}
     sums = {name: round(sum(row.get(name) or 0.0 for row in timed), 3) for name in ("seconds", "data_wait_seconds")}
     table = {
         "trainable_parameters": audit.totals([phase.audit for phase in run.phases])["trainable"],
         "flops_per_step": sum(flops) / run.total_steps if len(flops) == len(phases) else None,
+        "flops": sum(flops) + sum(once) if len(flops) == len(phases) and None not in once else None,
         "memory_bytes": max(memory, default=None),
         **{name: statistics.median(values) if values else None for name, values in rates.items()},
         **(dict.fromkeys(sums) if lost else sums),
@@ -60,7 +63,10 @@ def _known_phases(path: pathlib.Path, count: int) -> list[dict[str, Any] | None]
     numbers, phases = ("flops_per_step", "memory_bytes", "steps"), []
     try:
         phases = files.read_json(path)["phases"] if path.exists() else []
-        if not all(phase is None or all(_is_number(phase[name]) for name in numbers) for phase in phases):
+        known = [phase for phase in phases if phase is not None]
+        values = [phase[name] for phase in known for name in numbers]
+        values += [phase.get("flops_of_features") for phase in known]  # which older files do not have
+        if not all(map(_is_number, values)):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError):
         log(f"{path} is damaged: what earlier starts noted in it is not known")

@@ -162,6 +162,13 @@ def leaves_of(prefix: steps.Prefix, paths: Iterable[str], networks: Collection[s
     return [path for path in paths if places.get(path, last + 1) <= last]
 
 
+def example(batches: TrainBatches, view: str) -> jax.ShapeDtypeStruct:
+    """The shape of one example of a view, [1, ...]."""
+    known = batches.prepared.get(view)
+    shape, dtype = batches.shapes[view] if known is None else (known.shape[1:], known.dtype)
+    return jax.ShapeDtypeStruct((1, *shape[1:]), dtype)
+
+
 def _describe(root: pathlib.Path, column: Column, batches: Batches, variables: Any, size: int, views: int) -> Cached:
     """Where a set is kept, and what yields its examples, each once a view."""
     source, render, draws = batches.source, batches.renders.get(column.view), ""
@@ -177,9 +184,7 @@ def _describe(root: pathlib.Path, column: Column, batches: Batches, variables: A
     how = {"seed": seed, "order": order, "labelled": False}
     where = {"process_index": batches.process_index, "process_count": batches.process_count}
     inputs = TrainBatches(source, renders, prepared, size, **how, **where)
-    known = prepared.get(column.view)
-    shape, dtype = inputs.shapes[column.view] if known is None else (known.shape[1:], known.dtype)
-    row = jax.eval_shape(column.compute, variables, jax.ShapeDtypeStruct((1, *shape[1:]), dtype))
+    row = jax.eval_shape(column.compute, variables, example(inputs, column.view))
     key = {**column.key, "data": batches.source.fingerprint, "augment": ops, "seed": seed, "views": views}
     key |= {"order": order} if order != "shuffled" else {}
     key |= {"draws": draws} if draws else {}

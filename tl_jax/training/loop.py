@@ -252,9 +252,10 @@ class Loop:
                 raise error
 
     def _note_cost(self, i: int, cost: dict[str, Any]) -> None:
-        runs, count = self.program.runs, len(self.logs)
+        runs, count, each = self.program.runs, len(self.logs), single.flops_of_features(self.first, i)
         for j, folder in self.folders.items():
-            artifacts.note_cost(folder, runs[j], i, cost, count)
+            once = sum(flops * single.kept(runs[j], name) for name, flops in each.items())
+            artifacts.note_cost(folder, runs[j], i, {**cost, "flops_of_features": once}, count)
         limit = roofline.peak(self.parallel.mesh.devices.flat[0].device_kind)
         dtype, devices = self.first.settings.model.dtype, self.parallel.mesh.size
         rates = functools.partial(roofline.rates, cost=cost, limit=limit, dtype=dtype, devices=devices)

@@ -176,8 +176,7 @@ def cached(
     """The sets, with the outputs of what is frozen in place of its inputs where the config says so."""
     loop, material = run.settings.loop, run.material
     training = {name: batches for name, batches in sets.items() if name in material.streams}
-    epochs = -(-run.total_steps * loop.batch_size // len(material.data[MAIN]))
-    how = {"views": min(loop.views, epochs), "batch_size": loop.batch_size, "folder": loop.cache_dir}
+    how = {"views": _views(run), "batch_size": loop.batch_size, "folder": loop.cache_dir}
     found = dict(sets)
     for column in feature_cache.columns_of(phase.plan, variables, material.networks, bool(training)):
         wanted = sets if column.field == column.view else training
@@ -185,6 +184,30 @@ def cached(
         for name, values in made.items():
             found[name] = dataclasses.replace(found[name], prepared={**found[name].prepared, column.field: values})
     return found
+
+
+def flops_of_features(run: Run, i: int) -> dict[str, float]:
+    """{stream: FLOPs of what a phase reads from the cache in place of one example}, as XLA counts them."""
+    material, found = run.material, {}
+    for column in feature_cache.columns_of(run.phases[i].plan, lambda: material.variables, material.networks):
+        for name, batches in material.streams.items():
+            x = feature_cache.example(batches, column.view)
+            counted = jax.jit(column.compute).lower(material.variables, x).cost_analysis() or {}
+            found[name] = found.get(name, 0.0) + counted.get("flops", 0.0)
+    return found
+
+
+def kept(run: Run, stream: str) -> int:
+    """How many examples of a stream a cache holds, one of every view."""
+    batches, field = run.material.streams[stream], run.material.readers[MODEL].field
+    render = batches.renders.get(field)
+    return len(batches.source) * (_views(run) if render is not None and render.preprocess.ops else 1)
+
+
+def _views(run: Run) -> int:
+    """Epochs of augmentation that the cache keeps."""
+    loop = run.settings.loop
+    return min(loop.views, -(-run.total_steps * loop.batch_size // len(run.material.data[MAIN])))
 
 
 def refreshed(

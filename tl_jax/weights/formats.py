@@ -1,4 +1,4 @@
-"""Weight files without their frameworks: .safetensors, .npz and torch.save <-> flat dicts of numpy arrays."""
+"""Weight files without their frameworks: .safetensors, .npz, torch.save, Keras' .h5 <-> flat dicts of numpy arrays."""
 
 import functools
 import hashlib
@@ -15,14 +15,16 @@ import safetensors
 import safetensors.numpy
 
 from tl_jax.core import files, manifest
-from tl_jax.weights import torch_files
+from tl_jax.weights import keras_files, torch_files
 
-TORCH = (".pth", ".pt", ".th", ".bin")
+TORCH, KERAS = (".pth", ".pt", ".th", ".bin"), (".h5", ".hdf5")
 SUFFIXES = {
     ".safetensors": ("safetensors",),
     ".npz": ("npz",),
     **dict.fromkeys(TORCH, ("torch zip", "torch legacy")),
+    **dict.fromkeys(KERAS, ("hdf5",)),
 }
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of data parallel and of compiled modules, and of Lightning's
 SEAL, UNSEALED = "tl_jax.sha256", "0" * 64
 _SAFETENSORS_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 _DAMAGE = (safetensors.SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, MemoryError, OSError)
@@ -32,8 +34,9 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Reads a weight file into `(tensors, metadata)`, trusting nothing in it.
 
     The contents decide the format; a known suffix that contradicts them is an error. Tensors are native, contiguous and
-    writable; bfloat16 becomes float32, every other type is kept. A torch state dict may be bare or lie under
-    `state_dict` or `model`; a `module.` prefix of all names is dropped. Metadata exists in safetensors only. Raises
+    writable; bfloat16 becomes float32, every other type is kept. A torch state dict may be bare or lie under a key of
+    `torch_files.WRAPPERS`; a prefix of PREFIXES that all names have is dropped. Names of Keras' arrays are
+    `layer/name`, see keras_files. Only files written here have metadata, and other safetensors. Raises
     FileNotFoundError, IsADirectoryError, or ValueError for a damaged, foreign or unsafe file.
     """
     path = pathlib.Path(path)
@@ -53,8 +56,10 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise
     except _DAMAGE as error:  # OSError: a seek to where a damaged archive points
         raise ValueError(f"{path}: damaged or cut short ({error}); download or copy the file again") from None
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    for prefix in PREFIXES * 2:  # one may be inside of another
+        names = [name for name in tensors if name != "n_averaged"]  # the count of torch's AveragedModel
+        if names and all(name.startswith(prefix) for name in names):
+            tensors = {name.removeprefix(prefix): tensors[name] for name in names}
     return tensors, metadata
 
 
@@ -93,6 +98,14 @@ def write_safetensors(path, tensors: dict, metadata: dict[str, str]) -> None:
         file.write(rest)
 
 
+def write(path, tensors: dict, metadata: dict[str, str]) -> None:
+    """Writes Keras' form where the name of the file ends in .h5 or .hdf5, otherwise safetensors."""
+    if pathlib.Path(path).suffix.lower() not in KERAS:
+        return write_safetensors(path, tensors, metadata)
+    with files.atomic_write(path) as file:
+        keras_files.write(file, tensors, metadata)
+
+
 def _check_seal(path, seal: str) -> None:
     """Raises ValueError where a file is not the one that `write_safetensors` wrote."""
     with open(path, "rb") as file:
@@ -123,6 +136,8 @@ def _sniff(path) -> str:
         kind = "npz" if head[30:name_end].endswith(b".npy") else "torch zip"
     elif head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         kind = "torch legacy"
+    elif head.startswith(b"\x89HDF\r\n\x1a\n"):
+        kind = "hdf5"
     else:
         kind = f"no known format (first bytes {head[:8]!r})"
     expected = SUFFIXES.get(path.suffix.lower(), tuple(_READERS))
@@ -179,6 +194,14 @@ def _native(array):
     return array.astype(dtype, order="C", copy=True)
 
 
+def _read_hdf5(path):
+    try:
+        tensors, metadata = keras_files.read(path)
+    except (KeyError, TypeError, UnicodeError) as error:  # h5py's for what is there and cannot be read
+        raise OSError(f"{type(error).__name__} {str(error)[:200]}") from None
+    return {name: _native(array) for name, array in tensors.items()}, metadata
+
+
 def _read_torch(read, path):
     return {name: _native(tensor) for name, tensor in read(path).items()}, {}
 
@@ -186,6 +209,7 @@ def _read_torch(read, path):
 _READERS = {
     "safetensors": _read_safetensors,
     "npz": _read_npz,
+    "hdf5": _read_hdf5,
     "torch zip": functools.partial(_read_torch, torch_files.read_zip),
     "torch legacy": functools.partial(_read_torch, torch_files.read_legacy),
 }

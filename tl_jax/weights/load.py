@@ -13,11 +13,11 @@ import numpy as np
 
 from tl_jax import models
 from tl_jax.core import messages, trees
-from tl_jax.core.card import Card, size_text
+from tl_jax.core.card import Card
 from tl_jax.models import conversion as tables
 from tl_jax.models import head as heads
 from tl_jax.models.head import HEAD_INIT, Layers
-from tl_jax.weights import formats, hub, other_inputs, published
+from tl_jax.weights import formats, hub, nearest, other_inputs, published
 
 CARD_KEY = "tl_jax.card"
 HEAD = ("params/head/", "batch_stats/head/")
@@ -67,21 +67,13 @@ def load(
     Raises ValueError for a file whose bytes have another hash than its name says, and one that lists every unused key,
     unfilled leaf, wrong shape, non-finite value and negative variance.
     """
-    if head_init not in HEAD_INIT:
-        raise ValueError(f"head_init={messages.brief(head_init)} is unknown; known: {', '.join(HEAD_INIT)}")
-    head = heads.check(head)
-    if partial and not path:
-        raise ValueError(f"partial={tuple(partial)} is about a weight file, and there is none: leave it out")
-    image_size = other_inputs.one_side(image_size) if image_size else None
-
-    def for_input(card: Card) -> Card:
-        card = other_inputs.with_channels(other_inputs.with_columns(card, columns, path), channels, mean, std)
-        return card.replace(input_size=image_size or card.input_size)
-
+    head = _check_arguments(path, head, head_init, partial)
+    given = {"image_size": image_size, "columns": columns, "channels": channels, "mean": mean, "std": std}
+    for_input = functools.partial(other_inputs.fit_card, path=path, **given)
     if not path:
         card = for_input(models.get(name).card)
-        classes = card.num_classes if num_classes is None else num_classes
-        card = card.replace(num_classes=classes, head=head if classes else ())
+        card = card.replace(num_classes=card.num_classes if num_classes is None else num_classes)
+        card = card.replace(head=head if card.num_classes else ())
         return _random(_make(models.get(name).module, card, head_init), card, seed)
     tensors, layout, variant, card, sha256 = _read(name, path)
     table = tables.with_native_head(variant.layouts[layout])
@@ -98,7 +90,7 @@ def load(
     kept |= {key: x for key, (x, _) in changed.items()}
     flat, origins, problems, lacking = _fill(table, wanted, kept, partial)
     if problems:
-        raise ValueError(_message(name or card.model, path, layout, tensors, problems, cover(lacking, wanted)))
+        raise ValueError(_message(name or card.model, path, layout, tensors, problems, nearest.cover(lacking, wanted)))
     if "missing" in origins.values():  # with the head
         flat = {**trees.flatten(_random(model, card, seed).variables), **flat}
     elif num_classes:
@@ -106,6 +98,14 @@ def load(
     variables = trees.unflatten(jax.device_put({leaf: flat[leaf] for leaf in shapes}))
     told = {leaf: f"{keys} ({changed[keys][1]})" if keys in changed else keys for leaf, keys in origins.items()}
     return Loaded(model, variables, card, {x: told.get(x, "new") for x in shapes}, layout, tuple(dropped), sha256)
+
+
+def _check_arguments(path: str | pathlib.Path | None, head: Layers, head_init: str, partial: Sequence[str]) -> Layers:
+    if head_init not in HEAD_INIT:
+        raise ValueError(f"head_init={messages.brief(head_init)} is unknown; known: {', '.join(HEAD_INIT)}")
+    if partial and not path:
+        raise ValueError(f"partial={tuple(partial)} is about a weight file, and there is none: leave it out")
+    return heads.check(head)
 
 
 def _fill(table: tables.Layout, wanted: tables.Shapes, tensors: Tensors, partial: Sequence[str]):
@@ -148,13 +148,6 @@ def _excuse(
     return excused, {kind: texts for kind, texts in wrong.items() if texts}
 
 
-def cover(leaves: Collection[str], among: Iterable[str]) -> tuple[str, ...]:
-    """The `partial` that excuses these leaves of a network's backbone and no other of `among`."""
-    paths = {leaf: leaf.split("/", 2)[2] for leaf in among if not leaf.startswith(HEAD)}
-    short = [[path for leaf, path in paths.items() if (leaf in leaves) == wanted] for wanted in (True, False)]
-    return tuple(trees.cover(*short))
-
-
 def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Variant, Card, str]:
     """A file's tensors, layout, variant, card (its own, or the variant's with source and hash) and sha256.
 
@@ -176,7 +169,8 @@ def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Var
     if card and card.model not in (name, *variant.flavours.values()):
         raise ValueError(f"{path} holds weights of {card.model!r} according to its card, asked for was {name!r}")
     variant = models.get(card.model if card else variant.flavours.get(layout, name))
-    own = row.card(variant.card) if row else variant.card
+    pixels = tables.pixels_of(variant.layouts[layout], tensors)
+    own = (row.card(variant.card) if row else variant.card).replace(**pixels)
     source = row.source(file) if row else str(path)
     return tensors, layout, variant, card or own.replace(source=source, sha256=sha256), sha256
 
@@ -221,17 +215,25 @@ def export(
 ) -> None:
     """Writes variables as safetensors with the names of `layout` (timm's by default) and the card in the metadata.
 
-    timm and torchvision load the file with their strict `load_state_dict`; a head with layers lies under this package's
-    names, which they do not know. Raises one ValueError for a card of another model, and for missing, surplus,
-    misshapen or non-finite leaves, and negative variances.
+    timm and torchvision load the file with their strict `load_state_dict`. A path that ends in .h5 gives a file of
+    Keras, with the card too, which `load_weights` reads into the same network of keras.applications. A head with layers
+    lies under this package's names, which none of them knows. Raises one ValueError for a card of another model, and
+    for missing, surplus, misshapen or non-finite leaves, and negative variances.
     """
     variant = models.get(name)
     if card.model not in (name, *variant.flavours.values()):
         raise ValueError(f"the card belongs to {card.model!r}, not to {name!r}: pass the one the weights came with")
     variant = models.get(card.model)  # the flavour, whose leaves may be others
-    layout = layout or next(iter(variant.layouts))
+    keras = pathlib.Path(path).suffix.lower() in formats.KERAS
+    own = [name for name in variant.layouts if name.startswith("keras")] or ["keras"]
+    layout = layout or (own[-1] if keras else next(iter(variant.layouts)))
     if layout not in variant.layouts:
         raise ValueError(f"{name} has no layout {layout!r}; it has {', '.join(variant.layouts)}")
+    if keras and not layout.startswith("keras"):
+        raise ValueError(f"{path} would be a file of Keras, and the layout is {layout!r}: give another name or layout")
+    if layout.startswith("keras") and layout in variant.flavours:
+        own = f"Keras' network is {variant.flavours[layout]}, which computes or preprocesses differently"
+        raise ValueError(f"{path} cannot be a file of Keras for {card.model}: {own}; give another layout")
     plain = variant.card.replace(num_classes=card.num_classes, input_size=card.input_size, head=card.head)
     plain = other_inputs.with_columns(plain, card.columns, path).replace(mean=card.mean, std=card.std)
     shapes = _network_shapes(variant.module, plain.to_json())
@@ -246,11 +248,14 @@ def export(
     }
     if any(problems.values()):
         raise ValueError(f"cannot export these variables as {name}: {tables.listing(problems)}")
-    tensors, table = {}, tables.for_head(variant.layouts[layout], card.head)
+    table = tables.for_head(variant.layouts[layout], card.head)
+    tensors = dict(table.pixels.export(card.mean, card.std))
     for leaf, value in flat.items():
         keys, transform = tables.sources_of(table, leaf)
         tensors |= zip(keys, transform.export(value.astype(np.float32)), strict=True)
-    formats.write_safetensors(path, tensors, {CARD_KEY: card.to_json()})
+    place = {module: i for i, module in enumerate(table.modules)}
+    ordered = sorted(tensors, key=lambda key: place.get(tables.module_of(key), len(place)))
+    formats.write(path, {key: tensors[key] for key in ordered}, {CARD_KEY: card.to_json()})
 
 
 def _random(model: Any, card: Card, seed: int) -> Loaded:
@@ -283,6 +288,8 @@ def _network_shapes(module: Any, card: str) -> dict[str, tuple[int, ...]]:
 
 
 def _default_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    if known := nearest.known_shapes().get(name):
+        return known
     variant = models.get(name)
     card = other_inputs.with_columns(variant.card, ("x",), "") if variant.card.input == "table" else variant.card
     return _network_shapes(variant.module, card.to_json())
@@ -291,10 +298,6 @@ def _default_shapes(name: str) -> dict[str, tuple[int, ...]]:
 def _flavour(name: str, layout: str) -> str:
     """The name of the network that files of a layout give, whose leaves may be others."""
     return models.get(name).flavours.get(layout, name)
-
-
-def _backbone_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    return {leaf: shape for leaf, shape in _default_shapes(name).items() if not leaf.startswith(HEAD)}
 
 
 def _detect(name: str, path: Any, tensors: Tensors) -> str:
@@ -337,23 +340,14 @@ def _looks_like(tensors: Tensors) -> str:
 
 def candidates(tensors: Tensors) -> list[tuple[str, str]]:
     """The (model, layout) pairs whose backbone the tensors fill, judged by names and shapes; flavours left out."""
-    found, related, modules = [], {}, {key.rpartition(".")[0] for key in tensors}
-    for name, variant in models.MODELS.items():
-        layouts = variant.layouts.items() if "." not in name else ()
-        for layout, table in ((layout, table) for layout, table in layouts if table.modules <= modules):
-            family = (variant.module.func, table)  # one member tells whether the family's table knows any key
-            if family not in related:
-                known = tables.may_know(table, tensors)
-                shapes = _backbone_shapes(_flavour(name, layout)) if known else {}
-                related[family] = known and tables.coverage(table, shapes, tensors) > 0
-            native = tables.with_native_head(table)
-            if related[family] and tables.shapes_match(native, _backbone_shapes(_flavour(name, layout)), tensors):
-                found.append((name, layout))
-    return found
+    return [(each.name, each.layout) for each in nearest.matches(tensors, _default_shapes) if not each.differs]
 
 
 def inspect(path: str | pathlib.Path) -> str:
-    """A table of a weight file's keys, the models and layouts it fits, and its card; "timm:" gives the known names."""
+    """A table of a weight file's keys, its card, or else the models and layouts that it fits or those nearest to it.
+
+    "timm:" gives the names of all published files that are known.
+    """
     if path == published.PREFIX:
         return published.listing()
     row, file = published.find(path), hub.resolve(path)
@@ -366,9 +360,4 @@ def inspect(path: str | pathlib.Path) -> str:
         return "\n".join([*lines, f"card {card.to_json()}"])
     if CARD_KEY in metadata:
         return "\n".join([*lines, f"card {metadata[CARD_KEY]}"])
-    for name, layout in (fits := candidates(tensors)):
-        card = models.get(name).card
-        lines.append(
-            f"fits {name} (layout {layout}): {size_text(card.input_size)} px with mean {card.mean}, std {card.std}"
-        )
-    return "\n".join([*lines, "no card" if fits else "fits no known model; no card"])
+    return "\n".join([*lines, *nearest.describe(tensors, _default_shapes), "no card"])

@@ -15,9 +15,19 @@ Tensors = Mapping[str, np.ndarray]  # of a file, by its keys
 Changed = dict[str, tuple[np.ndarray, str]]  # what stands in the place of some of them, and why
 
 
-def one_side(size: int | tuple[int, int]) -> int | tuple[int, int]:
-    """The side of a square, or (height, width)."""
-    return sides(size)[0] if len(set(sides(size))) == 1 else tuple(size)
+def fit_card(
+    card: Card,
+    path: str | pathlib.Path | None,
+    image_size: int | tuple[int, int] | None,
+    columns: Sequence[str],
+    channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Card:
+    """The card for this input, which is that of `card` where an argument is empty; see `weights.load.load`."""
+    card = _with_channels(with_columns(card, columns, path), channels, mean, std)
+    size = sides(image_size or card.input_size)
+    return card.replace(input_size=size[0] if size[0] == size[1] else size)
 
 
 def with_columns(card: Card, columns: Sequence[str], path: str | pathlib.Path | None) -> Card:
@@ -36,7 +46,7 @@ def with_columns(card: Card, columns: Sequence[str], path: str | pathlib.Path | 
     return card.replace(columns=columns, mean=(0.0,) * len(columns), std=(1.0,) * len(columns))
 
 
-def with_channels(card: Card, channels: int, mean: Sequence[float], std: Sequence[float]) -> Card:
+def _with_channels(card: Card, channels: int, mean: Sequence[float], std: Sequence[float]) -> Card:
     """The card of a network for images of another number of channels; 0 for as many as the card has.
 
     Without `mean` or `std` one channel has the mean of the card's, and equal ones are repeated. ValueError for others.

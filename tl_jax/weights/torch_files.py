@@ -21,6 +21,7 @@ _DTYPES = {
 _STORAGES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in _DTYPES.items()}
 _REBUILDS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
 _GLOBALS = {"collections.OrderedDict", *_STORAGES, *_REBUILDS}
+WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")  # where programs put a state dict; two are refused
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
@@ -238,17 +239,19 @@ def read_legacy(path) -> dict[str, np.ndarray]:
 
 
 def _state_dict(value) -> dict[str, _Tensor]:
-    """The mapping of names to tensors, bare or under one of the two documented keys."""
+    """The mapping of names to tensors, bare or under one of WRAPPERS."""
     if not isinstance(value, dict):
         raise ValueError(f"holds a {type(value).__name__.strip('_')}, expected a state dict (names -> tensors)")
-    wrapped = {key: value[key] for key in ("state_dict", "model") if isinstance(value.get(key), dict)}
+    wrapped = {key: value[key] for key in WRAPPERS if isinstance(value.get(key), dict)}
     if len(wrapped) > 1:
-        raise ValueError("holds both 'state_dict' and 'model'; save the one you mean alone")
+        raise ValueError(f"holds {' and '.join(map(repr, wrapped))}; save the one you mean alone")
     state = next(iter(wrapped.values()), value)
     foreign = [str(key)[:80] for key, item in state.items() if not (isinstance(key, str) and isinstance(item, _Tensor))]
     if foreign:
         more = f" and {len(foreign) - 10} more" if len(foreign) > 10 else ""
-        raise ValueError(f"no state dict (bare, or under 'state_dict' or 'model'): not tensors: {foreign[:10]}{more}")
+        raise ValueError(
+            f"no state dict (bare, or under {' or '.join(map(repr, WRAPPERS))}): not tensors: {foreign[:10]}{more}"
+        )
     return state
 
 

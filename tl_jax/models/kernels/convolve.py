@@ -2,10 +2,12 @@
 
 A 3x3 convolution of stride 1 becomes sixteen matrix products with 2.25 times fewer multiplications (Winograd's
 F(2x2, 3x3); Lavin and Gray 2016, arXiv:1509.09308, section 4.1), a few images at a time so that they stay in the cache.
-Everything is float32 and equal to the plain convolution to about 1e-6 of the largest value.
+A depthwise convolution becomes a sum of shifted images, a fifth to a thirtieth of the time of XLA's own. Everything is
+float32 and equal to the plain convolution to about 1e-6 of the largest value.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,8 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, pads
     """Convolution of [B, H, W, C] with [height, width, C / groups, F]; pads: zeros around, None: half the kernel."""
     size, width, channels, features = kernel.shape
     half = ((size // 2, size // 2), (width // 2, width // 2))
+    if groups == x.shape[-1] == features and by_hand(x.dtype):
+        return depthwise(x, kernel, stride, pads or half)
     if size != width or pads not in (None, half):
         return plain(x, kernel, stride, groups, pads or half)
     # A matmul is up to 2.6x faster than XLA's convolution on CPU. On a GPU, XLA (jaxlib 0.10.2) ends the process with a
@@ -82,6 +86,55 @@ def _outer(x: jax.Array, dy: jax.Array) -> jax.Array:
     parts = max((n for n in range(1, 17) if pixels % n == 0 and pixels // n >= 12000), default=1)
     x, dy = (a.reshape(parts, -1, a.shape[-1]) for a in (x, dy))
     return jax.lax.dot_general(x, dy, (((1,), (1,)), ((0,), (0,)))).sum(0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def depthwise(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+    """Convolution of every channel by itself, as a sum of shifted images: [B, H, W, C] with [height, width, 1, C]."""
+    return _shifted(jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel, stride)
+
+
+def _depthwise_backward(stride, pads, saved, dy):
+    x, kernel = saved
+    borders = []
+    for side, out, size, (before, _) in zip(x.shape[1:3], dy.shape[1:3], kernel.shape[:2], pads, strict=True):
+        low, spread = size - 1 - before, (out - 1) * stride + 1
+        borders.append((low, side + size - 1 - low - spread, stride - 1))
+    spread = jax.lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *borders, (0, 0, 0)))
+    dx = _shifted(spread, kernel[::-1, ::-1], 1)
+    piece = functools.partial(_depthwise_kernel_gradient, shape=kernel.shape, stride=stride, pads=pads)
+    return dx, _sum_of_chunks(piece, 12 * (x[0].size + dy[0].size) * x.dtype.itemsize, x, dy)
+
+
+depthwise.defvjp(lambda x, kernel, stride, pads: (depthwise(x, kernel, stride, pads), (x, kernel)), _depthwise_backward)
+
+
+def _shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Depthwise convolution of what is padded already."""
+    height, width = ((n - size) // stride * stride + 1 for n, size in zip(x.shape[1:3], kernel.shape[:2], strict=True))
+    places = itertools.product(*map(range, kernel.shape[:2]))
+    return sum(x[:, i : i + height : stride, j : j + width : stride] * kernel[i : i + 1, j : j + 1] for i, j in places)
+
+
+def _depthwise_kernel_gradient(x: jax.Array, dy: jax.Array, shape, stride: int, pads: Pads, rows: int = 7) -> jax.Array:
+    """For every row of the kernel sums over `rows` rows of dy, then over pixels by a product with ones."""
+    size, columns, _, channels = shape
+    high, wide = dy.shape[1:3]
+    groups = -(-high // rows)  # of rows; the last is filled with zeros
+    last, step, right = (groups - 1) * rows * stride, rows * stride, (wide - 1) * stride
+    dy = jnp.pad(dy, ((0, 0), (0, groups * rows - high), (0, 0), (0, 0)))
+    (top, _), sides = pads
+    below = last + (rows - 1) * stride + size - top - x.shape[1]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, below, 0), (*sides, 0), (0, 0, 0)))
+
+    def of_row(i):
+        own = jax.lax.dynamic_slice_in_dim(x, i, last + (rows - 1) * stride + 1, 1)
+        starts = [(own[:, r * stride : r * stride + last + 1 : step], dy[:, r::rows]) for r in range(rows)]
+        products = [sum(x[:, :, j : j + right + 1 : stride] * dy for x, dy in starts) for j in range(columns)]
+        products = jnp.stack(products, axis=3).reshape(-1, columns * channels)
+        return jnp.ones(products.shape[:1], x.dtype) @ products
+
+    return jax.lax.map(of_row, jnp.arange(size)).reshape(shape)
 
 
 @jax.custom_vjp
@@ -284,7 +337,7 @@ def _transform(matrix: np.ndarray, x: jax.Array) -> jax.Array:
 
 
 def _by_chunks(function: Callable, bytes_of_one: int, *arrays: jax.Array) -> Any:
-    if (count := _chunk_count(len(arrays[0]), bytes_of_one)) == 1:
+    if (count := _chunk_count(arrays[0].shape[0], bytes_of_one)) == 1:
         return function(*arrays)
     chunks = tuple(x.reshape(count, -1, *x.shape[1:]) for x in arrays)
     y = jax.lax.map(lambda chunk: function(*chunk), chunks)
@@ -292,7 +345,7 @@ def _by_chunks(function: Callable, bytes_of_one: int, *arrays: jax.Array) -> Any
 
 
 def _sum_of_chunks(function: Callable, bytes_of_one: int, *arrays: jax.Array) -> Any:
-    if (count := _chunk_count(len(arrays[0]), bytes_of_one)) == 1:
+    if (count := _chunk_count(arrays[0].shape[0], bytes_of_one)) == 1:
         return function(*arrays)
     chunks = tuple(x.reshape(count, -1, *x.shape[1:]) for x in arrays)
     shapes = jax.eval_shape(function, *(x[0] for x in chunks))
@@ -301,6 +354,8 @@ def _sum_of_chunks(function: Callable, bytes_of_one: int, *arrays: jax.Array) ->
 
 
 def _chunk_count(batch: int, bytes_of_one: int) -> int:
-    """The smallest number of equal chunks whose temporary arrays stay within CHUNK_BYTES."""
+    """The smallest number of equal chunks whose temporary arrays stay within CHUNK_BYTES; 1 for a symbolic batch."""
+    if not isinstance(batch, int):
+        return 1
     counts = (n for n in range(1, batch + 1) if batch % n == 0)
     return next(n for n in counts if n == batch or batch // n * bytes_of_one <= CHUNK_BYTES)

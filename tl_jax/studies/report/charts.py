@@ -1,15 +1,17 @@
 """Charts of plain numbers. order: all names that share the colours, so that each keeps its own in every figure."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from tl_jax.core.plotting import BLUE, GREY, MARKERS, PALETTE, figure_at, short
 from tl_jax.studies.report.statistics import mean_interval
 
 INK = "#222222"
 LINES = len(PALETTE)  # more than its colours cannot be told apart
+NAMED = 16  # points of a Pareto figure that all have their names; of more, those of the Pareto front
 WHITE_EDGE = {"markeredgecolor": "white", "markeredgewidth": 0.6}
 
 
@@ -138,8 +140,10 @@ def _line(axis, name, order, line, bars=False):
         axis.plot(*numbers["circle"], "o", color=INK, markersize=12, fillstyle="none")
 
 
-def pareto(path, points: Sequence[dict], best: Sequence[int], label: str, *, order: Sequence[str], legend=""):
-    """Score against trainable parameters (log); the points of the Pareto set `best` are joined and named.
+def pareto(
+    path, points: Sequence[dict], best: Sequence[int], labels: tuple[str, str], *, order: Sequence[str], legend=""
+):
+    """Score against a cost (log); the points of the Pareto set `best` are joined and named. labels: of x and y.
 
     A point is {"x", "mean", "low", "high", "name", "group"}; those of a group share a colour. x may be 0.
     """
@@ -151,6 +155,7 @@ def pareto(path, points: Sequence[dict], best: Sequence[int], label: str, *, ord
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         if max(positive) < 12 * min(positive):  # hardly a power of ten between them
+            axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
             axis.xaxis.set_minor_formatter(EngFormatter(sep=""))
             axis.tick_params(axis="x", which="minor", labelsize=7)
         axis.step([point["x"] for point in joined], [point["mean"] for point in joined], where="post",
@@ -162,15 +167,15 @@ def pareto(path, points: Sequence[dict], best: Sequence[int], label: str, *, ord
             axis.plot(x, point["mean"], linestyle="", **style, markersize=6.5, markeredgecolor="white", zorder=3)
         for group in order if several else ():
             axis.plot([], [], linestyle="", **look(group, order), label=short(group, 30))
-        named = points if len(points) <= 8 else joined
-        for i, point in enumerate(named):
-            side = {"xytext": (6, 5), "ha": "left"} if i < len(named) / 2 else {"xytext": (-6, 5), "ha": "right"}
+        middle = math.sqrt(min(point["x"] for point in points) * max(point["x"] for point in points))
+        for point in points if len(points) <= NAMED else joined:
+            side = {"xytext": (6, 5), "ha": "left"} if point["x"] < middle else {"xytext": (-6, 5), "ha": "right"}
             style = {"fontsize": 7.5, "color": INK, "textcoords": "offset points", **side}
             axis.annotate(short(point["name"], 34), (point["x"], point["mean"]), **style)
         if len(positive) < len(points):
             axis.axvspan(at_zero / 1.6, at_zero * 1.6, color="#F2F2F2", zorder=0)
             axis.text(at_zero, 0.02, "0", transform=axis.get_xaxis_transform(), ha="center", color=GREY)
-        axis.set(xlabel="trainable parameters", ylabel=label)
+        axis.set(xlabel=labels[0], ylabel=labels[1])
         axis.margins(x=0.12, y=0.12)
         axis.grid(True)
         if several:

@@ -158,20 +158,26 @@ def _means_along(results: Results, metric: str, along: str, place: Mapping, cell
     return {name: [point[name] for point in points] for name in ("x", "mean", "low", "high")} if points else None
 
 
-def parameters(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
-    metric, factor, points = results.metrics[0], _colour_factor(results), []
-    for row in analysis.costs(results):
-        mean, x = numbers[metric]["means"][row["cell"]], row["trainable_parameters"]
-        if mean["n"] and x is not None:
-            group = results.level(row["cell"], factor) if factor else ""
-            points.append({**mean, "x": x, "name": results.title(row["cell"], without=[factor]), "group": group})
-    if len({point["x"] for point in points}) < 2:
-        return
-    scores = [tasks.direction(metric) * point["mean"] for point in points]
-    best = statistics.pareto([point["x"] for point in points], scores)
-    caption = f"{metric} against trainable parameters; no other cell has both fewer and a better mean than the front's."
-    style = {"label": metric, "order": list(results.factors.get(factor, [""])), "legend": factor}
-    yield "parameters", caption, partial(charts.pareto, points=points, best=best, **style)
+def costs(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
+    """The score against what its training costs, a figure for each cost that is the same on every machine."""
+    metric, factor, rows = results.metrics[0], _colour_factor(results), analysis.costs(results)
+    others = [other for other in results.factors if other != factor]
+    for name, column, x_label in (("parameters", "trainable_parameters", "trainable parameters"),
+                                  ("training", "flops", "FLOPs of the training")):  # fmt: skip
+        points = []
+        for row in rows:
+            mean, x = numbers[metric]["means"][row["cell"]], row[column]
+            if mean["n"] and x is not None:
+                cell, group = row["cell"], results.level(row["cell"], factor) if factor else ""
+                title = results.title(cell, [factor]) if len(others) > 1 else results.level(cell, others[0])
+                points.append({**mean, "x": x, "name": title, "group": group})
+        if len({point["x"] for point in points}) < 2:
+            continue
+        scores = [tasks.direction(metric) * point["mean"] for point in points]
+        best = statistics.pareto([point["x"] for point in points], scores)
+        caption = f"{metric} against {x_label}; no other cell has both fewer and a better mean than the front's."
+        style = {"labels": (x_label, metric), "order": list(results.factors.get(factor, [""])), "legend": factor}
+        yield name, caption, partial(charts.pareto, points=points, best=best, **style)
 
 
 def interaction(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
@@ -282,4 +288,4 @@ def _file(name: str) -> str:
     return "".join(character if character.isalnum() or character in "._" else "-" for character in name)
 
 
-MAKERS = (cells, budget, differences, classes, interaction, ranks, parameters, learning, calibration)
+MAKERS = (cells, budget, differences, classes, interaction, ranks, costs, learning, calibration)

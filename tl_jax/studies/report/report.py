@@ -136,7 +136,7 @@ def make_sections(
         "Selection without target labels": [*chosen.values(), *told],
         "Main effects and interactions": [*_effects(results, numbers), *pictures_of("interaction")],
         "Ranks": pictures_of("ranks"),
-        "Cost": [*measured, cost, *pictures_of("parameters")],
+        "Cost": [*measured, cost, *pictures_of("parameters", "training")],
         "Learning and calibration": pictures_of("learning", "calibration"),
         "Figures left out": [notes] if notes else [],
         "Methods": [_methods(results, numbers)],
@@ -257,13 +257,14 @@ def _effects(results: Results, numbers: dict) -> list[Block]:
 
 
 def _cost_table(results: Results) -> Table:
-    headers = ["cell", "trainable parameters", "FLOPs a step", "peak memory", "wall time"]
+    headers = ["cell", "trainable parameters", "FLOPs a step", "FLOPs", "peak memory", "wall time"]
     caption, rows = "Means over the finished runs", []
     if results.baseline:
-        headers += ["parameters ratio", "FLOPs ratio", "memory ratio", "wall time ratio"]
+        headers += ["parameters ratio", "ratio a step", "FLOPs ratio", "memory ratio", "wall time ratio"]
         caption += "; ratios to the cell of the baseline levels"
     for row in analysis.costs(results):
         cells = [text_of(row["trainable_parameters"], ",.0f"), scaled(row["flops_per_step"], 1000)]
+        cells += [scaled(row["flops"], 1000)]
         cells += [scaled(row["memory_bytes"], 1024, "B"), text_of(row["seconds"], ".4g", " s")]
         ratios = [text_of(row[f"{name}_ratio"], ".3g") for name in COSTS] if results.baseline else []
         rows.append((results.title(row["cell"]), *cells, *ratios))

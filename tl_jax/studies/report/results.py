@@ -14,7 +14,7 @@ from tl_jax.studies import store
 from tl_jax.studies.report import statistics
 from tl_jax.training import finished
 
-COSTS = ("trainable_parameters", "flops_per_step", "memory_bytes", "seconds")
+COSTS = ("trainable_parameters", "flops_per_step", "flops", "memory_bytes", "seconds")
 WORDS = {"todo": "missing", "running": "missing (running)", "stale": "missing (its process died)"}
 Cell = tuple[str, ...]  # one level of every factor
 Unit = tuple[int, str]  # seed and fold: the same unit means the same data, so this is what runs are paired by
