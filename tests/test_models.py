@@ -178,7 +178,7 @@ def test_table_of_published_files_is_what_the_script_makes_of_the_installed_timm
 @pytest.mark.slow
 def test_networks_of_published_files_have_the_keys_and_shapes_of_timms():
     make = pytest.importorskip("make_published")
-    one_each = {(row.model, row.num_classes, row.input_size): row for row in published.table().values()}
+    one_each = {row.model: row for row in published.table().values()}  # the script looks at all of them
     assert make.misfits(one_each.values()) == []
 
 

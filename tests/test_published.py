@@ -239,8 +239,10 @@ def test_the_table_gives_model_and_card_and_the_card_says_where_the_bytes_are_fr
     loaded = load.load("", spec)
     where = {"source": f"hf://{row.repo}/{FILE}@{COMMIT}", "sha256": hexes(timms.files[FILE])}
     assert loaded.card == row.card(models.get(row.model).card).replace(**where)
-    fields = ("mean", "std", "interpolation", "crop", "input_size", "num_classes", "licence")
+    fields = ("mean", "std", "interpolation", "crop", "crop_mode", "input_size", "num_classes", "licence")
     assert all(getattr(loaded.card, field) == getattr(row, field) for field in fields)
+    squashed = published.table()["convnext_tiny.fb_in22k_ft_in1k_384"]
+    assert squashed.card(loaded.card).crop_mode == "squash"
     for path, value in trees.flatten(variables).items():
         np.testing.assert_array_equal(trees.flatten(loaded.variables)[path], value)
     assert command.main(["inspect", spec]) == 0

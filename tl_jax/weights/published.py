@@ -39,10 +39,7 @@ class File(NamedTuple):
     licence: str
 
     def card(self, own: Card) -> Card:
-        """A variant's card, of which every field that the table has is replaced; the others stay.
-
-        A column is used as soon as a card has the field, as one of its PIXELS (crop_mode).
-        """
+        """A variant's card, of which every field that the table has is replaced; the others stay."""
         fields = {key: value for key, value in self._asdict().items() if key in ("num_classes", "licence", *PIXELS)}
         return own.replace(**fields)
 
@@ -130,7 +127,7 @@ def check(spec: str, found: Record, path: pathlib.Path) -> None:
                 known = recorded(spec, path) or found
                 others = [line for line in _lines(path) if line.split()[0] != spec]
                 files.write_text(path, "".join(f"{line}\n" for line in [*others, " ".join((spec, *known))]))
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the second: a file system without locks
         fix = f"let HF_HUB_CACHE be in a folder of yours, or append #sha256={found.sha256}"
         raise OSError(f"{spec}: what it is cannot be recorded ({error}); {fix}") from None
     if known != found:
