@@ -3,6 +3,9 @@
 import argparse
 import io
 import json
+import re
+import struct
+import zlib
 
 import jax
 import numpy as np
@@ -157,12 +160,46 @@ def test_what_is_not_of_the_form_is_refused(data, form, message):
         decode.decode(data, form)
 
 
-def test_sixteen_bits_in_several_channels_are_not_read_as_eight():
-    header = Image.new("RGB", (5, 4))
-    header.tile = [type("Tile", (), {"args": "RGB;16B"})]
-    assert "16-bit RGB" in decode._header(header, Form()).pixels
-    header.tile = [type("Tile", (), {"args": "BGR;16"})]  # a bitmap of 5, 6 and 5 bits
-    assert decode._header(header, Form()).pixels == "uint8"
+def test_damage_anywhere_in_a_deep_file_is_one_kind_of_error():
+    pages = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(ramp("float32", 3), 2, 0)]
+    for data, form in (
+        (encoded(ramp("uint16"), "PNG"), Form("uint16", 1)),
+        (encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]), Form("float32", 3)),
+        (encoded(ramp("float32", 2), "NPY"), Form("float32", 2)),
+    ):
+        rng = np.random.default_rng(0)
+        for _ in range(100):
+            broken = bytearray(data)
+            for position in rng.integers(0, len(data), 8):
+                broken[position] ^= int(rng.integers(1, 256))
+            for read in (decode.header_of, decode.decode):
+                try:
+                    read(bytes(broken), form)
+                except ValueError as error:
+                    assert re.search("image|damaged|array|pixel values", str(error))
+
+
+def png_of_sixteen_bits(values):
+    """uint16 RGB [H, W, 3] as a PNG, which Pillow cannot write."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">2I5B", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+@pytest.mark.parametrize("form", [Form(), Form("uint16", 3)])
+def test_sixteen_bits_in_several_channels_are_not_read_as_eight(form):
+    data = png_of_sixteen_bits(ramp("uint16", 3))
+    assert Image.open(io.BytesIO(data)).mode == "RGB"  # of which Pillow reads the upper 8 bits
+    with pytest.raises(ValueError, match=f"16-bit RGB, of which 8 bits can be read .*, expected {form.pixels}"):
+        decode.decode(data, form)
+    bitmap = Image.new("RGB", (5, 4))
+    bitmap.tile = [type("Tile", (), {"args": "BGR;16"})]  # 5, 6 and 5 bits
+    assert decode._header(bitmap, Form()).pixels == "uint8"
 
 
 def test_resizing_of_deep_images_is_that_of_floats_without_steps():

@@ -305,7 +305,7 @@ def test_keras_vgg_gives_the_logits_of_its_equations(spelling, top, reference, t
     flavour = "keras" if top else "keras_notop"
     assert (loaded.layout, loaded.card.model) == (flavour, f"small_vgg.{flavour}")
     pixels = np.random.default_rng(1).integers(0, 256, (2, 224, 224, 3))
-    x = (np.float32(pixels) / np.float32(loaded.card.scale) - np.float32(loaded.card.mean)) / np.float32(
+    x = (np.float32(pixels) / np.float32(loaded.card.divisor) - np.float32(loaded.card.mean)) / np.float32(
         loaded.card.std
     )
     logits, out = jax.jit(loaded.model.apply)(loaded.variables, x)

@@ -325,7 +325,8 @@ def _message(name: str, path: Any, layout: str, tensors: Tensors, problems: Mapp
     else:
         grid = not others and kind == "wrong shapes" and len(texts) == 1 and "pos" in texts[0]
         hint = "; give image_size to resample the position embedding" if grid else ""
-        if stem := re.search(r"is \((\d+), (\d+), (.+)\), expected \(\1, \d+, \3\)$", "" if others else texts[0]):
+        other = r"is \((\d+), (\d+), (\d+), (\d+)\), expected \(\1, \d+, \3, \4\)$"
+        if stem := re.search(other, texts[0] if len(texts) == 1 and not others else ""):
             hint = f"; for images of {stem[2]} channels give channels={stem[2]} (in a config: model.channels)"
         hint += _looks_like(tensors)
         if not hint and parts and not others and kind == "unfilled leaves":

@@ -70,23 +70,28 @@ def header_of(data: np.ndarray | bytes | str, form: Form = RGB) -> Header:
     """The header of an image, encoded bytes or the file at a path; ValueError where it has no such `form`."""
     if isinstance(data, np.ndarray):
         found = _array_header(data.shape, data.dtype)
-    elif array := _open_array(data):
-        with array:
-            found = _npy_header(array)
     else:
-        with open_image(data) as image:
-            found = _header(image, form)
+        try:
+            with open_image(data) as image:
+                found = _header(image, form)
+        except ValueError:
+            if (stream := _open_array(data)) is None:
+                raise
+            with stream:
+                found = _npy_header(stream)
     check(found, form)
     return found
 
 
 def _open_array(data: bytes | str) -> io.BufferedIOBase | None:
     """The stream of a .npy file; None where it is none."""
-    stream = open(data, "rb") if isinstance(data, str) else io.BytesIO(data)  # noqa: SIM115
-    if stream.read(len(NPY)) == NPY:
-        stream.seek(0)
-        return stream
-    stream.close()
+    if isinstance(data, bytes):
+        return io.BytesIO(data) if data.startswith(NPY) else None
+    with contextlib.suppress(OSError):
+        stream = open(data, "rb")  # noqa: SIM115
+        if stream.peek(len(NPY)).startswith(NPY):
+            return stream
+        stream.close()
     return None
 
 
@@ -117,8 +122,15 @@ def _header(image: Image.Image, form: Form) -> Header:
         pixels = "float32" if mode == "F" else "uint16" if mode.startswith("I;16") else "uint8"
     if mode == "P":
         return Header(image.height, image.width, pixels, 4 if "transparency" in image.info else 3, encoded=True)
-    pages = 1 if is_photo(form) or len(image.getbands()) > 1 else getattr(image, "n_frames", 1)
+    pages = 1 if is_photo(form) or len(image.getbands()) > 1 else _pages(image)
     return Header(image.height, image.width, pixels, len(image.getbands()) * pages, encoded=True)
+
+
+def _pages(image: Image.Image) -> int:
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception as error:  # see open_image
+        raise ValueError(f"damaged {image.format} ({_reason(error)})") from None
 
 
 def is_photo(form: Form) -> bool:
@@ -170,7 +182,7 @@ def _load(image: Image.Image, form: Form) -> Image.Image | np.ndarray:
 def _bands(image: Image.Image) -> np.ndarray:
     """The values of a file [H, W, C] as they are; C pages of one band are C channels."""
     pages = []
-    for page in range(getattr(image, "n_frames", 1) if len(image.getbands()) == 1 else 1):
+    for page in range(_pages(image) if len(image.getbands()) == 1 else 1):
         image.seek(page)
         each, colours = ImageOps.exif_transpose(image), "RGBA" if "transparency" in image.info else "RGB"
         pages.append(np.asarray(each.convert("L" if each.mode == "1" else colours) if each.mode in "1P" else each))
