@@ -47,6 +47,7 @@ def make(small_resnet, tmp_path):  # noqa: F811
     return make
 
 
+@pytest.mark.slow
 def test_resnet18_to_layer3_loads_and_its_stage3_is_torchvisions(shared, tmp_path):
     reference = pytest.importorskip("torch_reference")
     torchvision = pytest.importorskip("torchvision")
@@ -155,6 +156,7 @@ def config(tmp_path):
     return options.override(smoke.get_config(), changes)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_partial_file_resumes_and_leaves_what_loads_without_it(config, tmp_path, capsys):
     folder = tmp_path / "w"
     with pytest.raises(Preempted):
