@@ -280,7 +280,7 @@ def test_the_frozen_prefix_and_cached_features_up_to_any_cut_give_the_same_losse
     np.testing.assert_allclose(stored, whole, rtol=1e-5)
 
 
-VITS = ("vit", "dinov2", "clip", "siglip")
+VITS = tuple(name for name, (kind, *_) in FAMILIES.items() if kind is ViT)
 ADDED = {
     "lora": {"rank": 2},
     "ssf": {},
