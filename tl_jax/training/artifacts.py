@@ -23,10 +23,10 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
     """Writes cost.json: what a step of phase i costs as compiled, with what is known of the other phases.
 
     flops_per_step is the mean over the steps; flops those of all steps and of the features that training reads from a
-    cache, whoever computed them; memory_bytes the largest of the phases; seconds are those of training
-    over all starts of the run, with compilation, without evaluation; data_wait_seconds those in which the devices
-    waited for data; flops_per_second, mfu and roofline are medians of the rows of timing.jsonl. Of a run that was
-    trained together with others, seconds and flops_per_step are its share and "replicas" says how many shared;
+    cache, whoever computed them; memory_bytes the largest of the phases; seconds are those of training over all starts
+    of the run, with compilation, without evaluation; data_wait_seconds those in which the devices waited for data;
+    flops_per_second, mfu and roofline are medians of the rows of timing.jsonl. Of a run that was trained together with
+    others, seconds and FLOPs of steps are its share and "replicas" says how many shared;
     memory_bytes is that of all together. What a damaged file would have told is None.
     """
     if jax.process_index():
