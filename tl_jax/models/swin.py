@@ -230,9 +230,12 @@ LAYOUTS = {
 
 
 def swin_variants(name: str, module, resize: int) -> dict[str, Variant]:
-    """A Swin as timm has it, and its flavours: .tv (short side of `resize` pixels before the crop), .hf (no crop)."""
+    """A Swin as timm has it, and its flavours: .tv (short side of `resize` pixels before the crop), .hf (squashed)."""
     card = Card(name, 1000, crop=0.9)
-    flavours = {"torchvision": ("tv", {}, card.replace(crop=224 / resize)), "hf": ("hf", {}, card.replace(crop=1.0))}
+    flavours = {
+        "torchvision": ("tv", {}, card.replace(crop=224 / resize)),
+        "hf": ("hf", {}, card.replace(crop=1.0, crop_mode="squash")),
+    }
     return with_flavours(module, card, LAYOUTS, flavours)
 
 

@@ -182,7 +182,7 @@ def vit_variants(name: str, module: Callable[..., ViT], heads: int, image_size: 
     """A ViT as timm has it, and its flavours: .hf (epsilon 1e-12), .jax (tanh GELU), .tv (other preprocessing)."""
     low = image_size <= 224  # timm and torchvision crop the centre at 224 only
     timm = Card(name, 1000, image_size, mean=(0.5,) * 3, std=(0.5,) * 3, crop=0.9 if low else 1.0)
-    whole = timm.replace(interpolation="bilinear", crop=1.0)
+    whole = timm.replace(interpolation="bilinear", crop=1.0, crop_mode="squash")
     its = {"interpolation": "bilinear", "crop": 0.875} if low else {"interpolation": "bicubic", "crop": 1.0}
     layouts = {"timm": TIMM, "torchvision": TORCHVISION, "hf": HF, "jax": jax_layout(heads), "native": NATIVE}
     flavours = {
