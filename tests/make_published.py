@@ -45,7 +45,8 @@ def _fits(row):
     tensors = {key: np.broadcast_to(np.float32(0), tuple(value.shape)) for key, value in state.items()}
     variant = models.get(row.model)
     shapes = load._network_shapes(variant.module, row.card(variant.card).to_json())
-    return conversion.shapes_match(variant.layouts["timm"], shapes, tensors)
+    _, _, problems = conversion.fill(variant.layouts["timm"], shapes, tensors)
+    return not problems
 
 
 def text(rows):
