@@ -129,7 +129,8 @@ def test_every_table_is_one_to_one_over_every_leaf(name):
         keys = [key for leaf in leaves for key in conversion.sources_of(table, leaf)[0]]
         assert len(set(keys)) == len(keys), kind
         assert all(conversion.canonical(table, key) == key for key in keys), kind
-        assert all(conversion.may_know(table, {key: None}) for key in keys[:: len(keys) // 9 + 1]), kind
+        body = [key for key in keys if not conversion.is_head(table, key)]
+        assert all(conversion.may_know(table, {key: None}) for key in body[:: len(body) // 9 + 1]), kind
         assert not conversion.may_know(table, {"no.such": None})
 
 
