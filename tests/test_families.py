@@ -414,7 +414,7 @@ def check_devices(family, files, devices):
     (_, _, one, losses), (_, _, many, theirs) = (walk(config, count) for count in (1, devices))
     np.testing.assert_allclose(theirs, losses, rtol=3e-5)
     for path, leaf in trees.flatten(one).items():
-        np.testing.assert_allclose(trees.flatten(many)[path], leaf, rtol=1e-4, atol=1e-4, err_msg=path)
+        np.testing.assert_allclose(trees.flatten(many)[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
 def eight_devices(*families):
