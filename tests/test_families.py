@@ -414,7 +414,7 @@ def check_devices(family, files, devices):
     (_, _, one, losses), (_, _, many, theirs) = (walk(config, count) for count in (1, devices))
     np.testing.assert_allclose(theirs, losses, rtol=3e-5)
     for path, leaf in trees.flatten(one).items():
-        np.testing.assert_allclose(trees.flatten(many)[path], leaf, rtol=1e-4, atol=1e-4, err_msg=path)
+        np.testing.assert_allclose(trees.flatten(many)[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
 def eight_devices(*families):
@@ -452,7 +452,9 @@ def test_heads_of_the_tutorials_with_softmax_and_with_a_sigmoid(family, layers, 
                 walk(config)
             continue
         run, before, after, losses = walk(config)
-        assert np.isfinite(losses).all() and run.phases[0].plan.prefix.cut == run.material.model.cuts[-2]
+        model = run.material.model.model  # the prefix ends at the map, or before what is random, as in LeNet
+        last = [cut for cut in model.cuts[:-1] if cut in model.deterministic_cuts][-1]
+        assert np.isfinite(losses).all() and run.phases[0].plan.prefix.cut == last
         own = {f"params/{path}" for path in trees.flatten(before["params"]) if path.startswith("head/")}
         assert {path.split("/")[2] for path in own} == {"dense1", "out"} and moved(before, after) == own
         params = before["params"]["head"]
