@@ -137,7 +137,7 @@ def test_frozen_norms_keep_their_statistics():
 
 
 def test_stochastic_depth_is_refused():
-    with pytest.raises(ValueError, match=r"drop_path=0.1: an MLP has no residual branches"):
+    with pytest.raises(ValueError, match=r"model.drop_path=0.1: MLP has no residual branches"):
         WIDE(drop_path=0.1).init(jax.random.key(0), table())
 
 

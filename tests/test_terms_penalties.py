@@ -277,13 +277,20 @@ def test_delta_distance_and_gradient_equal_a_slow_loop():
     assert squared(trees.flatten(grads["reference"])) == 0
 
 
-def test_delta_takes_the_last_stage_of_every_resnet_and_the_last_block_of_every_vit():
-    for name, variant in models.MODELS.items():
-        model = variant.module(num_classes=2)
-        if not hasattr(model, "depth") and not hasattr(model, "depths"):
-            continue  # an MLP
-        last = f"block{model.depth - 1}" if hasattr(model, "depth") else f"stage{len(model.depths)}"
-        assert precompute.choose_cuts(model.cuts, ()) == [last], name
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("resnet50", "stage4"),
+        ("resnet20_cifar", "stage3"),
+        ("vit_tiny_patch16_224", "block11"),
+        ("vgg16", "stage5"),
+        ("convnext_tiny", "stage4"),
+        ("densenet121", "norm"),  # the last map has its norm behind the last block
+        ("mobilenetv2_100", "final"),  # and a last convolution
+    ],
+)
+def test_delta_takes_the_last_map_of_a_network(name, last):
+    assert precompute.choose_cuts(models.get(name).module(num_classes=2).cuts, ()) == [last]
 
 
 def test_the_default_cut_of_delta_in_a_run_is_the_last_stage():

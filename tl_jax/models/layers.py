@@ -219,7 +219,7 @@ def refuse_drop_path(model: nn.Module) -> None:
     """ValueError where a network without residual branches is asked for stochastic depth."""
     if model.drop_path:
         name = type(model).__name__
-        raise ValueError(f"drop_path={model.drop_path}: {name} has no residual branches to drop; use dropout")
+        raise ValueError(f"model.drop_path={model.drop_path}: {name} has no residual branches to drop; use dropout")
 
 
 def max_pool(x: jax.Array, size: int = 3, stride: int = 2, pads: Any = "half") -> jax.Array:

@@ -59,8 +59,7 @@ class MLP(Model):
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
-        if self.drop_path:
-            raise ValueError(f"drop_path={self.drop_path}: an MLP has no residual branches to drop; use dropout")
+        layers.refuse_drop_path(self)
         make, parts = layers.recomputed(Block, self.remat), {}
         for name, width in zip(self.cuts[:-1], self.widths, strict=True):
             dropout = 0.0 if name == "stem" else self.dropout
