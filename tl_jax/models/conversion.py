@@ -215,7 +215,7 @@ def fill(layout: Layout, shapes: Shapes, tensors: Mapping[str, np.ndarray]):
         if not sources:
             flat[leaf], origins[leaf] = np.zeros(shape, np.float32), "zeros"
             continue
-        sources = [source for source in sources if not re.fullmatch(layout.ignore, source)]
+        sources = [source for source in sources if not re.fullmatch(layout.ignore, source)] or sources
         keys = [spelling[source] for source in sources if source in spelling]
         used.update(keys)
         if len(keys) < len(sources):
