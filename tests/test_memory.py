@@ -52,3 +52,12 @@ def test_who_calls_main_with_arguments_is_not_started_over(monkeypatch, capsys):
     monkeypatch.setattr(malloc, "keep_memory", lambda: pytest.fail("the caller's process would start over"))
     assert main(["train", "nowhere.py"]) == 2
     assert "there is no config nowhere.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "begun"), [("train", ["train"]), ("inspect", [])])
+def test_training_as_a_program_of_its_own_keeps_its_memory(command, begun, monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(sys, "argv", ["tl_jax", command, "nowhere.py"])
+    monkeypatch.setattr(malloc, "keep_memory", lambda: called.append(command))
+    assert main() == 2 and called == begun
+    assert "nowhere" in capsys.readouterr().err

@@ -61,7 +61,8 @@ def make_terms(settings: Settings) -> list[Terms]:
 
 def warn(settings: Settings, phases: Sequence[Terms]) -> None:
     """Says which terms of the first phase go on with a trained network that is not there."""
-    eager = [name for name, (_, term) in phases[0].items() if term.trained and TASK not in phases[0]]
+    first = phases[0]
+    eager = [] if TASK in first else [name for name, (_, term) in first.items() if term.trained]
     if eager and not (settings.model.weights and settings.model.keep_head):
         log(
             f"{', '.join(eager)}: this goes on with a network that answers already, but the first phase has a new "
