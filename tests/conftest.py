@@ -20,24 +20,28 @@ _CACHE = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
-pytest.register_assert_rewrite("walks")  # a failed assertion of its helpers shows its values, as in a test file
+# A failed assertion of these helpers shows its values, as in a test file.
+pytest.register_assert_rewrite("walks", "domain_cases", "small_network")
 duplicates.FOLDER = pathlib.Path(_CACHE.name, "duplicates")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
-CASES = 2  # of a slow test that CI runs
+CASES = 1  # of a slow test that CI runs
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
-    """Of a slow test with many cases the first ones are CI's; the others are exhaustive."""
-    seen = collections.Counter()
+    """Of a test marked thin(n) all but the first n cases are slow; of a slow test all but the first are exhaustive."""
+    seen, slow = collections.Counter(), collections.Counter()
     for item in items:
+        name = item.nodeid.partition("[")[0]
+        seen[name] += 1
+        if (thin := item.get_closest_marker("thin")) and seen[name] > thin.args[0]:
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") and not item.get_closest_marker("exhaustive"):
-            name = item.nodeid.partition("[")[0]
-            seen[name] += 1
-            if seen[name] > CASES:
+            slow[name] += 1
+            if slow[name] > CASES:
                 item.add_marker(pytest.mark.exhaustive)
 
 

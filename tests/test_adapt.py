@@ -75,6 +75,7 @@ def test_merged_weights_compute_what_the_adapted_network_computes(make):
     jax.tree.map(close, merged_out, out)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("make", "additions", "train"),
     [(VIT, (EVERYWHERE, SSF, ADAPTER), False), (CIFAR, (EVERYWHERE, SSF), True)],
@@ -328,6 +329,7 @@ def stem_norm(state):
     return state["batch_stats"]["backbone"]["stem"]["norm"]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("remat", ["", "block"])
 def test_stochastic_normalisation_draws_the_statistics_of_every_channel(remat):
     model, variables, _, _ = plain_and_adapted(CIFAR, remat=remat)

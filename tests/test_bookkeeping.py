@@ -66,6 +66,7 @@ COST = {
 }
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     "name, damage",
     [

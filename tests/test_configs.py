@@ -37,6 +37,7 @@ def make_up_weights(name, path):
 FAST = ("quickstart", "methods", "diabetes")
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )

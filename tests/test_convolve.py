@@ -89,6 +89,7 @@ def test_every_form_gives_the_numbers_of_float64_forward_and_backward(name, by_h
         close(found, expected)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("size, stride, height, width", [(3, 2, 8, 9), (5, 1, 9, 8), (5, 2, 9, 8), (7, 2, 16, 7)])
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_a_depthwise_convolution_with_any_border_is_that_of_xla(
@@ -250,6 +251,7 @@ VMAPPED = {
 }
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("axes", [(0, None), (None, 0)], ids=["inputs", "weights"])
 @pytest.mark.parametrize("name", VMAPPED)
 def test_many_at_once_are_each_by_itself(name, axes, by_hand):

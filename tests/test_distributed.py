@@ -264,6 +264,7 @@ def members(actions):
 LOST = [(signal.SIGKILL, "was killed or crashed"), (signal.SIGSTOP, "was not heard of for 3 s")]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize(("number", "words"), LOST)
 def test_a_lost_process_is_named_by_every_other_and_ends_them(lost, number, words):

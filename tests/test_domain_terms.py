@@ -475,6 +475,7 @@ def loops(x, y, estimate):
     return sum(within) - 2 * np.mean([k(a, b) for a in x for b in y])
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("estimate", "sizes"), [("unbiased", (7, 4)), ("biased", (3, 9)), ("linear", (6, 6)), ("unbiased", (2, 2))]
 )
@@ -484,6 +485,7 @@ def test_discrepancies_of_any_batches_are_their_sums_over_pairs(estimate, sizes)
     assert float(found.loss) == pytest.approx(loops(x[: sizes[0]], x[sizes[0] :], estimate), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("name", "arguments", "sizes", "message"),
     [

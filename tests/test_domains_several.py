@@ -180,6 +180,7 @@ TORCH = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", TORCH)
 def test_values_and_gradients_are_those_of_autograd_for_rows_in_any_order_and_domains_of_any_size(name):
     x, logits, y, domain = scattered()
@@ -207,6 +208,7 @@ def test_the_square_of_irm_in_closed_form_is_the_same_to_1e_6():
     np.testing.assert_allclose(irm_of(domain, logits, residuals), expected, rtol=1e-6)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", [*GENERALISE, "m3sda", pytest.param("darn", marks=pytest.mark.slow)])
 def test_the_order_of_the_rows_says_nothing(name):
     """For IRM of the domains; within a domain every second row is the other half."""

@@ -104,6 +104,7 @@ def read_rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.thin(1)
 def test_a_run_that_stops_early_is_the_beginning_of_the_run_that_does_not(stopped):
     side, stop, folder, whole = stopped
     assert read_rows(folder) == [row for row in read_rows(whole) if row["step"] <= stop]
@@ -114,6 +115,7 @@ def test_a_run_that_stops_early_is_the_beginning_of_the_run_that_does_not(stoppe
     assert result["step"] == (stop if side == "max" else min(scores, key=scores.get))
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("ago", [1, *(pytest.param(ago, marks=pytest.mark.slow) for ago in (2, 0))])
 def test_a_run_that_is_told_to_stop_before_or_at_the_end_goes_on_to_the_same_files(stopped, table, tmp_path, ago):
     side, stop, folder, _ = stopped
@@ -131,6 +133,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.thin(1)
 def test_a_run_that_is_killed_at_the_last_evaluation_goes_on_to_the_same_files(stopped, table, tmp_path):
     """Nothing is saved of the evaluation at which it would have stopped."""
     side, stop, folder, _ = stopped

@@ -97,6 +97,7 @@ def test_pool_and_flatten_read_the_last_cut_before_pre_logits(make, cut):
     close(logits, mean @ np.float64(params["kernel"]) + params["bias"])
 
 
+@pytest.mark.thin(2)
 @FAMILIES
 @pytest.mark.parametrize("layers", [BOTTLENECK, POOLED], ids=["bottleneck", "pooled"])
 def test_running_from_any_cut_that_the_head_can_read_gives_the_same_logits(make, layers):

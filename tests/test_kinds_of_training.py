@@ -29,6 +29,7 @@ from tl_jax.training.settings import read
 from tl_jax.training.train import never, train
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_trains_moves_and_nothing_else(kind, tables, teacher):
     run, before, after, rows = walk(kind_of(kind, tables, teacher))

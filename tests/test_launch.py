@@ -42,6 +42,7 @@ def launch(*args, **kwargs):
     return process.returncode, output
 
 
+@pytest.mark.slow
 def test_the_smoke_config_runs_and_prints_audit_progress_and_result(tmp_path):
     code, output = launch(*SMOKE, "--workdir", tmp_path / "w")
     assert code == 0, output

@@ -29,6 +29,7 @@ def random_variables(model, columns=5):
     return trees.unflatten({path: 1 + np.abs(x) if path.endswith(("scale", "var")) else x for path, x in drawn.items()})
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(("activation", "norm"), [("relu", True), ("gelu", False)])
 def test_it_computes_what_torch_computes(activation, norm, train):

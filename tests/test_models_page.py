@@ -47,6 +47,7 @@ def darknet(monkeypatch, tmp_path):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_the_example_is_timms_by_its_own_test(darknet, monkeypatch, tmp_path):
     pytest.importorskip("torch_reference")
     test = importlib.import_module("test_darknet")

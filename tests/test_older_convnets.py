@@ -114,6 +114,7 @@ def check_both_ways(reference, tmp_path, model, parts, name, x, layout, again):
     return loaded
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("publisher", "norm"),
     [
@@ -273,6 +274,7 @@ def keras_forward(torch, layers, pixels):
     return np.moveaxis(maps.numpy(), 1, -1), x.numpy()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("spelling", "top"),
     [

@@ -73,6 +73,7 @@ def test_unknown_suffix_and_a_failing_plot_leave_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("classes", [2, 20, 21, 60, 201])
 def test_any_number_of_classes_can_be_drawn(tmp_path, classes):
     predictions = draw(classes=classes, count=3 * classes, name="a rather long class name $no. {}_$")

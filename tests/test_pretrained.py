@@ -97,6 +97,7 @@ def test_every_vit_layout_goes_out_and_comes_back_bit_equal(kind, small_vit, tmp
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     "name, kind",
     [

@@ -77,6 +77,7 @@ WAYS = {
 }
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=[pytest.mark.slow] * (i < 2), id=way) for i, way in enumerate(WAYS)]
 )

@@ -114,6 +114,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
     assert_close(whole.sums, parts.sums)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("method", ["linear_probe", "last_k", "full"])
 def test_the_moving_average_follows_its_recurrence_over_all_that_moves_and_nothing_else(method):
     """Averaged parameters need averaged statistics: with raw ones beside them a network can be worse than either."""

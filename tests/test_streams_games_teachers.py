@@ -60,6 +60,7 @@ def test_dann_is_the_mean_of_both_domains_cross_entropies():
     assert float(found.logs["strength"]) == pytest.approx(2 / (1 + np.exp(-5)) - 1, rel=1e-6)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("player", "sign"), [("discriminator", -1), ("backbone", 1)])
 def test_the_discriminator_lowers_its_loss_and_the_backbone_raises_it(player, sign, tables):
     still = {group: {"lr_mult": 0.0} for group in {"discriminator", "backbone"} - {player}}

@@ -102,6 +102,7 @@ def test_microsofts_names_are_read_as_timm_reads_them(small, tmp_path):
     twins.check_export(loaded, small_timm(), x, tmp_path, read)
 
 
+@pytest.mark.slow
 # Maps of 18x16, 9x8, 5x4 pixels, and of 5x16, 3x8, 2x4: no whole windows, one window, odd sides to merge.
 @pytest.mark.parametrize("size", [(75, 66), pytest.param((20, 64), marks=pytest.mark.slow)])
 def test_torchvision_gives_the_same_logits_stages_and_gradient_at_any_size_and_takes_the_export(size, small, tmp_path):

@@ -156,6 +156,7 @@ def test_scalar_names_of_classification_are_those_of_a_summary_with_more_than_fi
     assert scalars == list(tasks.scalar_names("classification"))
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("case", CASES)
 def test_scores_equal_the_summary_and_the_loss_of_training(case):
     _, predictions = CASES[case]

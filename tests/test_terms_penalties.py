@@ -1,6 +1,4 @@
-"""Penalties on fine-tuning as terms, against numpy, PyTorch and SciPy."""
-
-from types import SimpleNamespace
+"""Penalties on fine-tuning as terms, against numpy and PyTorch; DELTA and co-tuning have files of their own."""
 
 import jax
 import jax.numpy as jnp
@@ -9,153 +7,30 @@ import pytest
 import scipy.optimize
 import scipy.special
 from plans import make_card
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
+from small_network import (
+    CLASSES,
+    WIDTHS,
+    groups_of,
+    initialised,
+    make_context,
+    make_params,
+    make_start,
+    make_task,
+    one,
+    squared,
+    with_features,
+)
 
 from configs import smoke
 from tl_jax import config as options
-from tl_jax import models, tasks
+from tl_jax import models
 from tl_jax.core import trees
-from tl_jax.methods import precompute, rules
+from tl_jax.methods import precompute
 from tl_jax.methods.penalties import PENALTIES
 from tl_jax.methods.term import Context, Start
 from tl_jax.models import peft
-from tl_jax.runtime import sharding
-from tl_jax.training import build, steps, terms
+from tl_jax.training import steps, terms
 from tl_jax.training.settings import read
-
-WIDTHS = (5, 4)  # of the two blocks of the small network
-CLASSES = 3
-
-
-def make_params(seed=0):
-    rng = np.random.default_rng(seed)
-    backbone = {
-        "block1": {"kernel": rng.standard_normal((3, WIDTHS[0])) / 200},
-        "block2": {"kernel": rng.standard_normal(WIDTHS), "bias": rng.standard_normal(WIDTHS[1]) / 4},
-    }
-    head = {"kernel": rng.standard_normal((WIDTHS[1], CLASSES)), "bias": rng.standard_normal(CLASSES)}
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), {"backbone": backbone, "head": head})
-
-
-CUTS = ("block1", "block2", "pre_logits")
-
-
-def apply(params, x, start=None):
-    """Every output of two pointwise layers, the mean over positions and, where there is one, a linear head."""
-    backbone, out = params["backbone"], {}
-    if start is None:
-        x = out["block1"] = jnp.tanh(x @ backbone["block1"]["kernel"])
-    if start != "block2":
-        x = out["block2"] = jax.nn.relu(
-            x @ backbone["block2"]["kernel"] + backbone["block2"]["bias"].reshape(1, 1, 1, -1)
-        )
-    out["pre_logits"] = x.mean(axis=(1, 2))
-    if "head" in params:
-        out["logits"] = out["pre_logits"] @ params["head"]["kernel"] + params["head"]["bias"][None]
-    return out
-
-
-def numpy_network(params, images, off=(None, None)):
-    """The small network in float64 with one channel of one block switched off: (block1, block2, pre_logits)."""
-    backbone = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["backbone"])
-    first = np.tanh(images.astype(np.float64) @ backbone["block1"]["kernel"])
-    if off[0] == "block1":
-        first[..., off[1]] = 0
-    second = np.maximum(first @ backbone["block2"]["kernel"] + backbone["block2"]["bias"], 0)
-    if off[0] == "block2":
-        second[..., off[1]] = 0
-    return {"block1": first, "block2": second, "pre_logits": second.mean(axis=(1, 2))}
-
-
-def make_data(size=50, seed=1):
-    rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(size) % CLASSES).astype(np.int32)
-    centres = np.array([[40, 90, 200], [150, 60, 100], [220, 180, 30]])
-    images = centres[labels][:, None, None] + rng.normal(0, 25, (size, 4, 4, 3))
-    return images.clip(0, 255).astype(np.uint8), labels
-
-
-def make_task(classes=CLASSES):
-    return tasks.make(tasks.Spec(class_names=tuple(map(str, range(classes)))))
-
-
-def make_start(params=None, source_head=None, data=None, classes=CLASSES):
-    images, labels = data or make_data()
-    params = params or make_params()
-
-    def batches(stream):
-        assert stream == "train"
-        return iter([(images[i : i + 20], labels[i : i + 20]) for i in range(0, len(labels), 20)])
-
-    def apply_network(network, variables, x, start=None, stop=None):
-        own = variables["params"]
-        return apply(own if network == "model" else own[network], x, start)
-
-    shapes = {name: x.shape for name, x in apply(params, jnp.zeros((1, 4, 4, 3))).items()}
-    return Start(
-        {"params": params, "batch_stats": {}}, None, make_task(classes), SimpleNamespace(cuts=CUTS), {}, shapes,
-        batches, apply_network, None, lambda: source_head, jax.random.key(0),
-    )  # fmt: skip
-
-
-def initialised(term, start):
-    """The parameters of the term's own networks, {network: params}, and its first memory; the data is out of reach."""
-    networks, memory = term.init(start._replace(batches=None))
-    return {name: network.variables["params"] for name, network in networks.items()}, memory
-
-
-def begun(term, start):
-    """As `initialised`, with the memory as a phase begins."""
-    extra, memory = initialised(term, start)
-    if term.refresh:
-        variables = {**start.variables, "params": {**start.variables["params"], **extra}}
-        memory = term.refresh(start._replace(variables=variables, loaded=variables, memory=memory))
-    return extra, memory
-
-
-def forward_of(params, images):
-    """`Context.forward` of the small network and of those with its layers."""
-
-    def forward(network, of, *, train=False, stop=None, key=None, params=params):
-        assert of == "train"
-        return apply(params if network == "model" else params[network], images), {}
-
-    return forward
-
-
-def make_context(params, images=None, labels=None, memory=None, outputs=None, **fields):
-    images = jnp.asarray(make_data()[0][:6] if images is None else images, jnp.float32)
-    labels = jnp.asarray(make_data()[1][:6] if labels is None else labels)
-    encoded, count = {"train": jax.nn.one_hot(labels, CLASSES)}, {"train": jnp.ones(len(labels))}
-    context = Context(
-        {"train": {"image": images, "label": labels}}, encoded, count, {"train": jnp.float32(len(labels))},
-        outputs or {"train": apply(params, images)}, {}, params, {}, {}, memory, make_task(),
-        forward_of(params, images), jnp.int32(0), jnp.float32(0), jax.random.key(7),
-    )  # fmt: skip
-    return context._replace(**fields)
-
-
-def with_features(features):
-    return Context(*[None] * len(Context._fields))._replace(
-        outputs={"train": {"pre_logits": jnp.asarray(features, jnp.float32)}}
-    )
-
-
-def one(name, **parameters):
-    return PENALTIES[name](**parameters)
-
-
-def groups_of(term, start):
-    """The group of each parameter of a term's own networks, as the trainer matches them."""
-    networks, _ = term.init(start)
-    paths = [f"{name}/{path}" for name, n in networks.items() for path in trees.flatten(n.variables["params"])]
-    matches = trees.match_rules(paths, rules.auxiliary(paths, {name: n.group for name, n in networks.items()}))
-    return {path: match.value for path, match in matches.items()}
-
-
-def squared(tree, other=None):
-    return sum(np.sum((np.float64(a) - (0 if other is None else np.float64(other[p]))) ** 2) for p, a in tree.items())
 
 
 def test_l2_sp_and_its_gradient_equal_the_formula():
@@ -218,127 +93,6 @@ def test_bss_of_a_batch_spread_over_devices_is_that_of_the_whole_batch():
     assert float(value) == pytest.approx(np.linalg.svd(features, compute_uv=False)[-1] ** 2, rel=1e-5)
 
 
-def slow_increases(params, images, labels, cut, width):
-    """The rise of the mean loss for each channel, one channel and one example at a time, in float64."""
-    model = LogisticRegression(max_iter=10_000).fit(numpy_network(params, images)["pre_logits"], labels)
-
-    def mean_loss(off):
-        losses = []
-        for image, label in zip(images, labels, strict=True):
-            features = numpy_network(params, image[None], off)["pre_logits"]
-            losses.append(-model.predict_log_proba(features)[0, label])
-        return np.mean(losses)
-
-    return np.array([mean_loss((cut, channel)) for channel in range(width)]) - mean_loss((None, None))
-
-
-def test_delta_weighs_channels_by_what_the_loss_loses_without_them():
-    params, (images, labels) = make_params(), make_data()
-    _, memory = begun(one("delta", cuts=("block1", "block2")), make_start(params))
-    _, plain = begun(one("delta", cuts=("block1",), temperature=1, standardize=False), make_start(params))
-    for cut, width in zip(("block1", "block2"), WIDTHS, strict=True):
-        rise = slow_increases(params, images, labels, cut, width)
-        standard = (rise - rise.mean()) / rise.std()
-        np.testing.assert_allclose(memory[cut], scipy.special.softmax(standard / 5), atol=1e-5)
-        if cut == "block1":
-            assert rise.std() > 0.05  # the channels do differ, or the comparison says nothing
-            np.testing.assert_allclose(plain[cut], scipy.special.softmax(rise), atol=1e-5)
-
-
-def test_delta_distance_and_gradient_equal_a_slow_loop():
-    torch = pytest.importorskip("torch")
-    old, new, images = make_params(0), make_params(1), make_data()[0][:6]
-    term = one("delta", alpha=0.7, beta=0.1, cuts=("block1", "block2"))
-    extra, memory = begun(term, make_start(old))
-    assert set(groups_of(term, make_start(old)).values()) == {"frozen"}
-
-    def loss(params):
-        return term.loss(make_context(params, images, memory=memory)).loss
-
-    value, grads = jax.jit(jax.value_and_grad(loss))({**new, **extra})
-    weights = {cut: torch.tensor(np.asarray(w, np.float64)) for cut, w in memory.items()}
-    leaves = {p: torch.tensor(np.asarray(w, np.float64), requires_grad=True) for p, w in trees.flatten(new).items()}
-    first = torch.tanh(torch.tensor(images, dtype=torch.float64) @ leaves["backbone/block1/kernel"])
-    now = {
-        "block1": first,
-        "block2": torch.relu(first @ leaves["backbone/block2/kernel"] + leaves["backbone/block2/bias"]),
-    }
-    start, total = numpy_network(old, images), 0.0
-    for cut, width in zip(("block1", "block2"), WIDTHS, strict=True):
-        for example in range(6):
-            for channel in range(width):
-                gap = now[cut][example, :, :, channel] - torch.tensor(start[cut][example, :, :, channel])
-                total = total + 0.35 * width * weights[cut][channel] * (gap**2).sum() / (16 * 6)
-    total = total + 0.05 * sum((leaves[f"head/{name}"] ** 2).sum() for name in ("kernel", "bias"))
-    total.backward()
-    assert float(value) == pytest.approx(float(total.detach()), rel=1e-5)
-    for path, leaf in leaves.items():
-        np.testing.assert_allclose(trees.flatten(grads)[path], leaf.grad.numpy(), rtol=1e-4, atol=1e-4)
-    assert squared(trees.flatten(grads["reference"])) == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "last"),
-    [
-        ("resnet50", "stage4"),
-        ("resnet20_cifar", "stage3"),
-        ("vit_tiny_patch16_224", "block11"),
-        ("vgg16", "stage5"),
-        ("convnext_tiny", "stage4"),
-        ("densenet121", "norm"),  # the last map has its norm behind the last block
-        ("mobilenetv2_100", "final"),  # and a last convolution
-    ],
-)
-def test_delta_takes_the_last_map_of_a_network(name, last):
-    assert precompute.choose_cuts(models.get(name).module(num_classes=2).cuts, ()) == [last]
-
-
-def test_the_default_cut_of_delta_in_a_run_is_the_last_stage():
-    """Of a network with two blocks a stage, of which stage3/block0 has more digits in its name."""
-    config = options.override(smoke.get_config(), {
-        "model.name": "resnet14_cifar", "model.weights": "", "model.image_size": 8, "method.name": "full",
-        "terms": {"delta": {"examples": 8}},
-    })  # fmt: skip
-    run = build.build(config, sharding.make_parallel())
-    assert run.material.memory["delta"].keys() == {"stage3"}
-
-
-def test_delta_refuses_cuts_that_the_network_has_not():
-    assert initialised(one("delta"), make_start())[1].keys() == {"block2"}
-    with pytest.raises(ValueError, match=r"no \['blok2'\] \(did you mean 'block2'\?\); .*\['block1', 'block2'\]"):
-        initialised(one("delta", cuts=("blok2",)), make_start())
-    with pytest.raises(ValueError, match=r"no \['logits'\]"):
-        initialised(one("delta", cuts=("logits",)), make_start())
-
-
-def test_delta_compares_only_the_cuts_it_was_given():
-    values = []
-    for cuts in (("block1", "block2"), ("block1",), ("block2",)):
-        term = one("delta", beta=0.0, cuts=cuts)
-        extra, memory = begun(term, make_start(make_params(0)))
-        values.append(float(term.loss(make_context({**make_params(1), **extra}, memory=memory)).loss))
-    both, first, second = values
-    assert both == pytest.approx(first + second, rel=1e-5) and min(first, second) > 0
-
-
-def test_the_reference_of_delta_has_added_parameters_at_their_start():
-    old, new = ({**make_params(0), "lora": {"a": jnp.full((2,), value)}} for value in (1.0, 3.0))
-    term = one("delta", alpha=1.0, beta=0.0)
-    extra, memory = begun(term, make_start(old))
-    assert extra["reference"].keys() == {"backbone", "lora"}
-
-    def added(params, images):
-        return {"block2": apply(params, images)["block2"] + params["lora"]["a"].sum()}
-
-    params, images = {**new, "backbone": old["backbone"], **extra}, jnp.asarray(make_data()[0][:6], jnp.float32)
-    context = make_context(
-        params, memory=memory, outputs={"train": added(params, images)},
-        forward=lambda network, of, **_: (added(params[network], images), {}),
-    )  # fmt: skip
-    # 2 * (3 - 1) in every channel
-    assert float(term.loss(context).loss) == pytest.approx(0.5 * WIDTHS[1] * 4.0**2, rel=1e-5)
-
-
 def test_a_sample_of_a_sorted_stream_is_uniform():
     labels = np.arange(1000)
     batches = [(labels[i : i + 64, None], labels[i : i + 64]) for i in range(0, 1000, 64)]
@@ -347,107 +101,6 @@ def test_a_sample_of_a_sorted_stream_is_uniform():
     counts = np.histogram(kept, bins=10, range=(0, 1000))[0]
     assert scipy.stats.chisquare(counts).pvalue > 0.01
     assert sorted(precompute.sample(batches, 5000)[1]) == list(labels)
-
-
-def source_task(size=90, sources=6, seed=3):
-    """A start whose source head has `sources` classes, and its probabilities in float64."""
-    rng = np.random.default_rng(seed)
-    head = {"kernel": 3 * rng.standard_normal((WIDTHS[1], sources)), "bias": rng.standard_normal(sources)}
-    head = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), head)
-    images, labels = make_data(size)
-    logits = numpy_network(make_params(), images)["pre_logits"] @ np.float64(head["kernel"]) + np.float64(head["bias"])
-    return make_start(source_head=head, data=(images, labels)), logits, labels
-
-
-def fit_by_scipy(probabilities, labels, strength):
-    """Multinomial logistic regression without intercept, 1/2 ||w||^2 + C * summed loss, to high accuracy."""
-    onehot, shape = np.eye(CLASSES)[labels], (probabilities.shape[1], CLASSES)
-
-    def objective(flat):
-        w = flat.reshape(shape)
-        log_p = scipy.special.log_softmax(probabilities @ w, axis=1)
-        value = 0.5 * (w**2).sum() - strength * (onehot * log_p).sum()
-        return value, (w + strength * probabilities.T @ (np.exp(log_p) - onehot)).ravel()
-
-    options = {"maxiter": 20_000, "maxfun": 20_000, "gtol": 1e-9, "ftol": 1e-15}
-    found = scipy.optimize.minimize(objective, np.zeros(np.prod(shape)), jac=True, method="L-BFGS-B", options=options)
-    return found.x.reshape(shape)
-
-
-def test_co_tuning_inverts_a_fitted_p_of_target_given_source():
-    start, logits, labels = source_task()
-    rows = np.asarray(begun(one("co_tuning", temperature=2.0), start)[1])
-    probabilities = scipy.special.softmax(logits / 2, axis=1)
-
-    def held_out(fit, test, strength):
-        weights = fit_by_scipy(probabilities[fit], labels[fit], strength)
-        log_p = scipy.special.log_softmax(probabilities[test] @ weights, axis=1)
-        return -log_p[np.arange(len(test)), labels[test]].mean()
-
-    folds = list(StratifiedKFold(3, shuffle=True, random_state=0).split(probabilities, labels))
-    log_losses = {c: np.mean([held_out(*fold, c) for fold in folds]) for c in (1.0, 10.0, 100.0, 1e3, 1e4)}
-    best = min(log_losses, key=log_losses.get)
-    target_given_source = scipy.special.softmax(fit_by_scipy(probabilities, labels, best), axis=1)
-    expected = np.zeros((CLASSES, 6))
-    for target in range(CLASSES):
-        for source in range(6):
-            expected[target, source] = target_given_source[source, target] * probabilities[:, source].mean()
-        expected[target] /= expected[target].sum()
-    np.testing.assert_allclose(rows.sum(axis=1), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(rows, expected, atol=2e-3)  # as near as scikit-learn stops to its optimum
-    assert np.abs(rows - rows[0]).max() > 0.2
-
-
-def test_co_tuning_direct_averages_the_probabilities_of_each_class():
-    start, logits, labels = source_task()
-    rows = np.asarray(begun(one("co_tuning", approach="direct"), start._replace(task=make_task(CLASSES + 1)))[1])
-    probabilities = scipy.special.softmax(logits, axis=1)
-    for target in range(CLASSES):
-        np.testing.assert_allclose(rows[target], probabilities[labels == target].mean(axis=0), atol=1e-5)
-    np.testing.assert_allclose(rows[CLASSES], probabilities.mean(axis=0), atol=1e-5)  # no example of this class
-    np.testing.assert_allclose(rows.sum(axis=1), 1.0, rtol=1e-6)
-
-
-@pytest.mark.parametrize("labels", [[0, 1, 2, 0, 1], [0, 2, 0, 2, 2]])
-def test_co_tuning_bears_single_examples_and_missing_classes(labels):
-    start, _, _ = source_task()
-    images = make_data()[0][:5]
-    start = start._replace(batches=lambda stream: iter([(images, np.array(labels))]))
-    rows = begun(one("co_tuning", examples=2), start)[1]
-    assert rows.shape == (CLASSES, 6) and np.isfinite(rows).all()
-    np.testing.assert_allclose(rows.sum(axis=1), 1.0, rtol=1e-6)
-
-
-def test_co_tuning_loss_and_gradient_equal_pytorch():
-    torch = pytest.importorskip("torch")
-    start, _, _ = source_task()
-    term, params = one("co_tuning", strength=1.7), make_params(1)
-    extra, relationship = begun(term, start)
-    assert groups_of(term, start) == {"source_head/bias": "head", "source_head/kernel": "head"}
-    images, labels = make_data(seed=5)
-    context = make_context({**params, **extra}, images, labels, relationship)
-    mixed = 0.7 * context.encoded["train"] + 0.3 * context.encoded["train"][::-1]
-
-    def loss(head):
-        changed = context._replace(params={**context.params, "source_head": head}, encoded={"train": mixed})
-        return term.loss(changed).loss
-
-    value, grads = jax.jit(jax.value_and_grad(loss))(extra["source_head"])
-    head = {name: torch.tensor(np.float64(leaf), requires_grad=True) for name, leaf in extra["source_head"].items()}
-    features = torch.tensor(numpy_network(params, images)["pre_logits"])
-    goal = torch.tensor(np.float64(mixed)) @ torch.tensor(np.float64(relationship))
-    reference = 1.7 * torch.nn.functional.cross_entropy(features @ head["kernel"] + head["bias"], goal)
-    reference.backward()
-    assert float(value) == pytest.approx(float(reference.detach()), rel=1e-5)
-    for name in head:
-        np.testing.assert_allclose(grads[name], head[name].grad.numpy(), atol=1e-5)
-
-
-def test_co_tuning_names_what_is_missing():
-    with pytest.raises(ValueError, match="a file without its head"):
-        initialised(one("co_tuning"), make_start())
-    with pytest.raises(ValueError, match="takes 9 features, but the network has 4"):
-        initialised(one("co_tuning"), make_start(source_head={"kernel": jnp.ones((9, 2)), "bias": jnp.zeros(2)}))
 
 
 def test_r_drop_is_the_symmetric_divergence_of_two_dropout_passes():
@@ -621,6 +274,3 @@ def test_all_penalties_compose_on_a_real_network(make_module, cut, channels):
     assert min(float(value) for value in values.values()) > 0
     for path, grad in trees.flatten(grads).items():
         assert np.isfinite(grad).all() and np.any(grad) == (not path.startswith("reference/")), path
-
-
-# What is computed from the data, and when.

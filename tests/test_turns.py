@@ -49,6 +49,7 @@ def small():
     )
 
 
+@pytest.mark.slow
 def test_turns_equal_a_loop_over_optimizers_of_their_own():
     """Every group has an optimizer by itself, which is called in its turns alone, at the learning rate of the step."""
     model, variables, batch = small()
@@ -176,6 +177,7 @@ def test_weights_of_other_schedules_cannot_be_one_program(tmp_path, monkeypatch)
         inprocess.run(make_config(terms={"size": {}}, replicas=replicas), tmp_path)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("size", [64, 7])
 def test_statistics_computed_anew_are_those_of_the_whole_stream(tmp_path, monkeypatch, size):
     """Of the first layer, which has no others below it, in float64, whatever the batches of evaluation."""
