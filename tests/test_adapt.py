@@ -59,6 +59,7 @@ def close(actual, expected, tolerance=1e-5):
     assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [pytest.param(VIT, id="vit", marks=pytest.mark.slow), pytest.param(GROUPED, id="resnet")]
 )
@@ -174,6 +175,7 @@ def vit_in_numpy(params, x, where=(), deep=False):
     return {**out, "embedding": out["pre_logits"], "logits": dense(out["pre_logits"], "head")}
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("additions", "reference"),
     [
@@ -203,6 +205,7 @@ def test_deep_prompts_replace_what_the_block_before_made_of_its_prompts(prompt):
     assert np.array_equal(other, logits) == (prompt == DEEP)
 
 
+@pytest.mark.slow
 def test_running_from_any_cut_gives_the_same_logits():
     _, _, adapted, both = plain_and_adapted(VIT, EVERYWHERE, SSF, ADAPTER, DEEP)
     logits, out = adapted.apply(both, images())

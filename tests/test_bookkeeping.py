@@ -66,7 +66,7 @@ COST = {
 }
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "name, damage",
     [

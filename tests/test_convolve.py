@@ -74,6 +74,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_form_gives_the_numbers_of_float64_forward_and_backward(name, by_hand):
     batch, height, width, channels, features, size, stride, groups = SHAPES[name]
@@ -251,7 +252,7 @@ VMAPPED = {
 }
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("axes", [(0, None), (None, 0)], ids=["inputs", "weights"])
 @pytest.mark.parametrize("name", VMAPPED)
 def test_many_at_once_are_each_by_itself(name, axes, by_hand):

@@ -334,6 +334,7 @@ def test_the_moment_distance_and_its_gradient_are_the_papers():
         np.testing.assert_allclose(grad, other.numpy(), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_domains_with_equal_moments_have_a_gradient_of_zero_and_not_nan():
     x = jnp.ones((6, 3))
     share = several.shares(jnp.array([0, 1, 2, 0, 1, 2]), 3)

@@ -227,6 +227,7 @@ def test_a_run_says_what_it_found(photos, tmp_path, capsys, allowed):
     assert told["across"] == {"exact": 1, "near": 0, "mirrored": 0} and told["pairs"][0][0] == "exact"
 
 
+@pytest.mark.slow
 def test_thirty_planted_copies_among_the_splits_of_hymenoptera(shared, tmp_path):
     root = shutil.copytree(shared / "data" / "hymenoptera_256", tmp_path / "h")
     assert found_in(root)["pairs"] == []  # none without those that are planted

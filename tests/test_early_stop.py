@@ -150,6 +150,7 @@ def test_a_run_that_is_killed_at_the_last_evaluation_goes_on_to_the_same_files(s
     assert remains(tmp_path / "w") == remains(folder)
 
 
+@pytest.mark.thin(1)
 def test_a_run_that_is_killed_behind_the_last_evaluation_takes_no_further_step(stopped, table, tmp_path):
     side, _, folder, _ = stopped
     shutil.copytree(folder, tmp_path / "w")

@@ -279,6 +279,7 @@ def test_the_frozen_prefix_of_a_run_ends_where_something_trains_or_is_random(cha
     assert (phase.plan.prefix and phase.plan.prefix.cut) == cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet8_cifar", pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow)])
 def test_a_bfloat16_prefix_computes_in_bfloat16_and_the_rest_does_not(name):
     make = MODELS[name].module

@@ -486,6 +486,7 @@ def fit(tmp_path, name, **changes):
     )
 
 
+@pytest.mark.slow
 def test_a_run_on_float_scans_of_one_channel_saves_what_reads_them_again(tmp_path):
     source, run = fit(tmp_path, "w")
     card = run.model.card

@@ -308,7 +308,7 @@ def test_pads_and_means_of_tensorflow():
         assert bool((abs(y - float(y[0, 2, 2, 0])) < 1e-6).all()) == even
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 def test_norms_without_scales_are_norms_with_scales_of_one(train):
     small = {"depths": (1, 1), "widths": (8, 16), "num_classes": 3}

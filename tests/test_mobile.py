@@ -220,6 +220,7 @@ def check_both_ways(theirs, modules, name, layout, reference, folder, size=75):
     return loaded
 
 
+@pytest.mark.slow
 @some([name for name in COUNTS if name not in NOT_IN_TIMM], now=("mobilenetv3_small_100",))
 def test_timm_gives_the_same_logits_and_stages_both_ways(name, timm, reference, tmp_path):
     theirs = timm.create_model(name, num_classes=CLASSES)

@@ -234,6 +234,7 @@ def test_the_class_token_by_itself_is_the_first_of_all_tokens_with_the_same_grad
     jax.tree.map(close, gradient, full_gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["", *REMAT])
 def test_of_the_last_block_only_the_class_token_is_computed_where_nothing_else_is_read(remat):
     make = functools.partial(VIT, num_classes=5, depth=1, remat=remat)
@@ -282,6 +283,7 @@ def test_vit_refuses_images_of_another_size():
         VIT(num_classes=3, image_size=25).init(jax.random.key(0), images(25))
 
 
+@pytest.mark.thin(1)
 @FAMILIES
 def test_bfloat16_computes_near_float32_with_float32_parameters_statistics_and_logits(make):
     model = make(num_classes=5)

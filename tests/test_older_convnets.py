@@ -206,6 +206,7 @@ def test_squeezenet_is_torchvisions_both_ways(name, reference, tmp_path):
         close(jax.jit(loaded.model.apply)(loaded.variables, x)[0], reference.record(model, {}, x)[0])
 
 
+@pytest.mark.slow
 def test_a_new_head_of_squeezenet_is_the_published_one_without_its_relu(tmp_path):
     name, path, x = "squeezenet1_1", tmp_path / "w.safetensors", images(64)
     published = models.get(name).module(num_classes=CLASSES, head=squeezenet.BY_PIXEL)
@@ -378,6 +379,7 @@ def test_card_is_timms(name, tag, reference):
         assert (card.interpolation, card.crop) == (given.interpolation, given.crop_pct)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [

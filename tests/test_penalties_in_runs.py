@@ -62,6 +62,7 @@ def test_what_terms_compute_is_due_where_a_phase_begins_alone_and_reads_each_ima
     np.testing.assert_array_equal(again["co_tuning"], memory["co_tuning"])
 
 
+@pytest.mark.slow
 def test_the_relationship_of_co_tuning_is_that_of_the_network_as_it_was_loaded(monkeypatch):
     """In a later phase too, before which the network has moved; in float64 from the features of the weight file."""
     add_counted(monkeypatch)

@@ -45,6 +45,7 @@ def svg_text(path):
     return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("drawing", DRAWINGS)
 def test_figure_is_a_png_of_150_dpi_with_something_on_it(tmp_path, drawing):
     before = dict(matplotlib.rcParams)

@@ -154,6 +154,7 @@ def unbroken(tmp_path_factory):
     return folder, run(make_config(), folder)
 
 
+@pytest.mark.slow
 def test_replicas_that_were_stopped_and_killed_end_bit_equal_to_unbroken_ones(unbroken, tmp_path, monkeypatch):
     with pytest.raises(Preempted, match="after step 1 of 4"):
         run(make_config(), tmp_path / "w", stop_requested=lambda step: True)

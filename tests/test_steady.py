@@ -102,6 +102,7 @@ def test_a_run_that_goes_on_compiles_each_step_once(tmp_path, compiled):
     assert seen[8] == seen[5], compiled[seen[5] : seen[8]]
 
 
+@pytest.mark.slow
 def test_each_phase_compiles_one_train_step(tmp_path, compiled):
     two = tuple({"total": (2.0, "steps")}.items())
     phases = (two, (*two, ("lr", 0.02)))

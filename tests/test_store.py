@@ -76,6 +76,7 @@ def test_a_plan_that_would_lose_finished_runs_is_refused(tmp_path, name, changes
     assert (tmp_path / "study.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_whose_config_json_lacks_an_option_goes_on(tmp_path):
     """As where the study is older than the option: the plan finds its runs again, done or not."""
     runs = plan(tmp_path)

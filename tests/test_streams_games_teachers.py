@@ -109,6 +109,7 @@ def test_a_term_that_reads_labels_of_the_unlabelled_stream_meets_a_key_error(tab
             walk(kind_of("adaptation", tables, terms={name: {}}), count=1)
 
 
+@pytest.mark.slow
 def test_poisoned_labels_of_the_target_change_no_number(tables, tmp_path):
     """The labels of the unlabelled stream turned round: training leaves the same weights, bit for bit."""
     lines = (tables / "target_classification.csv").read_text().splitlines()

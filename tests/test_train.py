@@ -159,6 +159,7 @@ def test_worker_processes_change_the_speed_and_nothing_else(finished, tmp_path):
     assert ours == reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_evaluation_counts_do_not_depend_on_devices_or_mode(tmp_path, parallel):
     config = make_config(

@@ -104,6 +104,7 @@ def test_dinov2_at_another_size_reads_positions_as_its_authors_do(monkeypatch, t
     close(found[:, :1], state["pos_embed"][:, :1].numpy(), 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("registers", [4, pytest.param(0, marks=pytest.mark.slow)])
 def test_dinov2_of_transformers_at_its_own_size_and_at_another(registers, monkeypatch, tmp_path):
     name = small_dinov2(monkeypatch, registers)

@@ -54,7 +54,7 @@ def candidates(task: str, x: np.ndarray, y: np.ndarray):
 def baselines(folder: pathlib.Path, ask: str) -> dict[str, tasks.Predictions]:
     """{name: predictions of the test photos}."""
     task, column, _ = ASKED[ask]
-    table = folder / "squeeze" / "labels.csv"
+    table = folder / "labels.csv"
     data = {split: sources.load(f"csv:{table}", split, task=task, labels=(column,)) for split in SPLITS}
     x = {split: np.stack([histogram(table.parent / name) for name in source.ids]) for split, source in data.items()}
     spec = tasks.fit_spec(task, data["train"].labels, data["train"].class_names)

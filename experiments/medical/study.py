@@ -1,7 +1,7 @@
 """How well are red cells counted, and platelets noticed, in photos of blood smears, by networks that know ImageNet?
 
-The BCCD photos with their published split: 205 to train on, 86 to choose on, 72 to test on. ask=count is a regression;
-ask=platelets: are there any? stage=prepare compares, on val alone, three ways of making the photos square.
+The BCCD photos, 320 x 240 pixels, with their published split: 205 to train on, 86 to choose on, 72 to test on.
+ask=count is a regression; ask=platelets: are there any?
 """
 
 import pathlib
@@ -21,31 +21,29 @@ ASKED = {  # task, the column of its labels, metrics
     "count": ("regression", "red_cells", ("rmse", "mae")),
     "platelets": ("binary", "platelets", ("roc_auc", "accuracy", "f1")),
 }
-WAYS = ("crop", "squeeze", "pad")  # of prepare.py
-
-
-def trained(k: int) -> dict:
-    """The head and the last k blocks, these with a thirtieth of its rate."""
-    if not k:
-        return {"method.name": "linear_probe", "method.k": 0, "groups": {}}
-    return {"method.name": "last_k", "method.k": k, "groups": {"backbone": {"lr_mult": 0.03}}}
+# The head and the last block, or all, these with a thirtieth of the head's rate.
+GENTLE = {"groups": {"backbone": {"lr_mult": 0.03}}}
+TRAINED = {
+    "head": {"method.name": "linear_probe", "method.k": 0, "groups": {}},
+    "last block": {"method.name": "last_k", "method.k": 1, **GENTLE},
+    "all": {"method.name": "full", "method.k": 0, **GENTLE, "cache": ""},
+}
 
 
 def get_study(arg: str = "") -> Study:
-    """The argument is root=FOLDER of prepare.py, weights=FOLDER, ask=count or platelets, way=NAME, stage=prepare."""
+    """The argument is root=FOLDER of prepare.py, weights=FOLDER, ask=count or platelets, and further options."""
     given = dict(item.partition("=")[::2] for item in arg.split(",") if item)
     root, weights = given.pop("root", "smears"), given.pop("weights", "../shared/weights")
-    ask, way, stage = given.pop("ask", "count"), given.pop("way", "pad"), given.pop("stage", "")
-    if ask not in ASKED or way not in WAYS or stage not in ("", "prepare"):
-        known = f"ask={' or '.join(ASKED)}, way={', '.join(WAYS)}, stage=prepare or none"
-        raise ValueError(f"ask={ask!r}, way={way!r}, stage={stage!r}: expected {known}")
+    ask = given.pop("ask", "count")
+    if ask not in ASKED:
+        raise ValueError(f"ask={ask!r}: expected {' or '.join(ASKED)}")
     task, column, metrics = ASKED[ask]
-    base = transfer.get_config(f"data=csv:{root}/{way}/labels.csv")
+    base = transfer.get_config(f"data=csv:{root}/labels.csv")
     with base.unlocked():
         base.task, base.data.labels = task, (column,)
-        base.data.train, base.data.val, base.data.test = "train", "val", "" if stage else "test"
-        base.model.image_size = 192
-        base.data.card, base.data.override_card = {"crop": 1.0}, True  # the whole square
+        base.data.train, base.data.val, base.data.test = "train", "val", "test"
+        base.model.image_size = (240, 320)
+        base.data.card, base.data.override_card = {"crop": 1.0}, True  # the whole photo
         base.cache = "features"
         base.batch_size, base.total = 16, (150.0, "steps")
         base.log_every, base.eval_every = (50.0, "steps"), (150.0, "steps")
@@ -54,14 +52,10 @@ def get_study(arg: str = "") -> Study:
         title: {"model.name": model, "model.weights": f"{weights}/{file}", **more}
         for title, (model, file, more) in NETWORKS.items()
     }
-    two = {title: networks[title] for title in ("DeiT-tiny", "MobileNetV2")}
-    ways = {name: {"data.source": f"csv:{root}/{name}/labels.csv"} for name in WAYS}
-    depths = {"head": trained(0), "last block": trained(1), "last 4 blocks": trained(4)}
     return Study(
         base=transfer.parse(base, ",".join(f"{key}={value}" for key, value in given.items())),
-        factors={"prepared": ways, "network": two} if stage else {"network": networks, "trained": depths},
-        baseline={"prepared": "crop"} if stage else {"trained": "head"},
+        factors={"network": networks, "trained": TRAINED},
+        baseline={"trained": "head"},
         seeds=(0, 1, 2),
         metrics=metrics,
-        together="all",
     )

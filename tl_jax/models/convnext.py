@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from tl_jax.core.card import Card
 from tl_jax.models import conversion, layers
 from tl_jax.models.conversion import POINTWISE, Transform
+from tl_jax.models.kernels import convolve
 from tl_jax.models.variant import Model, Variant, with_flavours
 
 
@@ -54,7 +55,7 @@ class Block(nn.Module):
         dense = functools.partial(layers.Dense, dtype=self.policy.dtype)
         if self.downsample:
             x = Downsample(self.width, self.eps, self.policy, name="downsample")(x)
-        y = layers.make_conv(self, "conv", self.width, 7, groups=self.width, use_bias=True)(x)
+        y = convolve.apart(layers.make_conv(self, "conv", self.width, 7, groups=self.width, use_bias=True)(x))
         y = nn.LayerNorm(epsilon=self.eps, dtype=self.policy.dtype, name="norm")(y)
         y = dense(self.width, name="fc2")(layers.gelu(dense(4 * self.width, name="fc1")(y)))
         gamma = self.param("gamma", nn.initializers.constant(self.scale_init), (self.width,), jnp.float32)

@@ -12,7 +12,8 @@ from tl_jax.runtime import roofline
 
 AXIS = "data"
 MODES = ("jit", "pmap")
-# XLA on CPU drops the barriers of jax.checkpoint before it orders the operations, so that recomputing saves no memory.
+# XLA on CPU drops barriers before it fuses and orders operations: those of jax.checkpoint, without which recomputing
+# saves no memory, and those of models/kernels/convolve.py.
 OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
 
 
@@ -65,6 +66,10 @@ class Parallel(NamedTuple):
     def _whole(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
+    @property
+    def _options(self) -> dict[str, str] | None:
+        return OPTIONS.get(self.mesh.devices.flat[0].platform)
+
     def round_up(self, batch_size: int) -> int:
         """The smallest multiple of the device count that is at least `batch_size`."""
         return -(-batch_size // self.mesh.size) * self.mesh.size
@@ -97,7 +102,7 @@ class Parallel(NamedTuple):
         if self.mode == "pmap":
             return step, dict.fromkeys(("flops_per_step", "bytes_per_step", "memory_bytes"))
         traced = step.trace(state, batch)
-        compiled = traced.lower().compile(compiler_options=OPTIONS.get(self.mesh.devices.flat[0].platform))
+        compiled = traced.lower().compile(compiler_options=self._options)
         return compiled, self.cost(compiled, traced.jaxpr)
 
     def cost(self, compiled: Any, jaxpr: Any) -> dict[str, Any]:
@@ -126,7 +131,7 @@ class Parallel(NamedTuple):
             def collected(variables, x):
                 return eval_step(self.whole(variables), x)
 
-            return jax.jit(collected, out_shardings=self._whole)
+            return jax.jit(collected, out_shardings=self._whole, compiler_options=self._options)
         mapped = jax.pmap(eval_step, AXIS, in_axes=(None, 0), devices=list(self.mesh.devices.flat))
 
         def evaluate(variables, images):

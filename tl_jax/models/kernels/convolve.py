@@ -63,6 +63,15 @@ def valid(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return pointwise(jnp.concatenate(patches, axis=-1), kernel.reshape(size * size * channels, features))
 
 
+def apart(x: jax.Array) -> jax.Array:
+    """x, which where `by_hand` is computed by itself and not as a part of what reads it.
+
+    Else XLA (jaxlib 0.10.2) gives YNNPACK a product together with the norm or gate before it, and that with a piece of
+    a depthwise convolution. Needs the compiler options of runtime/sharding.py, without which it does nothing.
+    """
+    return jax.lax.optimization_barrier(x) if by_hand(x.dtype) else x
+
+
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[..., C] by [C, F]."""
     return _pointwise(x, kernel) if by_hand(x.dtype) else x @ kernel
@@ -70,11 +79,11 @@ def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return x @ kernel
+    return apart(x) @ kernel
 
 
 _pointwise.defvjp(
-    lambda x, kernel: (x @ kernel, (x, kernel)), lambda saved, dy: (dy @ saved[1].T, _outer(saved[0], dy))
+    lambda x, kernel: (apart(x) @ kernel, (x, kernel)), lambda saved, dy: (dy @ saved[1].T, _outer(saved[0], dy))
 )
 
 
