@@ -39,22 +39,22 @@ def test_gelu_and_its_gradient_are_those_of_float64():
     assert layers.gelu(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-@pytest.mark.slow
-def test_attention_and_its_gradient_are_those_of_jax_and_of_float64():
-    q, k, v = (random(2, 5, 3, 8, seed=seed) for seed in range(3))
+@pytest.mark.parametrize("tokens", [5, 300])  # of 300 the scores are made in two parts
+def test_attention_and_its_gradient_are_those_of_jax_and_of_float64(tokens):
+    q, k, v = (random(2, tokens, 3, 8, seed=seed) for seed in range(3))
+    bias = random(1, 3, tokens, tokens, seed=3)
 
-    def value(attend, q, k, v):
-        return jnp.sum(jnp.sin(attend(q, k, v)))
+    def value(attend, q, k, v, bias):
+        return jnp.sum(jnp.sin(attend(q, k, v, bias=bias)))
 
-    for attention in ("xla", "cudnn"):  # here both are XLA
-        ours = functools.partial(layers.attend, attention=attention)
-        grads = jax.grad(functools.partial(value, ours), argnums=(0, 1, 2))(q, k, v)
-        theirs = jax.grad(functools.partial(value, jax.nn.dot_product_attention), argnums=(0, 1, 2))(q, k, v)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), grads, theirs)
-    scores = np.einsum("bqhd,bkhd->bhqk", *(np.asarray(x, np.float64) for x in (q, k))) / math.sqrt(8)
-    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    expected = np.einsum("bhqk,bkhd->bqhd", weights, np.asarray(v, np.float64))
-    np.testing.assert_allclose(layers.attend(q, k, v), expected, rtol=1e-5, atol=1e-6)
+    for its in (None, bias):
+        grads = jax.grad(functools.partial(value, layers.attend), argnums=(0, 1, 2))(q, k, v, its)
+        theirs = jax.grad(functools.partial(value, jax.nn.dot_product_attention), argnums=(0, 1, 2))(q, k, v, its)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), grads, theirs)
+        scores = np.einsum("bqhd,bkhd->bhqk", *(np.asarray(x, np.float64) for x in (q, k))) / math.sqrt(8)
+        weights = np.exp(scores + (0 if its is None else np.asarray(its, np.float64)))
+        expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), np.asarray(v, np.float64))
+        np.testing.assert_allclose(layers.attend(q, k, v, bias=its), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [16, 17])
