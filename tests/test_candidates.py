@@ -201,6 +201,7 @@ def get_config():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_choose_as_one_and_resume_bit_equal_after_both_were_killed(tables, tmp_path):
     """Process 1 writes no file, and neither opens a sealed label before the choices are there."""
     config, (one, two, killed) = tmp_path / "config.py", (tmp_path / name for name in ("one", "two", "killed"))

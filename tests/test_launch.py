@@ -110,6 +110,7 @@ def test_eight_devices_and_pmap_give_the_losses_and_counts_of_one_device(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.exhaustive)])
 def test_runs_killed_at_random_moments_end_bit_equal_to_an_unbroken_one(tmp_path, times):
     """SIGKILL while importing, compiling, stepping, evaluating, saving or writing results; the same command goes on."""

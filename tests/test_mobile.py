@@ -387,10 +387,12 @@ def test_genuine_mobilenet_v2_classifies_the_photos_as_published(shared):
 
 
 @pytest.mark.slow
-def test_genuine_efficientnet_lite0_classifies_the_photos_as_in_torch(shared, timm, reference):
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_genuine_efficientnet_lite0_classifies_the_photos_as_in_torch(shared, timm, reference, every):
     loaded = load.load("tf_efficientnet_lite0", shared / LITE_FILE)
     prepare, files, labels = photos(shared, loaded.card)
+    files, labels = files[::every], labels[::every]
     theirs = published_lite0(timm, reference.torch, shared / LITE_FILE)
     expected = hits(best_five(lambda x: reference.record(theirs, {}, x)[0], prepare, files), labels)
     found = hits(best_five(jax.jit(lambda x: loaded.model.apply(loaded.variables, x)[0]), prepare, files), labels)
-    assert found == expected and found[0] >= 220
+    assert found == expected and found[0] >= 0.88 * len(files)

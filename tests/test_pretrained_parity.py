@@ -405,6 +405,7 @@ def test_genuine_deit_tiny_classifies_the_photos_as_in_torch(shared):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_genuine_cifar_resnet_from_its_original_pickle_scores_81_percent(shared):
     image = pytest.importorskip("PIL.Image")
     folder = shared / "weights" / "cifar10_resnet"
