@@ -88,7 +88,7 @@ def run_starts(config, listing, folder):
     folder.mkdir(parents=True, exist_ok=True)
     table = {"config": options.flatten(config), "starts": listing, "cache": str(folder / "cache")}
     (folder / "plan.json").write_text(json.dumps(table))
-    program = "import sys; from tests.test_domain_kills import starts; starts(sys.argv[1])"
+    program = "import sys; sys.path[:0] = ['tests', '.']; from test_domain_kills import starts; starts(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", program, str(folder / "plan.json")], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "OMP_NUM_THREADS": "1"},

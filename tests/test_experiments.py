@@ -49,10 +49,10 @@ def test_a_baseline_of_colours_sees_what_colours_say(smears):
 @pytest.mark.slow
 @pytest.mark.parametrize("ask", ["count", "platelets"])
 def test_a_run_of_the_medical_study_is_scored_as_its_baselines_are(smears, tmp_path, ask):
-    _, _, study = load(f"experiments/medical:root={smears},ask={ask},cache_dir={tmp_path},model.image_size=32")
+    _, _, study = load(f"experiments/medical:root={smears},ask={ask},model.image_size=32")
     run = next(run for run in grid(study) if run.levels == {"network": "DeiT-tiny", "trained": "last block"})
-    config = options.override(run.config, {"model.weights": "", "total": (2.0, "steps")})
-    result = train(config, tmp_path / "w", verbose=False)
+    changes = {"model.weights": "", "total": (2.0, "steps"), "cache_dir": str(tmp_path)}
+    result = train(options.override(run.config, changes), tmp_path / "w", verbose=False)
     assert result["split"] == "test" and set(study.metrics) <= set(result["metrics"])
     ours = tasks.load_predictions(tmp_path / "w" / "predictions.npz")
     for known in baselines.baselines(smears, ask).values():
