@@ -11,7 +11,7 @@ from tl_jax.studies.report.statistics import mean_interval
 
 INK = "#222222"
 LINES = len(PALETTE)  # more than its colours cannot be told apart
-NAMED = 16  # points of a Pareto figure that all have their names; of more, those of the Pareto front
+NAMED = 16  # names of a Pareto figure that are all shown; of more, those of the Pareto front
 WHITE_EDGE = {"markeredgecolor": "white", "markeredgewidth": 0.6}
 
 
@@ -145,12 +145,15 @@ def pareto(
 ):
     """Score against a cost (log); the points of the Pareto set `best` are joined and named. labels: of x and y.
 
-    A point is {"x", "mean", "low", "high", "name", "group"}; those of a group share a colour. x may be 0.
+    A point is {"x", "mean", "low", "high", "name", "group"}; those of a group share a colour. Those of a name are
+    joined by a dotted line, and the cheapest has the name. x may be 0.
     """
     positive, several = [point["x"] for point in points if point["x"] > 0], len(order) > 1
     at_zero = min(positive) / 4
     points = [{**point, "x": point["x"] or at_zero} for point in points]
-    joined = [points[i] for i in best]
+    joined, named = [points[i] for i in best], {}
+    for point in sorted(points, key=lambda point: point["x"]):
+        named.setdefault(point["name"], []).append(point)
     with figure_at(path, (6.8 if several else 5.6, 3.9)) as (figure, (axis,)):
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -168,7 +171,10 @@ def pareto(
         for group in order if several else ():
             axis.plot([], [], linestyle="", **look(group, order), label=short(group, 30))
         middle = math.sqrt(min(point["x"] for point in points) * max(point["x"] for point in points))
-        for point in points if len(points) <= NAMED else joined:
+        for its in named.values():
+            axis.plot([point["x"] for point in its], [point["mean"] for point in its], ":", color=GREY, linewidth=0.9)
+        cheapest = [its[0] for its in named.values()]
+        for point in cheapest if len(cheapest) <= NAMED else joined:
             side = {"xytext": (6, 5), "ha": "left"} if point["x"] < middle else {"xytext": (-6, 5), "ha": "right"}
             style = {"fontsize": 7.5, "color": INK, "textcoords": "offset points", **side}
             axis.annotate(short(point["name"], 34), (point["x"], point["mean"]), **style)
