@@ -175,7 +175,7 @@ def vit_in_numpy(params, x, where=(), deep=False):
     return {**out, "embedding": out["pre_logits"], "logits": dense(out["pre_logits"], "head")}
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("additions", "reference"),
     [

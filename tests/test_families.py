@@ -442,6 +442,7 @@ FLAT = (("flatten", {}), ("dense", {"features": 256}), ("relu", {}), ("dropout",
 POOLED = (("pool", {}), *FLAT[1:])
 
 
+@pytest.mark.slow
 @each_family("vgg")
 @pytest.mark.parametrize("layers", [FLAT, pytest.param(POOLED, marks=pytest.mark.slow)], ids=["flatten", "pool"])
 def test_heads_of_the_tutorials_with_softmax_and_with_a_sigmoid(family, layers, files):

@@ -12,6 +12,7 @@ from tl_jax.studies import command, leak
 from tl_jax.training import candidates, loop
 
 
+@pytest.mark.slow
 def test_the_poison_proof_passes_and_the_result_says_so(tables, tmp_path):
     _, differences = leak.prove(config_of(tables, select="infomax"), tmp_path / "w", verbose=False)
     assert differences == []

@@ -200,6 +200,7 @@ def test_every_method_is_in_the_table():
 SLOW = [name for name in MOVES if MOVES[name] is not None and name not in FAST]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_exactly_what_the_method_names_moves_and_its_files_compute_what_it_scored(name, tmp_path, monkeypatch):
     trained = run_method(name, tmp_path / "w", monkeypatch)

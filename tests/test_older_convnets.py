@@ -195,6 +195,7 @@ def test_inception_is_timms_at_its_own_size(reference, tmp_path):
     check_both_ways(reference, tmp_path, model, parts, "inception_v3", images(299, batch=1), "timm", make())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["squeezenet1_1", pytest.param("squeezenet1_0", marks=EXHAUSTIVE)])
 def test_squeezenet_is_torchvisions_both_ways(name, reference, tmp_path):
     get_model = pytest.importorskip("torchvision.models").get_model

@@ -352,6 +352,7 @@ def test_position_embeddings_are_resampled_as_timm_does(old, new, reference):
     close(positions.resample(values, (old, old), (new, new)), expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["resnet18", *(pytest.param(name, marks=BIG) for name in ("resnext50_32x4d", "vit_tiny_patch16_224"))]
 )

@@ -188,6 +188,7 @@ def train_late(run, parallel, folder, polls):
     return program
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("polls", "steps_later"), [(0, 0), (1, 1), (2, 2), (99, 3)])
 def test_the_loop_does_not_wait_for_a_line_whose_sums_are_on_their_way(tmp_path, one_device, polls, steps_later):
     """It looks once a step, and waits where the next line or an evaluation comes."""

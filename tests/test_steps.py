@@ -132,6 +132,7 @@ def test_the_moving_average_follows_its_recurrence_over_all_that_moves_and_nothi
         np.testing.assert_array_equal(evaluated[path], flat[0][path])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"mode": "pmap"}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({}, {"mode": "pmap", "accumulate": 2}))],

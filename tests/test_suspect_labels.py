@@ -251,6 +251,7 @@ def test_one_label_of_a_multilabel_task_at_a_time(tmp_path):
     assert {row["given"] for row in read(run)} | {row["suggested"] for row in read(run)} == {"0", "not 0"}
 
 
+@pytest.mark.slow
 def test_what_cannot_be_judged_is_refused_in_one_message(tmp_path, capsys):
     run = train_run(tmp_path / "run", **{"data.train": "train[:10%]", "data.val": "train[90%:]", "data.test": ""})
     with pytest.raises(ValueError, match="suspect labels cannot be looked for") as error:

@@ -243,6 +243,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
         train(config, tmp_path / "w")
 
 
+@pytest.mark.slow
 def test_parameters_that_the_last_update_made_infinite_are_a_divergence(tmp_path):
     """No step sees them, and no evaluation on val: only the scored outputs do."""
     changes = {"lr": 1e38, "clip": 0.0, "optimizer": "sgd", "schedule.name": "constant", "select": "last"}
