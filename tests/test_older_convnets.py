@@ -430,7 +430,7 @@ def test_a_training_steps_gradient_is_torchs(family, reference, tmp_path, monkey
         # What BatchNorm cancels, such as the bias before it, has a gradient of rounding errors alone.
         error = np.abs(leaf - expected[f"params/{path}"]).max()
         bound = 1e-3 * max(np.abs(expected[f"params/{path}"]).max(), 1e-2 * scale)
-        ratios.append(error / (bound + noise[f"params/{path}"].max()))
+        ratios.append(error / (bound + (noise[f"params/{path}"].max() if family == "inception" else 0)))
     if family == "inception":  # relus on few pixels flip by rounding, in torch as here
         assert np.median(ratios) <= 1 and np.mean(np.array(ratios) > 3) < 0.1
     else:
