@@ -239,7 +239,7 @@ def test_predict_gives_what_a_run_with_added_parameters_scored(method, files, tm
     add_variants(monkeypatch, vit.vit_variants("small_vit", TINY_VIT, 3, 48))
     base, moved = tmp_path / "base.safetensors", tmp_path / "moved.safetensors"
     began = tl_jax.load("small_vit", image_size=32, num_classes=0)
-    tl_jax.export(began.variables, "small_vit", base, card=began.card)
+    tl_jax.save_weights(began.variables, "small_vit", base, card=began.card)
     model = tl_jax.load("small_vit", base, num_classes=0, image_size=32)
     splits = {"train": (IMAGES[4:36], LABELS[4:36]), "test": (IMAGES[:4], LABELS[:4])}
     both = {"method.add": (("prompt", {"tokens": 2}), ("adapter", {"bottleneck": 3}))} if method == "prompt" else {}

@@ -36,7 +36,7 @@ def predict(args: Args) -> int:
     formats = {".csv": answers.write_csv, ".jsonl": answers.write_jsonl}
     _check_out(args.out, *formats)
     write = formats[pathlib.Path(args.out or "-.csv").suffix]
-    run, unreadable = tl_jax.load_run(args.run, args.weights), []
+    run, unreadable = _opened(args.run, args.weights), []
 
     def readable():
         for row in stream(run, args.inputs, args.batch_size):
@@ -58,6 +58,13 @@ def predict(args: Args) -> int:
     return 1 if unreadable else 0
 
 
+def _opened(folder: str, weights: str | None = None) -> Any:
+    """A finished run, or an exported network."""
+    from tl_jax.serving import artefact
+
+    return tl_jax.load_export(folder) if artefact.is_export(folder) else tl_jax.load_run(folder, weights)
+
+
 def _check_out(out: str, *suffixes: str) -> None:
     """Raises ValueError, before any work, for a file that cannot be written."""
     path = pathlib.Path(out)
@@ -75,7 +82,7 @@ def evaluate(args: Args) -> None:
     if args.image_size and not alone:
         raise ValueError(f"--image-size {args.image_size} belongs to --weights; a run has its own size")
     size, labels = args.image_size, args.labels.split(",") if args.labels else ()
-    network = tl_jax.load(args.model, args.weights, image_size=size) if alone else tl_jax.load_run(args.what[0])
+    network = tl_jax.load(args.model, args.weights, image_size=size) if alone else _opened(args.what[0])
     found = score(network, args.what[-1], args.split, labels=labels, batch_size=args.batch_size)
     if args.out:
         tl_jax.tasks.save_predictions(args.out, found)
@@ -120,9 +127,20 @@ def inspect(args: Args) -> None:
 def convert(args: Args) -> None:
     model = tl_jax.load(args.name, args.source, num_classes=args.num_classes, image_size=args.image_size)
     card = model.card
-    tl_jax.export(model.variables, card.model, args.out, card=card, layout=args.layout)
+    tl_jax.save_weights(model.variables, card.model, args.out, card=card, layout=args.layout)
     size = f"{size_text(card.input_size)} px" if card.input == "image" else f"{len(card.columns)} columns"
     print(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {size}")
+
+
+def export(args: Args) -> None:
+    if len(args.what) != (1 if args.weights else 2):
+        raise ValueError("expected RUN OUT, or --model NAME --weights FILE OUT")
+    network = tl_jax.load(args.model, args.weights) if args.weights else tl_jax.load_run(args.what[0], args.base)
+    out = tl_jax.export(network, args.what[-1], precision=args.precision, onnx=args.onnx)
+    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    print(
+        "\n".join([*(f"{size:>13,} {out / name}" for name, size in sizes.items()), f"{sum(sizes.values()):>13,} bytes"])
+    )
 
 
 def pack(args: Args) -> None:
@@ -207,14 +225,14 @@ COMMANDS = {
         arg("rest", nargs=argparse.REMAINDER, metavar="FILE[:ARGUMENT] [--config.OPTION=VALUE ...] [--workdir W]"),
     )),
     predict: ("what a finished run answers for images, or for the rows of a table", (
-        arg("run", help="the folder of the run"),
+        arg("run", help="the folder of the run, or of an export"),
         arg("inputs", nargs="+", help="files, and folders, of which every visible file counts; a .csv file of a table"),
         arg("--out", default="", help="a .csv or .jsonl file; without it CSV goes to the standard output"),
         arg("--weights", help="where the weights that the run began with lie now, for adapters and prompts"),
         _BATCH,
     )),
     evaluate: ("the metrics of a finished run, or of a weight file, on labelled data; nothing is trained", (
-        arg("what", nargs="+", metavar="[RUN] DATA", help="a run's folder, and a source, folder or .npz file"),
+        arg("what", nargs="+", metavar="[RUN] DATA", help="a run or an export, and a source, folder or .npz file"),
         arg("--model", default="", help="instead of RUN: the model of --weights; not needed where its card names it"),
         arg("--weights", default="", help="instead of RUN: a weight file, with its own head"),
         arg("--image-size", type=_PIXELS, default=0, help="pixels, 224 or HEIGHTxWIDTH, instead of the card's"),
@@ -264,6 +282,14 @@ COMMANDS = {
         arg("--layout", help="names of the tensors written (default: timm's)"),
         arg("--num-classes", type=int, choices=[0], help="0 leaves the classifier out"),
         arg("--image-size", type=_PIXELS, default=0, help="resample the position embeddings for this input size"),
+    )),
+    export: ("write a finished run, or a weight file, as a folder that runs it without this package", (
+        arg("what", nargs="+", metavar="[RUN] OUT", help="a run's folder, and the folder to make"),
+        arg("--model", default="", help="instead of RUN: the model of --weights; not needed where its card names it"),
+        arg("--weights", default="", help="instead of RUN: a weight file, with its own head"),
+        arg("--base", help="where the weights that the run began with lie now, for adapters and prompts"),
+        arg("--precision", default="float32", help="of the stored weights: float32 | bfloat16 | int8"),
+        arg("--onnx", action="store_true", help="an ONNX file too; needs requirements-onnx.txt"),
     )),
     pack: ("decode and resize images once, for the source packed:FOLDER", (
         arg("source", help="such as folder:PATH, see docs/data.md"),

@@ -7,7 +7,7 @@ import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,8 +42,22 @@ class Metrics(dict):
         return console.file.getvalue().rstrip()
 
 
+class Network:
+    """What answers: its card, and `compiled`, the devices, the variables on them and (variables, batch) -> outputs."""
+
+    card: Card
+    compiled: tuple[sharding.Parallel, Any, Callable]
+
+    @property
+    def spec(self) -> tasks.Spec:
+        """What the outputs mean; classes without names are called "0", "1", ..."""
+        spec = tasks.spec_of(self.card)
+        count = 2 if spec.name == "binary" else self.card.num_classes
+        return spec if spec.class_names else spec._replace(class_names=tuple(map(str, range(count))))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Model:
+class Model(Network):
     """A network with its variables and the card that says how its input is made and what its outputs mean."""
 
     name: str  # of the architecture
@@ -54,25 +68,17 @@ class Model:
     image_size: int | tuple[int, int] = 0  # as given to `load`
     channels: int = 0
 
-    @property
-    def spec(self) -> tasks.Spec:
-        """What the outputs mean; classes without names are called "0", "1", ..."""
-        spec = tasks.spec_of(self.card)
-        count = 2 if spec.name == "binary" else self.card.num_classes
-        return spec if spec.class_names else spec._replace(class_names=tuple(map(str, range(count))))
+    def answer(self, variables: Any, x: jax.Array) -> dict[str, jax.Array]:
+        """The outputs that the task keeps, and the features [B, D], of inputs as the card says, [B, *card.shape]."""
+        keep = tasks.make(self.spec).keep if self.card.num_classes else lambda out: {}
+        _, out = self.module.apply(variables, normalise(x, self.card), train=False)
+        return {**keep(out), FEATURES: out["pre_logits"].astype(jnp.float32)}
 
     @functools.cached_property
-    def _compiled(self):
-        """(the devices, the variables on them, the function of a batch): made once."""
+    def compiled(self) -> tuple[sharding.Parallel, Any, Callable]:
         keep_compiled_programs()
         parallel = sharding.make_parallel()
-        keep = tasks.make(self.spec).keep if self.card.num_classes else lambda out: {}
-
-        def apply(variables, x):
-            _, out = self.module.apply(variables, normalise(x, self.card), train=False)
-            return {**keep(out), FEATURES: out["pre_logits"].astype(jnp.float32)}
-
-        return parallel, parallel.place(self.variables), parallel.evaluate(apply)
+        return parallel, parallel.place(self.variables), parallel.evaluate(self.answer)
 
 
 def load(
@@ -103,10 +109,10 @@ def load(
     return Model(name, weights, loaded.model, loaded.variables, loaded.card, image_size, channels)
 
 
-def _batches(model: Model, data: Any, batch_size: int) -> Iterator[tuple[list[tuple[str, str | None]], dict]]:
+def _batches(model: Network, data: Any, batch_size: int) -> Iterator[tuple[list[tuple[str, str | None]], dict]]:
     """Yields pairs (name of an input, why it cannot be read, else None), and the outputs for those that can be read."""
     names, items = inputs.list_inputs(data, model.card)
-    parallel, variables, apply = model._compiled
+    parallel, variables, apply = model.compiled
     size, preprocess = parallel.round_up(min(batch_size, len(names))), make_preprocess(model.card)
 
     def read(i: int) -> np.ndarray | str:
@@ -165,7 +171,7 @@ def features(model: Any, data: Any, *, batch_size: int = 128) -> np.ndarray:
     return _whole(_model(model, head=False), data, batch_size)[FEATURES]
 
 
-def _whole(model: Model, data: Any, batch_size: int) -> dict[str, np.ndarray]:
+def _whole(model: Network, data: Any, batch_size: int) -> dict[str, np.ndarray]:
     found, batches = zip(*_batches(model, data, batch_size), strict=True)
     every = list(itertools.chain(*found))
     if bad := [f"{name}: {reason}" for name, reason in every if reason is not None]:
@@ -215,11 +221,12 @@ def match_labels(source: Source, spec: tasks.Spec, named: bool) -> np.ndarray:
     return np.array([ours.index(name) for name in theirs], np.int32)[source.labels] if subset else source.labels
 
 
-def _model(given: Any, head: bool = True) -> Model:
-    """The network of a Run, or the Model itself; ValueError for others, and for one without the head that is needed."""
+def _model(given: Any, head: bool = True) -> Network:
+    """The network of a Run, or the network itself; ValueError for others, and where the head that is needed is missing."""
     found = getattr(given, "model", given)
-    if not isinstance(found, Model):
-        raise ValueError(f"expected a model, as `load` gives it, or a run, as `fit` and `load_run` do; found {given!r}")
+    if not isinstance(found, Network):
+        expected = "a model, as `load` gives it, a run, as `fit` and `load_run` do, or what `load_export` gives"
+        raise ValueError(f"expected {expected}; found {given!r}")
     if head and not found.card.num_classes:
-        raise ValueError(f"{found.name} was loaded without a head: it has features, and no outputs")
+        raise ValueError(f"{found.card.model} was loaded without a head: it has features, and no outputs")
     return found

@@ -1,0 +1,187 @@
+"""An exported network: a folder with programs, weights and all that answering takes; a changed one is refused."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+import tl_jax
+from tl_jax.api.model import Model, Network
+from tl_jax.api.run import Run
+from tl_jax.core import files, trees
+from tl_jax.core.card import Card
+from tl_jax.core.checks import refuse
+from tl_jax.runtime import sharding
+from tl_jax.runtime.compile_cache import keep_compiled_programs
+from tl_jax.serving import onnx_file, program
+from tl_jax.weights import formats, quantize
+
+TABLE, WEIGHTS, GOLDEN, RUN = "export.json", "weights.safetensors", "golden.npz", "run.py"
+TRUST, ONNX = "trust.npz", "model.onnx"
+FORMAT = 1
+CLOSE = {"cpu": 1e-4, "gpu": 2e-2, "tpu": 5e-2}  # of the largest value; accelerators multiply with fewer digits
+CLOSE_HALF = 2e-2  # of networks that compute in half precision
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Exported(Network):
+    """An exported network, which `predict`, `outputs`, `features` and `evaluate` take as they take a run or a model."""
+
+    folder: pathlib.Path
+    table: dict[str, Any]  # export.json
+    card: Card
+    variables: dict[str, np.ndarray]  # {path: float32 array}
+
+    @functools.cached_property
+    def compiled(self) -> tuple[sharding.Parallel, Any, Callable]:
+        """As of a Model, on one device."""
+        keep_compiled_programs()
+        parallel, backend = sharding.make_parallel(devices=jax.devices()[:1]), jax.default_backend()
+        platform = "cpu" if backend == "cpu" else "accelerator"
+        names = self.table["programs"][platform]
+        data = {batch: (self.folder / name).read_bytes() for batch, name in names.items()}
+        return parallel, parallel.place(self.variables), program.compile_for(data, backend)
+
+
+def export(
+    network: Model | Run, out: str | os.PathLike, *, precision: str = "float32", onnx: bool = False
+) -> pathlib.Path:
+    """Writes a network into a new folder that runs it without this package.
+
+    program-*.stablehlo: uint8 pixels (or the rows of a table) in, normalisation inside, logits or values and features
+    out; for a CPU, and for CUDA and TPU; for any batch. weights.safetensors: what they take, in `precision`, one of
+    `quantize.PRECISIONS`; the programs compute with them as float32. export.json: card, class names, the sha256 of all
+    files. golden.npz: inputs and their outputs, which `load` compares. run.py: runs it with jax alone. What
+    `calibrate` left in the folder of a run comes along. LoRA is merged. jax can read programs for six months.
+    onnx: model.onnx too, which holds the weights as float32 numbers of that precision.
+    """
+    out, about = pathlib.Path(out), _facts(network) if isinstance(network, Run) else {}
+    if out.exists():
+        raise ValueError(f"{out} exists; expected a folder that is still to be made: remove it, or name another")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: there is no folder {out.parent}")
+    if onnx:
+        onnx_file.check_installed()
+    trust = network.folder / TRUST if isinstance(network, Run) else None
+    model = getattr(network, "model", network)
+    if not model.card.num_classes:
+        raise ValueError(f"{model.name} was loaded without a head: there is nothing to answer with")
+    leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(model.variables).items()}
+    packed = quantize.pack(leaves, precision)
+    part = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        part.mkdir()
+        formats.write_safetensors(part / WEIGHTS, packed, {"precision": precision})
+        names: dict[str, dict[str, str]] = {}
+        for platform, programs in program.trace(model).items():
+            names[platform] = {}
+            for batch, data in programs.items():
+                name = names[platform][batch] = f"program-{platform}-{batch}.stablehlo"
+                (part / name).write_bytes(data)
+        shutil.copyfile(pathlib.Path(tl_jax.__file__).parent / "assets/run_export.py", part / RUN)
+        if trust and trust.exists():
+            shutil.copyfile(trust, part / TRUST)
+        table = {
+            "format": FORMAT,
+            "tl_jax": tl_jax.__version__,
+            "jax": jax.__version__,
+            "card": json.loads(model.card.replace(class_names=model.spec.class_names).to_json()),
+            "input": {"shape": ["batch", *model.card.shape], "type": program.input_type(model.card).name},
+            "precision": precision,
+            "half": np.dtype(model.module.dtype).itemsize < 4,
+            "programs": names,
+            "compiler_options": sharding.OPTIONS,
+            "run": about,
+        }
+        stored = quantize.unpack(packed)
+        inputs, outputs = _write_golden(part, Exported(part, table, _card(table), stored))
+        if onnx:
+            onnx_file.write(dataclasses.replace(model, variables=trees.unflatten(stored)), part / ONNX, inputs, outputs)
+        files.write_json(part / TABLE, {**table, "sha256": _hashes(part)})
+        with files.writing(out):
+            os.rename(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """What the folder says of the run that it comes from."""
+    result = run.result
+    kept = ("model", "method", "data", "split", "step", "weights_sha256", "metrics")
+    return {"folder": str(run.folder), **{key: result[key] for key in kept if key in result}}
+
+
+def _hashes(folder: pathlib.Path) -> dict[str, str]:
+    return {path.name: files.sha256(path) for path in sorted(folder.iterdir()) if path.name != TABLE}
+
+
+def _card(table: Mapping[str, Any]) -> Card:
+    return Card.from_json(json.dumps(table["card"]))
+
+
+def _write_golden(folder: pathlib.Path, exported: Exported) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Writes and gives two inputs of noise, no example of anybody's data, and their outputs."""
+    shape, rng = (2, *exported.card.shape), np.random.default_rng(0)
+    kind = program.input_type(exported.card)
+    noise = rng.integers(0, 256, shape, np.uint8) if kind == np.uint8 else rng.random(shape, np.float32)
+    inputs = noise * np.float32(exported.card.divisor) if kind != np.uint8 else noise
+    outputs = run(exported, inputs)
+    bad = [f"{name}: {np.sum(~np.isfinite(x))} of {x.size}" for name, x in outputs.items() if not np.isfinite(x).all()]
+    refuse("outputs of the exported network that are not finite", bad)
+    with files.atomic_write(folder / GOLDEN) as file:
+        np.savez(file, inputs=inputs, **outputs)
+    return inputs, outputs
+
+
+def run(exported: Exported, inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """The outputs and features of one batch of inputs, [B, *card.shape]."""
+    parallel, variables, apply = exported.compiled
+    return jax.device_get(apply(variables, parallel.put_batch(inputs)))
+
+
+def is_export(folder: str | os.PathLike) -> bool:
+    """Whether a folder is one that `export` wrote."""
+    return (pathlib.Path(folder) / TABLE).is_file()
+
+
+def load(folder: str | os.PathLike) -> Exported:
+    """Loads what `export` wrote; one ValueError for all that is not as it was exported, by hash or by golden output."""
+    folder = pathlib.Path(folder)
+    if not is_export(folder):
+        raise ValueError(f"{folder} is no exported network: there is no {TABLE} in it")
+    table = files.read_json(folder / TABLE)
+    if table.get("format") != FORMAT:
+        raise ValueError(f"{folder / TABLE} has format {table.get('format')}, expected {FORMAT}: export the run again")
+    there, wrong = {path.name for path in folder.iterdir() if path.is_file()}, []
+    for name, expected in table["sha256"].items():
+        found = files.sha256(folder / name) if name in there else "no file"
+        if found != expected:
+            wrong.append(f"{name}: found {found[:12]}, expected {expected[:12]}")
+    refuse(f"{folder} is not as it was exported, by the sha256 in {TABLE}; copy it again", wrong)
+    tensors, _ = formats.read(folder / WEIGHTS)
+    exported = Exported(folder, table, _card(table), quantize.unpack(tensors))
+    _check_golden(exported)
+    return exported
+
+
+def _check_golden(exported: Exported) -> None:
+    try:
+        with np.load(exported.folder / GOLDEN, allow_pickle=False) as golden:
+            arrays = dict(golden)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{exported.folder / GOLDEN} is damaged ({error}); copy the folder again") from None
+    limit, wrong = max(CLOSE[jax.default_backend()], CLOSE_HALF * exported.table["half"]), []
+    for name, found in run(exported, arrays.pop("inputs")).items():
+        largest = np.abs(arrays[name]).max()
+        if not (error := np.abs(found - arrays[name]).max()) <= limit * largest:
+            wrong.append(f"{name}: off by {error:.2g}, and the largest value is {largest:.2g}")
+    refuse(f"{exported.folder} computes other outputs here than where it was exported (limit {limit:g})", wrong)
