@@ -222,7 +222,7 @@ def match_labels(source: Source, spec: tasks.Spec, named: bool) -> np.ndarray:
 
 
 def _model(given: Any, head: bool = True) -> Network:
-    """The network of a Run, or the network itself; ValueError for others, and where the head that is needed is missing."""
+    """The network of a Run, or the network itself; ValueError for others, and for one that lacks the head it needs."""
     found = getattr(given, "model", given)
     if not isinstance(found, Network):
         expected = "a model, as `load` gives it, a run, as `fit` and `load_run` do, or what `load_export` gives"

@@ -35,7 +35,7 @@ def write(network: Model, path: pathlib.Path, inputs: np.ndarray, outputs: Mappi
         shape = jax.ShapeDtypeStruct(("B", *network.card.shape), inputs.dtype)
         names = sorted(outputs)
         try:
-            with convolve.traced_for("onnx"):
+            with convolve.traced_for("onnx"), jax.numpy_rank_promotion("allow"):  # jax2onnx adds biases so
                 found = to_onnx(
                     lambda x: tuple(network.answer(network.variables, x)[name] for name in names), [shape],
                     input_names=["inputs"], output_names=names, model_name=network.card.model,
