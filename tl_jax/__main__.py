@@ -143,6 +143,13 @@ def export(args: Args) -> None:
     )
 
 
+def serve(args: Args) -> None:
+    from tl_jax.serving import server
+
+    limits = {name: getattr(args, name) for name in server.Limits._fields}
+    server.serve(args.folder, args.host, args.port, server.Limits(**limits))
+
+
 def pack(args: Args) -> None:
     from tl_jax.data.readers import pack as packing
 
@@ -209,6 +216,7 @@ def one(check: checks.Check, kind: Callable[[str], Any] = int) -> Callable[[str]
 
 
 _COUNT, _SIZE = one(checks.integer(1, 10**6)), one(checks.integer(1, 2**14))
+_COUNT_LARGE = one(checks.integer(1, 2**31))
 _PIXELS = one(PIXELS, lambda text: tuple(map(int, text.split("x"))) if "x" in text else int(text))
 _WORKERS = one(checks.integer(0, 1024))
 _SHARE = one(checks.number(0, 1, above=True, below=True), float)
@@ -290,6 +298,16 @@ COMMANDS = {
         arg("--base", help="where the weights that the run began with lie now, for adapters and prompts"),
         arg("--precision", default="float32", help="of the stored weights: float32 | bfloat16 | int8"),
         arg("--onnx", action="store_true", help="an ONNX file too; needs requirements-onnx.txt"),
+    )),
+    serve: ("answer requests with an exported network over HTTP, and a page to try it", (
+        arg("folder", help="what export wrote"),
+        arg("--host", default="127.0.0.1", help="0.0.0.0 answers other machines too, whoever they are"),
+        arg("--port", type=one(checks.integer(0, 65535)), default=8000, help="0: any free one, which is printed"),
+        arg("--body", type=_COUNT_LARGE, default=20 * 2**20, help="most bytes of a request"),
+        arg("--pixels", type=_COUNT_LARGE, default=40_000_000, help="most pixels of an image"),
+        arg("--examples", type=_COUNT, default=32, help="most examples of a request"),
+        arg("--queue", type=_COUNT, default=64, help="most examples on their way; more are refused with 429"),
+        arg("--seconds", type=one(checks.number(0, 3600, above=True), float), default=30.0, help="until an answer"),
     )),
     pack: ("decode and resize images once, for the source packed:FOLDER", (
         arg("source", help="such as folder:PATH, see docs/data.md"),

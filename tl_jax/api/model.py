@@ -23,7 +23,7 @@ from tl_jax.core.card import Card
 from tl_jax.core.messages import listed
 from tl_jax.data.examples import Source
 from tl_jax.data.image import decode
-from tl_jax.data.image.augment import make_preprocess
+from tl_jax.data.image.augment import Preprocess, make_preprocess
 from tl_jax.data.pipeline import THREADS
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
@@ -109,6 +109,17 @@ def load(
     return Model(name, weights, loaded.model, loaded.variables, loaded.card, image_size, channels)
 
 
+def read_input(item: Any, card: Card, preprocess: Preprocess) -> np.ndarray:
+    """An image (a path, encoded bytes, an array) or the values of a row, as the network takes it, [*card.shape].
+
+    Raises ValueError or OSError for what cannot be read.
+    """
+    if card.input == "table":
+        return np.asarray(item, np.float32)
+    with decode.reading(item.read_bytes() if isinstance(item, pathlib.Path) else item, card.form) as image:
+        return np.asarray(preprocess(image))
+
+
 def _batches(model: Network, data: Any, batch_size: int) -> Iterator[tuple[list[tuple[str, str | None]], dict]]:
     """Yields pairs (name of an input, why it cannot be read, else None), and the outputs for those that can be read."""
     names, items = inputs.list_inputs(data, model.card)
@@ -117,11 +128,7 @@ def _batches(model: Network, data: Any, batch_size: int) -> Iterator[tuple[list[
 
     def read(i: int) -> np.ndarray | str:
         try:
-            if model.card.input == "table":
-                return np.asarray(items[i], np.float32)
-            item = items[i].read_bytes() if isinstance(items[i], pathlib.Path) else items[i]
-            with decode.reading(item, model.card.form) as image:
-                return np.asarray(preprocess(image))
+            return read_input(items[i], model.card, preprocess)
         except (ValueError, OSError) as error:
             return str(error)
 
