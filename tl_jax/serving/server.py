@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import h11
 import numpy as np
 import prometheus_client
 import uvicorn
@@ -22,6 +23,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import tl_jax
 from tl_jax.api.model import read_input
@@ -34,6 +36,7 @@ from tl_jax.tasks import answers
 from tl_jax.training.steps import FEATURES
 
 SIZES = (1, 2, 4, 8)  # of batches, all compiled before the first request
+HEAD = 5.0  # seconds
 READERS = 2  # threads that decode images
 PAGE = pathlib.Path(tl_jax.__file__).parent / "assets/serve.html"
 TAKEN = 'an image (image/*), images (multipart/form-data) or JSON {"inputs": [...]} (application/json)'
@@ -272,6 +275,33 @@ def _row(given: Any, columns: Sequence[str]) -> Any:
     return [given[name] for name in columns]
 
 
+class Connection(H11Protocol):
+    """Closes a connection that takes more than HEAD seconds for the head of a request, which uvicorn waits for."""
+
+    timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        if self.timer:
+            self.timer.cancel()
+
+    def _watch(self) -> None:
+        waiting = self.conn.their_state is h11.IDLE
+        if waiting and self.timer is None:
+            self.timer = self.loop.call_later(HEAD, self.transport.close)
+        elif not waiting and self.timer:
+            self.timer.cancel()
+            self.timer = None
+
+
 class Announced(uvicorn.Server):
     """Says where it listens when it does."""
 
@@ -288,19 +318,21 @@ def serve(folder: str, host: str, port: int, limits: Limits) -> None:
         server = Server(tl_jax.load_export(folder), limits)
         print(f"{folder}: compiling for batches of {', '.join(map(str, SIZES))}", flush=True)
         config = uvicorn.Config(
-            server.app, log_level="warning", access_log=False, lifespan="on", http="h11", timeout_keep_alive=5,
-            timeout_graceful_shutdown=int(limits.seconds) + 5,
+            server.app, log_level="error", access_log=False, lifespan="on", http=Connection, server_header=False,
+            timeout_keep_alive=5, timeout_graceful_shutdown=int(limits.seconds) + 5,
         )  # fmt: skip
         Announced(config).run(sockets=[bound])
 
 
 def _bound(host: str, port: int) -> socket.socket:
     """A socket that does not listen yet; OSError names the address, before the network is loaded."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port") from None
+    with contextlib.ExitStack() as on_error:
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            bound = on_error.enter_context(socket.socket(family, kind))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port") from None
+        on_error.pop_all()
     return bound
