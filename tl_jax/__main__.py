@@ -136,7 +136,7 @@ def export(args: Args) -> None:
     if len(args.what) != (1 if args.weights else 2):
         raise ValueError("expected RUN OUT, or --model NAME --weights FILE OUT")
     network = tl_jax.load(args.model, args.weights) if args.weights else tl_jax.load_run(args.what[0], args.base)
-    out = tl_jax.export(network, args.what[-1], precision=args.precision, onnx=args.onnx)
+    out = tl_jax.export(network, args.what[-1], precision=args.precision, onnx=args.onnx, examples=args.examples)
     sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     print(
         "\n".join([*(f"{size:>13,} {out / name}" for name, size in sizes.items()), f"{sum(sizes.values()):>13,} bytes"])
@@ -297,6 +297,8 @@ COMMANDS = {
         arg("--weights", default="", help="instead of RUN: a weight file, with its own head"),
         arg("--base", help="where the weights that the run began with lie now, for adapters and prompts"),
         arg("--precision", default="float32", help="of the stored weights: float32 | bfloat16 | int8"),
+        arg("--examples", type=one(checks.integer(0, 10**6)), default=0,
+            help="of the training data, with small pictures, for the page of `serve` to show the nearest"),
         arg("--onnx", action="store_true", help="an ONNX file too; needs requirements-onnx.txt"),
     )),
     serve: ("answer requests with an exported network over HTTP, and a page to try it", (

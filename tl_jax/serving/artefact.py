@@ -21,11 +21,11 @@ from tl_jax.core.card import Card
 from tl_jax.core.checks import refuse
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
-from tl_jax.serving import onnx_file, program
+from tl_jax.serving import neighbours, onnx_file, program
 from tl_jax.weights import formats, quantize
 
 TABLE, WEIGHTS, GOLDEN, RUN = "export.json", "weights.safetensors", "golden.npz", "run.py"
-TRUST, ONNX = "trust.npz", "model.onnx"
+TRUST, ONNX, EXAMPLES = "trust.npz", "model.onnx", "examples.npz"
 FORMAT = 1
 CLOSE = {"cpu": 1e-4, "gpu": 2e-2, "tpu": 5e-2}  # of the largest value; accelerators multiply with fewer digits
 CLOSE_HALF = 2e-2  # of networks that compute in half precision
@@ -52,7 +52,7 @@ class Exported(Network):
 
 
 def export(
-    network: Model | Run, out: str | os.PathLike, *, precision: str = "float32", onnx: bool = False
+    network: Model | Run, out: str | os.PathLike, *, precision: str = "float32", onnx: bool = False, examples: int = 0
 ) -> pathlib.Path:
     """Writes a network into a new folder that runs it without this package.
 
@@ -61,13 +61,16 @@ def export(
     `quantize.PRECISIONS`; the programs compute with them as float32. export.json: card, class names, the sha256 of all
     files. golden.npz: inputs and their outputs, which `load` compares. run.py: runs it with jax alone. What
     `calibrate` left in the folder of a run comes along. LoRA is merged. jax can read programs for six months.
-    onnx: model.onnx too, which holds the weights as float32 numbers of that precision.
+    onnx: model.onnx too, which holds the weights as float32 numbers of that precision. examples: how many examples of
+    the training data are packed with small pictures and features, of which the server shows the nearest.
     """
     out, about = pathlib.Path(out), _facts(network) if isinstance(network, Run) else {}
     if out.exists():
         raise ValueError(f"{out} exists; expected a folder that is still to be made: remove it, or name another")
     if not out.parent.is_dir():
         raise ValueError(f"{out}: there is no folder {out.parent}")
+    if examples and not isinstance(network, Run):
+        raise ValueError(f"examples={examples} are of the data of a run; a weight file has none")
     if onnx:
         onnx_file.check_installed()
     trust = network.folder / TRUST if isinstance(network, Run) else None
@@ -87,6 +90,8 @@ def export(
                 name = names[platform][batch] = f"program-{platform}-{batch}.stablehlo"
                 (part / name).write_bytes(data)
         shutil.copyfile(pathlib.Path(tl_jax.__file__).parent / "assets/run_export.py", part / RUN)
+        if examples:
+            neighbours.save(part / EXAMPLES, neighbours.collect(network, examples))
         if trust and trust.exists():
             shutil.copyfile(trust, part / TRUST)
         table = {

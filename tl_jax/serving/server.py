@@ -30,13 +30,14 @@ from tl_jax.api.model import read_input
 from tl_jax.core.messages import brief
 from tl_jax.data.image import decode
 from tl_jax.data.image.augment import make_preprocess
-from tl_jax.serving import artefact, program
+from tl_jax.serving import artefact, neighbours, program
 from tl_jax.serving.batches import Batcher, Busy
 from tl_jax.tasks import answers
 from tl_jax.training.steps import FEATURES
 
 SIZES = (1, 2, 4, 8)  # of batches, all compiled before the first request
 HEAD = 5.0  # seconds
+NEAREST = 20  # training examples that are shown at most
 READERS = 2  # threads that decode images
 PAGE = pathlib.Path(tl_jax.__file__).parent / "assets/serve.html"
 TAKEN = 'an image (image/*), images (multipart/form-data) or JSON {"inputs": [...]} (application/json)'
@@ -83,6 +84,8 @@ class Server:
     def __init__(self, network: artefact.Exported, limits: Limits):
         self.network, self.limits, self.ready = network, limits, False
         self.preprocess = make_preprocess(network.card) if network.card.input == "image" else None
+        examples = network.folder / artefact.EXAMPLES
+        self.examples = neighbours.load(examples) if examples.exists() else None
         self.batcher = Batcher(lambda x: artefact.run(network, x), SIZES, limits.queue)
         self.counts = Counts(lambda: self.batcher.pending)
         self.readers = ThreadPoolExecutor(READERS)
@@ -138,11 +141,12 @@ class Server:
         return handle
 
     async def predict(self, request: Request) -> dict[str, Any]:
+        count = _count(request.query_params.get("nearest", "0"))
         items = await self._items(request, await self._body(request))
         if not 1 <= len(items) <= self.limits.examples:
             raise Refused(413 if items else 400, f"{len(items)} inputs, expected 1 to {self.limits.examples}")
         with self.batcher.admitted(len(items)):
-            rows = await asyncio.gather(*(self._answer(*item) for item in items))
+            rows = await asyncio.gather(*(self._answer(*item, count) for item in items))
         if all("error" in row for row in rows):
             raise Refused(400, "; ".join(f"{row['file']}: {row['error']}" for row in rows))
         return {"model": self.network.card.model, "answers": rows}
@@ -190,14 +194,17 @@ class Server:
             items.append((value.filename or name, await value.read()))
         return items
 
-    async def _answer(self, name: str, item: Any) -> answers.Row:
+    async def _answer(self, name: str, item: Any, count: int) -> answers.Row:
         reading = asyncio.get_running_loop().run_in_executor(self.readers, self._read, item)
         try:
             outputs = {key: value[None] for key, value in (await self.batcher(reading)).items()}
         except ValueError as error:
             return {"file": name, "error": str(error)}
-        outputs.pop(FEATURES)
-        return {"file": name, **answers.answers(self.network.spec, outputs)[0]}
+        features = outputs.pop(FEATURES)
+        row = {"file": name, **answers.answers(self.network.spec, outputs)[0]}
+        if self.examples and count:
+            row["nearest"] = neighbours.nearest(self.examples, features[0], count)
+        return row
 
     def _read(self, item: Any) -> np.ndarray:
         card = self.network.card
@@ -244,6 +251,12 @@ def _json_items(body: bytes, card: Any) -> list[tuple[str, Any]]:
         return [(str(i), _array(x, card)) for i, x in enumerate(inputs)]
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise Refused(400, f"no sound JSON ({type(error).__name__}: {str(error)[:300]})") from None
+
+
+def _count(text: str) -> int:
+    if not (len(text) <= 4 and text.isascii() and text.isdecimal() and int(text) <= NEAREST):
+        raise Refused(400, f"nearest={brief(text)}: expected 0 to {NEAREST}")
+    return int(text)
 
 
 def _no_number(name: str) -> None:
