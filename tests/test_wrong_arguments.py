@@ -21,6 +21,9 @@ WRONG = ("", "nowhere", f"{ABSENT}/at/all", "a" * 300, "/proc/self/mem", "hf://"
 OPTIONS = {
     **dict.fromkeys(("--resamples", "--batch-size", "--alphas", "--size", "--top", "--folds"), SMALL),
     "--image-size": ("-1", "x", "1000000000"),
+    **dict.fromkeys(("--coverage", "--keep"), ("0", "1", "nan", "x", "0.99999")),
+    **dict.fromkeys(("--sets", "--ood"), ("x", "energy,knn")),
+    "--abstain": ("x", "ood,x"),
     "--level": ("0", "1", "2", "nan", "-1", "x", ""),
     "--seed": ("-1", "x", "9" * 400),
     "--workers": ("-1", "x", "1000000000"),
@@ -71,6 +74,7 @@ def valid(place):
     return {
         "predict": [run, f"{images}/a/1.png"],
         "evaluate": [run, "digits"],
+        "calibrate": [run],
         "metrics": [f"{run}/predictions.npz"],
         "classic": [f"--source=arrays:{place}/source.npz", f"--target=arrays:{place}/target.npz", "--method=coral"],
         "labels": [run],
@@ -89,6 +93,7 @@ def harmless(argv):
     name, (flag, value) = argv[0], argv[-1].split("=", 1)
     taken = {
         ("predict", "--weights", value),
+        ("calibrate", "--weights", value),
         ("soup", "--out", "x.txt"),
         ("wise_ft", "--out", "x.txt"),
         ("labels", "--out", "x.txt"),

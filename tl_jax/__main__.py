@@ -89,6 +89,12 @@ def evaluate(args: Args) -> None:
     _print_metrics(tl_jax.summarize(found, resamples=args.resamples), args.json)
 
 
+def calibrate(args: Args) -> None:
+    reasons = tuple(filter(None, args.abstain.split(",")))
+    names = ("split", "coverage", "sets", "ood", "keep", "batch_size")
+    print(tl_jax.load_run(args.run, args.weights).calibrate(abstain=reasons, **{x: getattr(args, x) for x in names}))
+
+
 def metrics(args: Args) -> None:
     file = pathlib.Path(args.file)
     if (file.parent / manifest.NAME).exists() and file.match("predictions*.npz"):  # of a finished run
@@ -248,6 +254,17 @@ COMMANDS = {
         arg("--labels", default="", help="label columns, with commas, of csv: and table: sources"),
         arg("--out", default="", help="write the predictions to this .npz file too"),
         *_SHOWN, _BATCH,
+    )),
+    calibrate: ("fit what a finished run's answers are worth on its own val; predict then tells it", (
+        arg("run", help="the folder of the run"),
+        arg("--split", default="val", help="labelled examples of the run that it was not trained on"),
+        arg("--coverage", type=_SHARE, default=0.9, help="how often sets and intervals hold the truth"),
+        arg("--sets", choices=["lac", "aps"], default="lac", help="see docs/trust.md, as for the following"),
+        arg("--ood", choices=["mahalanobis", "knn", "energy", "none"], default="mahalanobis", help="the score"),
+        arg("--keep", type=_SHARE, default=0.95, help="the share in distribution that its threshold keeps"),
+        arg("--abstain", default="ood,set", help="where: ood, set, both with a comma, or '' for nowhere"),
+        arg("--weights", help="where the weights that the run began with lie now, for adapters and prompts"),
+        _BATCH,
     )),
     metrics: ("the metrics of a predictions.npz", (
         arg("file", help="predictions.npz of a run"),

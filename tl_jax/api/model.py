@@ -28,7 +28,7 @@ from tl_jax.data.pipeline import THREADS
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.runtime.log import shows_bar
-from tl_jax.tasks import answers
+from tl_jax.tasks import answers, trust
 from tl_jax.training.steps import FEATURES, normalise
 from tl_jax.weights import load as pretrained
 
@@ -150,10 +150,12 @@ def _batches(model: Network, data: Any, batch_size: int) -> Iterator[tuple[list[
 
 def stream(model: Any, data: Any, batch_size: int = 128) -> Iterator[answers.Row]:
     """What `predict` gives, row by row; only one batch is held."""
-    own = _model(model)
+    own, fitted = _model(model), getattr(model, "trust", None)
     for found, outputs in _batches(own, data, batch_size):
-        outputs.pop(FEATURES, None)
-        rows = iter(answers.answers(own.spec, outputs) if outputs else ())
+        read = outputs.pop(FEATURES, None)
+        rows = answers.answers(own.spec, outputs) if outputs else []
+        further = trust.judge(fitted, outputs, read, own.spec) if fitted and outputs else [{} for _ in rows]
+        rows = iter([row | more for row, more in zip(rows, further, strict=True)])
         yield from ({"file": name, **(next(rows) if bad is None else {"error": bad})} for name, bad in found)
 
 
@@ -162,7 +164,7 @@ def predict(model: Any, data: Any, *, batch_size: int = 128) -> list[answers.Row
 
     model: a Model or a Run. data: a folder, a file or a sequence of them, images [N, H, W, C] or a list of them,
     or a Dataset; of a network that reads a table, a .csv file or rows [N, F]. What cannot be read has a row {"file",
-    "error"}.
+    "error"}. Of a Run that was calibrated the rows have what `tasks.trust.judge` adds.
     """
     return list(stream(model, data, batch_size))
 
@@ -194,7 +196,8 @@ def score(
     known = {"labels": labels or getattr(model, "labels", ()), "cuts": getattr(model, "cuts", None)}
     source = inputs.load_labelled(data, split, own.card, **known)
     found = _whole(own, source, batch_size)
-    matched, read = match_labels(source, own.spec, named=bool(own.card.class_names)), found.pop(FEATURES)
+    matched = None if source.sealed else match_labels(source, own.spec, named=bool(own.card.class_names))
+    read = found.pop(FEATURES)
     return tasks.make_predictions(found, matched, source.ids, own.spec, read, source.groups)
 
 
