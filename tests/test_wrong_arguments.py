@@ -17,7 +17,7 @@ GLYPHS = "builtin:glyphs"
 ABSENT = "/proc/nowhere"  # where nothing can be made, even by root
 SMALL = ("0", "-1", "x", "", "1e9", "nan", "1000000000000", "9" * 400)
 WRONG = ("", "nowhere", f"{ABSENT}/at/all", "a" * 300, "/proc/self/mem", "hf://", "builtin:x", "folder:", "digit",
-         "csv:", "a/b/c", "é\ud800", "-", "~nobody/x")  # fmt: skip
+         "csv:", "a/b/c", "é\udcff", "-", "~nobody/x")  # fmt: skip
 OPTIONS = {
     **dict.fromkeys(("--resamples", "--batch-size", "--alphas", "--size", "--top", "--folds"), SMALL),
     "--image-size": ("-1", "x", "1000000000"),
@@ -48,6 +48,7 @@ OPTIONS = {
     "--arg": ("x", "k=", "pca.k=-1", "nope=1"),
     "--shots": ("-1", "x", "9" * 400),
     "--run": ("nowhere", ABSENT),
+    "--on": ("x",),
     "--model": ("x", "resnet18"),
 }
 
@@ -78,6 +79,7 @@ def valid(place):
         "metrics": [f"{run}/predictions.npz"],
         "classic": [f"--source=arrays:{place}/source.npz", f"--target=arrays:{place}/target.npz", "--method=coral"],
         "labels": [run],
+        "drift": [f"{run}/predictions.npz", f"{run}/predictions.npz"],
         "inspect": [GLYPHS],
         "convert": ["resnet8_cifar", GLYPHS, str(place / "out.safetensors")],
         "pack": [f"folder:{images}", str(place / "packed")],

@@ -126,6 +126,13 @@ def labels(args: Args) -> None:
     suspects(args.run, args.out, folds=args.folds, seed=args.seed, top=args.top, splits=splits, label=args.label)
 
 
+def drift(args: Args) -> None:
+    from tl_jax.serving import drift_page
+
+    _check_out(args.out, ".html")
+    drift_page.run(args)
+
+
 def inspect(args: Args) -> None:
     print(tl_jax.inspect(args.source))
 
@@ -298,6 +305,14 @@ COMMANDS = {
         arg("--top", type=_COUNT, default=50, help="how many are listed, suspects or not"),
         arg("--splits", default="", help="names with commas, such as train,val; default: all that the run names"),
         arg("--label", default="", help="which label of a multilabel task"),
+    )),
+    drift: ("have the inputs of a network changed? tests without labels, and one page with figures", (
+        arg("reference", help="predictions.npz of a run, a server's log .jsonl, or inputs as of predict, with --run"),
+        arg("new", help="the same kinds; its labels are not read"),
+        arg("--run", default="", help="the folder of the run that answers inputs, and that could be trained again"),
+        arg("--on", choices=["features", "outputs"], default="", help="what is compared; default: features if known"),
+        arg("--out", default="", help="write a page to this .html file"),
+        _BATCH,
     )),
     inspect: ("list a weight file's tensors, and what it fits or is near to; timm: lists known files", (_WEIGHTS,)),
     convert: ("write a weight file as safetensors with a card", (

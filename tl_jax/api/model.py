@@ -180,6 +180,14 @@ def features(model: Any, data: Any, *, batch_size: int = 128) -> np.ndarray:
     return _whole(_model(model, head=False), data, batch_size)[FEATURES]
 
 
+def observe(model: Any, data: Any, *, batch_size: int = 128) -> tasks.Predictions:
+    """Outputs and features for inputs as in `predict`, without labels; ValueError names the unreadable."""
+    own = _model(model)
+    names, found = inputs.list_inputs(data, own.card)[0], _whole(own, data, batch_size)
+    read = found.pop(FEATURES)
+    return tasks.make_predictions(found, None, names, own.spec, read)
+
+
 def _whole(model: Network, data: Any, batch_size: int) -> dict[str, np.ndarray]:
     found, batches = zip(*_batches(model, data, batch_size), strict=True)
     every = list(itertools.chain(*found))

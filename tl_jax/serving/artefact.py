@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import tl_jax
 from tl_jax.api.model import Model, Network
 from tl_jax.api.run import Run
 from tl_jax.core import files, trees
@@ -26,6 +25,7 @@ from tl_jax.weights import formats, quantize
 
 TABLE, WEIGHTS, GOLDEN, RUN = "export.json", "weights.safetensors", "golden.npz", "run.py"
 TRUST, ONNX, EXAMPLES = "trust.npz", "model.onnx", "examples.npz"
+ASSET = pathlib.Path(__file__).parents[1] / "assets/run_export.py"
 FORMAT = 1
 CLOSE = {"cpu": 1e-4, "gpu": 2e-2, "tpu": 5e-2}  # of the largest value; accelerators multiply with fewer digits
 CLOSE_HALF = 2e-2  # of networks that compute in half precision
@@ -89,14 +89,13 @@ def export(
             for batch, data in programs.items():
                 name = names[platform][batch] = f"program-{platform}-{batch}.stablehlo"
                 (part / name).write_bytes(data)
-        shutil.copyfile(pathlib.Path(tl_jax.__file__).parent / "assets/run_export.py", part / RUN)
+        shutil.copyfile(ASSET, part / RUN)
         if examples:
             neighbours.save(part / EXAMPLES, neighbours.collect(network, examples))
         if trust and trust.exists():
             shutil.copyfile(trust, part / TRUST)
         table = {
             "format": FORMAT,
-            "tl_jax": tl_jax.__version__,
             "jax": jax.__version__,
             "card": json.loads(model.card.replace(class_names=model.spec.class_names).to_json()),
             "input": {"shape": ["batch", *model.card.shape], "type": program.input_type(model.card).name},

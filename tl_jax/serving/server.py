@@ -25,7 +25,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-import tl_jax
 from tl_jax.api.model import read_input
 from tl_jax.core.messages import brief
 from tl_jax.data.image import decode
@@ -39,7 +38,7 @@ SIZES = (1, 2, 4, 8)  # of batches, all compiled before the first request
 HEAD = 5.0  # seconds
 NEAREST = 20  # training examples that are shown at most
 READERS = 2  # threads that decode images
-PAGE = pathlib.Path(tl_jax.__file__).parent / "assets/serve.html"
+PAGE = pathlib.Path(__file__).parents[1] / "assets/serve.html"
 TAKEN = 'an image (image/*), images (multipart/form-data) or JSON {"inputs": [...]} (application/json)'
 
 
@@ -224,7 +223,7 @@ class Server:
 
     async def metadata(self, request: Request) -> Response:
         table = self.network.table
-        about = {key: table[key] for key in ("card", "input", "precision", "run", "tl_jax", "jax")}
+        about = {key: table[key] for key in ("card", "input", "precision", "run", "jax")}
         return _json({**about, "sha256": table["sha256"][artefact.WEIGHTS], "limits": self.limits._asdict()})
 
     async def metrics(self, request: Request) -> Response:
@@ -328,7 +327,7 @@ class Announced(uvicorn.Server):
 def serve(folder: str, host: str, port: int, limits: Limits) -> None:
     """Serves an exported network until SIGTERM or Ctrl-C, which answer first what was taken; port 0: any free one."""
     with contextlib.closing(_bound(host, port)) as bound:
-        server = Server(tl_jax.load_export(folder), limits)
+        server = Server(artefact.load(folder), limits)
         print(f"{folder}: compiling for batches of {', '.join(map(str, SIZES))}", flush=True)
         config = uvicorn.Config(
             server.app, log_level="error", access_log=False, lifespan="on", http=Connection, server_header=False,

@@ -58,7 +58,9 @@ def main(argv: Sequence[str], program: Sequence[str] = ("launch.py",)) -> int:
 
 
 def read_config(text: str, items: Sequence[str] = ()) -> ConfigDict:
-    """The locked config of "FILE" or "FILE:ARGUMENT", a python file with get_config, with items "option=value" set.
+    """The locked config of "FILE" or "FILE:ARGUMENT", with items "option=value" set.
+
+    FILE is a python file with get_config, or the config.json of a run, which is that run again.
 
     Raises FileNotFoundError with the nearest name, and ValueError that lists every item that does not fit.
     """
@@ -67,6 +69,8 @@ def read_config(text: str, items: Sequence[str] = ()) -> ConfigDict:
     if not path.is_file():
         near = messages.nearest(name, map(str, path.parent.glob("*.py")))
         raise FileNotFoundError(f"there is no config {name}{near}")
+    if path.suffix == ".json" and not colon:
+        return options.parse(options.read(path), items)
     spec = importlib.util.spec_from_file_location("tl_jax_config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -139,7 +143,7 @@ def make_parser() -> argparse.ArgumentParser:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "exit_on_error": False}
     parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, **style)
     add = parser.add_argument
-    add("--config", metavar="FILE[:ARGUMENT]", help="the experiment: a python file with get_config, and its argument")
+    add("--config", metavar="FILE[:ARGUMENT]", help="a python file with get_config, and its argument, or a config.json")
     add("--study", metavar="FOLDER[:ARGUMENT]", help="the study: the folder of a study.py with get_study")
     add("--workdir", help="where everything is written; default: workdirs/NAME")
     add("--launcher", default="local", choices=["local", "slurm", "tpu", "gke"], help="where the work is done")
