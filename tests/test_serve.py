@@ -21,9 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image
-from test_face import IMAGES
+from test_face import IMAGES, LABELS, QUICK
 
 import tl_jax
+from tl_jax import __main__ as command
 from tl_jax.serving import artefact
 from tl_jax.serving.batches import Batcher, Busy
 
@@ -189,8 +190,6 @@ def test_the_other_routes_tell_about_the_network_and_its_work(server, folder):
 
 
 def test_an_address_that_is_taken_is_one_line_before_the_network_is_loaded(server, folder, capsys):
-    from tl_jax import __main__ as command
-
     assert command.main(["serve", str(folder), "--host", "203.0.113.1"]) == 2
     assert "cannot listen on 203.0.113.1:8000" in capsys.readouterr().err
 
@@ -353,6 +352,45 @@ def test_malformed_requests_crash_nothing_and_write_nothing(count, start, folder
     after = {path: path.stat().st_mtime_ns for path in cwd.rglob("*") if "compiled" not in path.parts}
     assert after == before
     server.stop()
+
+
+@pytest.mark.slow
+def test_a_served_run_says_how_far_to_trust_it_shows_the_nearest_and_raises_an_alarm(start, tmp_path, capsys):
+    splits = {"train": (IMAGES[:600], LABELS[:600]), "val": (IMAGES[600:900], LABELS[600:900])}
+    splits["test"] = (IMAGES[900:1300], LABELS[900:1300])
+    model = tl_jax.load("resnet8_cifar", "builtin:glyphs", image_size=16)
+    run = tl_jax.fit(model, splits, epochs=1, workdir=tmp_path / "w", changes=QUICK, verbose=False)
+    run.calibrate()
+    folder = tl_jax.export(run, tmp_path / "out", examples=50)
+    log = tmp_path / "log.jsonl"
+    server = start(folder, tmp_path, "--log", log)
+    expected = run.predict(IMAGES[1300:1302])
+    _, found = server.predict(json.dumps({"inputs": IMAGES[1300:1302].tolist()}), "application/json")
+    for row, its in zip(found["answers"], expected, strict=True):
+        assert {key: row[key] for key in ("class", "set", "ood", "abstain")} == {
+            key: its[key] for key in ("class", "set", "ood", "abstain")
+        }
+        assert row["calibrated"] == pytest.approx(its["calibrated"], rel=1e-4) and "nearest" not in row
+    near = json.loads(server.ask("POST", "/predict?nearest=3", png(IMAGES[0]), "image/png")[1])["answers"][0]["nearest"]
+    assert len(near) == 3 and near[0]["similarity"] >= near[1]["similarity"]
+    assert near[0]["image"].startswith("data:image/jpeg;base64,")
+    for many in ("21", "-1", "x", "9" * 5000):
+        assert server.ask("POST", f"/predict?nearest={many}", png(IMAGES[0]), "image/png")[0] == 400
+
+    def feed(pictures):
+        for i in range(0, len(pictures), 25):
+            assert server.predict(json.dumps({"inputs": pictures[i : i + 25].tolist()}), "application/json")[0] == 200
+
+    feed(IMAGES[1300:1550])
+    assert server.counts()["tl_jax_drift_alarm"] == 0
+    feed(255 - IMAGES[1300:1550])
+    until = time.monotonic() + 20
+    while server.counts()["tl_jax_drift_alarm"] == 0 and time.monotonic() < until:
+        time.sleep(0.2)  # the monitor works behind the answers
+    drift = json.loads(server.ask("GET", "/health")[1])["drift"]
+    assert drift["alarm"] and "alarm at request" in drift["text"] and server.counts()["tl_jax_drift_alarm"] == 1
+    assert command.main(["drift", str(folder), str(log)]) == 0
+    assert "DRIFT" in capsys.readouterr().out
 
 
 @pytest.mark.slow

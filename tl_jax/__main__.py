@@ -59,10 +59,9 @@ def predict(args: Args) -> int:
 
 
 def _opened(folder: str, weights: str | None = None) -> Any:
-    """A finished run, or an exported network."""
     from tl_jax.serving import artefact
 
-    return tl_jax.load_export(folder) if artefact.is_export(folder) else tl_jax.load_run(folder, weights)
+    return artefact.open_network(folder, weights)
 
 
 def _check_out(out: str, *suffixes: str) -> None:
@@ -160,7 +159,7 @@ def serve(args: Args) -> None:
     from tl_jax.serving import server
 
     limits = {name: getattr(args, name) for name in server.Limits._fields}
-    server.serve(args.folder, args.host, args.port, server.Limits(**limits))
+    server.serve(args.folder, args.host, args.port, server.Limits(**limits), args.log)
 
 
 def pack(args: Args) -> None:
@@ -337,6 +336,7 @@ COMMANDS = {
         arg("folder", help="what export wrote"),
         arg("--host", default="127.0.0.1", help="0.0.0.0 answers other machines too, whoever they are"),
         arg("--port", type=one(checks.integer(0, 65535)), default=8000, help="0: any free one, which is printed"),
+        arg("--log", default="", help="a .jsonl file that gets outputs and features of every answer, for drift"),
         arg("--body", type=_COUNT_LARGE, default=20 * 2**20, help="most bytes of a request"),
         arg("--pixels", type=_COUNT_LARGE, default=40_000_000, help="most pixels of an image"),
         arg("--examples", type=_COUNT, default=32, help="most examples of a request"),

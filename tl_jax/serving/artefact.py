@@ -14,17 +14,19 @@ import jax
 import numpy as np
 
 from tl_jax.api.model import Model, Network
-from tl_jax.api.run import Run
+from tl_jax.api.run import Run, load_run
 from tl_jax.core import files, trees
 from tl_jax.core.card import Card
 from tl_jax.core.checks import refuse
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.serving import neighbours, onnx_file, program
+from tl_jax.tasks import Predictions, load_predictions, save_predictions, trust
 from tl_jax.weights import formats, quantize
 
 TABLE, WEIGHTS, GOLDEN, RUN = "export.json", "weights.safetensors", "golden.npz", "run.py"
-TRUST, ONNX, EXAMPLES = "trust.npz", "model.onnx", "examples.npz"
+ONNX, EXAMPLES, REFERENCE = "model.onnx", "examples.npz", "reference.npz"
+OBSERVED = 2000
 ASSET = pathlib.Path(__file__).parents[1] / "assets/run_export.py"
 FORMAT = 1
 CLOSE = {"cpu": 1e-4, "gpu": 2e-2, "tpu": 5e-2}  # of the largest value; accelerators multiply with fewer digits
@@ -39,6 +41,18 @@ class Exported(Network):
     table: dict[str, Any]  # export.json
     card: Card
     variables: dict[str, np.ndarray]  # {path: float32 array}
+
+    @functools.cached_property
+    def trust(self) -> trust.Trust | None:
+        """What `calibrate` had left of the run; None where it was not called."""
+        path = self.folder / trust.FILE
+        return trust.load(path) if path.exists() else None
+
+    @functools.cached_property
+    def reference(self) -> Predictions | None:
+        """Predictions on examples that the run was scored by; None for a network that comes of no run."""
+        path = self.folder / REFERENCE
+        return load_predictions(path) if path.exists() else None
 
     @functools.cached_property
     def compiled(self) -> tuple[sharding.Parallel, Any, Callable]:
@@ -59,41 +73,20 @@ def export(
     program-*.stablehlo: uint8 pixels (or the rows of a table) in, normalisation inside, logits or values and features
     out; for a CPU, and for CUDA and TPU; for any batch. weights.safetensors: what they take, in `precision`, one of
     `quantize.PRECISIONS`; the programs compute with them as float32. export.json: card, class names, the sha256 of all
-    files. golden.npz: inputs and their outputs, which `load` compares. run.py: runs it with jax alone. What
-    `calibrate` left in the folder of a run comes along. LoRA is merged. jax can read programs for six months.
+    files. golden.npz: inputs and their outputs, which `load` compares. run.py: runs it with jax alone. Of a run, what
+    `calibrate` has left comes along, and reference.npz, OBSERVED of the predictions that it was scored by, with which
+    drift is found. LoRA is merged. Later versions of jax read programs for six months at least.
     onnx: model.onnx too, which holds the weights as float32 numbers of that precision. examples: how many examples of
     the training data are packed with small pictures and features, of which the server shows the nearest.
     """
-    out, about = pathlib.Path(out), _facts(network) if isinstance(network, Run) else {}
-    if out.exists():
-        raise ValueError(f"{out} exists; expected a folder that is still to be made: remove it, or name another")
-    if not out.parent.is_dir():
-        raise ValueError(f"{out}: there is no folder {out.parent}")
-    if examples and not isinstance(network, Run):
-        raise ValueError(f"examples={examples} are of the data of a run; a weight file has none")
-    if onnx:
-        onnx_file.check_installed()
-    trust = network.folder / TRUST if isinstance(network, Run) else None
-    model = getattr(network, "model", network)
-    if not model.card.num_classes:
-        raise ValueError(f"{model.name} was loaded without a head: there is nothing to answer with")
-    leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(model.variables).items()}
-    packed = quantize.pack(leaves, precision)
+    out = pathlib.Path(out)
+    model = _checked(network, out, onnx, examples)
+    packed = quantize.pack({path: np.asarray(x) for path, x in trees.flatten(model.variables).items()}, precision)
     part = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         part.mkdir()
         formats.write_safetensors(part / WEIGHTS, packed, {"precision": precision})
-        names: dict[str, dict[str, str]] = {}
-        for platform, programs in program.trace(model).items():
-            names[platform] = {}
-            for batch, data in programs.items():
-                name = names[platform][batch] = f"program-{platform}-{batch}.stablehlo"
-                (part / name).write_bytes(data)
         shutil.copyfile(ASSET, part / RUN)
-        if examples:
-            neighbours.save(part / EXAMPLES, neighbours.collect(network, examples))
-        if trust and trust.exists():
-            shutil.copyfile(trust, part / TRUST)
         table = {
             "format": FORMAT,
             "jax": jax.__version__,
@@ -101,20 +94,67 @@ def export(
             "input": {"shape": ["batch", *model.card.shape], "type": program.input_type(model.card).name},
             "precision": precision,
             "half": np.dtype(model.module.dtype).itemsize < 4,
-            "programs": names,
+            "programs": _write_programs(part, model),
             "compiler_options": sharding.OPTIONS,
-            "run": about,
+            "run": _facts(network) if isinstance(network, Run) else {},
         }
         stored = quantize.unpack(packed)
         inputs, outputs = _write_golden(part, Exported(part, table, _card(table), stored))
         if onnx:
             onnx_file.write(dataclasses.replace(model, variables=trees.unflatten(stored)), part / ONNX, inputs, outputs)
+        if isinstance(network, Run):
+            _write_companions(part, network, examples)
         files.write_json(part / TABLE, {**table, "sha256": _hashes(part)})
         with files.writing(out):
             os.rename(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
+
+
+def _checked(network: Model | Run, out: pathlib.Path, onnx: bool, examples: int) -> Model:
+    """The network that is exported; ValueError, before any work, for what cannot be."""
+    if onnx:
+        onnx_file.check_installed()
+    problems = {
+        f"{out} exists: remove it, or name another folder": out.exists(),
+        f"there is no folder {out.parent} to write to": not out.parent.is_dir(),
+        f"examples={examples} are of the data of a run; a weight file has none": examples
+        and isinstance(network, Model),
+    }
+    refuse("nothing is exported", [text for text, wrong in problems.items() if wrong])
+    model = getattr(network, "model", network)
+    if not model.card.num_classes:
+        raise ValueError(f"{model.name} was loaded without a head: there is nothing to answer with")
+    return model
+
+
+def _write_programs(folder: pathlib.Path, model: Model) -> dict[str, dict[str, str]]:
+    """{platform: {batch: name of the file}}."""
+    names: dict[str, dict[str, str]] = {}
+    for platform, programs in program.trace(model).items():
+        names[platform] = {batch: f"program-{platform}-{batch}.stablehlo" for batch in programs}
+        for batch, data in programs.items():
+            (folder / names[platform][batch]).write_bytes(data)
+    return names
+
+
+def _write_companions(folder: pathlib.Path, run: Run, examples: int) -> None:
+    """What a run knows beyond its network: trust, predictions to find drift with, examples of its training data."""
+    if run.trust:
+        shutil.copyfile(run.folder / trust.FILE, folder / trust.FILE)
+    if (path := run.folder / "predictions.npz").exists():
+        found = load_predictions(path)
+        some = np.sort(np.random.default_rng(0).permutation(len(found.values))[:OBSERVED])
+        outputs = {name: x[some] for name, x in found.outputs.items()}
+        features = None if found.features is None else found.features[some]
+        groups = None if found.groups is None else found.groups[some]
+        ids = np.arange(len(some))  # names of files are nobody's business
+        save_predictions(
+            folder / REFERENCE, Predictions(outputs, found.labels[some], ids, found.spec, features, groups)
+        )
+    if examples:
+        neighbours.save(folder / EXAMPLES, neighbours.collect(run, examples))
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -155,6 +195,11 @@ def run(exported: Exported, inputs: np.ndarray) -> dict[str, np.ndarray]:
 def is_export(folder: str | os.PathLike) -> bool:
     """Whether a folder is one that `export` wrote."""
     return (pathlib.Path(folder) / TABLE).is_file()
+
+
+def open_network(folder: str | os.PathLike, weights: str | None = None) -> "Exported | Run":
+    """An exported network, or a finished run; weights: see `load_run`."""
+    return load(folder) if is_export(folder) else load_run(folder, weights)
 
 
 def load(folder: str | os.PathLike) -> Exported:

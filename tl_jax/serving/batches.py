@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Batcher:
         self.answer, self.sizes, self.space = answer, sizes, space
         self.pending = 0  # examples of requests that were admitted and are not yet answered
         self.coming = 0  # of these, those that are being read
-        self.seen: Callable[[int, Outputs], None] = lambda count, outputs: None  # told of every batch
+        self.seen: Callable[[Outputs], Any] = lambda outputs: None  # told of every batch
         self._queue: asyncio.Queue = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1)
 
@@ -71,7 +72,7 @@ class Batcher:
                     if not future.done():
                         future.set_exception(error)
                 continue
-            self.seen(len(batch), outputs)
+            self.seen(outputs)
             for i, future in enumerate(answered):
                 if not future.done():  # nobody waits any more for one that took too long
                     future.set_result({name: x[i] for name, x in outputs.items()})

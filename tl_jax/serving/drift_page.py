@@ -13,9 +13,10 @@ import numpy as np
 
 import tl_jax
 from tl_jax.api.model import observe
-from tl_jax.api.run import Run, load_run
+from tl_jax.api.run import Run
 from tl_jax.core import checks, files, manifest
 from tl_jax.core.plotting import BLUE, GREY, VERMILION, figure_at, short
+from tl_jax.serving.artefact import Exported, is_export, load, open_network
 from tl_jax.serving.drift import EFFECTS, MOST, Table, compare, points, readable
 from tl_jax.serving.monitor import load_log
 from tl_jax.tasks import Predictions, load_predictions
@@ -48,7 +49,8 @@ METHODS = (
 
 def run(args: argparse.Namespace) -> None:
     """The command; ValueError names all that cannot be read, or all that does not fit."""
-    network, names, sides, problems = load_run(args.run) if args.run else None, (args.reference, args.new), [], []
+    network, names = open_network(args.run) if args.run else None, (args.reference, args.new)
+    sides, problems = [], []
     for path in names:
         try:
             sides.append(_read(path, network, args.batch_size))
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
             problems.append(str(error))
     checks.refuse("there is nothing to compare", problems)
     found = compare(*sides, args.on)
-    command = retrain(network, args.new) if network else ""
+    command = retrain(network, args.new) if isinstance(network, Run) else ""
     print("\n".join(lines(found, sides[0], names)))
     if args.out:
         files.write_text(pathlib.Path(args.out), page(found, *sides, names, command))
@@ -65,9 +67,13 @@ def run(args: argparse.Namespace) -> None:
         print(f"to train the run again on new examples in class folders:\n{command}")
 
 
-def _read(path: str, network: Run | None, batch_size: int) -> Predictions:
-    """predictions.npz, the log of a server, or inputs for the network of a run."""
+def _read(path: str, network: Run | Exported | None, batch_size: int) -> Predictions:
+    """predictions.npz, the log of a server, what an export has of its run, or inputs for the network."""
     file = pathlib.Path(path)
+    if is_export(file):
+        if (found := load(file).reference) is None:
+            raise ValueError(f"{path} was exported from a weight file: it has no predictions of a run to compare with")
+        return found
     if file.suffix == ".jsonl":
         return load_log(file)
     if file.suffix != ".npz":

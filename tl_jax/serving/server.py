@@ -5,6 +5,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import logging
 import pathlib
 import re
 import socket
@@ -29,9 +30,12 @@ from tl_jax.api.model import read_input
 from tl_jax.core.messages import brief
 from tl_jax.data.image import decode
 from tl_jax.data.image.augment import make_preprocess
+from tl_jax.runtime.log import tolerate
 from tl_jax.serving import artefact, neighbours, program
 from tl_jax.serving.batches import Batcher, Busy
-from tl_jax.tasks import answers
+from tl_jax.serving.drift import LEAST
+from tl_jax.serving.monitor import Log, Monitor
+from tl_jax.tasks import answers, trust
 from tl_jax.training.steps import FEATURES
 
 SIZES = (1, 2, 4, 8)  # of batches, all compiled before the first request
@@ -63,7 +67,7 @@ class Refused(Exception):
 class Counts:
     """What /metrics tells, in a registry of its own."""
 
-    def __init__(self, pending: Callable[[], int]):
+    def __init__(self, pending: Callable[[], int], monitor: Monitor | None):
         self.registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=self.registry)
         made = {"registry": self.registry}
@@ -75,20 +79,27 @@ class Counts:
         self.batches = sizes
         waiting = prometheus_client.Gauge("tl_jax_pending", "examples on their way", **made)
         waiting.set_function(pending)
+        for name, text in (("alarm", "1 where an alarm was raised"), ("p", "the smallest p of the last look")):
+            if monitor:
+                drift = prometheus_client.Gauge(f"tl_jax_drift_{name}", text, **made)
+                drift.set_function(lambda name=name: float(monitor.state()[name]))
 
 
 class Server:
     """The routes around one exported network; `app` is the ASGI application."""
 
-    def __init__(self, network: artefact.Exported, limits: Limits):
+    def __init__(self, network: artefact.Exported, limits: Limits, log: str = ""):
         self.network, self.limits, self.ready = network, limits, False
         self.preprocess = make_preprocess(network.card) if network.card.input == "image" else None
         examples = network.folder / artefact.EXAMPLES
         self.examples = neighbours.load(examples) if examples.exists() else None
         self.batcher = Batcher(lambda x: artefact.run(network, x), SIZES, limits.queue)
-        self.counts = Counts(lambda: self.batcher.pending)
-        self.readers = ThreadPoolExecutor(READERS)
-        self.batcher.seen = lambda count, outputs: self.counts.batches.observe(count)
+        reference, self.log = network.reference, Log(log, network.spec) if log else None
+        enough = reference is not None and len(reference.values) >= 2 * LEAST
+        self.monitor = Monitor(reference) if enough else None
+        self.counts = Counts(lambda: self.batcher.pending, self.monitor)
+        self.readers, self.watcher = ThreadPoolExecutor(READERS), ThreadPoolExecutor(1)
+        self.batcher.seen = lambda outputs: self.watcher.submit(self.observe, outputs)
         routes = {"/": self.page, "/health": self.health, "/metadata": self.metadata, "/metrics": self.metrics}
         found = [Route(path, its, methods=["GET"]) for path, its in routes.items()]
         found.append(Route("/predict", self.answered(self.predict), methods=["POST"]))
@@ -100,6 +111,19 @@ class Server:
             f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; "
             "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
+
+    def observe(self, outputs: dict[str, np.ndarray]) -> None:
+        """Counts a batch, writes it to the log and shows it to the monitor, whose first alarm is printed."""
+        features = outputs[FEATURES]
+        (values,) = (x for name, x in outputs.items() if name != FEATURES)
+        self.counts.batches.observe(len(values))
+        for each in zip(values, features, strict=True):
+            if self.log:
+                with tolerate("log of the server"):
+                    self.log.append(*each)
+            before = self.monitor and self.monitor.state()["alarm"]
+            if self.monitor and self.monitor.add(*each) and not before:
+                print(f"drift: {_drift(self.monitor.state())}", flush=True)
 
     def warm(self) -> None:
         """Compiles and runs the program for every size of a batch."""
@@ -201,6 +225,8 @@ class Server:
             return {"file": name, "error": str(error)}
         features = outputs.pop(FEATURES)
         row = {"file": name, **answers.answers(self.network.spec, outputs)[0]}
+        if self.network.trust:
+            row |= trust.judge(self.network.trust, outputs, features, self.network.spec)[0]
         if self.examples and count:
             row["nearest"] = neighbours.nearest(self.examples, features[0], count)
         return row
@@ -219,7 +245,9 @@ class Server:
         return Response(self.text, media_type="text/html", headers=headers)
 
     async def health(self, request: Request) -> Response:
-        return _json({"status": "ready" if self.ready else "starting"}, 200 if self.ready else 503)
+        drift = self.monitor and self.monitor.state()
+        table = {"status": "ready" if self.ready else "stopping", "drift": drift and {**drift, "text": _drift(drift)}}
+        return _json(table, 200 if self.ready else 503)
 
     async def metadata(self, request: Request) -> Response:
         table = self.network.table
@@ -229,6 +257,17 @@ class Server:
     async def metrics(self, request: Request) -> Response:
         text = prometheus_client.generate_latest(self.counts.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+
+def _drift(state: dict[str, Any]) -> str:
+    """What the monitor knows, in words."""
+    if state["alarm"]:
+        names = [row["name"] for row in state["columns"] if row["p"] <= state["level"]] or ["several"]
+        now = f"the last {state['window']} differ in {', '.join(names[:5])}" if state["drifting"] else "not in the last"
+        return f"alarm at request {state['alarm_at']}: inputs differ from those the network was tested on ({now})"
+    if not state["looks"]:
+        return f"not judged before {state['window']} requests"
+    return f"no alarm in {state['requests']:,} requests"
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -324,10 +363,11 @@ class Announced(uvicorn.Server):
             print(f"ready: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
 
 
-def serve(folder: str, host: str, port: int, limits: Limits) -> None:
+def serve(folder: str, host: str, port: int, limits: Limits, log: str = "") -> None:
     """Serves an exported network until SIGTERM or Ctrl-C, which answer first what was taken; port 0: any free one."""
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each malformed request
     with contextlib.closing(_bound(host, port)) as bound:
-        server = Server(artefact.load(folder), limits)
+        server = Server(artefact.load(folder), limits, log)
         print(f"{folder}: compiling for batches of {', '.join(map(str, SIZES))}", flush=True)
         config = uvicorn.Config(
             server.app, log_level="error", access_log=False, lifespan="on", http=Connection, server_header=False,
