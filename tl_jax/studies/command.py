@@ -8,7 +8,6 @@ import argparse
 import importlib.util
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Sequence
 
 from absl import logging
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 
 from tl_jax import config as options
 from tl_jax.core import messages
+from tl_jax.core.console import show
 from tl_jax.runtime import preemption
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str], program: Sequence[str] = ("launch.py",)) -> int:
         return bad_input(error)
     except preemption.Preempted as stop:
         if distributed.is_first():
-            print(f"{stop}; everything is saved, the same command goes on from there", flush=True)
+            show(f"{stop}; everything is saved, the same command goes on from there")
         return preemption.EXIT_CODE
 
 
@@ -95,9 +95,9 @@ def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[
     found, differences = leak.prove(config, workdir, distributed.agreed(stop))
     inprocess.show(found, config, workdir)
     if differences and distributed.is_first():
-        print(f"leak test: FAILED, target labels decide\n{messages.listed(differences)}", file=sys.stderr, flush=True)
+        show(f"leak test: FAILED, target labels decide\n{messages.listed(differences)}", stderr=True)
     elif distributed.is_first():
-        print("leak test: passed", flush=True)
+        show("leak test: passed")
     return int(bool(differences))
 
 
@@ -159,5 +159,5 @@ def make_parser() -> argparse.ArgumentParser:
 
 def bad_input(message: object) -> int:
     """Prints what is wrong and returns the exit code that says so."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    show(f"error: {message}", stderr=True)
     return 2

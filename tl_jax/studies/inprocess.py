@@ -7,18 +7,17 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from rich.text import Text
 
 from tl_jax import config as options
 from tl_jax import tasks
 from tl_jax.core import manifest
+from tl_jax.core.console import Table
 from tl_jax.core.files import read_json, read_rows, write_json
 from tl_jax.runtime import workdir as workdirs
 from tl_jax.runtime.log import log, tolerate
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies.report import alarm, selection
 from tl_jax.studies.report.statistics import mean_interval
-from tl_jax.studies.report.tables import Table, to_console
 from tl_jax.studies.study import RunSpec, Study, grid, metrics_of
 from tl_jax.training.settings import naming
 from tl_jax.training.train import Stop, never, train, train_together
@@ -79,9 +78,9 @@ def run(
 
 def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) -> None:
     if "replicas" in found:
-        log(to_console(replica_table(config.task, found["replicas"])))
+        log(replica_table(config.task, found["replicas"]))
         if "selection" in found["replicas"]:
-            log(to_console(selection.table(found["replicas"]["selection"])))
+            log(selection.table(found["replicas"]["selection"]))
         log(f"each replica is a run with a folder of its own: {(workdir / 'replicas').resolve()}")
         return
     result = found["result"]
@@ -93,7 +92,7 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
     if result["select"] == "best_val":
         log(f"scored at step {result['step']}, the best on val")
     if "selection" in result:
-        log(to_console(selection.table(result["selection"])))
+        log(selection.table(result["selection"]))
     for line in result.get("domains", {}).get("diagnosis", ()):
         log(line)
     if "threshold" in result:
@@ -101,9 +100,9 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
     if result["chosen_on_scored_split"]:
         log("The checkpoint was chosen on the split scored here: these numbers are optimistic (name a data.test)")
     if found["comparison"]:
-        log(to_console(comparison_table(found["comparison"])))
+        log(comparison_table(found["comparison"]))
         for line in alarm.sentences(TRANSFER, BASELINE, found["comparison"].get("negative_transfer", {})):
-            log(Text(line, "bold red"))
+            log(line, "bold red")
     log(f"everything of this run: {workdir.resolve()}")
 
 
@@ -139,10 +138,10 @@ def comparison_table(report: Mapping[str, Any]) -> Table:
         found[f"{TRANSFER} - {BASELINE}"] = report["difference"]
     rows = []
     for name, row in found.items():
-        interval = "" if row["low"] is None else f"{row['low']:.3f} .. {row['high']:.3f}"
-        rows.append((name, f"{row['mean']:.3f}", interval, "  ".join(f"{value:.3f}" for value in row["values"])))
-    caption = f"{report['metric']} on {report['data']}, seeds {report['seeds']}"
-    return Table(caption, ("arm", "mean", "95 % interval", "each seed"), rows)
+        interval = "-" if row["low"] is None else f"{row['low']:.3f} .. {row['high']:.3f}"
+        rows.append((name, f"{row['mean']:.3f}", interval, *(f"{value:.3f}" for value in row["values"])))
+    seeds = (f"seed {seed}" for seed in report["seeds"])
+    return Table(f"{report['metric']} on {report['data']}", ("arm", "mean", "95 % interval", *seeds), rows)
 
 
 def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.Path, stop: Stop, verbose: bool):

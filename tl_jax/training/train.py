@@ -1,6 +1,7 @@
 """train(config, workdir): one run from the config to result.json; train_together: several as one program."""
 
 import contextlib
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -103,11 +104,12 @@ def _show(run: Run) -> None:
     for phase in run.phases:
         log(f"\nphase {phase.start} .. {phase.stop} of {run.total_steps} steps" if len(run.phases) > 1 else "")
         log(audit.to_table(phase.audit, run.material.model.cuts))
-        for line in (*audit.missing_lines(phase.audit), *audit.sanity_lines(phase.audit)):
+        told = audit.total_lines(phase.audit), audit.missing_lines(phase.audit), audit.sanity_lines(phase.audit)
+        for line in itertools.chain(*told):
             log(line)
         if prefix := phase.plan.prefix:
             once = "its outputs are cached" if prefix.cached else "cache='features' would compute it once"
-            log(f"frozen prefix, up to {prefix.cut}: no gradient, no statistics; {once}\n")
+            log(f"frozen prefix, up to {prefix.cut}: no gradient, no statistics; {once}")
     log(duplicates.summary(run.material.duplicates))
     for (stream, name), count in run.material.shared.items():
         log(f"transductive: {count} examples of {name}, which is scored, are in the training stream {stream!r}")

@@ -1,4 +1,4 @@
-"""A report as sections {title: blocks}, and the same as Markdown, HTML and LaTeX; tables also for the console.
+"""A report as sections {title: blocks}, and the same as Markdown, HTML and LaTeX.
 
 A block is a paragraph, a list of items, a table or a picture.
 """
@@ -12,19 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import rich.box
-import rich.table
-
 import tl_jax
-
-
-class Table(NamedTuple):
-    """Cells are text; the first `text_columns` columns are set left, the others, numbers, right."""
-
-    caption: str
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    text_columns: int = 1
+from tl_jax.core.console import Table
 
 
 class Picture(NamedTuple):
@@ -38,17 +27,6 @@ class Alarm(str):
 
 Block = str | list[str] | Table | Picture
 Sections = Mapping[str, Sequence[Block]]
-
-
-def to_console(table: Table) -> rich.table.Table:
-    narrow = {"box": rich.box.SIMPLE_HEAD, "padding": 0, "show_edge": False}  # 16 of 80 columns more for text
-    shown = rich.table.Table(title=table.caption, title_justify="left", **narrow)
-    for i, header in enumerate(table.headers):
-        text = i < table.text_columns  # which is broken where the console is narrow, so that no name is cut off
-        shown.add_column(header, justify="left" if text else "right", no_wrap=not text, overflow="fold")
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown
 
 
 def scaled(value: float | None, base: int, unit: str = "") -> str:
