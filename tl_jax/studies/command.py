@@ -83,9 +83,10 @@ def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[
 
         command, settings = [*program, *launchers.own_arguments(argv)], args.slurm or args.cloud
         return launchers.hand_out(args.launcher, workdir, command=command, settings=settings, submit=args.submit)
-    from tl_jax.runtime import distributed
+    from tl_jax.runtime import distributed, wall
     from tl_jax.studies import inprocess
 
+    wall.count_start()
     distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     if not args.prove_no_leak:
         inprocess.show(inprocess.run(config, workdir, distributed.agreed(stop)), config, workdir)

@@ -19,7 +19,7 @@ from tl_jax.core.console import Table
 from tl_jax.core.files import read_json
 from tl_jax.methods import probes
 from tl_jax.methods.term import MAIN
-from tl_jax.runtime import sharding
+from tl_jax.runtime import sharding, wall
 from tl_jax.studies import local, store, together
 from tl_jax.studies.report.tables import scaled
 from tl_jax.studies.study import RunSpec, Study, title
@@ -50,7 +50,8 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
     for run in runs:
         path = store.run_folder(workdir, run.key) / "cost.json"
         with contextlib.suppress(OSError, ValueError):  # none, or damaged: what it took is not known
-            if states[run.key] == "done" and isinstance(value := read_json(path).get("seconds"), int | float):
+            cost = read_json(path) if states[run.key] == "done" else {}
+            if isinstance(value := wall.whole(cost) or cost.get("seconds"), int | float):
                 seconds.setdefault(title(run.levels), []).append(value)
     present, rows = [state for state in store.STATES if state in states.values()], []
     for cell, members in cells.items():

@@ -13,11 +13,12 @@ from tl_jax import tasks
 from tl_jax.core import manifest
 from tl_jax.core.console import Table
 from tl_jax.core.files import read_json, read_rows, write_json
+from tl_jax.runtime import wall
 from tl_jax.runtime import workdir as workdirs
 from tl_jax.runtime.log import log, tolerate
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies.report import alarm, selection
-from tl_jax.studies.report.statistics import mean_interval
+from tl_jax.studies.report.statistics import mean_interval, within
 from tl_jax.studies.study import RunSpec, Study, grid, metrics_of
 from tl_jax.training.settings import naming
 from tl_jax.training.train import Stop, never, train, train_together
@@ -82,6 +83,7 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
         if "selection" in found["replicas"]:
             log(selection.table(found["replicas"]["selection"]))
         log(f"each replica is a run with a folder of its own: {(workdir / 'replicas').resolve()}")
+        log(f"this took {wall.in_words(wall.seconds())}")
         return
     result = found["result"]
     log(tasks.format_table(result["metrics"], of=f"seed {config.seed}, {result['data']}"))
@@ -103,7 +105,7 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
         log(comparison_table(found["comparison"]))
         for line in alarm.sentences(TRANSFER, BASELINE, found["comparison"].get("negative_transfer", {})):
             log(line, "bold red")
-    log(f"everything of this run: {workdir.resolve()}")
+    log(f"everything of this run: {workdir.resolve()}\nthis took {wall.in_words(wall.seconds())}")
 
 
 def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping, workdir: pathlib.Path) -> dict:
@@ -111,7 +113,8 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
     metric, data = metrics_of(study)[0], results[TRANSFER, config.seed]["data"]
     value_of = {key: result["metrics"][metric]["value"] for key, result in results.items()}
     table = {arm: [value_of[arm, seed] for seed in study.seeds] for arm in study.factors[ARM]}
-    arms = {arm: {"values": values, **mean_interval(values)} for arm, values in table.items()}
+    bounds = tasks.bounds(metric)
+    arms = {arm: {"values": values, **mean_interval(values, bounds=bounds)} for arm, values in table.items()}
     report = {"data": data, "seeds": list(study.seeds), "metric": metric, metric: arms}
     if BASELINE in table:
         differences, by_seed = [a - b for a, b in zip(*table.values(), strict=True)], {}
@@ -120,7 +123,7 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
             by_seed[str(seed)] = tasks.paired_difference(*pair, resamples=config.resamples)
         pairs = [tuple(folders[arm, seed] for arm in table) for seed in study.seeds]
         report["negative_transfer"] = alarm.of_folders(pairs, config.resamples)
-        report["difference"] = {"values": differences, **mean_interval(differences)}
+        report["difference"] = {"values": differences, **within(mean_interval(differences), *tasks.span(metric))}
         report["difference_by_seed_over_examples"] = by_seed
     if jax.process_index() == 0:
         write_json(workdir / "comparison.json", report)
@@ -128,7 +131,7 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
             from tl_jax.studies.report import charts  # here, as matplotlib takes its time
 
             label = f"{metric} on {report['data']}, {len(study.seeds)} seeds"
-            charts.comparison(workdir / "comparison.png", table, label)
+            charts.comparison(workdir / "comparison.png", table, label, bounds)
     return report
 
 

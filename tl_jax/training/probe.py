@@ -14,7 +14,7 @@ from tl_jax.data import pipeline, resample
 from tl_jax.data.examples import Source
 from tl_jax.methods import probes
 from tl_jax.methods.term import MAIN, MODEL
-from tl_jax.runtime import sharding
+from tl_jax.runtime import sharding, wall
 from tl_jax.runtime.preemption import Stop, check
 from tl_jax.tasks import Predictions
 from tl_jax.training import artifacts, audit, evaluate, single, steps
@@ -71,7 +71,7 @@ def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Sc
     train, val = seen.pop(MAIN), seen.get("val")
     examples = (train.features[index], train.labels[index]), val and (val.features, val.labels)
     check_stop = functools.partial(check, stop_requested, "between two fits")
-    with naming(settings.table, "method.name", "method.grid", "data.val"):
+    with naming(settings.table, "method.name", "method.grid", "data.val"), wall.timed("fitting"):
         fitted = probes.fit(method.name, *examples, run.task.outputs, method.grid, check_stop=check_stop)
     # The one time that test is read; where there is none, val is scored.
     predictions = {
@@ -92,11 +92,12 @@ def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) 
     pool = predict(run, parallel, material.eval_batches, stop_requested)["test"]
     examples = pool.features, pool.labels, resample.leave_one_out(pool.labels, material.data["test"].groups)
     check_stop = functools.partial(check, stop_requested, "between two fits")
-    with naming(run.settings.table, "method.name", "method.grid"):
+    with naming(run.settings.table, "method.name", "method.grid"), wall.timed("fitting"):
         (logits,) = probes.cross_predict(method.name, *examples, run.task.outputs, grid[0], check_stop=check_stop)
     return Scored({"test": pool._replace(outputs={"logits": logits})}, {}, grid[0], [])
 
 
+@wall.timed("features")
 def predict(
     run: Run, parallel: sharding.Parallel, sets: Mapping[str, pipeline.EvalBatches], stop_requested: Stop
 ) -> dict[str, Predictions]:

@@ -64,7 +64,7 @@ def _cell_mark(results: Results, cell: Cell, metric: str) -> dict:
     states = dict.fromkeys(run.word for run in planned.values() if run.state != "done")
     few = f"  n = {len(values)}" if len(values) < len(planned) else ""
     text = few if values else ", ".join(states) or "no value"
-    return {**results.interval(values), "values": values, "text": text}
+    return {**results.interval(values, metric), "values": values, "text": text}
 
 
 def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
@@ -152,7 +152,7 @@ def _panels(results: Results, along: str, make_line: Callable[[list[Cell]], dict
 def _means_along(results: Results, metric: str, along: str, place: Mapping, cells: list[Cell]) -> dict | None:
     points = []
     for cell in sorted(cells, key=lambda cell: place[results.level(cell, along)]):
-        mean = results.interval(results.scores(cell, metric).values())
+        mean = results.interval(results.scores(cell, metric).values(), metric)
         if mean["n"]:
             points.append({**mean, "x": place[results.level(cell, along)]})
     return {name: [point[name] for point in points] for name in ("x", "mean", "low", "high")} if points else None
@@ -275,7 +275,8 @@ def classes(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
 
     def mark(values):
         values = values[~np.isnan(values)].tolist()
-        return {**results.interval(values), "values": values, "text": "" if values else "no example"}
+        told = {"values": values, "text": "" if values else "no example"}
+        return {**statistics.within(results.interval(values), -1, 1), **told}
 
     marks = {level: [mark(change[:, k]) for k in order] for level, change in changes.items()}
     caption = f"Change of each class's recall against {factor}={against}, paired, with 95 % intervals of each alone"
