@@ -13,6 +13,7 @@ from tl_jax import tasks
 from tl_jax.core import manifest
 from tl_jax.core.console import Table
 from tl_jax.core.files import read_json, read_rows, write_json
+from tl_jax.methods import probes
 from tl_jax.runtime import wall
 from tl_jax.runtime import workdir as workdirs
 from tl_jax.runtime.log import log, tolerate
@@ -91,7 +92,9 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
         log(tasks.format_sets(sets, tasks.METRICS[config.task].monitor[0][0]))
     if stopped := result.get("stopped_early_at"):
         log(f"stopped early after step {stopped} of {result['total_steps']}")
-    if result["select"] == "best_val":
+    if "chosen" in result:
+        log(probes.choice_line(result["method"], result["chosen"], result["tried"]))
+    elif result["select"] == "best_val":
         log(f"scored at step {result['step']}, the best on val")
     if "selection" in result:
         log(selection.table(result["selection"]))

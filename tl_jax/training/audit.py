@@ -112,6 +112,18 @@ def _moment_counts(opt_state: Any, paths: Iterable[str]) -> dict[str, int]:
     return counts
 
 
+def without_steps(audit: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The audit of a probe without gradient: it fits a head to features, or has none, as nearest neighbours."""
+    frozen = [row for row in audit["parameters"] if not row["trainable"]]
+    fitted = [row for row in audit["parameters"] if row["trainable"] and name != "knn"]
+    none = {"group": name, "lr_mult": 0.0, "weight_decay": 0.0, "optimizer_values": 0}
+    whole, fit = _size(frozen), _size(fitted)
+    totals = {"parameters": whole + fit, "trainable": fit, "frozen": whole, "optimizer_values": 0}
+    totals["new"] = _size(row for row in (*frozen, *fitted) if row["origin"] in load.RANDOM)
+    rows = [*frozen, *({**row, **none} for row in fitted)]
+    return {**audit, "parameters": rows, "groups": {}, "totals": totals, "probe": name}
+
+
 def labels_table(audit: Mapping[str, Any]) -> dict[str, str]:
     """What must be equal for a checkpoint to fit: `{path: shape and group}` and `{path: shape and policy}`."""
     rows = {row["path"]: f"{row['shape']} {row['group']}" for row in audit["parameters"]}
@@ -181,19 +193,19 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
 
 def total_lines(audit: Mapping[str, Any]) -> list[str]:
     """What the table adds up to, the input and the data, for the console under it."""
-    totals = audit["totals"]
+    totals, name = audit["totals"], audit.get("probe")
     share = 100 * totals["trainable"] / totals["parameters"]
-    return [
+    line = (
         f"{totals['trainable']:,} of {totals['parameters']:,} parameters train ({share:.2f} %), "
-        f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values",
-        *input_lines(audit),
-    ]
-
-
-def input_lines(audit: Mapping[str, Any]) -> list[str]:
+        f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values"
+    )
+    if name:
+        fits = f"fits the {totals['trainable']:,} numbers of a new head to its features, without a gradient step"
+        does = "compares its features with those of the training examples" if name == "knn" else fits
+        line = f"nothing trains: the {totals['frozen']:,} parameters of the network are frozen, and {name} {does}"
     resampled = [f"{row['path']}: {row['origin']}" for row in audit["parameters"] if "(resampled" in row["origin"]]
     data = ", ".join(f"{split} {_count(facts)}" for split, facts in audit["data"].items())
-    return [_input(audit["card"]), *resampled, data]
+    return [line, _input(audit["card"]), *resampled, data]
 
 
 def _count(facts: Mapping[str, Any]) -> str:

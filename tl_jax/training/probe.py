@@ -17,7 +17,7 @@ from tl_jax.methods.term import MAIN, MODEL
 from tl_jax.runtime import sharding, wall
 from tl_jax.runtime.preemption import Stop, check
 from tl_jax.tasks import Predictions
-from tl_jax.training import artifacts, audit, evaluate, single, steps
+from tl_jax.training import artifacts, audit, evaluate, feature_cache, single, steps
 from tl_jax.training.build import Run, scored_splits
 from tl_jax.training.settings import naming
 from tl_jax.weights import load
@@ -53,11 +53,21 @@ def probe(
     if jax.process_index() == 0:
         if head:
             load.export(variables, run.settings.model.name, folder / "model.safetensors", card=material.card)
-        cost = {**size, "flops_per_step": None, "memory_bytes": None, "seconds": time.perf_counter() - began}
-        files.write_json(folder / "cost.json", {**cost, "steps": 0, "device": jax.devices()[0].device_kind})
+        spent = {"flops": _flops(run), "memory_bytes": None, "seconds": round(time.perf_counter() - began, 3)}
+        device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        files.write_json(folder / "cost.json", {**size, "flops_per_step": None, **spent, "steps": 0, "device": device})
     numbers = {"step": 0, "total_steps": 0, **size, "frozen_sha256": report["proof"]["sha256"]}
     numbers |= {"chosen": chosen, "tried": tried}
     return artifacts.write(run, folder, predictions, report, numbers, len(tried) > 1, verbose)
+
+
+def _flops(run: Run) -> float | None:
+    """Those of the features that the probe is fitted on, as XLA counts them."""
+    material, reader = run.material, run.material.readers[MODEL]
+    x = feature_cache.example(material.streams[MAIN], reader.field)
+    step = jax.jit(steps.make_eval_step(reader, run.task, None))
+    counted = (step.lower(material.variables, x).cost_analysis() or {}).get("flops")
+    return counted and counted * len(_distinct(material.data[MAIN])[0])
 
 
 def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:

@@ -114,7 +114,8 @@ def _show(run: Run) -> None:
         told = audit.total_lines(phase.audit), audit.missing_lines(phase.audit), audit.sanity_lines(phase.audit)
         for line in itertools.chain(*told):
             log(line)
-        if prefix := phase.plan.prefix:
+        prefix = phase.plan.prefix
+        if prefix and (prefix.cached or "probe" not in phase.audit):
             once = "its outputs are cached" if prefix.cached else "cache='features' would compute it once"
             log(f"frozen prefix, up to {prefix.cut}: no gradient, no statistics; {once}")
     log(duplicates.summary(run.material.duplicates))
