@@ -368,10 +368,10 @@ def test_runs_whose_result_or_predictions_were_changed_are_failed_runs(tmp_path,
 
 @pytest.mark.slow
 def test_three_factors_many_levels_and_one_level_can_be_reported(tmp_path, monkeypatch):
-    factors = {"method": METHODS, "rate": {"slow": {}, "fast": {}}, "shots": SHOTS}
+    factors = {"method": METHODS, "rate": {"slow": {"lr": 0.01}, "fast": {"lr": 0.1}}, "shots": SHOTS}
     baseline, names = {"method": "full", "rate": "slow"}, ("accuracy",)
     summary = report.write(make_study(tmp_path / "v", factors, baseline, seeds=(0, 1), names=names))
-    assert {"differences-method", "differences-rate", "learning", "budget"} <= set(summary["figures"])
+    assert {"differences-method", "differences-rate", "learning", "budget", "rates"} <= set(summary["figures"])
     many = {f"level {i}": {"lr": i} for i in range(9)}
     factors = {"method": {"full": {}}, "rate": many}
     monkeypatch.setattr(figures, "MAKERS", (figures.cells, figures.differences, figures.learning))

@@ -18,7 +18,7 @@ from tl_jax.runtime import wall
 from tl_jax.runtime import workdir as workdirs
 from tl_jax.runtime.log import log, tolerate
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.studies.report import alarm, selection
+from tl_jax.studies.report import alarm, selection, sweep
 from tl_jax.studies.report.statistics import mean_interval, within
 from tl_jax.studies.study import RunSpec, Study, grid, metrics_of
 from tl_jax.training.settings import naming
@@ -80,7 +80,7 @@ def run(
 
 def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) -> None:
     if "replicas" in found:
-        log(replica_table(config.task, found["replicas"]))
+        log(sweep.table(config.task, found["replicas"]["replicas"]))
         if "selection" in found["replicas"]:
             log(selection.table(found["replicas"]["selection"]))
         log(f"each replica is a run with a folder of its own: {(workdir / 'replicas').resolve()}")
@@ -156,7 +156,9 @@ def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.
     workdirs.check_options(workdir, options.flatten(config))
     if path.exists():
         manifest.check(workdir)
-        return read_json(path)
+        table = read_json(path)
+        _draw(config.task, table["replicas"], workdir)
+        return table
     folders, configs = [workdir / "replicas" / run.levels[REPLICA] for run in runs], [run.config for run in runs]
     with workdirs.lock(workdir):
         write_json(workdir / "config.json", options.flatten(config))
@@ -170,7 +172,14 @@ def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.
         if isinstance(panel := _panel_of(config, folders, rows), dict):
             table["selection"] = panel
         manifest.write(workdir, path.name, table)
+    _draw(config.task, rows, workdir)
     return table
+
+
+def _draw(task: str, rows: Sequence[Mapping[str, Any]], workdir: pathlib.Path) -> None:
+    if jax.process_index() == 0 and not (workdir / "replicas.svg").exists():
+        with tolerate("replicas.png"), wall.timed("figures"):
+            sweep.draw(task, rows, workdir)
 
 
 def _panel_of(config: ConfigDict, folders: Sequence[pathlib.Path], rows: Sequence[Mapping]) -> dict | str | None:
@@ -208,18 +217,4 @@ def _row(task: str, changes: Sequence, folder: pathlib.Path, result: dict | Floa
 
 def best_of(task: str, rows: Sequence[Mapping[str, Any]]) -> str | None:
     """The name of the replica that val prefers, the earliest among equals; None without val, never by test."""
-    scores = {row["name"]: tasks.preference(tasks.METRICS[task].monitor, row["val"]) for row in rows if row["val"]}
-    return max(scores, key=scores.get, default=None)
-
-
-def replica_table(task: str, table: Mapping[str, Any]) -> Table:
-    first, *others = (name for name, _ in tasks.METRICS[task].monitor)
-    rows = []
-    for row in table["replicas"]:
-        mark = "diverged" if row["error"] else "best by val" if row["name"] == table["best"] else ""
-        val = row["val"] or {}
-        interval = f"{val['low']:.4f} .. {val['high']:.4f}" if "low" in val else "-"
-        value, *more = (f"{val[name]:.4f}" if val.get(name) is not None else "-" for name in (first, *others))
-        rows.append((row["name"], value, interval, *more, str(row["step"] or "-"), mark))
-    headers = ("replica", f"val {first}", "95 % interval", *(f"val {name}" for name in others), "step", "")
-    return Table(f"{len(rows)} replicas", headers, rows)
+    return next((row["name"] for row in sweep.ordered(task, rows) if row["val"]), None)

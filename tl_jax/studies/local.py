@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import tl_jax
+from tl_jax import tasks
 from tl_jax.core import machine
 from tl_jax.core.console import show
 from tl_jax.core.files import read_json
@@ -117,11 +118,13 @@ def tell_answer(workdir: pathlib.Path) -> None:
     summary = report.write(workdir)
     metric, numbers = next(iter(summary["metrics"].items()))
     rows = []
-    for cell in numbers["cells"]:
+    side = tasks.direction(metric)
+    known, none = ([cell for cell in numbers["cells"] if (cell["mean"] is None) == empty] for empty in (False, True))
+    for cell in [*sorted(known, key=lambda cell: -side * cell["mean"]), *none]:
         mean, low, high = ("-" if cell[name] is None else f"{cell[name]:.3f}" for name in ("mean", "low", "high"))
         rows.append((*cell["levels"].values(), mean, "-" if low == "-" else f"{low} .. {high}", str(cell["n"])))
     factors = numbers["cells"][0]["levels"]
-    table = tables.Table(metric, (*factors, "mean", "95 % interval", "n"), rows, len(factors))
+    table = tables.Table(f"{metric}, the best first", (*factors, "mean", "95 % interval", "n"), rows, len(factors))
     show(table)
     show("\n".join(summary["reading"]))
     for line in summary["alarms"]:

@@ -129,6 +129,13 @@ def lines(path, panels: Mapping[str, Mapping[str, dict]], x_label: str | Sequenc
             _legend(figure, shown, legend, [short(name, 30) for name in order])
 
 
+def rate_ticks(rates: Sequence[float]) -> list[tuple[float, str]]:
+    """The powers of ten among rates, or the rates themselves where these are few."""
+    low, high = (math.log10(end(rates)) for end in (min, max))
+    powers = [10.0**e for e in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)]
+    return [(x, f"{x:g}") for x in (sorted({*rates}) if len({*rates}) <= 5 else powers)]
+
+
 def _line(axis, name, order, line, bars=False):
     style, numbers = look(name, order), {key: np.asarray(values, float) for key, values in line.items()}
     x = numbers["x"]

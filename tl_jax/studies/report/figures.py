@@ -95,21 +95,33 @@ def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
 
 def budget(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     """Score against the number of shots, where a factor sets it."""
+    words = "the number of training examples per class", "examples per class"
+    return _along(results, "budget", "data.shots", *words)
+
+
+def rates(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
+    """Score against the learning rate, where a factor sets it."""
+    return _along(results, "rates", "lr", "the learning rate", "learning rate")
+
+
+def _along(results: Results, name: str, option: str, words: str, x_label: str) -> Made:
     metric = results.metrics[0]
     for factor, levels in results.factors.items():
-        shots = {level: options.get("data.shots") for level, options in levels.items()}
-        if len(shots) < 2 or None in shots.values() or max(shots.values()) == 0:
+        set_to = {level: options.get(option) for level, options in levels.items()}
+        values = set(set_to.values())
+        if len(values) < 2 or None in values or (option == "lr" and min(values) <= 0):
             continue
-        place = {level: count or max(shots.values()) * 3 for level, count in shots.items()}  # 0 shots: all examples
-        ticks = [(place[level], str(count or "all")) for level, count in shots.items()]
+        place = {level: x or max(set_to.values()) * 3 for level, x in set_to.items()}  # 0 shots: all examples
+        ticks = [(place[level], f"{x:g}" if x else "all") for level, x in set_to.items()]
+        ticks = charts.rate_ticks(list(place.values())) if option == "lr" else ticks
         panels = _panels(results, factor, partial(_means_along, results, metric, factor, place))
         if isinstance(panels, str) or not panels:
             yield f"{metric} against {factor}: {panels or 'no run has a value'}"
             continue
-        caption = f"{metric} against the number of training examples per class; bands are 95 % intervals."
-        style = {"x_label": "examples per class", "log": True, "ticks": ticks}
-        yield _line_figure("budget", caption, results, panels, _line_factor(results, factor), metric, **style)
-        return  # a second factor of shots would overrule the first
+        caption = f"{metric} against {words}; bands are 95 % intervals."
+        style = {"x_label": x_label, "log": True, "ticks": ticks}
+        yield _line_figure(name, caption, results, panels, _line_factor(results, factor), metric, **style)
+        return  # a second factor that sets it would overrule the first
 
 
 def _line_figure(name: str, caption: str, results: Results, panels: dict, factor: str, label: str, **style) -> Figure:
@@ -289,4 +301,4 @@ def _file(name: str) -> str:
     return "".join(character if character.isalnum() or character in "._" else "-" for character in name)
 
 
-MAKERS = (cells, budget, differences, classes, interaction, ranks, costs, learning, calibration)
+MAKERS = (cells, budget, rates, differences, classes, interaction, ranks, costs, learning, calibration)

@@ -132,7 +132,7 @@ def make_sections(
         "Negative transfer": list(map(Alarm, alarms)),
         "Design": _design(results),
         "Failed and missing runs": _unfinished(results),
-        "Results": [*cells.values(), *pictures_of("cells", "budget")],
+        "Results": [*cells.values(), *pictures_of("cells", "budget", "rates")],
         "Differences from the baseline": [*compared.values(), *pictures_of("differences", "classes")],
         "Selection without target labels": [*chosen.values(), *told],
         "Main effects and interactions": [*_effects(results, numbers), *pictures_of("interaction")],
