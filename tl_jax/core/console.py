@@ -85,11 +85,18 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def fitted(table: Table, width: int) -> str:
-    """A table as lines of at most `width` columns, unless one number is wider.
+class Layout(NamedTuple):
+    """How a table is set: the widths of its columns, the space between them, and the columns of each of its blocks."""
 
-    Where it is too wide, text is wrapped; the columns of numbers that find no room then stand below, beside the same
-    text. No number is cut or left out.
+    sizes: list[int]
+    gap: int
+    blocks: list[list[int]]
+
+
+def layout(table: Table, width: int) -> Layout:
+    """A table in `width` columns, unless one number is wider: where that is not enough, columns of text shrink.
+
+    Columns of numbers that then find no room are in a further block, which has the same text.
     """
     count, cells = table.text_columns, [[plain(cell) for cell in row] for row in (table.headers, *table.rows)]
     natural = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
@@ -98,19 +105,24 @@ def fitted(table: Table, width: int) -> str:
     words = [max((cell_len(word) for row in cells for word in row[i].split()), default=0) for i in range(count)]
     room = width - gap * (len(natural) - 1) - sum(numbers)  # for text, with all numbers beside it
     if room < sum(map(min, words, itertools.repeat(2 * LEAST))):
-        room = max(width // 2, width - gap * count - max(numbers, default=0) - gap * (count - 1))
-        room = min(room, sum(texts))
+        room = min(sum(texts), max(width // 2, width - gap * (2 * count - 1) - max(numbers, default=0)))
     texts = _shrink(_shrink(texts, words, room), [min(LEAST, size) for size in texts], room)
-    start, parts = count, []
-    while start < len(natural) or not parts:
-        stop, used = start, sum(texts) + gap * (count - 1)
-        while stop < len(natural) and (stop == start or used + gap + natural[stop] <= width):
-            used += gap + natural[stop]
-            stop += 1
-        parts.append(_lines(cells, [*range(count), *range(start, stop)], [*texts, *natural[count:]], count, gap))
-        start = max(stop, start + 1)
-    caption = [wrapped(plain(table.caption), width)] if table.caption else []
-    return "\n".join([*caption, "\n\n".join(map("\n".join, parts))])
+    blocks, used = [[*range(count)]], sum(texts) + gap * (count - 1)
+    for i in range(count, len(natural)):
+        if used + gap + natural[i] > width and len(blocks[-1]) > count:
+            blocks.append([*range(count)])
+            used = sum(texts) + gap * (count - 1)
+        blocks[-1].append(i)
+        used += gap + natural[i]
+    return Layout([*texts, *numbers], gap, blocks)
+
+
+def fitted(table: Table, width: int) -> str:
+    """A table as lines of text, its blocks one below the other."""
+    sizes, gap, blocks = layout(table, width)
+    cells = [[plain(cell) for cell in row] for row in (table.headers, *table.rows)]
+    texts = ["\n".join(_lines(cells, columns, sizes, table.text_columns, gap)) for columns in blocks]
+    return "\n".join([*([wrapped(plain(table.caption), width)] if table.caption else []), "\n\n".join(texts)])
 
 
 def _shrink(sizes: Sequence[int], least: Sequence[int], room: int) -> list[int]:
