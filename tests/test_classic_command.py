@@ -43,7 +43,7 @@ def test_the_command_prints_and_writes_what_the_library_gives(domains, tmp_path,
     asked = ["--method", "sa,jda", "--scale", "zscore", "--arg", "k=3", "--arg", "jda.rounds=2", "--out", str(out)]
     assert main.main([*given, *asked, "--resamples", "200"]) == 0
     printed = capsys.readouterr().out
-    assert printed.splitlines()[1].startswith("none") and max(map(len, printed.splitlines())) <= 100
+    assert printed.splitlines()[2].startswith("none") and max(map(len, printed.splitlines())) <= 100
     a, b = classic.scale(xs, ("zscore",)), classic.scale(xt, ("zscore",))
     result = json.loads((out / "result.json").read_text())
     rows = {row["method"]: row for row in result["methods"]}

@@ -110,21 +110,23 @@ def test_a_saved_run_and_a_saved_network_predict_as_the_run_does(run, tmp_path):
     assert [[q for _, q in row["top5"]] for row in rows] == [pytest.approx(np.sort(x)[:-6:-1]) for x in p]
 
 
-def test_the_same_call_again_returns_the_run_that_is_there(model, run):
+def test_the_same_call_again_returns_the_run_that_is_there_and_prints_nothing_if_so_asked(model, run, capfd):
     splits = {name: (IMAGES[a:b], LABELS[a:b]) for name, a, b in (("train", 0, 96), ("test", 96, 160))}
     before = (run.folder / "result.json").stat().st_mtime_ns
     again = tl_jax.fit(model, splits, method="last_k", epochs=2, workdir=run.folder, changes=QUICK, verbose=False)
+    assert capfd.readouterr() == ("", "")
     assert again.result == run.result and (run.folder / "result.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="holds a run with other options"):
         tl_jax.fit(model, splits, method="full", epochs=2, workdir=run.folder, changes=QUICK, verbose=False)
 
 
-def test_fit_takes_a_folder_and_a_temporary_workdir_that_goes_with_the_run(model, tmp_path):
+def test_fit_takes_a_folder_and_a_temporary_workdir_that_goes_with_the_run(model, tmp_path, capfd):
     for i in range(40):
         path = tmp_path / f"class{LABELS[i] % 2}" / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(IMAGES[i]).convert("RGB").save(path)
     found = tl_jax.fit(model, tmp_path, method="ridge", changes=QUICK, verbose=False)
+    assert capfd.readouterr() == ("", "")
     assert found.metrics["count"] == 8 and found.model.card.class_names == ("class0", "class1")
     folder = found.folder
     assert folder.exists()

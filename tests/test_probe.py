@@ -16,9 +16,11 @@ from configs import quickstart
 from tl_jax import config as options
 from tl_jax import tasks
 from tl_jax.data import pipeline, sources
+from tl_jax.methods import probes
 from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.tasks import load_predictions
+from tl_jax.training import audit as audits
 from tl_jax.training import build, probe, steps
 from tl_jax.weights import load
 
@@ -108,7 +110,24 @@ def test_a_linear_probe_is_a_network_with_that_head_and_nothing_else_changed(tmp
     assert audit["proof"]["bit_equal"] and audit["proof"]["sha256"] == result["frozen_sha256"]
     cost = json.loads((tmp_path / "w" / "cost.json").read_text())
     assert (cost["trainable_parameters"], cost["steps"], cost["flops_per_step"]) == (650, 0, None)
-    assert cost["seconds"] > 0
+    assert cost["seconds"] > 0 and cost["flops"] > 2 * 74640 * len(train)
+
+
+def test_the_console_says_that_nothing_trains_and_what_was_chosen_by_what(tmp_path, capsys):
+    rows = {k: {"value": k, "val/accuracy": a, "val/nll": n, "converged": True} for k, a, n in
+            ((1, 0.8, 0.9), (3, 0.9, 0.5), (5, 0.7, 0.4))}  # fmt: skip
+    line = probes.choice_line("knn", 3, list(rows.values()))
+    assert line.startswith("knn with k = 3, chosen of 3 by accuracy on val (accuracy 0.9000, nll 0.5000)")
+    assert line.endswith("; by nll it would be k = 5 (accuracy 0.7000, nll 0.4000)")
+    assert probes.choice_line("ridge", 3, [rows[1], rows[3]]).endswith("and nll agrees")
+    assert probes.choice_line("logistic", 0.5, []) == "logistic with C = 0.5, as given"
+    for name, parameters, told in (("knn", 74640, "knn compares"), ("ridge", 75290, "ridge fits the 650 numbers")):
+        audit = make_run(name, (1,)).phases[0].audit
+        assert audit["totals"]["parameters"] == parameters and audit["totals"]["optimizer_values"] == 0
+        assert audit["totals"]["frozen"] == 74640 and audit["groups"] == {}
+        assert not any(row["lr_mult"] or row["optimizer_values"] for row in audit["parameters"])
+        first = audits.total_lines(audit)[0]
+        assert first.startswith("nothing trains: the 74,640 parameters of the network are frozen") and told in first
 
 
 def test_without_test_the_choice_is_said_to_be_made_on_the_scored_split(tmp_path):

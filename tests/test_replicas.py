@@ -12,6 +12,7 @@ from tl_jax.core import files
 from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies import inprocess
+from tl_jax.studies.report import sweep
 from tl_jax.training import artifacts, replicas, settings
 from tl_jax.training.train import train
 from tl_jax.weights import formats
@@ -197,7 +198,10 @@ def test_val_chooses_the_best_and_test_never_does(unbroken):
     _, table = unbroken
     best = max(table["replicas"], key=lambda row: (row["val"]["accuracy"], -row["val"]["loss"]))
     assert table["best"] == best["name"]
-    assert "best by val" in str(inprocess.replica_table("classification", table).rows)
+    shown = sweep.table("classification", table["replicas"])
+    assert shown.rows[0][0] == best["name"].partition("-")[0] and "the best by val first" in shown.caption
+    accuracies = [float(row[shown.headers.index("val accuracy")]) for row in shown.rows]
+    assert accuracies == sorted(accuracies, reverse=True)
     val = best["val"]
     assert 0 <= val["low"] < val["accuracy"] <= val["high"] <= 1 and val["count"] == 51
     assert inprocess.best_of("classification", [{**best, "val": None}]) is None

@@ -4,13 +4,15 @@ import csv
 import functools
 import itertools
 import json
+import pathlib
 import random
 import re
 import shutil
 
+import matplotlib
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from tl_jax import __main__ as command
 from tl_jax import config as options
@@ -58,6 +60,7 @@ def write_run(folder, levels, seed, seconds, classes=3):
         "flops": 1e9 * parameters,
         "memory_bytes": 2**28,
         "seconds": seconds,
+        "wall_seconds": {"training": seconds, "loading": 2.5},
     }
     write_json(folder / "cost.json", {**cost, "steps": 40, "device": "cpu"})
     rows = [{"step": step, "val/loss": 1.0, "val/accuracy": 0.5 + skill / 10 - 1 / step} for step in (10, 20, 30, 40)]
@@ -131,7 +134,9 @@ def test_means_and_intervals_are_students_over_the_seeds_that_finished(study):
     for method, shots in itertools.product(METHODS, SHOTS):
         seeds = [seed for seed in (0, 1, 2) if (method, shots, seed) not in (FAILED, MISSING)]
         values = [accuracy(method, shots, seed) for seed in seeds]
-        low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
+        slope = 1 / (np.mean(values) * (1 - np.mean(values)))  # of the logit
+        logit = {"loc": special.logit(np.mean(values)), "scale": slope * stats.sem(values)}
+        low, high = special.expit(stats.t.interval(0.95, len(values) - 1, **logit))
         cell = f"{np.mean(values):.4f} [{low:.4f}, {high:.4f}]" + (" (n = 2 of 3)" if len(seeds) == 2 else "")
         row = next(line for line in section(text, "Results").splitlines() if line.startswith(f"| {MARKDOWN[method]} |"))
         assert row.split(" | ")[1 + list(SHOTS).index(shots)].removesuffix(" |") == cell
@@ -226,20 +231,55 @@ def test_times_stand_in_their_own_columns_alone(study, tmp_path):
     assert all(a in cost for a, b in lines if a != b)
     rows = (csv.DictReader((place / "report.csv").read_text().splitlines()) for place in (workdir, other))
     for a, b in zip(*rows, strict=True):
-        assert {**a, "seconds": ""} == {**b, "seconds": ""}
+        assert {**a, "seconds": "", "wall_seconds": ""} == {**b, "seconds": "", "wall_seconds": ""}
 
 
 def test_latex_is_escaped_and_balanced(study):
     text = (study[0] / "report.tex").read_text()
     assert r"50\%\_a\&b" in text and not re.search(r"(?<!\\)[%&_](?=_?a)", text.split("\n", 1)[1])
     assert text.count(r"\begin{tabular}") == text.count(r"\bottomrule") == text.count(r"\end{table}") > 4
-    widths = [line.count(" & ") for line in text.splitlines() if line.endswith(r"\\")]
-    columns = [len(spec) - 1 for spec in re.findall(r"\\begin\{tabular\}\{(\w+)\}", text)]
-    assert set(widths) == set(columns)
+    for spec, body in re.findall(r"\\begin\{tabular\}\{([^\n]+)\}\n(.+?)\\end\{tabular\}", text, re.S):
+        columns = len(re.sub(r">\{.*?\}p\{.*?\}", "l", spec))
+        assert {line.count(" & ") for line in body.splitlines() if line.endswith(r"\\")} == {columns - 1}
+    labels = re.findall(r"\\label\{(.*)\}", text)
+    assert len({*labels}) == len(labels)
     assert tables.latex(r"a\b{c}$d#e^f~g<h") == (
         r"a\textbackslash{}b\{c\}\$d\#e\textasciicircum{}f\textasciitilde{}g$<$h"
     )
     assert tables.latex("-0.5 [-1, 2] last-k 1-2") == "$-$0.5 [$-$1, 2] last-k 1-2" and tables.latex("[1]") == "{[}1]"
+
+
+def typeset(text, points=8.5):
+    """The width of LaTeX's text in points, by the widths of Computer Modern's characters (matplotlib has them)."""
+    path = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "afm" / "cmr10.afm"
+    letters = re.findall(r"^C (\d+) ; WX ([\d.]+) ;", path.read_text(), re.M)
+    width = {chr(int(code)): float(size) * points / 1000 for code, size in letters} | {" ": 333 * points / 1000}
+    plain = re.sub(r"\$([-<>])\$", r"\1", re.sub(r"\\text(\w+)\{\}", "x", text)).replace("{[}", "[").replace("\\", "")
+    return sum(width.get(letter, points * 0.78) for letter in plain)
+
+
+def test_latex_tables_stay_on_their_page(study, tmp_path):
+    """Measured: an article's line has 345 pt and its page 550, \\footnotesize a line of 9.5 pt and an em of 8.5 pt."""
+    numbers = ("0.1234 [0.1111, 0.2222]", "1,234,567", "12.3 G", "<0.0001")
+    wide = tables.Table(
+        "wide", ("cell", *("a long header" for _ in range(14))), [("method=last_k, shots=25", *(numbers * 4)[:14])] * 95
+    )
+    prose = tables.Table("prose", ("a", "b", "n"), [("many words of prose " * 9, "0-lr=0.1 " * 15, "0.5")] * 30, 2)
+    text = (study[0] / "report.tex").read_text() + tables.to_latex({"wide": wide, "prose": prose})
+    found = re.findall(r"\\begin\{tabular\}\{([^\n]+)\}\n(.+?)\\end\{tabular\}", text, re.S)
+    for spec, body in found:
+        kinds = re.findall(r"p\{([\d.]+)em\}|([lr])", re.sub(r">\{\S*?\}p", "p", spec))
+        rows = [line.strip().removesuffix(r"\\").split(" & ") for line in body.splitlines() if line.endswith(r"\\")]
+        sizes = [
+            float(em) * 8.5 if em else max(typeset(row[i].strip()) for row in rows) for i, (em, _) in enumerate(kinds)
+        ]
+        assert sum(sizes) + 6 * len(sizes) <= 345
+        deep = [max(-(-typeset(cell) // size) for cell, size in zip(row, sizes, strict=True) if size) for row in rows]
+        assert 9.5 * sum(deep) < 500  # with the caption
+    shown = [row for _, body in found for row in body.splitlines() if "1,234,567" in row]
+    assert len(shown) >= 95 and text.count("(Part 1 of ") == 2 + study[0].joinpath("report.tex").read_text().count(
+        "(Part 1 of "
+    )
 
 
 def test_html_needs_nothing_else_and_holds_every_figure(study):
@@ -365,10 +405,10 @@ def test_runs_whose_result_or_predictions_were_changed_are_failed_runs(tmp_path,
 
 @pytest.mark.slow
 def test_three_factors_many_levels_and_one_level_can_be_reported(tmp_path, monkeypatch):
-    factors = {"method": METHODS, "rate": {"slow": {}, "fast": {}}, "shots": SHOTS}
+    factors = {"method": METHODS, "rate": {"slow": {"lr": 0.01}, "fast": {"lr": 0.1}}, "shots": SHOTS}
     baseline, names = {"method": "full", "rate": "slow"}, ("accuracy",)
     summary = report.write(make_study(tmp_path / "v", factors, baseline, seeds=(0, 1), names=names))
-    assert {"differences-method", "differences-rate", "learning", "budget"} <= set(summary["figures"])
+    assert {"differences-method", "differences-rate", "learning", "budget", "rates"} <= set(summary["figures"])
     many = {f"level {i}": {"lr": i} for i in range(9)}
     factors = {"method": {"full": {}}, "rate": many}
     monkeypatch.setattr(figures, "MAKERS", (figures.cells, figures.differences, figures.learning))

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from tl_jax.studies.report import statistics
 
@@ -31,6 +31,42 @@ def test_mean_interval_equals_scipy(n, level):
     got = statistics.mean_interval(values, level)
     np.testing.assert_allclose([got["mean"], got["low"], got["high"]], [values.mean(), *expected], rtol=1e-12)
     assert got["n"] == n
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, 1), (-1, 1)])
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_between_two_ends_the_interval_of_a_mean_is_students_for_logits(n, least, most):
+    values = least + (most - least) * np.random.default_rng(n).beta(20, 2, n)
+    got = statistics.mean_interval(values, bounds=(least, most))
+    share, error = (values.mean() - least) / (most - least), stats.sem(values) / (most - least)
+    step = 1e-6  # the slope of the logit, by differences
+    slope = (special.logit(share + step) - special.logit(share - step)) / (2 * step)
+    low, high = special.expit(stats.t.interval(0.95, n - 1, special.logit(share), slope * error))
+    expected = least + (most - least) * np.array([share, low, high])
+    np.testing.assert_allclose([got["mean"], got["low"], got["high"]], expected, rtol=1e-6)
+    assert least < got["low"] < got["mean"] < got["high"] < most
+
+
+def test_an_interval_stays_on_its_scale_and_one_end_cuts_it():
+    for values in ([0.9, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0], [0.999, 0.9999]):
+        got = statistics.mean_interval(values, bounds=(0, 1))
+        assert 0 <= got["low"] <= got["mean"] <= got["high"] <= 1
+    values = [0.1, 0.9]
+    plain, cut = statistics.mean_interval(values), statistics.mean_interval(values, bounds=(0, np.inf))
+    assert plain["low"] < 0 and cut == {**plain, "low": 0}
+    assert statistics.mean_interval([40.0, 50.0], bounds=(0, 1)) == {**statistics.mean_interval([40.0, 50.0])}
+    assert statistics.within({"mean": 0.5, "low": -3.0, "high": 0.9}, -1, 1) == {"mean": 0.5, "low": -1, "high": 0.9}
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10])
+def test_the_interval_of_accuracies_near_one_covers_as_often_as_it_says(n):
+    """Seeds differ by 0.4 on the scale of logits; each is tested on 768 examples: docs/metrics.md has more cases."""
+    rng, draws = np.random.default_rng(n), 3000
+    mean = special.expit(special.logit(0.98) + 0.4 * np.random.default_rng(0).normal(size=10**6)).mean()
+    seeds = rng.binomial(768, special.expit(special.logit(0.98) + 0.4 * rng.normal(size=(draws, n)))) / 768
+    found = [statistics.mean_interval(values, bounds=(0, 1)) for values in seeds]
+    low, high = band(0.95, draws)
+    assert low < np.mean([row["low"] <= mean <= row["high"] for row in found]) < high
 
 
 def test_mean_interval_leaves_out_what_is_missing():

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tl_jax
-from tl_jax.core import checks, files, manifest
+from tl_jax.core import checks, console, files, manifest
 from tl_jax.core.card import PIXEL_TYPES, Form, size_text
 from tl_jax.core.options import PIXELS, SEED
 
@@ -103,19 +103,17 @@ def metrics(args: Args) -> None:
 
 
 def _print_metrics(summary: dict[str, Any], as_json: bool) -> None:
-    from rich.console import Console
-
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
-        tables = tl_jax.tasks.format_table(summary), tl_jax.tasks.format_classes(summary)
-        Console().print(*filter(None, tables))
+        for table in filter(None, (tl_jax.tasks.format_table(summary), tl_jax.tasks.format_classes(summary))):
+            console.show(table)
 
 
 def classic(args: Args) -> None:
     from tl_jax.api import classic as command
 
-    print("\n".join(command.format_table(command.run(args))))
+    console.show(command.format_table(command.run(args)))
 
 
 def labels(args: Args) -> None:
@@ -133,7 +131,7 @@ def drift(args: Args) -> None:
 
 
 def inspect(args: Args) -> None:
-    print(tl_jax.inspect(args.source))
+    console.show(tl_jax.inspect(args.source))
 
 
 def convert(args: Args) -> None:
@@ -185,8 +183,8 @@ def report(args: Args) -> None:
     from tl_jax.studies.report import report as reports
 
     summary = reports.write(args.workdir)
-    print("\n".join([*summary["reading"], *summary["alarms"]]))
-    print(f"{args.workdir}/report.md, .html, .tex, .csv and {len(summary['figures'])} figures")
+    console.show("\n".join([*summary["reading"], *summary["alarms"]]))
+    console.show(f"{args.workdir}/report.md, .html, .tex, .csv and {len(summary['figures'])} figures")
 
 
 def wise_ft(args: Args) -> None:
@@ -410,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {_flags(args, error)}{error}", file=sys.stderr)
+        console.show(f"error: {_flags(args, error)}{error}", stderr=True)
         return 2
     except KeyboardInterrupt:
         print("stopped; what was complete is kept", file=sys.stderr)

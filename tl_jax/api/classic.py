@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tl_jax.core import checks, files
+from tl_jax.core.console import Table
 from tl_jax.core.messages import nearest
 from tl_jax.data import sources
 from tl_jax.data.examples import Source
@@ -188,15 +189,13 @@ def read_features(domains: Sequence[Source], args: Any) -> list[np.ndarray]:
     return [model.features(network, each) for each in domains]
 
 
-def format_table(rows: Sequence[Row]) -> list[str]:
-    """Lines of at most 80 columns, accuracies in percent."""
-    lines = [f"{'method':14} {'accuracy':>8}  {'95 % interval':15} {'against none':>12}  {'95 % interval':17} seconds"]
+def format_table(rows: Sequence[Row]) -> Table:
+    """Accuracies in percent."""
+    headers, lines = ("method", "accuracy", "95 % interval", "against none", "95 % interval", "seconds"), []
     for row in rows:
         values = [f"{100 * row[key][part]:.2f}" for key in ("accuracy", "against_none") for part in ("low", "high")]
         first, second = f"{values[0]} .. {values[1]}", f"{values[2]} .. {values[3]}"
         own, gain = 100 * row["accuracy"]["value"], 100 * row["against_none"]["value"]
-        worse = "  worse than none" if row["worse"] else ""
-        lines.append(
-            f"{row['method']:14} {own:8.2f}  {first:15} {gain:+12.2f}  {second:17} {row['seconds']:7.1f}{worse}"
-        )
-    return lines
+        name = row["method"] + (" (worse than none)" if row["worse"] else "")
+        lines.append((name, f"{own:.2f}", first, f"{gain:+.2f}", second, f"{row['seconds']:.1f}"))
+    return Table("", headers, lines)

@@ -18,6 +18,7 @@ from tl_jax import config as options
 from tl_jax.api.run import load_run
 from tl_jax.core import files
 from tl_jax.core.checks import refuse
+from tl_jax.core.console import Table, show
 from tl_jax.data import pipeline, resample, sources
 from tl_jax.data.examples import Source, join
 from tl_jax.data.groups import per_class
@@ -147,14 +148,15 @@ def suspects(
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     answers.write_csv(rows, text := io.StringIO())
-    files.write_text(folder / "labels.csv", _plain(text.getvalue()))
+    csv = text.getvalue().encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
+    files.write_text(folder / "labels.csv", csv)
     files.write_json(folder / "labels.json", summary)
     if places[0][1].input == "image":
         with tolerate(str(folder / "labels.png")):
             first = min(top, PICTURES)
             _draw(rows[:first], [places[i] for i in chosen[:first]], folder / "labels.png")
     _show(rows[:10], summary)
-    print(f"wrote {', '.join(sorted(path.name for path in folder.glob('labels.*')))} to {folder}")
+    show(f"wrote {', '.join(sorted(path.name for path in folder.glob('labels.*')))} to {folder}")
     return summary
 
 
@@ -258,35 +260,26 @@ def _pairs(names: Sequence[str], judged: Judged) -> list[Row]:
     return sorted(found, key=lambda pair: -pair["suspects"])
 
 
-def _plain(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
-
-
 def _show(rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
-    """The summary and the first rows, in at most 80 columns."""
-
-    def cut(text: str, width: int) -> str:
-        text = _plain(text)
-        return f"{text if len(text) <= width else '...' + text[3 - width :]:{width}}"
-
-    print(f"{summary['labels']:,} labels of {cut(', '.join(summary['splits']), 50).rstrip()}")
-    print(f"judged in {summary['folds']} folds by {summary['features']}")
-    print(f"out of fold: accuracy {summary['accuracy']:.4f}, nll {summary['nll']:.4f}")
+    """The summary and the first rows."""
+    show(f"{summary['labels']:,} labels of {', '.join(summary['splits'])}")
+    show(f"judged in {summary['folds']} folds by {summary['features']}")
+    show(f"out of fold: accuracy {summary['accuracy']:.4f}, nll {summary['nll']:.4f}")
     if summary["too_few"]:
-        print(f"left out, as fewer examples than folds: {cut(', '.join(summary['too_few']), 40)}")
+        show(f"left out, as fewer examples than folds: {', '.join(summary['too_few'])}")
     wrong = f"an estimated {summary['errors']:.1%} of the labels are wrong, or hard to tell"
-    print(f"{summary['suspects']:,} suspects; {wrong}")
-    print(f"\n{'given':20}    {'suggested':20}  suspects  share of the label")
-    for pair in summary["pairs"][:10]:
-        print(f"{cut(pair['given'], 20)} -> {cut(pair['suggested'], 20)}  {pair['suspects']:8,}  {pair['share']:.1%}")
-    print(f"\nmost alike across the splits, by features\ncosine  {'train':34}  scored")
-    for pair in summary["lookalikes"][:5]:
-        print(f"{pair['cosine']:6.3f}  {cut(pair['train'], 34)}  {cut(pair['scored'], 34).rstrip()}")
-    print(f"\nrank  p(given)  {'given':10}    {'suggested':10}  {'split':6}  id (*: suspect)")
-    for row in rows:
-        rank = f"{row['rank']:4}{'*' if row['suspect'] == 'yes' else ' '} {float(row['probability_given']):8.4f}"
-        classes = f"{cut(row['given'], 10)} -> {cut(row['suggested'], 10)}"
-        print(f"{rank}  {classes}  {cut(row['split'], 6)}  {cut(row['id'], 30).rstrip()}")
+    show(f"{summary['suspects']:,} suspects; {wrong}\n")
+    pairs = [(x["given"], x["suggested"], f"{x['suspects']:,}", f"{x['share']:.1%}") for x in summary["pairs"][:10]]
+    show(Table("classes in each other's place", ("given", "suggested", "suspects", "share of the label"), pairs, 2))
+    alike = [(x["train"], x["scored"], f"{x['cosine']:.3f}") for x in summary["lookalikes"][:5]]
+    show(Table("most alike across the splits, by features", ("train", "scored", "cosine"), alike, 2))
+    first = [
+        (f"{x['rank']}{'*' * (x['suspect'] == 'yes')}", x["given"], x["suggested"], x["split"], x["id"],
+         f"{float(x['probability_given']):.4f}")
+        for x in rows
+    ]  # fmt: skip
+    headers = ("rank", "given", "suggested", "split", "id", "p(given)")
+    show(Table("the labels that are least likely right (*: suspect)", headers, first, 5))
 
 
 def _draw(rows: Sequence[Row], places: Sequence[tuple], path: pathlib.Path) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import io
 import itertools
 import os
 import pathlib
@@ -14,11 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from tl_jax import tasks
 from tl_jax.api import inputs
+from tl_jax.core import console
 from tl_jax.core.card import Card
 from tl_jax.core.messages import listed
 from tl_jax.data.examples import Source
@@ -27,7 +25,6 @@ from tl_jax.data.image.augment import Preprocess, make_preprocess
 from tl_jax.data.pipeline import THREADS
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
-from tl_jax.runtime.log import shows_bar
 from tl_jax.tasks import answers, trust
 from tl_jax.training.steps import FEATURES, normalise
 from tl_jax.weights import load as pretrained
@@ -37,9 +34,7 @@ class Metrics(dict):
     """Metrics by name, each {"value", "low", "high"}, as `tasks.summarize` gives them; shown as a table."""
 
     def __repr__(self) -> str:
-        console = Console(file=io.StringIO(), width=100)
-        console.print(tasks.format_table(self))
-        return console.file.getvalue().rstrip()
+        return console.fitted(tasks.format_table(self), console.WIDE)
 
 
 class Network:
@@ -133,11 +128,9 @@ def _batches(model: Network, data: Any, batch_size: int) -> Iterator[tuple[list[
             return str(error)
 
     chunks = [range(start, min(start + size, len(names))) for start in range(0, len(names), size)]
-    console = Console(stderr=True)
-    bar = track(chunks, "predict", console=console, transient=True, disable=not shows_bar(console))
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool, console.bar("predict", len(names), stderr=True) as tick:
         ahead = pool.map(read, chunks[0])
-        for chunk, following in zip(bar, [*chunks[1:], ()], strict=True):
+        for chunk, following in zip(chunks, [*chunks[1:], ()], strict=True):
             found, ahead = list(ahead), pool.map(read, following)
             rows = [x for x in found if not isinstance(x, str)]
             outputs = {}
@@ -145,6 +138,7 @@ def _batches(model: Network, data: Any, batch_size: int) -> Iterator[tuple[list[
                 batch = np.stack(rows + [np.zeros_like(rows[0])] * (size - len(rows)))
                 outputs = jax.device_get(apply(variables, parallel.put_batch(batch)))
             named = [(names[i], x if isinstance(x, str) else None) for i, x in zip(chunk, found, strict=True)]
+            tick(chunk.stop)
             yield named, {name: x[: len(rows)] for name, x in outputs.items()}
 
 

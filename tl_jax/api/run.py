@@ -19,7 +19,7 @@ from tl_jax import tasks
 from tl_jax.api import calibration, inputs
 from tl_jax.api import model as models
 from tl_jax.api.model import Metrics, Model
-from tl_jax.core import files, manifest
+from tl_jax.core import console, files, manifest
 from tl_jax.core.messages import nearest
 from tl_jax.methods import probes, recipes
 from tl_jax.tasks import answers, trust
@@ -175,7 +175,7 @@ def fit(
     {split: pair or Dataset}. Without a split val a fifth of train takes its place; without test val is scored. method:
     one of `list_methods`. task: that of the labels unless given. workdir: kept, and resumed where the same call was
     interrupted; None: a temporary folder that is removed with the Run. changes: {dotted option: value}, see
-    tl_jax/core/options.py. Raises one ValueError for all that does not fit.
+    tl_jax/core/options.py. Without verbose nothing is printed. Raises one ValueError for all that does not fit.
     """
     table = recipes.methods(epochs)
     if method not in table:
@@ -197,7 +197,8 @@ def fit(
     if model.channels:
         named["data.card"] = {"mean": model.card.mean, "std": model.card.std, **given.get("data.card", {})}
         given = {key: value for key, value in given.items() if key != "data.card"}
-    training.train(options.override(options.make(), {**named, **given}), run.folder, verbose=verbose)
+    with console.quiet(not verbose):
+        training.train(options.override(options.make(), {**named, **given}), run.folder, verbose=verbose)
     return run
 
 

@@ -16,6 +16,7 @@ GRIDS = {
     "ridge": tuple(10.0**e for e in range(-2, 6)),  # alpha, the strength of the penalty on the summed squares
 }
 NAMES = tuple(GRIDS)
+SYMBOLS = {"knn": "k", "logistic": "C", "ridge": "alpha"}
 MAX_SCALE = 100.0  # of ridge scores: where every example is predicted well, the best scale would be infinite
 MAX_ITERATIONS = 10_000  # of L-BFGS
 
@@ -124,6 +125,19 @@ def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         "val/accuracy": float((logits.argmax(axis=1) == labels).mean()),
         "val/nll": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
     }
+
+
+def choice_line(name: str, chosen: float, tried: Sequence[Mapping[str, Any]]) -> str:
+    """Which value of its grid a probe took, by what, and whether the nll on val would have taken another."""
+    symbol, row = SYMBOLS[name], next((row for row in tried if row["value"] == chosen), None)
+    if len(tried) < 2 or row is None or row["val/accuracy"] is None:
+        return f"{name} with {symbol} = {chosen:g}, as given"
+    scores = "accuracy {val/accuracy:.4f}, nll {val/nll:.4f}"
+    best = min(tried, key=lambda row: row["val/nll"])
+    other = f"; by nll it would be {symbol} = {best['value']:g} ({scores.format_map(best)})"
+    told = f"{name} with {symbol} = {chosen:g}, chosen of {len(tried)} by accuracy on val ({scores.format_map(row)})"
+    slow = "" if row["converged"] else f"; it has not converged in {MAX_ITERATIONS:,} iterations"
+    return told + (other if best["val/nll"] < row["val/nll"] else ", and nll agrees") + slow
 
 
 def _choose(name: str, tried: list[dict[str, Any]]) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tl_jax.core import messages, trees
-from tl_jax.runtime import leaves
+from tl_jax.runtime import leaves, wall
 
 # orbax prints each error of a save three times, with tracebacks; `wait` and `close` raise it.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
@@ -57,6 +57,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def __exit__(self, *_) -> None:
         self.close()
 
+    @wall.timed("checkpoints")
     def close(self) -> None:
         """Waits for the save in flight."""
         self._manager.close()
@@ -65,12 +66,14 @@ class Checkpoints(contextlib.AbstractContextManager):
         """The steps that have a committed checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
+    @wall.timed("checkpoints")
     def prepare(self, state: Any) -> None:
         """Compiles and allocates what `save` needs, so that the first save takes no longer than the others."""
         for _ in range(2):  # the first allocates, those after it copy into what is there
             self._copy = _copy_of(self._saved(state), self._copy)
         self._free_copy()
 
+    @wall.timed("checkpoints")
     def save(self, step: int, state: Any, meta: Mapping[str, Any], keep: Collection[int] = ()) -> None:
         """Starts to save in the background, after the save before it has ended; the state may be donated at once.
 
@@ -102,6 +105,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         newest = sorted(info.step for info in checkpoints)[-2:]
         return [info.step in newest or info.step in self._keep for info in checkpoints]
 
+    @wall.timed("checkpoints")
     def wait(self) -> None:
         """Waits for the save in flight; raises its error."""
         self._manager.wait_until_finished()
@@ -121,6 +125,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise ValueError(f"{name} is damaged: its meta data are not those of step {step}")
         return index
 
+    @wall.timed("checkpoints")
     def restore(self, step: int, like: Any) -> Any:
         """The state of a step, with the structure, shapes and placement of `like`, and its constant leaves.
 
@@ -150,6 +155,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         restored = [put(arrays[path], leaf) if path in arrays else leaf for path, leaf in flat.items()]
         return jax.tree.unflatten(jax.tree.structure(like), restored)
 
+    @wall.timed("checkpoints")
     def restore_latest(self, like: Callable[[int], Any]) -> Restored | None:
         """The newest intact checkpoint, or None where the run has none yet; like(step) has the structure of its state.
 

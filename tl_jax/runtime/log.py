@@ -3,33 +3,24 @@
 import contextlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from tl_jax.core import console
 from tl_jax.core.files import atomic_write, sound_rows, write_text, writing
 
-CONSOLE = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 UNSHOWN, SHOWN = ("train/grad_norm", "train/lr"), 4  # of a line of metrics, on the console; at least so many
 SHOWN_WAIT = 0.02  # share of the time from which on the wait for data is shown
 
 
-def shows_bar(console: Console) -> bool:
-    """Whether a progress bar can be drawn: on a terminal, and in a notebook that has ipywidgets."""
-    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
-
-
-def log(message: Any) -> None:
-    """Prints on process 0 and nowhere else."""
+def log(message: Any, style: str = "") -> None:
+    """Prints a table or prose on process 0 and nowhere else."""
     if jax.process_index() == 0:
-        CONSOLE.print(message)
+        console.show(message, style=style)
 
 
 @contextlib.contextmanager
@@ -65,11 +56,7 @@ class RunLog:
         # Further columns of timing.jsonl, from the steps per second.
         self.rates: Callable[[float], Mapping[str, Any]] = lambda steps_per_second: {}
         self._verbose = verbose and self._writes
-        self._bar = None
-        if self._verbose and shows_bar(CONSOLE):
-            columns = "train", BarColumn(), MofNCompleteColumn(), "{task.fields[text]}", "{task.fields[rate]}"
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=CONSOLE, transient=True)
-            self._task = self._bar.add_task("train", total=total, completed=start, text="compiling", rate="")
+        self._stack, self._tick = contextlib.ExitStack(), None
 
     def _begin_timing(self, start: int) -> None:
         """Keeps the whole lines of earlier starts; "null" stands for those that were lost: no sum is believed then."""
@@ -82,13 +69,12 @@ class RunLog:
             self._append("timing", None)
 
     def __enter__(self) -> "RunLog":
-        if self._bar:
-            self._bar.start()
+        if self._verbose and console.shows_bar(console.make_console()):
+            self._tick = self._stack.enter_context(console.bar("train", self._total, self._start))
         return self
 
     def __exit__(self, *_) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._stack.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds one row of metrics.jsonl; a number that is not finite is written as null, which every reader knows."""
@@ -114,14 +100,15 @@ class RunLog:
         self._timed = step
         shown = {name.removeprefix("train/"): value for name, value in metrics.items() if name not in UNSHOWN}
         names = sorted(shown, key=lambda name: "/" in name)  # the loss, the task's metric and all terms, then their own
-        count = 2 if self._bar and CONSOLE.width < 110 else max(SHOWN, sum("/" not in name for name in names))
-        text = "  ".join(f"{name} {shown[name]:.4g}" for name in names[:count])
-        text += f"  waited {waited / seconds:.0%} for data" if waited > SHOWN_WAIT * seconds else ""
-        if self._bar:
-            self._bar.update(self._task, completed=step, text=text, rate=f"{rate:,.0f} examples/s")
+        count = max(SHOWN, sum("/" not in name for name in names))
+        texts = [f"{name} {shown[name]:.4g}" for name in names[:count]]
+        texts += [f"waited {waited / seconds:.0%} for data"] * (waited > SHOWN_WAIT * seconds)
+        texts += [f"{rate:,.0f} examples/s"]
+        if self._tick:
+            self._tick(step, *texts)
         elif self._verbose:
             left = (self._total - step) * (now - self._began) / (step - self._start)  # evaluations included
-            log(f"step {step}/{self._total}  {text}  {rate:,.0f} examples/s  {left:,.0f} s left")
+            log("  ".join([f"step {step}/{self._total}", *texts, f"{left:,.0f} s left"]))
 
     @contextlib.contextmanager
     def untimed(self):

@@ -8,7 +8,6 @@ import argparse
 import importlib.util
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Sequence
 
 from absl import logging
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 
 from tl_jax import config as options
 from tl_jax.core import messages
+from tl_jax.core.console import show
 from tl_jax.runtime import preemption
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str], program: Sequence[str] = ("launch.py",)) -> int:
         return bad_input(error)
     except preemption.Preempted as stop:
         if distributed.is_first():
-            print(f"{stop}; everything is saved, the same command goes on from there", flush=True)
+            show(f"{stop}; everything is saved, the same command goes on from there")
         return preemption.EXIT_CODE
 
 
@@ -87,9 +87,10 @@ def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[
 
         command, settings = [*program, *launchers.own_arguments(argv)], args.slurm or args.cloud
         return launchers.hand_out(args.launcher, workdir, command=command, settings=settings, submit=args.submit)
-    from tl_jax.runtime import distributed
+    from tl_jax.runtime import distributed, wall
     from tl_jax.studies import inprocess
 
+    wall.count_start()
     distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     if not args.prove_no_leak:
         inprocess.show(inprocess.run(config, workdir, distributed.agreed(stop)), config, workdir)
@@ -99,9 +100,9 @@ def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[
     found, differences = leak.prove(config, workdir, distributed.agreed(stop))
     inprocess.show(found, config, workdir)
     if differences and distributed.is_first():
-        print(f"leak test: FAILED, target labels decide\n{messages.listed(differences)}", file=sys.stderr, flush=True)
+        show(f"leak test: FAILED, target labels decide\n{messages.listed(differences)}", stderr=True)
     elif distributed.is_first():
-        print("leak test: passed", flush=True)
+        show("leak test: passed")
     return int(bool(differences))
 
 
@@ -163,5 +164,5 @@ def make_parser() -> argparse.ArgumentParser:
 
 def bad_input(message: object) -> int:
     """Prints what is wrong and returns the exit code that says so."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    show(f"error: {message}", stderr=True)
     return 2

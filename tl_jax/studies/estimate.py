@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tl_jax import config as options
+from tl_jax.core import console
+from tl_jax.core.console import Table
 from tl_jax.core.files import read_json
 from tl_jax.methods import probes
 from tl_jax.methods.term import MAIN
-from tl_jax.runtime import sharding
-from tl_jax.runtime.log import CONSOLE
+from tl_jax.runtime import sharding, wall
 from tl_jax.studies import local, store, together
-from tl_jax.studies.report.tables import Table, scaled, to_console
+from tl_jax.studies.report.tables import scaled
 from tl_jax.studies.study import RunSpec, Study, title
 from tl_jax.training import feature_cache, steps
 from tl_jax.training.build import Run, build
@@ -49,7 +50,8 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
     for run in runs:
         path = store.run_folder(workdir, run.key) / "cost.json"
         with contextlib.suppress(OSError, ValueError):  # none, or damaged: what it took is not known
-            if states[run.key] == "done" and isinstance(value := read_json(path).get("seconds"), int | float):
+            cost = read_json(path) if states[run.key] == "done" else {}
+            if isinstance(value := wall.whole(cost) or cost.get("seconds"), int | float):
                 seconds.setdefault(title(run.levels), []).append(value)
     present, rows = [state for state in store.STATES if state in states.values()], []
     for cell, members in cells.items():
@@ -59,18 +61,18 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
         rows.append((*members[0].levels.values(), str(len(members)), *(str(n or "-") for n in counts), *cost, took))
     headers = (*study.factors, "runs", *present, "steps", "images", "FLOPs", "s")
     caption = f"{name}: {len(runs)} runs in {len(cells)} cells"
-    CONSOLE.print(to_console(Table(caption, headers, rows, len(study.factors))))
-    CONSOLE.print("steps, images to train on, FLOPs of all steps (as traced) and seconds (as measured) are of one run")
+    console.show(Table(caption, headers, rows, len(study.factors)))
+    console.show("steps, images to train on, FLOPs of all steps (as traced) and seconds (as measured) are of one run")
     if left_out := len(cells) - len(works):
-        CONSOLE.print(f"{left_out} cells were not built: {BUDGET:.0f} s were over; totals scale the others")
+        console.show(f"{left_out} cells were not built: {BUDGET:.0f} s were over; totals scale the others")
     sets = together.group({run.key: options.flatten(run.config) for run in runs}, study.together)
     if shared := [keys for keys in sets if len(keys) > 1]:
-        CONSOLE.print(
+        console.show(
             f"{sum(map(len, shared))} runs are trained together in {len(shared)} programs, which compute what is "
             "frozen once: FLOPs and seconds of runs by themselves are more than they take"
         )
     left = {cell: sum(states[run.key] != "done" for run in members) for cell, members in cells.items()}
-    CONSOLE.print("\n".join(totals(left, works, seconds, jobs or local.default_jobs())))
+    console.show("\n".join(totals(left, works, seconds, jobs or local.default_jobs())))
 
 
 def trace_cells(cells: Mapping[str, RunSpec]) -> dict[str, Work]:

@@ -7,18 +7,19 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from rich.text import Text
 
 from tl_jax import config as options
 from tl_jax import tasks
 from tl_jax.core import manifest
+from tl_jax.core.console import Table
 from tl_jax.core.files import read_json, read_rows, write_json
+from tl_jax.methods import probes
+from tl_jax.runtime import wall
 from tl_jax.runtime import workdir as workdirs
 from tl_jax.runtime.log import log, tolerate
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.studies.report import alarm, selection
-from tl_jax.studies.report.statistics import mean_interval
-from tl_jax.studies.report.tables import Table, to_console
+from tl_jax.studies.report import alarm, selection, sweep
+from tl_jax.studies.report.statistics import mean_interval, within
 from tl_jax.studies.study import RunSpec, Study, grid, metrics_of
 from tl_jax.training.settings import naming
 from tl_jax.training.train import Stop, never, train, train_together
@@ -79,10 +80,11 @@ def run(
 
 def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) -> None:
     if "replicas" in found:
-        log(to_console(replica_table(config.task, found["replicas"])))
+        log(sweep.table(config.task, found["replicas"]["replicas"]))
         if "selection" in found["replicas"]:
-            log(to_console(selection.table(found["replicas"]["selection"])))
+            log(selection.table(found["replicas"]["selection"]))
         log(f"each replica is a run with a folder of its own: {(workdir / 'replicas').resolve()}")
+        log(f"this took {wall.in_words(wall.seconds())}")
         return
     result = found["result"]
     log(tasks.format_table(result["metrics"], of=f"seed {config.seed}, {result['data']}"))
@@ -90,10 +92,12 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
         log(tasks.format_sets(sets, tasks.METRICS[config.task].monitor[0][0]))
     if stopped := result.get("stopped_early_at"):
         log(f"stopped early after step {stopped} of {result['total_steps']}")
-    if result["select"] == "best_val":
+    if "chosen" in result:
+        log(probes.choice_line(result["method"], result["chosen"], result["tried"]))
+    elif result["select"] == "best_val":
         log(f"scored at step {result['step']}, the best on val")
     if "selection" in result:
-        log(to_console(selection.table(result["selection"])))
+        log(selection.table(result["selection"]))
     for line in result.get("domains", {}).get("diagnosis", ()):
         log(line)
     if "threshold" in result:
@@ -101,10 +105,10 @@ def show(found: Mapping[str, Any], config: ConfigDict, workdir: pathlib.Path) ->
     if result["chosen_on_scored_split"]:
         log("The checkpoint was chosen on the split scored here: these numbers are optimistic (name a data.test)")
     if found["comparison"]:
-        log(to_console(comparison_table(found["comparison"])))
+        log(comparison_table(found["comparison"]))
         for line in alarm.sentences(TRANSFER, BASELINE, found["comparison"].get("negative_transfer", {})):
-            log(Text(line, "bold red"))
-    log(f"everything of this run: {workdir.resolve()}")
+            log(line, "bold red")
+    log(f"everything of this run: {workdir.resolve()}\nthis took {wall.in_words(wall.seconds())}")
 
 
 def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping, workdir: pathlib.Path) -> dict:
@@ -112,7 +116,8 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
     metric, data = metrics_of(study)[0], results[TRANSFER, config.seed]["data"]
     value_of = {key: result["metrics"][metric]["value"] for key, result in results.items()}
     table = {arm: [value_of[arm, seed] for seed in study.seeds] for arm in study.factors[ARM]}
-    arms = {arm: {"values": values, **mean_interval(values)} for arm, values in table.items()}
+    bounds = tasks.bounds(metric)
+    arms = {arm: {"values": values, **mean_interval(values, bounds=bounds)} for arm, values in table.items()}
     report = {"data": data, "seeds": list(study.seeds), "metric": metric, metric: arms}
     if BASELINE in table:
         differences, by_seed = [a - b for a, b in zip(*table.values(), strict=True)], {}
@@ -121,7 +126,7 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
             by_seed[str(seed)] = tasks.paired_difference(*pair, resamples=config.resamples)
         pairs = [tuple(folders[arm, seed] for arm in table) for seed in study.seeds]
         report["negative_transfer"] = alarm.of_folders(pairs, config.resamples)
-        report["difference"] = {"values": differences, **mean_interval(differences)}
+        report["difference"] = {"values": differences, **within(mean_interval(differences), *tasks.span(metric))}
         report["difference_by_seed_over_examples"] = by_seed
     if jax.process_index() == 0:
         write_json(workdir / "comparison.json", report)
@@ -129,7 +134,7 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
             from tl_jax.studies.report import charts  # here, as matplotlib takes its time
 
             label = f"{metric} on {report['data']}, {len(study.seeds)} seeds"
-            charts.comparison(workdir / "comparison.png", table, label)
+            charts.comparison(workdir / "comparison.png", table, label, bounds)
     return report
 
 
@@ -139,10 +144,10 @@ def comparison_table(report: Mapping[str, Any]) -> Table:
         found[f"{TRANSFER} - {BASELINE}"] = report["difference"]
     rows = []
     for name, row in found.items():
-        interval = "" if row["low"] is None else f"{row['low']:.3f} .. {row['high']:.3f}"
-        rows.append((name, f"{row['mean']:.3f}", interval, "  ".join(f"{value:.3f}" for value in row["values"])))
-    caption = f"{report['metric']} on {report['data']}, seeds {report['seeds']}"
-    return Table(caption, ("arm", "mean", "95 % interval", "each seed"), rows)
+        interval = "-" if row["low"] is None else f"{row['low']:.3f} .. {row['high']:.3f}"
+        rows.append((name, f"{row['mean']:.3f}", interval, *(f"{value:.3f}" for value in row["values"])))
+    seeds = (f"seed {seed}" for seed in report["seeds"])
+    return Table(f"{report['metric']} on {report['data']}", ("arm", "mean", "95 % interval", *seeds), rows)
 
 
 def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.Path, stop: Stop, verbose: bool):
@@ -151,7 +156,9 @@ def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.
     workdirs.check_options(workdir, options.flatten(config))
     if path.exists():
         manifest.check(workdir)
-        return read_json(path)
+        table = read_json(path)
+        _draw(config.task, table["replicas"], workdir)
+        return table
     folders, configs = [workdir / "replicas" / run.levels[REPLICA] for run in runs], [run.config for run in runs]
     with workdirs.lock(workdir):
         write_json(workdir / "config.json", options.flatten(config))
@@ -165,7 +172,14 @@ def _run_replicas(config: ConfigDict, runs: Sequence[RunSpec], workdir: pathlib.
         if isinstance(panel := _panel_of(config, folders, rows), dict):
             table["selection"] = panel
         manifest.write(workdir, path.name, table)
+    _draw(config.task, rows, workdir)
     return table
+
+
+def _draw(task: str, rows: Sequence[Mapping[str, Any]], workdir: pathlib.Path) -> None:
+    if jax.process_index() == 0 and not (workdir / "replicas.svg").exists():
+        with tolerate("replicas.png"), wall.timed("figures"):
+            sweep.draw(task, rows, workdir)
 
 
 def _panel_of(config: ConfigDict, folders: Sequence[pathlib.Path], rows: Sequence[Mapping]) -> dict | str | None:
@@ -203,18 +217,4 @@ def _row(task: str, changes: Sequence, folder: pathlib.Path, result: dict | Floa
 
 def best_of(task: str, rows: Sequence[Mapping[str, Any]]) -> str | None:
     """The name of the replica that val prefers, the earliest among equals; None without val, never by test."""
-    scores = {row["name"]: tasks.preference(tasks.METRICS[task].monitor, row["val"]) for row in rows if row["val"]}
-    return max(scores, key=scores.get, default=None)
-
-
-def replica_table(task: str, table: Mapping[str, Any]) -> Table:
-    first, *others = (name for name, _ in tasks.METRICS[task].monitor)
-    rows = []
-    for row in table["replicas"]:
-        mark = "diverged" if row["error"] else "best by val" if row["name"] == table["best"] else ""
-        val = row["val"] or {}
-        interval = f"{val['low']:.4f} .. {val['high']:.4f}" if "low" in val else "-"
-        value, *more = (f"{val[name]:.4f}" if val.get(name) is not None else "-" for name in (first, *others))
-        rows.append((row["name"], value, interval, *more, str(row["step"] or "-"), mark))
-    headers = ("replica", f"val {first}", "95 % interval", *(f"val {name}" for name in others), "step", "")
-    return Table(f"{len(rows)} replicas", headers, rows)
+    return next((row["name"] for row in sweep.ordered(task, rows) if row["val"]), None)

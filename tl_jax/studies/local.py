@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import tl_jax
+from tl_jax import tasks
 from tl_jax.core import machine
+from tl_jax.core.console import show
 from tl_jax.core.files import read_json
 from tl_jax.runtime import preemption
-from tl_jax.runtime.log import CONSOLE
 from tl_jax.studies import store, together
 
 POLL = 0.1  # seconds between two looks at the workers
@@ -36,20 +37,20 @@ def launch(workdir: pathlib.Path, *, jobs: int = 0, stop_requested: Callable[[],
     programs = len(together.sets(workdir, keys, plan.get("together", "none")))
     slots = divide(min(jobs or default_jobs(), programs), os.environ)
     shape = f"{len(slots)} at once, logs in {workdir / 'runs'}/*/log.txt" if slots else "nothing to do"
-    print(f"{len(plan['runs'])} runs, {len(keys)} to do: {shape}", flush=True)
+    show(f"{len(plan['runs'])} runs, {len(keys)} to do: {shape}")
     with preemption.saved_by(None):  # the workers save, and it asks ten times a second
         stopped = supervise(workdir, slots, stop_requested)
     counts = collections.Counter(store.states(workdir).values())
     text = ", ".join(f"{counts[state]} {state}" for state in store.STATES if counts[state])
-    print(f"{text}; {time.monotonic() - began:.0f} s", flush=True)
+    show(f"{text}; {time.monotonic() - began:.0f} s")
     if stopped:
-        print("stopped; everything is saved, the same command goes on from there", flush=True)
+        show("stopped; everything is saved, the same command goes on from there")
         return preemption.EXIT_CODE
     tell_failures(workdir)
     if counts["running"]:
-        print(f"{counts['running']} run(s) are still in the hands of another launcher, which will report", flush=True)
+        show(f"{counts['running']} run(s) are still in the hands of another launcher, which will report")
     if left := counts["todo"] + counts["stale"]:
-        print(f"{left} run(s) are left; start the same command again", flush=True)
+        show(f"{left} run(s) are left; start the same command again")
     if counts["done"]:
         tell_answer(workdir)
     return 1 if counts["failed"] or left else 0
@@ -73,7 +74,7 @@ def supervise(workdir: pathlib.Path, slots: list[Slot], stop_requested: Callable
                 held = {store.read_claim(folder)["pid"]: row for row, folder in store.runs_in(workdir, "stale")}
                 deaths[index] += process.pid not in held
                 place = f" in {store.name_of(held[process.pid])}" if process.pid in held else ""
-                print(f"a worker ended with code {process.returncode}{place}", flush=True)
+                show(f"a worker ended with code {process.returncode}{place}")
                 if deaths[index] < EMPTY_HANDED and store.open_runs(workdir):
                     workers[index] = start_worker(workdir, slots[index])
             time.sleep(POLL)
@@ -105,9 +106,9 @@ def tell_failures(workdir: pathlib.Path) -> None:
         runs, _ = alike.setdefault(found["error"], ([], found["log"]))
         runs.append(f"  {store.name_of(row)}: {folder / 'log.txt'}")
     for error, (runs, log) in alike.items():
-        print("\n".join([f"\nfailed: {error}", *runs, *(f"    | {line}" for line in log)]), flush=True)
+        show("\n".join([f"\nfailed: {error}", *runs, *(f"    | {line}" for line in log)]))
     if alike:
-        print("--retry tries again what failed", flush=True)
+        show("--retry tries again what failed")
 
 
 def tell_answer(workdir: pathlib.Path) -> None:
@@ -117,18 +118,20 @@ def tell_answer(workdir: pathlib.Path) -> None:
     summary = report.write(workdir)
     metric, numbers = next(iter(summary["metrics"].items()))
     rows = []
-    for cell in numbers["cells"]:
+    side = tasks.direction(metric)
+    known, none = ([cell for cell in numbers["cells"] if (cell["mean"] is None) == empty] for empty in (False, True))
+    for cell in [*sorted(known, key=lambda cell: -side * cell["mean"]), *none]:
         mean, low, high = ("-" if cell[name] is None else f"{cell[name]:.3f}" for name in ("mean", "low", "high"))
         rows.append((*cell["levels"].values(), mean, "-" if low == "-" else f"{low} .. {high}", str(cell["n"])))
     factors = numbers["cells"][0]["levels"]
-    table = tables.Table(metric, (*factors, "mean", "95 % interval", "n"), rows, len(factors))
-    CONSOLE.print(tables.to_console(table))
-    CONSOLE.print("\n".join(summary["reading"]))
+    table = tables.Table(f"{metric}, the best first", (*factors, "mean", "95 % interval", "n"), rows, len(factors))
+    show(table)
+    show("\n".join(summary["reading"]))
     for line in summary["alarms"]:
-        CONSOLE.print(line, style="bold red")
+        show(line, style="bold red")
     if isinstance(summary["selection"], dict):
-        CONSOLE.print(tables.to_console(selection.table(summary["selection"])))
-    CONSOLE.print(f"the whole report: {workdir}/report.html, .md, .csv and .tex; the runs: {workdir}/runs")
+        show(selection.table(summary["selection"]))
+    show(f"the whole report: {workdir}/report.html, .md, .csv and .tex; the runs: {workdir}/runs")
 
 
 def default_jobs() -> int:

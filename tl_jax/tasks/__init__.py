@@ -14,10 +14,10 @@ from tl_jax.tasks.tables import format_classes, format_sets, format_table
 from tl_jax.tasks.task import Metrics, Spec, Task, card_fields, preference, spec_of, spec_problems
 
 __all__ = [
-    "CALIBRATION", "METRICS", "Metrics", "Predictions", "Spec", "Task", "card_fields", "confusion",
+    "CALIBRATION", "METRICS", "Metrics", "Predictions", "Spec", "Task", "bounds", "card_fields", "confusion",
     "direction", "fit_spec", "format_classes", "format_sets", "format_table", "load_predictions", "make",
     "make_predictions", "paired_difference", "point", "preference", "save_predictions", "scalar_names", "scores",
-    "share_interval", "spec_of", "summarize",
+    "share_interval", "span", "spec_of", "summarize",
 ]  # fmt: skip
 
 METRICS = {
@@ -27,6 +27,8 @@ METRICS = {
     "regression": regression.METRICS,
 }
 CALIBRATION = "ece"  # the scalar that belongs to a reliability diagram
+_ENDS = {"loss": (0, math.inf), "nll": (0, math.inf), "rmse": (0, math.inf), "mae": (0, math.inf),
+         "r2": (-math.inf, 1), "spearman": (-1, 1)}  # fmt: skip
 _LESS = {"loss", *(name for metrics in METRICS.values() for name in metrics.less)}
 
 
@@ -151,6 +153,19 @@ def paired_difference(
 def direction(metric: str) -> int:
     """1 where more of a metric is better, -1 where less is; "NAME/metric" is that of a set of data.extra_eval."""
     return -1 if metric.rpartition("/")[2] in _LESS else 1
+
+
+def bounds(metric: str) -> tuple[float, float]:
+    """The ends of a metric's scale; infinite where it has none, or where the metric is not known."""
+    name = metric.rpartition("/")[2]
+    known = any(name in metrics.scalars for metrics in METRICS.values())
+    return _ENDS.get(name, (0, 1) if known else (-math.inf, math.inf))
+
+
+def span(metric: str) -> tuple[float, float]:
+    """The ends of the scale of a difference of two values of a metric."""
+    least, most = bounds(metric)
+    return least - most, most - least
 
 
 def share_interval(name: str, value: float | None, count: int) -> dict[str, float]:

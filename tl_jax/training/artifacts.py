@@ -1,5 +1,6 @@
 """What every run writes at its end: costs, weights, predictions, audit, their manifest, result.json; then figures."""
 
+import contextlib
 import math
 import pathlib
 import statistics
@@ -11,6 +12,7 @@ import jax
 from tl_jax import tasks
 from tl_jax.core import files, manifest
 from tl_jax.models import peft
+from tl_jax.runtime import wall
 from tl_jax.runtime.log import log, tolerate
 from tl_jax.tasks import Predictions, Spec
 from tl_jax.tasks.task import unchanged
@@ -25,9 +27,9 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
     flops_per_step is the mean over the steps; flops those of all steps and of the features that training reads from a
     cache, whoever computed them; memory_bytes the largest of the phases; seconds are those of training over all starts
     of the run, with compilation, without evaluation; data_wait_seconds those in which the devices waited for data;
-    flops_per_second, mfu and roofline are medians of the rows of timing.jsonl. Of a run that was trained together with
-    others, seconds and FLOPs of steps are its share and "replicas" says how many shared;
-    memory_bytes is that of all together. What a damaged file would have told is None.
+    flops_per_second, mfu and roofline are medians of the rows of timing.jsonl; wall_seconds as in `note_wall`. Of a
+    run that was trained together with others, seconds and FLOPs of steps are its share and "replicas" says how many
+    shared; memory_bytes is that of all together. What a damaged file would have told is None.
     """
     if jax.process_index():
         return
@@ -51,11 +53,36 @@ def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | Non
         "memory_bytes": max(memory, default=None),
         **{name: statistics.median(values) if values else None for name, values in rates.items()},
         **(dict.fromkeys(sums) if lost else sums),
+        "wall_seconds": _known_wall(path),
         "steps": run.total_steps,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "phases": phases,
     }
     files.write_json(path, table | ({"replicas": replicas} if replicas > 1 else {}))
+
+
+def note_wall(folder: pathlib.Path, replicas: int = 1) -> None:
+    """Adds to wall_seconds of cost.json what this process has spent on the run, by kind of work.
+
+    They hold all starts of a run but for what a start did after it last came here or was killed; of runs trained
+    together each has its share. None where a damaged file would have told what earlier starts spent.
+    """
+    path, spent = folder / "cost.json", wall.of_run(folder)
+    known = _known_wall(path)
+    if known is not None:
+        spent = {kind: known.get(kind, 0.0) + spent.get(kind, 0.0) / replicas for kind in {**known, **spent}}
+        known = {kind: round(value, 3) for kind, value in spent.items() if value >= 0.001}
+    with contextlib.suppress(OSError, ValueError):
+        files.write_json(path, {**(files.read_json(path) if path.exists() else {}), "wall_seconds": known})
+
+
+def _known_wall(path: pathlib.Path) -> dict[str, float] | None:
+    """What cost.json tells of earlier starts; None where it is damaged."""
+    try:
+        found = files.read_json(path).get("wall_seconds", {}) if path.exists() else {}
+        return found if all(map(_is_number, found.values())) else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _known_phases(path: pathlib.Path, count: int) -> list[dict[str, Any] | None]:
@@ -127,9 +154,10 @@ def finalize(
     names = [*scored_splits(run), *(name for name in predictions if name == between.ONLINE)]
     scored = {name: predictions[name]._replace(spec=spec) for name in names}
     by_val = settings.loop.select == "best_val" or spec != run.task.spec
-    return write(run, folder, scored, report, numbers, by_val, verbose)
+    return write(run, folder, scored, report, numbers, by_val, verbose, replicas)
 
 
+@wall.timed("scoring")
 def write(
     run: Run,
     folder: pathlib.Path,
@@ -138,6 +166,7 @@ def write(
     numbers: Mapping[str, Any],
     by_val: bool,
     verbose: bool,
+    replicas: int = 1,
 ) -> dict[str, Any]:
     """Scores the predictions of `scored_splits` and writes them, the audit and the result, which it returns.
 
@@ -155,12 +184,14 @@ def write(
         for name, values in predictions.items():
             tasks.save_predictions(folder / f"predictions{'' if name == split else f'-{name}'}.npz", values)
         files.write_json(folder / "audit.json", report)
+        note_wall(folder, replicas)
         manifest.write(folder, "result.json", result)
         if verbose:
             draw(folder)
     return result
 
 
+@wall.timed("figures")
 def draw(folder: pathlib.Path) -> None:
     """Draws the figures of a finished run; a failure is one line of the log."""
     with tolerate("figures"):

@@ -10,11 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from tl_jax.core import messages, trees
 from tl_jax.core.card import Card, size_text
+from tl_jax.core.console import Table
 from tl_jax.core.trees import FROZEN, Match
 from tl_jax.methods.rules import places
 from tl_jax.training import optim
@@ -113,6 +112,18 @@ def _moment_counts(opt_state: Any, paths: Iterable[str]) -> dict[str, int]:
     return counts
 
 
+def without_steps(audit: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The audit of a probe without gradient: it fits a head to features, or has none, as nearest neighbours."""
+    frozen = [row for row in audit["parameters"] if not row["trainable"]]
+    fitted = [row for row in audit["parameters"] if row["trainable"] and name != "knn"]
+    none = {"group": name, "lr_mult": 0.0, "weight_decay": 0.0, "optimizer_values": 0}
+    whole, fit = _size(frozen), _size(fitted)
+    totals = {"parameters": whole + fit, "trainable": fit, "frozen": whole, "optimizer_values": 0}
+    totals["new"] = _size(row for row in (*frozen, *fitted) if row["origin"] in load.RANDOM)
+    rows = [*frozen, *({**row, **none} for row in fitted)]
+    return {**audit, "parameters": rows, "groups": {}, "totals": totals, "probe": name}
+
+
 def labels_table(audit: Mapping[str, Any]) -> dict[str, str]:
     """What must be equal for a checkpoint to fit: `{path: shape and group}` and `{path: shape and policy}`."""
     rows = {row["path"]: f"{row['shape']} {row['group']}" for row in audit["parameters"]}
@@ -162,19 +173,7 @@ def prove(audits: Sequence[Mapping[str, Any]], loaded: Any, variables: Any) -> d
 
 def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
     """The audit for the console: parameters folded by block, in the order of the network's cuts."""
-    totals, card = audit["totals"], audit["card"]
-    share = 100 * totals["trainable"] / totals["parameters"]
-    caption = (
-        f"{totals['trainable']:,} of {totals['parameters']:,} parameters train ({share:.2f} %), "
-        f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values\n{_input(card)}\n"
-    )
-    resampled = [f"{row['path']}: {row['origin']}\n" for row in audit["parameters"] if "(resampled" in row["origin"]]
-    caption += "".join(resampled) + ", ".join(f"{split} {_count(facts)}" for split, facts in audit["data"].items())
-    table = Table(title=f"transfer audit: {card['model']}", caption=caption, box=box.SIMPLE_HEAD)
-    for name in ("part", "params", "origin", "group", "lr x", "decay", "statistics"):
-        justify = "right" if name in ("params", "lr x", "decay") else "left"
-        table.add_column(name, justify=justify, no_wrap=True)
-    policies, blocks = defaultdict(set), defaultdict(list)
+    policies, blocks, lines = defaultdict(set), defaultdict(list), []
     for row in audit["statistics"]:
         policies[_block_of(row["path"])].add(row["policy"])
     rows = {row["path"]: row for row in audit["parameters"]}
@@ -187,9 +186,26 @@ def to_table(audit: Mapping[str, Any], cuts: Sequence[str]) -> Table:
         names = list(run)
         values = _size(row for name in names for row in blocks[name])
         name = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1].removeprefix('backbone/')}"
-        trains = any(row["trainable"] for row in blocks[names[0]])
-        table.add_row(name, f"{values:,}", *cells, style=None if trains else "dim")
-    return table
+        lines.append((name, *cells[:3], f"{values:,}", *cells[3:]))
+    headers = ("part", "origin", "group", "statistics", "params", "lr x", "decay")
+    return Table(f"transfer audit: {audit['card']['model']}", headers, lines, 4)
+
+
+def total_lines(audit: Mapping[str, Any]) -> list[str]:
+    """What the table adds up to, the input and the data, for the console under it."""
+    totals, name = audit["totals"], audit.get("probe")
+    share = 100 * totals["trainable"] / totals["parameters"]
+    line = (
+        f"{totals['trainable']:,} of {totals['parameters']:,} parameters train ({share:.2f} %), "
+        f"{totals['new']:,} are new, the optimizer holds {totals['optimizer_values']:,} values"
+    )
+    if name:
+        fits = f"fits the {totals['trainable']:,} numbers of a new head to its features, without a gradient step"
+        does = "compares its features with those of the training examples" if name == "knn" else fits
+        line = f"nothing trains: the {totals['frozen']:,} parameters of the network are frozen, and {name} {does}"
+    resampled = [f"{row['path']}: {row['origin']}" for row in audit["parameters"] if "(resampled" in row["origin"]]
+    data = ", ".join(f"{split} {_count(facts)}" for split, facts in audit["data"].items())
+    return [line, _input(audit["card"]), *resampled, data]
 
 
 def _count(facts: Mapping[str, Any]) -> str:
@@ -235,7 +251,7 @@ def _cells(rows: list[dict], policies: set[str]) -> tuple[str, ...]:
     rates, decays = ([f"{x:g}" for x in sorted({row[name] for row in rows})] for name in ("lr_mult", "weight_decay"))
     named = (origins, {row["group"] for row in rows}, policies)
     origin, group, policy = ("+".join(sorted(values)) for values in named)
-    return origin, group, "/".join(rates), "/".join(decays), policy
+    return origin, group, policy, "/".join(rates), "/".join(decays)
 
 
 def _block_of(path: str) -> str:

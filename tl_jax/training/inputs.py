@@ -17,7 +17,7 @@ from tl_jax.data.pipeline import EvalBatches, TrainBatches, View
 from tl_jax.data.sealed import Ledger, canonical
 from tl_jax.methods.selectors import DOMINANT
 from tl_jax.methods.term import MAIN
-from tl_jax.runtime import distributed, sharding
+from tl_jax.runtime import distributed, sharding, wall
 from tl_jax.runtime.log import log
 from tl_jax.training.settings import DataSettings, Settings, StreamSettings, naming
 from tl_jax.weights import load
@@ -218,7 +218,8 @@ def find_duplicates(found: Mapping[str, Source], settings: Settings) -> dict[str
     """
     trained = trained_names(settings)
     compared = {name: found[name] for name in [*trained, *scored_names(found, settings)]}
-    table = distributed.from_first(lambda: duplicates.find(compared, trained))
+    with wall.timed("split audit"):
+        table = distributed.from_first(lambda: duplicates.find(compared, trained))
     if (count := sum(table["across"].values())) and not settings.data.allow_duplicates and not found[MAIN].columns:
         fix = (
             "remove one of each pair, keep what belongs together in groups (data.group), or set "

@@ -12,7 +12,7 @@ from tl_jax import config, tasks
 from tl_jax.core import messages
 from tl_jax.core.options import SELECTORS
 from tl_jax.methods.term import MAIN
-from tl_jax.runtime import preemption, roofline, sharding
+from tl_jax.runtime import preemption, roofline, sharding, wall
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.log import RunLog, feed, log
 from tl_jax.runtime.preemption import Preempted
@@ -77,7 +77,8 @@ class Loop:
                     self._prove_frozen(i - 1)
                     self.state, self.frozen = self.program.enter(i, self.state), None
                 if done < run.phases[i].stop:
-                    done = self._phase(i, done)
+                    with wall.timed("training"):
+                        done = self._phase(i, done)
         if not self._all_failed():
             self._prove_frozen(run.phase_of(done))
         return Ended(self.state, done, [log.rows for log in self.logs.values()], self.failed)
@@ -131,8 +132,9 @@ class Loop:
                 with self._saved(i, done - 1):
                     batch = next(batches)
                     if step_fn is None:
-                        step_fn, cost = program.compile(i, self.state, batch)
-                        self._note_cost(i, cost)
+                        with wall.timed("compiling"):
+                            step_fn, cost = program.compile(i, self.state, batch)
+                            self._note_cost(i, cost)
                 if done > start + 1:
                     self._refresh(i, done - 1)
                 self.state = step_fn(self.state, batch)
@@ -165,6 +167,7 @@ class Loop:
             raise Preempted(f"stopped after step {done} of {self.first.total_steps}")
         return self._over()
 
+    @wall.timed("evaluation")
     def _evaluate(self, i: int, done: int, judged: Mapping[str, Any]) -> None:
         """Scores every run that goes on on val, and writes its candidate."""
         with self._saved(i, done, owed=True):

@@ -133,6 +133,7 @@ def make_phase(
         variables, material.origins, matches, groups, policies, opt_state, material.card, material.facts, multipliers,
         auxiliary=tuple(networks),
     )  # fmt: skip
+    report = audit.without_steps(report, method.name) if method.name in probes.NAMES else report
     report["weights"] = material.base
     report |= {} if previous else {"sanity": material.sanity}
     start = previous.stop if previous else 0

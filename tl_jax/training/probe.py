@@ -14,10 +14,10 @@ from tl_jax.data import pipeline, resample
 from tl_jax.data.examples import Source
 from tl_jax.methods import probes
 from tl_jax.methods.term import MAIN, MODEL
-from tl_jax.runtime import sharding
+from tl_jax.runtime import sharding, wall
 from tl_jax.runtime.preemption import Stop, check
 from tl_jax.tasks import Predictions
-from tl_jax.training import artifacts, audit, evaluate, single, steps
+from tl_jax.training import artifacts, audit, evaluate, feature_cache, single, steps
 from tl_jax.training.build import Run, scored_splits
 from tl_jax.training.settings import naming
 from tl_jax.weights import load
@@ -53,11 +53,21 @@ def probe(
     if jax.process_index() == 0:
         if head:
             load.export(variables, run.settings.model.name, folder / "model.safetensors", card=material.card)
-        cost = {**size, "flops_per_step": None, "memory_bytes": None, "seconds": time.perf_counter() - began}
-        files.write_json(folder / "cost.json", {**cost, "steps": 0, "device": jax.devices()[0].device_kind})
+        spent = {"flops": _flops(run), "memory_bytes": None, "seconds": round(time.perf_counter() - began, 3)}
+        device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        files.write_json(folder / "cost.json", {**size, "flops_per_step": None, **spent, "steps": 0, "device": device})
     numbers = {"step": 0, "total_steps": 0, **size, "frozen_sha256": report["proof"]["sha256"]}
     numbers |= {"chosen": chosen, "tried": tried}
     return artifacts.write(run, folder, predictions, report, numbers, len(tried) > 1, verbose)
+
+
+def _flops(run: Run) -> float | None:
+    """Those of the features that the probe is fitted on, as XLA counts them."""
+    material, reader = run.material, run.material.readers[MODEL]
+    x = feature_cache.example(material.streams[MAIN], reader.field)
+    step = jax.jit(steps.make_eval_step(reader, run.task, None))
+    counted = (step.lower(material.variables, x).cost_analysis() or {}).get("flops")
+    return counted and counted * len(_distinct(material.data[MAIN])[0])
 
 
 def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:
@@ -71,7 +81,7 @@ def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Sc
     train, val = seen.pop(MAIN), seen.get("val")
     examples = (train.features[index], train.labels[index]), val and (val.features, val.labels)
     check_stop = functools.partial(check, stop_requested, "between two fits")
-    with naming(settings.table, "method.name", "method.grid", "data.val"):
+    with naming(settings.table, "method.name", "method.grid", "data.val"), wall.timed("fitting"):
         fitted = probes.fit(method.name, *examples, run.task.outputs, method.grid, check_stop=check_stop)
     # The one time that test is read; where there is none, val is scored.
     predictions = {
@@ -92,11 +102,12 @@ def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) 
     pool = predict(run, parallel, material.eval_batches, stop_requested)["test"]
     examples = pool.features, pool.labels, resample.leave_one_out(pool.labels, material.data["test"].groups)
     check_stop = functools.partial(check, stop_requested, "between two fits")
-    with naming(run.settings.table, "method.name", "method.grid"):
+    with naming(run.settings.table, "method.name", "method.grid"), wall.timed("fitting"):
         (logits,) = probes.cross_predict(method.name, *examples, run.task.outputs, grid[0], check_stop=check_stop)
     return Scored({"test": pool._replace(outputs={"logits": logits})}, {}, grid[0], [])
 
 
+@wall.timed("features")
 def predict(
     run: Run, parallel: sharding.Parallel, sets: Mapping[str, pipeline.EvalBatches], stop_requested: Stop
 ) -> dict[str, Predictions]:

@@ -14,7 +14,7 @@ from tl_jax.core import trees
 from tl_jax.core.fields import LABEL, MASK
 from tl_jax.data import pipeline
 from tl_jax.methods.term import MAIN, MODEL, Start
-from tl_jax.runtime import sharding
+from tl_jax.runtime import sharding, wall
 from tl_jax.runtime.preemption import Stop, check
 from tl_jax.training import audit, evaluate, feature_cache, steps
 from tl_jax.training.build import Phase, Run
@@ -170,6 +170,7 @@ def streams_of(run: Run, sets: Mapping[str, Any], start: int, stop: int) -> Iter
             stream.close()
 
 
+@wall.timed("features")
 def cached(
     run: Run, phase: Phase, sets: dict[str, Any], variables: Callable[[], Any], parallel: sharding.Parallel, stop: Stop
 ) -> dict[str, Any]:

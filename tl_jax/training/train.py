@@ -1,6 +1,7 @@
 """train(config, workdir): one run from the config to result.json; train_together: several as one program."""
 
 import contextlib
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from tl_jax.core import files, manifest
 from tl_jax.data import duplicates
 from tl_jax.methods import probes
-from tl_jax.runtime import distributed, preemption, sharding, workdir
+from tl_jax.runtime import distributed, preemption, sharding, wall, workdir
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.log import log
 from tl_jax.training import artifacts, audit, between, candidates, finished, probe, replicas
@@ -34,7 +35,7 @@ def train(
     config that does not fit its data, weights or workdir, before any training; FloatingPointError at a loss that is not
     finite; Preempted, with everything saved, soon after `stop_requested(steps done)` has become true.
     """
-    settings, folder = read(config), pathlib.Path(folder)
+    began, settings, folder = wall.seconds(), read(config), pathlib.Path(folder)
     if result := distributed.from_first(lambda: known_result(settings, folder)):
         log(f"{folder} holds the finished run of these options: its result is shown, data and weights are not read")
         if verbose and distributed.is_first() and not any(folder.glob("*.png")):  # stopped while they were drawn
@@ -43,12 +44,13 @@ def train(
     if settings.table["replicas"]:
         raise ValueError("the config has replicas, which are runs of their own: see tl_jax.studies")
     parallel = sharding.make_parallel(settings.loop.parallel, fsdp=settings.loop.fsdp)
-    run = assemble(settings, prepare(settings, parallel), parallel)
+    with wall.timed("loading"):
+        run = assemble(settings, prepare(settings, parallel), parallel)
     if verbose:
         _show(run)
     with contextlib.ExitStack() as stack:
         if distributed.is_first():
-            stack.enter_context(_opened(run, folder))
+            stack.enter_context(_opened(run, folder, began))
         if settings.phases[0].method.name in probes.NAMES:
             return probe.probe(run, parallel, folder, verbose, stop_requested)
         (result,) = _train(Single(run, parallel), {0: folder}, folder, parallel, verbose, stop_requested).values()
@@ -67,15 +69,16 @@ def train_together(
     other, or None where the folder is None: such a replica is trained, as the checkpoint is of the whole set, but
     writes nothing. Raises as `train` does.
     """
-    parallel = sharding.make_parallel("jit")
+    began, parallel = wall.seconds(), sharding.make_parallel("jit")
     settings = [read(config) for config in configs]
-    program = replicas.make(settings, parallel)
+    with wall.timed("loading"):
+        program = replicas.make(settings, parallel)
     known = {j: known_result(settings[j], folder) for j, folder in enumerate(folders) if folder}
     results: dict[int, ResultOrError] = {j: result for j, result in known.items() if result}
     with contextlib.ExitStack() as stack:
         left = {j: folders[j] for j in known if j not in results}
         for j, folder in left.items():
-            stack.enter_context(_opened(program.runs[j], folder))
+            stack.enter_context(_opened(program.runs[j], folder, began, len(configs)))
         results |= _train(program, left, home, parallel, verbose, stop_requested)
     return [results.get(j) if folder else None for j, folder in enumerate(folders)]
 
@@ -87,15 +90,20 @@ def known_result(settings: Settings, folder: pathlib.Path) -> dict[str, Any] | N
 
 
 @contextlib.contextmanager
-def _opened(run: Run, folder: pathlib.Path):
+def _opened(run: Run, folder: pathlib.Path, began: Mapping[str, float], replicas: int = 1):
     """Holds the workdir of a run for this process, with its options and its audit in it."""
+    wall.begin_run(folder, began)
     with workdir.lock(folder):
         (folder / manifest.NAME).unlink(missing_ok=True)  # of a process that died before result.json
         found = {"model.weights_sha256": run.material.base["sha256"]}  # so that this config asks for the same bytes
         files.write_json(folder / "config.json", {**run.settings.table, **found})
         run.material.ledger.begin(folder)
         files.write_json(folder / "audit.json", audit.join([phase.audit for phase in run.phases]))
-        yield
+        try:
+            yield
+        except preemption.Preempted:
+            artifacts.note_wall(folder, replicas)
+            raise
 
 
 def _show(run: Run) -> None:
@@ -103,11 +111,13 @@ def _show(run: Run) -> None:
     for phase in run.phases:
         log(f"\nphase {phase.start} .. {phase.stop} of {run.total_steps} steps" if len(run.phases) > 1 else "")
         log(audit.to_table(phase.audit, run.material.model.cuts))
-        for line in (*audit.missing_lines(phase.audit), *audit.sanity_lines(phase.audit)):
+        told = audit.total_lines(phase.audit), audit.missing_lines(phase.audit), audit.sanity_lines(phase.audit)
+        for line in itertools.chain(*told):
             log(line)
-        if prefix := phase.plan.prefix:
+        prefix = phase.plan.prefix
+        if prefix and (prefix.cached or "probe" not in phase.audit):
             once = "its outputs are cached" if prefix.cached else "cache='features' would compute it once"
-            log(f"frozen prefix, up to {prefix.cut}: no gradient, no statistics; {once}\n")
+            log(f"frozen prefix, up to {prefix.cut}: no gradient, no statistics; {once}")
     log(duplicates.summary(run.material.duplicates))
     for (stream, name), count in run.material.shared.items():
         log(f"transductive: {count} examples of {name}, which is scored, are in the training stream {stream!r}")
@@ -146,8 +156,9 @@ def _finish(
     run, results, i = program.runs[0], {}, program.runs[0].phase_of(step)
     state = ended.state if step == ended.step else checkpoints.restore(step, program.initial(i))
     names = artifacts.wanted_splits(run)
-    sets = program.batches(i, state, names, stop)  # the one time that test is read
-    predictions = {name: program.predict(i, state, sets[name], chosen) for name in names}
+    with wall.timed("evaluation"):
+        sets = program.batches(i, state, names, stop)  # the one time that test is read
+        predictions = {name: program.predict(i, state, sets[name], chosen) for name in names}
     for j in chosen:
         own = {name: found[j] for name, found in predictions.items()}
         if errors := [found for found in own.values() if isinstance(found, FloatingPointError)]:

@@ -21,7 +21,7 @@ FEW = 5  # with fewer pairs a t-test sees large differences only
 def means(results: Results, metric: str) -> dict[Cell, dict]:
     """{"mean", "low", "high", "n", "planned"} of every cell."""
     return {
-        cell: results.interval(results.scores(cell, metric).values()) | {"planned": len(units)}
+        cell: results.interval(results.scores(cell, metric).values(), metric) | {"planned": len(units)}
         for cell, units in results.grid.items()
     }
 
@@ -42,6 +42,7 @@ def differences(results: Results, metric: str) -> list[dict[str, Any]]:
             a, b = results.scores(cell, metric), results.scores(base, metric)
             pairs = np.reshape([(a[unit], b[unit]) for unit in a if unit in b], (-1, 2)).T
             row |= statistics.paired(*pairs, test_share=results.test_share)
+            row |= statistics.within(row, *tasks.span(metric))
             row["values"] = np.subtract(*pairs).tolist()
             row["better"], row["worse"] = (row["wins"], row["losses"])[:: tasks.direction(metric)]
             rows.append(row)
@@ -169,7 +170,8 @@ def mean_curve(results: Results, cell: Cell, column: str) -> dict | None:
         return None
     steps = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
     steps = steps[(steps >= max(curve[0, 0] for curve in curves)) & (steps <= min(curve[-1, 0] for curve in curves))]
-    rows = [results.interval(values) for values in zip(*(np.interp(steps, *curve.T) for curve in curves), strict=True)]
+    points = zip(*(np.interp(steps, *curve.T) for curve in curves), strict=True)
+    rows = [results.interval(values, column) for values in points]
     return {"x": steps, **{name: [row[name] for row in rows] for name in ("mean", "low", "high")}} if rows else None
 
 

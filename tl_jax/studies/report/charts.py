@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.ticker import EngFormatter, LogLocator
 
 from tl_jax.core.plotting import BLUE, GREY, MARKERS, PALETTE, figure_at, short
-from tl_jax.studies.report.statistics import mean_interval
+from tl_jax.studies.report.statistics import UNBOUNDED, mean_interval
 
 INK = "#222222"
 LINES = len(PALETTE)  # more than its colours cannot be told apart
@@ -77,8 +77,11 @@ def _dot(axis, y, mark, style, step, written):
         axis.text(1.01, y, f" {text}{mark['text']}", fontsize=8, **at_edge)
 
 
-def comparison(path, named: Mapping[str, Sequence[float] | Mapping], label: str) -> None:
-    """A row for each name: a list of numbers, one per seed, or {"value", "low", "high"} of `tasks.summarize`."""
+def comparison(path, named: Mapping[str, Sequence[float] | Mapping], label: str, bounds=UNBOUNDED) -> None:
+    """A row for each name: a list of numbers, one per seed, or {"value", "low", "high"} of `tasks.summarize`.
+
+    bounds: the ends of the scale, for the intervals over seeds.
+    """
     if not named:
         raise ValueError("nothing to compare: expected at least one name with its numbers")
     marks = []
@@ -90,7 +93,7 @@ def comparison(path, named: Mapping[str, Sequence[float] | Mapping], label: str)
         elif np.ndim(entry) != 1 or not len(entry) or not np.isfinite(entry).all():
             raise ValueError(f"{name!r}: expected a list of finite numbers, found {entry!r}")
         else:
-            marks.append({**mean_interval(entry), "values": entry, "text": ""})
+            marks.append({**mean_interval(entry, bounds=bounds), "values": entry, "text": ""})
     dots(path, list(named), {"": marks}, f"{label}, 95 % interval")
 
 
@@ -124,6 +127,13 @@ def lines(path, panels: Mapping[str, Mapping[str, dict]], x_label: str | Sequenc
             axis.set(ylim=(min(low), max(high)), xlabel=labels[i], ylabel=y_label if i % columns == 0 else "")
         if several:
             _legend(figure, shown, legend, [short(name, 30) for name in order])
+
+
+def rate_ticks(rates: Sequence[float]) -> list[tuple[float, str]]:
+    """The powers of ten among rates, or the rates themselves where these are few."""
+    low, high = (math.log10(end(rates)) for end in (min, max))
+    powers = [10.0**e for e in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)]
+    return [(x, f"{x:g}") for x in (sorted({*rates}) if len({*rates}) <= 5 else powers)]
 
 
 def _line(axis, name, order, line, bars=False):

@@ -64,7 +64,7 @@ def _cell_mark(results: Results, cell: Cell, metric: str) -> dict:
     states = dict.fromkeys(run.word for run in planned.values() if run.state != "done")
     few = f"  n = {len(values)}" if len(values) < len(planned) else ""
     text = few if values else ", ".join(states) or "no value"
-    return {**results.interval(values), "values": values, "text": text}
+    return {**results.interval(values, metric), "values": values, "text": text}
 
 
 def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
@@ -95,21 +95,33 @@ def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
 
 def budget(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     """Score against the number of shots, where a factor sets it."""
+    words = "the number of training examples per class", "examples per class"
+    return _along(results, "budget", "data.shots", *words)
+
+
+def rates(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
+    """Score against the learning rate, where a factor sets it."""
+    return _along(results, "rates", "lr", "the learning rate", "learning rate")
+
+
+def _along(results: Results, name: str, option: str, words: str, x_label: str) -> Made:
     metric = results.metrics[0]
     for factor, levels in results.factors.items():
-        shots = {level: options.get("data.shots") for level, options in levels.items()}
-        if len(shots) < 2 or None in shots.values() or max(shots.values()) == 0:
+        set_to = {level: options.get(option) for level, options in levels.items()}
+        values = set(set_to.values())
+        if len(values) < 2 or None in values or (option == "lr" and min(values) <= 0):
             continue
-        place = {level: count or max(shots.values()) * 3 for level, count in shots.items()}  # 0 shots: all examples
-        ticks = [(place[level], str(count or "all")) for level, count in shots.items()]
+        place = {level: x or max(set_to.values()) * 3 for level, x in set_to.items()}  # 0 shots: all examples
+        ticks = [(place[level], f"{x:g}" if x else "all") for level, x in set_to.items()]
+        ticks = charts.rate_ticks(list(place.values())) if option == "lr" else ticks
         panels = _panels(results, factor, partial(_means_along, results, metric, factor, place))
         if isinstance(panels, str) or not panels:
             yield f"{metric} against {factor}: {panels or 'no run has a value'}"
             continue
-        caption = f"{metric} against the number of training examples per class; bands are 95 % intervals."
-        style = {"x_label": "examples per class", "log": True, "ticks": ticks}
-        yield _line_figure("budget", caption, results, panels, _line_factor(results, factor), metric, **style)
-        return  # a second factor of shots would overrule the first
+        caption = f"{metric} against {words}; bands are 95 % intervals."
+        style = {"x_label": x_label, "log": True, "ticks": ticks}
+        yield _line_figure(name, caption, results, panels, _line_factor(results, factor), metric, **style)
+        return  # a second factor that sets it would overrule the first
 
 
 def _line_figure(name: str, caption: str, results: Results, panels: dict, factor: str, label: str, **style) -> Figure:
@@ -152,7 +164,7 @@ def _panels(results: Results, along: str, make_line: Callable[[list[Cell]], dict
 def _means_along(results: Results, metric: str, along: str, place: Mapping, cells: list[Cell]) -> dict | None:
     points = []
     for cell in sorted(cells, key=lambda cell: place[results.level(cell, along)]):
-        mean = results.interval(results.scores(cell, metric).values())
+        mean = results.interval(results.scores(cell, metric).values(), metric)
         if mean["n"]:
             points.append({**mean, "x": place[results.level(cell, along)]})
     return {name: [point[name] for point in points] for name in ("x", "mean", "low", "high")} if points else None
@@ -275,7 +287,8 @@ def classes(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
 
     def mark(values):
         values = values[~np.isnan(values)].tolist()
-        return {**results.interval(values), "values": values, "text": "" if values else "no example"}
+        told = {"values": values, "text": "" if values else "no example"}
+        return {**statistics.within(results.interval(values), -1, 1), **told}
 
     marks = {level: [mark(change[:, k]) for k in order] for level, change in changes.items()}
     caption = f"Change of each class's recall against {factor}={against}, paired, with 95 % intervals of each alone"
@@ -288,4 +301,4 @@ def _file(name: str) -> str:
     return "".join(character if character.isalnum() or character in "._" else "-" for character in name)
 
 
-MAKERS = (cells, budget, differences, classes, interaction, ranks, costs, learning, calibration)
+MAKERS = (cells, budget, rates, differences, classes, interaction, ranks, costs, learning, calibration)

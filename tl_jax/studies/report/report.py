@@ -1,6 +1,7 @@
 """The report of a study, from its files alone, whatever runs are finished: `python -m tl_jax report W`.
 
-The same files give the same bytes; two executions of one study differ in the columns "wall time" and "seconds" alone.
+The same files give the same bytes; two executions of one study differ in the times of the table of costs and of the CSV
+file alone.
 """
 
 import csv
@@ -20,8 +21,8 @@ from tl_jax.studies.report.tables import Alarm, Block, Picture, Sections, Table,
 
 NONE = "-"
 METHODS = {
-    "interval": "An interval is Student's t of the mean over {units}, at 95 %, for each mean alone; it may pass the "
-    "ends of a scale.",
+    "interval": "An interval is Student's t of the mean over {units}, at 95 %, for each mean alone; of a metric with "
+    "two ends, such as accuracy, on the scale of logits, so that it stays between them; one end cuts it.",
     "folds": "The folds of a design share training examples: intervals and tests use the corrected resampled variance "
     "(Nadeau and Bengio 2003) with n_test / n_train = {share:.3f}; the analysis of variance and the ranks do not.",
     "paired": "Differences are paired by seed and fold, which see the same data and the same initial head. p is the "
@@ -131,7 +132,7 @@ def make_sections(
         "Negative transfer": list(map(Alarm, alarms)),
         "Design": _design(results),
         "Failed and missing runs": _unfinished(results),
-        "Results": [*cells.values(), *pictures_of("cells", "budget")],
+        "Results": [*cells.values(), *pictures_of("cells", "budget", "rates")],
         "Differences from the baseline": [*compared.values(), *pictures_of("differences", "classes")],
         "Selection without target labels": [*chosen.values(), *told],
         "Main effects and interactions": [*_effects(results, numbers), *pictures_of("interaction")],
@@ -257,15 +258,23 @@ def _effects(results: Results, numbers: dict) -> list[Block]:
 
 
 def _cost_table(results: Results) -> Table:
-    headers = ["cell", "trainable parameters", "FLOPs a step", "FLOPs", "peak memory", "wall time"]
+    headers = ["cell", "trainable parameters", "FLOPs a step", "FLOPs", "peak memory", "training time", "wall time"]
     caption, rows = "Means over the finished runs", []
     if results.baseline:
-        headers += ["parameters ratio", "ratio a step", "FLOPs ratio", "memory ratio", "wall time ratio"]
+        headers += [
+            "parameters ratio",
+            "ratio a step",
+            "FLOPs ratio",
+            "memory ratio",
+            "training time ratio",
+            "wall time ratio",
+        ]
         caption += "; ratios to the cell of the baseline levels"
     for row in analysis.costs(results):
         cells = [text_of(row["trainable_parameters"], ",.0f"), scaled(row["flops_per_step"], 1000)]
         cells += [scaled(row["flops"], 1000)]
-        cells += [scaled(row["memory_bytes"], 1024, "B"), text_of(row["seconds"], ".4g", " s")]
+        cells += [scaled(row["memory_bytes"], 1024, "B")]
+        cells += [text_of(row[name], ".4g", " s") for name in ("seconds", "wall_seconds")]
         ratios = [text_of(row[f"{name}_ratio"], ".3g") for name in COSTS] if results.baseline else []
         rows.append((results.title(row["cell"]), *cells, *ratios))
     return Table(f"{caption}.", headers, rows)

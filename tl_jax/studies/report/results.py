@@ -10,11 +10,12 @@ import numpy as np
 from tl_jax import tasks
 from tl_jax.core.files import read_json, read_rows
 from tl_jax.core.messages import shorten
+from tl_jax.runtime import wall
 from tl_jax.studies import store
 from tl_jax.studies.report import statistics
 from tl_jax.training import finished
 
-COSTS = ("trainable_parameters", "flops_per_step", "flops", "memory_bytes", "seconds")
+COSTS = ("trainable_parameters", "flops_per_step", "flops", "memory_bytes", "seconds", "wall_seconds")
 WORDS = {"todo": "missing", "running": "missing (running)", "stale": "missing (its process died)"}
 Cell = tuple[str, ...]  # one level of every factor
 Unit = tuple[int, str]  # seed and fold: the same unit means the same data, so this is what runs are paired by
@@ -89,9 +90,9 @@ class Results(NamedTuple):
     def noun(self, count: int = 2) -> str:
         return ("seed" if self.test_share is None else "fold") + ("" if count == 1 else "s")
 
-    def interval(self, values: Sequence[float]) -> dict:
+    def interval(self, values: Sequence[float], metric: str = "") -> dict:
         """Mean and 95 % interval of one value per unit, corrected where the units share training examples."""
-        return statistics.mean_interval(list(values), test_share=self.test_share)
+        return statistics.mean_interval(list(values), test_share=self.test_share, bounds=tasks.bounds(metric))
 
 
 def load(workdir: pathlib.Path) -> Results:
@@ -139,7 +140,7 @@ def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
     summaries |= {f"{name}/": summary for name, summary in result.get("extra_eval", {}).items()}
     scores = {f"{prefix}{metric}": _finite(entry["value"]) for prefix, summary in summaries.items()
               for metric, entry in summary.items() if isinstance(entry, dict)}  # fmt: skip
-    known = {"trainable_parameters": result.get("trainable_parameters"), **cost}
+    known = {"trainable_parameters": result.get("trainable_parameters"), **cost, "wall_seconds": wall.whole(cost)}
     known_costs = {name: _finite(known.get(name)) for name in COSTS}
     weights = config.model.weights, result.get("weights_sha256", "")
     known = {"weights": weights, "missing": tuple(result.get("missing_weights", ()))}

@@ -14,20 +14,39 @@ from collections.abc import Sequence
 import numpy as np
 import scipy  # loads its parts when they are used
 
+UNBOUNDED = (-np.inf, np.inf)
 ROUNDING = 64 * np.finfo(np.float64).eps  # relative to the largest score: differences below are arithmetic, not data
 
 
-def mean_interval(values: Sequence, level: float = 0.95, test_share: float | None = None) -> dict:
-    """The mean over n seeds and its Student-t interval: {"mean", "low", "high", "n"}.
+def mean_interval(
+    values: Sequence, level: float = 0.95, test_share: float | None = None, bounds: tuple[float, float] = UNBOUNDED
+) -> dict:
+    """The mean over n seeds and its interval within `bounds`, the ends of the scale: {"mean", "low", "high", "n"}.
 
-    mean -+ t(n - 1) sd / sqrt(n), sd with n - 1 (Student 1908), of independent, normal values.
+    Without ends Student's t: mean -+ t(n - 1) sd / sqrt(n), sd with n - 1 (Student 1908), of independent, normal
+    values. Between two ends the same on the scale of logits, where the error of a mean m in 0 .. 1 is that of m over
+    m (1 - m) (the delta method; Agresti 2013, Categorical Data Analysis, section 16.1). One end cuts the interval.
     """
     values = _numbers(values, "values")
     if values.ndim != 1:
         raise ValueError(f"values have shape {values.shape}, expected [seeds]")
     values = values[~np.isnan(values)]
-    mean, low, high, _ = _student(values, level, test_share)
-    return {"mean": mean, "low": low, "high": high, "n": len(values)}
+    mean, low, high, error = _student(values, level, test_share)
+    found = {"mean": mean, "low": low, "high": high, "n": len(values)}
+    (least, most), whole = bounds, len(values) > 1 and bounds[0] < mean < bounds[1]
+    if not whole or error == 0 or np.isinf(least) or np.isinf(most):
+        return within(found, least, most)
+    share = (mean - least) / (most - least)
+    half = (high - mean) / ((most - least) * share * (1 - share))
+    ends = scipy.special.expit(scipy.special.logit(share) + half * np.array([-1, 1]))
+    return {**found, **dict(zip(("low", "high"), (least + (most - least) * ends).tolist(), strict=True))}
+
+
+def within(found: dict, least: float, most: float) -> dict:
+    """An interval without what lies beyond the ends of its scale."""
+    if found["low"] is None or not least <= found["mean"] <= most:
+        return found
+    return {**found, "low": max(found["low"], least), "high": min(found["high"], most)}
 
 
 def paired(a: Sequence, b: Sequence, level: float = 0.95, test_share: float | None = None) -> dict:

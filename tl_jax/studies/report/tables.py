@@ -1,4 +1,4 @@
-"""A report as sections {title: blocks}, and the same as Markdown, HTML and LaTeX; tables also for the console.
+"""A report as sections {title: blocks}, and the same as Markdown, HTML and LaTeX.
 
 A block is a paragraph, a list of items, a table or a picture.
 """
@@ -7,24 +7,19 @@ import base64
 import csv
 import html
 import io
+import itertools
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import rich.box
-import rich.table
+from rich.cells import cell_len
 
 import tl_jax
+from tl_jax.core.console import Table, layout
 
-
-class Table(NamedTuple):
-    """Cells are text; the first `text_columns` columns are set left, the others, numbers, right."""
-
-    caption: str
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    text_columns: int = 1
+LATEX_COLUMNS = 72  # characters of \footnotesize in a line of LaTeX's article, 345 pt, with room for wide letters
+LATEX_ROWS = 40
 
 
 class Picture(NamedTuple):
@@ -38,17 +33,6 @@ class Alarm(str):
 
 Block = str | list[str] | Table | Picture
 Sections = Mapping[str, Sequence[Block]]
-
-
-def to_console(table: Table) -> rich.table.Table:
-    narrow = {"box": rich.box.SIMPLE_HEAD, "padding": 0, "show_edge": False}  # 16 of 80 columns more for text
-    shown = rich.table.Table(title=table.caption, title_justify="left", **narrow)
-    for i, header in enumerate(table.headers):
-        text = i < table.text_columns  # which is broken where the console is narrow, so that no name is cut off
-        shown.add_column(header, justify="left" if text else "right", no_wrap=not text, overflow="fold")
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown
 
 
 def scaled(value: float | None, base: int, unit: str = "") -> str:
@@ -102,22 +86,39 @@ LATEX = str.maketrans({
 
 
 def to_latex(tables: Mapping[str, Table]) -> str:
-    """booktabs tables to paste into a paper, {label: table}."""
-    return "\n\n".join([r"% \usepackage{booktabs}", *map(_latex_table, tables, tables.values())]) + "\n"
+    """booktabs tables to paste into a paper, {label: table}, in several where one would run off its page."""
+    texts = [text for label, table in tables.items() for text in _latex_tables(label, table)]
+    return "\n\n".join([r"% \usepackage{booktabs,array}", *texts]) + "\n"
 
 
-def _latex_table(label: str, table: Table) -> str:
-    columns = "".join("l" if i < table.text_columns else "r" for i in range(len(table.headers)))
-    head, *rows = (" & ".join(map(latex, row)) + r" \\" for row in (table.headers, *table.rows))
-    body = "".join(f"\n    {row}" for row in rows)
-    return rf"""\begin{{table}}
+def _latex_tables(label: str, table: Table) -> Iterator[str]:
+    """A table as parts of at most LATEX_COLUMNS characters in \\footnotesize and LATEX_ROWS lines."""
+    sizes, _, blocks = layout(table, LATEX_COLUMNS)
+    whole = [max(cell_len(row[i]) for row in (table.headers, *table.rows)) for i in range(table.text_columns)]
+    kinds = [rf">{{\raggedright\arraybackslash}}p{{{0.52 * size:.1f}em}}" if size < full else "l"
+             for size, full in zip(sizes, whole, strict=False)]  # fmt: skip
+    kinds += ["r"] * (len(sizes) - table.text_columns)
+    lines = [
+        max(-(-cell_len(cell) // size) for cell, size in zip(row, sizes, strict=True) if size) for row in table.rows
+    ]
+    pages = [count // LATEX_ROWS for count in itertools.accumulate(lines)]
+    chunks = [[row for row, page in zip(table.rows, pages, strict=True) if page == k] for k in sorted({*pages})] or [[]]
+    for number, (rows, columns) in enumerate(itertools.product(chunks, blocks)):
+        head, *body = (" & ".join(latex(row[i]) for i in columns) + r" \\" for row in (table.headers, *rows))
+        several = len(chunks) * len(blocks) > 1
+        caption = f"{table.caption} (Part {number + 1} of {len(chunks) * len(blocks)})" if several else table.caption
+        name = re.sub("[^a-z0-9]+", "-", label.lower()) + (f"-{number + 1}" if number else "")
+        text = "".join(f"\n    {row}" for row in body)
+        yield rf"""\begin{{table}}
   \centering
-  \caption{{{latex(table.caption)}}}
-  \label{{tab:{re.sub("[^a-z0-9]+", "-", label.lower())}}}
-  \begin{{tabular}}{{{columns}}}
+  \footnotesize
+  \setlength{{\tabcolsep}}{{3pt}}
+  \caption{{{latex(caption)}}}
+  \label{{tab:{name}}}
+  \begin{{tabular}}{{{"".join(kinds[i] for i in columns)}}}
     \toprule
     {head}
-    \midrule{body}
+    \midrule{text}
     \bottomrule
   \end{{tabular}}
 \end{{table}}"""
