@@ -7,7 +7,7 @@ import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.progress import track
 
 from tl_jax import tasks
 from tl_jax.api import inputs
+from tl_jax.core import trees
 from tl_jax.core.card import Card
 from tl_jax.core.messages import listed
 from tl_jax.data.examples import Source
@@ -53,6 +54,7 @@ class Model:
     card: Card
     image_size: int | tuple[int, int] = 0  # as given to `load`
     channels: int = 0
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the leaves, as in `weights.load.Loaded`
 
     @property
     def spec(self) -> tasks.Spec:
@@ -100,7 +102,7 @@ def load(
     how = {"image_size": image_size or None, "channels": channels, "mean": mean, "std": std, "seed": seed}
     loaded = pretrained.load(name, weights, num_classes, partial=partial, **how)
     name = name or loaded.card.model
-    return Model(name, weights, loaded.model, loaded.variables, loaded.card, image_size, channels)
+    return Model(name, weights, loaded.model, loaded.variables, loaded.card, image_size, channels, loaded.origins)
 
 
 def _batches(model: Model, data: Any, batch_size: int) -> Iterator[tuple[list[tuple[str, str | None]], dict]]:
@@ -173,13 +175,47 @@ def _whole(model: Model, data: Any, batch_size: int) -> dict[str, np.ndarray]:
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
+def parts(model: Model) -> list[tuple[str, int, str]]:
+    """Triples (part, parameters, origin): backbone, head and what was added, from the file or at random."""
+    rows: dict[tuple[str, str], int] = {}
+    for path, leaf in trees.flatten(model.variables["params"]).items():
+        found = model.origins.get(f"params/{path}", "")
+        origin = f"RANDOM ({found})" if found in pretrained.RANDOM else "from the file"
+        key = path.split("/")[0], origin
+        rows[key] = rows.get(key, 0) + leaf.size
+    return [(part, count, origin) for (part, origin), count in rows.items()]
+
+
+def _check_trained(model: Model) -> None:
+    """Raises ValueError for a head that is random: its scores would be chance."""
+    if any(part == "head" and origin.startswith("RANDOM") for part, _, origin in parts(model)):
+        given = f"{model.weights} gives it none for these classes" if model.weights else "no weight file is given"
+        fix = "give weights with their own head, or train one: python -m tl_jax train configs/transfer.py:..."
+        raise ValueError(f"the head of {model.name} is untrained, {given}: there is nothing to evaluate; {fix}")
+
+
 def score(
-    model: Any, data: Any, split: str = "", *, labels: Sequence[str] = (), batch_size: int = 128
+    model: Any,
+    data: Any,
+    split: str = "",
+    *,
+    labels: Sequence[str] = (),
+    batch_size: int = 128,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tasks.Predictions:
-    """The outputs of a network for labelled data, with the labels in the order of its own classes; see `evaluate`."""
+    """The outputs of a network for labelled data, with the labels in the order of its own classes; see `evaluate`.
+
+    tell: takes a line on what is scored and one on the network, before it begins.
+    """
     own = _model(model)
+    _check_trained(own)
     known = {"labels": labels or getattr(model, "labels", ()), "cuts": getattr(model, "cuts", None)}
     source = inputs.load_labelled(data, split, own.card, **known)
+    rows = parts(own)
+    tell(f"scored: {source.name}, {len(source):,} examples; nothing trains")
+    shown = ", ".join(f"{part} {count:,} {origin}" for part, count, origin in rows)
+    whole = sum(count for _, count, _ in rows)
+    tell(f"network: {own.name}, {own.weights}; all {whole:,} parameters are frozen: {shown}")
     found = _whole(own, source, batch_size)
     matched, read = match_labels(source, own.spec, named=bool(own.card.class_names)), found.pop(FEATURES)
     return tasks.make_predictions(found, matched, source.ids, own.spec, read, source.groups)
@@ -192,7 +228,7 @@ def evaluate(
 
     model: a Model or a Run. data: as for `fit`. split: without it test, else val, else train. labels: the label
     columns of csv: and table: sources. Classes are matched by name; by position, with a note, where the card or the
-    data name none. Raises ValueError where they do not fit.
+    data name none. Raises ValueError where they do not fit, and for a head that is untrained.
     """
     predictions = score(model, data, split, labels=labels, batch_size=batch_size)
     return Metrics(tasks.summarize(predictions, resamples=resamples))

@@ -97,7 +97,7 @@ class Run:
             method = self.result["method"]
             raise ValueError(f"{self.folder} holds no weights: a run by {method} leaves none, or they were removed")
         module = loaded.model.clone(dtype=jnp.dtype(self.options["model.dtype"]))
-        return Model(name, str(self.folder), module, loaded.variables, loaded.card)
+        return Model(name, str(self.folder), module, loaded.variables, loaded.card, origins=loaded.origins)
 
     def predict(self, data: Any, *, batch_size: int = 128) -> list[answers.Row]:
         """One row for each input: a folder, files, or images; see `tl_jax.predict`."""
