@@ -195,9 +195,7 @@ def _data_options(data: Any, task: str, folder: pathlib.Path, given: Mapping[str
             folder.mkdir(parents=True, exist_ok=True)
             inputs.write_arrays(found, path)
         source, task = f"arrays:{path}", task or TASKS[next(iter(found.values())).label_kind]
-    train, val = ("train", "val") if "val" in found else ("train[:80%]", "train[80%:]")
-    test = "test" if "test" in found else ""
-    return {"task": task, "data.source": source, "data.train": train, "data.val": val, "data.test": test}
+    return {"task": task, "data.source": source, **inputs.options_of(found)}
 
 
 def knn(
