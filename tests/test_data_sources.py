@@ -74,6 +74,34 @@ def test_natural_order_puts_numbers_by_value():
     assert sorted(["b2", "b10", "a", "B1", "10", "9"], key=natural_key) == ["9", "10", "a", "B1", "b2", "b10"]
 
 
+MEDMNIST = [  # as published: pixels, labels, and the task that they are for
+    ((28, 28), lambda rng, n: rng.integers(0, 11, (n, 1)).astype(np.uint8), "classification"),
+    ((28, 28, 3), lambda rng, n: rng.integers(0, 8, (n, 1)), "classification"),
+    ((28, 28), lambda rng, n: rng.integers(0, 2, (n, 1)).astype(np.uint8), "binary"),
+    ((28, 28), lambda rng, n: rng.integers(0, 2, (n, 14)).astype(np.uint8), "multilabel"),
+    ((64, 64, 3), lambda rng, n: rng.integers(0, 5, (n, 1)).astype(np.uint8), "classification"),
+]
+
+
+@pytest.mark.parametrize(("shape", "draw", "task"), MEDMNIST)
+def test_medmnist_is_read_as_it_is_published(tmp_path, shape, draw, task):
+    rng, arrays = np.random.default_rng(0), {}
+    for split, n in {"train": 90, "val": 60, "test": 70}.items():
+        arrays[f"{split}_images"] = rng.integers(0, 256, (n, *shape)).astype(np.uint8)
+        arrays[f"{split}_labels"] = draw(rng, n)
+    for named in (False, True):
+        count = arrays["train_labels"].shape[1] if task == "multilabel" else int(arrays["train_labels"].max()) + 1
+        names = tuple(f"finding {k}" if named else str(k) for k in range(count))
+        np.savez(tmp_path / "medmnist.npz", **arrays, **({"classes": np.array(names)} if named else {}))
+        for split in ("train", "val", "test"):
+            found = sources.load(f"arrays:{tmp_path}/medmnist.npz", split, task=task)
+            labels, pixels = arrays[f"{split}_labels"], arrays[f"{split}_images"]
+            np.testing.assert_array_equal(found.labels, labels if task == "multilabel" else labels[:, 0])
+            assert found.class_names == names
+            image = pixels[7] if pixels.ndim == 4 else np.repeat(pixels[7][..., None], 3, -1)
+            np.testing.assert_array_equal(found[7]["image"], image)
+
+
 @pytest.mark.parametrize("name", ["valid", "validation"])
 def test_the_validation_folder_may_have_its_long_names(folder, name):
     (folder / "val").rename(folder / name)
