@@ -1,8 +1,10 @@
 """Sources, split strings, slices and shots, and the messages of bad input."""
 
+import importlib.util
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -198,14 +200,22 @@ def test_tfds_reads_a_prepared_data_set_without_tensorflow(tmp_path):
             for i in range(6):
                 yield i, {"image": io.BytesIO(jpeg(i)), "label": i % 2}
 
-    with pytest.raises(FileNotFoundError, match=r"(?s)not prepared as array_record.*download_and_prepare\(\)"):
+    with pytest.raises(FileNotFoundError, match=r"is not prepared.*array_record.*download_and_prepare\(\)"):
         sources.load("tfds:tiny_shapes", "train", data_dir=str(tmp_path))
+    if importlib.util.find_spec("tensorflow") is None:  # the table in docs/data.md
+        with pytest.raises(ModuleNotFoundError, match="tensorflow"):
+            TinyShapes(data_dir=tmp_path / "tfrecord", file_format="tfrecord").download_and_prepare()
     TinyShapes(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     source = sources.load("tfds:tiny_shapes:1.0.0", "val", data_dir=str(tmp_path), on_error="skip")
     assert source.class_names == ("a", "b") and source.ids[2] == "val/2"
     pixels = [int(decode.decode(source[i]["image"])[0, 0, 0]) for i in range(6)]
     assert sorted(pixels) == list(range(6)) and [p % 2 for p in pixels] == source.labels.tolist()
     assert "tensorflow" not in sys.modules
+    shutil.copytree(tmp_path / "tiny_shapes", tmp_path / "other" / "tiny_shapes")
+    about = tmp_path / "other" / "tiny_shapes" / "1.0.0" / "dataset_info.json"  # as if TensorFlow had written it
+    about.write_text(about.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(FileNotFoundError, match=r"is prepared as tfrecord, which TensorFlow alone reads.*array_record"):
+        sources.load("tfds:tiny_shapes", "train", data_dir=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="no split 'test'; it has train, val"):
         sources.load("tfds:tiny_shapes", "test", data_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"knows no data set 'cifer10' .did you mean 'cifar10"):
