@@ -6,6 +6,7 @@ SIGTERM ends every command but train at once; what was complete is kept.
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -82,7 +83,8 @@ def evaluate(args: Args) -> None:
         raise ValueError(f"--image-size {args.image_size} belongs to --weights; a run has its own size")
     size, labels = args.image_size, args.labels.split(",") if args.labels else ()
     network = tl_jax.load(args.model, args.weights, image_size=size) if alone else _opened(args.what[0])
-    found = score(network, args.what[-1], args.split, labels=labels, batch_size=args.batch_size)
+    tell = functools.partial(print, file=sys.stderr if args.json else sys.stdout)
+    found = score(network, args.what[-1], args.split, labels=labels, batch_size=args.batch_size, tell=tell)
     if args.out:
         tl_jax.tasks.save_predictions(args.out, found)
     _print_metrics(tl_jax.summarize(found, resamples=args.resamples), args.json)

@@ -16,7 +16,7 @@ import numpy as np
 
 from tl_jax import tasks
 from tl_jax.api import inputs
-from tl_jax.core import console
+from tl_jax.core import console, trees
 from tl_jax.core.card import Card
 from tl_jax.core.messages import listed
 from tl_jax.data.examples import Source
@@ -38,9 +38,17 @@ class Metrics(dict):
 
 
 class Network:
-    """What answers: its card, and `compiled`, the devices, the variables on them and (variables, batch) -> outputs."""
+    """What answers.
 
+    weights: where they were read. parameters: {path: leaf}. origins: as in `weights.load.Loaded`, of "params/" + path.
+    compiled: the devices, the variables on them and the function (variables, batch) -> outputs.
+    """
+
+    name: str  # of the architecture
+    weights: str
     card: Card
+    parameters: Mapping[str, Any]
+    origins: Mapping[str, str]
     compiled: tuple[sharding.Parallel, Any, Callable]
 
     @property
@@ -62,6 +70,11 @@ class Model(Network):
     card: Card
     image_size: int | tuple[int, int] = 0  # as given to `load`
     channels: int = 0
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the leaves, as in `weights.load.Loaded`
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return trees.flatten(self.variables["params"])
 
     def answer(self, variables: Any, x: jax.Array) -> dict[str, jax.Array]:
         """The outputs that the task keeps, and the features [B, D], of inputs as the card says, [B, *card.shape]."""
@@ -101,7 +114,7 @@ def load(
     how = {"image_size": image_size or None, "channels": channels, "mean": mean, "std": std, "seed": seed}
     loaded = pretrained.load(name, weights, num_classes, partial=partial, **how)
     name = name or loaded.card.model
-    return Model(name, weights, loaded.model, loaded.variables, loaded.card, image_size, channels)
+    return Model(name, weights, loaded.model, loaded.variables, loaded.card, image_size, channels, loaded.origins)
 
 
 def read_input(item: Any, card: Card, preprocess: Preprocess) -> np.ndarray:
@@ -190,13 +203,47 @@ def _whole(model: Network, data: Any, batch_size: int) -> dict[str, np.ndarray]:
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
+def parts(model: Network) -> list[tuple[str, int, str]]:
+    """Triples (part, parameters, origin): backbone, head and what was added, from the file or at random."""
+    rows: dict[tuple[str, str], int] = {}
+    for path, leaf in model.parameters.items():
+        found = model.origins.get(f"params/{path}", "")
+        origin = f"RANDOM ({found})" if found in pretrained.RANDOM else "from the file"
+        key = path.split("/")[0], origin
+        rows[key] = rows.get(key, 0) + leaf.size
+    return [(part, count, origin) for (part, origin), count in rows.items()]
+
+
+def _check_trained(model: Network) -> None:
+    """Raises ValueError for a head that is random: its scores would be chance."""
+    if any(part == "head" and origin.startswith("RANDOM") for part, _, origin in parts(model)):
+        given = f"{model.weights} gives it none for these classes" if model.weights else "no weight file is given"
+        fix = "give weights with their own head, or train one: python -m tl_jax train configs/transfer.py:..."
+        raise ValueError(f"the head of {model.name} is untrained, {given}: there is nothing to evaluate; {fix}")
+
+
 def score(
-    model: Any, data: Any, split: str = "", *, labels: Sequence[str] = (), batch_size: int = 128
+    model: Any,
+    data: Any,
+    split: str = "",
+    *,
+    labels: Sequence[str] = (),
+    batch_size: int = 128,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tasks.Predictions:
-    """The outputs of a network for labelled data, with the labels in the order of its own classes; see `evaluate`."""
+    """The outputs of a network for labelled data, with the labels in the order of its own classes; see `evaluate`.
+
+    tell: takes a line on what is scored and one on the network, before it begins.
+    """
     own = _model(model)
+    _check_trained(own)
     known = {"labels": labels or getattr(model, "labels", ()), "cuts": getattr(model, "cuts", None)}
     source = inputs.load_labelled(data, split, own.card, **known)
+    rows = parts(own)
+    tell(f"scored: {source.name}, {len(source):,} examples; nothing trains")
+    shown = ", ".join(f"{part} {count:,} {origin}" for part, count, origin in rows)
+    whole = sum(count for _, count, _ in rows)
+    tell(f"network: {own.name}, {own.weights}; all {whole:,} parameters are frozen: {shown}")
     found = _whole(own, source, batch_size)
     matched = None if source.sealed else match_labels(source, own.spec, named=bool(own.card.class_names))
     read = found.pop(FEATURES)
@@ -210,7 +257,7 @@ def evaluate(
 
     model: a Model or a Run. data: as for `fit`. split: without it test, else val, else train. labels: the label
     columns of csv: and table: sources. Classes are matched by name; by position, with a note, where the card or the
-    data name none. Raises ValueError where they do not fit.
+    data name none. Raises ValueError where they do not fit, and for a head that is untrained.
     """
     predictions = score(model, data, split, labels=labels, batch_size=batch_size)
     return Metrics(tasks.summarize(predictions, resamples=resamples))

@@ -97,7 +97,7 @@ class Run:
             method = self.result["method"]
             raise ValueError(f"{self.folder} holds no weights: a run by {method} leaves none, or they were removed")
         module = loaded.model.clone(dtype=jnp.dtype(self.options["model.dtype"]))
-        return Model(name, str(self.folder), module, loaded.variables, loaded.card)
+        return Model(name, str(self.folder), module, loaded.variables, loaded.card, origins=loaded.origins)
 
     @property
     def trust(self) -> trust.Trust | None:
@@ -215,9 +215,7 @@ def _data_options(data: Any, task: str, folder: pathlib.Path, given: Mapping[str
             folder.mkdir(parents=True, exist_ok=True)
             inputs.write_arrays(found, path)
         source, task = f"arrays:{path}", task or TASKS[next(iter(found.values())).label_kind]
-    train, val = ("train", "val") if "val" in found else ("train[:80%]", "train[80%:]")
-    test = "test" if "test" in found else ""
-    return {"task": task, "data.source": source, "data.train": train, "data.val": val, "data.test": test}
+    return {"task": task, "data.source": source, **inputs.options_of(found)}
 
 
 def knn(

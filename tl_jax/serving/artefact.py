@@ -41,6 +41,19 @@ class Exported(Network):
     table: dict[str, Any]  # export.json
     card: Card
     variables: dict[str, np.ndarray]  # {path: float32 array}
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict)  # none is random
+
+    @property
+    def name(self) -> str:
+        return self.card.model
+
+    @property
+    def weights(self) -> str:
+        return str(self.folder)
+
+    @property
+    def parameters(self) -> dict[str, np.ndarray]:
+        return {path.removeprefix("params/"): x for path, x in self.variables.items() if path.startswith("params/")}
 
     @functools.cached_property
     def trust(self) -> trust.Trust | None:

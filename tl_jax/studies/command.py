@@ -14,8 +14,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from tl_jax import config as options
-from tl_jax.core import messages
+from tl_jax.core import messages, synonyms
 from tl_jax.core.console import show
+from tl_jax.core.options import OPTIONS
 from tl_jax.runtime import preemption
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 
@@ -76,7 +77,13 @@ def read_config(text: str, items: Sequence[str] = ()) -> ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"{name} has no function get_config, which makes the config")
-    return options.parse(module.get_config(argument) if colon else module.get_config(), items)
+    try:
+        config = module.get_config(argument) if colon else module.get_config()
+    except (AttributeError, KeyError) as error:  # ml_collections adds the whole config to its message
+        if not (found := re.search(r'Key "(.+?)" does not exist and cannot be added', str(error))):
+            raise
+        raise ValueError(f"{name} sets {found[1]}, which does not exist{synonyms.hint(found[1], OPTIONS)}") from error
+    return options.parse(config, items)
 
 
 def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[str], stop: Callable[..., bool]) -> int:
@@ -120,7 +127,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if args.config and args.study:
         raise ValueError("--config and --study are two things to run; a study's base config is in its study.py")
     if unknown:
-        raise ValueError(f"{unknown} are no flags; write options of the config as --config.NAME=VALUE")
+        near = synonyms.hint(unknown[0].lstrip("-").partition("=")[0], OPTIONS)
+        raise ValueError(f"{unknown} are no flags; write options of the config as --config.NAME=VALUE{near}")
     if args.launcher == "local" and (args.slurm or args.cloud or args.submit):
         raise ValueError("--submit, --slurm and --cloud are for a cluster: add --launcher slurm, tpu or gke")
     if args.dry_run and (args.retry or args.submit):
