@@ -38,6 +38,8 @@ ONLY = {
 NEVER = {
     "data/": {"jax", "flax", "optax"},
     "methods/classic/": {"jax", "flax", "optax"},
+    "tasks/trust.py": {"jax", "flax", "optax"},
+    "tasks/outliers.py": {"jax", "flax", "optax"},
     "models/": {"optax", "ml_collections"},
     "": {"torch", "tensorflow", "timm", "keras"},
 }

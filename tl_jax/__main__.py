@@ -373,13 +373,13 @@ COMMANDS = {
 
 
 def _flags(args: Args, error: Exception) -> str:
-    """The options that are names and were set, where an error does not say which it is about; --out where it has it."""
+    """The names and shares that were set, where an error does not say which it is about; --out where it has it."""
     known = ((names[0], options.get("default")) for names, options in COMMANDS[args.function][1])
     out, where = vars(args).get("out") or "", str(getattr(error, "filename", None) or "-")
     blamed = out in str(error) or out.startswith(where)  # the folder that is missing may lie above it
     known = [(flag, default) for flag, default in known if flag != "--out" or blamed]
     given = ((flag, default, vars(args).get(flag[2:].replace("-", "_"))) for flag, default in known)
-    shown = [f"{flag} {x!r}" for flag, default, x in given if isinstance(x, str) and x != default]
+    shown = [f"{flag} {x!r}" for flag, default, x in given if isinstance(x, str | float) and x != default]
     return f"{', '.join(shown)}: " if shown and "--" not in str(error) else ""
 
 

@@ -22,7 +22,7 @@ from tl_jax.tasks.task import Spec
 
 FILE = "trust.npz"
 SETS, REASONS = ("lac", "aps"), ("ood", "set")
-SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)  # of the examples that are answered, in the risk-coverage curve
+ANSWERED = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)  # of the examples that are answered, in the risk-coverage curve
 WARMEST = 100.0  # the highest temperature, and 1 / the lowest
 ROUNDING = 1e-9  # of scores, so that an equal one computed elsewhere is equal
 SHARE = checks.number(0, 1, above=True, below=True)
@@ -132,7 +132,7 @@ def fit_on(trust: Trust, val: Predictions, score: np.ndarray) -> Trust:
     found = found._replace(temperature=fit_temperature(val))
     order = np.argsort(-_confidence(found, val.values, val.spec), kind="stable")
     right = correct(val)[order]
-    curve = [(share, right[: math.ceil(share * len(right))].mean()) for share in SHARES]
+    curve = [(share, right[: math.ceil(share * len(right))].mean()) for share in ANSWERED]
     return found._replace(curve=np.array(curve))
 
 
@@ -143,7 +143,7 @@ def least_for(level: float) -> int:
 
 def _quantile(values: np.ndarray, level: float) -> np.ndarray:
     """The ceil((n + 1) level)-th smallest of n values [n, ...] along the first axis."""
-    rank = math.ceil((len(values) + 1) * level - ROUNDING) - 1
+    rank = max(math.ceil((len(values) + 1) * level - ROUNDING), 1) - 1
     return np.partition(values, rank, axis=0)[rank]
 
 
