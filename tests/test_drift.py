@@ -20,7 +20,8 @@ from tl_jax import __main__ as command
 from tl_jax import config as options
 from tl_jax import tasks
 from tl_jax.api.model import observe
-from tl_jax.serving import drift, drift_page, monitor
+from tl_jax.serving import drift, drift_page
+from tl_jax.serving import drift_monitor as monitor
 from tl_jax.studies import inprocess
 from tl_jax.studies.command import read_config
 
@@ -256,9 +257,9 @@ def test_a_monitor_raises_an_alarm_after_a_shift_and_tells_when(width):
 
 
 def test_the_looks_of_a_monitor_never_spend_more_than_its_level():
-    i = np.arange(1, 10**6, dtype=np.float64)
-    levels = drift.LEVEL / (monitor.SPENDING * (i + 1) * np.log(i + 1) ** 2)
-    rest = drift.LEVEL / monitor.SPENDING / math.log(i[-1] + 1.5)  # the integral over all later looks, to infinity
+    i = np.arange(monitor.FIRST, 10**6, dtype=np.float64)
+    levels = drift.LEVEL / (monitor.SPENDING * i * np.log(i) ** 2)
+    rest = drift.LEVEL / monitor.SPENDING / math.log(i[-1] + 0.5)  # the integral over all later looks, to infinity
     assert levels.sum() + rest == pytest.approx(drift.LEVEL, rel=1e-6)
     watch = monitor.Monitor(make("binary", 40), window=20, every=1)
     for _ in range(22):

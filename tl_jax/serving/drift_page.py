@@ -16,8 +16,8 @@ from tl_jax.api.model import observe
 from tl_jax.api.run import Run, load_run
 from tl_jax.core import checks, files, manifest
 from tl_jax.core.plotting import BLUE, GREY, VERMILION, figure_at, short
-from tl_jax.serving.drift import EFFECTS, MOST, Table, compare, points, readable
-from tl_jax.serving.monitor import load_log
+from tl_jax.serving.drift import CLASSES, EFFECTS, MOST, Table, compare, points, readable
+from tl_jax.serving.drift_monitor import load_log
 from tl_jax.tasks import Predictions, load_predictions
 
 SHOWN, PANELS, BARS = 20, 6, 10  # rows of a table, parts of the figure, classes in one of them
@@ -123,7 +123,7 @@ def _notes(found: Table, reference: Predictions) -> list[str]:
     if reference.groups is not None:
         notes.append("The reference has groups, whose examples are not independent: every p is too small.")
     if not found["labels"]:
-        notes.append("No shares are estimated: that needs classes, and labels of the reference.")
+        notes.append(f"No shares are estimated: that needs labels of the reference, and at most {CLASSES} classes.")
     elif not _shares(found):
         notes.append("No shares are estimated: some class is never predicted, or not in the reference.")
     return notes
