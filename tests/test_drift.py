@@ -5,6 +5,7 @@ import math
 import pathlib
 import re
 import shlex
+import types
 
 import numpy as np
 import pytest
@@ -202,7 +203,7 @@ def test_all_that_does_not_fit_is_said_at_once():
 
 
 @pytest.mark.parametrize("task", SPECS)
-def test_a_log_gives_what_was_appended_and_survives_a_kill(tmp_path, task):
+def test_a_log_gives_what_was_appended_and_survives_a_kill(tmp_path, task, capsys):
     path, rows = tmp_path / "requests.jsonl", make(task, 3)
     log = monitor.Log(path, rows.spec)
     log.append(rows.values[0], rows.features[0])
@@ -214,6 +215,7 @@ def test_a_log_gives_what_was_appended_and_survives_a_kill(tmp_path, task):
     for each in (log, again):
         each.close()
     found = monitor.load_log(path)
+    assert "1 lines are damaged" in capsys.readouterr().err
     assert found.spec == rows.spec and found.labels is None
     np.testing.assert_array_equal(found.values, rows.values)
     np.testing.assert_array_equal(found.features, rows.features)
@@ -300,6 +302,30 @@ def test_the_command_compares_files_in_80_columns_and_writes_a_page_that_needs_n
     assert command.main([*arguments, "--out", str(tmp_path / "page.pdf")]) == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "new", "source"),
+    [
+        ({"data.source": "digits", "data.test": "test", "seeds": (1, 2)}, "caf\udce9 1", "folder:caf\udce9 1"),
+        ({"data.source": ("digits", "digits:faded"), "data.val": "train[90%:]"}, "it's", "folder:it's"),
+        ({"data.source": "digits", "data.resample": "kfold:5:0"}, "x.npz", "folder:NEW"),
+        ({"data.source": "digits:ink", "task": "regression"}, "x.csv", "csv:x.csv"),
+        ({"data.source": "table:a.csv", "task": "regression", "data.group": "site"}, "x.csv", "table:x.csv"),
+        ({"data.source": "csv:a.csv", "task": "multilabel"}, "x.npz", "csv:NEW"),
+    ],
+)
+def test_the_command_that_trains_again_is_the_config_of_the_run_on_new_data(tmp_path, monkeypatch, given, new, source):
+    monkeypatch.chdir(tmp_path)
+    if "." not in new:
+        pathlib.Path(new).mkdir()
+    old = options.flatten(options.override(options.make(), given))
+    pathlib.Path("config.json").write_text(json.dumps(old))
+    command = shlex.split(drift_page.retrain(types.SimpleNamespace(options=old, folder=tmp_path), new))
+    assert command[:4] == ["python", "-m", "tl_jax", "train"] and command[-1] == f"{tmp_path}-retrained"
+    items = [item.removeprefix("--config.") for item in command if item.startswith("--config.")]
+    plain = {name: list(x) if isinstance(x, tuple) else x for name, x in drift_page.CHANGES.items()}
+    assert options.flatten(read_config(command[4], items)) == {**old, **plain, "data.source": source}
+
+
 @pytest.mark.slow
 def test_folders_are_answered_by_the_run_and_the_printed_command_trains_it_again(tmp_path, capsys):
     run = tmp_path / "run"
@@ -315,11 +341,6 @@ def test_folders_are_answered_by_the_run_and_the_printed_command_trains_it_again
     shown = capsys.readouterr().out
     assert shown.startswith("DRIFT") and "labels of the reference" in shown
     again = shlex.split(shown.splitlines()[-1])
-    assert again[:4] == ["python", "-m", "tl_jax", "train"] and again[-1] == f"{run}-retrained"
-    items = [item.removeprefix("--config.") for item in again if item.startswith("--config.")]
-    old, new = options.flatten(options.read(run / "config.json")), options.flatten(read_config(again[4], items))
-    changed = {name for name in old if old[name] != new[name]}
-    assert new["data.source"] == f"folder:{tmp_path / 'new'}" and changed <= set(drift_page.CHANGES)
     assert command.main(again[3:]) == 0 and (pathlib.Path(again[-1]) / "result.json").exists()
 
 
