@@ -34,7 +34,7 @@ from tl_jax.runtime.log import tolerate
 from tl_jax.serving import artefact, neighbours, program
 from tl_jax.serving.batches import Batcher, Busy
 from tl_jax.serving.drift import LEAST
-from tl_jax.serving.monitor import Log, Monitor
+from tl_jax.serving.drift_monitor import Log, Monitor
 from tl_jax.tasks import answers, trust
 from tl_jax.training.steps import FEATURES
 
