@@ -112,7 +112,7 @@ def labels(args: Args) -> None:
 
 
 def inspect(args: Args) -> None:
-    console.show(tl_jax.inspect(args.source))
+    console.show(tl_jax.inspect(args.source, console.make_console().width))
 
 
 def convert(args: Args) -> None:
