@@ -120,7 +120,7 @@ def convert(args: Args) -> None:
     card = model.card
     tl_jax.export(model.variables, card.model, args.out, card=card, layout=args.layout)
     size = f"{size_text(card.input_size)} px" if card.input == "image" else f"{len(card.columns)} columns"
-    print(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {size}")
+    console.show(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {size}")
 
 
 def pack(args: Args) -> None:
@@ -139,7 +139,7 @@ def verify(args: Args) -> None:
     from tl_jax.data.readers import packed
 
     for split, count in packed.verify(args.folder).items():
-        print(f"{split}: {count:,} images are as they were packed")
+        console.show(f"{split}: {count:,} images are as they were packed")
 
 
 def report(args: Args) -> None:
@@ -169,7 +169,7 @@ def soup(args: Args) -> None:
 
 def _print_averaged(chosen: str, found: dict[str, Any], out: str) -> None:
     metric, value = next((name, entry["value"]) for name, entry in found["metrics"].items() if isinstance(entry, dict))
-    print(f"{chosen}, {found['split']} {metric} {'undefined' if value is None else f'{value:.4f}'}; wrote {out}")
+    console.show(f"{chosen}, {found['split']} {metric} {'undefined' if value is None else f'{value:.4f}'}; wrote {out}")
 
 
 def arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
