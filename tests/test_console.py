@@ -120,6 +120,15 @@ def test_the_time_left_is_that_of_what_is_left_at_the_mean_speed(monkeypatch):
     assert console._live is None
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "", "many"])
+def test_a_strange_width_is_taken_for_one_that_can_be_printed_in(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    console.show(Table("some words of a caption", ("name", "n"), [("a long name of it", "0.25")]))
+    console.show("words " * 20)
+    shown = capsys.readouterr().out
+    assert "0.25" in shown and shown.count("words") == 21
+
+
 def test_quiet_prints_nothing(capsys):
     with console.quiet():
         console.show("words")

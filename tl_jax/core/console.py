@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task
 from rich.text import Text
 
-WIDE = 110
+NARROW, WIDE = 20, 110
 LEAST = 8  # columns to which a column of text may shrink, where its words have to be broken
 BAR = 16
 ERASE = "\r\x1b[2K"
@@ -52,7 +52,10 @@ def make_console(stderr: bool = False) -> Console:
     told = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
     colours = None if os.environ.get("NO_COLOR") else "auto"
     width = None if told else WIDE
-    return Console(stderr=stderr, highlight=False, markup=False, width=width, color_system=colours)
+    console = Console(stderr=stderr, highlight=False, markup=False, width=width, color_system=colours)
+    if console.width < NARROW:
+        console.width = NARROW
+    return console
 
 
 def show(message: Any, *, stderr: bool = False, style: str = "", erase: bool = False) -> None:
@@ -208,8 +211,9 @@ def close_bars() -> None:
     """Gives the terminal back."""
     global _live
     live, _live = _live, None
-    if live:
-        live.stop()
+    with contextlib.suppress(OSError):  # it may be gone
+        if live:
+            live.stop()
 
 
 def counted(title: str, items: Iterable[Any], total: int, **how: Any) -> Iterator[Any]:
