@@ -147,7 +147,8 @@ def read_more(folder):
 def read_run(folder):
     read_more(folder)
     run = tl_jax.load_run(folder)
-    found = [finished.read(folder), run.curves, weights_of(run.model)]
+    trust = run.trust._asdict() if run.trust else None
+    found = [finished.read(folder), run.curves, weights_of(run.model), trust]
     return [*found, weights_of(delta.load(folder / "trained.safetensors")), run.options]
 
 
@@ -317,6 +318,7 @@ def left(tmp_path_factory):
 def make_all(work):
     phased = make_config(phases=PHASES, **{"data.extra_eval": (("rest", "digits", "test[95%:]"),)})
     train.train(phased, work / "run/w", verbose=True)
+    tl_jax.load_run(work / "run/w").calibrate()
     with pytest.raises(Preempted):
         train.train(phased, work / "half/w", verbose=False, stop_requested=stopper(2))
     half = Kept(Single(build.build(phased, sharding.make_parallel()), sharding.make_parallel()))

@@ -21,7 +21,9 @@ ROOMS = {
     "training": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods"},
     "studies": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training"},
     "api": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training"},
-    "face": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training", "studies", "api"},
+    "serving": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training", "api"},
+    "face": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training", "studies", "api"}
+    | {"serving"},
 }
 FACE = {"__init__.py": "face", "__main__.py": "face", "config.py": ""}
 # Libraries that one room alone imports.

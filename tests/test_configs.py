@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from configs import transfer
+from configs import probe_sweep, transfer
 from tl_jax import config as options
 from tl_jax import models
 from tl_jax.data import sources
@@ -74,6 +74,22 @@ def test_every_config_trains_one_step_on_made_up_data(name, tmp_path):
     result = train(config, tmp_path / "w")
     assert result["split"] == "test"
     assert result["metrics"]["count"] == (16 if config.task == "classification" else len(scored_source(config)))
+
+
+@pytest.mark.parametrize(
+    ("there", "given", "wanted"),
+    [
+        (("train", "val"), "", ("train", "val", "")),
+        (("train",), "", ("train[:80%]", "train[80%:]", "")),
+        (("train", "test"), "", ("train[:80%]", "train[80%:]", "test")),
+        (("train", "val", "test"), ",data.test=", ("train", "val", "")),
+    ],
+)
+def test_a_sweep_takes_the_splits_that_the_source_has(tmp_path, there, given, wanted):
+    arrays = {f"{split}_image": np.zeros((4, 8, 8), np.uint8) for split in there}
+    np.savez(tmp_path / "x.npz", **arrays, **{f"{split}_label": np.arange(4) % 2 for split in there})
+    data = probe_sweep.get_config(f"data=arrays:{tmp_path}/x.npz{given}").data
+    assert (data.train, data.val, data.test) == wanted
 
 
 def scored_source(config):

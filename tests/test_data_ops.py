@@ -440,3 +440,8 @@ def test_flip_alone_sees_the_same_crop_as_evaluation():
     flipped = make_preprocess(card, [("flip", {"probability": 1})])(image, generator())
     np.testing.assert_array_equal(flipped, make_preprocess(card)(image[:, ::-1]))
     assert not np.array_equal(flipped, np.asarray(ImageOps.mirror(Image.fromarray(image))))
+
+
+def test_an_image_so_narrow_that_its_resize_would_fill_the_memory_is_refused():
+    with pytest.raises(ValueError, match="1 x 2000000 pixels, which would be resized to 64 x 128000000"):
+        ops.resize(np.zeros((2_000_000, 1, 3), np.uint8), size=64, interpolation="bilinear")

@@ -1,8 +1,10 @@
 """Sources, split strings, slices and shots, and the messages of bad input."""
 
+import importlib.util
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -72,6 +74,34 @@ def test_class_folders_without_split_folders_are_the_train_split(tmp_path):
 
 def test_natural_order_puts_numbers_by_value():
     assert sorted(["b2", "b10", "a", "B1", "10", "9"], key=natural_key) == ["9", "10", "a", "B1", "b2", "b10"]
+
+
+MEDMNIST = [  # as published: pixels, labels, and the task that they are for
+    ((28, 28), lambda rng, n: rng.integers(0, 11, (n, 1)).astype(np.uint8), "classification"),
+    ((28, 28, 3), lambda rng, n: rng.integers(0, 8, (n, 1)), "classification"),
+    ((28, 28), lambda rng, n: rng.integers(0, 2, (n, 1)).astype(np.uint8), "binary"),
+    ((28, 28), lambda rng, n: rng.integers(0, 2, (n, 14)).astype(np.uint8), "multilabel"),
+    ((64, 64, 3), lambda rng, n: rng.integers(0, 5, (n, 1)).astype(np.uint8), "classification"),
+]
+
+
+@pytest.mark.parametrize(("shape", "draw", "task"), MEDMNIST)
+def test_medmnist_is_read_as_it_is_published(tmp_path, shape, draw, task):
+    rng, arrays = np.random.default_rng(0), {}
+    for split, n in {"train": 90, "val": 60, "test": 70}.items():
+        arrays[f"{split}_images"] = rng.integers(0, 256, (n, *shape)).astype(np.uint8)
+        arrays[f"{split}_labels"] = draw(rng, n)
+    for named in (False, True):
+        count = arrays["train_labels"].shape[1] if task == "multilabel" else int(arrays["train_labels"].max()) + 1
+        names = tuple(f"finding {k}" if named else str(k) for k in range(count))
+        np.savez(tmp_path / "medmnist.npz", **arrays, **({"classes": np.array(names)} if named else {}))
+        for split in ("train", "val", "test"):
+            found = sources.load(f"arrays:{tmp_path}/medmnist.npz", split, task=task)
+            labels, pixels = arrays[f"{split}_labels"], arrays[f"{split}_images"]
+            np.testing.assert_array_equal(found.labels, labels if task == "multilabel" else labels[:, 0])
+            assert found.class_names == names
+            image = pixels[7] if pixels.ndim == 4 else np.repeat(pixels[7][..., None], 3, -1)
+            np.testing.assert_array_equal(found[7]["image"], image)
 
 
 @pytest.mark.parametrize("name", ["valid", "validation"])
@@ -170,14 +200,22 @@ def test_tfds_reads_a_prepared_data_set_without_tensorflow(tmp_path):
             for i in range(6):
                 yield i, {"image": io.BytesIO(jpeg(i)), "label": i % 2}
 
-    with pytest.raises(FileNotFoundError, match=r"(?s)not prepared as array_record.*download_and_prepare\(\)"):
+    with pytest.raises(FileNotFoundError, match=r"is not prepared.*array_record.*download_and_prepare\(\)"):
         sources.load("tfds:tiny_shapes", "train", data_dir=str(tmp_path))
+    if importlib.util.find_spec("tensorflow") is None:  # the table in docs/data.md
+        with pytest.raises(ModuleNotFoundError, match="tensorflow"):
+            TinyShapes(data_dir=tmp_path / "tfrecord", file_format="tfrecord").download_and_prepare()
     TinyShapes(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     source = sources.load("tfds:tiny_shapes:1.0.0", "val", data_dir=str(tmp_path), on_error="skip")
     assert source.class_names == ("a", "b") and source.ids[2] == "val/2"
     pixels = [int(decode.decode(source[i]["image"])[0, 0, 0]) for i in range(6)]
     assert sorted(pixels) == list(range(6)) and [p % 2 for p in pixels] == source.labels.tolist()
     assert "tensorflow" not in sys.modules
+    shutil.copytree(tmp_path / "tiny_shapes", tmp_path / "other" / "tiny_shapes")
+    about = tmp_path / "other" / "tiny_shapes" / "1.0.0" / "dataset_info.json"  # as if TensorFlow had written it
+    about.write_text(about.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(FileNotFoundError, match=r"is prepared as tfrecord, which TensorFlow alone reads.*array_record"):
+        sources.load("tfds:tiny_shapes", "train", data_dir=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="no split 'test'; it has train, val"):
         sources.load("tfds:tiny_shapes", "test", data_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"knows no data set 'cifer10' .did you mean 'cifar10"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 
+import jax
 import numpy as np
 import pytest
 import sklearn.datasets
@@ -241,7 +242,7 @@ def test_predict_gives_what_a_run_with_added_parameters_scored(method, files, tm
     add_variants(monkeypatch, vit.vit_variants("small_vit", TINY_VIT, 3, 48))
     base, moved = tmp_path / "base.safetensors", tmp_path / "moved.safetensors"
     began = tl_jax.load("small_vit", image_size=32, num_classes=0)
-    tl_jax.export(began.variables, "small_vit", base, card=began.card)
+    tl_jax.save_weights(began.variables, "small_vit", base, card=began.card)
     model = tl_jax.load("small_vit", base, num_classes=0, image_size=32)
     splits = {"train": (IMAGES[4:36], LABELS[4:36]), "test": (IMAGES[:4], LABELS[:4])}
     both = {"method.add": (("prompt", {"tokens": 2}), ("adapter", {"bottleneck": 3}))} if method == "prompt" else {}
@@ -270,6 +271,23 @@ def test_evaluate_takes_a_run_or_a_weight_file_and_writes_predictions(run, tmp_p
     assert json.loads(capsys.readouterr().out) == of_run
     assert command.main(["metrics", str(out), "--json", "--resamples", "5"]) == 0
     assert json.loads(capsys.readouterr().out) == of_run
+
+
+def test_evaluate_says_what_is_scored_and_that_every_parameter_is_frozen(run, capsys):
+    sizes = [sum(x.size for x in jax.tree.leaves(run.model.variables["params"][part])) for part in ("backbone", "head")]
+    assert command.main(["evaluate", str(run.folder), "digits", "--split", "test[:9%]", "--resamples", "2"]) == 0
+    scored, network, *_ = capsys.readouterr().out.splitlines()
+    assert scored == "scored: digits test[:9%], 69 examples; nothing trains"
+    assert network.startswith(f"network: resnet8_cifar, {run.folder}; all {sum(sizes):,} parameters are frozen: ")
+    assert network.endswith("backbone {:,} from the file, head {:,} from the file".format(*sizes))
+
+
+@pytest.mark.parametrize("weights", ["", "builtin:glyphs"])
+def test_a_head_that_nothing_trained_is_not_evaluated(weights):
+    network = tl_jax.load("resnet8_cifar", weights, num_classes=10)
+    with pytest.raises(ValueError, match="head of resnet8_cifar is untrained"):
+        tl_jax.evaluate(network, "digits")
+    assert tl_jax.features(network, IMAGES[:2]).shape == (2, 64)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def write_run(folder, levels, seed, seconds, classes=3):
     shifted, other = outputs(skill / 2, seed)
     tasks.save_predictions(folder / "predictions-shifted.npz", shifted)
     result = {"metrics": summary, "extra_eval": {"shifted": other}, "trainable_parameters": parameters}
+    result |= {"split": "test", "data": "made up test"}
     cost = {
         "trainable_parameters": parameters,
         "flops_per_step": 3e9,
@@ -76,7 +77,7 @@ def make_study(
     runs, configs = [], {}
     for seed, fold, *cell in itertools.product(seeds, folds, *factors.values()):
         levels = dict(zip(factors, cell, strict=True))
-        config = {"model.weights": repr((levels, seed, fold))}
+        config = {"model.weights": repr((levels, seed, fold)), "data.extra_eval": (("shifted", "other", "far"),)}
         for factor, level in levels.items():
             config |= factors[factor][level] if in_configs else {}
         configs[key := options.fingerprint(options.from_flat(config))[:12]] = config
@@ -292,6 +293,30 @@ def test_html_needs_nothing_else_and_holds_every_figure(study):
     assert "50%_a&amp;b" in page and "<td>50%_a&b" not in page
     expected = {"cells", "budget", "differences", "interaction", "parameters", "learning", "calibration", "classes"}
     assert expected | {"training"} <= set(summary["figures"])
+
+
+def test_figures_of_outputs_are_of_the_set_that_decides_and_name_it(tmp_path, monkeypatch):
+    """Calibration and changes by class of a study that decides by a further set are of that set."""
+    monkeypatch.setattr(figures, "MAKERS", (figures.calibration, figures.classes, figures.cells))
+    made = {}
+    for names in (("accuracy", "shifted/accuracy"), ("shifted/accuracy", "accuracy")):
+        workdir = make_study(
+            tmp_path / names[0].replace("/", "-"), {"method": METHODS}, {"method": "full"}, names=names
+        )
+        results = load(workdir)
+        outputs, _ = figures.read.read_outputs(results)
+        for run in results.runs():  # numpy by itself, on the file of the set
+            saved = tasks.load_predictions(run.folder / f"predictions{'-shifted' * (names[0][0] == 's')}.npz")
+            right = saved.values.argmax(1) == saved.labels
+            assert outputs[run.key].observed.sum() == right.sum()
+            assert outputs[run.key].recall.tolist() == [right[saved.labels == k].mean() for k in range(3)]
+        summary = report.write(workdir)
+        made[results.where] = set(summary["figures"]), (workdir / "report.md").read_text()
+    assert {"calibration-ece", "cells-shifted-accuracy"} <= made["test"][0]
+    assert {"calibration-shifted-ece", "cells-accuracy"} <= made["shifted"][0]
+    for where, (_, text) in made.items():
+        assert f"recall on {where} from" in text and "accuracy on test of each cell" in text
+        assert "test is made up test" in text and "shifted is other far" in text
 
 
 def test_markdown_shows_names_as_they_are():

@@ -17,10 +17,13 @@ GLYPHS = "builtin:glyphs"
 ABSENT = "/proc/nowhere"  # where nothing can be made, even by root
 SMALL = ("0", "-1", "x", "", "1e9", "nan", "1000000000000", "9" * 400)
 WRONG = ("", "nowhere", f"{ABSENT}/at/all", "a" * 300, "/proc/self/mem", "hf://", "builtin:x", "folder:", "digit",
-         "csv:", "a/b/c", "é\ud800", "-", "~nobody/x")  # fmt: skip
+         "csv:", "a/b/c", "é\udcff", "-", "~nobody/x")  # fmt: skip
 OPTIONS = {
     **dict.fromkeys(("--resamples", "--batch-size", "--alphas", "--size", "--top", "--folds"), SMALL),
     "--image-size": ("-1", "x", "1000000000"),
+    **dict.fromkeys(("--coverage", "--keep"), ("0", "1", "nan", "x", "0.99999")),
+    **dict.fromkeys(("--sets", "--ood"), ("x", "energy,knn")),
+    "--abstain": ("x", "ood,x"),
     "--level": ("0", "1", "2", "nan", "-1", "x", ""),
     "--seed": ("-1", "x", "9" * 400),
     "--workers": ("-1", "x", "1000000000"),
@@ -45,6 +48,7 @@ OPTIONS = {
     "--arg": ("x", "k=", "pca.k=-1", "nope=1"),
     "--shots": ("-1", "x", "9" * 400),
     "--run": ("nowhere", ABSENT),
+    "--on": ("x",),
     "--model": ("x", "resnet18"),
 }
 
@@ -71,9 +75,11 @@ def valid(place):
     return {
         "predict": [run, f"{images}/a/1.png"],
         "evaluate": [run, "digits"],
+        "calibrate": [run],
         "metrics": [f"{run}/predictions.npz"],
         "classic": [f"--source=arrays:{place}/source.npz", f"--target=arrays:{place}/target.npz", "--method=coral"],
         "labels": [run],
+        "drift": [f"{run}/predictions.npz", f"{run}/predictions.npz"],
         "inspect": [GLYPHS],
         "convert": ["resnet8_cifar", GLYPHS, str(place / "out.safetensors")],
         "pack": [f"folder:{images}", str(place / "packed")],
@@ -89,6 +95,7 @@ def harmless(argv):
     name, (flag, value) = argv[0], argv[-1].split("=", 1)
     taken = {
         ("predict", "--weights", value),
+        ("calibrate", "--weights", value),
         ("soup", "--out", "x.txt"),
         ("wise_ft", "--out", "x.txt"),
         ("labels", "--out", "x.txt"),

@@ -24,13 +24,27 @@ _FOUND_IN = {
     "methods.probes": ("fit as fit_probe",),
     "methods.recipes": ("list_methods",),
     "models": ("list_models",),
+    "serving.artefact": ("export", "load as load_export"),
     "tasks": ("summarize", "paired_difference", "load_predictions"),
     "training.train": ("train",),
     "weights.delta": ("load as load_delta",),
-    "weights.load": ("inspect", "export"),
+    "weights.load": ("inspect", "export as save_weights"),
 }
 _NAMES = {text.split()[-1]: (room, text.split()[0]) for room, texts in _FOUND_IN.items() for text in texts}
-_ROOMS = ("config", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training", "studies", "api")
+_ROOMS = (
+    "config",
+    "core",
+    "data",
+    "models",
+    "tasks",
+    "runtime",
+    "weights",
+    "methods",
+    "training",
+    "studies",
+    "api",
+    "serving",
+)
 __all__ = list(_NAMES)
 
 

@@ -6,6 +6,7 @@ SIGTERM ends every command but train at once; what was complete is kept.
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -36,7 +37,7 @@ def predict(args: Args) -> int:
     formats = {".csv": answers.write_csv, ".jsonl": answers.write_jsonl}
     _check_out(args.out, *formats)
     write = formats[pathlib.Path(args.out or "-.csv").suffix]
-    run, unreadable = tl_jax.load_run(args.run, args.weights), []
+    run, unreadable = _opened(args.run, args.weights), []
 
     def readable():
         for row in stream(run, args.inputs, args.batch_size):
@@ -58,6 +59,12 @@ def predict(args: Args) -> int:
     return 1 if unreadable else 0
 
 
+def _opened(folder: str, weights: str | None = None) -> Any:
+    from tl_jax.serving import artefact
+
+    return artefact.open_network(folder, weights)
+
+
 def _check_out(out: str, *suffixes: str) -> None:
     """Raises ValueError, before any work, for a file that cannot be written."""
     path = pathlib.Path(out)
@@ -75,11 +82,18 @@ def evaluate(args: Args) -> None:
     if args.image_size and not alone:
         raise ValueError(f"--image-size {args.image_size} belongs to --weights; a run has its own size")
     size, labels = args.image_size, args.labels.split(",") if args.labels else ()
-    network = tl_jax.load(args.model, args.weights, image_size=size) if alone else tl_jax.load_run(args.what[0])
-    found = score(network, args.what[-1], args.split, labels=labels, batch_size=args.batch_size)
+    network = tl_jax.load(args.model, args.weights, image_size=size) if alone else _opened(args.what[0])
+    tell = functools.partial(print, file=sys.stderr if args.json else sys.stdout)
+    found = score(network, args.what[-1], args.split, labels=labels, batch_size=args.batch_size, tell=tell)
     if args.out:
         tl_jax.tasks.save_predictions(args.out, found)
     _print_metrics(tl_jax.summarize(found, resamples=args.resamples), args.json)
+
+
+def calibrate(args: Args) -> None:
+    reasons = tuple(filter(None, args.abstain.split(",")))
+    names = ("split", "coverage", "sets", "ood", "keep", "batch_size")
+    print(tl_jax.load_run(args.run, args.weights).calibrate(abstain=reasons, **{x: getattr(args, x) for x in names}))
 
 
 def metrics(args: Args) -> None:
@@ -111,6 +125,13 @@ def labels(args: Args) -> None:
     suspects(args.run, args.out, folds=args.folds, seed=args.seed, top=args.top, splits=splits, label=args.label)
 
 
+def drift(args: Args) -> None:
+    from tl_jax.serving import drift_page
+
+    _check_out(args.out, ".html")
+    drift_page.run(args)
+
+
 def inspect(args: Args) -> None:
     console.show(tl_jax.inspect(args.source, console.make_console().width))
 
@@ -118,9 +139,27 @@ def inspect(args: Args) -> None:
 def convert(args: Args) -> None:
     model = tl_jax.load(args.name, args.source, num_classes=args.num_classes, image_size=args.image_size)
     card = model.card
-    tl_jax.export(model.variables, card.model, args.out, card=card, layout=args.layout)
+    tl_jax.save_weights(model.variables, card.model, args.out, card=card, layout=args.layout)
     size = f"{size_text(card.input_size)} px" if card.input == "image" else f"{len(card.columns)} columns"
     console.show(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {size}")
+
+
+def export(args: Args) -> None:
+    if len(args.what) != (1 if args.weights else 2):
+        raise ValueError("expected RUN OUT, or --model NAME --weights FILE OUT")
+    network = tl_jax.load(args.model, args.weights) if args.weights else tl_jax.load_run(args.what[0], args.base)
+    out = tl_jax.export(network, args.what[-1], precision=args.precision, onnx=args.onnx, examples=args.examples)
+    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    print(
+        "\n".join([*(f"{size:>13,} {out / name}" for name, size in sizes.items()), f"{sum(sizes.values()):>13,} bytes"])
+    )
+
+
+def serve(args: Args) -> None:
+    from tl_jax.serving import server
+
+    limits = {name: getattr(args, name) for name in server.Limits._fields}
+    server.serve(args.folder, args.host, args.port, server.Limits(**limits), args.log)
 
 
 def pack(args: Args) -> None:
@@ -189,6 +228,7 @@ def one(check: checks.Check, kind: Callable[[str], Any] = int) -> Callable[[str]
 
 
 _COUNT, _SIZE = one(checks.integer(1, 10**6)), one(checks.integer(1, 2**14))
+_COUNT_LARGE = one(checks.integer(1, 2**31))
 _PIXELS = one(PIXELS, lambda text: tuple(map(int, text.split("x"))) if "x" in text else int(text))
 _WORKERS = one(checks.integer(0, 1024))
 _SHARE = one(checks.number(0, 1, above=True, below=True), float)
@@ -205,14 +245,14 @@ COMMANDS = {
         arg("rest", nargs=argparse.REMAINDER, metavar="FILE[:ARGUMENT] [--config.OPTION=VALUE ...] [--workdir W]"),
     )),
     predict: ("what a finished run answers for images, or for the rows of a table", (
-        arg("run", help="the folder of the run"),
+        arg("run", help="the folder of the run, or of an export"),
         arg("inputs", nargs="+", help="files, and folders, of which every visible file counts; a .csv file of a table"),
         arg("--out", default="", help="a .csv or .jsonl file; without it CSV goes to the standard output"),
         arg("--weights", help="where the weights that the run began with lie now, for adapters and prompts"),
         _BATCH,
     )),
     evaluate: ("the metrics of a finished run, or of a weight file, on labelled data; nothing is trained", (
-        arg("what", nargs="+", metavar="[RUN] DATA", help="a run's folder, and a source, folder or .npz file"),
+        arg("what", nargs="+", metavar="[RUN] DATA", help="a run or an export, and a source, folder or .npz file"),
         arg("--model", default="", help="instead of RUN: the model of --weights; not needed where its card names it"),
         arg("--weights", default="", help="instead of RUN: a weight file, with its own head"),
         arg("--image-size", type=_PIXELS, default=0, help="pixels, 224 or HEIGHTxWIDTH, instead of the card's"),
@@ -220,6 +260,17 @@ COMMANDS = {
         arg("--labels", default="", help="label columns, with commas, of csv: and table: sources"),
         arg("--out", default="", help="write the predictions to this .npz file too"),
         *_SHOWN, _BATCH,
+    )),
+    calibrate: ("fit what a finished run's answers are worth on its own val; predict then tells it", (
+        arg("run", help="the folder of the run"),
+        arg("--split", default="val", help="labelled examples of the run that it was not trained on"),
+        arg("--coverage", type=_SHARE, default=0.9, help="how often sets and intervals hold the truth"),
+        arg("--sets", choices=["lac", "aps"], default="lac", help="see docs/trust.md, as for the following"),
+        arg("--ood", choices=["mahalanobis", "knn", "energy", "none"], default="mahalanobis", help="the score"),
+        arg("--keep", type=_SHARE, default=0.95, help="the share in distribution that its threshold keeps"),
+        arg("--abstain", default="ood,set", help="where: ood, set, both with a comma, or '' for nowhere"),
+        arg("--weights", help="where the weights that the run began with lie now, for adapters and prompts"),
+        _BATCH,
     )),
     metrics: ("the metrics of a predictions.npz", (
         arg("file", help="predictions.npz of a run"),
@@ -254,6 +305,14 @@ COMMANDS = {
         arg("--splits", default="", help="names with commas, such as train,val; default: all that the run names"),
         arg("--label", default="", help="which label of a multilabel task"),
     )),
+    drift: ("have the inputs of a network changed? tests without labels, and one page with figures", (
+        arg("reference", help="predictions.npz of a run, a server's log .jsonl, or inputs as of predict, with --run"),
+        arg("new", help="the same kinds; its labels are not read"),
+        arg("--run", default="", help="the folder of the run that answers inputs, and that could be trained again"),
+        arg("--on", choices=["features", "outputs"], default="", help="what is compared; default: features if known"),
+        arg("--out", default="", help="write a page to this .html file"),
+        _BATCH,
+    )),
     inspect: ("list a weight file's tensors, and what it fits or is near to; timm: lists known files", (_WEIGHTS,)),
     convert: ("write a weight file as safetensors with a card", (
         arg("name", help="the model, such as resnet50"),
@@ -262,6 +321,27 @@ COMMANDS = {
         arg("--layout", help="names of the tensors written (default: timm's)"),
         arg("--num-classes", type=int, choices=[0], help="0 leaves the classifier out"),
         arg("--image-size", type=_PIXELS, default=0, help="resample the position embeddings for this input size"),
+    )),
+    export: ("write a finished run, or a weight file, as a folder that runs it without this package", (
+        arg("what", nargs="+", metavar="[RUN] OUT", help="a run's folder, and the folder to make"),
+        arg("--model", default="", help="instead of RUN: the model of --weights; not needed where its card names it"),
+        arg("--weights", default="", help="instead of RUN: a weight file, with its own head"),
+        arg("--base", help="where the weights that the run began with lie now, for adapters and prompts"),
+        arg("--precision", default="float32", help="of the stored weights: float32 | bfloat16 | int8"),
+        arg("--examples", type=one(checks.integer(0, 10**6)), default=0,
+            help="of the training data, with small pictures, for the page of `serve` to show the nearest"),
+        arg("--onnx", action="store_true", help="an ONNX file too; needs requirements-onnx.txt"),
+    )),
+    serve: ("answer requests with an exported network over HTTP, and a page to try it", (
+        arg("folder", help="what export wrote"),
+        arg("--host", default="127.0.0.1", help="0.0.0.0 answers other machines too, whoever they are"),
+        arg("--port", type=one(checks.integer(0, 65535)), default=8000, help="0: any free one, which is printed"),
+        arg("--log", default="", help="a .jsonl file that gets outputs and features of every answer, for drift"),
+        arg("--body", type=_COUNT_LARGE, default=20 * 2**20, help="most bytes of a request"),
+        arg("--pixels", type=_COUNT_LARGE, default=40_000_000, help="most pixels of an image"),
+        arg("--examples", type=_COUNT, default=32, help="most examples of a request"),
+        arg("--queue", type=_COUNT, default=64, help="most examples on their way; more are refused with 429"),
+        arg("--seconds", type=one(checks.number(0, 3600, above=True), float), default=30.0, help="until an answer"),
     )),
     pack: ("decode and resize images once, for the source packed:FOLDER", (
         arg("source", help="such as folder:PATH, see docs/data.md"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from tl_jax.core import checks, files, messages
+from tl_jax.core import checks, files, messages, synonyms
 from tl_jax.core.options import CARD, NETWORK, OPTIONS, SELECTORS, STREAM, TASK_ARGS, TASKS, WEIGHT
 
 WHOLE = tuple(name for name, option in OPTIONS.items() if isinstance(option.initial, dict))  # each is one value
@@ -127,7 +127,7 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     for key, value in changes.items():
         node, name = _owner(config, key), key.rpartition(".")[2]
         if node is None:
-            problems.append(f"{key!r} does not exist{messages.nearest(key, flatten(config))}")
+            problems.append(f"{key!r} does not exist{synonyms.hint(key, flatten(config))}")
             continue
         try:
             if not isinstance(node[name], ConfigDict):
@@ -140,11 +140,17 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
                 del node[name]
                 node[name] = table
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            reason = str(error) if len(str(error)) < 2 * messages.SHOWN else f"expected a {type(node[name]).__name__}"
+            reason = _expected(key) if key in OPTIONS else str(error)[: 2 * messages.SHOWN]
             problems.append(f"{key!r} = {messages.brief(value)}: {reason}")
     if problems:
         raise ValueError("; ".join(problems))
     return config
+
+
+def _expected(key: str) -> str:
+    """What a value of an option, or of an entry of a table, must be."""
+    option = OPTIONS.get(key)
+    return f"expected {option.check.expected}{synonyms.example(key)}" if option else "expected the type of the default"
 
 
 def _option_of(key: str) -> str:
@@ -163,7 +169,7 @@ def parse(config: ConfigDict, arg: str | Sequence[str]) -> ConfigDict:
         name = SHORT.get(key, key)
         node = _owner(config, name)
         if not equals or node is None:
-            hint = "" if node else messages.nearest(key, [*SHORT, *flatten(config)])
+            hint = "" if node else synonyms.hint(key, [*SHORT, *flatten(config)])
             problems.append(f"{messages.brief(item)} is not key=value with a known key{hint}")
             continue
         value = node[name.rpartition(".")[2]]
@@ -173,8 +179,7 @@ def parse(config: ConfigDict, arg: str | Sequence[str]) -> ConfigDict:
             changes[name] = text if plain else ast.literal_eval(text)
             override(config, {name: changes[name]})
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            default = value.to_dict() if isinstance(value, ConfigDict) else value
-            problems.append(f"{messages.brief(item)} does not have the type of the default, {default!r}")
+            problems.append(f"{messages.brief(item)} cannot be the value of {name}: {_expected(name)}")
     if problems:
         raise ValueError(f"options of the config: {'; '.join(problems)}; short keys: {', '.join(SHORT)}")
     return override(config, changes).lock()
@@ -196,7 +201,7 @@ def _items(arg: str) -> list[str]:
 def check(config: ConfigDict) -> None:
     """Raises one ValueError that lists every invalid option."""
     flat = flatten(config)
-    problems = [f"{key} does not exist{messages.nearest(key, OPTIONS)}" for key in flat if key not in OPTIONS]
+    problems = [f"{key} does not exist{synonyms.hint(key, OPTIONS)}" for key in flat if key not in OPTIONS]
     expected = {name: option.check for name, option in OPTIONS.items() if not option.check.fits(flat[name])}
     problems += [
         f"{name} = {messages.brief(flat[name])}: expected {check.expected}" for name, check in expected.items()
@@ -232,7 +237,7 @@ def _phase_problems(flat: Mapping[str, Any]) -> list[str]:
     problems = []
     for i, key in ((i, key) for i, phase in enumerate(flat["phases"]) for key, _ in phase):
         if not _option_of(key):
-            problems.append(f"phases[{i}]: {key!r} does not exist{messages.nearest(key, PHASED)}")
+            problems.append(f"phases[{i}]: {key!r} does not exist{synonyms.hint(key, PHASED)}")
         elif _option_of(key) not in PHASED:
             problems.append(f"phases[{i}] sets {key}, which cannot change during a run; what can: {', '.join(PHASED)}")
     if flat["patience"] and (count := len(flat["phases"])) > 1:

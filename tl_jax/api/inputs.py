@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,18 @@ def splits_of(source: str, task: str, labels: Sequence[str] = ()) -> list[str]:
     if not found:
         raise problem
     return found
+
+
+def options_of(splits: Collection[str]) -> dict[str, str]:
+    """The options of the splits that data have: a fifth of train where there is no val; "" where there is no test."""
+    train, val = ("train", "val") if "val" in splits else ("train[:80%]", "train[80%:]")
+    return {"data.train": train, "data.val": val, "data.test": "test" if "test" in splits else ""}
+
+
+def default_splits(source: str | Sequence[str], task: str, labels: Sequence[str] = ()) -> dict[str, str]:
+    """`options_of` a source, or what several have in common; raises what `sources.load` raises."""
+    names = [source] if isinstance(source, str) else source
+    return options_of(set.intersection(*(set(splits_of(name, task, labels)) for name in names)))
 
 
 def load_labelled(

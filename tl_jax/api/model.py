@@ -6,7 +6,7 @@ import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,16 +16,16 @@ import numpy as np
 
 from tl_jax import tasks
 from tl_jax.api import inputs
-from tl_jax.core import console
+from tl_jax.core import console, trees
 from tl_jax.core.card import Card
 from tl_jax.core.messages import listed
 from tl_jax.data.examples import Source
 from tl_jax.data.image import decode
-from tl_jax.data.image.augment import make_preprocess
+from tl_jax.data.image.augment import Preprocess, make_preprocess
 from tl_jax.data.pipeline import THREADS
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
-from tl_jax.tasks import answers
+from tl_jax.tasks import answers, trust
 from tl_jax.training.steps import FEATURES, normalise
 from tl_jax.weights import load as pretrained
 
@@ -37,8 +37,30 @@ class Metrics(dict):
         return console.fitted(tasks.format_table(self), console.WIDE)
 
 
+class Network:
+    """What answers.
+
+    weights: where they were read. parameters: {path: leaf}. origins: as in `weights.load.Loaded`, of "params/" + path.
+    compiled: the devices, the variables on them and the function (variables, batch) -> outputs.
+    """
+
+    name: str  # of the architecture
+    weights: str
+    card: Card
+    parameters: Mapping[str, Any]
+    origins: Mapping[str, str]
+    compiled: tuple[sharding.Parallel, Any, Callable]
+
+    @property
+    def spec(self) -> tasks.Spec:
+        """What the outputs mean; classes without names are called "0", "1", ..."""
+        spec = tasks.spec_of(self.card)
+        count = 2 if spec.name == "binary" else self.card.num_classes
+        return spec if spec.class_names else spec._replace(class_names=tuple(map(str, range(count))))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Model:
+class Model(Network):
     """A network with its variables and the card that says how its input is made and what its outputs mean."""
 
     name: str  # of the architecture
@@ -48,26 +70,23 @@ class Model:
     card: Card
     image_size: int | tuple[int, int] = 0  # as given to `load`
     channels: int = 0
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the leaves, as in `weights.load.Loaded`
 
     @property
-    def spec(self) -> tasks.Spec:
-        """What the outputs mean; classes without names are called "0", "1", ..."""
-        spec = tasks.spec_of(self.card)
-        count = 2 if spec.name == "binary" else self.card.num_classes
-        return spec if spec.class_names else spec._replace(class_names=tuple(map(str, range(count))))
+    def parameters(self) -> dict[str, Any]:
+        return trees.flatten(self.variables["params"])
+
+    def answer(self, variables: Any, x: jax.Array) -> dict[str, jax.Array]:
+        """The outputs that the task keeps, and the features [B, D], of inputs as the card says, [B, *card.shape]."""
+        keep = tasks.make(self.spec).keep if self.card.num_classes else lambda out: {}
+        _, out = self.module.apply(variables, normalise(x, self.card), train=False)
+        return {**keep(out), FEATURES: out["pre_logits"].astype(jnp.float32)}
 
     @functools.cached_property
-    def _compiled(self):
-        """(the devices, the variables on them, the function of a batch): made once."""
+    def compiled(self) -> tuple[sharding.Parallel, Any, Callable]:
         keep_compiled_programs()
         parallel = sharding.make_parallel()
-        keep = tasks.make(self.spec).keep if self.card.num_classes else lambda out: {}
-
-        def apply(variables, x):
-            _, out = self.module.apply(variables, normalise(x, self.card), train=False)
-            return {**keep(out), FEATURES: out["pre_logits"].astype(jnp.float32)}
-
-        return parallel, parallel.place(self.variables), parallel.evaluate(apply)
+        return parallel, parallel.place(self.variables), parallel.evaluate(self.answer)
 
 
 def load(
@@ -95,22 +114,29 @@ def load(
     how = {"image_size": image_size or None, "channels": channels, "mean": mean, "std": std, "seed": seed}
     loaded = pretrained.load(name, weights, num_classes, partial=partial, **how)
     name = name or loaded.card.model
-    return Model(name, weights, loaded.model, loaded.variables, loaded.card, image_size, channels)
+    return Model(name, weights, loaded.model, loaded.variables, loaded.card, image_size, channels, loaded.origins)
 
 
-def _batches(model: Model, data: Any, batch_size: int) -> Iterator[tuple[list[tuple[str, str | None]], dict]]:
+def read_input(item: Any, card: Card, preprocess: Preprocess) -> np.ndarray:
+    """An image (a path, encoded bytes, an array) or the values of a row, as the network takes it, [*card.shape].
+
+    Raises ValueError or OSError for what cannot be read.
+    """
+    if card.input == "table":
+        return np.asarray(item, np.float32)
+    with decode.reading(item.read_bytes() if isinstance(item, pathlib.Path) else item, card.form) as image:
+        return np.asarray(preprocess(image))
+
+
+def _batches(model: Network, data: Any, batch_size: int) -> Iterator[tuple[list[tuple[str, str | None]], dict]]:
     """Yields pairs (name of an input, why it cannot be read, else None), and the outputs for those that can be read."""
     names, items = inputs.list_inputs(data, model.card)
-    parallel, variables, apply = model._compiled
+    parallel, variables, apply = model.compiled
     size, preprocess = parallel.round_up(min(batch_size, len(names))), make_preprocess(model.card)
 
     def read(i: int) -> np.ndarray | str:
         try:
-            if model.card.input == "table":
-                return np.asarray(items[i], np.float32)
-            item = items[i].read_bytes() if isinstance(items[i], pathlib.Path) else items[i]
-            with decode.reading(item, model.card.form) as image:
-                return np.asarray(preprocess(image))
+            return read_input(items[i], model.card, preprocess)
         except (ValueError, OSError) as error:
             return str(error)
 
@@ -131,10 +157,12 @@ def _batches(model: Model, data: Any, batch_size: int) -> Iterator[tuple[list[tu
 
 def stream(model: Any, data: Any, batch_size: int = 128) -> Iterator[answers.Row]:
     """What `predict` gives, row by row; only one batch is held."""
-    own = _model(model)
+    own, fitted = _model(model), getattr(model, "trust", None)
     for found, outputs in _batches(own, data, batch_size):
-        outputs.pop(FEATURES, None)
-        rows = iter(answers.answers(own.spec, outputs) if outputs else ())
+        read = outputs.pop(FEATURES, None)
+        rows = answers.answers(own.spec, outputs) if outputs else []
+        further = trust.judge(fitted, outputs, read, own.spec) if fitted and outputs else [{} for _ in rows]
+        rows = iter([row | more for row, more in zip(rows, further, strict=True)])
         yield from ({"file": name, **(next(rows) if bad is None else {"error": bad})} for name, bad in found)
 
 
@@ -143,7 +171,7 @@ def predict(model: Any, data: Any, *, batch_size: int = 128) -> list[answers.Row
 
     model: a Model or a Run. data: a folder, a file or a sequence of them, images [N, H, W, C] or a list of them,
     or a Dataset; of a network that reads a table, a .csv file or rows [N, F]. What cannot be read has a row {"file",
-    "error"}.
+    "error"}. Of a Run that was calibrated the rows have what `tasks.trust.judge` adds.
     """
     return list(stream(model, data, batch_size))
 
@@ -159,7 +187,15 @@ def features(model: Any, data: Any, *, batch_size: int = 128) -> np.ndarray:
     return _whole(_model(model, head=False), data, batch_size)[FEATURES]
 
 
-def _whole(model: Model, data: Any, batch_size: int) -> dict[str, np.ndarray]:
+def observe(model: Any, data: Any, *, batch_size: int = 128) -> tasks.Predictions:
+    """Outputs and features for inputs as in `predict`, without labels; ValueError names the unreadable."""
+    own = _model(model)
+    names, found = inputs.list_inputs(data, own.card)[0], _whole(own, data, batch_size)
+    read = found.pop(FEATURES)
+    return tasks.make_predictions(found, None, names, own.spec, read)
+
+
+def _whole(model: Network, data: Any, batch_size: int) -> dict[str, np.ndarray]:
     found, batches = zip(*_batches(model, data, batch_size), strict=True)
     every = list(itertools.chain(*found))
     if bad := [f"{name}: {reason}" for name, reason in every if reason is not None]:
@@ -167,15 +203,50 @@ def _whole(model: Model, data: Any, batch_size: int) -> dict[str, np.ndarray]:
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
+def parts(model: Network) -> list[tuple[str, int, str]]:
+    """Triples (part, parameters, origin): backbone, head and what was added, from the file or at random."""
+    rows: dict[tuple[str, str], int] = {}
+    for path, leaf in model.parameters.items():
+        found = model.origins.get(f"params/{path}", "")
+        origin = f"RANDOM ({found})" if found in pretrained.RANDOM else "from the file"
+        key = path.split("/")[0], origin
+        rows[key] = rows.get(key, 0) + leaf.size
+    return [(part, count, origin) for (part, origin), count in rows.items()]
+
+
+def _check_trained(model: Network) -> None:
+    """Raises ValueError for a head that is random: its scores would be chance."""
+    if any(part == "head" and origin.startswith("RANDOM") for part, _, origin in parts(model)):
+        given = f"{model.weights} gives it none for these classes" if model.weights else "no weight file is given"
+        fix = "give weights with their own head, or train one: python -m tl_jax train configs/transfer.py:..."
+        raise ValueError(f"the head of {model.name} is untrained, {given}: there is nothing to evaluate; {fix}")
+
+
 def score(
-    model: Any, data: Any, split: str = "", *, labels: Sequence[str] = (), batch_size: int = 128
+    model: Any,
+    data: Any,
+    split: str = "",
+    *,
+    labels: Sequence[str] = (),
+    batch_size: int = 128,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tasks.Predictions:
-    """The outputs of a network for labelled data, with the labels in the order of its own classes; see `evaluate`."""
+    """The outputs of a network for labelled data, with the labels in the order of its own classes; see `evaluate`.
+
+    tell: takes a line on what is scored and one on the network, before it begins.
+    """
     own = _model(model)
+    _check_trained(own)
     known = {"labels": labels or getattr(model, "labels", ()), "cuts": getattr(model, "cuts", None)}
     source = inputs.load_labelled(data, split, own.card, **known)
+    rows = parts(own)
+    tell(f"scored: {source.name}, {len(source):,} examples; nothing trains")
+    shown = ", ".join(f"{part} {count:,} {origin}" for part, count, origin in rows)
+    whole = sum(count for _, count, _ in rows)
+    tell(f"network: {own.name}, {own.weights}; all {whole:,} parameters are frozen: {shown}")
     found = _whole(own, source, batch_size)
-    matched, read = match_labels(source, own.spec, named=bool(own.card.class_names)), found.pop(FEATURES)
+    matched = None if source.sealed else match_labels(source, own.spec, named=bool(own.card.class_names))
+    read = found.pop(FEATURES)
     return tasks.make_predictions(found, matched, source.ids, own.spec, read, source.groups)
 
 
@@ -186,7 +257,7 @@ def evaluate(
 
     model: a Model or a Run. data: as for `fit`. split: without it test, else val, else train. labels: the label
     columns of csv: and table: sources. Classes are matched by name; by position, with a note, where the card or the
-    data name none. Raises ValueError where they do not fit.
+    data name none. Raises ValueError where they do not fit, and for a head that is untrained.
     """
     predictions = score(model, data, split, labels=labels, batch_size=batch_size)
     return Metrics(tasks.summarize(predictions, resamples=resamples))
@@ -209,11 +280,12 @@ def match_labels(source: Source, spec: tasks.Spec, named: bool) -> np.ndarray:
     return np.array([ours.index(name) for name in theirs], np.int32)[source.labels] if subset else source.labels
 
 
-def _model(given: Any, head: bool = True) -> Model:
-    """The network of a Run, or the Model itself; ValueError for others, and for one without the head that is needed."""
+def _model(given: Any, head: bool = True) -> Network:
+    """The network of a Run, or the network itself; ValueError for others, and for one that lacks the head it needs."""
     found = getattr(given, "model", given)
-    if not isinstance(found, Model):
-        raise ValueError(f"expected a model, as `load` gives it, or a run, as `fit` and `load_run` do; found {given!r}")
+    if not isinstance(found, Network):
+        expected = "a model, as `load` gives it, a run, as `fit` and `load_run` do, or what `load_export` gives"
+        raise ValueError(f"expected {expected}; found {given!r}")
     if head and not found.card.num_classes:
-        raise ValueError(f"{found.name} was loaded without a head: it has features, and no outputs")
+        raise ValueError(f"{found.card.model} was loaded without a head: it has features, and no outputs")
     return found

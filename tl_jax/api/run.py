@@ -16,13 +16,13 @@ import numpy as np
 
 from tl_jax import config as options
 from tl_jax import tasks
-from tl_jax.api import inputs
+from tl_jax.api import calibration, inputs
 from tl_jax.api import model as models
 from tl_jax.api.model import Metrics, Model
 from tl_jax.core import console, files, manifest
 from tl_jax.core.messages import nearest
 from tl_jax.methods import probes, recipes
-from tl_jax.tasks import answers
+from tl_jax.tasks import answers, trust
 from tl_jax.training import artifacts, finished
 from tl_jax.training import train as training
 from tl_jax.weights import delta, hub
@@ -97,7 +97,26 @@ class Run:
             method = self.result["method"]
             raise ValueError(f"{self.folder} holds no weights: a run by {method} leaves none, or they were removed")
         module = loaded.model.clone(dtype=jnp.dtype(self.options["model.dtype"]))
-        return Model(name, str(self.folder), module, loaded.variables, loaded.card)
+        return Model(name, str(self.folder), module, loaded.variables, loaded.card, origins=loaded.origins)
+
+    @property
+    def trust(self) -> trust.Trust | None:
+        """What `calibrate` has left; None where it was not called."""
+        path = self.folder / trust.FILE
+        found = trust.load(path) if path.exists() else None
+        if found and found.network != self.weights_sha256:
+            raise ValueError(f"{path} was fitted for other weights than those of this run; calibrate again")
+        return found
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the weights that the run has left; "" where it left none."""
+        hashes = files.read_json(self.folder / manifest.NAME)["sha256"]
+        return next((hashes[name] for name in manifest.WEIGHTS if name in hashes), "")
+
+    def calibrate(self, *, split: str = "val", coverage: float = 0.9, **options: Any) -> calibration.Report:
+        """Fits on the run's own data what `predict` then adds to its rows; see `api.calibration.calibrate`."""
+        return calibration.calibrate(self, split=split, coverage=coverage, **options)
 
     def predict(self, data: Any, *, batch_size: int = 128) -> list[answers.Row]:
         """One row for each input: a folder, files, or images; see `tl_jax.predict`."""
@@ -196,9 +215,7 @@ def _data_options(data: Any, task: str, folder: pathlib.Path, given: Mapping[str
             folder.mkdir(parents=True, exist_ok=True)
             inputs.write_arrays(found, path)
         source, task = f"arrays:{path}", task or TASKS[next(iter(found.values())).label_kind]
-    train, val = ("train", "val") if "val" in found else ("train[:80%]", "train[80%:]")
-    test = "test" if "test" in found else ""
-    return {"task": task, "data.source": source, "data.train": train, "data.val": val, "data.test": test}
+    return {"task": task, "data.source": source, **inputs.options_of(found)}
 
 
 def knn(

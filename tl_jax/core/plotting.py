@@ -1,6 +1,7 @@
 """What all figures share: a colour-blind-safe palette, a style, and the writing of a figure to .png or .svg."""
 
 import contextlib
+import contextvars
 import pathlib
 
 import matplotlib
@@ -33,6 +34,18 @@ STYLE = {
     "svg.hashsalt": "tl_jax",
 }
 
+_ABOVE = contextvars.ContextVar("above", default="")
+
+
+@contextlib.contextmanager
+def headed(text):
+    """All figures that are made inside have this line above them."""
+    token = _ABOVE.set(text)
+    try:
+        yield
+    finally:
+        _ABOVE.reset(token)
+
 
 def short(name, limit=22):
     name = name.encode(errors="backslashreplace").decode()  # of a folder whose name is not UTF-8
@@ -48,6 +61,8 @@ def figure_at(path, size, rows=1, columns=1, ratios=None):
     grid = {"height_ratios" if rows > 1 else "width_ratios": ratios}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
+        if _ABOVE.get():
+            figure.suptitle(_ABOVE.get(), x=0.01, ha="left", fontsize=8, color=GREY)
         yield figure, figure.subplots(rows, columns, squeeze=False, **grid).ravel()
         with files.atomic_write(path) as file:
             metadata = {"Date": None} if path.suffix == ".svg" else None

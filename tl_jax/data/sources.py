@@ -317,11 +317,14 @@ def _load_tfds(name: str, split: str, data_dir: str | None) -> Source:
     image, label = _tfds_keys(tfds, name, builder.info)
     try:
         records = builder.as_data_source(split=splits.get(split, split))
-    except (AssertionError, NotImplementedError) as error:  # not prepared; prepared in a format of TensorFlow's
-        found = f"tfds:{name} is not prepared as array_record at {builder.data_path} (tfds: {error})"
-        call = f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
-        fix = f"Prepare it once where tensorflow is installed, {call}; then give the folder above it as data_dir"
-        raise FileNotFoundError(f"{found}. {fix}") from None
+    except (AssertionError, NotImplementedError) as error:  # not prepared; prepared in a format without random access
+        how = (
+            f"prepared as {builder.info.file_format.value}, which TensorFlow alone reads," if splits else "not prepared"
+        )
+        call = f"tfds.builder('{name}', data_dir='FOLDER', file_format='array_record').download_and_prepare()"
+        fix = f"Prepare it once by {call}, where tensorflow is installed if the set is a published one (docs/data.md)"
+        told = f"tfds:{name} is {how} at {builder.data_path}. {fix}; then data.data_dir='FOLDER' reads it without"
+        raise FileNotFoundError(told) from error
     records.decoders = {image: tfds.decode.SkipDecoding()}  # decoded like every other source's images, by decode.py
     labels, sizes = np.empty(len(records), np.int32), np.empty(len(records), np.int64)
     for i in range(len(records)):

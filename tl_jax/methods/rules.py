@@ -5,8 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tl_jax.core import messages
 from tl_jax.core.trees import FROZEN, Rules
+from tl_jax.methods import recipes
 
 NAMES = ("linear_probe", "full", "last_k", "first_k", "blocks", "bitfit", "norm_only", "rules")
+PROBES = ("knn", "logistic", "ridge")  # which follow no rules
+WORDS = {  # of other libraries
+    "full": "finetune fine_tune finetuning fine_tuning full_finetune full_finetuning all end_to_end",
+    "linear_probe": "linear probe head head_only linear_probing feature_extraction feature_extract frozen freeze",
+    "last_k": "last last_layers top_k partial unfreeze",
+}
 HEAD = ("head/.*", "head")
 FINAL = ("norm", "final")  # what may lie behind the last block: a norm, or layers of any kind
 
@@ -27,7 +34,7 @@ def make_rules(
     rules takes `rules` as given. What is neither backbone nor head has rules of its own, see `auxiliary`.
     """
     if name not in NAMES:
-        raise ValueError(f"unknown method {name!r}{messages.nearest(name, NAMES)}; known: {', '.join(NAMES)}")
+        raise ValueError(f"unknown method {name!r}{_unknown(name)}; known: {', '.join((*NAMES, *PROBES))}")
     values = {"k": k, "blocks": list(blocks), "rules": list(rules)}
     wanted = {"last_k": "k", "first_k": "k", "blocks": "blocks", "rules": "rules"}.get(name)
     if wrong := [f"{option}={value!r}" for option, value in values.items() if bool(value) != (option == wanted)]:
@@ -50,6 +57,15 @@ def make_rules(
         "norm_only": [r"(.*/)?norm\d*/(scale|bias)"],
     }
     return [HEAD, *((f"backbone/{regex}", "backbone") for regex in trained[name]), (".*", FROZEN)]
+
+
+def _unknown(name: str) -> str:
+    """What an unknown method.name may be about: a way of several options, another library's word, a slip."""
+    if changes := recipes.methods(10.0).get(name):
+        told = " and ".join(f"{key} = {value!r}" for key, value in changes.items())
+        return f", which is more than a choice of what trains: --config configs/methods.py:{name},... or {told}"
+    meant = next((ours for ours, words in WORDS.items() if name.lower().replace("-", "_") in words.split()), "")
+    return f" (it is {meant!r} here)" if meant else messages.nearest(name, (*NAMES, *recipes.METHODS))
 
 
 def auxiliary(paths: Sequence[str], groups: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -278,7 +278,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = "xla", bia
     """
     if attention == "cudnn" and not unfused(q.dtype, q.shape[-1]):
         return _attend_fused(q, k, v)
-    if jax.default_backend() == "cpu" and q.dtype == jnp.float32:
+    if convolve.on_cpu() and q.dtype == jnp.float32:
         return _attend_on_cpu(q, k, v, bias)
     scores = _scores(q, k) / math.sqrt(q.shape[-1])
     scores = scores if bias is None else scores + bias

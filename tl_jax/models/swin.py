@@ -49,8 +49,8 @@ def windows_of(x: Any, window: int) -> Any:
 def map_of(x: jax.Array, sides: tuple[int, int], window: int) -> jax.Array:
     """The inverse of `windows_of`, for a map of height and width `sides`."""
     rows, columns = (side // window for side in sides)
-    x = x.reshape(len(x), rows, columns, window, window, -1).swapaxes(2, 3)
-    return x.reshape(len(x), *sides, -1)
+    x = x.reshape(x.shape[0], rows, columns, window, window, -1).swapaxes(2, 3)
+    return x.reshape(x.shape[0], *sides, -1)
 
 
 class Attention(nn.Module):

@@ -44,7 +44,7 @@ class Stem(nn.Module):
         x = x.reshape(x.shape[0], -1, self.width)
         places = x.shape[1] + (self.class_token and self.class_position)
         if self.class_token:
-            token = self.tokens("cls_token", nn.initializers.normal(1e-6), 1, len(x))
+            token = self.tokens("cls_token", nn.initializers.normal(1e-6), 1, x.shape[0])
         pos_embed = self.tokens("pos_embed", INIT, places, 1)
         if self.mask_token:  # of the pretraining; no function reads it
             self.param("mask_token", nn.initializers.zeros, (1, self.width), jnp.float32)
@@ -55,7 +55,7 @@ class Stem(nn.Module):
         else:
             x = jnp.concatenate([token, x + pos_embed], axis=1)
         if self.registers:
-            registers = self.tokens("register_tokens", nn.initializers.normal(1e-6), self.registers, len(x))
+            registers = self.tokens("register_tokens", nn.initializers.normal(1e-6), self.registers, x.shape[0])
             x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
         return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x) if self.pre_norm else x
 

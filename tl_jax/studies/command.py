@@ -14,8 +14,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from tl_jax import config as options
-from tl_jax.core import messages
+from tl_jax.core import messages, synonyms
 from tl_jax.core.console import show
+from tl_jax.core.options import OPTIONS
 from tl_jax.runtime import preemption
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 
@@ -58,7 +59,9 @@ def main(argv: Sequence[str], program: Sequence[str] = ("launch.py",)) -> int:
 
 
 def read_config(text: str, items: Sequence[str] = ()) -> ConfigDict:
-    """The locked config of "FILE" or "FILE:ARGUMENT", a python file with get_config, with items "option=value" set.
+    """The locked config of "FILE" or "FILE:ARGUMENT", with items "option=value" set.
+
+    FILE is a python file with get_config, or the config.json of a run, which is that run again.
 
     Raises FileNotFoundError with the nearest name, and ValueError that lists every item that does not fit.
     """
@@ -67,12 +70,20 @@ def read_config(text: str, items: Sequence[str] = ()) -> ConfigDict:
     if not path.is_file():
         near = messages.nearest(name, map(str, path.parent.glob("*.py")))
         raise FileNotFoundError(f"there is no config {name}{near}")
+    if path.suffix == ".json" and not colon:
+        return options.parse(options.read(path), items)
     spec = importlib.util.spec_from_file_location("tl_jax_config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"{name} has no function get_config, which makes the config")
-    return options.parse(module.get_config(argument) if colon else module.get_config(), items)
+    try:
+        config = module.get_config(argument) if colon else module.get_config()
+    except (AttributeError, KeyError) as error:  # ml_collections adds the whole config to its message
+        if not (found := re.search(r'Key "(.+?)" does not exist and cannot be added', str(error))):
+            raise
+        raise ValueError(f"{name} sets {found[1]}, which does not exist{synonyms.hint(found[1], OPTIONS)}") from error
+    return options.parse(config, items)
 
 
 def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[str], stop: Callable[..., bool]) -> int:
@@ -116,7 +127,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if args.config and args.study:
         raise ValueError("--config and --study are two things to run; a study's base config is in its study.py")
     if unknown:
-        raise ValueError(f"{unknown} are no flags; write options of the config as --config.NAME=VALUE")
+        near = synonyms.hint(unknown[0].lstrip("-").partition("=")[0], OPTIONS)
+        raise ValueError(f"{unknown} are no flags; write options of the config as --config.NAME=VALUE{near}")
     if args.launcher == "local" and (args.slurm or args.cloud or args.submit):
         raise ValueError("--submit, --slurm and --cloud are for a cluster: add --launcher slurm, tpu or gke")
     if args.dry_run and (args.retry or args.submit):
@@ -140,7 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "exit_on_error": False}
     parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, **style)
     add = parser.add_argument
-    add("--config", metavar="FILE[:ARGUMENT]", help="the experiment: a python file with get_config, and its argument")
+    add("--config", metavar="FILE[:ARGUMENT]", help="a python file with get_config, and its argument, or a config.json")
     add("--study", metavar="FOLDER[:ARGUMENT]", help="the study: the folder of a study.py with get_study")
     add("--workdir", help="where everything is written; default: workdirs/NAME")
     add("--launcher", default="local", choices=["local", "slurm", "tpu", "gke"], help="where the work is done")

@@ -58,8 +58,12 @@ def _flat(row: Row) -> Row:
         if key == "top5":
             for rank, (name, p) in enumerate(value[1:], 2):
                 flat |= {f"class_{rank}": name, f"probability_{rank}": p}
+        elif key == "interval":
+            flat |= {
+                f"{name}_{end}": x for name, ends in value.items() for end, x in zip(("low", "high"), ends, strict=True)
+            }
         elif isinstance(value, dict):
-            flat |= value
+            flat |= {f"{name}_calibrated": x for name, x in value.items()} if key == "calibrated" else value
         else:
             flat[key] = ";".join(value) if isinstance(value, list) else value
     return flat

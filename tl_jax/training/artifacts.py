@@ -199,7 +199,9 @@ def draw(folder: pathlib.Path) -> None:
         from tl_jax.training import plots  # here, as matplotlib takes its time
 
         saved = tasks.load_predictions(folder / "predictions.npz")
-        plots.draw_run(files.read_rows(folder / "metrics.jsonl"), saved, folder)
+        result = files.read_json(folder / "result.json")
+        scored = f"{result['split']}: {result['data']}"
+        plots.draw_run(files.read_rows(folder / "metrics.jsonl"), saved, folder, scored)
         start, steps = candidates.path_of(folder, 0), candidates.steps_of(folder)
         if start.exists() and steps and saved.spec.name == "classification":
             pair = (candidates.read(path) for path in (start, candidates.path_of(folder, steps[-1])))

@@ -5,19 +5,20 @@ from collections.abc import Mapping
 import numpy as np
 
 from tl_jax import tasks
-from tl_jax.core.plotting import BLUE, PALETTE, VERMILION, figure_at
+from tl_jax.core.plotting import BLUE, PALETTE, VERMILION, figure_at, headed
 from tl_jax.tasks import figures
 
 SHOWN = 1000  # examples of a domain
 
 
-def draw_run(rows: list[dict], predictions: tasks.Predictions, folder) -> None:
-    """All figures of one run, as PNG files in its folder; rows as in metrics.jsonl."""
+def draw_run(rows: list[dict], predictions: tasks.Predictions, folder, scored: str) -> None:
+    """All figures of one run, as PNG files in its folder; rows: of metrics.jsonl; scored: what is predicted."""
     if rows:  # a probe without gradient takes no steps
         metrics = tasks.METRICS[predictions.spec.name]
         monitored = metrics.monitor[0][0]
         learning_curves(rows, folder / "learning_curves.png", {"loss": metrics.loss_label, monitored: monitored})
-    figures.draw(predictions, folder)
+    with headed(scored):
+        figures.draw(predictions, folder)
 
 
 def domain_map(start: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray], names, path) -> None:

@@ -80,4 +80,5 @@ def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) ->
         wrong = f"it holds {surplus[:5]}, which the network lacks" if surplus else "the frozen parameters differ"
         raise ValueError(f"{path} does not fit {about['model']} from {file}: {wrong}")
     variables = trees.unflatten({**flat, **{p: jnp.asarray(x) for p, x in tensors.items()}})
-    return base._replace(model=peft.Adapted(base.model, additions), variables=variables, card=card)
+    origins = base.origins | {p: p for p in tensors}
+    return base._replace(model=peft.Adapted(base.model, additions), variables=variables, card=card, origins=origins)

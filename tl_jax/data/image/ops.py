@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance
 from tl_jax.core import checks
 from tl_jax.core.card import CROP_MODES, sides
 from tl_jax.data.image import rand_augment as ra
-from tl_jax.data.image.decode import shape_of
+from tl_jax.data.image.decode import MAX_PIXELS, shape_of
 
 RESAMPLE = {kind.name.lower(): kind for kind in Image.Resampling}
 
@@ -57,9 +57,13 @@ def resize(
 ) -> np.ndarray:
     """Resizes as timm does, and torchvision where both sides of `size` are equal.
 
-    The image covers `size` ("center"), lies within it ("border"), or takes exactly that size ("squash").
+    The image covers `size` ("center"), lies within it ("border"), or takes exactly that size ("squash"). ValueError
+    for an image so narrow that it would have more than MAX_PIXELS.
     """
-    return _scale(image, *resized(*shape_of(image), size, crop_mode), interpolation)
+    (height, width), found = resized(*shape_of(image), size, crop_mode), shape_of(image)
+    if height * width > max(MAX_PIXELS, math.prod(found), 16 * math.prod(sides(size))):
+        raise ValueError(f"an image of {found[1]} x {found[0]} pixels, which would be resized to {width} x {height}")
+    return _scale(image, height, width, interpolation)
 
 
 def _scale(image: np.ndarray | Image.Image, height: int, width: int, interpolation: str) -> np.ndarray:

@@ -47,14 +47,16 @@ def load_arrays(path: str, split: str, group: str = "") -> Source:
     """Reads one split of an .npz file, or the file `{split}.npz` of a folder.
 
     Keys: `image` ([N, H, W] or [N, H, W, C] of one of PIXEL_TYPES), `bytes` (uint8) with `offsets` (int [N + 1]) for
-    encoded images, or `features` (numbers [N, D]) for the rows of a table; `label` or `labels` (classes int [N], from
-    0; labels of 0 and 1 [N, K]; numbers float [N] or [N, T]); optionally `classes` (names), and the array that `group`
-    names (int or text [N]). With a prefix (`train_image`, `train_label`, ...) one file holds several splits; without,
-    it is the train split. Raises FileNotFoundError, or ValueError that says what is wrong.
+    encoded images, or `features` (numbers [N, D]) for the rows of a table; `label` or `labels` (classes int [N] or
+    [N, 1], from 0; labels of 0 and 1 [N, K > 1]; numbers float [N] or [N, T]); optionally `classes` (names), and the
+    array that `group` names (int or text [N]). `images` is `image`. With a prefix (`train_image`, `train_label`, ...)
+    one file holds several splits; without, it is the train split. Raises FileNotFoundError, or ValueError that says
+    what is wrong.
     """
     root = Path(path).expanduser()
     file = root / f"{split}.npz" if root.is_dir() else root
     arrays = read_file(file, "an .npz of plain arrays (no objects)")
+    arrays = {key[:-1] if key.endswith("_images") else key: array for key, array in arrays.items()}
     prefixes = [key.rpartition("_")[0] for key in arrays if key.endswith(("_image", "_bytes", "_features"))]
     check_split(file, split, prefixes or ["train" if file == root else split])
     prefix = f"{split}_" if prefixes else ""
@@ -110,9 +112,10 @@ def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: 
     refuse(f"{file}: {len(wrong)} arrays cannot be what their names say", wrong)
     count = len(found["offsets"]) - 1 if "offsets" in inputs[0] else len(found[min(inputs[0])])
     labels = labels[:, None] if labels.dtype.kind == "f" and labels.ndim == 1 else labels
+    labels = labels[:, 0] if labels.dtype.kind in "iu" and labels.shape[1:] == (1,) else labels  # a column of classes
     kind = KINDS.get(f"{labels.dtype.kind}{labels.ndim}")
     if kind is None or len(labels) != count or (kind == "multilabel" and labels.max(initial=0) > 1):
-        expected = f"integer labels [{count}], labels of 0 and 1 [{count}, K] or numbers [{count}, T]"
+        expected = f"integer labels [{count}] or [{count}, 1], labels of 0 and 1 [{count}, K] or numbers [{count}, T]"
         raise ValueError(f"{file}: expected {expected}; found {labels.dtype} {labels.shape}")
     highest = int(labels.max(initial=0)) if kind == "classes" else labels.shape[1] - 1
     lowest = 0 if kind == "targets" else labels.min(initial=0)

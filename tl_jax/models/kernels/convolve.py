@@ -6,9 +6,11 @@ A depthwise convolution becomes a sum of shifted images, 8 to 40 times as fast a
 float32 and equal to the plain convolution to about 1e-6 of the largest value.
 """
 
+import contextlib
+import contextvars
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ import numpy as np
 
 Pads = tuple[tuple[int, int], tuple[int, int]]  # rows above and below, columns left and right
 CHUNK_BYTES = 2**24  # of temporary arrays: half of a common last-level cache
+_platform = contextvars.ContextVar("platform", default=None)  # see traced_for
 KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])  # G of the paper
 
 
@@ -30,7 +33,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, pads
         return plain(x, kernel, stride, groups, pads or half)
     # A matmul is up to 2.6x faster than XLA's convolution on CPU. On a GPU, XLA (jaxlib 0.10.2) ends the process with a
     # failed check where it fuses the slice of a stride into a matmul.
-    if size == 1 and groups == 1 and (stride == 1 or jax.default_backend() == "cpu"):
+    if size == 1 and groups == 1 and (stride == 1 or on_cpu()):
         return pointwise(x[:, ::stride, ::stride], kernel[0, 0])
     if (size, stride, groups) == (3, 1, 1) and min(channels, features) >= 64 and by_hand(x.dtype):
         return winograd(x, kernel)
@@ -39,9 +42,24 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, pads
     return plain(x, kernel, stride, groups)
 
 
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """What the block traces is for one device of this platform, whatever this machine has."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def on_cpu() -> bool:
+    """Whether what is traced now will run on a CPU."""
+    return (_platform.get() or jax.default_backend()) == "cpu"
+
+
 def by_hand(dtype: jnp.dtype) -> bool:
     """Whether the forms of this file are used: float32 on one CPU device; over several, their loops would move data."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1 and dtype == jnp.float32
+    return on_cpu() and (_platform.get() is not None or jax.device_count() == 1) and dtype == jnp.float32
 
 
 def plain(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, pads: Pads | None = None) -> jax.Array:

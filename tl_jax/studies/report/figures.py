@@ -54,8 +54,9 @@ def _cell_dots(results: Results, name: str, metric: str) -> Figure:
     series = series or {"": list(results.grid)}
     rows = [results.title(cell, without=[factor]) for cell in next(iter(series.values()))]
     marks = {line: [_cell_mark(results, cell, metric) for cell in column] for line, column in series.items()}
-    caption = f"{metric} of each cell: mean and 95 % interval over {units}; small dots are single {units}."
-    style = {"order": list(results.factors.get(factor, ())), "legend": factor, "label": f"{metric}, 95 % interval"}
+    shown = results.named(metric)
+    caption = f"{shown} of each cell: mean and 95 % interval over {units}; small dots are single {units}."
+    style = {"order": list(results.factors.get(factor, ())), "legend": factor, "label": f"{shown}, 95 % interval"}
     return name, caption, partial(charts.dots, rows=rows, series=marks, **style)
 
 
@@ -69,6 +70,7 @@ def _cell_mark(results: Results, cell: Cell, metric: str) -> dict:
 
 def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     metric = results.metrics[0]
+    shown = results.named(metric)
 
     def mark(row):
         sure = row["adjusted"] is not None and row["adjusted"] < analysis.ALPHA
@@ -85,9 +87,9 @@ def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
         series: dict[str, list[dict]] = {}
         for row in rows:
             series.setdefault(row["level"] if coloured else "", []).append(mark(row))
-        caption = f"Difference in {metric} from {factor}={against}, other factors equal, paired: mean and 95 % interval"
+        caption = f"Difference in {shown} from {factor}={against}, other factors equal, paired: mean and 95 % interval"
         caption += f" (of each alone); filled where p (Holm) < {analysis.ALPHA}."
-        label = f"difference in {metric}, 95 % interval"
+        label = f"difference in {shown}, 95 % interval"
         style = {"order": list(results.factors[factor]), "legend": factor, "reference": 0, "label": label}
         name = "differences" if len(results.baseline) == 1 else f"differences-{_file(factor)}"
         yield name, caption, partial(charts.dots, rows=list(dict.fromkeys(names)), series=series, **style)
@@ -118,9 +120,10 @@ def _along(results: Results, name: str, option: str, words: str, x_label: str) -
         if isinstance(panels, str) or not panels:
             yield f"{metric} against {factor}: {panels or 'no run has a value'}"
             continue
-        caption = f"{metric} against {words}; bands are 95 % intervals."
+        shown = results.named(metric)
+        caption = f"{shown} against {words}; bands are 95 % intervals."
         style = {"x_label": x_label, "log": True, "ticks": ticks}
-        yield _line_figure(name, caption, results, panels, _line_factor(results, factor), metric, **style)
+        yield _line_figure(name, caption, results, panels, _line_factor(results, factor), shown, **style)
         return  # a second factor that sets it would overrule the first
 
 
@@ -187,8 +190,9 @@ def costs(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
             continue
         scores = [tasks.direction(metric) * point["mean"] for point in points]
         best = statistics.pareto([point["x"] for point in points], scores)
-        caption = f"{metric} against {x_label}; no other cell has both fewer and a better mean than the front's."
-        style = {"labels": (x_label, metric), "order": list(results.factors.get(factor, [""])), "legend": factor}
+        shown = results.named(metric)
+        caption = f"{shown} against {x_label}; no other cell has both fewer and a better mean than the front's."
+        style = {"labels": (x_label, shown), "order": list(results.factors.get(factor, [""])), "legend": factor}
         yield name, caption, partial(charts.pareto, points=points, best=best, **style)
 
 
@@ -209,9 +213,10 @@ def interaction(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
         if line := _means_along(results, metric, along, place, results.cells_where({lines: level})):
             panel[level] = line
     if panel:
-        caption = f"Interaction of {along} and {lines} in {metric}: mean and 95 % interval; parallel lines mean none."
+        shown = results.named(metric)
+        caption = f"Interaction of {along} and {lines} in {shown}: mean and 95 % interval; parallel lines mean none."
         style = {"x_label": along, "ticks": [(x, level) for level, x in place.items()], "bars": True}
-        yield _line_figure("interaction", caption, results, {"": panel}, lines, metric, **style)
+        yield _line_figure("interaction", caption, results, {"": panel}, lines, shown, **style)
 
 
 def ranks(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
@@ -223,9 +228,10 @@ def ranks(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
             continue
         mean_ranks, distance = found["ranks"], found["critical_difference"]
         caption = (
-            f"Mean ranks of {factor} in {metric} over {found['n']} blocks (a setting of the other factors and a "
-            f"{results.noun(1)}; 1 is best): bars join levels that Nemenyi's test does not tell apart. Friedman's "
-            f"{analysis.p_equals(found['p'])}. Blocks of one data set are not independent: read it as a description."
+            f"Mean ranks of {factor} in {results.named(metric)} over {found['n']} blocks (a setting of the other "
+            f"factors and a {results.noun(1)}; 1 is best): bars join levels that Nemenyi's test does not tell apart. "
+            f"Friedman's {analysis.p_equals(found['p'])}. Blocks of one data set are not independent: read it as a "
+            "description."
         )
         names = found["levels"] if len(results.factors) == 1 else [f"{factor}={level}" for level in found["levels"]]
         style = {"distance": distance, "groups": statistics.groups_not_different(mean_ranks, distance)}
@@ -247,10 +253,11 @@ def learning(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
 
 def calibration(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     """Reliability lines of a factor's levels, pooled over all else, and the calibration error of each cell."""
-    error = tasks.CALIBRATION
+    error = "/".join(filter(None, [results.decides, tasks.CALIBRATION]))
     if not outputs:
         if results.count_states()["done"]:
-            yield "reliability and changes per class: no finished run has a predictions.npz of classes"
+            file = read.predictions_file(results)
+            yield f"reliability and changes per class: no finished run has a {file} of classes"
         return
     factor = _colour_factor(results) or next(iter(results.factors))
     levels = list(results.factors[factor])
@@ -258,12 +265,13 @@ def calibration(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
         yield f"reliability: {factor} has {len(levels)} levels, too many lines to read"
     else:
         found = {level: analysis.pooled(results, outputs, factor, level) for level in levels}
-        lines, axes = {level: bins for level, bins in found.items() if bins}, next(iter(outputs.values())).axes
+        lines, (observed, expected) = {x: bins for x, bins in found.items() if bins}, next(iter(outputs.values())).axes
+        axes = f"{observed} on {results.where}", expected
         also = " and all other factors" if len(results.factors) > 1 else ""
         caption = f"Reliability of each {factor}: {' by '.join(axes)}, pooled over {results.noun()}{also}."
         yield "calibration", caption, partial(charts.reliability, series=lines, axes=axes, order=levels, legend=factor)
     if error not in results.metrics and any(results.scores(cell, error) for cell in results.grid):
-        yield _cell_dots(results, f"calibration-{error}", error)
+        yield _cell_dots(results, f"calibration-{_file(error)}", error)
 
 
 def classes(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
@@ -291,8 +299,8 @@ def classes(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
         return {**statistics.within(results.interval(values), -1, 1), **told}
 
     marks = {level: [mark(change[:, k]) for k in order] for level, change in changes.items()}
-    caption = f"Change of each class's recall against {factor}={against}, paired, with 95 % intervals of each alone"
-    label = f"difference in recall from {factor}={against}"
+    change = f"recall on {results.where} from {factor}={against}"
+    caption, label = f"Change of each class's {change}, paired, 95 % interval of each alone", f"difference in {change}"
     style = {"order": list(results.factors[factor]), "legend": factor, "reference": 0, "label": label}
     yield "classes", f"{caption}{cut}.", partial(charts.dots, rows=[names[k] for k in order], series=marks, **style)
 

@@ -164,13 +164,17 @@ def _design(results: Results) -> list[Block]:
             changes = ", ".join(f"{option} = {json.dumps(value)}" for option, value in options.items())
             mark = " (baseline)" if results.baseline.get(factor) == level else ""
             rows.append((factor, f"{level}{mark}", changes or "as in the base config"))
-    first, *others = results.metrics
+    first, *others = map(results.named, results.metrics)
     lines = [
         f"metrics: {first} decides" + (f"; also {', '.join(others)}" if others else ""),
         f"seeds: {', '.join(map(str, results.seeds))}",
         f"design: {results.design}",
         f"baseline: {', '.join(map('='.join, results.baseline.items())) or 'none'}",
     ]
+    sets: dict[str, set] = {}
+    for name, text in (pair for run in results.runs() for pair in run.sets.items()):
+        sets.setdefault(name, set()).add(text)
+    lines += [f"{name} is {' or '.join(shorten(sorted(texts), 5))}" for name, texts in sets.items()]
     partial = {(run.weights[0], ", ".join(shorten(run.missing, 5))) for run in results.runs() if run.missing}
     lines += [f"partial weights: {file} lacks {parts}, which began at random" for file, parts in sorted(partial)]
     caption = f"The grid: {len(results.grid)} cells, every combination of these levels."
@@ -199,7 +203,7 @@ def _units(units: list[Unit]) -> str:
 
 def _mean_table(results: Results, metric: str, means: dict) -> Table:
     units, factors = results.noun(), list(results.factors)
-    caption = f"{metric}: mean over {units} [95 % interval]"
+    caption = f"{results.named(metric)}: mean over {units} [95 % interval]"
     if any(mean["n"] < mean["planned"] for mean in means.values()):
         caption += f"; n where fewer than the planned {units} have a value"
     shown = {cell: _mean_cell(results, cell, mean) for cell, mean in means.items()}
@@ -233,7 +237,8 @@ def _difference_table(results: Results, metric: str, rows: list[dict]) -> Table:
             *(str(row[name]) for name in ("better", "worse", "ties", "n")),
         ))  # fmt: skip
     side = "" if tasks.direction(metric) > 0 else ", less is better"
-    return Table(f"{metric}{side}: cell minus the baseline level, other factors equal.", headers, lines, 2)
+    caption = f"{results.named(metric)}{side}: cell minus the baseline level, other factors equal."
+    return Table(caption, headers, lines, 2)
 
 
 def _effects(results: Results, numbers: dict) -> list[Block]:

@@ -35,6 +35,8 @@ class Run(NamedTuple):
     device: str = ""
     weights: tuple[str, str] = ("", "")  # file and sha256
     missing: tuple[str, ...] = ()  # what of the backbone that file lacks
+    split: str = ""  # that is scored: test, or val where there is no test
+    sets: Mapping[str, str] = {}  # all that is scored: {name: source and split}
 
     @property
     def word(self) -> str:
@@ -69,6 +71,21 @@ class Results(NamedTuple):
         """A cell in words: its level in a study of one factor, "blocks=1, shots=5" in others."""
         pairs = [pair for pair in zip(self.factors, cell, strict=True) if pair[0] not in without]
         return ", ".join(pair[1] if len(self.factors) == 1 else "=".join(pair) for pair in pairs)
+
+    @property
+    def decides(self) -> str:
+        """The name of the set of data.extra_eval that the first metric is of; "": the split that every run scores."""
+        return self.metrics[0].rpartition("/")[0]
+
+    @property
+    def where(self) -> str:
+        """The set that decides: one of data.extra_eval, or what runs score, test or val; "" before any result."""
+        return self.decides or " or ".join(sorted({run.split for run in self.runs() if run.split}))
+
+    def named(self, metric: str) -> str:
+        """A metric with the split that it is of, "accuracy on test"; the name of another set is in it."""
+        split = "" if "/" in metric else self._replace(metrics=[metric]).where
+        return f"{metric} on {split}" if split else metric
 
     def level(self, cell: Cell, factor: str) -> str:
         return cell[list(self.factors).index(factor)]
@@ -144,6 +161,9 @@ def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
     known_costs = {name: _finite(known.get(name)) for name in COSTS}
     weights = config.model.weights, result.get("weights_sha256", "")
     known = {"weights": weights, "missing": tuple(result.get("missing_weights", ()))}
+    known |= {"split": result.get("split", ""), "sets": {name: f"{a} {b}" for name, a, b in config.data.extra_eval}}
+    if known["split"] in ("test", "val"):
+        known["sets"] = {known["split"]: result["data"]} | known["sets"]
     return run._replace(scores=scores, cost=known_costs, device=cost.get("device") or "", **known)
 
 
@@ -170,11 +190,19 @@ class Outputs(NamedTuple):
     class_names: tuple[str, ...]
 
 
+def predictions_file(results: Results) -> str:
+    """The file of each run that holds the predictions of the set that decides."""
+    return f"predictions-{results.decides}.npz" if results.decides else "predictions.npz"
+
+
 def read_outputs(results: Results) -> tuple[dict[str, Outputs], list[str]]:
-    """{key: Outputs} of the finished runs whose task predicts one class, and what could not be read, as sentences."""
+    """{key: Outputs} of the finished runs whose task predicts one class, and what could not be read, as sentences.
+
+    They are of the set that decides.
+    """
     found, problems = {}, []
     for run in results.runs():
-        path = run.folder / "predictions.npz"
+        path = run.folder / predictions_file(results)
         if run.state != "done" or not path.exists():
             continue
         try:

@@ -1,0 +1,145 @@
+"""What a server keeps of its requests: a log, which `python -m tl_jax drift` reads, and a monitor with an alarm."""
+
+import json
+import math
+import os
+import pathlib
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from tl_jax.core import checks, files
+from tl_jax.serving.drift import EFFECTS, LEAST, LEVEL, Table, marginals, readable
+from tl_jax.tasks import Predictions, Spec, make_predictions
+
+COMPONENTS = 16  # of the features, at most
+SPENDING = 2.109742801  # the sum over i >= 1 of 1 / ((i + 1) ln(i + 1)^2)
+
+
+class Log:
+    """A .jsonl file: the task in its first line, then one line a request, {"time", "outputs", "features"}.
+
+    Each line is one write at the end of the file, so that processes may share it and a kill costs one line at most.
+    """
+
+    def __init__(self, path: str | os.PathLike, spec: Spec):
+        """Goes on with a file that is there; ValueError where it is of another task or other classes."""
+        there = pathlib.Path(path).exists() and os.path.getsize(path)
+        if there and (found := _header(files.sound_rows(pathlib.Path(path))[0], path)) != spec:
+            raise ValueError(f"{path} is the log of {found}, expected {spec}; name another file")
+        self._file, self._whole = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), not there
+        if not there:
+            self._write({"task": spec._asdict()})
+
+    def append(self, outputs: np.ndarray, features: np.ndarray | None = None) -> None:
+        """One answered request: the outputs as in `Predictions`, [K] (binary: []), and the features [D]."""
+        row = {"time": round(time.time(), 3), "outputs": _numbers(outputs)}
+        self._write(row if features is None else {**row, "features": _numbers(features)})
+
+    def _write(self, row: Table) -> None:
+        line = b"\n" * (not self._whole) + json.dumps(row).encode() + b"\n"  # ends what was cut short before
+        self._whole = False
+        self._whole = os.write(self._file, line) == len(line)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def _numbers(values: np.ndarray) -> Any:
+    return np.vectorize(lambda x: float(f"{x:.9g}"), otypes=[float])(values).tolist()  # float32, exactly
+
+
+def _header(rows: list[Table], path: str | os.PathLike) -> Spec:
+    try:
+        return Spec(**files.as_tuples(rows[0]["task"]))
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"{path} is no log of a server: its first line does not hold the task") from None
+
+
+def load_log(path: str | os.PathLike) -> Predictions:
+    """The requests of a log, without labels; features where every line has them. Lines cut short are left out.
+
+    Raises ValueError that names the file.
+    """
+    rows, _ = files.sound_rows(pathlib.Path(path))
+    spec, rows = _header(rows, path), [row for row in rows[1:] if "outputs" in row]
+    try:
+        features = [row["features"] for row in rows] if all("features" in row for row in rows) else None
+        values = np.asarray([row["outputs"] for row in rows], np.float32)
+        output = "values" if spec.name == "regression" else "logits"
+        return make_predictions({output: values}, None, np.arange(len(rows)), spec, features)
+    except (ValueError, TypeError, FloatingPointError) as error:
+        raise ValueError(f"{path}: no sound log of a server ({error})") from None
+
+
+class Monitor:
+    """Watches the last `window` requests for drift from a fixed reference, with few false alarms however long it runs.
+
+    Every `every` requests each output, and up to COMPONENTS principal components of the features, is compared by
+    `drift.marginals`. Look i has the level LEVEL / (SPENDING (i + 1) ln(i + 1)^2), Bonferroni's share of it for each
+    column: over all looks together at most LEVEL, whatever their dependence. The components are those of one half of
+    the reference and the other half is what is compared with. A look takes milliseconds; threads may call `add`.
+    """
+
+    def __init__(self, reference: Predictions, window: int = 200, every: int = 50, seed: int = 0):
+        """reference: predictions on examples that the network was not trained on; without features outputs alone count.
+
+        ValueError lists all that does not fit.
+        """
+        whole, n = checks.integer(LEAST), len(reference.values)
+        found = {f"window={window}: expected at least {LEAST}": not whole.fits(window),
+                 f"every={every}: expected at least 1": not checks.integer(1).fits(every),
+                 f"the reference has {n} examples, expected at least {2 * LEAST}": n < 2 * LEAST}  # fmt: skip
+        checks.refuse("drift cannot be watched", [text for text, wrong in found.items() if wrong])
+        self._spec, self._window, self._every, self._axes = reference.spec, window, every, None
+        outputs = readable(reference.spec, reference.values)
+        self._parts, self._names = [outputs], [f"output {x}" for x in reference.spec.class_names[-outputs.shape[1] :]]
+        if reference.features is not None:
+            first, second = np.array_split(np.random.default_rng(seed).permutation(reference.features), 2)
+            self._mean = first.mean(axis=0)
+            self._axes = np.linalg.svd(first - self._mean, full_matrices=False)[2][:COMPONENTS].T
+            self._parts.append((second - self._mean) @ self._axes)
+            self._names += [f"feature component {i + 1}" for i in range(self._axes.shape[1])]
+        self._rows, self._lock = np.zeros((window, len(self._names))), threading.Lock()
+        self._state: Table = {"requests": 0, "window": window, "looks": 0, "level": 0.0, "spent": 0.0, "p": 1.0,
+                              "drifting": False, "alarm": False, "alarm_at": None, "columns": []}  # fmt: skip
+
+    def add(self, outputs: np.ndarray, features: np.ndarray | None = None) -> bool:
+        """One request, as in `Log.append`; returns whether an alarm was raised, now or before."""
+        row = readable(self._spec, np.asarray(outputs)[None])[0]
+        if self._axes is not None:
+            row = np.concatenate([row, (features - self._mean) @ self._axes])
+        with self._lock:
+            self._rows[self._state["requests"] % self._window] = row
+            self._state["requests"] += 1
+            since = self._state["requests"] - self._window
+            if since >= 0 and since % self._every == 0:
+                self._look()
+            return self._state["alarm"]
+
+    def state(self) -> Table:
+        """Plain numbers for a page or a table of metrics, as of the last look.
+
+        p: the smallest, corrected for the number of columns; level: what it is compared with; spent: all levels so far;
+        drifting: the last look was significant; alarm: one of them was, alarm_at: at which request; columns: rows
+        {"name", "p", "ks", "js", "wasserstein"}.
+        """
+        with self._lock:
+            return dict(self._state)
+
+    def _look(self) -> None:
+        state, cuts = self._state, [self._parts[0].shape[1]]
+        found = [marginals(*pair) for pair in zip(self._parts, np.split(self._rows, cuts, axis=1), strict=False)]
+        p, ks, js, w1 = (np.concatenate(each).tolist() for each in zip(*found, strict=True))
+        i = state["looks"] + 1
+        level, p = LEVEL / (SPENDING * (i + 1) * math.log(i + 1) ** 2), [min(1.0, len(p) * x) for x in p]
+        drifting = any(a <= level and b >= EFFECTS["JS"] for a, b in zip(p, js, strict=True))
+        rows = zip(self._names, p, ks, js, w1, strict=True)
+        self._state = {
+            **state, "looks": i, "level": level, "spent": state["spent"] + level, "p": min(p), "drifting": drifting,
+            "alarm": state["alarm"] or drifting,
+            "alarm_at": state["requests"] if drifting and not state["alarm"] else state["alarm_at"],
+            "columns": [dict(zip(("name", "p", "ks", "js", "wasserstein"), row, strict=True)) for row in rows],
+        }  # fmt: skip
