@@ -133,7 +133,7 @@ def drift(args: Args) -> None:
 
 
 def inspect(args: Args) -> None:
-    console.show(tl_jax.inspect(args.source))
+    console.show(tl_jax.inspect(args.source, console.make_console().width))
 
 
 def convert(args: Args) -> None:
@@ -141,7 +141,7 @@ def convert(args: Args) -> None:
     card = model.card
     tl_jax.save_weights(model.variables, card.model, args.out, card=card, layout=args.layout)
     size = f"{size_text(card.input_size)} px" if card.input == "image" else f"{len(card.columns)} columns"
-    print(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {size}")
+    console.show(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {size}")
 
 
 def export(args: Args) -> None:
@@ -178,7 +178,7 @@ def verify(args: Args) -> None:
     from tl_jax.data.readers import packed
 
     for split, count in packed.verify(args.folder).items():
-        print(f"{split}: {count:,} images are as they were packed")
+        console.show(f"{split}: {count:,} images are as they were packed")
 
 
 def report(args: Args) -> None:
@@ -208,7 +208,7 @@ def soup(args: Args) -> None:
 
 def _print_averaged(chosen: str, found: dict[str, Any], out: str) -> None:
     metric, value = next((name, entry["value"]) for name, entry in found["metrics"].items() if isinstance(entry, dict))
-    print(f"{chosen}, {found['split']} {metric} {'undefined' if value is None else f'{value:.4f}'}; wrote {out}")
+    console.show(f"{chosen}, {found['split']} {metric} {'undefined' if value is None else f'{value:.4f}'}; wrote {out}")
 
 
 def arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
