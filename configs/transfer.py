@@ -1,4 +1,4 @@
-"""The base of every experiment: all options at their defaults, see tl_jax/core/options.py; a linear probe at HEAD_ALONE.
+"""The base of every experiment: all options at their defaults, see tl_jax/core/options.py, a probe at HEAD_ALONE.
 
 python launch.py --config configs/transfer.py:model=NAME,weights=PATH,data=SOURCE,method=NAME[,key=value...] --workdir W
 
