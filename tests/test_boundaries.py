@@ -25,7 +25,7 @@ ROOMS = {
     "face": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training", "studies", "api"}
     | {"serving"},
 }
-FACE = {"__init__.py": "face", "__main__.py": "face", "config.py": ""}
+FACE = {"__init__.py": "face", "__main__.py": "face", "commands.py": "face", "config.py": ""}
 # Libraries that one room alone imports.
 ONLY = {
     "orbax": "runtime/checkpoint.py",
