@@ -106,11 +106,11 @@ def check(spec: Spec, count: int, *, coverage: float, sets: str, ood: str, keep:
     levels = {"coverage": coverage} | ({} if ood == "none" else {"keep": keep})
     least = max(least_for(level) if SHARE.fits(level) else 0 for level in levels.values())
     few = f"{count} examples, at least {least} are needed for {', '.join(f'{k}={x}' for k, x in levels.items())}"
-    several, regression = spec.name == "classification", spec.name == "regression"
+    several, one, regression = (spec.name == name for name in ("classification", "binary", "regression"))
     problems = {
         **{f"{name}={level!r}: expected {SHARE.expected}": not SHARE.fits(level) for name, level in levels.items()},
         f"sets={sets!r}: expected one of {', '.join(SETS)}": sets not in SETS,
-        f"sets='aps' is of classes; this task is {spec.name}": sets == "aps" and not _has_classes(spec),
+        f"sets='aps' is of classes; this task is {spec.name}": sets == "aps" and not (several or one),
         f"ood={ood!r}: expected one of {', '.join(outliers.SCORES)}": ood not in outliers.SCORES,
         f"ood='energy' is of the logits of classes; this task is {spec.name}": ood == "energy" and not several,
         f"abstain={abstain!r}: expected some of {', '.join(REASONS)}": not {*reasons} <= {*REASONS},
@@ -145,10 +145,6 @@ def _quantile(values: np.ndarray, level: float) -> np.ndarray:
     """The ceil((n + 1) level)-th smallest of n values [n, ...] along the first axis."""
     rank = max(math.ceil((len(values) + 1) * level - ROUNDING), 1) - 1
     return np.partition(values, rank, axis=0)[rank]
-
-
-def _has_classes(spec: Spec) -> bool:
-    return spec.name in ("classification", "binary")
 
 
 def as_logits(values: np.ndarray, name: str) -> np.ndarray:
