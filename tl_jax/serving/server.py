@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import h11
 import numpy as np
 import prometheus_client
+import threadpoolctl
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
@@ -366,6 +367,7 @@ class Announced(uvicorn.Server):
 def serve(folder: str, host: str, port: int, limits: Limits, log: str = "") -> None:
     """Serves an exported network until SIGTERM or Ctrl-C, which answer first what was taken; port 0: any free one."""
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each malformed request
+    threadpoolctl.threadpool_limits(1, "blas")  # for the small products of an answer; XLA has threads of its own
     with contextlib.closing(_bound(host, port)) as bound:
         server = Server(artefact.load(folder), limits, log)
         print(f"{folder}: compiling for batches of {', '.join(map(str, SIZES))}", flush=True)
