@@ -5,9 +5,9 @@ python launch.py --config configs/methods.py:METHOD,model=NAME,weights=FILE,data
 tl_jax/methods/recipes.py holds what each changes in a linear probe.
 """
 
-from tl_jax.config import make, override, parse
+from tl_jax.config import HEAD_ALONE, make, override, parse
 from tl_jax.core.messages import nearest
-from tl_jax.methods.recipes import LR, METHODS, PROBE, methods, phases
+from tl_jax.methods.recipes import LR, METHODS, methods, phases
 
 __all__ = ["METHODS", "get_config", "methods", "phases"]
 
@@ -17,7 +17,7 @@ def get_config(arg: str = ""):
     name, _, rest = arg.partition(",")
     if "=" in name or not name:
         name, rest = "linear_probe", arg
-    config = parse(override(make(), PROBE if name == "linear_probe" else {"lr": LR}), rest)
+    config = parse(override(make(), HEAD_ALONE if name == "linear_probe" else {"lr": LR}), rest)
     table = methods(*config.total)
     if name not in table:
         raise ValueError(f"there is no method {name!r}{nearest(name, table)}; known: {', '.join(table)}")

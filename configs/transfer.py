@@ -1,4 +1,4 @@
-"""The base of every experiment: all options at their defaults, see tl_jax/core/options.py, for a linear probe at PROBE.
+"""The base of every experiment: all options at their defaults, see tl_jax/core/options.py, a probe at HEAD_ALONE.
 
 python launch.py --config configs/transfer.py:model=NAME,weights=PATH,data=SOURCE,method=NAME[,key=value...] --workdir W
 
@@ -8,10 +8,9 @@ such as --config.lr=0.01 or --config.schedule.name=linear. Name the method in th
 
 from ml_collections import ConfigDict
 
-from tl_jax.config import make, override, parse
-from tl_jax.methods.recipes import PROBE
+from tl_jax.config import HEAD_ALONE, make, override, parse, trains_head_alone
 
 
 def get_config(arg: str = "") -> ConfigDict:
     config = parse(make(), arg)
-    return parse(override(make(), PROBE), arg) if config.method.name == "linear_probe" else config
+    return parse(override(make(), HEAD_ALONE), arg) if trains_head_alone(config) else config

@@ -144,9 +144,10 @@ def test_the_identity_leaves_out_what_has_its_initial_value():
 
 
 def test_a_linear_probe_has_a_rate_and_length_of_its_own_and_what_is_given_wins():
-    probe, others = (recipes.PROBE["lr"], recipes.PROBE["total"]), (1e-3, (10.0, "epochs"))
+    probe, others = (options.HEAD_ALONE["lr"], options.HEAD_ALONE["total"]), (1e-3, (10.0, "epochs"))
     wanted = {
         "": probe, "data=digits": probe, "method=full": others, "method=knn": others, "lr=0.5": (0.5, probe[1]),
+        "method.add=(('lora',{}),)": others,
         "method=linear_probe,total=(3,'steps')": (probe[0], (3, "steps")),
     }  # fmt: skip
     assert {arg: (x.lr, x.total) for arg, x in ((arg, transfer.get_config(arg)) for arg in wanted)} == wanted

@@ -107,7 +107,8 @@ def cells(x: np.ndarray, y: np.ndarray, shots: int, seed: int):
         row = {"standardised": standardised, "shots": shots, "seed": seed, "n": len(train)}
         for strength in STRENGTHS:
             fitted = LogisticRegression(C=strength, max_iter=3000).fit(a, y[train])
-            accuracy, nll = score(fitted.predict_log_proba(b), y[test])
+            logits = fitted.decision_function(b)  # [N] of two classes
+            accuracy, nll = score(np.stack([0 * logits, logits], 1) if logits.ndim == 1 else logits, y[test])
             yield {**row, "epochs": 0, "C": strength, "accuracy": accuracy, "nll": nll}
         pairs = list(itertools.product(RATES, (0.0,) if standardised else DECAYS))
         for epochs in EPOCHS:

@@ -159,7 +159,7 @@ def fit(
     the Run. changes: {dotted option: value}, see tl_jax/core/options.py. Raises one ValueError for all that does not
     fit.
     """
-    own = recipes.PROBE if method == "linear_probe" else {"lr": recipes.LR, "total": (10.0, "epochs")}
+    own = options.HEAD_ALONE if method == "linear_probe" else {"lr": recipes.LR, "total": (10.0, "epochs")}
     own = own if epochs is None else {**own, "total": (float(epochs), "epochs")}
     table = recipes.methods(*own["total"])
     if method not in table:

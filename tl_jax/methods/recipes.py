@@ -4,8 +4,7 @@ from typing import Any
 
 Changes = dict[str, Any]  # {dotted option: value}
 
-PROBE = {"lr": 1e-2, "total": (20.0, "epochs")}  # of a new head alone, see experiments/probe_defaults
-LR = 3e-3  # of the new head where more trains
+LR = 3e-3  # of the new head where more trains; of a head alone: config.HEAD_ALONE
 GENTLE = {"backbone": {"lr_mult": 0.01}}
 PARTS = {"backbone": {"lr_mult": 0.3}}  # few numbers of the backbone are trained: they may change more
 FULL = {"method.name": "full", "groups": GENTLE}
