@@ -33,22 +33,27 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tl_jax",
 }
-
 _ABOVE = contextvars.ContextVar("above", default="")
 
 
 @contextlib.contextmanager
 def headed(text):
-    """All figures that are made inside have this line above them."""
-    token = _ABOVE.set(text)
+    """All figures that are made inside have this line above them, or the end of it."""
+    text = printable(text)
+    token = _ABOVE.set(text if len(text) <= 60 else f"\N{HORIZONTAL ELLIPSIS}{text[-59:]}")
     try:
         yield
     finally:
         _ABOVE.reset(token)
 
 
+def printable(name):
+    """A name, of a folder for example, that need not be UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def short(name, limit=22):
-    name = name.encode(errors="backslashreplace").decode()  # of a folder whose name is not UTF-8
+    name = printable(name)
     return name if len(name) <= limit else name[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
