@@ -295,28 +295,31 @@ def test_html_needs_nothing_else_and_holds_every_figure(study):
     assert expected | {"training"} <= set(summary["figures"])
 
 
-def test_figures_of_outputs_are_of_the_set_that_decides_and_name_it(tmp_path, monkeypatch):
-    """Calibration and changes by class of a study that decides by a further set are of that set."""
-    monkeypatch.setattr(figures, "MAKERS", (figures.calibration, figures.classes, figures.cells))
+def test_figures_of_outputs_are_of_the_set_that_decides_and_name_it(tmp_path):
+    """Calibration and changes by class of a study that decides by another set are of that set."""
     made = {}
     for names in (("accuracy", "shifted/accuracy"), ("shifted/accuracy", "accuracy")):
-        workdir = make_study(
-            tmp_path / names[0].replace("/", "-"), {"method": METHODS}, {"method": "full"}, names=names
-        )
-        results = load(workdir)
+        folder = tmp_path / names[0].replace("/", "-")
+        results = load(make_study(folder, {"method": METHODS}, {"method": "full"}, names=names))
         outputs, _ = figures.read.read_outputs(results)
         for run in results.runs():  # numpy by itself, on the file of the set
             saved = tasks.load_predictions(run.folder / f"predictions{'-shifted' * (names[0][0] == 's')}.npz")
             right = saved.values.argmax(1) == saved.labels
             assert outputs[run.key].observed.sum() == right.sum()
             assert outputs[run.key].recall.tolist() == [right[saved.labels == k].mean() for k in range(3)]
-        summary = report.write(workdir)
-        made[results.where] = set(summary["figures"]), (workdir / "report.md").read_text()
-    assert {"calibration-ece", "cells-shifted-accuracy"} <= made["test"][0]
-    assert {"calibration-shifted-ece", "cells-accuracy"} <= made["shifted"][0]
-    for where, (_, text) in made.items():
-        assert f"recall on {where} from" in text and "accuracy on test of each cell" in text
-        assert "test is made up test" in text and "shifted is other far" in text
+        numbers = {metric: report.analyse(results, metric) for metric in names}
+        makers = figures.calibration, figures.classes, figures.cells
+        drawn = [figure for maker in makers for figure in maker(results, numbers, outputs)]
+        captions = " ".join(caption for _, caption, _ in drawn)
+        assert (
+            f"accuracy on {results.where} by confidence" in captions and f"recall on {results.where} from" in captions
+        )
+        assert "accuracy on test of each cell" in captions and "shifted/accuracy of each cell" in captions
+        lines = report._design(results)[1]
+        assert "test is made up test" in lines and "shifted is other far" in lines
+        made[results.where] = {name for name, *_ in drawn}
+    assert {"calibration-ece", "cells-shifted-accuracy"} <= made["test"]
+    assert {"calibration-shifted-ece", "cells-accuracy"} <= made["shifted"]
 
 
 def test_markdown_shows_names_as_they_are():

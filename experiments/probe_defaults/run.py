@@ -78,7 +78,7 @@ def train_heads(x, y, batches, rates, decays, classes):
         head = {"kernel": jnp.zeros((x.shape[1], classes)), "bias": jnp.zeros(classes)}
 
         def loss(head, rows):
-            logits = x[rows] @ head["kernel"] + head["bias"]
+            logits = x[rows] @ head["kernel"] + head["bias"][None]
             return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
 
         def step(carry, rows):
