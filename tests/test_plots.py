@@ -137,6 +137,13 @@ def test_comparison_shows_students_interval_of_seeds_and_a_given_interval(tmp_pa
         assert part in text
 
 
+def test_comparison_shows_the_paired_difference_beside_the_arms(tmp_path):
+    arms, difference = {"ours": [0.8, 0.9], "theirs": [0.7, 0.75]}, {"mean": 0.125, "low": -0.19, "high": 0.44}
+    charts.comparison(tmp_path / "figure.svg", arms, "top-1", difference={**difference, "values": [0.1, 0.15]})
+    text = " ".join(svg_text(tmp_path / "figure.svg"))
+    assert "0.1250  [-0.1900, 0.4400]" in text and "ours - theirs, paired, 95 % interval" in text
+
+
 @pytest.mark.parametrize(
     ("named", "message"),
     [

@@ -137,7 +137,8 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
             from tl_jax.studies.report import charts  # here, as matplotlib takes its time
 
             label = f"{metric} on {report['data']}, {len(study.seeds)} seeds"
-            charts.comparison(workdir / "comparison.png", table, label, bounds)
+            for suffix in ("png", "svg"):
+                charts.comparison(workdir / f"comparison.{suffix}", table, label, bounds, report.get("difference"))
     return report
 
 
