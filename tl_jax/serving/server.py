@@ -253,6 +253,9 @@ class Server:
     async def metadata(self, request: Request) -> Response:
         table = self.network.table
         about = {key: table[key] for key in ("card", "input", "precision", "run", "jax")}
+        if self.network.trust:
+            kept = ("temperature", "coverage", "sets", "count")
+            about["trust"] = {name: getattr(self.network.trust, name) for name in kept}
         return _json({**about, "sha256": table["sha256"][artefact.WEIGHTS], "limits": self.limits._asdict()})
 
     async def metrics(self, request: Request) -> Response:
