@@ -166,11 +166,12 @@ class Server:
 
     async def predict(self, request: Request) -> dict[str, Any]:
         count = _count(request.query_params.get("nearest", "0"))
-        items = await self._items(request, await self._body(request))
-        if not 1 <= len(items) <= self.limits.examples:
-            raise Refused(413 if items else 400, f"{len(items)} inputs, expected 1 to {self.limits.examples}")
-        with self.batcher.admitted(len(items)):
-            rows = await asyncio.gather(*(self._answer(*item, count) for item in items))
+        with self.batcher.admitted(1):  # before the body, whose bytes take memory
+            items = await self._items(request, await self._body(request))
+            if not 1 <= len(items) <= self.limits.examples:
+                raise Refused(413 if items else 400, f"{len(items)} inputs, expected 1 to {self.limits.examples}")
+            with self.batcher.admitted(len(items) - 1):
+                rows = await asyncio.gather(*(self._answer(*item, count) for item in items))
         if all("error" in row for row in rows):
             raise Refused(400, "; ".join(f"{row['file']}: {row['error']}" for row in rows))
         return {"model": self.network.card.model, "answers": rows}
