@@ -27,6 +27,12 @@ duplicates.FOLDER = pathlib.Path(_CACHE.name, "duplicates")
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
+@pytest.fixture(autouse=True)
+def _width(monkeypatch):
+    """No width of whoever runs the tests (xdist sets one): what is printed into a pipe is not wrapped."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 CASES = 1  # of a slow test that CI runs
 
 

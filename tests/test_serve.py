@@ -173,7 +173,7 @@ def test_what_cannot_be_answered_is_refused_in_one_line(server, body, kind, stat
 
 
 def test_the_other_routes_tell_about_the_network_and_its_work(server, folder):
-    assert json.loads(server.ask("GET", "/health")[1]) == {"status": "ready"}
+    assert json.loads(server.ask("GET", "/health")[1]) == {"status": "ready", "drift": None}
     about = json.loads(server.ask("GET", "/metadata")[1])
     assert about["sha256"] == artefact.files.sha256(folder / "weights.safetensors")
     assert about["input"] == {"shape": ["batch", 16, 16, 3], "type": "uint8"} and about["limits"]["body"] == BODY
