@@ -116,6 +116,8 @@ def test_figures_tell_the_point_under_the_pointer_and_by_arrow_keys(chromium, wo
     colour = "getComputedStyle(document.body).backgroundColor"
     assert page.evaluate(colour) == "rgb(25, 25, 25)"
     page.emulate_media(media="print", color_scheme="dark")
+    page.set_viewport_size({"width": 700, "height": 990})  # of A4: no column is cut off
+    assert page.evaluate("[...document.querySelectorAll('table')].every(t => t.getBoundingClientRect().right <= 700)")
     assert page.evaluate(colour) == "rgb(255, 255, 255)" and not page.locator(".filter input").first.is_visible()
     assert not trouble
 
