@@ -8,10 +8,16 @@ import pytest
 from PIL import Image
 
 from tl_jax import tasks
+from tl_jax.studies import paired
 from tl_jax.studies.report import charts
 from tl_jax.tasks import figures
 from tl_jax.training import plots
 
+ARMS = {
+    "transfer": {"values": [0.9, 0.8], "mean": 0.85, "low": 0.7, "high": 0.95},
+    "baseline": {"values": [0.7, 0.65], "mean": 0.675, "low": 0.5, "high": 0.8},
+}
+DIFFERENCE = {"values": [0.2, 0.15], "mean": 0.175, "low": -0.1, "high": 0.45}
 CURVES = {"loss": "loss (nats)", "accuracy": "accuracy"}
 
 
@@ -37,6 +43,7 @@ DRAWINGS = {
     "confusion_matrix": lambda path: figures.confusion_matrix(draw(), path),
     "reliability": lambda path: figures.reliability(draw(), path),
     "feature_map": lambda path: figures.feature_map(draw(), path),
+    "paired": lambda path: paired.draw(path, ARMS, (0, 1), "accuracy", DIFFERENCE),
     "comparison": lambda path: charts.comparison(path, {"a": [0.8, 0.9], "b": [0.5]}, "accuracy"),
 }
 
@@ -56,6 +63,14 @@ def test_figure_is_a_png_of_150_dpi_with_something_on_it(tmp_path, drawing):
         assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
     assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
     assert dict(matplotlib.rcParams) == before  # a user's own figures look as before
+
+
+def test_a_path_without_suffix_is_written_as_both(tmp_path):
+    plots.learning_curves(rows(), tmp_path / "figure", CURVES)
+    plots.learning_curves(rows(), tmp_path / "alone.svg", CURVES)
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
+    assert files == {"figure.png", "svg/figure.svg", "alone.svg"}
+    assert svg_text(tmp_path / "svg/figure.svg") == svg_text(tmp_path / "alone.svg")
 
 
 @pytest.mark.parametrize("drawing", DRAWINGS)
@@ -105,13 +120,20 @@ def test_reliability_diagram_shows_the_ece_of_the_metrics(tmp_path):
     predictions = draw()
     figures.reliability(predictions, tmp_path / "figure.svg")
     ece = tasks.summarize(predictions, resamples=2)["ece"]["value"]
-    assert f"ECE {ece:.4f} (15 bins)" in svg_text(tmp_path / "figure.svg")
+    text = svg_text(tmp_path / "figure.svg")
+    assert f"ECE {ece:.4f} (15 bins)" in text
+    logits = np.float64(predictions.values)
+    sure = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).max(axis=1)
+    counts = np.histogram(sure, np.linspace(0, 1, 16))[0]
+    assert " ".join(map(str, counts)) in " ".join(part for part in text if part.isdigit())
 
 
 def test_learning_curves_name_the_best_validation_value_and_bear_gaps(tmp_path):
     path = tmp_path / "figure.svg"
     plots.learning_curves(rows(), path, CURVES)
     assert {"val (best 0.5 at step 100)", "val (best 1 at step 100)"} <= set(svg_text(path))
+    plots.learning_curves(rows(), path, CURVES, 1500)
+    assert svg_text(path).count("scored: step 1,500") == 2
     plots.learning_curves([{"step": 1, "train/loss": None}, {"step": 2, "train/loss": 0.5, "epoch": 1}], path, CURVES)
     plots.learning_curves([], path, CURVES)
     assert "step" in svg_text(path)
@@ -124,6 +146,33 @@ def test_feature_map_names_the_classes_and_the_explained_variance(tmp_path):
     variance = np.linalg.svd(centred, compute_uv=False) ** 2
     text = " ".join(svg_text(tmp_path / "figure.svg"))
     assert f"component 1 ({variance[0] / variance.sum():.1%} of the variance)" in text and "class 3" in text
+
+
+def test_a_map_by_tsne_keeps_neighbours_together_and_says_what_it_shows(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "MAPPED", 60)
+    predictions = draw(classes=2, count=80)
+    apart = predictions._replace(features=predictions.features + 30 * predictions.labels[:, None])
+    chosen, points, names = figures._plane(apart.features, "tsne")
+    labels = apart.labels[chosen]
+    assert len(chosen) == len(set(chosen)) == 60 and "perplexity 19.7" in names[0]
+    distance = np.linalg.norm(points[:, None] - points[None], axis=-1) + np.diag([np.inf] * 60)
+    assert (labels[distance.argmin(axis=1)] == labels).all()
+    figures.feature_map(apart, tmp_path / "figure.svg", "tsne")
+    text = svg_text(tmp_path / "figure.svg")
+    assert {"60 examples of 80 drawn", "class 0", "class 1", "misclassified"} <= set(text) and names[0] in text
+
+
+def test_two_arms_show_the_difference_of_each_seed_and_its_interval(tmp_path):
+    path = tmp_path / "figure.svg"
+    paired.draw(path, ARMS, (0, 1), "accuracy", DIFFERENCE)
+    text = " ".join(svg_text(path))
+    for part in ("0.8500", "[0.7000,", "0.9500]", "0.1750", "[-0.1000,", "0.4500]", "transfer - baseline"):
+        assert part in text, part
+    one = {"values": [0.9], "mean": 0.9, "low": None, "high": None}
+    paired.draw(path, {"transfer": one, "baseline": one}, (0,), "accuracy", {**one, "mean": 0.0, "values": [0.0]})
+    assert "0.0000" in svg_text(path) and "interval" not in " ".join(svg_text(path))
+    paired.draw(path, {"transfer": ARMS["transfer"]}, (0, 1), "accuracy")
+    assert "0.8500" in svg_text(path)
 
 
 def test_comparison_shows_students_interval_of_seeds_and_a_given_interval(tmp_path):

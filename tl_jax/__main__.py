@@ -125,6 +125,13 @@ def labels(args: Args) -> None:
     suspects(args.run, args.out, folds=args.folds, seed=args.seed, top=args.top, splits=splits, label=args.label)
 
 
+def explain(args: Args) -> None:
+    from tl_jax.api.explain import explain
+
+    _check_out(args.out, ".png", ".svg")
+    print(f"wrote {explain(args.run, args.images, args.out, count=args.count, weights=args.weights, seed=args.seed)}")
+
+
 def drift(args: Args) -> None:
     from tl_jax.serving import drift_page
 
@@ -304,6 +311,14 @@ COMMANDS = {
         arg("--top", type=_COUNT, default=50, help="how many are listed, suspects or not"),
         arg("--splits", default="", help="names with commas, such as train,val; default: all that the run names"),
         arg("--label", default="", help="which label of a multilabel task"),
+    )),
+    explain: ("images with the map of what a run's network looked at: Grad-CAM, of ViTs attention rollout", (
+        arg("run", help="the folder of the run"),
+        arg("images", nargs="*", help="files and folders; without them mistakes and others of the split it scored"),
+        arg("--out", default="", help="a .png or .svg file (default: RUN/explain.png)"),
+        arg("--count", type=one(checks.integer(1, 100)), default=8, help="images of the run, where none are given"),
+        arg("--seed", type=one(SEED), default=0, help="of those that are no mistakes"),
+        arg("--weights", help="where the weights that the run began with lie now, for adapters and prompts"),
     )),
     drift: ("have the inputs of a network changed? tests without labels, and one page with figures", (
         arg("reference", help="predictions.npz of a run, a server's log .jsonl, or inputs as of predict, with --run"),

@@ -131,10 +131,10 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
     if jax.process_index() == 0:
         write_json(workdir / "comparison.json", report)
         with tolerate("comparison.png"):
-            from tl_jax.studies.report import charts  # here, as matplotlib takes its time
+            from tl_jax.studies import paired  # here, as matplotlib takes its time
 
-            label = f"{metric} on {report['data']}, {len(study.seeds)} seeds"
-            charts.comparison(workdir / "comparison.png", table, label, bounds)
+            label = f"{metric} on {report['data']}"
+            paired.draw(workdir / "comparison", arms, study.seeds, label, report.get("difference"))
     return report
 
 

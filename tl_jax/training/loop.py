@@ -64,7 +64,9 @@ class Loop:
         first = run.phase_of(start)
         with contextlib.ExitStack() as stack:
             about = (start, run.total_steps, self.verbose and count == 1, count)
-            logs = (RunLog(self.folders.get(j), rows[j], *about) for j in range(count))
+            logs = (
+                RunLog(self.folders.get(j), rows[j], *about, self.program.runs[j].settings.shown) for j in range(count)
+            )
             self.logs = dict(enumerate(map(stack.enter_context, logs)))
             done = start
             if meta.get("owed"):
