@@ -80,6 +80,23 @@ def make_plan(model: Any, card: Any, labels: Mapping[str, str], policies: Mappin
     )  # fmt: skip
 
 
+def import_timm():
+    """(torch, timm); declares the operators without which some builds of torchvision cannot be imported."""
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        try:
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        except RuntimeError:  # it is there already
+            continue
+    import_timm.kept = library  # the operators live as long as this
+    import timm
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return torch, timm
+
+
 def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each call, way by way within every round; what a way returns is waited for."""
     import jax

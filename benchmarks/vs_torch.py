@@ -53,23 +53,6 @@ LR, CLIP, PIXELS = 1e-3, 1.0, 224
 WEIGHTS_FILE, BATCH_FILE, FACTS_FILE = "weights.safetensors", "batch.npz", "facts.json"
 
 
-def import_timm():
-    """(torch, timm); declares the operators without which some builds of torchvision cannot be imported."""
-    import torch
-
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        try:
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        except RuntimeError:  # it is there already
-            continue
-    import_timm.kept = library  # the operators live as long as this
-    import timm
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    return torch, timm
-
-
 def make_images(folder: pathlib.Path) -> str:
     """A data source of made-up images."""
     import numpy as np
@@ -142,7 +125,7 @@ def make_torch(name: str, way: str, folder: pathlib.Path) -> tuple[Callable[[], 
     """The same of PyTorch's, from what `make_ours` left in `folder`."""
     import numpy as np
 
-    torch, timm = import_timm()
+    torch, timm = common.import_timm()
     from safetensors.torch import load_file
 
     gpu = common.DEVICE.value == "gpu"
@@ -266,7 +249,7 @@ def measure(name: str, way: str) -> dict:
 
 def loop(result: pathlib.Path) -> None:
     """The linear probe as a plain PyTorch program: accuracy on test, seconds of every epoch."""
-    torch, timm = import_timm()
+    torch, timm = common.import_timm()
     from PIL import Image
 
     from tl_jax import models

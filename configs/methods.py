@@ -5,8 +5,7 @@ python launch.py --config configs/methods.py:METHOD,model=NAME,weights=FILE,data
 tl_jax/methods/recipes.py holds what each changes in a linear probe.
 """
 
-from configs import transfer
-from tl_jax.config import override
+from tl_jax.config import HEAD_ALONE, make, override, parse
 from tl_jax.core.messages import nearest
 from tl_jax.methods.recipes import LR, METHODS, methods, phases
 
@@ -18,10 +17,7 @@ def get_config(arg: str = ""):
     name, _, rest = arg.partition(",")
     if "=" in name or not name:
         name, rest = "linear_probe", arg
-    config = transfer.get_config()
-    with config.unlocked():
-        config.lr = LR
-    config = transfer.parse(config, rest)
+    config = parse(override(make(), HEAD_ALONE if name == "linear_probe" else {"lr": LR}), rest)
     table = methods(*config.total)
     if name not in table:
         raise ValueError(f"there is no method {name!r}{nearest(name, table)}; known: {', '.join(table)}")

@@ -12,6 +12,7 @@ def get_config(arg: str = ""):
         config.data.shots = 4
         config.data.train, config.data.val, config.data.test = "train[:50%]", "train[90%:]", "test[:20%]"
         config.batch_size = 16
+        config.lr = 1e-3
         config.total = (4.0, "steps")
         config.log_every = (1.0, "steps")
         config.eval_every = (2.0, "steps")

@@ -25,7 +25,7 @@ ROOMS = {
     "face": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training", "studies", "api"}
     | {"serving"},
 }
-FACE = {"__init__.py": "face", "__main__.py": "face", "config.py": ""}
+FACE = {"__init__.py": "face", "__main__.py": "face", "commands.py": "face", "config.py": ""}
 # Libraries that one room alone imports.
 ONLY = {
     "orbax": "runtime/checkpoint.py",
@@ -38,6 +38,8 @@ ONLY = {
 NEVER = {
     "data/": {"jax", "flax", "optax"},
     "methods/classic/": {"jax", "flax", "optax"},
+    "tasks/trust.py": {"jax", "flax", "optax"},
+    "tasks/outliers.py": {"jax", "flax", "optax"},
     "models/": {"optax", "ml_collections"},
     "": {"torch", "tensorflow", "timm", "keras"},
 }

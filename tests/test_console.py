@@ -100,6 +100,35 @@ def test_a_command_at_80_columns_prints_whole_numbers_and_no_styles_without_colo
     assert max(map(len, bare.splitlines())) <= 80 and bare.count("0.123456") == 20
 
 
+def test_the_time_left_is_that_of_what_is_left_at_the_mean_speed(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console, "shows_bar", lambda _: True)
+    left = console._Left()
+    with console.bar("work", 10, done=2) as tick:
+        task = console._live.tasks[0]
+        assert left.render(task).plain == "-:--:--"
+        now[0] = 130.0
+        tick(4, "words")  # 15 s each
+        assert left.render(task).plain == "0:01:30" and task.fields["text"] == "words"
+        now[0] = 140.0
+        tick(4)
+        assert left.render(task).plain == "0:01:20"
+        now[0] = 1000.0
+        assert left.render(task).plain == "0:00:00"
+        assert list(console.counted("more", "ab", 2)) == ["a", "b"] and len(console._live.tasks) == 1
+    assert console._live is None
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "", "many"])
+def test_a_strange_width_is_taken_for_one_that_can_be_printed_in(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    console.show(Table("some words of a caption", ("name", "n"), [("a long name of it", "0.25")]))
+    console.show("words " * 20)
+    shown = capsys.readouterr().out
+    assert "0.25" in shown and shown.count("words") == 21
+
+
 def test_quiet_prints_nothing(capsys):
     with console.quiet():
         console.show("words")

@@ -29,6 +29,6 @@ def test_options_and_models_named_in_the_documents_exist(page):
     named += re.findall(r"(?<![\w./])((?:model|data|method|schedule)\.\w+)\b(?![./(])", text)
     for option in named:
         known = option in OPTIONS or option.startswith(tuple(f"{name}." for name in WHOLE))
-        assert known or option.endswith((".safetensors", ".py", ".npz", ".md")), option
+        assert known or option.endswith((".safetensors", ".py", ".npz", ".md", ".onnx")), option
     for name in re.findall(r"`((?:resnet|deit_|vit_|wide_|resnext)\w*)`", text):
         models.get(name)

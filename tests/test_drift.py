@@ -5,6 +5,7 @@ import math
 import pathlib
 import re
 import shlex
+import types
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from tl_jax import __main__ as command
 from tl_jax import config as options
 from tl_jax import tasks
 from tl_jax.api.model import observe
-from tl_jax.serving import drift, drift_page, monitor
+from tl_jax.serving import drift, drift_page
+from tl_jax.serving import drift_monitor as monitor
 from tl_jax.studies import inprocess
 from tl_jax.studies.command import read_config
 
@@ -201,7 +203,7 @@ def test_all_that_does_not_fit_is_said_at_once():
 
 
 @pytest.mark.parametrize("task", SPECS)
-def test_a_log_gives_what_was_appended_and_survives_a_kill(tmp_path, task):
+def test_a_log_gives_what_was_appended_and_survives_a_kill(tmp_path, task, capsys):
     path, rows = tmp_path / "requests.jsonl", make(task, 3)
     log = monitor.Log(path, rows.spec)
     log.append(rows.values[0], rows.features[0])
@@ -213,6 +215,7 @@ def test_a_log_gives_what_was_appended_and_survives_a_kill(tmp_path, task):
     for each in (log, again):
         each.close()
     found = monitor.load_log(path)
+    assert "1 lines are damaged" in capsys.readouterr().err
     assert found.spec == rows.spec and found.labels is None
     np.testing.assert_array_equal(found.values, rows.values)
     np.testing.assert_array_equal(found.features, rows.features)
@@ -256,9 +259,9 @@ def test_a_monitor_raises_an_alarm_after_a_shift_and_tells_when(width):
 
 
 def test_the_looks_of_a_monitor_never_spend_more_than_its_level():
-    i = np.arange(1, 10**6, dtype=np.float64)
-    levels = drift.LEVEL / (monitor.SPENDING * (i + 1) * np.log(i + 1) ** 2)
-    rest = drift.LEVEL / monitor.SPENDING / math.log(i[-1] + 1.5)  # the integral over all later looks, to infinity
+    i = np.arange(monitor.FIRST, 10**6, dtype=np.float64)
+    levels = drift.LEVEL / (monitor.SPENDING * i * np.log(i) ** 2)
+    rest = drift.LEVEL / monitor.SPENDING / math.log(i[-1] + 0.5)  # the integral over all later looks, to infinity
     assert levels.sum() + rest == pytest.approx(drift.LEVEL, rel=1e-6)
     watch = monitor.Monitor(make("binary", 40), window=20, every=1)
     for _ in range(22):
@@ -274,7 +277,7 @@ def test_what_cannot_be_watched_is_refused_with_all_reasons():
     assert all(text in str(error.value) for text in ("window=19", "every=0", "39 examples, expected at least 40"))
 
 
-def test_the_command_compares_files_in_80_columns_and_writes_a_page_that_needs_nothing_else(tmp_path, capsys):
+def test_the_command_compares_files_in_80_columns_and_writes_a_page_that_needs_nothing_else(tmp_path, capsysbinary):
     reference, new = make("classification", 120), make("classification", 90, 1, 1.0)
     odd = tmp_path / "caf\udce9"  # not UTF-8
     odd.mkdir()
@@ -282,21 +285,50 @@ def test_the_command_compares_files_in_80_columns_and_writes_a_page_that_needs_n
     log, page = monitor.Log(tmp_path / "new.jsonl", new.spec), tmp_path / "page.html"
     for pair in zip(new.values, new.features, strict=True):
         log.append(*pair)
+
+    def read():
+        return [each.decode(errors="surrogateescape") for each in capsysbinary.readouterr()]
+
     arguments = ["drift", str(odd / "reference.npz"), str(tmp_path / "new.jsonl")]
     assert command.main([*arguments, "--out", str(page)]) == 0
-    shown, text = capsys.readouterr().out, page.read_text()
-    assert shown.startswith("DRIFT") and max(map(len, shown.splitlines())) <= 80 + len(str(tmp_path))
+    shown, text = read()[0], page.read_text()
+    assert shown.startswith("DRIFT") and "caf\udce9/reference.npz" in shown
+    assert all(len(line) <= 80 or line.startswith("wrote ") for line in shown.splitlines())
     for table in ("the tests", "estimated shares"):
         assert table in shown and table in text
     assert (
         "<script" not in text and not re.search(r'(src|href)="(?!data:image/png;base64,)', text) and "http" not in text
     )
     assert "&lt;cat&gt; &amp; $dog$" in text and "<cat>" not in text
-    assert command.main([*arguments, "--on", "outputs"]) == 0 and "look at the outputs" in capsys.readouterr().out
+    assert command.main([*arguments, "--on", "outputs"]) == 0 and "look at the outputs" in read()[0]
     assert command.main(["drift", str(tmp_path / "no.npz"), str(tmp_path)]) == 2
-    error = capsys.readouterr().err
+    error = read()[1]
     assert "no.npz" in error and "need a network, --run" in error
     assert command.main([*arguments, "--out", str(tmp_path / "page.pdf")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "new", "source"),
+    [
+        ({"data.source": "digits", "data.test": "test", "seeds": (1, 2)}, "caf\udce9 1", "folder:caf\udce9 1"),
+        ({"data.source": ("digits", "digits:faded"), "data.val": "train[90%:]"}, "it's", "folder:it's"),
+        ({"data.source": "digits", "data.resample": "kfold:5:0"}, "x.npz", "folder:NEW"),
+        ({"data.source": "digits:ink", "task": "regression"}, "x.csv", "csv:x.csv"),
+        ({"data.source": "table:a.csv", "task": "regression", "data.group": "site"}, "x.csv", "table:x.csv"),
+        ({"data.source": "csv:a.csv", "task": "multilabel"}, "x.npz", "csv:NEW"),
+    ],
+)
+def test_the_command_that_trains_again_is_the_config_of_the_run_on_new_data(tmp_path, monkeypatch, given, new, source):
+    monkeypatch.chdir(tmp_path)
+    if "." not in new:
+        pathlib.Path(new).mkdir()
+    old = options.flatten(options.override(options.make(), given))
+    pathlib.Path("config.json").write_text(json.dumps(old))
+    command = shlex.split(drift_page.retrain(types.SimpleNamespace(options=old, folder=tmp_path), new))
+    assert command[:4] == ["python", "-m", "tl_jax", "train"] and command[-1] == f"{tmp_path}-retrained"
+    items = [item.removeprefix("--config.") for item in command if item.startswith("--config.")]
+    plain = {name: list(x) if isinstance(x, tuple) else x for name, x in drift_page.CHANGES.items()}
+    assert options.flatten(read_config(command[4], items)) == {**old, **plain, "data.source": source}
 
 
 @pytest.mark.slow
@@ -314,11 +346,6 @@ def test_folders_are_answered_by_the_run_and_the_printed_command_trains_it_again
     shown = capsys.readouterr().out
     assert shown.startswith("DRIFT") and "labels of the reference" in shown
     again = shlex.split(shown.splitlines()[-1])
-    assert again[:4] == ["python", "-m", "tl_jax", "train"] and again[-1] == f"{run}-retrained"
-    items = [item.removeprefix("--config.") for item in again if item.startswith("--config.")]
-    old, new = options.flatten(options.read(run / "config.json")), options.flatten(read_config(again[4], items))
-    changed = {name for name in old if old[name] != new[name]}
-    assert new["data.source"] == f"folder:{tmp_path / 'new'}" and changed <= set(drift_page.CHANGES)
     assert command.main(again[3:]) == 0 and (pathlib.Path(again[-1]) / "result.json").exists()
 
 

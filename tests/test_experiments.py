@@ -5,8 +5,10 @@ import csv
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 
 from experiments.medical import baselines, prepare
+from experiments.probe_defaults import run as probe_defaults
 from tl_jax import config as options
 from tl_jax import tasks
 from tl_jax.data import sources
@@ -44,6 +46,25 @@ def test_a_baseline_of_colours_sees_what_colours_say(smears):
     assert count["mean of train"]["rmse"] > 3 * count["colour histograms"]["rmse"]
     seen = {name: tasks.point(x) for name, x in baselines.baselines(smears, "platelets").items()}
     assert seen["majority of train"]["roc_auc"] == 0.5 and seen["colour histograms"]["roc_auc"] == 1
+
+
+def test_heads_of_the_probe_study_come_to_what_logistic_regression_finds():
+    """On classes that overlap, so that the optimum is finite; two rates and decays in one program."""
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    x = (rng.normal(size=(60, 4)) + np.eye(3, 4)[y]).astype(np.float32)
+    whole = np.tile(np.arange(60), (3000, 1))
+    heads = probe_defaults.train_heads(x, y, whole, np.array([0.03, 0.03]), np.array([0.0, 0.5]), 3)
+    found = LogisticRegression(C=1e6, max_iter=1000).fit(x, y)
+    ours = [
+        x @ np.asarray(kernel) + np.asarray(bias) for kernel, bias in zip(heads["kernel"], heads["bias"], strict=True)
+    ]
+    best = probe_defaults.score(found.decision_function(x), y)
+    np.testing.assert_allclose(probe_defaults.score(ours[0], y), best, atol=1e-3)
+    assert best[1] < probe_defaults.score(ours[1], y)[1]
+    assert np.linalg.norm(heads["kernel"][1]) < 0.99 * np.linalg.norm(heads["kernel"][0])  # decay holds it back
+    few, test = probe_defaults.halves(y, 5, seed=0)
+    assert np.bincount(y[few]).tolist() == [5, 5, 5] and not set(few) & set(test)
 
 
 @pytest.mark.slow

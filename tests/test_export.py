@@ -95,7 +95,7 @@ def flip(path, at, bit=3):
 
 def test_one_flipped_bit_in_any_file_is_refused(exported, tmp_path):
     copy, rng = shutil.copytree(exported, tmp_path / "copy"), np.random.default_rng(0)
-    assert len(list(copy.iterdir())) == 6
+    assert len(list(copy.iterdir())) == 7
     for path in sorted(copy.iterdir()):
         sound = path.read_bytes()
         for at in [0, len(sound) - 1, *rng.integers(0, len(sound), 30)]:

@@ -287,7 +287,6 @@ def test_a_head_that_nothing_trained_is_not_evaluated(weights):
     network = tl_jax.load("resnet8_cifar", weights, num_classes=10)
     with pytest.raises(ValueError, match="head of resnet8_cifar is untrained"):
         tl_jax.evaluate(network, "digits")
-    assert tl_jax.features(network, IMAGES[:2]).shape == (2, 64)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +308,7 @@ def test_bad_input_is_one_message_and_exit_code_2(run, arguments, message, capsy
     monkeypatch.chdir(tmp_path)
     assert command.main([str(run.folder) if each == "RUN" else each for each in arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and "Traceback" not in error
+    assert error.startswith("error: ") and message in " ".join(error.split()) and "Traceback" not in error
 
 
 @pytest.mark.slow

@@ -60,6 +60,10 @@ def test_the_smoke_config_runs_and_prints_audit_progress_and_result(tmp_path):
         pytest.param([*SMOKE, "--config.model.name=resnet21_cifar"], "resnet20_cifar", marks=pytest.mark.slow),
         ([*SMOKE, "--config.data.source=folder:/nowhere/at/all"], "/nowhere/at/all"),
         ([*SMOKE, "--config.batch_size=many"], "batch_size"),
+        (
+            ["--config", "configs/transfer.py", "--config.method.name=full"],
+            "has chosen lr and total for a linear probe",
+        ),
         (["--config", "configs/smoke.py:batch_size=many"], "cannot be the value of batch_size: expected an integer"),
         ([], "give --config configs/NAME.py"),
         (["configs/smoke.py"], "give --config configs/NAME.py"),

@@ -11,7 +11,7 @@ from configs import methods, transfer
 from tl_jax import config as options
 from tl_jax.core import files
 from tl_jax.core.options import OPTIONS
-from tl_jax.methods import probes
+from tl_jax.methods import probes, recipes
 from tl_jax.runtime import workdir
 
 CONFIGS = sorted(path.stem for path in pathlib.Path("configs").glob("*.py"))
@@ -22,11 +22,11 @@ def get_config(name):
 
 
 def change(**values):
-    return options.override(transfer.get_config(), {key.replace("__", "."): value for key, value in values.items()})
+    return options.override(options.make().lock(), {key.replace("__", "."): value for key, value in values.items()})
 
 
 def test_override_sets_options_in_a_copy():
-    config = transfer.get_config()
+    config = options.make().lock()
     changed = options.override(config, {"lr": 1, "method.name": "full", "total": (3, "steps")})
     assert (changed.lr, changed.method.name, changed.total) == (1.0, "full", (3, "steps"))
     assert (config.lr, config.method.name, config.total) == (1e-3, "linear_probe", (10.0, "epochs"))
@@ -141,6 +141,19 @@ def test_the_identity_leaves_out_what_has_its_initial_value():
     config = change(lr=0.5, data__workers=3, terms={"l2_sp": {"weight": 1.0}}, seed=0)
     assert options.identity(config) == {"lr": 0.5, "terms": {"l2_sp": {"weight": 1.0}}}
     assert options.identity(options.make()) == {}
+
+
+def test_a_linear_probe_has_a_rate_and_length_of_its_own_and_what_is_given_wins():
+    probe, others = (options.HEAD_ALONE["lr"], options.HEAD_ALONE["total"]), (1e-3, (10.0, "epochs"))
+    wanted = {
+        "": probe, "data=digits": probe, "method=full": others, "method=knn": others, "lr=0.5": (0.5, probe[1]),
+        "method.add=(('lora',{}),)": others,
+        "method=linear_probe,total=(3,'steps')": (probe[0], (3, "steps")),
+    }  # fmt: skip
+    assert {arg: (x.lr, x.total) for arg, x in ((arg, transfer.get_config(arg)) for arg in wanted)} == wanted
+    of_methods = {"": probe, "linear_probe,lr=0.5": (0.5, probe[1]), "full": (recipes.LR, others[1])}
+    assert {arg: (x.lr, x.total) for arg, x in ((arg, methods.get_config(arg)) for arg in of_methods)} == of_methods
+    assert options.identity(options.make()) == {}  # what a config.json does not hold means what it meant
 
 
 @pytest.mark.parametrize("name", ["smoke", "quickstart", "methods"])

@@ -8,16 +8,10 @@ import pytest
 from PIL import Image
 
 from tl_jax import tasks
-from tl_jax.studies import paired
 from tl_jax.studies.report import charts
 from tl_jax.tasks import figures
 from tl_jax.training import plots
 
-ARMS = {
-    "transfer": {"values": [0.9, 0.8], "mean": 0.85, "low": 0.7, "high": 0.95},
-    "baseline": {"values": [0.7, 0.65], "mean": 0.675, "low": 0.5, "high": 0.8},
-}
-DIFFERENCE = {"values": [0.2, 0.15], "mean": 0.175, "low": -0.1, "high": 0.45}
 CURVES = {"loss": "loss (nats)", "accuracy": "accuracy"}
 
 
@@ -43,7 +37,6 @@ DRAWINGS = {
     "confusion_matrix": lambda path: figures.confusion_matrix(draw(), path),
     "reliability": lambda path: figures.reliability(draw(), path),
     "feature_map": lambda path: figures.feature_map(draw(), path),
-    "paired": lambda path: paired.draw(path, ARMS, (0, 1), "accuracy", DIFFERENCE),
     "comparison": lambda path: charts.comparison(path, {"a": [0.8, 0.9], "b": [0.5]}, "accuracy"),
 }
 
@@ -162,19 +155,6 @@ def test_a_map_by_tsne_keeps_neighbours_together_and_says_what_it_shows(tmp_path
     assert {"60 examples of 80 drawn", "class 0", "class 1", "misclassified"} <= set(text) and names[0] in text
 
 
-def test_two_arms_show_the_difference_of_each_seed_and_its_interval(tmp_path):
-    path = tmp_path / "figure.svg"
-    paired.draw(path, ARMS, (0, 1), "accuracy", DIFFERENCE)
-    text = " ".join(svg_text(path))
-    for part in ("0.8500", "[0.7000,", "0.9500]", "0.1750", "[-0.1000,", "0.4500]", "transfer - baseline"):
-        assert part in text, part
-    one = {"values": [0.9], "mean": 0.9, "low": None, "high": None}
-    paired.draw(path, {"transfer": one, "baseline": one}, (0,), "accuracy", {**one, "mean": 0.0, "values": [0.0]})
-    assert "0.0000" in svg_text(path) and "interval" not in " ".join(svg_text(path))
-    paired.draw(path, {"transfer": ARMS["transfer"]}, (0, 1), "accuracy")
-    assert "0.8500" in svg_text(path)
-
-
 def test_comparison_shows_students_interval_of_seeds_and_a_given_interval(tmp_path):
     stats = pytest.importorskip("scipy.stats")
     seeds = [0.81, 0.83, 0.86]
@@ -184,6 +164,13 @@ def test_comparison_shows_students_interval_of_seeds_and_a_given_interval(tmp_pa
     text = " ".join(svg_text(tmp_path / "figure.svg"))
     for part in (f"{np.mean(seeds):.4f}  [{low:.4f}, {high:.4f}]", "0.7000  [0.6500, 0.7400]", "0.5000", "top-1"):
         assert part in text
+
+
+def test_comparison_shows_the_paired_difference_beside_the_arms(tmp_path):
+    arms, difference = {"ours": [0.8, 0.9], "theirs": [0.7, 0.75]}, {"mean": 0.125, "low": -0.19, "high": 0.44}
+    charts.comparison(tmp_path / "figure.svg", arms, "top-1", difference={**difference, "values": [0.1, 0.15]})
+    text = " ".join(svg_text(tmp_path / "figure.svg"))
+    assert "0.1250  [-0.1900, 0.4400]" in text and "ours - theirs, paired, 95 % interval" in text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """The report of a study says what its files say: the numbers, what is missing, and nothing that changes by itself."""
 
+import base64
 import csv
 import functools
+import hashlib
+import html
 import itertools
 import json
 import pathlib
@@ -12,6 +15,7 @@ import shutil
 import matplotlib
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import special, stats
 
 from tl_jax import __main__ as command
@@ -39,9 +43,11 @@ FAILED, MISSING = ("probe", "5", 1), ("full", "50", 2)
 def outputs(skill, seed, count=60, classes=3):
     """Predictions and their summary; the examples of a seed are the same for every skill."""
     rng = np.random.default_rng(seed)
+    names = tuple(f"class {k}" for k in range(classes)) if isinstance(classes, int) else classes
+    classes = len(names)
     labels = rng.permutation(np.arange(count) % classes)
     logits = rng.normal(size=(count, classes)) + skill * np.eye(classes)[labels]
-    spec = tasks.Spec(class_names=tuple(f"class {k}" for k in range(classes)))
+    spec = tasks.Spec(class_names=names)
     predictions = tasks.make_predictions({"logits": logits}, labels, np.arange(count), spec)
     return predictions, tasks.summarize(predictions, resamples=5)
 
@@ -286,7 +292,11 @@ def test_latex_tables_stay_on_their_page(study, tmp_path):
 def test_html_needs_nothing_else_and_holds_every_figure(study):
     workdir, summary, text = study
     page = (workdir / "report.html").read_text()
-    assert not re.search(r"""(src|href)=["']?(https?:|//|file:)|@import|<script|<link""", page)
+    assert not re.search(r"""(src|href)=["']?(https?:|//|file:)|@import|<script[^>]|<link""", page)
+    script, policy = re.findall(r"<script>(.*?)</script>", page, re.S), re.search(r'Policy" content="(.*?)">', page)[1]
+    digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
+    assert len(script) == 1 and "default-src 'none'; " in policy and f"script-src 'sha256-{digest}'" in policy
+    assert "unsafe" not in policy and not re.search(r"<[^>]* (on\w+|style)=", page)
     assert page.count("<img ") == len(summary["figures"]) == len(list((workdir / "figures").glob("*.svg")))
     for name in summary["figures"]:
         assert f'id="figure-{name}"' in page and f"(figures/{name}.png)" in text
@@ -295,28 +305,58 @@ def test_html_needs_nothing_else_and_holds_every_figure(study):
     assert expected | {"training"} <= set(summary["figures"])
 
 
+def places_of(page):
+    found = re.findall(r'<figure id="figure-(.*?)">\n<div class="plot" data-places="(.*?)">', page)
+    return {html.unescape(name): json.loads(html.unescape(text)) for name, text in found}
+
+
+def test_every_point_that_a_figure_tells_lies_on_a_mark_of_its_colour(study):
+    workdir, summary, _ = study
+    found = places_of((workdir / "report.html").read_text())
+    colours = [tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in charts.PALETTE]
+    methods, right_colour = list(METHODS), []
+    assert set(found) == set(summary["figures"]) and all(found.values())
+    for name, places in found.items():
+        with Image.open(workdir / "figures" / f"{name}.png") as image:
+            for right, down, text in places:
+                method = re.search(r"^method=(.+)$", text, re.M)
+                if method and name != "differences":  # there a mark is hollow where nothing is sure
+                    pixel = image.convert("RGB").getpixel((int(right * image.width), int(down * image.height)))
+                    right_colour.append(max(np.abs(np.subtract(pixel, colours[methods.index(method[1])]))) < 60)
+                    assert min(pixel) < 200, (name, text)
+    assert len(right_colour) > 40 and np.mean(right_colour) > 0.9  # few marks lie under others
+    cell = next(row for row in summary["metrics"]["accuracy"]["cells"] if row["levels"]["method"] == "probe")
+    told = f"shots=5\nmethod=probe\naccuracy on test\n{cell['mean']:.4f}, 95 % interval {cell['low']:.4f} to "
+    assert any(text == f"{told}{cell['high']:.4f}" for _, _, text in found["cells"])
+    assert [text.split("\n")[2] for *_, text in found["learning"][:4]] == [f"step: {i}" for i in (10, 20, 30, 40)]
+
+
 def test_figures_of_outputs_are_of_the_set_that_decides_and_name_it(tmp_path, monkeypatch):
     """Calibration and changes by class of a study that decides by a further set are of that set."""
     monkeypatch.setattr(figures, "MAKERS", (figures.calibration, figures.classes, figures.cells))
     made = {}
     for names in (("accuracy", "shifted/accuracy"), ("shifted/accuracy", "accuracy")):
-        workdir = make_study(
-            tmp_path / names[0].replace("/", "-"), {"method": METHODS}, {"method": "full"}, names=names
-        )
-        results = load(workdir)
+        folder = tmp_path / names[0].replace("/", "-")
+        results = load(make_study(folder, {"method": METHODS}, {"method": "full"}, names=names))
         outputs, _ = figures.read.read_outputs(results)
         for run in results.runs():  # numpy by itself, on the file of the set
             saved = tasks.load_predictions(run.folder / f"predictions{'-shifted' * (names[0][0] == 's')}.npz")
             right = saved.values.argmax(1) == saved.labels
             assert outputs[run.key].observed.sum() == right.sum()
             assert outputs[run.key].recall.tolist() == [right[saved.labels == k].mean() for k in range(3)]
-        summary = report.write(workdir)
-        made[results.where] = set(summary["figures"]), (workdir / "report.md").read_text()
-    assert {"calibration-ece", "cells-shifted-accuracy"} <= made["test"][0]
-    assert {"calibration-shifted-ece", "cells-accuracy"} <= made["shifted"][0]
-    for where, (_, text) in made.items():
-        assert f"recall on {where} from" in text and "accuracy on test of each cell" in text
-        assert "test is made up test" in text and "shifted is other far" in text
+        numbers = {metric: report.analyse(results, metric) for metric in names}
+        makers = figures.calibration, figures.classes, figures.cells
+        drawn = [figure for maker in makers for figure in maker(results, numbers, outputs)]
+        captions = " ".join(caption for _, caption, _ in drawn)
+        assert (
+            f"accuracy on {results.where} by confidence" in captions and f"recall on {results.where} from" in captions
+        )
+        assert "accuracy on test of each cell" in captions and "shifted/accuracy of each cell" in captions
+        lines = report._design(results)[1]
+        assert "test is made up test" in lines and "shifted is other far" in lines
+        made[results.where] = {name for name, *_ in drawn}
+    assert {"calibration-ece", "cells-shifted-accuracy"} <= made["test"]
+    assert {"calibration-shifted-ece", "cells-accuracy"} <= made["shifted"]
 
 
 def test_markdown_shows_names_as_they_are():
@@ -464,3 +504,12 @@ def test_critical_difference_diagrams_name_every_treatment(tmp_path, count):
     charts.ranks(tmp_path / "a.svg", names, list(np.linspace(1.2, count - 0.2, count)), 1.1, [(0, 1), (1, 2)])
     text = (tmp_path / "a.svg").read_text()
     assert all(name in text for name in names) and "critical difference 1.10" in text
+
+
+def test_a_harmed_class_whose_name_is_not_utf8_is_reported(tmp_path, no_figures, monkeypatch):
+    monkeypatch.setitem(SKILL, "full", -3.0)
+    factors = {"method": {name: {"method.name": METHODS[name]["method.name"]} for name in ("full", "probe")}}
+    changes = {"classes": ("cat", "no\udcff", "dog"), "in_configs": True}
+    workdir = make_study(tmp_path / "w", factors, {"method": "probe"}, **changes)
+    assert any("no\udcff +" in told for told in report.write(workdir)["alarms"])
+    assert r"no\udcff +" in (workdir / "report.html").read_text() and "udcff" in (workdir / "report.md").read_text()

@@ -289,6 +289,26 @@ def test_the_report_has_the_numbers_of_the_rows():
         assert seen["nll"][1] < seen["nll"][0] and seen["ece"][1] < seen["ece"][0]
 
 
+def test_folds_keep_groups_whole_and_are_none_where_they_would_be_too_small():
+    found, val = fitted("classification"), make("classification")
+    groups = np.repeat([f"g{i}" for i in range(60)], 5)
+    pairs = calibration._folds(found, val._replace(groups=groups))
+    ids = [set(groups[np.isin(val.ids, p.ids)]) for _, p in pairs]
+    assert len(pairs) == 5 and sum(map(len, ids)) == len(set().union(*ids)) == 60
+    assert sorted(np.concatenate([p.ids for _, p in pairs])) == sorted(val.ids)
+    for each, p in pairs:  # nothing of a fold decides about it
+        others = calibration.select(val, ~np.isin(val.ids, p.ids))
+        again = trust.fit(others, make("classification", 200, 1))
+        assert (each.temperature, each.quantile, each.threshold) == (again.temperature, again.quantile, again.threshold)
+    assert calibration._folds(found, calibration.select(val, np.arange(22))) == []
+
+
+def test_training_features_need_no_labels():
+    train = make("classification", 200, 1)._replace(labels=None)
+    reference = outliers.fit("mahalanobis", train)
+    assert reference.points.shape == (1, 6)
+
+
 def test_rows_of_every_task_fit_a_table():
     names = {}
     for task in TASKS:

@@ -63,11 +63,12 @@ def test_the_parts_of_a_run_add_up_to_its_wall_time_and_a_resumed_run_adds_to_th
         train(make_config(), tmp_path / "w", verbose=False, stop_requested=lambda step: step >= 6)
     first = time.perf_counter() - began
     half = json.loads((tmp_path / "w" / "cost.json").read_text())["wall_seconds"]
-    assert sum(half.values()) == pytest.approx(first, rel=0.03, abs=0.1)
+    assert 0.93 * first - 0.1 < sum(half.values()) <= first
     with console.quiet():
         train(make_config(), tmp_path / "w", verbose=False)
     whole = json.loads((tmp_path / "w" / "cost.json").read_text())["wall_seconds"]
-    assert sum(whole.values()) == pytest.approx(time.perf_counter() - began, rel=0.03, abs=0.2)
+    measured = time.perf_counter() - began  # hashing the files and closing the checkpoints come after cost.json
+    assert 0.93 * measured - 0.1 < sum(whole.values()) <= measured
     expected = {"loading", "split audit", "compiling", "training", "evaluation", "checkpoints", "scoring"}
     assert expected <= set(whole) and all(whole[kind] >= seconds for kind, seconds in half.items())
     assert capfd.readouterr().out == ""  # quiet: not even that it resumed

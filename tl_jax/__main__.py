@@ -6,216 +6,19 @@ SIGTERM ends every command but train at once; what was complete is kept.
 
 import argparse
 import contextlib
-import functools
 import io
-import json
 import os
 import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import tl_jax
-from tl_jax.core import checks, console, files, manifest
-from tl_jax.core.card import PIXEL_TYPES, Form, size_text
+from tl_jax import commands
+from tl_jax.core import checks, console
+from tl_jax.core.card import PIXEL_TYPES
 from tl_jax.core.options import PIXELS, SEED
 
 Args = argparse.Namespace
-
-
-def train(args: Args) -> int:
-    from tl_jax.studies import command
-
-    given = args.rest if args.rest and args.rest[0].startswith("-") else ["--config", *args.rest]
-    return command.main(given if args.rest else [], ("-m", "tl_jax", "train"))
-
-
-def predict(args: Args) -> int:
-    from tl_jax.api.model import stream
-    from tl_jax.tasks import answers
-
-    formats = {".csv": answers.write_csv, ".jsonl": answers.write_jsonl}
-    _check_out(args.out, *formats)
-    write = formats[pathlib.Path(args.out or "-.csv").suffix]
-    run, unreadable = _opened(args.run, args.weights), []
-
-    def readable():
-        for row in stream(run, args.inputs, args.batch_size):
-            if "error" in row:
-                unreadable.append(f"{row['file']}: {row['error']}")
-            else:
-                yield row
-
-    if args.out:
-        with files.atomic_write(args.out) as file:
-            form = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # names of files need not be UTF-8
-            text = io.TextIOWrapper(file, **form, write_through=True)
-            write(readable(), text)
-            text.detach()
-    else:
-        write(readable(), sys.stdout)
-    if unreadable:
-        print("\n  ".join([f"{len(unreadable)} files cannot be read:", *unreadable]), file=sys.stderr)
-    return 1 if unreadable else 0
-
-
-def _opened(folder: str, weights: str | None = None) -> Any:
-    from tl_jax.serving import artefact
-
-    return artefact.open_network(folder, weights)
-
-
-def _check_out(out: str, *suffixes: str) -> None:
-    """Raises ValueError, before any work, for a file that cannot be written."""
-    path = pathlib.Path(out)
-    if out and not (path.suffix in suffixes and path.parent.is_dir()):
-        raise ValueError(f"--out {out}: expected a {' or '.join(suffixes)} file in a folder that is there")
-
-
-def evaluate(args: Args) -> None:
-    from tl_jax.api.model import score
-
-    _check_out(args.out, ".npz")
-    alone = args.weights or args.model
-    if len(args.what) != (1 if alone else 2):
-        raise ValueError("expected RUN DATA, or --model NAME --weights FILE DATA")
-    if args.image_size and not alone:
-        raise ValueError(f"--image-size {args.image_size} belongs to --weights; a run has its own size")
-    size, labels = args.image_size, args.labels.split(",") if args.labels else ()
-    network = tl_jax.load(args.model, args.weights, image_size=size) if alone else _opened(args.what[0])
-    tell = functools.partial(print, file=sys.stderr if args.json else sys.stdout)
-    found = score(network, args.what[-1], args.split, labels=labels, batch_size=args.batch_size, tell=tell)
-    if args.out:
-        tl_jax.tasks.save_predictions(args.out, found)
-    _print_metrics(tl_jax.summarize(found, resamples=args.resamples), args.json)
-
-
-def calibrate(args: Args) -> None:
-    reasons = tuple(filter(None, args.abstain.split(",")))
-    names = ("split", "coverage", "sets", "ood", "keep", "batch_size")
-    print(tl_jax.load_run(args.run, args.weights).calibrate(abstain=reasons, **{x: getattr(args, x) for x in names}))
-
-
-def metrics(args: Args) -> None:
-    file = pathlib.Path(args.file)
-    if (file.parent / manifest.NAME).exists() and file.match("predictions*.npz"):  # of a finished run
-        manifest.check(file.parent, [file.name])
-    found = tl_jax.load_predictions(file)
-    _print_metrics(tl_jax.summarize(found, resamples=args.resamples, level=args.level, seed=args.seed), args.json)
-
-
-def _print_metrics(summary: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(summary, indent=2))
-    else:
-        for table in filter(None, (tl_jax.tasks.format_table(summary), tl_jax.tasks.format_classes(summary))):
-            console.show(table)
-
-
-def classic(args: Args) -> None:
-    from tl_jax.api import classic as command
-
-    console.show(command.format_table(command.run(args)))
-
-
-def labels(args: Args) -> None:
-    from tl_jax.api.labels import suspects
-
-    splits = args.splits.split(",") if args.splits else ()
-    suspects(args.run, args.out, folds=args.folds, seed=args.seed, top=args.top, splits=splits, label=args.label)
-
-
-def explain(args: Args) -> None:
-    from tl_jax.api.explain import explain
-
-    _check_out(args.out, ".png", ".svg")
-    print(f"wrote {explain(args.run, args.images, args.out, count=args.count, weights=args.weights, seed=args.seed)}")
-
-
-def drift(args: Args) -> None:
-    from tl_jax.serving import drift_page
-
-    _check_out(args.out, ".html")
-    drift_page.run(args)
-
-
-def inspect(args: Args) -> None:
-    console.show(tl_jax.inspect(args.source))
-
-
-def convert(args: Args) -> None:
-    model = tl_jax.load(args.name, args.source, num_classes=args.num_classes, image_size=args.image_size)
-    card = model.card
-    tl_jax.save_weights(model.variables, card.model, args.out, card=card, layout=args.layout)
-    size = f"{size_text(card.input_size)} px" if card.input == "image" else f"{len(card.columns)} columns"
-    print(f"wrote {args.out}: {card.model}, {card.num_classes} classes, {size}")
-
-
-def export(args: Args) -> None:
-    if len(args.what) != (1 if args.weights else 2):
-        raise ValueError("expected RUN OUT, or --model NAME --weights FILE OUT")
-    network = tl_jax.load(args.model, args.weights) if args.weights else tl_jax.load_run(args.what[0], args.base)
-    out = tl_jax.export(network, args.what[-1], precision=args.precision, onnx=args.onnx, examples=args.examples)
-    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
-    print(
-        "\n".join([*(f"{size:>13,} {out / name}" for name, size in sizes.items()), f"{sum(sizes.values()):>13,} bytes"])
-    )
-
-
-def serve(args: Args) -> None:
-    from tl_jax.serving import server
-
-    limits = {name: getattr(args, name) for name in server.Limits._fields}
-    server.serve(args.folder, args.host, args.port, server.Limits(**limits), args.log)
-
-
-def pack(args: Args) -> None:
-    from tl_jax.data.readers import pack as packing
-
-    if args.data_dir and not args.source.startswith("tfds:"):
-        raise ValueError(f"--data_dir {args.data_dir} belongs to tfds sources; this is {args.source}")
-    packing.pack(
-        args.source, args.folder, args.split.split(","), size=args.size, interpolation=args.interpolation,
-        num_workers=args.workers, on_error=args.on_error, data_dir=args.data_dir,
-        form=Form(args.pixels, args.channels),
-    )  # fmt: skip
-
-
-def verify(args: Args) -> None:
-    from tl_jax.data.readers import packed
-
-    for split, count in packed.verify(args.folder).items():
-        print(f"{split}: {count:,} images are as they were packed")
-
-
-def report(args: Args) -> None:
-    from tl_jax.studies.report import report as reports
-
-    summary = reports.write(args.workdir)
-    console.show("\n".join([*summary["reading"], *summary["alarms"]]))
-    console.show(f"{args.workdir}/report.md, .html, .tex, .csv and {len(summary['figures'])} figures")
-
-
-def wise_ft(args: Args) -> None:
-    from tl_jax.studies import soups
-
-    b = soups.load(args.b)
-    a = soups.load_start(b) if args.a == soups.START else soups.load(args.a)
-    found = soups.wise_ft(a, b, args.out, args.alphas)
-    _print_averaged(f"alpha {found['chosen']:g}", found, args.out)
-
-
-def soup(args: Args) -> None:
-    from tl_jax.studies import soups
-
-    found = soups.soup(args.runs, args.out)
-    chosen = ", ".join(f"{'+' if row['kept'] else '-'} {row['run']}" for row in found["ingredients"])
-    _print_averaged(chosen, found, args.out)
-
-
-def _print_averaged(chosen: str, found: dict[str, Any], out: str) -> None:
-    metric, value = next((name, entry["value"]) for name, entry in found["metrics"].items() if isinstance(entry, dict))
-    print(f"{chosen}, {found['split']} {metric} {'undefined' if value is None else f'{value:.4f}'}; wrote {out}")
 
 
 def arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -248,17 +51,17 @@ _BATCH = arg("--batch-size", type=_COUNT, default=128, help="over all devices")
 _OUT = arg("--out", required=True, type=_FOLDER, help="the folder to write to")
 _WEIGHTS = arg("source", help="a file, builtin:NAME, timm:NAME or hf://owner/name[/file]@revision")
 COMMANDS = {
-    train: ("train a config file; flags as of launch.py", (
+    commands.train: ("train a config file; flags as of launch.py", (
         arg("rest", nargs=argparse.REMAINDER, metavar="FILE[:ARGUMENT] [--config.OPTION=VALUE ...] [--workdir W]"),
     )),
-    predict: ("what a finished run answers for images, or for the rows of a table", (
+    commands.predict: ("what a finished run answers for images, or for the rows of a table", (
         arg("run", help="the folder of the run, or of an export"),
         arg("inputs", nargs="+", help="files, and folders, of which every visible file counts; a .csv file of a table"),
         arg("--out", default="", help="a .csv or .jsonl file; without it CSV goes to the standard output"),
         arg("--weights", help="where the weights that the run began with lie now, for adapters and prompts"),
         _BATCH,
     )),
-    evaluate: ("the metrics of a finished run, or of a weight file, on labelled data; nothing is trained", (
+    commands.evaluate: ("the metrics of a finished run, or of a weight file, on labelled data; nothing is trained", (
         arg("what", nargs="+", metavar="[RUN] DATA", help="a run or an export, and a source, folder or .npz file"),
         arg("--model", default="", help="instead of RUN: the model of --weights; not needed where its card names it"),
         arg("--weights", default="", help="instead of RUN: a weight file, with its own head"),
@@ -268,7 +71,7 @@ COMMANDS = {
         arg("--out", default="", help="write the predictions to this .npz file too"),
         *_SHOWN, _BATCH,
     )),
-    calibrate: ("fit what a finished run's answers are worth on its own val; predict then tells it", (
+    commands.calibrate: ("fit what a finished run's answers are worth on its own val; predict then tells it", (
         arg("run", help="the folder of the run"),
         arg("--split", default="val", help="labelled examples of the run that it was not trained on"),
         arg("--coverage", type=_SHARE, default=0.9, help="how often sets and intervals hold the truth"),
@@ -279,13 +82,13 @@ COMMANDS = {
         arg("--weights", help="where the weights that the run began with lie now, for adapters and prompts"),
         _BATCH,
     )),
-    metrics: ("the metrics of a predictions.npz", (
+    commands.metrics: ("the metrics of a predictions.npz", (
         arg("file", help="predictions.npz of a run"),
         *_SHOWN,
         arg("--level", type=_SHARE, default=0.95, help="of the intervals"),
         arg("--seed", type=one(SEED), default=0, help="of the bootstrap"),
     )),
-    classic: ("classic transfer on features from a labelled domain to an unlabelled one", (
+    commands.classic: ("classic transfer on features from a labelled domain to an unlabelled one", (
         arg("--source", required=True, help="the labelled domain, such as arrays:FILE.npz or folder:PATH"),
         arg("--target", required=True, help="the other domain; its labels are read when all methods have predicted"),
         arg("--source-split", default="train", help="such as train or train[:80%%]"),
@@ -303,7 +106,7 @@ COMMANDS = {
         arg("--resamples", type=_COUNT, default=1000, help="of the bootstrap behind the intervals"),
         arg("--out", default="", help="a folder for table.csv, result.json and weights_METHOD.npz"),
     )),
-    labels: ("rank the labels of a finished run's data by how likely they are wrong", (
+    commands.labels: ("rank the labels of a finished run's data by how likely they are wrong", (
         arg("run", help="the folder of the run"),
         arg("--out", default="", help="the folder for labels.csv, .json and .png (default: RUN/labels)"),
         arg("--folds", type=one(checks.integer(3, 1000)), default=5, help="each is judged by a model of the others"),
@@ -312,7 +115,7 @@ COMMANDS = {
         arg("--splits", default="", help="names with commas, such as train,val; default: all that the run names"),
         arg("--label", default="", help="which label of a multilabel task"),
     )),
-    explain: ("images with the map of what a run's network looked at: Grad-CAM, of ViTs attention rollout", (
+    commands.explain: ("images with the map of what a run's network looked at: Grad-CAM, of ViTs attention rollout", (
         arg("run", help="the folder of the run"),
         arg("images", nargs="*", help="files and folders; without them mistakes and others of the split it scored"),
         arg("--out", default="", help="a .png or .svg file (default: RUN/explain.png)"),
@@ -320,7 +123,7 @@ COMMANDS = {
         arg("--seed", type=one(SEED), default=0, help="of those that are no mistakes"),
         arg("--weights", help="where the weights that the run began with lie now, for adapters and prompts"),
     )),
-    drift: ("have the inputs of a network changed? tests without labels, and one page with figures", (
+    commands.drift: ("have the inputs of a network changed? tests without labels, and one page with figures", (
         arg("reference", help="predictions.npz of a run, a server's log .jsonl, or inputs as of predict, with --run"),
         arg("new", help="the same kinds; its labels are not read"),
         arg("--run", default="", help="the folder of the run that answers inputs, and that could be trained again"),
@@ -328,8 +131,10 @@ COMMANDS = {
         arg("--out", default="", help="write a page to this .html file"),
         _BATCH,
     )),
-    inspect: ("list a weight file's tensors, and what it fits or is near to; timm: lists known files", (_WEIGHTS,)),
-    convert: ("write a weight file as safetensors with a card", (
+    commands.inspect: (
+        "list a weight file's tensors, and what it fits or is near to; timm: lists known files", (_WEIGHTS,),
+    ),
+    commands.convert: ("write a weight file as safetensors with a card", (
         arg("name", help="the model, such as resnet50"),
         _WEIGHTS,
         arg("out", help="the .safetensors file to write"),
@@ -337,17 +142,17 @@ COMMANDS = {
         arg("--num-classes", type=int, choices=[0], help="0 leaves the classifier out"),
         arg("--image-size", type=_PIXELS, default=0, help="resample the position embeddings for this input size"),
     )),
-    export: ("write a finished run, or a weight file, as a folder that runs it without this package", (
+    commands.export: ("write a finished run, or a weight file, as a folder that runs it without this package", (
         arg("what", nargs="+", metavar="[RUN] OUT", help="a run's folder, and the folder to make"),
         arg("--model", default="", help="instead of RUN: the model of --weights; not needed where its card names it"),
-        arg("--weights", default="", help="instead of RUN: a weight file, with its own head"),
-        arg("--base", help="where the weights that the run began with lie now, for adapters and prompts"),
+        arg("--weights", default="", help="instead of RUN: a weight file, with its own head; with RUN: where the "
+            "weights that it began with lie now, for adapters and prompts"),
         arg("--precision", default="float32", help="of the stored weights: float32 | bfloat16 | int8"),
         arg("--examples", type=one(checks.integer(0, 10**6)), default=0,
             help="of the training data, with small pictures, for the page of `serve` to show the nearest"),
         arg("--onnx", action="store_true", help="an ONNX file too; needs requirements-onnx.txt"),
     )),
-    serve: ("answer requests with an exported network over HTTP, and a page to try it", (
+    commands.serve: ("answer requests with an exported network over HTTP, and a page to try it", (
         arg("folder", help="what export wrote"),
         arg("--host", default="127.0.0.1", help="0.0.0.0 answers other machines too, whoever they are"),
         arg("--port", type=one(checks.integer(0, 65535)), default=8000, help="0: any free one, which is printed"),
@@ -358,7 +163,7 @@ COMMANDS = {
         arg("--queue", type=_COUNT, default=64, help="most examples on their way; more are refused with 429"),
         arg("--seconds", type=one(checks.number(0, 3600, above=True), float), default=30.0, help="until an answer"),
     )),
-    pack: ("decode and resize images once, for the source packed:FOLDER", (
+    commands.pack: ("decode and resize images once, for the source packed:FOLDER", (
         arg("source", help="such as folder:PATH, see docs/data.md"),
         arg("folder", help="where to pack; splits lie side by side in it"),
         arg("--split", default="train", help="one or several names, with commas: train,val"),
@@ -370,17 +175,17 @@ COMMANDS = {
         arg("--on_error", choices=["fail", "skip"], default="fail", help="damaged images"),
         arg("--data_dir", help="of tfds"),
     )),
-    verify: ("hash every packed image", (arg("folder"),)),
-    report: ("write the report of a study from its files", (
+    commands.verify: ("hash every packed image", (arg("folder"),)),
+    commands.report: ("write the report of a study from its files", (
         arg("workdir", type=pathlib.Path, help="of the study: the folder of study.json"),
     )),
-    wise_ft: ("interpolate between the weights of two runs, chosen on val", (
+    commands.wise_ft: ("interpolate between the weights of two runs, chosen on val", (
         arg("a", help="a run's folder, or `start` for the weights that the other began with"),
         arg("b", help="a run's folder"),
         arg("--alphas", type=one(checks.integer(2, 10**4)), default=11, help="points on the curve, both ends included"),
         _OUT,
     )),
-    soup: ("average the weights of runs greedily, chosen on val", (
+    commands.soup: ("average the weights of runs greedily, chosen on val", (
         arg("runs", nargs="+", help="folders of runs"),
         _OUT,
     )),
@@ -388,13 +193,13 @@ COMMANDS = {
 
 
 def _flags(args: Args, error: Exception) -> str:
-    """The options that are names and were set, where an error does not say which it is about; --out where it has it."""
+    """The names and shares that were set, where an error does not say which it is about; --out where it has it."""
     known = ((names[0], options.get("default")) for names, options in COMMANDS[args.function][1])
     out, where = vars(args).get("out") or "", str(getattr(error, "filename", None) or "-")
     blamed = out in str(error) or out.startswith(where)  # the folder that is missing may lie above it
     known = [(flag, default) for flag, default in known if flag != "--out" or blamed]
     given = ((flag, default, vars(args).get(flag[2:].replace("-", "_"))) for flag, default in known)
-    shown = [f"{flag} {x!r}" for flag, default, x in given if isinstance(x, str) and x != default]
+    shown = [f"{flag} {x!r}" for flag, default, x in given if isinstance(x, str | float) and x != default]
     return f"{', '.join(shown)}: " if shown and "--" not in str(error) else ""
 
 
@@ -408,14 +213,14 @@ def main(argv: list[str] | None = None) -> int:
             keep_memory()
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m tl_jax", description=__doc__, formatter_class=layout)
-    commands = parser.add_subparsers(dest="command", required=True)
+    known = parser.add_subparsers(dest="command", required=True)
     for function, (text, arguments) in COMMANDS.items():
-        command = commands.add_parser(function.__name__, help=text, description=text)
+        command = known.add_parser(function.__name__, help=text, description=text)
         command.set_defaults(function=function)
         for names, options in arguments:
             command.add_argument(*names, **options)
     # What follows `train` belongs to absl, --help too.
-    args = Args(function=train, rest=argv[1:]) if argv[:1] == ["train"] else parser.parse_args(argv)
+    args = Args(function=commands.train, rest=argv[1:]) if argv[:1] == ["train"] else parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8

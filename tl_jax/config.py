@@ -25,6 +25,7 @@ ENTRIES = {  # options that hold tables by name: their fields, those that must b
     "terms": (None, (), ()),  # other fields than "weight" are checked by who reads them
 }
 PROBES = ("knn", "logistic", "ridge")  # methods without gradient, fitted on features
+HEAD_ALONE = {"lr": 1e-2, "total": (20.0, "epochs")}  # of a linear probe, see experiments/probe_defaults
 RANDOM = ("model.dropout", "model.drop_path", "method.stoch_norm")  # what makes two passes differ
 SHORT = {"model": "model.name", "weights": "model.weights", "data": "data.source", "method": "method.name"}
 
@@ -32,6 +33,11 @@ SHORT = {"model": "model.name", "weights": "model.weights", "data": "data.source
 def make() -> ConfigDict:
     """A config with the default of every option, not locked."""
     return _config({name: option.default for name, option in OPTIONS.items()})
+
+
+def trains_head_alone(config: ConfigDict) -> bool:
+    """Whether it is a linear probe, whose rate and length HEAD_ALONE says unless others are given."""
+    return config.method.name == "linear_probe" and not config.method.add and not config.phases
 
 
 def from_flat(flat: Mapping[str, Any]) -> ConfigDict:

@@ -17,6 +17,7 @@ def get_study(arg: str = "") -> Study:
         base.data.train, base.data.val, base.data.test = "train", "", "val"  # nothing is chosen: val is the test
         base.data.shots = 20
         base.batch_size = 16
+        base.lr = methods.LR  # of all ways
         base.total = (STEPS, "steps")
         base.log_every = base.eval_every = (STEPS, "steps")
         base.resamples = 200

@@ -42,7 +42,8 @@ def calibrate(
     card, choice = run.model.card, {"coverage": coverage, "sets": sets, "ood": ood, "keep": keep, "abstain": abstain}
     settings = read(options.read(run.folder / "config.json"))
     data = inputs.load_sources(settings, card.form if card.input == "image" else None)
-    names = [name for name in inputs.scored_names(data, settings) if not data[name].sealed]
+    known = [*inputs.SPLITS[1:], *(name for name, *_ in settings.data.extra_eval)]
+    names = [name for name in known if name in data and not data[name].sealed]
     if split not in names:
         raise ValueError(f"--split {split}: expected a labelled split that is not trained on: {', '.join(names)}")
     if shared := sources.overlap(data[MAIN], data[split]):

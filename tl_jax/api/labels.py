@@ -16,7 +16,7 @@ import scipy  # loads its parts when they are used
 
 from tl_jax import config as options
 from tl_jax.api.run import load_run
-from tl_jax.core import files
+from tl_jax.core import console, files
 from tl_jax.core.checks import refuse
 from tl_jax.core.console import Table, show
 from tl_jax.data import pipeline, resample, sources
@@ -81,7 +81,7 @@ def out_of_fold(
     all of them are then fitted with it.
     """
     probabilities = np.empty((len(labels), classes))
-    for fold in range(folds):
+    for fold in console.counted("folds", range(folds), folds):
         seen, unseen = resample.split(labels, f"kfold:{folds}:{fold}", seed, groups)
         own = None if groups is None else groups[seen]
         least = per_class(labels[seen], own, classes)

@@ -161,7 +161,7 @@ def fit(
     data: Any,
     *,
     method: str = "linear_probe",
-    epochs: float = 10.0,
+    epochs: float | None = None,
     batch_size: int = 32,
     task: str = "",
     workdir: str | os.PathLike | None = None,
@@ -173,11 +173,14 @@ def fit(
 
     data: a source such as "folder:PATH" or its path, a pair (images [N, H, W, C], labels), a Dataset, or a table
     {split: pair or Dataset}. Without a split val a fifth of train takes its place; without test val is scored. method:
-    one of `list_methods`. task: that of the labels unless given. workdir: kept, and resumed where the same call was
-    interrupted; None: a temporary folder that is removed with the Run. changes: {dotted option: value}, see
-    tl_jax/core/options.py. Without verbose nothing is printed. Raises one ValueError for all that does not fit.
+    one of `list_methods`. epochs: without it 20 of a linear probe, 10 of the others. task: that of the labels unless
+    given. workdir: kept, and resumed where the same call was interrupted; None: a temporary folder that is removed with
+    the Run. changes: {dotted option: value}, see tl_jax/core/options.py. Without verbose nothing is printed. Raises one
+    ValueError for all that does not fit.
     """
-    table = recipes.methods(epochs)
+    own = options.HEAD_ALONE if method == "linear_probe" else {"lr": recipes.LR, "total": (10.0, "epochs")}
+    own = own if epochs is None else {**own, "total": (float(epochs), "epochs")}
+    table = recipes.methods(*own["total"])
     if method not in table:
         raise ValueError(f"there is no method {method!r}{nearest(method, table)}; known: {', '.join(table)}")
     if getattr(model.module, "additions", ()):
@@ -191,7 +194,7 @@ def fit(
     named = {
         "model.name": model.name, "model.weights": model.weights, "model.image_size": model.image_size,
         "model.channels": model.channels,
-        "seed": seed, "batch_size": batch_size, "total": (float(epochs), "epochs"), "lr": recipes.LR,
+        "seed": seed, "batch_size": batch_size, **own,
         **_data_options(data, task, run.folder, given), **table[method],
     }  # fmt: skip
     if model.channels:

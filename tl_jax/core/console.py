@@ -10,7 +10,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task
 from rich.text import Text
 
-WIDE = 110
+NARROW, WIDE = 20, 110
 LEAST = 8  # columns to which a column of text may shrink, where its words have to be broken
 BAR = 16
+ERASE = "\r\x1b[2K"
 
 _live: Progress | None = None
 _quiet = 0
@@ -51,11 +52,17 @@ def make_console(stderr: bool = False) -> Console:
     told = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
     colours = None if os.environ.get("NO_COLOR") else "auto"
     width = None if told else WIDE
-    return Console(stderr=stderr, highlight=False, markup=False, width=width, color_system=colours)
+    console = Console(stderr=stderr, highlight=False, markup=False, width=width, color_system=colours)
+    if console.width < NARROW:
+        console.width = NARROW
+    return console
 
 
-def show(message: Any, *, stderr: bool = False, style: str = "") -> None:
-    """Prints prose, or a table and an empty line."""
+def show(message: Any, *, stderr: bool = False, style: str = "", erase: bool = False) -> None:
+    """Prints prose, or a table and an empty line.
+
+    erase: of a line of the terminal that may hold the bar of another process, whose next one comes below.
+    """
     if _quiet:
         return
     console = _live.console if _live and not stderr else make_console(stderr)
@@ -67,7 +74,7 @@ def show(message: Any, *, stderr: bool = False, style: str = "") -> None:
     if style or _live:
         console.print(Text(text, style), soft_wrap=True)
     else:
-        print(text, file=console.file, flush=True)
+        print(f"{ERASE if erase and shows_bar(console) else ''}{text}", file=console.file, flush=True)
 
 
 def plain(text: str) -> str:
@@ -150,7 +157,8 @@ def _lines(cells, columns: Sequence[int], sizes: Sequence[int], count: int, gap:
 
 def shows_bar(console: Console) -> bool:
     """Whether a progress bar can be drawn: on a terminal, and in a notebook that has ipywidgets."""
-    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+    terminal = console.is_terminal and not console.is_dumb_terminal
+    return terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
 
 
 class _Left(ProgressColumn):
@@ -187,12 +195,30 @@ def bar(title: str, total: int, done: int = 0, *, shown: bool = True, stderr: bo
         room = console.width - len(title) - BAR - 2 * len(str(total)) - len("  /  0:00:00  ")
         sizes = itertools.accumulate(len(text) + 2 for text in texts)
         text = "  ".join(text for text, size in zip(texts, sizes, strict=True) if size <= room)
-        live.update(task, completed=now, text=text, clock=(began, done, time.monotonic()))
+        known = live.tasks[live.task_ids.index(task)]
+        clock = known.fields["clock"] if now == known.completed else (began, done, time.monotonic())
+        live.update(task, completed=now, text=text, clock=clock)
 
     try:
         yield tick
     finally:
         live.remove_task(task)
         if outer is None:
+            close_bars()
+
+
+def close_bars() -> None:
+    """Gives the terminal back."""
+    global _live
+    live, _live = _live, None
+    with contextlib.suppress(OSError):  # it may be gone
+        if live:
             live.stop()
-            _live = None
+
+
+def counted(title: str, items: Iterable[Any], total: int, **how: Any) -> Iterator[Any]:
+    """The items, with a bar that counts them."""
+    with bar(title, total, **how) as tick:
+        for number, item in enumerate(items, 1):
+            yield item
+            tick(number)

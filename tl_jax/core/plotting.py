@@ -33,28 +33,32 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tl_jax",
 }
-
 _ABOVE = contextvars.ContextVar("above", default="")
 
 
 @contextlib.contextmanager
 def headed(text):
-    """All figures that are made inside have this line above them."""
-    token = _ABOVE.set(text)
+    """All figures that are made inside have this line above them, or the end of it."""
+    token = _ABOVE.set(end_of(text, 60))
     try:
         yield
     finally:
         _ABOVE.reset(token)
 
 
+def printable(name):
+    """A name, of a folder for example, that need not be UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def short(name, limit=22):
-    name = name.encode(errors="backslashreplace").decode()  # of a folder whose name is not UTF-8
+    name = printable(name)
     return name if len(name) <= limit else name[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def end_of(name, limit):
     """The last characters of a path, as much as fits."""
-    name = short(name, 10**6)
+    name = printable(name)
     return name if len(name) <= limit else "\N{HORIZONTAL ELLIPSIS}" + name[1 - limit :]
 
 

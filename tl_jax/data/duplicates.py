@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from tl_jax.core import files
+from tl_jax.core import console, files
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import listed
 from tl_jax.data import groups
@@ -188,7 +188,8 @@ def looks_of(examples: Sequence[tuple[Source, int]]) -> Looks:
         if (kept := _read(path)) is not None and len(kept.hashes) == len(examples):
             return kept
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        each = list(pool.map(lambda example: _look(*example), examples))
+        looks = pool.map(lambda example: _look(*example), examples)
+        each = list(console.counted("split audit", looks, len(examples)))
     damaged = [found for found in each if isinstance(found, str)]
     names = ", ".join(dict.fromkeys(source.name for source, _ in examples))
     refuse(f"{len(damaged)} of {len(examples)} images of {names} cannot be read", damaged)

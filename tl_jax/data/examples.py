@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax.core import console
 from tl_jax.core.card import Form
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import unequal
@@ -294,4 +295,5 @@ def find_unreadable(source: Source, *, fully: bool) -> dict[int, str]:
 
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
         problems = pool.map(problem, range(len(source)))
-        return {index: text for index, text in enumerate(problems) if text}
+        read = console.counted("reading images", problems, len(source))
+        return {index: text for index, text in enumerate(read) if text}

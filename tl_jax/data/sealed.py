@@ -102,7 +102,7 @@ class Ledger:
         """Writes into a run's folder from now on, after the rows of its earlier starts."""
         path = folder / FILE
         self._earlier[path] = files.read_json(path, FIELDS) if path.exists() else {"starts": 0, "openings": []}
-        self._write()
+        self._write(path)
 
     def open(self, stream: str, source: Any, by: str, phase: str, step: int) -> np.ndarray:
         """The labels of a source, after the opening was written down."""
@@ -117,8 +117,9 @@ class Ledger:
             self.rows.append(row)
             self._write()
 
-    def _write(self) -> None:
-        for path, earlier in self._earlier.items():
+    def _write(self, *paths: pathlib.Path) -> None:
+        for path in paths or self._earlier:
+            earlier = self._earlier[path]
             start = earlier["starts"]
             rows = [*earlier["openings"], *({**row, "start": start} for row in self.rows)]
             told = {"sealed": self.sealed, "unsealed": self.unsealed, "starts": start + 1, "openings": rows}

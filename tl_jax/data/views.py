@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tl_jax.core import console
 from tl_jax.core.card import Card
 from tl_jax.core.checks import refuse
 from tl_jax.core.fields import DOMAIN, INDEX, LABEL, MASK, WEIGHT
@@ -118,6 +119,6 @@ def _prepare(source: Source, render: Render) -> np.ndarray | None:
     if inputs.dtype == dtype and preprocess.keeps(*inputs.shape[1:3]):
         return inputs
     pixels = np.empty(shape, dtype)
-    for i in range(len(source)):
+    for i in console.counted("preparing images", range(len(source)), len(source)):
         write_example(source, {"": render}, {"": pixels}, i, i)
     return pixels

@@ -4,7 +4,7 @@ from typing import Any
 
 Changes = dict[str, Any]  # {dotted option: value}
 
-LR = 3e-3  # of the new head
+LR = 3e-3  # of the new head where more trains; of a head alone: config.HEAD_ALONE
 GENTLE = {"backbone": {"lr_mult": 0.01}}
 PARTS = {"backbone": {"lr_mult": 0.3}}  # few numbers of the backbone are trained: they may change more
 FULL = {"method.name": "full", "groups": GENTLE}

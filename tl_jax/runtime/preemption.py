@@ -13,11 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from tl_jax.core import console
+
 Stop = Callable[[int], bool]  # whether to stop after this many steps
 EXIT_CODE = 75  # "try again": everything is saved, the same command goes on
 GRACE = 1.0  # seconds that the main thread has to answer by itself
 ALONE = [True]  # whether this is no process of several, which have to stop together
-CLEANUPS: list[Callable[[], None]] = []  # what is undone where the thread ends the process
+CLEANUPS: list[Callable[[], None]] = [console.close_bars]  # what is undone where the thread ends the process
 
 
 class Preempted(Exception):

@@ -132,7 +132,7 @@ def _checked(network: Model | Run, out: pathlib.Path, onnx: bool, examples: int)
     problems = {
         f"{out} exists: remove it, or name another folder": out.exists(),
         f"there is no folder {out.parent} to write to": not out.parent.is_dir(),
-        f"examples={examples} are of the data of a run; a weight file has none": examples
+        f"--examples {examples}: they are of the data of a run, and a weight file has none": examples
         and isinstance(network, Model),
     }
     refuse("nothing is exported", [text for text, wrong in problems.items() if wrong])

@@ -18,10 +18,11 @@ from tl_jax.tasks.intervals import interval
 LEVEL = 0.05  # of all tests of one comparison together
 LEAST = 20  # examples of either side
 MOST = 2000  # of either side in a matrix of all pairs; others are left out by chance
-PERMUTATIONS, FOLDS, BINS, RESAMPLES = 999, 5, 10, 500
+PERMUTATIONS, FOLDS, BINS, RESAMPLES = 999, 5, 10, 200
 # Effects from which a significant difference counts. Two normals that are 0.2 deviations apart, Cohen's small effect,
 # have an AUC of 0.556 and a Jensen-Shannon distance of 0.085.
 EFFECTS = {"AUC": 0.56, "JS": 0.1}
+CLASSES = 500  # at most, where their shares are estimated
 VERDICTS = ("drift", "small", "none")  # the strongest first
 SPACES = ("features", "outputs")
 Table = dict[str, Any]
@@ -111,7 +112,8 @@ def mmd(z: np.ndarray, own: np.ndarray) -> Finding:
     square, total = np.einsum("ij,ij->i", z, z), len(z)
     kernel = np.maximum(square[:, None] + square - 2 * z @ z.T, 0)
     np.fill_diagonal(kernel, 0)
-    apart = kernel[kernel > 0]
+    apart = kernel[:: -(-total // 500)]
+    apart = apart[apart > 0]
     kernel = np.exp(kernel / -(np.median(apart) if len(apart) else np.float32(1)))
     kernel -= (kernel.sum(dtype=np.float64) - total) / (total * (total - 1))  # moves no difference, and rounds less
     np.fill_diagonal(kernel, 0)
@@ -135,14 +137,19 @@ def classifier(z: np.ndarray, own: np.ndarray, rng: np.random.Generator) -> Find
     z = (z / np.maximum(z.std(axis=0), 1e-9)).astype(np.float32)
     y = own - own.mean(axis=0)
     gram = z.T @ z + np.float32(0.1 * z.shape[1]) * np.eye(z.shape[1], dtype=np.float32)
-    half = scipy.linalg.solve(gram, z.T, assume_a="pos").T
+    half = _solve(gram, z.T).T
     rest, score = y - z @ (half.T @ y), np.empty_like(y)
     for fold in np.array_split(rng.permutation(len(z)), FOLDS):
         unseen = np.eye(len(fold), dtype=np.float32) - z[fold] @ half[fold].T - np.float32(1 / len(z))
-        score[fold] = y[fold] - np.linalg.solve(unseen, rest[fold])
+        score[fold] = y[fold] - _solve(unseen, rest[fold])
         score[fold] -= score[fold].mean(axis=0)
     found = np.einsum("ij,ij->j", score, y, dtype=np.float64) / np.square(y[:, 0]).sum()
     return Finding("classifier", _p(found, 1e-6), "AUC", auc(score[:, 0], own[:, 0]), {})
+
+
+def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """matrix^-1 right, of a positive definite matrix: several times as fast as `scipy.linalg.solve`."""
+    return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix), right)
 
 
 def _p(found: np.ndarray, rounding: float) -> float:
@@ -186,11 +193,11 @@ def label_shift(reference: Predictions, new: Predictions, rng: np.random.Generat
     C[i, j] is the share of the reference that is predicted as i and labelled j, mu the shares of predicted classes in
     `new`; C^-1 mu are the shares of true classes in `new`, relative to the reference. Right where the inputs of each
     class look as before. A row for each class, or label: {"name", "reference", "share", "low", "high", "weight"}, with
-    the 95 % interval of a bootstrap over both sides; None where C has no inverse. No rows for a regression, or without
-    labels of the reference.
+    the 95 % interval of a bootstrap over both sides; None where C has no inverse. No rows for a regression, without
+    labels of the reference, or with more than CLASSES classes.
     """
     spec, labels = reference.spec, reference.labels
-    if labels is None or spec.name == "regression":
+    if labels is None or spec.name == "regression" or len(spec.class_names) > CLASSES:
         return []
     if spec.name == "multilabel":  # each label is a question with two answers
         each = zip(labels.T, reference.values.T >= 0, new.values.T >= 0, strict=True)
@@ -217,7 +224,8 @@ def _shares(
 
     share, before = estimate(slice(None), slice(None)), np.bincount(labels, minlength=count) / len(labels)
     sizes = len(labels), len(new)
-    samples = np.stack([estimate(*(rng.integers(size, size=size) for size in sizes)) for _ in range(RESAMPLES)])
+    drawn = range(RESAMPLES if np.isfinite(share).all() else 1)  # one, where there is nothing to estimate
+    samples = np.stack([estimate(*(rng.integers(size, size=size) for size in sizes)) for _ in drawn])
     rows = [interval(share[k], samples[:, k], 0.95) for k in range(count)]
     return [
         {

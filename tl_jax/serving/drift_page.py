@@ -17,8 +17,8 @@ from tl_jax.api.run import Run
 from tl_jax.core import checks, files, manifest
 from tl_jax.core.plotting import BLUE, GREY, VERMILION, figure_at, short
 from tl_jax.serving.artefact import Exported, is_export, load, open_network
-from tl_jax.serving.drift import EFFECTS, MOST, Table, compare, points, readable
-from tl_jax.serving.monitor import load_log
+from tl_jax.serving.drift import CLASSES, EFFECTS, MOST, Table, compare, points, readable
+from tl_jax.serving.drift_monitor import load_log
 from tl_jax.tasks import Predictions, load_predictions
 
 SHOWN, PANELS, BARS = 20, 6, 10  # rows of a table, parts of the figure, classes in one of them
@@ -29,10 +29,9 @@ VERDICTS = {
     "small": "No drift that counts: the difference found by {} is small.",
     "none": "No drift found: nothing differs significantly (level of all tests: 5 %).",
 }
-NEW = "folder:"
-CHANGES = {  # of a config, for new examples in class folders
-    "data.source": NEW, "data.train": "train[:80%]", "data.val": "train[80%:]", "data.test": "", "data.resample": "",
-    "data.group": "", "seeds": (), "baseline": (),
+CHANGES = {  # of a config, for data of one split
+    "data.train": "train[:80%]", "data.val": "train[80%:]", "data.test": "", "data.resample": "", "data.group": "",
+    "seeds": (), "baseline": (),
 }  # fmt: skip
 METHODS = (
     "The level of 5 % is the chance that any of the three tests is significant where nothing has changed: each p is "
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         files.write_text(pathlib.Path(args.out), page(found, *sides, names, command))
         print(f"wrote {args.out}")
     if command:
-        print(f"to train the run again on new examples in class folders:\n{command}")
+        print(f"to train the run again on the new examples, once they have labels:\n{command}")
 
 
 def _read(path: str, network: Run | Exported | None, batch_size: int) -> Predictions:
@@ -86,17 +85,19 @@ def _read(path: str, network: Run | Exported | None, batch_size: int) -> Predict
 
 
 def retrain(network: Run, new: str) -> str:
-    """The command that trains a run again, by its own config, on new examples in class folders."""
-    old, source = network.options, f"folder:{new if pathlib.Path(new).is_dir() else 'NEW_PHOTOS'}"
-    values = {name: source if value == NEW else value for name, value in CHANGES.items()}
+    """The command that trains a run again, by its own config, on `new` with labels: class folders, or a .csv file."""
+    old, path = network.options, pathlib.Path(new)
+    kind = str(old["data.source"]).partition(":")[0]
+    kind = kind if kind in ("csv", "table") else "folder" if old["task"] in ("classification", "binary") else "csv"
+    fits = path.is_dir() if kind == "folder" else path.suffix == ".csv"
+    changes = {"data.source": f"{kind}:{new if fits else 'NEW'}", **CHANGES}
     items = [
         f"--config.{name}={value if isinstance(old[name], str) else repr(value)}"
-        for name, value in values.items()
+        for name, value in changes.items()
         if old[name] != (list(value) if isinstance(value, tuple) else value)
     ]
-    workdir = f"{network.folder}-retrained"
-    config = str(network.folder / "config.json")
-    return shlex.join(["python", "-m", "tl_jax", "train", config, *items, "--workdir", workdir])
+    command = ["python", "-m", "tl_jax", "train", str(network.folder / "config.json"), *items]
+    return shlex.join([*command, "--workdir", f"{network.folder}-retrained"])
 
 
 def lines(found: Table, reference: Predictions, names: Sequence[str]) -> list[str]:
@@ -105,7 +106,10 @@ def lines(found: Table, reference: Predictions, names: Sequence[str]) -> list[st
     told = [
         textwrap.fill(headline(found), 80),
         "",
-        *(f"{what:9}  {short(name, 44):44}  {n:>9,} examples" for what, name, n in counts),
+        *(
+            f"{what:9}  {name if len(name) <= 44 else '...' + name[-41:]:44}  {n:>9,} examples"
+            for what, name, n in counts
+        ),
     ]
     tables = _tables(found)
     for caption, *rows in (tables[name] for name in ("tests", "shares") if name in tables):
@@ -129,7 +133,7 @@ def _notes(found: Table, reference: Predictions) -> list[str]:
     if reference.groups is not None:
         notes.append("The reference has groups, whose examples are not independent: every p is too small.")
     if not found["labels"]:
-        notes.append("No shares are estimated: that needs classes, and labels of the reference.")
+        notes.append(f"No shares are estimated: that needs labels of the reference, of at most {CLASSES} classes.")
     elif not _shares(found):
         notes.append("No shares are estimated: some class is never predicted, or not in the reference.")
     return notes
@@ -182,7 +186,9 @@ def page(found: Table, reference: Predictions, new: Predictions, names: Sequence
         body += [f'<div class="table"><table><caption>{html.escape(caption)}</caption>', _row(heads, "th")]
         body += [*(_row(row, "td") for row in rows), "</table></div>"]
     if command:
-        body.append(f"<h2>Train again</h2><p>On new examples in class folders:</p><pre>{html.escape(command)}</pre>")
+        body.append(
+            f"<h2>Train again</h2><p>On the new examples, once they have labels:</p><pre>{html.escape(command)}</pre>"
+        )
     text = "\n".join([
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Drift</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -206,9 +212,11 @@ def _draw(path: pathlib.Path, found: Table, *sides: Predictions) -> None:
     rows, clouds = _shares(found)[:BARS], [points(side, found["space"])[:MOST] for side in sides]
     order = np.argsort([-row["ks"] for row in found["outputs"]], kind="stable")
     values = [readable(side.spec, side.values) for side in sides]
-    with figure_at(path, (10, 6), rows=2, columns=PANELS // 2) as (figure, axes):
+    flat = clouds[0].shape[1] > 1
+    count = -(-min(PANELS, flat + bool(rows) + len(order)) // 3)
+    with figure_at(path, (10, 0.4 + 2.8 * count), rows=count, columns=3) as (figure, axes):
         left = list(axes)
-        if clouds[0].shape[1] > 1:
+        if flat:
             axis, centre = left.pop(0), clouds[0].mean(axis=0)
             plane = np.linalg.svd(clouds[0] - centre, full_matrices=False)[2][:2].T
             for cloud, colour, marker in zip(clouds, COLOURS, "ox", strict=True):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import h11
 import numpy as np
 import prometheus_client
+import threadpoolctl
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
@@ -34,7 +35,7 @@ from tl_jax.runtime.log import tolerate
 from tl_jax.serving import artefact, neighbours, program
 from tl_jax.serving.batches import Batcher, Busy
 from tl_jax.serving.drift import LEAST
-from tl_jax.serving.monitor import Log, Monitor
+from tl_jax.serving.drift_monitor import Log, Monitor
 from tl_jax.tasks import answers, trust
 from tl_jax.training.steps import FEATURES
 
@@ -252,6 +253,9 @@ class Server:
     async def metadata(self, request: Request) -> Response:
         table = self.network.table
         about = {key: table[key] for key in ("card", "input", "precision", "run", "jax")}
+        if self.network.trust:
+            kept = ("temperature", "coverage", "sets", "count")
+            about["trust"] = {name: getattr(self.network.trust, name) for name in kept}
         return _json({**about, "sha256": table["sha256"][artefact.WEIGHTS], "limits": self.limits._asdict()})
 
     async def metrics(self, request: Request) -> Response:
@@ -366,6 +370,7 @@ class Announced(uvicorn.Server):
 def serve(folder: str, host: str, port: int, limits: Limits, log: str = "") -> None:
     """Serves an exported network until SIGTERM or Ctrl-C, which answer first what was taken; port 0: any free one."""
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each malformed request
+    threadpoolctl.threadpool_limits(1, "blas")  # for the small products of an answer; XLA has threads of its own
     with contextlib.closing(_bound(host, port)) as bound:
         server = Server(artefact.load(folder), limits, log)
         print(f"{folder}: compiling for batches of {', '.join(map(str, SIZES))}", flush=True)

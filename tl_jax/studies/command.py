@@ -83,7 +83,13 @@ def read_config(text: str, items: Sequence[str] = ()) -> ConfigDict:
         if not (found := re.search(r'Key "(.+?)" does not exist and cannot be added', str(error))):
             raise
         raise ValueError(f"{name} sets {found[1]}, which does not exist{synonyms.hint(found[1], OPTIONS)}") from error
-    return options.parse(config, items)
+    found, given = options.parse(config, items), {item.partition("=")[0] for item in items}
+    meant = found.method.name in options.PROBES or "lr" in given or config.lr != options.HEAD_ALONE["lr"]
+    if options.trains_head_alone(config) and not options.trains_head_alone(found) and not meant:
+        changed = [f"--config.{item}" for item in items if item.startswith(("method.", "method=", "phases="))]
+        fix = f"write it behind the colon, {name}:method=NAME, or set --config.lr and --config.total too"
+        raise ValueError(f"{', '.join(changed)}: {name} has chosen lr and total for a linear probe; {fix}")
+    return found
 
 
 def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[str], stop: Callable[..., bool]) -> int:

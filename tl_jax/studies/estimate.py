@@ -78,7 +78,8 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
 def trace_cells(cells: Mapping[str, RunSpec]) -> dict[str, Work]:
     """Builds a run of each cell, as long as BUDGET lasts."""
     works, problems, end = {}, [], time.monotonic() + BUDGET
-    for cell, run in itertools.takewhile(lambda _: time.monotonic() <= end, cells.items()):
+    in_time = itertools.takewhile(lambda _: time.monotonic() <= end, cells.items())
+    for cell, run in console.counted("cells", in_time, len(cells)):
         try:
             works[cell] = trace(run.config)
         except (ValueError, OSError) as error:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from tl_jax import config as options
 from tl_jax import tasks
-from tl_jax.core import manifest
+from tl_jax.core import console, manifest
 from tl_jax.core.console import Table
 from tl_jax.core.files import read_json, read_rows, write_json
 from tl_jax.methods import probes
@@ -61,19 +61,22 @@ def run(
         return {"replicas": _run_replicas(config, runs, workdir, stop_requested, verbose)}
     runs = [run for arm in study.factors[ARM] for run in runs if run.levels[ARM] == arm]
     several, results, folders, metric = len(runs) > 1, {}, {}, metrics_of(study)[0]
-    for i, spec in enumerate(runs):
-        key = arm, seed = spec.levels[ARM], spec.seed
-        if stop_requested(0):
-            raise Preempted(f"stopped before {arm}, seed {seed}")
-        opens = seed == config.seed  # each arm shows its first run, the others are one line
-        if opens and several:
-            log(f"\n{arm}, seeds {list(study.seeds)}")
-        folders[key] = workdir / "runs" / f"{arm}-seed{seed}" if i else workdir
-        with naming({}, *([BASELINE] if arm == BASELINE else [])):
-            results[key] = train(spec.config, folders[key], verbose=opens and verbose, stop_requested=stop_requested)
-        if several:
-            value = results[key]["metrics"][metric]["value"]
-            log(f"{arm}, seed {seed}: {metric} {value:.3f} in {folders[key]}")
+    with console.bar("runs", len(runs), shown=several and verbose and jax.process_index() == 0) as tick:
+        for i, spec in enumerate(runs):
+            key = arm, seed = spec.levels[ARM], spec.seed
+            if stop_requested(0):
+                raise Preempted(f"stopped before {arm}, seed {seed}")
+            opens = seed == config.seed  # each arm shows its first run, the others are one line
+            if opens and several:
+                log(f"\n{arm}, seeds {list(study.seeds)}")
+            folders[key] = workdir / "runs" / f"{arm}-seed{seed}" if i else workdir
+            with naming({}, *([BASELINE] if arm == BASELINE else [])):
+                how = {"verbose": opens and verbose, "stop_requested": stop_requested}
+                results[key] = train(spec.config, folders[key], **how)
+            if several:
+                value = results[key]["metrics"][metric]["value"]
+                log(f"{arm}, seed {seed}: {metric} {value:.3f} in {folders[key]}")
+            tick(i + 1)
     report = compare(config, study, results, folders, workdir) if several else None
     return {"result": results[TRANSFER, config.seed], "comparison": report}
 
@@ -131,10 +134,10 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
     if jax.process_index() == 0:
         write_json(workdir / "comparison.json", report)
         with tolerate("comparison.png"):
-            from tl_jax.studies import paired  # here, as matplotlib takes its time
+            from tl_jax.studies.report import charts  # here, as matplotlib takes its time
 
-            label = f"{metric} on {report['data']}"
-            paired.draw(workdir / "comparison", arms, study.seeds, label, report.get("difference"))
+            label = f"{metric} on {report['data']}, {len(study.seeds)} seeds"
+            charts.comparison(workdir / "comparison", table, label, bounds, report.get("difference"))
     return report
 
 

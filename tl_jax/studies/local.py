@@ -13,12 +13,12 @@ from typing import NamedTuple
 import tl_jax
 from tl_jax import tasks
 from tl_jax.core import machine
-from tl_jax.core.console import show
+from tl_jax.core.console import bar, show
 from tl_jax.core.files import read_json
 from tl_jax.runtime import preemption
 from tl_jax.studies import store, together
 
-POLL = 0.1  # seconds between two looks at the workers
+POLL, LOOK = 0.1, 1.0  # seconds between two looks at the workers, and at the states of all runs
 EMPTY_HANDED = 3  # deaths without a run in hand after which a worker is not started again: it cannot start at all
 MEMORY = 2 * 2**30  # bytes of this machine for each worker; one that trains a small network takes 0.6 GB
 
@@ -38,8 +38,14 @@ def launch(workdir: pathlib.Path, *, jobs: int = 0, stop_requested: Callable[[],
     slots = divide(min(jobs or default_jobs(), programs), os.environ)
     shape = f"{len(slots)} at once, logs in {workdir / 'runs'}/*/log.txt" if slots else "nothing to do"
     show(f"{len(plan['runs'])} runs, {len(keys)} to do: {shape}")
-    with preemption.saved_by(None):  # the workers save, and it asks ten times a second
-        stopped = supervise(workdir, slots, stop_requested)
+
+    def over() -> int:
+        states = list(store.states(workdir).values())
+        return states.count("done") + states.count("failed")
+
+    shown = bar("runs", len(plan["runs"]), over(), shown=bool(slots))
+    with preemption.saved_by(None), shown as tick:  # the workers save, and it asks ten times a second
+        stopped = supervise(workdir, slots, stop_requested, lambda: tick(over()))
     counts = collections.Counter(store.states(workdir).values())
     text = ", ".join(f"{counts[state]} {state}" for state in store.STATES if counts[state])
     show(f"{text}; {time.monotonic() - began:.0f} s")
@@ -56,12 +62,24 @@ def launch(workdir: pathlib.Path, *, jobs: int = 0, stop_requested: Callable[[],
     return 1 if counts["failed"] or left else 0
 
 
-def supervise(workdir: pathlib.Path, slots: list[Slot], stop_requested: Callable[[], bool]) -> bool:
-    """Keeps a worker in every slot while there are runs to take; True if it was stopped on request."""
+def supervise(
+    workdir: pathlib.Path,
+    slots: list[Slot],
+    stop_requested: Callable[[], bool],
+    look: Callable[[], None] = lambda: None,
+) -> bool:
+    """Keeps a worker in every slot while there are runs to take; True if it was stopped on request.
+
+    look: called every LOOK seconds.
+    """
     workers = {index: start_worker(workdir, slot) for index, slot in enumerate(slots)}
     deaths, stopping, stopped = dict.fromkeys(workers, 0), False, False
+    looked = time.monotonic()
     try:
         while workers:
+            if time.monotonic() - looked > LOOK:
+                looked = time.monotonic()
+                look()
             if stop_requested() and not stopping:
                 stopping = True
                 for process in workers.values():

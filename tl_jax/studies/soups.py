@@ -183,7 +183,8 @@ def wise_ft(a: Weights, b: Weights, folder: str | pathlib.Path, alphas: int = 11
     report |= _write(scorer, interpolate(a.variables, b.variables, chosen), b, folder)
     files.write_json(folder / "curve.json", report)  # where it lies, the rest does, but for the figure
     with tolerate("curve.png"):
-        _draw_curve(folder / "curve.png", report, b.monitor[0][0])
+        for suffix in ("png", "svg"):
+            _draw_curve(folder / f"curve.{suffix}", report, b.monitor[0][0])
     return report
 
 
@@ -240,7 +241,8 @@ def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> d
     rows = {name: report[key][monitor[0][0]] for name, key in named.items()}
     files.write_json(folder / "soup.json", report)
     with tolerate("soup.png"):
-        charts.comparison(folder / "soup.png", rows, f"{scorer.scored} {monitor[0][0]}")
+        for suffix in ("png", "svg"):
+            charts.comparison(folder / f"soup.{suffix}", rows, f"{scorer.scored} {monitor[0][0]}")
     return report
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from tl_jax.core.console import show
 from tl_jax.core.files import read_json, writing
 from tl_jax.runtime import distributed, preemption
 from tl_jax.runtime.compile_cache import keep_compiled_programs
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work(arguments.workdir, arguments.only, stop_requested)
     except (ValueError, OSError) as error:
         distributed.fail(error, 2)  # returns where there is one process
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        show(f"error: {error}", stderr=True, erase=True)
         return 2
     except preemption.Preempted:
         return preemption.EXIT_CODE
@@ -171,7 +172,7 @@ def log_run(workdir: pathlib.Path, row: Mapping[str, Any], text: str) -> None:
     if distributed.is_first():
         states = list(store.states(workdir).values())
         over = f"[{states.count('done') + states.count('failed')}/{len(states)}]"
-        print(f"{over} {store.name_of(row)}: {text}", flush=True)
+        show(f"{over} {store.name_of(row)}: {text}", erase=True)
 
 
 @contextlib.contextmanager

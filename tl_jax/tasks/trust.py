@@ -22,7 +22,7 @@ from tl_jax.tasks.task import Spec
 
 FILE = "trust.npz"
 SETS, REASONS = ("lac", "aps"), ("ood", "set")
-SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)  # of the examples that are answered, in the risk-coverage curve
+ANSWERED = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)  # of the examples that are answered, in the risk-coverage curve
 WARMEST = 100.0  # the highest temperature, and 1 / the lowest
 ROUNDING = 1e-9  # of scores, so that an equal one computed elsewhere is equal
 SHARE = checks.number(0, 1, above=True, below=True)
@@ -106,11 +106,11 @@ def check(spec: Spec, count: int, *, coverage: float, sets: str, ood: str, keep:
     levels = {"coverage": coverage} | ({} if ood == "none" else {"keep": keep})
     least = max(least_for(level) if SHARE.fits(level) else 0 for level in levels.values())
     few = f"{count} examples, at least {least} are needed for {', '.join(f'{k}={x}' for k, x in levels.items())}"
-    several, regression = spec.name == "classification", spec.name == "regression"
+    several, one, regression = (spec.name == name for name in ("classification", "binary", "regression"))
     problems = {
         **{f"{name}={level!r}: expected {SHARE.expected}": not SHARE.fits(level) for name, level in levels.items()},
         f"sets={sets!r}: expected one of {', '.join(SETS)}": sets not in SETS,
-        f"sets='aps' is of classes; this task is {spec.name}": sets == "aps" and not _has_classes(spec),
+        f"sets='aps' is of classes; this task is {spec.name}": sets == "aps" and not (several or one),
         f"ood={ood!r}: expected one of {', '.join(outliers.SCORES)}": ood not in outliers.SCORES,
         f"ood='energy' is of the logits of classes; this task is {spec.name}": ood == "energy" and not several,
         f"abstain={abstain!r}: expected some of {', '.join(REASONS)}": not {*reasons} <= {*REASONS},
@@ -132,7 +132,7 @@ def fit_on(trust: Trust, val: Predictions, score: np.ndarray) -> Trust:
     found = found._replace(temperature=fit_temperature(val))
     order = np.argsort(-_confidence(found, val.values, val.spec), kind="stable")
     right = correct(val)[order]
-    curve = [(share, right[: math.ceil(share * len(right))].mean()) for share in SHARES]
+    curve = [(share, right[: math.ceil(share * len(right))].mean()) for share in ANSWERED]
     return found._replace(curve=np.array(curve))
 
 
@@ -143,12 +143,8 @@ def least_for(level: float) -> int:
 
 def _quantile(values: np.ndarray, level: float) -> np.ndarray:
     """The ceil((n + 1) level)-th smallest of n values [n, ...] along the first axis."""
-    rank = math.ceil((len(values) + 1) * level - ROUNDING) - 1
+    rank = max(math.ceil((len(values) + 1) * level - ROUNDING), 1) - 1
     return np.partition(values, rank, axis=0)[rank]
-
-
-def _has_classes(spec: Spec) -> bool:
-    return spec.name in ("classification", "binary")
 
 
 def as_logits(values: np.ndarray, name: str) -> np.ndarray:

@@ -118,6 +118,7 @@ def wanted_splits(run: Run) -> list[str]:
     return list(dict.fromkeys([*scored_splits(run), *(["val"] if calibrates else [])]))
 
 
+@wall.timed("writing")
 def finalize(
     run: Run,
     folder: pathlib.Path,

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tl_jax.core import console
 from tl_jax.core.fields import INDEX, MASK
 from tl_jax.data.examples import Source
 from tl_jax.data.pipeline import EvalBatches
@@ -43,7 +44,7 @@ def collect(
     unless each example was seen exactly once.
     """
     source, columns = batches.source, []
-    for batch in batches:
+    for batch in console.counted("outputs", batches, len(batches), shown=jax.process_index() == 0):
         batch = parallel.put_batch(batch)
         outputs = eval_fn(batch[field])
         facts = parallel.gather({name: batch[name] for name in (INDEX, MASK)})

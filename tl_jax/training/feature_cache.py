@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tl_jax.core import files, messages, trees
+from tl_jax.core import console, files, messages, trees
 from tl_jax.core.card import PIXELS
 from tl_jax.data.pipeline import Batches, TrainBatches
 from tl_jax.data.views import IN_MEMORY
@@ -270,6 +270,7 @@ def _compute(cached: Cached, view: str, predict: Callable, parallel: Parallel, s
     values, checksum = cached.open("r+") if first else None, int(checksum, 16)
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(contextlib.closing(source.iterate(start, total)))
+        tick = stack.enter_context(console.bar("features", views * n, start * size, shown=first))
         for done, batch in enumerate(stream, start + 1):
             outputs = jax.device_get(predict(parallel.put_batch(batch[view])))
             if done == start + 1:  # what takes long, compiling, is over, and there is something to save
@@ -280,6 +281,7 @@ def _compute(cached: Cached, view: str, predict: Callable, parallel: Parallel, s
                 values[rows.epoch[kept], rows.index[kept]] = outputs[kept]
                 places = (rows.epoch * n + rows.index)[kept].tolist()
                 checksum += sum(_row_hash(cached, *each) for each in zip(places, outputs[kept], strict=True))
+            tick(min(done * size, views * n))
             stopping = stop_requested(0)
             if first and (stopping or done == total or time.monotonic() - saved > SAVE_EVERY):
                 values.flush()

@@ -8,8 +8,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from tl_jax import config, tasks
-from tl_jax.core import messages
+from tl_jax.core import console, messages
 from tl_jax.core.options import SELECTORS
 from tl_jax.methods.term import MAIN
 from tl_jax.runtime import preemption, roofline, sharding, wall
@@ -68,6 +70,8 @@ class Loop:
                 RunLog(self.folders.get(j), rows[j], *about, self.program.runs[j].settings.shown) for j in range(count)
             )
             self.logs = dict(enumerate(map(stack.enter_context, logs)))
+            shown = self.verbose and count > 1 and jax.process_index() == 0  # one run has a bar of its own
+            self.tick = stack.enter_context(console.bar("train", run.total_steps, start, shown=shown))
             done = start
             if meta.get("owed"):
                 judged = self.program.batches(first, self.state, self._judged(), self.stop_requested)
@@ -239,6 +243,7 @@ class Loop:
         self.line, order = None, self.first.phases[self.first.phase_of(line.step)].plan.sums
         for j, (sums, lr) in self._read(line).items():
             log_training(self.logs[j], line.step, {name: sums[name] for name in order}, lr)
+        self.tick(line.step, f"{len(self._going())} replicas")
 
     def _read(self, line: Line) -> dict[int, tuple[dict[str, float], float]]:
         """Sums and learning rate of each run that goes on; notes those that have met a number that is not finite."""

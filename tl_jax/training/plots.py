@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from tl_jax import tasks
-from tl_jax.core.plotting import BLUE, GREY, PALETTE, VERMILION, end_of, figure_at, headed, sheet, short
+from tl_jax.core.plotting import BLUE, GREY, PALETTE, VERMILION, end_of, figure_at, headed, sheet
 from tl_jax.data.examples import Source
 from tl_jax.data.image import decode
 from tl_jax.tasks import figures, mistakes
@@ -44,7 +44,7 @@ def gallery(predictions: tasks.Predictions, source: Source, path, scored: str) -
     captions = [(end_of(name, 28), *lines) for name, lines in zip(names, words, strict=True)]
     count = f"{len(chosen)} of {found.wrong.sum():,} mistakes, the surest first"
     what = "the largest errors" if predictions.spec.name == "regression" else count
-    sheet(path, pictures, captions, title=f"{short(scored, 60)}\n{what}")
+    sheet(path, pictures, captions, title=f"{end_of(scored, 60)}\n{what}")
 
 
 def domain_map(start: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray], names, path) -> None:

@@ -95,11 +95,12 @@ def _opened(run: Run, folder: pathlib.Path, began: Mapping[str, float], replicas
     """Holds the workdir of a run for this process, with its options and its audit in it."""
     wall.begin_run(folder, began)
     with workdir.lock(folder):
-        (folder / manifest.NAME).unlink(missing_ok=True)  # of a process that died before result.json
-        found = {"model.weights_sha256": run.material.base["sha256"]}  # so that this config asks for the same bytes
-        files.write_json(folder / "config.json", {**run.settings.table, **found})
-        run.material.ledger.begin(folder)
-        files.write_json(folder / "audit.json", audit.join([phase.audit for phase in run.phases]))
+        with wall.timed("writing"):
+            (folder / manifest.NAME).unlink(missing_ok=True)  # of a process that died before result.json
+            found = {"model.weights_sha256": run.material.base["sha256"]}  # so that this config asks for the same bytes
+            files.write_json(folder / "config.json", {**run.settings.table, **found})
+            run.material.ledger.begin(folder)
+            files.write_json(folder / "audit.json", audit.join([phase.audit for phase in run.phases]))
         try:
             yield
         except preemption.Preempted:

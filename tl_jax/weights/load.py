@@ -14,6 +14,7 @@ import numpy as np
 from tl_jax import models
 from tl_jax.core import messages, trees
 from tl_jax.core.card import Card
+from tl_jax.core.console import WIDE, Table, fitted
 from tl_jax.models import conversion as tables
 from tl_jax.models import head as heads
 from tl_jax.models.head import HEAD_INIT, Layers
@@ -344,17 +345,17 @@ def candidates(tensors: Tensors) -> list[tuple[str, str]]:
     return [(each.name, each.layout) for each in nearest.matches(tensors, _default_shapes) if not each.differs]
 
 
-def inspect(path: str | pathlib.Path) -> str:
+def inspect(path: str | pathlib.Path, width: int = WIDE) -> str:
     """A table of a weight file's keys, its card, or else the models and layouts that it fits or those nearest to it.
 
-    "timm:" gives the names of all published files that are known.
+    "timm:" gives the names of all published files that are known. width: of a table, in columns.
     """
     if path == published.PREFIX:
-        return published.listing()
+        return published.listing(width)
     row, file = published.find(path), hub.resolve(path)
     tensors, metadata = formats.read(file)
-    width = max(map(len, tensors))
-    lines = [f"{key:<{width}}  {value.dtype!s:<8}  {list(value.shape)}" for key, value in tensors.items()]
+    rows = [(key, str(value.dtype), str(list(value.shape))) for key, value in tensors.items()]
+    lines = [fitted(Table("", ("tensor", "type", "shape"), rows, 3), width)]
     lines += [f"{len(tensors)} tensors, {sum(value.size for value in tensors.values()):,} numbers"]
     if row:
         card = row.card(models.get(row.model).card).replace(source=row.source(file), sha256=formats.sha256(file))

@@ -13,6 +13,7 @@ import filelock
 from tl_jax import models
 from tl_jax.core import files
 from tl_jax.core.card import PIXELS, Card
+from tl_jax.core.console import Table, fitted
 from tl_jax.core.messages import shorten
 
 PREFIX = "timm:"
@@ -88,14 +89,11 @@ def find(spec: str | os.PathLike) -> File | None:
     return table()[name]
 
 
-def listing() -> str:
-    """All rows for people, one to a line."""
-    width = max(map(len, table()))
-    lines = [
-        f"{x.name:<{width}}  {x.input_size:>4} px  {x.num_classes:>6,} classes  {x.licence or 'licence unknown'}"
-        for x in table().values()
-    ]
-    return "\n".join([*lines, f"{len(lines)} files; take one as weights={PREFIX}NAME"])
+def listing(width: int) -> str:
+    """All rows for people, in so many columns."""
+    rows = [(x.name, x.licence or "unknown", f"{x.input_size}", f"{x.num_classes:,}") for x in table().values()]
+    lines = fitted(Table("", ("file", "licence", "pixels", "classes"), rows, 2), width)
+    return f"{lines}\n{len(rows)} files; take one as weights={PREFIX}NAME"
 
 
 class Record(NamedTuple):

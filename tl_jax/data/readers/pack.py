@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tl_jax.core import console
 from tl_jax.core.card import PIXEL_TYPES, Form
 from tl_jax.core.checks import refuse
 from tl_jax.core.files import atomic_write, locked, read_json, write_json, writing
@@ -119,7 +120,7 @@ def _plan(source: Source, meta: dict[str, Any], folder: Path, report: Callable[[
 
     report(f"{source.name}: reading the headers of {len(source):,} images")
     with ThreadPoolExecutor(min(16, 4 * THREADS)) as pool:
-        shapes = list(pool.map(shape, range(len(source))))
+        shapes = list(console.counted("headers", pool.map(shape, range(len(source))), len(source)))
     size = meta["size"]
     targets = [ops.resized(*shape, min(size, *shape)) if all(shape) else shape for shape in shapes]
     values = source.form.channels * np.dtype(source.form.pixels).itemsize
@@ -152,10 +153,17 @@ def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> 
         os.truncate(pixels, int(plan.offsets[-1]))
     began = flushed = time.perf_counter()
     fresh: dict[int, list] = {}
-    with workers.pool(num_workers, plan, THREADS) as submit, journal.open("a") as file, pixels.open("rb+") as data:
+    known, bar = len(pieces), console.bar("packing", count, min(len(pieces) * CHUNK, count))
+    with (
+        workers.pool(num_workers, plan, THREADS) as submit,
+        journal.open("a") as file,
+        pixels.open("rb+") as data,
+        bar as tick,
+    ):
         packed = workers.ahead(lambda start: submit(_pack_piece, start).result, todo, 4 * (num_workers or THREADS))
         for number, start in enumerate(todo, 1):
             fresh[start] = next(packed)
+            tick(min((known + number) * CHUNK, count))
             if time.perf_counter() - flushed < FLUSH and number < len(todo):
                 continue
             os.fsync(data.fileno())  # pixels first: what the journal names is there, even after a power cut

@@ -1,4 +1,4 @@
-"""The figures of a study: a maker yields (name, caption, path -> None), or a sentence that says why there is none.
+"""The figures of a study: a maker yields (name, caption, path -> points), or a sentence that says why there is none.
 
 It takes the results, {metric: what report.analyse found} and {key of a run: its reduced predictions}.
 """
@@ -20,7 +20,7 @@ from tl_jax.tasks.intervals import mean_defined
 
 PANELS = 12
 Numbers, Outputs = Mapping[str, Any], Mapping[str, read.Outputs]
-Figure = tuple[str, str, Callable[[pathlib.Path], None]]
+Figure = tuple[str, str, Callable[[pathlib.Path], charts.Places]]
 Made = Iterator[Figure | str]
 
 
@@ -34,21 +34,25 @@ def draw(results: Results, numbers: Numbers, folder: pathlib.Path) -> tuple[list
             notes.append(made)
             continue
         name, caption, draw_into = made
-        draw_into(folder / f"{name}.png"), draw_into(folder / f"{name}.svg")
-        pictures.append(Picture(name, caption))
+        draw_into(folder / f"{name}.svg")
+        pictures.append(Picture(name, caption, draw_into(folder / f"{name}.png")))
     return pictures, notes
 
 
 def cells(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     for metric in results.metrics:
         if any(mean["n"] for mean in numbers[metric]["means"].values()):
-            yield _cell_dots(results, "cells" if metric == results.metrics[0] else f"cells-{_file(metric)}", metric)
+            name = "cells" if metric == results.metrics[0] else f"cells-{_file(metric)}"
+            yield _cell_dots(results, name, metric, numbers[metric]["differences"])
         else:
             yield f"{metric} per cell: no run has a value of it"
 
 
-def _cell_dots(results: Results, name: str, metric: str) -> Figure:
-    """A factor's levels as colours and settings of the others as rows; without such a factor, a row for each cell."""
+def _cell_dots(results: Results, name: str, metric: str, compared: list[dict] = ()) -> Figure:
+    """A factor's levels as colours and settings of the others as rows; without such a factor, a row for each cell.
+
+    In a study of one factor the paired differences from its baseline, `compared`, stand beside the cells.
+    """
     factor, units = _colour_factor(results), results.noun()
     series = {level: results.cells_where({factor: level}) for level in results.factors.get(factor, ())}
     series = series or {"": list(results.grid)}
@@ -57,6 +61,11 @@ def _cell_dots(results: Results, name: str, metric: str) -> Figure:
     shown = results.named(metric)
     caption = f"{shown} of each cell: mean and 95 % interval over {units}; small dots are single {units}."
     style = {"order": list(results.factors.get(factor, ())), "legend": factor, "label": f"{shown}, 95 % interval"}
+    if len(results.factors) == 1 and any(row["n"] for row in compared):
+        found, base = {row["cell"]: _difference_mark(row) for row in compared}, {"mean": None, "text": "the baseline"}
+        label = f"difference from {compared[0]['against']}, paired, 95 % interval"
+        style["paired"] = [found.get(cell, base) for cell in results.grid], label
+        caption += f" Beside them the paired difference from the baseline, filled where p (Holm) < {analysis.ALPHA}."
     return name, caption, partial(charts.dots, rows=rows, series=marks, **style)
 
 
@@ -68,14 +77,14 @@ def _cell_mark(results: Results, cell: Cell, metric: str) -> dict:
     return {**results.interval(values, metric), "values": values, "text": text}
 
 
+def _difference_mark(row: dict) -> dict:
+    sure = row["adjusted"] is not None and row["adjusted"] < analysis.ALPHA
+    return {**row, "sure": sure, "text": "" if row["n"] else "no pair"}
+
+
 def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
     metric = results.metrics[0]
     shown = results.named(metric)
-
-    def mark(row):
-        sure = row["adjusted"] is not None and row["adjusted"] < analysis.ALPHA
-        return {**row, "sure": sure, "text": "" if row["n"] else "no pair"}
-
     for factor, against in results.baseline.items():
         rows = [row for row in numbers[metric]["differences"] if row["factor"] == factor]
         if not any(row["n"] for row in rows):
@@ -86,7 +95,7 @@ def differences(results: Results, numbers: Numbers, outputs: Outputs) -> Made:
         names = [results.title(row["cell"], without=[factor] if coloured else ()) for row in rows]
         series: dict[str, list[dict]] = {}
         for row in rows:
-            series.setdefault(row["level"] if coloured else "", []).append(mark(row))
+            series.setdefault(row["level"] if coloured else "", []).append(_difference_mark(row))
         caption = f"Difference in {shown} from {factor}={against}, other factors equal, paired: mean and 95 % interval"
         caption += f" (of each alone); filled where p (Holm) < {analysis.ALPHA}."
         label = f"difference in {shown}, 95 % interval"

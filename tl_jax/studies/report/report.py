@@ -45,10 +45,10 @@ def write(workdir: pathlib.Path) -> dict[str, Any]:
     sections, for_latex = make_sections(results, numbers, pictures, notes, panel, alarms)
     title = results.name or "Study"
     images = {picture.name: (workdir / "figures" / f"{picture.name}.png").read_bytes() for picture in pictures}
-    write_text(workdir / "report.md", tables.to_markdown(title, sections))
-    write_text(workdir / "report.html", tables.to_html(title, sections, images))
-    write_text(workdir / "report.tex", tables.to_latex(for_latex))
-    write_text(workdir / "report.csv", to_csv(results))
+    texts = {"md": tables.to_markdown(title, sections), "html": tables.to_html(title, sections, images)}
+    for suffix, text in (texts | {"tex": tables.to_latex(for_latex), "csv": to_csv(results)}).items():
+        readable = text.encode(errors="backslashreplace").decode()  # a class is a folder, whose name need not be UTF-8
+        write_text(workdir / f"report.{suffix}", readable)
     if isinstance(panel, dict):
         write_text(workdir / "selection.csv", tables.to_csv(selection.table(panel)))
     metrics = {}

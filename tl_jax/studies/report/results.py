@@ -160,10 +160,11 @@ def _load_run(workdir: pathlib.Path, key: str, cell: Cell, unit: Unit) -> Run:
     known = {"trainable_parameters": result.get("trainable_parameters"), **cost, "wall_seconds": wall.whole(cost)}
     known_costs = {name: _finite(known.get(name)) for name in COSTS}
     weights = config.model.weights, result.get("weights_sha256", "")
-    known = {"weights": weights, "missing": tuple(result.get("missing_weights", ()))}
-    known |= {"split": result.get("split", ""), "sets": {name: f"{a} {b}" for name, a, b in config.data.extra_eval}}
-    if known["split"] in ("test", "val"):
-        known["sets"] = {known["split"]: result["data"]} | known["sets"]
+    split = result.get("split", "")
+    sets = {split: result["data"]} if split else {}
+    sets |= {name: f"{source} {cut}" for name, source, cut in config.data.extra_eval}
+    sets = {name: text.encode(errors="backslashreplace").decode() for name, text in sets.items()}
+    known = {"weights": weights, "missing": tuple(result.get("missing_weights", ())), "split": split, "sets": sets}
     return run._replace(scores=scores, cost=known_costs, device=cost.get("device") or "", **known)
 
 

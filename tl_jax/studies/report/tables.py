@@ -5,9 +5,11 @@ A block is a paragraph, a list of items, a table or a picture.
 
 import base64
 import csv
+import hashlib
 import html
 import io
 import itertools
+import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ LATEX_ROWS = 40
 class Picture(NamedTuple):
     name: str  # of figures/NAME.png and .svg
     caption: str
+    places: Sequence[tuple[float, float, str]] = ()  # its points: shares of the width and height, and what they are
 
 
 class Alarm(str):
@@ -137,8 +140,14 @@ def to_csv(table: Table) -> str:
 
 
 def to_html(title: str, sections: Sections, images: Mapping[str, bytes]) -> str:
-    """One page that needs nothing else: `images` {name: PNG bytes} are inlined."""
-    css = (pathlib.Path(tl_jax.__file__).parent / "assets" / "report.css").read_text().strip()
+    """One page that needs nothing else: `images` {name: PNG bytes} are inlined.
+
+    Its policy lets the browser load nothing, and run only the one script that it holds, known by its hash.
+    """
+    assets = pathlib.Path(tl_jax.__file__).parent / "assets"
+    css, script = (f"\n{(assets / f'report.{suffix}').read_text().strip()}\n" for suffix in ("css", "js"))
+    allowed = f"style-src {_hash(css)}; script-src {_hash(script)}; img-src data:"
+    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; {allowed}"
     links, body = "", []
     for heading, blocks in sections.items():
         if heading:
@@ -148,10 +157,15 @@ def to_html(title: str, sections: Sections, images: Mapping[str, bytes]) -> str:
         body += [_html_block(block, images) for block in blocks]
     return "\n".join([
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>',
-        f"<style>\n{css}\n</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n<nav>{links}</nav>",
-        *body, "</main>\n</body>\n</html>\n",
+        f"<style>{css}</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n<nav>{links}</nav>",
+        *body, f"</main>\n<script>{script}</script>\n</body>\n</html>\n",
     ])  # fmt: skip
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _html_block(block: Block, images: Mapping[str, bytes]) -> str:
@@ -166,9 +180,10 @@ def _html_block(block: Block, images: Mapping[str, bytes]) -> str:
             head, body = _html_row(block, block.headers, "th"), "\n".join(_html_row(block, row) for row in block.rows)
             caption = f'<div class="table"><table>\n<caption>{html.escape(block.caption)}</caption>'
             return f"{caption}\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
-        case Picture(name, caption):
+        case Picture(name, caption, places):
             data, text = base64.b64encode(images[name]).decode(), html.escape(caption)
             image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
+            image = f'<div class="plot" data-places="{html.escape(json.dumps(places))}">{image}</div>'
             return f'<figure id="figure-{html.escape(name)}">\n{image}\n<figcaption>{text}</figcaption>\n</figure>'
 
 

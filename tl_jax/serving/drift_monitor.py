@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import threading
 import time
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from tl_jax.core import checks, files
-from tl_jax.serving.drift import EFFECTS, LEAST, LEVEL, Table, marginals, readable
+from tl_jax.serving.drift import EFFECTS, LEAST, LEVEL, MOST, Table, marginals, readable
 from tl_jax.tasks import Predictions, Spec, make_predictions
 
 COMPONENTS = 16  # of the features, at most
-SPENDING = 2.109742801  # the sum over i >= 1 of 1 / ((i + 1) ln(i + 1)^2)
+FIRST, SPENDING = 10, 0.444018133  # the sum over i >= FIRST of 1 / (i ln(i)^2)
 
 
 class Log:
@@ -26,12 +27,16 @@ class Log:
 
     def __init__(self, path: str | os.PathLike, spec: Spec):
         """Goes on with a file that is there; ValueError where it is of another task or other classes."""
-        there = pathlib.Path(path).exists() and os.path.getsize(path)
-        if there and (found := _header(files.sound_rows(pathlib.Path(path))[0], path)) != spec:
-            raise ValueError(f"{path} is the log of {found}, expected {spec}; name another file")
-        self._file, self._whole = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), not there
-        if not there:
+        self._file, self._whole = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), True
+        if not (size := os.path.getsize(path)):
             self._write({"task": spec._asdict()})
+            return
+        self._whole = os.pread(self._file, 1, size - 1) == b"\n"
+        with open(path, "rb") as file:
+            found = _task(file.readline(), path)
+        if found != spec:
+            self.close()
+            raise ValueError(f"{path} is the log of {found}, expected {spec}; name another file")
 
     def append(self, outputs: np.ndarray, features: np.ndarray | None = None) -> None:
         """One answered request: the outputs as in `Predictions`, [K] (binary: []), and the features [D]."""
@@ -39,7 +44,7 @@ class Log:
         self._write(row if features is None else {**row, "features": _numbers(features)})
 
     def _write(self, row: Table) -> None:
-        line = b"\n" * (not self._whole) + json.dumps(row).encode() + b"\n"  # ends what was cut short before
+        line = b"\n" * (not self._whole) + json.dumps(row).encode() + b"\n"  # ends a line that was cut short
         self._whole = False
         self._whole = os.write(self._file, line) == len(line)
 
@@ -51,20 +56,25 @@ def _numbers(values: np.ndarray) -> Any:
     return np.vectorize(lambda x: float(f"{x:.9g}"), otypes=[float])(values).tolist()  # float32, exactly
 
 
-def _header(rows: list[Table], path: str | os.PathLike) -> Spec:
+def _task(line: bytes, path: str | os.PathLike) -> Spec:
+    """What the first line of a log says; ValueError for other files."""
     try:
-        return Spec(**files.as_tuples(rows[0]["task"]))
-    except (KeyError, IndexError, TypeError):
+        return Spec(**files.as_tuples(json.loads(line)["task"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is no log of a server: its first line does not hold the task") from None
 
 
 def load_log(path: str | os.PathLike) -> Predictions:
-    """The requests of a log, without labels; features where every line has them. Lines cut short are left out.
+    """The requests of a log, without labels; features where every line has them.
 
-    Raises ValueError that names the file.
+    Lines that a kill cut short are left out, and named on the standard error. Raises ValueError that names the file.
     """
-    rows, _ = files.sound_rows(pathlib.Path(path))
-    spec, rows = _header(rows, path), [row for row in rows[1:] if "outputs" in row]
+    with open(path, "rb") as file:
+        spec = _task(file.readline(), path)
+    rows, damaged = files.sound_rows(pathlib.Path(path))
+    rows = [row for row in rows if "outputs" in row]
+    if damaged:
+        print(f"{path}: {len(damaged)} lines are damaged and left out, first {damaged[:5]}", file=sys.stderr)
     try:
         features = [row["features"] for row in rows] if all("features" in row for row in rows) else None
         values = np.asarray([row["outputs"] for row in rows], np.float32)
@@ -78,9 +88,10 @@ class Monitor:
     """Watches the last `window` requests for drift from a fixed reference, with few false alarms however long it runs.
 
     Every `every` requests each output, and up to COMPONENTS principal components of the features, is compared by
-    `drift.marginals`. Look i has the level LEVEL / (SPENDING (i + 1) ln(i + 1)^2), Bonferroni's share of it for each
-    column: over all looks together at most LEVEL, whatever their dependence. The components are those of one half of
-    the reference and the other half is what is compared with. A look takes milliseconds; threads may call `add`.
+    `drift.marginals`. The looks i = FIRST, FIRST + 1, ... have the levels LEVEL / (SPENDING i ln(i)^2), each column
+    Bonferroni's share of it: over all looks together at most LEVEL, whatever their dependence. The components are those
+    of one half of the reference, the other half is what is compared with. A look takes milliseconds; threads may call
+    `add`.
     """
 
     def __init__(self, reference: Predictions, window: int = 200, every: int = 50, seed: int = 0):
@@ -94,10 +105,11 @@ class Monitor:
                  f"the reference has {n} examples, expected at least {2 * LEAST}": n < 2 * LEAST}  # fmt: skip
         checks.refuse("drift cannot be watched", [text for text, wrong in found.items() if wrong])
         self._spec, self._window, self._every, self._axes = reference.spec, window, every, None
-        outputs = readable(reference.spec, reference.values)
+        kept = np.random.default_rng(seed).permutation(n)[: 2 * MOST]
+        outputs = readable(reference.spec, reference.values[kept[:MOST]])
         self._parts, self._names = [outputs], [f"output {x}" for x in reference.spec.class_names[-outputs.shape[1] :]]
         if reference.features is not None:
-            first, second = np.array_split(np.random.default_rng(seed).permutation(reference.features), 2)
+            first, second = np.array_split(reference.features[kept], 2)
             self._mean = first.mean(axis=0)
             self._axes = np.linalg.svd(first - self._mean, full_matrices=False)[2][:COMPONENTS].T
             self._parts.append((second - self._mean) @ self._axes)
@@ -133,13 +145,14 @@ class Monitor:
         state, cuts = self._state, [self._parts[0].shape[1]]
         found = [marginals(*pair) for pair in zip(self._parts, np.split(self._rows, cuts, axis=1), strict=False)]
         p, ks, js, w1 = (np.concatenate(each).tolist() for each in zip(*found, strict=True))
-        i = state["looks"] + 1
-        level, p = LEVEL / (SPENDING * (i + 1) * math.log(i + 1) ** 2), [min(1.0, len(p) * x) for x in p]
+        i = state["looks"] + FIRST
+        level, p = LEVEL / (SPENDING * i * math.log(i) ** 2), [min(1.0, len(p) * x) for x in p]
         drifting = any(a <= level and b >= EFFECTS["JS"] for a, b in zip(p, js, strict=True))
+        first = drifting and not state["alarm"]
         rows = zip(self._names, p, ks, js, w1, strict=True)
-        self._state = {
-            **state, "looks": i, "level": level, "spent": state["spent"] + level, "p": min(p), "drifting": drifting,
-            "alarm": state["alarm"] or drifting,
-            "alarm_at": state["requests"] if drifting and not state["alarm"] else state["alarm_at"],
+        state |= {
+            "looks": state["looks"] + 1, "level": level, "spent": state["spent"] + level, "p": min(p),
+            "drifting": drifting, "alarm": state["alarm"] or drifting,
+            "alarm_at": state["requests"] if first else state["alarm_at"],
             "columns": [dict(zip(("name", "p", "ks", "js", "wasserstein"), row, strict=True)) for row in rows],
         }  # fmt: skip

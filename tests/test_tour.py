@@ -1,0 +1,25 @@
+"""docs/tour.ipynb runs from the first cell to the last, and is kept without outputs."""
+
+import os
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TOUR = ROOT / "docs" / "tour.ipynb"
+
+
+@pytest.mark.slow
+def test_the_tour_runs_from_photos_to_an_alarm(monkeypatch):
+    nbformat, nbclient = (pytest.importorskip(name) for name in ("nbformat", "nbclient"))
+    book = nbformat.read(TOUR, as_version=4)
+    nbformat.validate(book)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in book.cells)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    nbclient.NotebookClient(
+        book, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
+    said = "".join(output.get("text", "") for cell in book.cells for output in cell.get("outputs", ()))
+    assert (
+        "ready: http://127.0.0.1" in said and "no alarm in" in said and "alarm at request" in said and "DRIFT" in said
+    )
