@@ -13,6 +13,7 @@ from PIL import Image
 import tl_jax
 from tl_jax import __main__ as command
 from tl_jax import tasks
+from tl_jax.api import explain as explanation
 from tl_jax.core import trees
 from tl_jax.models import convnext, explain, peft, resnet, swin, vit
 from tl_jax.tasks import mistakes
@@ -184,7 +185,7 @@ def photos(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_a_gallery_and_explain_draws_its_images_and_others(photos, tmp_path, capsys):
+def test_a_run_leaves_a_gallery_and_explain_draws_its_images_and_others(photos, tmp_path, capsys, monkeypatch):
     model = tl_jax.load("resnet8_cifar", "builtin:glyphs", image_size=16)
     changes = {"data.train": "train", "data.val": "val", "resamples": 10}
     run = tl_jax.fit(model, f"folder:{photos}", epochs=1, workdir=tmp_path / "w", changes=changes)
@@ -203,6 +204,9 @@ def test_a_run_leaves_a_gallery_and_explain_draws_its_images_and_others(photos, 
     (tmp_path / "notes.txt").write_text("no image")
     assert command.main(["explain", str(run.folder), str(tmp_path / "notes.txt")]) == 2
     assert "1 of 1 images cannot be read" in capsys.readouterr().err
+    monkeypatch.setattr(explanation, "MOST", 2)
+    assert command.main(["explain", str(run.folder), str(photos)]) == 2
+    assert "found 60 images, expected at most 2" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from tl_jax.training.inputs import load_sources
 from tl_jax.training.settings import read
 from tl_jax.training.steps import normalise
 
-BATCH, COLUMNS = 8, 4  # images at a time, as attention takes memory; examples in a row of the sheet
+BATCH, COLUMNS, MOST = 8, 4, 100  # images at a time, as attention takes memory; in a row of the sheet; in all of it
 
 
 def explain(
@@ -57,6 +57,10 @@ def explain(
 
 def _given(run: Run, images: Sequence[Any]) -> tuple[list[str], list[Any], None]:
     names, items = inputs.list_inputs(images, run.model.card)
+    if len(names) > MOST:
+        raise ValueError(
+            f"found {len(names):,} images, expected at most {MOST}, which a sheet holds; give some of them"
+        )
     return list(names), list(items), None
 
 
