@@ -211,7 +211,7 @@ def test_the_plan_leaves_the_config_of_a_run_under_way(tmp_path):
 
 
 def test_figures_never_stand_between_a_run_and_its_result(original, tmp_path, monkeypatch, capsys):
-    def draw_run(rows, predictions, folder, scored):
+    def draw_run(rows, predictions, folder, *args):
         assert finished.read(folder)  # all of it is there before the first figure
         raise UnicodeError("no such\nglyph \udcff")
 

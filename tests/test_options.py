@@ -104,7 +104,7 @@ def test_the_fingerprint_changes_with_every_option_that_decides_numbers():
     prints = {key: options.fingerprint(options.from_flat({**table, key: other_value(table[key])})) for key in table}
     same = {key for key, value in prints.items() if value == unchanged}
     assert same == {key for key in OPTIONS if not OPTIONS[key].numbers}
-    assert same == {"model.weights_sha256", "data.workers", "cache_dir", "fsdp"}
+    assert same == {"model.weights_sha256", "data.workers", "cache_dir", "fsdp", "log", "feature_map"}
     assert len(set(prints.values())) == 1 + len(table) - len(same)
 
 
@@ -129,7 +129,7 @@ INITIAL = """
 "replicas": [], "cache": "", "views": 1, "cache_dir": "", "parallel": "jit", "fsdp": 0,
 "model.weights_sha256": "", "data.weights": "", "method.mix_domains": 0.0, "turns": [], "restart": false,
 "data.labelled": true,
- "model.channels": 0, "model.partial": []}
+ "model.channels": 0, "model.partial": [], "log": [], "feature_map": "pca"}
 """
 
 

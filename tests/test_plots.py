@@ -58,6 +58,14 @@ def test_figure_is_a_png_of_150_dpi_with_something_on_it(tmp_path, drawing):
     assert dict(matplotlib.rcParams) == before  # a user's own figures look as before
 
 
+def test_a_path_without_suffix_is_written_as_both(tmp_path):
+    plots.learning_curves(rows(), tmp_path / "figure", CURVES)
+    plots.learning_curves(rows(), tmp_path / "alone.svg", CURVES)
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
+    assert files == {"figure.png", "svg/figure.svg", "alone.svg"}
+    assert svg_text(tmp_path / "svg/figure.svg") == svg_text(tmp_path / "alone.svg")
+
+
 @pytest.mark.parametrize("drawing", DRAWINGS)
 def test_same_numbers_give_the_same_bytes(tmp_path, drawing):
     first, second = tmp_path / "a.svg", tmp_path / "b.svg"
@@ -105,13 +113,20 @@ def test_reliability_diagram_shows_the_ece_of_the_metrics(tmp_path):
     predictions = draw()
     figures.reliability(predictions, tmp_path / "figure.svg")
     ece = tasks.summarize(predictions, resamples=2)["ece"]["value"]
-    assert f"ECE {ece:.4f} (15 bins)" in svg_text(tmp_path / "figure.svg")
+    text = svg_text(tmp_path / "figure.svg")
+    assert f"ECE {ece:.4f} (15 bins)" in text
+    logits = np.float64(predictions.values)
+    sure = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).max(axis=1)
+    counts = np.histogram(sure, np.linspace(0, 1, 16))[0]
+    assert " ".join(map(str, counts)) in " ".join(part for part in text if part.isdigit())
 
 
 def test_learning_curves_name_the_best_validation_value_and_bear_gaps(tmp_path):
     path = tmp_path / "figure.svg"
     plots.learning_curves(rows(), path, CURVES)
     assert {"val (best 0.5 at step 100)", "val (best 1 at step 100)"} <= set(svg_text(path))
+    plots.learning_curves(rows(), path, CURVES, 1500)
+    assert svg_text(path).count("scored: step 1,500") == 2
     plots.learning_curves([{"step": 1, "train/loss": None}, {"step": 2, "train/loss": 0.5, "epoch": 1}], path, CURVES)
     plots.learning_curves([], path, CURVES)
     assert "step" in svg_text(path)
@@ -124,6 +139,20 @@ def test_feature_map_names_the_classes_and_the_explained_variance(tmp_path):
     variance = np.linalg.svd(centred, compute_uv=False) ** 2
     text = " ".join(svg_text(tmp_path / "figure.svg"))
     assert f"component 1 ({variance[0] / variance.sum():.1%} of the variance)" in text and "class 3" in text
+
+
+def test_a_map_by_tsne_keeps_neighbours_together_and_says_what_it_shows(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "MAPPED", 60)
+    predictions = draw(classes=2, count=80)
+    apart = predictions._replace(features=predictions.features + 30 * predictions.labels[:, None])
+    chosen, points, names = figures._plane(apart.features, "tsne")
+    labels = apart.labels[chosen]
+    assert len(chosen) == len(set(chosen)) == 60 and "perplexity 19.7" in names[0]
+    distance = np.linalg.norm(points[:, None] - points[None], axis=-1) + np.diag([np.inf] * 60)
+    assert (labels[distance.argmin(axis=1)] == labels).all()
+    figures.feature_map(apart, tmp_path / "figure.svg", "tsne")
+    text = svg_text(tmp_path / "figure.svg")
+    assert {"60 examples of 80 drawn", "class 0", "class 1", "misclassified"} <= set(text) and names[0] in text
 
 
 def test_comparison_shows_students_interval_of_seeds_and_a_given_interval(tmp_path):

@@ -77,7 +77,7 @@ def test_neighbours_give_the_accuracy_that_scikit_learn_gives_on_the_features(tm
     assert result["metrics"]["accuracy"]["value"] == pytest.approx(expected)
     assert result["split"] == "test" and not result["chosen_on_scored_split"] and result["trainable_parameters"] == 0
     files = {"result.json", "MANIFEST.json", "predictions.npz", "audit.json", "cost.json",
-             "confusion_matrix.png", "reliability.png", "feature_map.png"}  # fmt: skip
+             "confusion_matrix.png", "reliability.png", "feature_map.png", "mistakes.png", "svg"}  # fmt: skip
     assert {path.name for path in (tmp_path / "w").iterdir()} == files  # no network holds neighbours
     assert json.loads((tmp_path / "w" / "result.json").read_text()) == json.loads(json.dumps(result))
     saved = load_predictions(tmp_path / "w" / "predictions.npz")

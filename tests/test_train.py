@@ -18,6 +18,8 @@ from tl_jax.training.train import train
 from tl_jax.weights import formats
 
 FILES = {
+    "mistakes.png",
+    "svg",
     ".lock",
     "config.json",
     "cost.json",

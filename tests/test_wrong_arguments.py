@@ -19,7 +19,7 @@ SMALL = ("0", "-1", "x", "", "1e9", "nan", "1000000000000", "9" * 400)
 WRONG = ("", "nowhere", f"{ABSENT}/at/all", "a" * 300, "/proc/self/mem", "hf://", "builtin:x", "folder:", "digit",
          "csv:", "a/b/c", "é\udcff", "-", "~nobody/x")  # fmt: skip
 OPTIONS = {
-    **dict.fromkeys(("--resamples", "--batch-size", "--alphas", "--size", "--top", "--folds"), SMALL),
+    **dict.fromkeys(("--resamples", "--batch-size", "--alphas", "--size", "--top", "--folds", "--count"), SMALL),
     "--image-size": ("-1", "x", "1000000000"),
     **dict.fromkeys(("--coverage", "--keep"), ("0", "1", "nan", "x", "0.99999")),
     **dict.fromkeys(("--sets", "--ood"), ("x", "energy,knn")),
@@ -85,6 +85,7 @@ def valid(place):
         "metrics": [f"{run}/predictions.npz"],
         "classic": [f"--source=arrays:{place}/source.npz", f"--target=arrays:{place}/target.npz", "--method=coral"],
         "labels": [run],
+        "explain": [run],
         "drift": [f"{run}/predictions.npz", f"{run}/predictions.npz"],
         "export": [f"--weights={GLYPHS}", str(place / "exported")],
         "serve": [run],
@@ -104,6 +105,7 @@ def harmless(argv):
     taken = {
         ("predict", "--weights", value),
         ("calibrate", "--weights", value),
+        ("explain", "--weights", value),
         ("export", "--weights", "nowhere"),  # what another case exported
         ("soup", "--out", "x.txt"),
         ("wise_ft", "--out", "x.txt"),

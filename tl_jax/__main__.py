@@ -115,6 +115,14 @@ COMMANDS = {
         arg("--splits", default="", help="names with commas, such as train,val; default: all that the run names"),
         arg("--label", default="", help="which label of a multilabel task"),
     )),
+    commands.explain: ("images with the map of what a run's network looked at: Grad-CAM, of ViTs attention rollout", (
+        arg("run", help="the folder of the run"),
+        arg("images", nargs="*", help="files and folders; without them mistakes and others of the split it scored"),
+        arg("--out", default="", help="a .png or .svg file (default: RUN/explain.png)"),
+        arg("--count", type=one(checks.integer(1, 100)), default=8, help="images of the run, where none are given"),
+        arg("--seed", type=one(SEED), default=0, help="of those that are no mistakes"),
+        arg("--weights", help="where the weights that the run began with lie now, for adapters and prompts"),
+    )),
     commands.drift: ("have the inputs of a network changed? tests without labels, and one page with figures", (
         arg("reference", help="predictions.npz of a run, a server's log .jsonl, or inputs as of predict, with --run"),
         arg("new", help="the same kinds; its labels are not read"),

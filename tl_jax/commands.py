@@ -117,6 +117,13 @@ def labels(args: Args) -> None:
     suspects(args.run, args.out, folds=args.folds, seed=args.seed, top=args.top, splits=splits, label=args.label)
 
 
+def explain(args: Args) -> None:
+    from tl_jax.api.explain import explain
+
+    _check_out(args.out, ".png", ".svg")
+    print(f"wrote {explain(args.run, args.images, args.out, count=args.count, weights=args.weights, seed=args.seed)}")
+
+
 def drift(args: Args) -> None:
     from tl_jax.serving import drift_page
 

@@ -284,19 +284,12 @@ def _show(rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
 
 def _draw(rows: Sequence[Row], places: Sequence[tuple], path: pathlib.Path) -> None:
     """A sheet of the pictures of the rows, with label, suggestion and the probability of the label."""
-    from tl_jax.core.plotting import figure_at, short  # here, as matplotlib takes its time
+    from tl_jax.core.plotting import sheet, short  # here, as matplotlib takes its time
 
-    columns = min(len(rows), 8)
-    lines = math.ceil(len(rows) / columns)
-    with figure_at(path, (1.45 * columns, 1.8 * lines), lines, columns) as (_, axes):
-        for axis in axes:
-            axis.axis("off")
-        for axis, row, (_, source, k) in zip(axes, rows, places, strict=False):
-            with decode.reading(source.inputs[k], source.form) as image:
-                small = decode.picture(image)
-            small.thumbnail((200, 200))
-            axis.imshow(small)
-            mark = "*" if row["suspect"] == "yes" else ""
-            first = f"{row['rank']}{mark}. {short(row['given'], 14)} ({short(row['split'], 6)})"
-            second = f"-> {short(row['suggested'], 12)}, p {float(row['probability_given']):.2f}"
-            axis.set_title(f"{first}\n{second}", fontsize=6)
+    pictures = [decode.thumbnail(source.inputs[k], source.form) for _, source, k in places]
+    captions = []
+    for row in rows:
+        mark = "*" if row["suspect"] == "yes" else ""
+        first = f"{row['rank']}{mark}. {short(row['given'], 14)} ({short(row['split'], 6)})"
+        captions.append((first, f"-> {short(row['suggested'], 12)}, p {float(row['probability_given']):.2f}"))
+    sheet(path, pictures, captions, columns=8)

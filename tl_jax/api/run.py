@@ -140,7 +140,7 @@ class Run:
         """A figure of the run, which a notebook shows; ValueError lists those that there are."""
         path = self.folder / f"{name}.png"
         if not path.exists():
-            artifacts.draw(self.folder)
+            artifacts.draw(self.folder, self.options["feature_map"])
         if not path.exists():
             there = sorted(figure.stem for figure in self.folder.glob("*.png"))
             raise ValueError(f"the run has no figure {name!r}{nearest(name, there)}; it has {', '.join(there)}")

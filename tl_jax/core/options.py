@@ -213,6 +213,9 @@ _ROWS = (
     _option("patience", 0, integer(0), "evaluations without improvement until the run stops; 0: off"),
     _option("min_delta", 0.0, number(0), "how much an improvement must be, for patience"),
     _option("resamples", 1000, integer(1, 10**6), "of the bootstrap behind every interval"),
+    _option("log", (), sequence(one_of("tensorboard"), "some of tensorboard"), "event files beside metrics.jsonl, for "
+            "TensorBoard", numbers=False),
+    _option("feature_map", "pca", one_of("pca", "tsne"), "how the figure of the features is made", numbers=False),
 
     # Several runs, memory and speed
     _option("seeds", (), sequence(SEED, "integers, (seed, ...)"), "further seeds of the same run"),

@@ -39,8 +39,7 @@ _ABOVE = contextvars.ContextVar("above", default="")
 @contextlib.contextmanager
 def headed(text):
     """All figures that are made inside have this line above them, or the end of it."""
-    text = printable(text)
-    token = _ABOVE.set(text if len(text) <= 60 else f"\N{HORIZONTAL ELLIPSIS}{text[-59:]}")
+    token = _ABOVE.set(end_of(text, 60))
     try:
         yield
     finally:
@@ -57,18 +56,50 @@ def short(name, limit=22):
     return name if len(name) <= limit else name[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
+def end_of(name, limit):
+    """The last characters of a path, as much as fits."""
+    name = printable(name)
+    return name if len(name) <= limit else "\N{HORIZONTAL ELLIPSIS}" + name[1 - limit :]
+
+
+def _files(path) -> list[pathlib.Path]:
+    path = pathlib.Path(path)
+    if path.suffix not in (".png", ".svg", ""):
+        raise ValueError(f"{path}: figures are written as .png or .svg, or both where there is no suffix")
+    return [path] if path.suffix else [path.with_suffix(".png"), path.parent / "svg" / f"{path.name}.svg"]
+
+
 @contextlib.contextmanager
 def figure_at(path, size, rows=1, columns=1, ratios=None):
-    """Yields a styled figure of `size` inches and its axes; on leaving, writes it whole to .png (150 dpi) or .svg."""
-    path = pathlib.Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise ValueError(f"{path}: figures are written as .png or .svg")
+    """Yields a styled figure of `size` inches and its axes; on leaving, writes it whole to .png (150 dpi) or .svg.
+
+    A path without suffix is written as both, PATH.png and svg/PATH.svg beside it.
+    """
+    paths = _files(path)
     grid = {"height_ratios" if rows > 1 else "width_ratios": ratios}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         if _ABOVE.get():
             figure.suptitle(_ABOVE.get(), x=0.01, ha="left", fontsize=8, color=GREY)
         yield figure, figure.subplots(rows, columns, squeeze=False, **grid).ravel()
-        with files.atomic_write(path) as file:
-            metadata = {"Date": None} if path.suffix == ".svg" else None
-            figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=metadata)
+        for path in paths:
+            path.parent.mkdir(exist_ok=True)
+            with files.atomic_write(path) as file:
+                metadata = {"Date": None} if path.suffix == ".svg" else None
+                figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=metadata)
+            figure.set_layout_engine("none")  # a second file is laid out as the first
+
+
+def sheet(path, pictures, captions, columns=6, title=""):
+    """Pictures side by side, each with the lines of its caption above it."""
+    columns = min(len(pictures), columns)
+    rows, lines = -(-len(pictures) // columns), max(len(caption) for caption in captions)
+    with figure_at(path, (1.5 * columns, (1.42 + 0.11 * lines) * rows + 0.2), rows, columns) as (figure, axes):
+        for axis in axes:
+            axis.axis("off")
+            axis.set_anchor("NW")  # captions side by side, whatever the sides of the pictures
+        for axis, picture, caption in zip(axes, pictures, captions, strict=False):
+            axis.imshow(picture)
+            axis.set_title("\n".join(caption), fontsize=6, loc="left")
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=8, color=GREY)

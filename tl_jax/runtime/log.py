@@ -12,6 +12,7 @@ import jax
 
 from tl_jax.core import console
 from tl_jax.core.files import atomic_write, sound_rows, write_text, writing
+from tl_jax.runtime import events
 
 UNSHOWN, SHOWN = ("train/grad_norm", "train/lr"), 4  # of a line of metrics, on the console; at least so many
 SHOWN_WAIT = 0.02  # share of the time from which on the wait for data is shown
@@ -38,15 +39,20 @@ class RunLog:
 
     metrics.jsonl holds what the seed determines, and starts as `rows`, those of the checkpoint that a run resumes from;
     timing.jsonl holds the rest. Of runs that are trained together each takes its share of the seconds, one of
-    `replicas`. Without a folder the rows are kept and not written.
+    `replicas`. Without a folder the rows are kept and not written. options: those that an event file of the rows names;
+    None: there is none.
     """
 
     def __init__(
-        self, folder: Path | None, rows: list[dict], start: int, total: int, verbose: bool = True, replicas: int = 1
-    ):
+        self, folder: Path | None, rows: list[dict], start: int, total: int, verbose: bool = True, replicas: int = 1,
+        options: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
         self._writes = jax.process_index() == 0 and folder is not None
         self._paths = {name: folder / f"{name}.jsonl" for name in ("metrics", "timing")} if folder else {}
         self.rows = list(rows)
+        self._events = folder if self._writes and options is not None else None
+        if self._events:
+            events.begin(folder, options, self.rows)
         if self._writes:
             write_text(self._paths["metrics"], "".join(json.dumps(row) + "\n" for row in rows))
             self._begin_timing(start)
@@ -80,6 +86,8 @@ class RunLog:
         """Adds one row of metrics.jsonl; a number that is not finite is written as null, which every reader knows."""
         row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in metrics.items()}}
         self.rows.append(row)
+        if self._events:  # first: after a kill it has all that metrics.jsonl has
+            events.add(self._events, row)
         self._append("metrics", row)
 
     def evaluated(self, step: int, scores: Mapping[str, float]) -> None:

@@ -137,8 +137,7 @@ def compare(config: ConfigDict, study: Study, results: Mapping, folders: Mapping
             from tl_jax.studies.report import charts  # here, as matplotlib takes its time
 
             label = f"{metric} on {report['data']}, {len(study.seeds)} seeds"
-            for suffix in ("png", "svg"):
-                charts.comparison(workdir / f"comparison.{suffix}", table, label, bounds, report.get("difference"))
+            charts.comparison(workdir / "comparison", table, label, bounds, report.get("difference"))
     return report
 
 

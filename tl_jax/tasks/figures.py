@@ -1,4 +1,4 @@
-"""The figures of predictions, by task; the suffix of the path picks .png or .svg."""
+"""The figures of predictions, by task; the suffix of the path picks .png or .svg, none both."""
 
 import numpy as np
 from matplotlib.colors import PowerNorm
@@ -8,16 +8,16 @@ from tl_jax import tasks
 from tl_jax.core.plotting import BLUE, BLUES, GREY, MARKERS, PALETTE, VERMILION, figure_at, short
 from tl_jax.tasks.predictions import Predictions
 
-LABELS, TARGETS = 40, 6  # at most so many are shown
+LABELS, TARGETS, MAPPED = 40, 6, 2000  # at most so many are shown
 
 
-def draw(predictions: Predictions, folder) -> None:
-    """All figures of a task, as PNG files in the folder."""
+def draw(predictions: Predictions, folder, how: str = "pca") -> None:
+    """All figures of a task, in the folder; how: of the feature map."""
     for name, figure in FIGURES[predictions.spec.name].items():
-        figure(predictions, folder / f"{name}.png")
+        figure(predictions, folder / name)
     classes, features = tasks.METRICS[predictions.spec.name].answer, predictions.features
     if classes and features is not None and min(features.shape) >= 2:  # a plane needs two
-        feature_map(predictions, folder / "feature_map.png")
+        feature_map(predictions, folder / "feature_map", how)
 
 
 def confusion_matrix(predictions: Predictions, path) -> None:
@@ -73,13 +73,14 @@ def _list_confusions(axis, counts, class_names, limit=25):
 
 
 def reliability(predictions: Predictions, path) -> None:
-    """Reliability diagram (Guo et al. 2017): observed by expected share, the gap, and the share of each bin."""
+    """Reliability diagram (Guo et al. 2017): observed by expected share, the gap, and the examples of each bin."""
     measure, (observed, expected) = tasks.METRICS[predictions.spec.name].reliability
     count, share, probability = measure(predictions)
     total, bins = count.sum(), len(count)
     ece = np.nansum(count * np.abs(share - probability)) / total
     left, bar = np.arange(bins) / bins, {"width": 1 / bins, "align": "edge", "linewidth": 0.6}
-    with figure_at(path, (3.8, 4.4), rows=2, ratios=[3, 1]) as (_, (top, bottom)):
+    halo = {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.3}, "zorder": 3}
+    with figure_at(path, (3.8, 4.6), rows=2, ratios=[3, 1]) as (_, (top, bottom)):
         top.bar(left, share, color=BLUE, alpha=0.85, edgecolor="white", label=observed, **bar)
         gap = {"color": "none", "edgecolor": VERMILION, "hatch": "/////", "label": f"gap to {expected}"}
         top.bar(left, probability - share, bottom=share, **gap, **bar)
@@ -87,48 +88,70 @@ def reliability(predictions: Predictions, path) -> None:
         top.set(xlim=(0, 1), ylim=(0, 1), ylabel=observed, title=f"ECE {ece:.4f} ({bins} bins)")
         top.tick_params(labelbottom=False)
         top.legend(loc="upper left")
-        bottom.bar(left, count / total, color=GREY, edgecolor="white", **bar)
+        bottom.bar(left, count, color=GREY, edgecolor="white", **bar)
+        for x, examples in zip(left + 0.5 / bins, count, strict=True):
+            bottom.text(x, examples, f"{examples:,.0f}", ha="center", va="bottom", fontsize=5.5, rotation=90, **halo)
         for name, values, colour, line in (observed, share, BLUE, "-"), (expected, probability, VERMILION, "--"):
             mean = np.nansum(count * values) / total
             bottom.axvline(mean, color=colour, ls=line, lw=1.4, label=f"mean {name} {mean:.3f}")
-        bottom.set(xlim=(0, 1), xlabel=expected, ylabel="share")
-        bottom.legend(loc="upper left", fontsize=7.5)
+        bottom.set(xlim=(0, 1), ylim=(0, 1.4 * count.max()), xlabel=expected, ylabel="examples")
+        bottom.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=7, borderpad=0.2)
 
 
-def feature_map(predictions: Predictions, path) -> None:
-    """The two leading principal components of the features, coloured by class, with the misclassified examples ringed.
+def feature_map(predictions: Predictions, path, how: str = "pca") -> None:
+    """The features in the plane, by class, with the misclassified examples ringed. ValueError without features.
 
-    Classes are named at their medians up to 10, in a legend up to 40. ValueError without features.
+    how: "pca", the two leading principal components, or "tsne", t-SNE (van der Maaten and Hinton 2008) of at most 2,000
+    examples drawn by a fixed seed. To 40 classes each has a colour and a marker in the legend, and to 10 its name
+    stands at its median.
     """
     features, labels, names = predictions.features, predictions.labels, predictions.spec.class_names
     if features is None or min(features.shape) < 2:
         found = "no features" if features is None else f"features {features.shape}"
         raise ValueError(f"the predictions carry {found}; a feature map needs [N >= 2, D >= 2]")
-    import sklearn.decomposition  # here, as it takes half a second
-
-    pca = sklearn.decomposition.PCA(2, random_state=0)
-    points = pca.fit_transform(features.astype(np.float64))
     wrong = tasks.METRICS[predictions.spec.name].answer(predictions) != labels
-    legend = 10 < len(names) <= 40
-    with figure_at(path, (7.4 if legend else 5.4, 4.8)) as (figure, (axis,)):
-        size = float(np.clip(6000 / len(labels), 3, 16))
+    told = f"{features.shape[1]} features; {wrong.sum():,} of {len(wrong):,} misclassified"
+    chosen, points, axis_names = _plane(features, how)
+    told += f"\n{len(chosen):,} examples of {len(labels):,} drawn" if len(chosen) < len(labels) else ""
+    labels, wrong, named = labels[chosen], wrong[chosen], len(names) <= 40
+    with figure_at(path, (7.0 if named else 5.4, 4.8)) as (figure, (axis,)):
+        size = float(np.clip(6000 / len(labels), 5, 16))
         for k in np.unique(labels):
-            colour, marker = PALETTE[k % len(PALETTE)], MARKERS[k // len(PALETTE) % len(MARKERS)]
-            style = {"color": colour, "marker": marker} if len(names) <= 40 else {"color": "#9AA5AE", "marker": "o"}
+            style = {"color": PALETTE[k % len(PALETTE)], "marker": MARKERS[k % len(MARKERS)]}
+            style = style if named else {"color": "#9AA5AE", "marker": "o"}
             style |= {"alpha": 0.65, "linewidths": 0, "rasterized": True, "label": short(names[k])}
             axis.scatter(*points[labels == k].T, s=size, **style)
-        ring = {"facecolors": "none", "edgecolors": "black", "linewidths": 0.8, "rasterized": True}
-        axis.scatter(*points[wrong].T, s=3.5 * size, **ring)
+        ring = {"facecolors": "none", "edgecolors": "black", "linewidths": 0.7, "label": "misclassified"}
+        axis.scatter(*points[wrong].T, s=3.5 * size, rasterized=True, **ring)
         halo = [withStroke(linewidth=2.5, foreground="white")]
         for k in np.unique(labels) if len(names) <= 10 else ():
             x, y = np.median(points[labels == k], axis=0)
             axis.text(x, y, short(names[k]), ha="center", va="center", weight="bold", path_effects=halo)
-        first, second = pca.explained_variance_ratio_
-        axis.set(xlabel=f"component 1 ({first:.1%} of the variance)", ylabel=f"component 2 ({second:.1%})")
-        axis.set_title(f"{features.shape[1]} features; {wrong.sum():,} of {len(wrong):,} misclassified (ringed)")
-        if legend:
+        axis.set(xlabel=axis_names[0], ylabel=axis_names[1])
+        axis.set_title(told)
+        if named:
             style = {"fontsize": 7, "markerscale": 5 / size**0.5, "ncols": 1 + (len(names) > 22)}
             figure.legend(loc="outside right upper", **style)
+
+
+def _plane(features: np.ndarray, how: str) -> tuple[np.ndarray, np.ndarray, tuple[str, str]]:
+    """Which examples are shown, their points [N, 2], and the names of the axes."""
+    import sklearn.decomposition  # here, as it takes half a second
+
+    chosen, features = np.arange(len(features)), features.astype(np.float64)
+    if how == "tsne" and len(features) > 3:
+        import sklearn.manifold
+
+        chosen = np.sort(np.random.default_rng(0).permutation(len(features))[:MAPPED])
+        few = min(50, *features[chosen].shape)  # section 4.1 of the paper
+        few = sklearn.decomposition.PCA(few, random_state=0).fit_transform(features[chosen])
+        perplexity = min(30.0, (len(chosen) - 1) / 3)
+        points = sklearn.manifold.TSNE(2, perplexity=perplexity, random_state=0).fit_transform(few)
+        return chosen, points, (f"t-SNE, perplexity {perplexity:.3g}: distances between clusters mean little", "")
+    pca = sklearn.decomposition.PCA(2, random_state=0)
+    points = pca.fit_transform(features)
+    first, second = pca.explained_variance_ratio_
+    return chosen, points, (f"component 1 ({first:.1%} of the variance)", f"component 2 ({second:.1%})")
 
 
 def threshold_curves(predictions: Predictions, path) -> None:

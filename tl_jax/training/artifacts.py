@@ -11,8 +11,9 @@ import jax
 
 from tl_jax import tasks
 from tl_jax.core import files, manifest
+from tl_jax.data.examples import Source
 from tl_jax.models import peft
-from tl_jax.runtime import wall
+from tl_jax.runtime import events, wall
 from tl_jax.runtime.log import log, tolerate
 from tl_jax.tasks import Predictions, Spec
 from tl_jax.tasks.task import unchanged
@@ -188,24 +189,41 @@ def write(
         note_wall(folder, replicas)
         manifest.write(folder, "result.json", result)
         if verbose:
-            draw(folder)
+            draw(folder, run.settings.loop.feature_map, run.material.data[split])
+        log_result(folder, run.settings.shown)
     return result
 
 
 @wall.timed("figures")
-def draw(folder: pathlib.Path) -> None:
-    """Draws the figures of a finished run; a failure is one line of the log."""
+def draw(folder: pathlib.Path, feature_map: str, source: Source | None = None) -> None:
+    """Draws the figures of a finished run; a failure is one line of the log.
+
+    feature_map: the option. source: the examples that were scored, for the gallery of mistakes, which needs it.
+    """
     with tolerate("figures"):
         from tl_jax.training import plots  # here, as matplotlib takes its time
 
         saved = tasks.load_predictions(folder / "predictions.npz")
         result = files.read_json(folder / "result.json")
-        scored = f"{result['split']}: {result['data']}"
-        plots.draw_run(files.read_rows(folder / "metrics.jsonl"), saved, folder, scored)
+        scored, rows = f"{result['split']}: {result['data']}", files.read_rows(folder / "metrics.jsonl")
+        plots.draw_run(rows, saved, folder, scored, result["step"], feature_map)
         start, steps = candidates.path_of(folder, 0), candidates.steps_of(folder)
         if start.exists() and steps and saved.spec.name == "classification":
             pair = (candidates.read(path) for path in (start, candidates.path_of(folder, steps[-1])))
-            plots.domain_map(*pair, saved.spec.class_names, folder / "domain_map.png")
+            plots.domain_map(*pair, saved.spec.class_names, folder / "domain_map")
+        if source is not None:
+            plots.gallery(saved, source, folder / "mistakes", scored)
+
+
+def log_result(folder: pathlib.Path, shown: Mapping[str, Any] | None) -> None:
+    """Writes the event file of a finished run's scores and figures; shown: `Settings.shown`."""
+    if shown is None:
+        return
+    with tolerate("event file of the result"):
+        result = files.read_json(folder / "result.json")
+        values = {name: x["value"] for name, x in result["metrics"].items() if isinstance(x, dict)}
+        scores = {f"{result['split']}/{name}": value for name, value in values.items()}
+        events.write_result(folder, shown, result["step"], scores, sorted(folder.glob("*.png")))
 
 
 def _openness(run: Run) -> dict[str, Any]:

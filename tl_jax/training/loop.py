@@ -66,7 +66,9 @@ class Loop:
         first = run.phase_of(start)
         with contextlib.ExitStack() as stack:
             about = (start, run.total_steps, self.verbose and count == 1, count)
-            logs = (RunLog(self.folders.get(j), rows[j], *about) for j in range(count))
+            logs = (
+                RunLog(self.folders.get(j), rows[j], *about, self.program.runs[j].settings.shown) for j in range(count)
+            )
             self.logs = dict(enumerate(map(stack.enter_context, logs)))
             shown = self.verbose and count > 1 and jax.process_index() == 0  # one run has a bar of its own
             self.tick = stack.enter_context(console.bar("train", run.total_steps, start, shown=shown))

@@ -1,24 +1,50 @@
-"""Figures of a run and of a comparison; the suffix of the path picks .png or .svg."""
+"""Figures of a run; the suffix of the path picks .png or .svg, none both."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
 from tl_jax import tasks
-from tl_jax.core.plotting import BLUE, PALETTE, VERMILION, figure_at, headed
-from tl_jax.tasks import figures
+from tl_jax.core.plotting import BLUE, GREY, PALETTE, VERMILION, end_of, figure_at, headed, sheet
+from tl_jax.data.examples import Source
+from tl_jax.data.image import decode
+from tl_jax.tasks import figures, mistakes
 
 SHOWN = 1000  # examples of a domain
+MISTAKES = 24  # of a gallery
 
 
-def draw_run(rows: list[dict], predictions: tasks.Predictions, folder, scored: str) -> None:
-    """All figures of one run, as PNG files in its folder; rows: of metrics.jsonl; scored: what is predicted."""
+def draw_run(
+    rows: list[dict], predictions: tasks.Predictions, folder, scored: str, step: int | None = None, how: str = "pca"
+) -> None:
+    """All figures of one run but that of its mistakes, in its folder; see `figure_at` for a path without suffix.
+
+    rows: of metrics.jsonl. scored: what is predicted, at `step`. how: of the feature map.
+    """
     if rows:  # a probe without gradient takes no steps
         metrics = tasks.METRICS[predictions.spec.name]
         monitored = metrics.monitor[0][0]
-        learning_curves(rows, folder / "learning_curves.png", {"loss": metrics.loss_label, monitored: monitored})
+        learning_curves(rows, folder / "learning_curves", {"loss": metrics.loss_label, monitored: monitored}, step)
     with headed(scored):
-        figures.draw(predictions, folder)
+        figures.draw(predictions, folder, how)
+
+
+def gallery(predictions: tasks.Predictions, source: Source, path, scored: str) -> None:
+    """The surest mistakes of a network, or the largest errors of a regression, with the names of their files.
+
+    source: the images that the predictions are of. Nothing is drawn where nothing is wrong, or of tables.
+    """
+    found = mistakes.said(predictions)
+    chosen, place = mistakes.worst(found, MISTAKES), {name: k for k, name in enumerate(source.ids)}
+    if source.input != "image" or not chosen:
+        return
+    names = [str(predictions.ids[i]) for i in chosen]
+    pictures = [decode.thumbnail(source.inputs[place[name]], source.form) for name in names]
+    words = [mistakes.in_words(predictions, found, i) for i in chosen]
+    captions = [(end_of(name, 28), *lines) for name, lines in zip(names, words, strict=True)]
+    count = f"{len(chosen)} of {found.wrong.sum():,} mistakes, the surest first"
+    what = "the largest errors" if predictions.spec.name == "regression" else count
+    sheet(path, pictures, captions, title=f"{end_of(scored, 60)}\n{what}")
 
 
 def domain_map(start: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray], names, path) -> None:
@@ -50,12 +76,13 @@ def domain_map(start: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray], n
         figure.legend(*by_domain.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
-def learning_curves(rows: list[dict], path, names: Mapping[str, str]) -> None:
+def learning_curves(rows: list[dict], path, names: Mapping[str, str], scored: int | None = None) -> None:
     """The columns train/NAME and val/NAME of metrics.jsonl against the step; names: {NAME: label of its axis}.
 
-    Any key may be missing in a row. The best value on val is marked and named in the legend.
+    Any key may be missing in a row. The best value on val is marked and named in the legend, and `scored` is the step
+    whose network was scored at the end.
     """
-    with figure_at(path, (3.6 * len(names), 2.9), columns=len(names)) as (_, axes):
+    with figure_at(path, (3.6 * len(names), 3.2), columns=len(names)) as (_, axes):
         for axis, (name, label) in zip(axes, names.items(), strict=True):
             for split, colour in (("train", BLUE), ("val", VERMILION)):
                 column = f"{split}/{name}"
@@ -70,8 +97,11 @@ def learning_curves(rows: list[dict], path, names: Mapping[str, str]) -> None:
                     ring = {"color": "white", "markeredgecolor": colour, "markersize": 7, "zorder": 3}
                     axis.plot(step[best], value[best], "o", **ring)
                 marker = "o" if len(step) < 30 else ""
-                axis.plot(step, value, color=colour, label=legend, linewidth=1.4, marker=marker, markersize=2.5)
+                style = {"linestyle": "-" if split == "val" else "--", "marker": marker, "markersize": 2.5}
+                axis.plot(step, value, color=colour, label=legend, linewidth=1.4, **style)
+            if scored is not None:
+                axis.axvline(scored, color=GREY, linestyle=":", linewidth=1.2, label=f"scored: step {scored:,}")
             axis.set(xlabel="step", ylabel=label)
             axis.grid(True)
             if axis.lines:
-                axis.legend(loc="best")
+                axis.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=7.5, borderpad=0)

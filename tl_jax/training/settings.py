@@ -67,6 +67,12 @@ class Settings(NamedTuple):
     table: Mapping[str, Any]
     identity: Mapping[str, Any]
 
+    @property
+    def shown(self) -> Mapping[str, Any] | None:
+        """The options that event files name: those that were set, and a few of every run; None: there are no files."""
+        always = {name: self.table[name] for name in ("model.name", "method.name", "lr", "batch_size", "seed")}
+        return {**always, **self.identity} if "tensorboard" in self.loop.log else None
+
 
 def read(config: Any) -> Settings:
     """Takes a config apart; raises one ValueError for invalid values, before anything is loaded."""

@@ -39,7 +39,8 @@ def train(
     if result := distributed.from_first(lambda: known_result(settings, folder)):
         log(f"{folder} holds the finished run of these options: its result is shown, data and weights are not read")
         if verbose and distributed.is_first() and not any(folder.glob("*.png")):  # stopped while they were drawn
-            artifacts.draw(folder)
+            artifacts.draw(folder, settings.loop.feature_map)
+            artifacts.log_result(folder, settings.shown)
         return result
     if settings.table["replicas"]:
         raise ValueError("the config has replicas, which are runs of their own: see tl_jax.studies")

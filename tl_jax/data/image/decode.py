@@ -258,6 +258,14 @@ def shape_of(image: np.ndarray | Image.Image) -> tuple[int, int]:
     return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
 
 
+def thumbnail(image: np.ndarray | bytes, form: Form = RGB, side: int = 200) -> Image.Image:
+    """`picture` of an array or of encoded bytes, at most `side` pixels high and wide; raises as `reading` does."""
+    with reading(image, form) as found:
+        small = picture(found)
+    small.thumbnail((side, side))
+    return small
+
+
 def picture(image: np.ndarray | Image.Image) -> Image.Image:
     """An image to look at, in mode RGB: of three channels of 8 bits itself.
 
