@@ -1,5 +1,7 @@
 """Exported networks answer as the run did, on their own, for any batch; what is not as it was exported is refused."""
 
+import io
+import itertools
 import json
 import pathlib
 import shutil
@@ -10,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import test_families as families
+from PIL import Image
 from test_face import IMAGES, LABELS, QUICK
 from test_pretrained import TINY_VIT, add_variants
 
@@ -260,3 +263,25 @@ def test_a_network_without_a_head_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no folder"):
         tl_jax.export(tl_jax.load("resnet8_cifar"), tmp_path / "no" / "out")
     assert not list(pathlib.Path(tmp_path).iterdir())
+
+
+@pytest.mark.slow
+def test_genuine_weights_answer_as_exported_on_a_thousand_examples(shared, tmp_path):
+    weights = shared / "weights" / "cifar10_resnet" / "resnet20-12fca82f.th"
+    with np.load(shared / "data" / "cifar10_jpeg" / "test.npz") as full:
+        ends = full["offsets"][:1001]
+        encoded = [full["bytes"][a:b].tobytes() for a, b in itertools.pairwise(ends)]
+        images = np.stack([np.asarray(Image.open(io.BytesIO(each)).convert("RGB")) for each in encoded])
+    model = tl_jax.load("resnet20_cifar", weights)
+    expected = tl_jax.outputs(model, images)
+    assert len(expected) == 1000
+    network = tl_jax.load_export(tl_jax.export(model, tmp_path / "out"))
+    found = tl_jax.outputs(network, images)
+    close(found, expected)
+    assert (found.argmax(1) == expected.argmax(1)).all()
+    small = tl_jax.load_export(tl_jax.export(model, tmp_path / "small", precision="int8"))
+    labels = np.load(shared / "data" / "cifar10_jpeg" / "test.npz")["labels"][:1000]
+    right = [(tl_jax.outputs(each, images).argmax(1) == labels).mean() for each in (network, small)]
+    assert right[1] >= right[0] - 0.005
+    sizes = [(tmp_path / name / "weights.safetensors").stat().st_size for name in ("small", "out")]
+    assert sizes[0] <= 0.3 * sizes[1]  # of 1 MB the names of the tensors are 2 %

@@ -35,7 +35,7 @@ OPTIONS = {
     "--workers": ("-1", "x", "1000000000"),
     "--interpolation": ("x", ""),
     "--pixels": ("x", "uint16"),
-    "--channels": ("0", "-1", "x", "4"),
+    "--channels": ("0", "-1", "x"),
     "--split": ("", "tst", "train[", "train[5:5]", "train,train"),
     "--splits": ("tst", ",", "train[:10%]"),
     "--label": ("x",),
@@ -111,6 +111,7 @@ def harmless(argv):
         ("wise_ft", "--out", "x.txt"),
         ("labels", "--out", "x.txt"),
         ("classic", "--out", "x.txt"),
+        ("classic", "--labels", ","),
     }
     return value in ("", "train,train") or (name, flag, value) in taken
 

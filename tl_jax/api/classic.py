@@ -54,7 +54,7 @@ def check_methods(arguments: Mapping[str, Mapping[str, Any]], classifier: str, s
     problems = [text for name, given in arguments.items() for text in classic.call_problems(name, classifier, given)]
     if ("tradaboost" in arguments) != bool(shots):
         problems.append(f"--shots {shots}: tradaboost needs labelled target examples, and no other method reads one")
-    checks.refuse("--method", problems)
+    checks.refuse("--method, --classifier", problems)
 
 
 def load_domain(source: str, split: str, labels: Sequence[str] = (), *, sealed: bool = False) -> Source:
