@@ -135,6 +135,7 @@ for name, flat in json.load(open(sys.argv[1])).items():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # test_kills_and_devices.py adapts on eight devices in CI
 @pytest.mark.parametrize("norm_batches", ["joint", "per_stream"])
 def test_eight_devices_adapt_as_one_does(norm_batches, tables, tmp_path):
     configs = {}

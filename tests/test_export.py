@@ -205,13 +205,13 @@ def test_onnx_runtime_answers_as_every_family(family, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_network_that_is_computed_in_chunks_has_programs_for_the_usual_batches():
-    model = tl_jax.load("resnet18", image_size=96, num_classes=5)
+    model = tl_jax.load("resnet18", image_size=64, num_classes=5)
     flat = {path: np.asarray(x) for path, x in trees.flatten(model.variables).items()}
     flat["params/head/kernel"] = np.random.default_rng(0).normal(size=(512, 5)).astype(np.float32)
     model = Model("resnet18", "", model.module, trees.unflatten(flat), model.card)
     programs = program.trace(model)
     assert {"any", "32"} <= programs["cpu"].keys() and programs["accelerator"].keys() == {"any"}
-    x = np.random.default_rng(1).integers(0, 256, (32, 96, 96, 3), np.uint8)
+    x = np.random.default_rng(1).integers(0, 256, (32, 64, 64, 3), np.uint8)
     own = program.compile_for(programs["cpu"], "cpu")(flat, x)["logits"]
     for_any = program.compile_for({"any": programs["cpu"]["any"]}, "cpu")(flat, x)["logits"]
     close(np.asarray(own), np.asarray(for_any), 1e-5)
@@ -266,21 +266,22 @@ def test_a_network_without_a_head_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_genuine_weights_answer_as_exported_on_a_thousand_examples(shared, tmp_path):
+@pytest.mark.parametrize("count", [250, pytest.param(1000, marks=pytest.mark.exhaustive)])
+def test_genuine_weights_answer_as_exported_and_as_int8_lose_half_a_point_at_most(count, shared, tmp_path):
     weights = shared / "weights" / "cifar10_resnet" / "resnet20-12fca82f.th"
     with np.load(shared / "data" / "cifar10_jpeg" / "test.npz") as full:
-        ends = full["offsets"][:1001]
+        ends = full["offsets"][: count + 1]
         encoded = [full["bytes"][a:b].tobytes() for a, b in itertools.pairwise(ends)]
         images = np.stack([np.asarray(Image.open(io.BytesIO(each)).convert("RGB")) for each in encoded])
     model = tl_jax.load("resnet20_cifar", weights)
     expected = tl_jax.outputs(model, images)
-    assert len(expected) == 1000
+    assert len(expected) == count
     network = tl_jax.load_export(tl_jax.export(model, tmp_path / "out"))
     found = tl_jax.outputs(network, images)
     close(found, expected)
     assert (found.argmax(1) == expected.argmax(1)).all()
     small = tl_jax.load_export(tl_jax.export(model, tmp_path / "small", precision="int8"))
-    labels = np.load(shared / "data" / "cifar10_jpeg" / "test.npz")["labels"][:1000]
+    labels = np.load(shared / "data" / "cifar10_jpeg" / "test.npz")["labels"][:count]
     right = [(tl_jax.outputs(each, images).argmax(1) == labels).mean() for each in (network, small)]
     assert right[1] >= right[0] - 0.005
     sizes = [(tmp_path / name / "weights.safetensors").stat().st_size for name in ("small", "out")]

@@ -333,8 +333,8 @@ def test_keras_vgg_gives_the_logits_of_its_equations(spelling, top, reference, t
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("vgg11_bn", marks=pytest.mark.slow),
         pytest.param("densenet121", marks=pytest.mark.slow),
+        pytest.param("vgg11_bn", marks=EXHAUSTIVE),
         *(
             pytest.param(name, marks=EXHAUSTIVE)
             for name in (*vgg.VARIANTS, *densenet.VARIANTS)

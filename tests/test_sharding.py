@@ -138,6 +138,7 @@ def eight_devices():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # two processes, and eight devices of whole runs, are in CI
 def test_on_eight_devices_the_numbers_are_the_same_and_a_device_holds_an_eighth():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     code = "import sys; sys.path[:0] = ['tests', '.']; import test_sharding; test_sharding.eight_devices()"

@@ -100,7 +100,7 @@ class Server:
         self.monitor = Monitor(reference) if enough else None
         self.counts = Counts(lambda: self.batcher.pending, self.monitor)
         self.readers, self.watcher = ThreadPoolExecutor(READERS), ThreadPoolExecutor(1)
-        self.batcher.seen = lambda outputs: self.watcher.submit(self.observe, outputs)
+        self.batcher.seen = self.seen
         routes = {"/": self.page, "/health": self.health, "/metadata": self.metadata, "/metrics": self.metrics}
         found = [Route(path, its, methods=["GET"]) for path, its in routes.items()]
         found.append(Route("/predict", self.answered(self.predict), methods=["POST"]))
@@ -113,11 +113,15 @@ class Server:
             "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
 
+    def seen(self, outputs: dict[str, np.ndarray]) -> None:
+        """Counts a batch; what else is done with it takes a thread of its own."""
+        self.counts.batches.observe(len(outputs[FEATURES]))
+        self.watcher.submit(self.observe, outputs)
+
     def observe(self, outputs: dict[str, np.ndarray]) -> None:
-        """Counts a batch, writes it to the log and shows it to the monitor, whose first alarm is printed."""
+        """Writes a batch to the log and shows it to the monitor, whose first alarm is printed."""
         features = outputs[FEATURES]
         (values,) = (x for name, x in outputs.items() if name != FEATURES)
-        self.counts.batches.observe(len(values))
         for each in zip(values, features, strict=True):
             if self.log:
                 with tolerate("log of the server"):
