@@ -57,11 +57,11 @@ class Batcher:
         """Works for ever, until it is cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            batch, until = [await self._queue.get()], loop.time() + WAIT
+            batch, until = [await self._next()], loop.time() + WAIT
             while len(batch) < self.sizes[-1] and (self.coming or not self._queue.empty()):
                 try:
                     async with asyncio.timeout_at(until):
-                        batch.append(await self._queue.get())
+                        batch.append(await self._next())
                 except TimeoutError:
                     break
             inputs, answered = zip(*batch, strict=True)
@@ -72,10 +72,17 @@ class Batcher:
                     if not future.done():
                         future.set_exception(error)
                 continue
-            self.seen(outputs)
             for i, future in enumerate(answered):
-                if not future.done():  # nobody waits any more for one that took too long
+                if not future.done():
                     future.set_result({name: x[i] for name, x in outputs.items()})
+            self.seen(outputs)
+
+    async def _next(self) -> tuple[np.ndarray, asyncio.Future]:
+        """An example that somebody still waits for."""
+        while True:
+            x, answered = await self._queue.get()
+            if not answered.done():
+                return x, answered
 
     def _together(self, inputs: tuple[np.ndarray, ...]) -> Outputs:
         size = next(size for size in self.sizes if size >= len(inputs))

@@ -10,6 +10,7 @@ import pathlib
 import re
 import socket
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -139,11 +140,12 @@ class Server:
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         await asyncio.get_running_loop().run_in_executor(None, self.warm)
-        worker = asyncio.create_task(self.batcher.run())
+        self.worker = asyncio.create_task(self.batcher.run())
         self.ready = True
         yield
         self.ready = False
-        worker.cancel()
+        self.worker.cancel()
+        await asyncio.get_running_loop().run_in_executor(None, self.watcher.shutdown)  # the log has every answer
 
     def answered(self, route: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Response]]:
         """The route with a JSON answer within the time, whatever it meets; counted."""
@@ -162,6 +164,9 @@ class Server:
                 status, found = 408, {"error": f"not read and answered within {self.limits.seconds:g} seconds"}
             except ClientDisconnect:
                 status, found = 400, {"error": "the connection was closed before the request was complete"}
+            except Exception as error:  # ours: counted as such, and told in the log
+                traceback.print_exc()
+                status, found = 500, {"error": f"the server failed ({type(error).__name__}); its log says more"}
             self.counts.requests.labels(status).inc()
             self.counts.seconds.observe(time.perf_counter() - began)
             return _json(found, status, headers)
@@ -252,8 +257,9 @@ class Server:
 
     async def health(self, request: Request) -> Response:
         drift = self.monitor and self.monitor.state()
-        table = {"status": "ready" if self.ready else "stopping", "drift": drift and {**drift, "text": _drift(drift)}}
-        return _json(table, 200 if self.ready else 503)
+        working = self.ready and not self.worker.done()
+        table = {"status": "ready" if working else "stopping", "drift": drift and {**drift, "text": _drift(drift)}}
+        return _json(table, 200 if working else 503)
 
     async def metadata(self, request: Request) -> Response:
         table = self.network.table
