@@ -327,7 +327,9 @@ def test_malformed_requests_crash_nothing_and_write_nothing(count, start, folder
                 body[at:at] = draw.randbytes(draw.choice([1, 50]))
         kind = draw.choice(kinds) if draw.random() < 0.3 else kind
         size = f"Content-Length: {len(body)}"
-        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nConnection: close\r\n{size}\r\n\r\n"
+        head = (
+            f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nConnection: close\r\n{size}\r\n\r\n"
+        )
         raw = bytearray(head.encode() + bytes(body))
         if draw.random() < 0.2:  # the head too
             raw[draw.randrange(len(head))] = draw.randrange(256)

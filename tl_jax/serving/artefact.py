@@ -174,7 +174,7 @@ def _facts(run: Run) -> dict[str, Any]:
     """What the folder says of the run that it comes from."""
     result = run.result
     kept = ("model", "method", "data", "split", "step", "weights_sha256", "metrics")
-    return {"folder": str(run.folder), **{key: result[key] for key in kept if key in result}}
+    return {"folder": run.folder.name, **{key: result[key] for key in kept if key in result}}
 
 
 def _hashes(folder: pathlib.Path) -> dict[str, str]:
@@ -228,6 +228,8 @@ def load(folder: str | os.PathLike) -> Exported:
         found = files.sha256(folder / name) if name in there else "no file"
         if found != expected:
             wrong.append(f"{name}: found {found[:12]}, expected {expected[:12]}")
+    companions = there.intersection({trust.FILE, REFERENCE, EXAMPLES})
+    wrong += [f"{name}: not of the export" for name in sorted(companions.difference(table["sha256"]))]
     refuse(f"{folder} is not as it was exported, by the sha256 in {TABLE}; copy it again", wrong)
     tensors, _ = formats.read(folder / WEIGHTS)
     exported = Exported(folder, table, _card(table), quantize.unpack(tensors))

@@ -4,18 +4,17 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import ipaddress
 import json
 import logging
 import pathlib
 import re
-import socket
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import h11
 import numpy as np
 import prometheus_client
 import threadpoolctl
@@ -23,10 +22,11 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tl_jax.api.model import read_input
 from tl_jax.core.messages import brief
@@ -35,13 +35,13 @@ from tl_jax.data.image.augment import make_preprocess
 from tl_jax.runtime.log import tolerate
 from tl_jax.serving import artefact, neighbours, program
 from tl_jax.serving.batches import Batcher, Busy
+from tl_jax.serving.connections import Announced, Connection, bind
 from tl_jax.serving.drift import LEAST
 from tl_jax.serving.drift_monitor import Log, Monitor
 from tl_jax.tasks import answers, trust
 from tl_jax.training.steps import FEATURES
 
 SIZES = (1, 2, 4, 8)  # of batches, all compiled before the first request
-HEAD = 5.0  # seconds
 NEAREST = 20  # training examples that are shown at most
 READERS = 2  # threads that decode images
 PAGE = pathlib.Path(__file__).parents[1] / "assets/serve.html"
@@ -90,7 +90,7 @@ class Counts:
 class Server:
     """The routes around one exported network; `app` is the ASGI application."""
 
-    def __init__(self, network: artefact.Exported, limits: Limits, log: str = ""):
+    def __init__(self, network: artefact.Exported, limits: Limits, log: str = "", host: str = "127.0.0.1"):
         self.network, self.limits, self.ready = network, limits, False
         self.preprocess = make_preprocess(network.card) if network.card.input == "image" else None
         examples = network.folder / artefact.EXAMPLES
@@ -105,7 +105,7 @@ class Server:
         routes = {"/": self.page, "/health": self.health, "/metadata": self.metadata, "/metrics": self.metrics}
         found = [Route(path, its, methods=["GET"]) for path, its in routes.items()]
         found.append(Route("/predict", self.answered(self.predict), methods=["POST"]))
-        self.app = Starlette(routes=found, lifespan=self.lifespan)
+        self.app = Starlette(routes=found, lifespan=self.lifespan, middleware=_guards(host))
         self.text = PAGE.read_text()
         parts = {kind: re.findall(rf"<{kind}>(.*?)</{kind}>", self.text, re.DOTALL) for kind in ("script", "style")}
         allowed = {kind: " ".join(map(_source, texts)) for kind, texts in parts.items()}
@@ -124,6 +124,8 @@ class Server:
         features = outputs[FEATURES]
         (values,) = (x for name, x in outputs.items() if name != FEATURES)
         for each in zip(values, features, strict=True):
+            if not all(np.isfinite(x).all() for x in each):
+                continue  # it was refused
             if self.log:
                 with tolerate("log of the server"):
                     self.log.append(*each)
@@ -200,8 +202,8 @@ class Server:
     async def _items(self, request: Request, body: bytes) -> list[tuple[str, Any]]:
         """(name, what `read_input` takes) of every input of a request."""
         kind, card = request.headers.get("content-type", "").partition(";")[0].strip().lower(), self.network.card
-        if kind == "application/json":
-            return _json_items(body, card)
+        if kind == "application/json":  # 20 MB of it take seconds
+            return await asyncio.get_running_loop().run_in_executor(self.readers, _json_items, body, card)
         if card.input != "image":
             raise Refused(415, f"content type {brief(kind)}: this network reads a table, send JSON, see /metadata")
         if kind.startswith("image/") or kind == "application/octet-stream":
@@ -234,6 +236,8 @@ class Server:
             outputs = {key: value[None] for key, value in (await self.batcher(reading)).items()}
         except ValueError as error:
             return {"file": name, "error": str(error)}
+        if not all(np.isfinite(x).all() for x in outputs.values()):
+            return {"file": name, "error": "the outputs are not finite: the input has values out of all proportion"}
         features = outputs.pop(FEATURES)
         row = {"file": name, **answers.answers(self.network.spec, outputs)[0]}
         if self.network.trust:
@@ -272,6 +276,15 @@ class Server:
     async def metrics(self, request: Request) -> Response:
         text = prometheus_client.generate_latest(self.counts.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+
+def _guards(host: str) -> list[Middleware]:
+    """On a loopback address: answers to its own names alone, so that no other site reads through the browser."""
+    try:
+        own = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        own = host == "localhost"
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", host])] if own else []
 
 
 def _drift(state: dict[str, Any]) -> str:
@@ -341,66 +354,15 @@ def _row(given: Any, columns: Sequence[str]) -> Any:
     return [given[name] for name in columns]
 
 
-class Connection(H11Protocol):
-    """Closes a connection that takes more than HEAD seconds for the head of a request, which uvicorn waits for."""
-
-    timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
-        if self.timer:
-            self.timer.cancel()
-
-    def _watch(self) -> None:
-        waiting = self.conn.their_state is h11.IDLE
-        if waiting and self.timer is None:
-            self.timer = self.loop.call_later(HEAD, self.transport.close)
-        elif not waiting and self.timer:
-            self.timer.cancel()
-            self.timer = None
-
-
-class Announced(uvicorn.Server):
-    """Says where it listens when it does."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if not self.should_exit:
-            host, port = sockets[0].getsockname()[:2]
-            print(f"ready: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-
-
 def serve(folder: str, host: str, port: int, limits: Limits, log: str = "") -> None:
     """Serves an exported network until SIGTERM or Ctrl-C, which answer first what was taken; port 0: any free one."""
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each malformed request
     threadpoolctl.threadpool_limits(1, "blas")  # for the small products of an answer; XLA has threads of its own
-    with contextlib.closing(_bound(host, port)) as bound:
-        server = Server(artefact.load(folder), limits, log)
+    with contextlib.closing(bind(host, port)) as bound:
+        server = Server(artefact.load(folder), limits, log, host)
         print(f"{folder}: compiling for batches of {', '.join(map(str, SIZES))}", flush=True)
         config = uvicorn.Config(
             server.app, log_level="error", access_log=False, lifespan="on", http=Connection, server_header=False,
             timeout_keep_alive=5, timeout_graceful_shutdown=int(limits.seconds) + 5,
         )  # fmt: skip
         Announced(config).run(sockets=[bound])
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet; OSError names the address, before the network is loaded."""
-    with contextlib.ExitStack() as on_error:
-        try:
-            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            bound = on_error.enter_context(socket.socket(family, kind))
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-        except OSError as error:
-            raise OSError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port") from None
-        on_error.pop_all()
-    return bound
