@@ -243,9 +243,6 @@ def _check_golden(exported: Exported) -> None:
             arrays = dict(golden)
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{exported.folder / GOLDEN} is damaged ({error}); copy the folder again") from None
-    limit, wrong = max(CLOSE[jax.default_backend()], CLOSE_HALF * exported.table["half"]), []
-    for name, found in run(exported, arrays.pop("inputs")).items():
-        largest = np.abs(arrays[name]).max()
-        if not (error := np.abs(found - arrays[name]).max()) <= limit * largest:
-            wrong.append(f"{name}: off by {error:.2g}, and the largest value is {largest:.2g}")
+    limit = max(CLOSE[jax.default_backend()], CLOSE_HALF * exported.table["half"])
+    wrong = program.differences(run(exported, arrays.pop("inputs")), arrays, limit)
     refuse(f"{exported.folder} computes other outputs here than where it was exported (limit {limit:g})", wrong)

@@ -8,12 +8,12 @@ import zipfile
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from tl_jax import config as options
 from tl_jax.api import model as models
 from tl_jax.api.run import Run
 from tl_jax.core import files
+from tl_jax.core.card import Card
 from tl_jax.data.image import decode
 from tl_jax.methods.term import MAIN
 from tl_jax.tasks import Spec
@@ -55,15 +55,11 @@ def in_words(spec: Spec, label: np.ndarray) -> str:
     return ", ".join(f"{name} {x:.4g}" for name, x in zip(spec.class_names, np.atleast_1d(label), strict=True))
 
 
-def _picture(item: Any, card: Any) -> bytes:
-    if card.input != "image" or card.pixels != "uint8" or card.form.channels not in (1, 3):
+def _picture(item: Any, card: Card) -> bytes:
+    if card.input != "image":
         return b""
-    with decode.reading(item, card.form) as image:
-        small = image if isinstance(image, Image.Image) else Image.fromarray(np.squeeze(image))
-        small = small.convert("RGB")
-        small.thumbnail((SIDE, SIDE))
-        small.save(file := io.BytesIO(), "JPEG", quality=80)
-        return file.getvalue()
+    decode.thumbnail(item, card.form, SIDE).save(file := io.BytesIO(), "JPEG", quality=80)
+    return file.getvalue()
 
 
 def nearest(examples: Examples, features: np.ndarray, count: int) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 from tl_jax.api.model import Model
 from tl_jax.core.checks import refuse
 from tl_jax.models.kernels import convolve
+from tl_jax.serving import program
 
 CLOSE = 1e-4  # of the largest value
 INSTALL = "pip install --no-deps -r requirements-onnx.txt"
@@ -45,11 +46,7 @@ def write(network: Model, path: pathlib.Path, inputs: np.ndarray, outputs: Mappi
         path.write_bytes(found.SerializeToString())
         session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
         answers = dict(zip(names, session.run(names, {"inputs": inputs}), strict=True))
-    wrong = []
-    for name, expected in outputs.items():
-        largest = np.abs(expected).max()
-        if not (error := np.abs(answers[name] - expected).max()) <= CLOSE * largest:
-            wrong.append(f"{name}: off by {error:.2g}, and the largest value is {largest:.2g}")
+    wrong = program.differences(answers, outputs, CLOSE)
     refuse(f"ONNX Runtime answers otherwise than {network.card.model} itself: no ONNX file of it is written", wrong)
 
 

@@ -57,6 +57,16 @@ def input_type(card: Card) -> np.dtype:
     return np.dtype(card.form.dtype if card.input == "image" else np.float32)
 
 
+def differences(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], limit: float) -> list[str]:
+    """A line for each output that is off by more than `limit` times the largest expected value."""
+    wrong = []
+    for name, values in expected.items():
+        largest = np.abs(values).max()
+        if not (error := np.abs(found[name] - values).max()) <= limit * largest:
+            wrong.append(f"{name}: off by {error:.2g}, and the largest value is {largest:.2g}")
+    return wrong
+
+
 def compile_for(programs: Mapping[str, bytes], platform: str) -> Any:
     """(weights, inputs) -> outputs, which takes the program for the batch of the inputs, or that for any."""
     known = {batch: export.deserialize(bytearray(data)) for batch, data in programs.items()}

@@ -77,8 +77,7 @@ class Counts:
         self.seconds = prometheus_client.Histogram(
             "tl_jax_request_seconds", "from the first byte to the answer", **made
         )
-        sizes = prometheus_client.Histogram("tl_jax_batch_size", "examples of a batch", buckets=SIZES, **made)
-        self.batches = sizes
+        self.batches = prometheus_client.Histogram("tl_jax_batch_size", "examples of a batch", buckets=SIZES, **made)
         waiting = prometheus_client.Gauge("tl_jax_pending", "examples on their way", **made)
         waiting.set_function(pending)
         for name, text in (("alarm", "1 where an alarm was raised"), ("p", "the smallest p of the last look")):
