@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import re
 import shlex
@@ -225,6 +226,21 @@ def test_a_log_gives_what_was_appended_and_survives_a_kill(tmp_path, task, capsy
         monitor.Log(path, tasks.Spec("binary", ("a", "b")))
 
 
+def test_a_log_that_is_moved_or_emptied_begins_anew(tmp_path):
+    path, rows = tmp_path / "requests.jsonl", make("classification", 4)
+    log = monitor.Log(path, rows.spec)
+    log.append(rows.values[0])
+    path.rename(tmp_path / "old.jsonl")
+    log.append(rows.values[1])
+    log.append(rows.values[2])
+    found = [monitor.load_log(tmp_path / name).values for name in ("old.jsonl", "requests.jsonl")]
+    np.testing.assert_array_equal(found[0], rows.values[:1])
+    np.testing.assert_array_equal(found[1], rows.values[1:3])
+    os.truncate(path, 0)
+    log.append(rows.values[3])
+    np.testing.assert_array_equal(monitor.load_log(path).values, rows.values[3:])
+
+
 def test_what_is_no_log_is_refused_by_name(tmp_path):
     path = tmp_path / "x.jsonl"
     for text, message in {
@@ -277,7 +293,10 @@ def test_what_cannot_be_watched_is_refused_with_all_reasons():
     assert all(text in str(error.value) for text in ("window=19", "every=0", "39 examples, expected at least 40"))
 
 
-def test_the_command_compares_files_in_80_columns_and_writes_a_page_that_needs_nothing_else(tmp_path, capsysbinary):
+def test_the_command_compares_files_in_80_columns_and_writes_a_page_that_needs_nothing_else(
+    tmp_path, capsysbinary, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
     reference, new = make("classification", 120), make("classification", 90, 1, 1.0)
     odd = tmp_path / "caf\udce9"  # not UTF-8
     odd.mkdir()
@@ -292,7 +311,7 @@ def test_the_command_compares_files_in_80_columns_and_writes_a_page_that_needs_n
     arguments = ["drift", str(odd / "reference.npz"), str(tmp_path / "new.jsonl")]
     assert command.main([*arguments, "--out", str(page)]) == 0
     shown, text = read()[0], page.read_text()
-    assert shown.startswith("DRIFT") and "caf\udce9/reference.npz" in shown
+    assert shown.startswith("DRIFT") and r"caf\udce9/reference.npz" in shown
     assert all(len(line) <= 80 or line.startswith("wrote ") for line in shown.splitlines())
     for table in ("the tests", "estimated shares"):
         assert table in shown and table in text
@@ -301,6 +320,9 @@ def test_the_command_compares_files_in_80_columns_and_writes_a_page_that_needs_n
     )
     assert "&lt;cat&gt; &amp; $dog$" in text and "<cat>" not in text
     assert command.main([*arguments, "--on", "outputs"]) == 0 and "look at the outputs" in read()[0]
+    assert command.main([*arguments, "--last", "30"]) == 0 and " 30\n" in read()[0]
+    assert command.main([*arguments, "--last", "1000"]) == 0 and " 90\n" in read()[0]
+    assert command.main([*arguments, "--last", "5"]) == 2 and "new has 5 examples" in read()[1]
     assert command.main(["drift", str(tmp_path / "no.npz"), str(tmp_path)]) == 2
     error = read()[1]
     assert "no.npz" in error and "need a network, --run" in error

@@ -24,12 +24,12 @@ from tl_jax.core import trees
 from tl_jax.core.card import Card
 from tl_jax.models import inception, vit
 from tl_jax.serving import artefact, onnx_file, program
-from tl_jax.weights import quantize
+from tl_jax.weights import formats, quantize
 
 
-def fit(folder, labels=LABELS, task="", method="last_k", **changes):
+def fit(folder, labels=LABELS, task="", method="last_k", splits=None, **changes):
     model = tl_jax.load("resnet8_cifar", "builtin:glyphs", image_size=16)
-    splits = {"train": (IMAGES[:64], labels[:64]), "test": (IMAGES[64:128], labels[64:128])}
+    splits = splits or {"train": (IMAGES[:64], labels[:64]), "test": (IMAGES[64:128], labels[64:128])}
     how = {"workdir": folder, "task": task, "method": method, "epochs": 2}
     return tl_jax.fit(model, splits, **how, changes={**QUICK, **changes}, verbose=False)
 
@@ -88,6 +88,12 @@ def test_run_py_needs_jax_alone_and_refuses_a_changed_file(exported, tmp_path):
     flip(copy / "weights.safetensors", -5)
     done = subprocess.run(once, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "weights.safetensors is not as it was exported" in done.stderr
+    table = artefact.files.read_json(exported / "export.json")
+    table["limits"]["cpu"] = -1.0  # what no output keeps
+    flip(copy / "weights.safetensors", -5)
+    artefact.files.write_json(copy / "export.json", table)
+    done = subprocess.run(once, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "the outputs are not those of the export" in done.stderr
 
 
 def flip(path, at, bit=3):
@@ -227,9 +233,40 @@ def test_fewer_bytes_change_the_outputs_little(precision, share, limit, run, exp
     close(found, tl_jax.outputs(tl_jax.load_export(exported), IMAGES[64:128]), limit)
 
 
+def test_int8_takes_a_little_more_than_a_quarter_of_the_file(tmp_path):
+    model = tl_jax.load("deit_tiny_patch16_224")
+    flat = {path: np.zeros(x.shape, np.float32) for path, x in trees.flatten(model.variables).items()}
+    for precision in quantize.PRECISIONS:
+        formats.write_safetensors(tmp_path / precision, quantize.pack(flat, precision), {})
+    full, half, small = ((tmp_path / name).stat().st_size for name in quantize.PRECISIONS)
+    assert half <= 0.51 * full and small <= 0.27 * full
+
+
 def stored_arrays(folder):
     flat = tl_jax.load_export(folder).variables
     return quantize.pack(flat, json.loads((folder / "export.json").read_text())["precision"])
+
+
+@pytest.mark.slow
+def test_trust_and_reference_of_fewer_bits_are_those_of_the_rounded_network(tmp_path):
+    parts = {"train": slice(64), "val": slice(200, 300), "test": slice(64, 128)}
+    run = fit(tmp_path / "w", splits={name: (IMAGES[part], LABELS[part]) for name, part in parts.items()})
+    run.calibrate(coverage=0.8, sets="aps", ood="knn", abstain=("ood",))
+    folder = tl_jax.export(run, tmp_path / "out", precision="int8", examples=10)
+    network, old = tl_jax.load_export(folder), run.trust
+    new = network.trust
+    assert (new.coverage, new.sets, new.abstain, new.count, new.reference.name) == (
+        0.8,
+        "aps",
+        ("ood",),
+        old.count,
+        "knn",
+    )
+    assert new.temperature != old.temperature and new.temperature == pytest.approx(old.temperature, rel=0.1)
+    known = tasks.load_predictions(run.folder / "predictions.npz")
+    assert not np.array_equal(network.reference.values, known.values)
+    close(network.reference.values, tl_jax.outputs(network, IMAGES[64:128]), 1e-6)
+    assert np.array_equal(network.reference.labels, known.labels)
 
 
 def test_int8_rounds_each_channel_to_within_half_a_step():

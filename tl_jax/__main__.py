@@ -127,6 +127,7 @@ COMMANDS = {
         arg("reference", help="predictions.npz of a run, a server's log .jsonl, or inputs as of predict, with --run"),
         arg("new", help="the same kinds; its labels are not read"),
         arg("--run", default="", help="the folder of the run that answers inputs, and that could be trained again"),
+        arg("--last", type=_COUNT, default=0, help="of new, such as a log, only the last so many examples"),
         arg("--on", choices=["features", "outputs"], default="", help="what is compared; default: features if known"),
         arg("--out", default="", help="write a page to this .html file"),
         _BATCH,

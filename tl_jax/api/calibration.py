@@ -39,22 +39,19 @@ def calibrate(
     test, on the split itself in FOLDS folds, each judged by what the others fit. Raises ValueError for arguments that
     do not fit, a split that is not there, is sealed or was trained on, and a run without weights, as of knn.
     """
-    card, choice = run.model.card, {"coverage": coverage, "sets": sets, "ood": ood, "keep": keep, "abstain": abstain}
-    settings = read(options.read(run.folder / "config.json"))
-    data = inputs.load_sources(settings, card.form if card.input == "image" else None)
-    known = [*inputs.SPLITS[1:], *(name for name, *_ in settings.data.extra_eval)]
-    names = [name for name in known if name in data and not data[name].sealed]
+    choice = {"coverage": coverage, "sets": sets, "ood": ood, "keep": keep, "abstain": abstain}
+    data = splits_of(run)
+    names = [name for name, source in data.items() if name not in (MAIN, inputs.SPLITS[0]) and not source.sealed]
     if split not in names:
         raise ValueError(f"--split {split}: expected a labelled split that is not trained on: {', '.join(names)}")
     if shared := sources.overlap(data[MAIN], data[split]):
         raise ValueError(f"--split {split}: {len(shared)} of its examples are in train too, such as {shared[0]}")
     trust.check(run.model.spec, len(data[split]), **choice)
-    train = _predict(run, _reduced(data[MAIN]), batch_size) if ood in ("mahalanobis", "knn") else None
-    val = _predict(run, data[split], batch_size)
-    fitted = trust.fit(val, train, **choice, network=run.weights_sha256)
+    fitted, val = _fit(run, data, split, choice, batch_size)
+    fitted = fitted._replace(network=run.weights_sha256)
     trust.save(run.folder / trust.FILE, fitted)
     if split != "test" and "test" in names:
-        where, pairs = "test", [(fitted, _predict(run, data["test"], batch_size))]
+        where, pairs = "test", [(fitted, models.score(run, data["test"], batch_size=batch_size))]
     else:
         where, pairs = f"{split}, in {FOLDS} folds", _folds(fitted, val)
     measured = {"on": where, **measure(pairs)} if pairs else None
@@ -66,8 +63,29 @@ def calibrate(
     )  # fmt: skip
 
 
-def _predict(run: Any, source: Source, batch_size: int) -> Predictions:
-    return models.score(run, source, batch_size=batch_size)
+def splits_of(run: Any) -> dict[str, Source]:
+    """The data that a run was trained, chosen and scored by: {MAIN, "val", ...: source}."""
+    card, settings = run.model.card, read(options.read(run.folder / "config.json"))
+    data = inputs.load_sources(settings, card.form if card.input == "image" else None)
+    known = [MAIN, *inputs.SPLITS[1:], *(name for name, *_ in settings.data.extra_eval)]
+    return {name: data[name] for name in known if name in data}
+
+
+def refit(run: Any, network: Any) -> trust.Trust:
+    """What `calibrate` has left of the run, on the same data, of a network whose outputs are a little different."""
+    old, data = run.trust, splits_of(run)
+    choice = {name: getattr(old, name) for name in ("coverage", "sets", "keep", "abstain")}
+    return _fit(network, data, old.split, {**choice, "ood": old.reference.name}, 128)[0]
+
+
+def _fit(
+    network: Any, data: dict[str, Source], split: str, choice: dict[str, Any], batch_size: int
+) -> tuple[trust.Trust, Predictions]:
+    """The fitted Trust, and the predictions of the split that it was fitted on."""
+    needed = choice["ood"] in ("mahalanobis", "knn")
+    train = models.score(network, _reduced(data[MAIN]), batch_size=batch_size) if needed else None
+    val = models.score(network, data[split], batch_size=batch_size)
+    return trust.fit(val, train, **choice)._replace(split=split), val
 
 
 def _reduced(source: Source) -> Source:
@@ -86,15 +104,8 @@ def _folds(fitted: trust.Trust, val: Predictions) -> Pairs:
         ours, others = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
         if not len(ours) or len(others) < max(map(trust.least_for, levels)):
             return []
-        pairs.append((trust.fit_on(fitted, select(val, others), scores[others]), select(val, ours)))
+        pairs.append((trust.fit_on(fitted, val.select(others), scores[others]), val.select(ours)))
     return pairs
-
-
-def select(p: Predictions, index: np.ndarray) -> Predictions:
-    outputs = {name: x[index] for name, x in p.outputs.items()}
-    return Predictions(
-        outputs, p.labels[index], p.ids[index], p.spec, None if p.features is None else p.features[index]
-    )
 
 
 def measure(pairs: Pairs) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from tl_jax.api import calibration
+from tl_jax.api import model as models
 from tl_jax.api.model import Model, Network
 from tl_jax.api.run import Run, load_run
 from tl_jax.core import files, trees
@@ -29,8 +31,8 @@ ONNX, EXAMPLES, REFERENCE = "model.onnx", "examples.npz", "reference.npz"
 OBSERVED = 2000
 ASSET = pathlib.Path(__file__).parents[1] / "assets/run_export.py"
 FORMAT = 1
-CLOSE = {"cpu": 1e-4, "gpu": 2e-2, "tpu": 5e-2}  # of the largest value; accelerators multiply with fewer digits
-CLOSE_HALF = 2e-2  # of networks that compute in half precision
+LIMITS = {"cpu": 1e-4, "gpu": 2e-2, "tpu": 5e-2}  # of the largest value; accelerators multiply with fewer digits
+HALF = {**LIMITS, "cpu": 2e-2}  # of networks that compute in half precision
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +108,7 @@ def export(
             "card": json.loads(model.card.replace(class_names=model.spec.class_names).to_json()),
             "input": {"shape": ["batch", *model.card.shape], "type": program.input_type(model.card).name},
             "precision": precision,
-            "half": np.dtype(model.module.dtype).itemsize < 4,
+            "limits": HALF if np.dtype(model.module.dtype).itemsize < 4 else LIMITS,
             "programs": _write_programs(part, model),
             "compiler_options": sharding.OPTIONS,
             "run": _facts(network) if isinstance(network, Run) else {},
@@ -116,7 +118,8 @@ def export(
         if onnx:
             onnx_file.write(dataclasses.replace(model, variables=trees.unflatten(stored)), part / ONNX, inputs, outputs)
         if isinstance(network, Run):
-            _write_companions(part, network, examples)
+            reduced = None if precision == "float32" else dataclasses.replace(model, variables=trees.unflatten(stored))
+            _write_companions(part, network, examples, reduced)
         files.write_json(part / TABLE, {**table, "sha256": _hashes(part)})
         with files.writing(out):
             os.rename(part, out)
@@ -152,22 +155,24 @@ def _write_programs(folder: pathlib.Path, model: Model) -> dict[str, dict[str, s
     return names
 
 
-def _write_companions(folder: pathlib.Path, run: Run, examples: int) -> None:
-    """What a run knows beyond its network: trust, predictions to find drift with, examples of its training data."""
-    if run.trust:
+def _write_companions(folder: pathlib.Path, run: Run, examples: int, reduced: Model | None) -> None:
+    """What a run knows beyond its network: trust, predictions to find drift with, examples of its training data.
+
+    reduced: the network with weights of fewer bits, on whose own outputs all of it is then found again.
+    """
+    if run.trust and reduced:
+        trust.save(folder / trust.FILE, calibration.refit(run, reduced))
+    elif run.trust:
         shutil.copyfile(run.folder / trust.FILE, folder / trust.FILE)
     if (path := run.folder / "predictions.npz").exists():
         found = load_predictions(path)
+        if reduced:
+            found = models.score(reduced, calibration.splits_of(run)[run.result["split"]])
         some = np.sort(np.random.default_rng(0).permutation(len(found.values))[:OBSERVED])
-        outputs = {name: x[some] for name, x in found.outputs.items()}
-        features = None if found.features is None else found.features[some]
-        groups = None if found.groups is None else found.groups[some]
-        ids = np.arange(len(some))  # names of files are nobody's business
-        save_predictions(
-            folder / REFERENCE, Predictions(outputs, found.labels[some], ids, found.spec, features, groups)
-        )
+        ids = np.arange(len(some)).astype(str)  # names of files are nobody's business
+        save_predictions(folder / REFERENCE, found.select(some)._replace(ids=ids))
     if examples:
-        neighbours.save(folder / EXAMPLES, neighbours.collect(run, examples))
+        neighbours.save(folder / EXAMPLES, neighbours.collect(run, reduced or run, examples))
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -243,6 +248,6 @@ def _check_golden(exported: Exported) -> None:
             arrays = dict(golden)
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{exported.folder / GOLDEN} is damaged ({error}); copy the folder again") from None
-    limit = max(CLOSE[jax.default_backend()], CLOSE_HALF * exported.table["half"])
+    limit = exported.table["limits"][jax.default_backend()]
     wrong = program.differences(run(exported, arrays.pop("inputs")), arrays, limit)
     refuse(f"{exported.folder} computes other outputs here than where it was exported (limit {limit:g})", wrong)

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,7 @@ class Batcher:
         self.answer, self.sizes, self.space = answer, sizes, space
         self.pending = 0  # examples of requests that were admitted and are not yet answered
         self.coming = 0  # of these, those that are being read
-        self.seen: Callable[[Outputs], Any] = lambda outputs: None  # told of every batch
+        self.seen: Callable[[Outputs], Awaitable[None]] | None = None  # told of every batch; it may make others wait
         self._queue: asyncio.Queue = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1)
 
@@ -75,7 +74,8 @@ class Batcher:
             for i, future in enumerate(answered):
                 if not future.done():
                     future.set_result({name: x[i] for name, x in outputs.items()})
-            self.seen(outputs)
+            if self.seen:
+                await self.seen(outputs)
 
     async def _next(self) -> tuple[np.ndarray, asyncio.Future]:
         """An example that somebody still waits for."""

@@ -167,9 +167,9 @@ def auc(score: np.ndarray, positive: np.ndarray) -> float:
 def marginals(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
     """Column by column of x [N, K], y [M, K]: p, Kolmogorov-Smirnov, Jensen-Shannon and Wasserstein distance.
 
-    p = 2.17 exp(-2 D^2 N M / (N + M)) bounds that of D, also with ties and in the far tail (Wei & Dudley 2012; 2 would
-    be too small for equal N and M below 458). JS: the root of the divergence in bits, between shares in BINS bins of
-    equally many. Wasserstein: in deviations of x.
+    p = 2.17 exp(-2 D^2 N M / (N + M)) bounds that of D, also with ties and in the far tail: Wei & Dudley 2012 prove it
+    for equal N and M, where 2 would be too small below 458, and conjecture that 2 does for others. JS: the root of the
+    divergence in bits, between shares in BINS bins of equally many. Wasserstein: in deviations of x.
     """
     n, m, both = len(x), len(y), np.concatenate([x, y])
     order = both.argsort(axis=0, kind="stable")
@@ -204,6 +204,7 @@ def label_shift(reference: Predictions, new: Predictions, rng: np.random.Generat
         rows = [_shares(own, a.astype(int), b.astype(int), 2, rng)[1] for own, a, b in each]
     else:
         answer = METRICS[spec.name].answer
+        new = new._replace(spec=spec)  # a threshold may be another
         rows = _shares(labels, answer(reference), answer(new), len(spec.class_names), rng)
     return [{"name": name, **row} for name, row in zip(spec.class_names, rows, strict=True)]
 

@@ -6,7 +6,6 @@ import html
 import pathlib
 import shlex
 import tempfile
-import textwrap
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 import tl_jax
 from tl_jax.api.model import observe
 from tl_jax.api.run import Run
-from tl_jax.core import checks, files, manifest
+from tl_jax.core import checks, console, files, manifest
 from tl_jax.core.plotting import BLUE, GREY, VERMILION, figure_at, short
 from tl_jax.serving.artefact import Exported, is_export, load, open_network
 from tl_jax.serving.drift import CLASSES, EFFECTS, MOST, Table, compare, points, readable
@@ -56,12 +55,15 @@ def run(args: argparse.Namespace) -> None:
         except (ValueError, OSError, FloatingPointError) as error:
             problems.append(str(error))
     checks.refuse("there is nothing to compare", problems)
+    if args.last:
+        sides[1] = sides[1].select(np.arange(len(sides[1].values))[-args.last :])
     found = compare(*sides, args.on)
     command = retrain(network, args.new) if isinstance(network, Run) else ""
-    print("\n".join(lines(found, sides[0], names)))
+    for told in messages(found, sides[0], names):
+        console.show(told)
     if args.out:
         files.write_text(pathlib.Path(args.out), page(found, *sides, names, command))
-        print(f"wrote {args.out}")
+        console.show(f"wrote {args.out}")
     if command:
         print(f"to train the run again on the new examples, once they have labels:\n{command}")
 
@@ -100,25 +102,17 @@ def retrain(network: Run, new: str) -> str:
     return shlex.join([*command, "--workdir", f"{network.folder}-retrained"])
 
 
-def lines(found: Table, reference: Predictions, names: Sequence[str]) -> list[str]:
-    """The short form for a console of 80 columns: the verdict, the tests and the shares that changed most."""
-    counts = zip(SIDES, names, found["counts"], strict=True)
-    told = [
-        textwrap.fill(headline(found), 80),
-        "",
-        *(
-            f"{what:9}  {name if len(name) <= 44 else '...' + name[-41:]:44}  {n:>9,} examples"
-            for what, name, n in counts
-        ),
-    ]
+def messages(found: Table, reference: Predictions, names: Sequence[str]) -> list[str | console.Table]:
+    """The short form for a console: the verdict, the tests and the shares that changed most."""
+    sides = [[what, name, f"{n:,}"] for what, name, n in zip(SIDES, names, found["counts"], strict=True)]
     tables = _tables(found)
-    for caption, *rows in (tables[name] for name in ("tests", "shares") if name in tables):
-        widths = [max(map(len, column)) for column in zip(*rows[:6], strict=True)]
-        told += ["", caption]
-        for first, *others in rows[:6]:
-            cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-            told.append("  ".join(["", first.ljust(widths[0]), *cells]))
-    return [*told, "", *_notes(found, reference)]
+    shown = (tables[name] for name in ("tests", "shares") if name in tables)
+    return [
+        headline(found) + "\n",
+        console.Table("what is compared", ["side", "file", "examples"], sides, 2),
+        *(console.Table(caption, heads, rows[:5]) for caption, heads, *rows in shown),
+        *_notes(found, reference),
+    ]
 
 
 def headline(found: Table) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tl_jax import config as options
+from tl_jax.api import calibration
 from tl_jax.api import model as models
 from tl_jax.api.run import Run
 from tl_jax.core import files
@@ -17,8 +17,6 @@ from tl_jax.core.card import Card
 from tl_jax.data.image import decode
 from tl_jax.methods.term import MAIN
 from tl_jax.tasks import Spec
-from tl_jax.training.inputs import load_sources
-from tl_jax.training.settings import read
 
 SIDE = 96  # pixels of a picture
 
@@ -32,14 +30,12 @@ class Examples(NamedTuple):
     pictures: tuple[bytes, ...]
 
 
-def collect(run: Run, count: int, seed: int = 0) -> Examples:
-    """`count` examples of the data that the run was trained on, or all of them where there are fewer."""
-    card = run.model.card
-    settings = read(options.read(run.folder / "config.json"))
-    source = load_sources(settings, card.form if card.input == "image" else None)[MAIN]
+def collect(run: Run, network: Any, count: int, seed: int = 0) -> Examples:
+    """`count` examples of the data that the run was trained on, or all of them, as the network sees them."""
+    card, source = run.model.card, calibration.splits_of(run)[MAIN]
     _, once = np.unique(source.ids, return_index=True)  # a bootstrap repeats some
     source = source.select(np.sort(np.random.default_rng(seed).permutation(once)[:count]))
-    features = models.features(run, source)
+    features = models.features(network, source)
     features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     labels = tuple(in_words(run.model.spec, label) for label in source.labels)
     pictures = tuple(_picture(source.inputs[i], card) for i in range(len(source)))

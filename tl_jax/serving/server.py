@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import collections
 import contextlib
 import hashlib
 import ipaddress
@@ -43,6 +44,7 @@ from tl_jax.training.steps import FEATURES
 
 SIZES = (1, 2, 4, 8)  # of batches, all compiled before the first request
 NEAREST = 20  # training examples that are shown at most
+BEHIND = 32  # batches that are answered and not yet in the log
 READERS = 2  # threads that decode images
 PAGE = pathlib.Path(__file__).parents[1] / "assets/serve.html"
 TAKEN = 'an image (image/*), images (multipart/form-data) or JSON {"inputs": [...]} (application/json)'
@@ -100,7 +102,7 @@ class Server:
         self.monitor = Monitor(reference) if enough else None
         self.counts = Counts(lambda: self.batcher.pending, self.monitor)
         self.readers, self.watcher = ThreadPoolExecutor(READERS), ThreadPoolExecutor(1)
-        self.batcher.seen = self.seen
+        self.batcher.seen, self.unseen = self.seen, collections.deque[asyncio.Future]()
         routes = {"/": self.page, "/health": self.health, "/metadata": self.metadata, "/metrics": self.metrics}
         found = [Route(path, its, methods=["GET"]) for path, its in routes.items()]
         found.append(Route("/predict", self.answered(self.predict), methods=["POST"]))
@@ -113,10 +115,12 @@ class Server:
             "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
 
-    def seen(self, outputs: dict[str, np.ndarray]) -> None:
-        """Counts a batch; what else is done with it takes a thread of its own."""
+    async def seen(self, outputs: dict[str, np.ndarray]) -> None:
+        """Counts a batch; what else is done with it takes a thread of its own, which is BEHIND batches late at most."""
         self.counts.batches.observe(len(outputs[FEATURES]))
-        self.watcher.submit(self.observe, outputs)
+        self.unseen.append(asyncio.get_running_loop().run_in_executor(self.watcher, self.observe, outputs))
+        if len(self.unseen) > BEHIND:
+            await self.unseen.popleft()
 
     def observe(self, outputs: dict[str, np.ndarray]) -> None:
         """Writes a batch to the log and shows it to the monitor, whose first alarm is printed."""
@@ -125,12 +129,13 @@ class Server:
         for each in zip(values, features, strict=True):
             if not all(np.isfinite(x).all() for x in each):
                 continue  # it was refused
-            if self.log:
-                with tolerate("log of the server"):
+            with tolerate("log of the server"):
+                if self.log:
                     self.log.append(*each)
-            before = self.monitor and self.monitor.state()["alarm"]
-            if self.monitor and self.monitor.add(*each) and not before:
-                print(f"drift: {_drift(self.monitor.state())}", flush=True)
+            with tolerate("monitor of the server"):
+                before = self.monitor and self.monitor.state()["alarm"]
+                if self.monitor and self.monitor.add(*each) and not before:
+                    print(f"drift: {_drift(self.monitor.state())}", flush=True)
 
     def warm(self) -> None:
         """Compiles and runs the program for every size of a batch."""
@@ -175,6 +180,8 @@ class Server:
         return handle
 
     async def predict(self, request: Request) -> dict[str, Any]:
+        if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            raise Refused(403, "a page of another site asks, which may not speak for whoever looks at it")
         count = _count(request.query_params.get("nearest", "0"))
         with self.batcher.admitted(1):  # before the body, whose bytes take memory
             items = await self._items(request, await self._body(request))
@@ -356,12 +363,14 @@ def _row(given: Any, columns: Sequence[str]) -> Any:
 def serve(folder: str, host: str, port: int, limits: Limits, log: str = "") -> None:
     """Serves an exported network until SIGTERM or Ctrl-C, which answer first what was taken; port 0: any free one."""
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each malformed request
+    if limits.examples > limits.queue:
+        raise ValueError(f"--examples {limits.examples} would never find room in --queue {limits.queue}")
     threadpoolctl.threadpool_limits(1, "blas")  # for the small products of an answer; XLA has threads of its own
     with contextlib.closing(bind(host, port)) as bound:
         server = Server(artefact.load(folder), limits, log, host)
         print(f"{folder}: compiling for batches of {', '.join(map(str, SIZES))}", flush=True)
         config = uvicorn.Config(
-            server.app, log_level="error", access_log=False, lifespan="on", http=Connection, server_header=False,
-            timeout_keep_alive=5, timeout_graceful_shutdown=int(limits.seconds) + 5,
+            server.app, log_level="error", access_log=False, lifespan="on", http=Connection, ws="none",
+            server_header=False, timeout_keep_alive=5, timeout_graceful_shutdown=int(limits.seconds) + 5,
         )  # fmt: skip
         Announced(config).run(sockets=[bound])

@@ -24,6 +24,11 @@ class Predictions(NamedTuple):
     features: np.ndarray | None = None  # float32 [N, D], what the head reads
     groups: np.ndarray | None = None  # text [N], of data.group
 
+    def select(self, index: np.ndarray) -> "Predictions":
+        """The examples of an index, in its order."""
+        rest = [None if x is None else x[index] for x in (self.labels, self.ids, self.features, self.groups)]
+        return Predictions({name: x[index] for name, x in self.outputs.items()}, *rest[:2], self.spec, *rest[2:])
+
     @property
     def values(self) -> np.ndarray:
         """The one array of outputs."""

@@ -49,6 +49,7 @@ class Trust(NamedTuple):
     curve: np.ndarray
     reference: outliers.Reference
     network: str = ""  # the sha256 of the weights it belongs to; "": not known
+    split: str = ""  # the name of the examples that it was fitted on; "": not known
 
 
 class Verdict(NamedTuple):
@@ -76,7 +77,6 @@ def fit(
     ood: str = "mahalanobis",
     keep: float = 0.95,
     abstain: Sequence[str] = REASONS,
-    network: str = "",
 ) -> Trust:
     """Fits temperature, sets, threshold and risk-coverage curve on val, and the score's reference on train.
 
@@ -95,7 +95,7 @@ def fit(
     names, unknown = tuple(val.spec.class_names), np.zeros((0, 2))
     start = Trust(
         val.spec.name, names, 0, float(coverage), sets, tuple(abstain), float(keep), 1.0, unknown[:, 0], math.inf,
-        unknown, reference, network,
+        unknown, reference,
     )  # fmt: skip
     return fit_on(start, val, outliers.score(reference, val.values, val.features))
 
@@ -210,12 +210,14 @@ def _class_scores(trust: Trust, values: np.ndarray) -> np.ndarray:
 
 
 def _uniform(values: np.ndarray) -> np.ndarray:
-    """A number in [0, 1) of each row, by a hash of its outputs to three places: an example has the same set again."""
-    digits = np.round(np.asarray(values, np.float64).reshape(len(values), -1) * 1000).astype(np.int64).view(np.uint64)
-    odd = np.random.default_rng(0).integers(2**64, size=digits.shape[1], dtype=np.uint64) | np.uint64(1)
-    mixed = (digits * odd).sum(axis=1, dtype=np.uint64)
-    mixed = (mixed ^ (mixed >> np.uint64(29))) * odd[0]
-    return (mixed >> np.uint64(11)).astype(np.float64) / 2**53
+    """A number in [0, 1] of each row, a continuous function of its outputs: an example has the same set again.
+
+    It is a triangle wave of their projection on a fixed direction. Outputs that differ by rounding, of 1e-6, move it by
+    0.002; those of two examples differ by many waves.
+    """
+    values = np.asarray(values, np.float64).reshape(len(values), -1)
+    direction = np.random.default_rng(0).normal(size=values.shape[1])
+    return np.abs(2 * np.modf(np.abs(1000 * values @ (direction / np.linalg.norm(direction))))[0] - 1)
 
 
 def _nonconformity(trust: Trust, val: Predictions) -> np.ndarray:
