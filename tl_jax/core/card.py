@@ -8,15 +8,20 @@ from typing import Any, NamedTuple
 
 from tl_jax.core import checks, files
 
-INPUTS = ("image", "table")
+INPUTS = ("image", "table", "text")
 CROP_MODES = ("center", "squash", "border")
+POOLINGS = ("cls", "mean", "last", "max")  # of tokens into one vector
 PIXEL_TYPES = ("uint8", "uint16", "int16", "float32")
 # The fields that decide what the network reads.
-PIXELS = ("input", "input_size", "mean", "std", "interpolation", "crop", "columns", "crop_mode", "pixels", "scale")
+PIXELS = (
+    "input", "input_size", "mean", "std", "interpolation", "crop", "columns", "crop_mode", "pixels", "scale", "vocab",
+    "tokenizer", "max_length", "pooling",
+)  # fmt: skip
 STORED = ("pixels", "scale")  # those of them that say how the files hold it: no weights contradict them
 # Left out of the JSON at their defaults, so that a new field changes no card that exists.
 LATER = (
     "input", "columns", "task", "target_mean", "target_std", "threshold", "head", "crop_mode", "pixels", "scale",
+    "vocab", "tokenizer", "max_length", "pooling",
 )  # fmt: skip
 
 
@@ -55,6 +60,8 @@ class Card:
     (height, width). `crop_mode` is timm's: "center" keeps the aspect ratio and covers that size, "squash" takes exactly
     that size, "border" keeps the ratio within it and fills the rest with the mean.
     Input "table": the values of `columns` enter as `(x - mean) / std`, one mean and deviation a column.
+    Input "text": the tokenizer.json of sha256 `tokenizer` gives at most `max_length` tokens, numbers below `vocab`,
+    whose vectors are pooled by `pooling`, one of POOLINGS.
     """
 
     model: str
@@ -78,8 +85,15 @@ class Card:
     crop_mode: str = "center"
     pixels: str = "uint8"
     scale: float = 0.0  # 0 stands for 255, and is for uint8 alone
+    vocab: int = 0  # how many tokens the network knows
+    tokenizer: str = ""  # "": not known yet
+    max_length: int = 0  # tokens of an example, special ones included
+    pooling: str = ""
 
     def __post_init__(self):
+        if self.input == "text" and not (self.vocab > 0 and self.max_length > 0 and self.pooling in POOLINGS):
+            found = f"vocab={self.vocab}, max_length={self.max_length}, pooling={self.pooling!r}"
+            raise ValueError(f"invalid weight card: {found}; expected numbers above 0, one of {', '.join(POOLINGS)}")
         channels = max(len(self.mean), 1) if self.input == "image" else len(self.columns)
         given = self.input_size if isinstance(self.input_size, tuple) else (self.input_size,) * 2
         whole = len(given) == 2 and all(checks.integer(1).fits(side) for side in given)
@@ -103,7 +117,7 @@ class Card:
 
     @property
     def divisor(self) -> float:
-        """What inputs are divided by before mean and deviation; 1 for a table."""
+        """What pixels are divided by before mean and deviation; 1 of other inputs."""
         return (self.scale or 255.0) if self.input == "image" else 1.0
 
     @property
@@ -112,7 +126,9 @@ class Card:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one input of the network: (height, width, channels), or (columns,)."""
+        """Of one input of the network: (height, width, channels), (columns,), or (tokens, 2), see models/tokens.py."""
+        if self.input == "text":
+            return self.max_length, 2
         return (*sides(self.input_size), len(self.mean)) if self.input == "image" else (len(self.columns),)
 
     def to_json(self) -> str:

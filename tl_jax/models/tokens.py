@@ -1,0 +1,55 @@
+"""What networks of text have in common: tokens in, their mask, and pooling.
+
+The input is int32 [B, L, 2]: of each place the number of the token, -1 where there is none, and its segment, 0 or 1.
+Tokens may begin behind padding, and an example may have none. Every cut before pre_logits is [B, L, D + 1]: the vectors
+of the tokens, zeros where there is none, and a last column that is 1 where there is one, so that a network that starts
+at a cut knows which tokens there are.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def mask_of(x: jax.Array) -> jax.Array:
+    """bool [B, L]: where there is a token; x: the input, or the output of a cut."""
+    return x[..., 0] >= 0 if jnp.issubdtype(x.dtype, jnp.integer) else x[..., -1] > 0
+
+
+def packed(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """The output of a cut, [B, L, D + 1], from vectors [B, L, D]."""
+    there = mask[..., None].astype(x.dtype)
+    return jnp.concatenate([x * there, there], axis=-1)
+
+
+def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
+    """Vectors [B, L, D] to float32 [B, D], of the tokens that there are; zeros where there are none.
+
+    cls: the first token. mean, max: of all tokens. last: the last token, such as the end of text of CLIP and GPT-2.
+    """
+    x, weight = x.astype(jnp.float32), mask.astype(jnp.float32)
+    any_token = weight.max(axis=1, keepdims=True)
+    if pooling == "mean":
+        return jnp.einsum("bld,bl->bd", x, weight) / jnp.maximum(weight.sum(axis=1, keepdims=True), 1)
+    if pooling == "max":
+        return jnp.where(any_token > 0, jnp.where(mask[..., None], x, -jnp.inf).max(axis=1), 0.0)
+    length = mask.shape[1]
+    place = mask.argmax(axis=1) if pooling == "cls" else length - 1 - mask[:, ::-1].argmax(axis=1)
+    return jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0] * any_token
+
+
+def run_parts(
+    parts: dict[str, Callable], x: jax.Array, start: str | None, stop: str | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """As `layers.run_parts`, of parts (x, mask) -> x: the first reads the input, the last pools, others [B, L, D]."""
+    names, mask, out = list(parts), mask_of(x), {}
+    for argument, name in {"start": start, "stop": stop}.items():
+        if name is not None and name not in names:
+            raise ValueError(f"{argument}={name!r} is no cut of this model; its cuts: {names}")
+    first, last = 0 if start is None else names.index(start) + 1, len(names) if stop is None else names.index(stop) + 1
+    x = x[..., :-1] if 0 < first < len(names) else x
+    for name in names[first:last]:
+        x = parts[name](x, mask)
+        out[name] = x if name == names[-1] else packed(x, mask)
+    return (out[stop] if stop is not None else x), out
