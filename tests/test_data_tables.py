@@ -282,7 +282,10 @@ def test_labels_belong_to_sources_with_columns():
         (b"file,y\n\xff\xfe,1\n", "not UTF-8 text"),
         (b"photo,y\na.png,1\n", "no column of image files; found photo, y, expected one of file, image, .*table:"),
         (b"file,y\na.png,1\n\na.png,2\n,3\n", r"(?s)row 4: a.png was already in row 2\n  row 5: file is missing"),
-        (b"file,split,y\na.png,holdout,1\n", "(?s)1 rows have no known split, expected one of train.*:\n  row 2: 'holdout'"),
+        (
+            b"file,split,y\na.png,holdout,1\n",
+            "(?s)1 rows have no known split, expected one of.*:\n  row 2: 'holdout'",
+        ),
         (b"file,split,y\na.png,test,1\n", r"no split 'train'; it has test. Take a slice"),
         (b"file\na.png\n", "has no label column; expected one or several different ones of none"),
         (

@@ -44,7 +44,13 @@ def load_sources(settings: Settings, form: Form | None = None) -> dict[str, Sour
     data, loop = settings.data, settings.loop
     with naming(settings.table, "data.train", "data.val", "data.test"):
         _check_splits(data, loop.select != "last" or bool(loop.patience), settings.streams)
-    common = {"task": settings.loop.task, "labels": data.labels, "seed": loop.seed, "split_seed": data.split_seed}
+    common = {
+        "task": settings.loop.task,
+        "labels": data.labels,
+        "text": data.text,
+        "seed": loop.seed,
+        "split_seed": data.split_seed,
+    }
     common |= {"on_error": data.on_error, "data_dir": data.data_dir or None, "group": data.group}
     common |= {"sealed": sealed_sources(settings), "poison": data.poison, "form": form or form_of(settings)}
 
@@ -214,13 +220,13 @@ def trained_names(settings: Settings) -> list[str]:
 def find_duplicates(found: Mapping[str, Source], settings: Settings) -> dict[str, Any]:
     """The duplicates of the run, for result.json; ValueError where examples that are scored have some in training.
 
-    Rows of a table may be equal without being the same example: these are told, never refused.
+    Rows of a table, or short texts, may be equal without being the same example: these are told, never refused.
     """
     trained = trained_names(settings)
     compared = {name: found[name] for name in [*trained, *scored_names(found, settings)]}
     with wall.timed("split audit"):
         table = distributed.from_first(lambda: duplicates.find(compared, trained))
-    if (count := sum(table["across"].values())) and not settings.data.allow_duplicates and not found[MAIN].columns:
+    if (count := sum(table["across"].values())) and not settings.data.allow_duplicates and found[MAIN].input == "image":
         fix = (
             "remove one of each pair, keep what belongs together in groups (data.group), or set "
             "data.allow_duplicates=True, which result.json then says"

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from tl_jax.core import files
+from tl_jax.core.card import Card
 from tl_jax.data.text.tokens import Tokens, ragged
 
 FILE = "tokenizer.json"
@@ -62,9 +63,12 @@ class Tokenizer(NamedTuple):
             file.write(self.text.encode())
 
 
-def known(sha256: str) -> Tokenizer:
-    """The tokenizer of a card, which was read or made in this process; KeyError."""
-    return _known[sha256]
+def known(card: Card) -> Tokenizer:
+    """The tokenizer of a card, which was read or made in this process; ValueError where there was none."""
+    if card.tokenizer not in _known:
+        fix = f"put its {FILE} beside the weight file, or name it or a kind of tokenizer by model.tokenizer"
+        raise ValueError(f"{card.model} has no tokenizer: {fix}")
+    return _known[card.tokenizer]
 
 
 def _keep(text: str) -> Tokenizer:
