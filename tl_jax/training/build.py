@@ -29,7 +29,8 @@ from tl_jax.training.settings import Settings, naming, read
 from tl_jax.weights import hub, load, sanity
 from tl_jax.weights.text_inputs import NO_TEXT, Text
 
-MODEL_OPTIONS = ("name", "weights", "partial", "image_size", "channels", "reinit", "head", "head_init")
+MODEL_OPTIONS = ("name", "weights", "partial", "image_size", "channels", "reinit", "head", "head_init",
+                 "tokenizer", "max_length", "pooling")  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -204,6 +205,8 @@ def _finish_card(settings: Settings, card: Card, spec: Spec, train: Source) -> C
     if card.input != train.input:
         found = {"table": "rows of a table", "text": "texts", "image": "images"}[train.input]
         raise ValueError(f"{card.model} takes an input of kind {card.input!r}, and {train.name} has {found}")
+    if card.input == "text":
+        tokenizer.known(card)
     if train.columns and not settings.model.weights:
         mean, std = (f(train.inputs, axis=0, dtype="float64") for f in (np.mean, np.std))
         card = card.replace(columns=train.columns, mean=tuple(mean.tolist()), std=tuple((std + (std == 0)).tolist()))

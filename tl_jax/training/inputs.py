@@ -15,6 +15,7 @@ from tl_jax.data.examples import Source
 from tl_jax.data.mixed import mixed_batches
 from tl_jax.data.pipeline import EvalBatches, TrainBatches, View
 from tl_jax.data.sealed import Ledger, canonical
+from tl_jax.data.text.tokens import Tokens, describe
 from tl_jax.methods.selectors import DOMINANT
 from tl_jax.methods.term import MAIN
 from tl_jax.runtime import distributed, sharding, wall
@@ -290,6 +291,9 @@ def make_streams(
                 found[name], views, stream.batch_size, loop.seed, name=name, order=stream.sampling,
                 labelled=stream.labelled, **processes,
             )  # fmt: skip
+    for name, batches in streams.items():
+        for tokens in (x for x in batches.prepared.values() if isinstance(x, Tokens)):
+            log(f"{name}: {describe(tokens, batches.batch_size)}")
     scored = {name: source for name, source in found.items() if name not in streams}
     # One size for all, so that one program serves them; it pads val, which is scored often, the least.
     count = len(found.get("val", found.get("test")))

@@ -1,5 +1,6 @@
 """Texts of a source, and their tokens: ragged rows of which a batch takes the next larger of a few lengths."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,19 @@ class Texts(NamedTuple):
     def head(self, index: int) -> bytes:
         """All of an example, which its hash reads."""
         return "\0".join(self.rows[index]).encode(errors="surrogatepass")
+
+
+def join_texts(rows: Sequence[tuple[str, ...]]) -> dict[str, np.ndarray]:
+    """The arrays "text" uint8, UTF-8 end to end with a zero between two texts of one example, and "offsets" [N + 1]."""
+    encoded = [Texts((row,)).head(0) for row in rows]
+    return {"text": np.frombuffer(b"".join(encoded), np.uint8), "offsets": np.cumsum([0, *map(len, encoded)])}
+
+
+def part_texts(data: np.ndarray, offsets: np.ndarray) -> Texts:
+    """What `join_texts` joined; UnicodeDecodeError is a ValueError."""
+    whole = data.tobytes()
+    rows = [whole[a:b].decode(errors="surrogatepass") for a, b in itertools.pairwise(offsets.tolist())]
+    return Texts(tuple(tuple(row.split("\0")) for row in rows))
 
 
 class Tokens(NamedTuple):
@@ -74,9 +88,13 @@ def ragged(rows: Sequence[np.ndarray], most: int, cut: int = 0) -> Tokens:
     return Tokens(flat, np.concatenate([[0], counts.cumsum()]), lengths, cut)
 
 
-def padding_share(tokens: Tokens, batch_size: int, batches: int = 50, seed: int = 0) -> float:
-    """The share of padding in batches of examples in random order."""
-    order = np.random.default_rng(seed).permutation(len(tokens.counts))[: batches * batch_size]
+def describe(tokens: Tokens, batch_size: int) -> str:
+    """How long the texts are, and the share of padding in batches of 50 times as many in random order."""
+    counts = tokens.counts
+    order = np.random.default_rng(0).permutation(len(counts))[: 50 * batch_size]
     parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     places = sum(len(part) * tokens.length_of(part) for part in parts)
-    return 1 - float(tokens.counts[order].sum()) / max(places, 1)
+    share = 1 - float(counts[order].sum()) / max(places, 1)
+    cut = f", {tokens.cut:,} are cut" if tokens.cut else ""
+    short, middle, long = counts.min(initial=counts.max(initial=0)), np.median(counts), counts.max(initial=0)
+    return f"texts of {short} to {long} tokens, half of them up to {middle:.0f}{cut}; batches are padded by {share:.0%}"
