@@ -1,6 +1,7 @@
 """Tokenizers, all as a tokenizer.json of the library `tokenizers`: read, or made from the texts of a source."""
 
 import collections
+import functools
 import hashlib
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -37,17 +38,13 @@ class Tokenizer(NamedTuple):
         rules = self.text.partition('"normalizer"')[2].partition('"pre_tokenizer"')[0]
         return '"Lowercase"' in rules or '"lowercase":true' in rules.replace(" ", "")
 
-    def open(self) -> tokenizers.Tokenizer:
-        """That of the library, without the padding and the truncation that the file may ask for."""
-        found = tokenizers.Tokenizer.from_str(self.text)
-        found.no_padding()
-        found.no_truncation()
-        return found
+    def open(self, max_length: int = 0) -> tokenizers.Tokenizer:
+        """That of the library, without the padding that the file may ask for; it cuts to max_length, if above 0."""
+        return _open(self.text, max_length)
 
     def encode(self, rows: Sequence[tuple[str, ...]], max_length: int) -> Tokens:
         """The tokens of texts or pairs, cut to `max_length` with special tokens kept, the longer of two texts first."""
-        opened = self.open()
-        opened.enable_truncation(max_length)
+        opened = self.open(max_length)
         # A lone surrogate, such as of a wrong decoding, is no text to the library.
         rows = [tuple(text.encode(errors="replace").decode() for text in row) for row in rows]
         found = opened.encode_batch([row[0] if len(row) == 1 else row for row in rows])
@@ -61,6 +58,14 @@ class Tokenizer(NamedTuple):
     def save(self, folder: pathlib.Path) -> None:
         with files.atomic_write(folder / FILE) as file:
             file.write(self.text.encode())
+
+
+@functools.lru_cache(maxsize=16)
+def _open(text: str, max_length: int) -> tokenizers.Tokenizer:
+    found = tokenizers.Tokenizer.from_str(text)
+    found.no_padding()
+    found.no_truncation() if not max_length else found.enable_truncation(max_length)
+    return found
 
 
 def known(card: Card) -> Tokenizer:
