@@ -180,9 +180,10 @@ class _Reader:
     def split(self, line: bytes, number: int) -> tuple[str, str]:
         """The word and the text of its numbers."""
         head, _, text = line.partition(b" ")
-        if text.count(b" ") != self.dim - 1 or not (
-            head and text
-        ):  # tabs, several blanks, a word with spaces, or an error
+        if text.count(b" ") != self.dim - 1 or not (head and text):
+            # Tabs, several blanks, a word with spaces, or what is no such line.
+            if b"\0" in line:
+                raise _WrongLine(number, "found a byte of zeros, expected text; binary files of word2vec are not read")
             fields = line.split()
             if len(fields) <= self.dim or (len(fields) > self.dim + 1 and _is_number(fields[-self.dim - 1])):
                 found = f"found {len(fields) - 1} numbers behind {messages.brief(_shown(fields[0]))}"
