@@ -126,6 +126,7 @@ _ROWS = (
     _option("model.image_size", 0, PIXELS, "pixels, of a side or (height, width); 0: the size on the weight card"),
     _option("model.tokenizer", "", TEXT,
             "a tokenizer.json, or made of the training texts: words | chars | wordpiece | bpe, bpe:5000"),
+    _option("model.vectors", "", TEXT, "a file of word vectors, as of GloVe, for a network without weights"),
     _option("model.max_length", 0, integer(0, 2**16), "tokens of a text; 0: as many as the weight card says"),
     _option("model.pooling", "", one_of("", *POOLINGS), "of the tokens of a text; '': as the weight card says"),
     _option("model.channels", 0, integer(0, 1024), "of the images; 0: as many as the weight card has means"),

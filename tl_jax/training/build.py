@@ -23,14 +23,14 @@ from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.runtime.log import log
 from tl_jax.tasks import Spec
-from tl_jax.training import audit, inputs, optim, steps, terms
+from tl_jax.training import audit, inputs, optim, steps, terms, texts
 from tl_jax.training.phases import Material, Phase, check_prefixes, make_phase
 from tl_jax.training.settings import Settings, naming, read
 from tl_jax.weights import hub, load, sanity
 from tl_jax.weights.text_inputs import NO_TEXT, Text
 
 MODEL_OPTIONS = ("name", "weights", "partial", "image_size", "channels", "reinit", "head", "head_init",
-                 "tokenizer", "max_length", "pooling")  # fmt: skip
+                 "tokenizer", "vectors", "max_length", "pooling")  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -81,8 +81,10 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
         spec = tasks.fit_spec(settings.loop.task, train.labels, train.class_names)
     with naming(table, *(f"model.{name}" for name in MODEL_OPTIONS)):
         loaded = load_model(
-            settings, tasks.make(spec).outputs, train.class_names, train.columns, text_of(settings, train)
+            settings, tasks.make(spec).outputs, train.class_names, train.columns, texts.text_of(settings.model, train)
         )
+        if settings.model.vectors:
+            loaded = texts.with_vectors(loaded, settings.model.vectors, train, settings.loop.seed)
     with naming(table, "model.name", "data.source", "data.card"):
         card = _finish_card(settings, loaded.card.replace(sha256=loaded.sha256), spec, train)
     with naming(table, "method.add"):
@@ -183,19 +185,6 @@ def load_model(
     fresh = {path: random[path] for path in short if matches[short[path]].value == "new"}
     variables = trees.merge(loaded.variables, fresh)
     return loaded._replace(variables=variables, origins={**loaded.origins, **dict.fromkeys(fresh, "new")})
-
-
-def text_of(settings: Settings, train: Source) -> Text:
-    """The tokenizer of model.tokenizer, read or made of the training texts, and what else the config says of texts."""
-    model, found = settings.model, None
-    if model.tokenizer and train.input == "text":
-        if model.tokenizer.partition(":")[0] in tokenizer.MADE:
-            found = tokenizer.train(model.tokenizer, (text for row in train.inputs.rows for text in row))
-        else:
-            found = tokenizer.read(model.tokenizer)
-    elif model.tokenizer:
-        raise ValueError(f"model.tokenizer={model.tokenizer!r}: {train.name} holds no texts")
-    return Text(found, model.max_length, model.pooling)
 
 
 def _finish_card(settings: Settings, card: Card, spec: Spec, train: Source) -> Card:

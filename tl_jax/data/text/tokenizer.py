@@ -19,7 +19,7 @@ FILE = "tokenizer.json"
 UNKNOWN = "[UNK]"
 SPECIAL = (UNKNOWN, "[CLS]", "[SEP]", "[MASK]")  # of those that are trained
 # Words as in the Penn Treebank, whose contractions GloVe knows: do n't, it 's.
-WORDS = r"\w+(?=n't)|n't|'(?:s|re|ve|ll|d|m)\b|\w+|[^\w\s]"
+RULES = {"words": r"\w+(?=n't)|n't|'(?:s|re|ve|ll|d|m)\b|\w+|[^\w\s]", "chars": r"\S"}
 MADE = ("words", "chars", "wordpiece", "bpe")
 SIZES = {"words": 30_000, "chars": 8_000, "wordpiece": 8_000, "bpe": 8_000}
 _known: dict[str, "Tokenizer"] = {}  # every one that was read or made, by its sha256
@@ -118,11 +118,8 @@ def train(kind: str, texts: Iterable[str], lowercase: bool = True) -> Tokenizer:
     and bpe (Sennrich et al. 2016, of bytes) learn parts of words, and put [CLS] and [SEP] around them.
     """
     name, size = check_kind(kind)
-    made = {"words": _words, "chars": _chars}
-    if name in made:
-        counts = collections.Counter(piece for text in texts for piece in made[name](lowercase).pieces(text))
-        frequent = sorted(counts, key=lambda piece: (-counts[piece], piece))
-        return of_words(frequent[: size - 1], name, lowercase)
+    if name in RULES:
+        return of_words(frequent(name, texts, lowercase)[: size - 1], name, lowercase)
     found = tokenizers.Tokenizer(models.BPE())
     options = {"vocab_size": size, "show_progress": False, "special_tokens": list(SPECIAL)}
     if name == "bpe":
@@ -172,24 +169,23 @@ class _Rules(NamedTuple):
         return [piece for piece, _ in self.pre_tokenizer.pre_tokenize_str(text)]
 
 
-def _words(lowercase: bool) -> _Rules:
-    return _split(WORDS, lowercase)
-
-
-def _chars(lowercase: bool) -> _Rules:
-    return _split(r"\S", lowercase)
-
-
-def _split(pattern: str, lowercase: bool) -> _Rules:
+def _rules(kind: str, lowercase: bool) -> _Rules:
     rules = [normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])]
-    parts = [(pattern, "isolated"), (r"\s+", "removed")]
+    parts = [(RULES[kind], "isolated"), (r"\s+", "removed")]
     splits = [pre_tokenizers.Split(Regex(each), behaviour) for each, behaviour in parts]
     return _Rules(normalizers.Sequence(rules), pre_tokenizers.Sequence(splits))
 
 
+def frequent(kind: str, texts: Iterable[str], lowercase: bool) -> list[str]:
+    """The words or characters of texts, the most frequent first."""
+    rules = _rules(kind, lowercase)
+    counts = collections.Counter(piece for text in texts for piece in rules.pieces(text))
+    return sorted(counts, key=lambda piece: (-counts[piece], piece))
+
+
 def of_words(words: Sequence[str], kind: str = "words", lowercase: bool = True) -> Tokenizer:
     """A tokenizer that knows these words, or characters, by their place, from 1; 0 is [UNK]."""
-    rules = {"words": _words, "chars": _chars}[kind](lowercase)
+    rules = _rules(kind, lowercase)
     numbers = {word: i for i, word in enumerate(dict.fromkeys([UNKNOWN, *words]))}
     found = tokenizers.Tokenizer(models.WordLevel(numbers, unk_token=UNKNOWN))
     found.normalizer, found.pre_tokenizer = rules
@@ -197,5 +193,5 @@ def of_words(words: Sequence[str], kind: str = "words", lowercase: bool = True) 
 
 
 def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    """{token: its number}."""
-    return tokenizer.open().get_vocab()
+    """{token: its number}, in the order of the numbers."""
+    return dict(sorted(tokenizer.open().get_vocab().items(), key=lambda item: item[1]))
