@@ -137,7 +137,7 @@ class Loop:
             for done in range(start + 1, phase.stop + 1):
                 with self._saved(i, done - 1):
                     batch = next(batches)
-                    shapes = jax.tree.reduce(lambda found, x: (*found, x.shape), batch, ())  # texts have several
+                    shapes = single.shapes_of(batch)  # of texts there are several
                     if (step_fn := compiled.get(shapes)) is None:
                         with wall.timed("compiling"):
                             step_fn, cost = program.compile(i, self.state, batch)
