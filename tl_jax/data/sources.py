@@ -79,8 +79,7 @@ def load(
     ones into `Source.skipped`. `data_dir` is where tfds keeps its data. `labelled=False` takes a folder of images
     without class folders too, which has no class names. `sealed` names sources (see `sealed.canonical`), or pairs of
     one and its split, whose labels nothing reads: slices are not stratified, and there are no shots; `poison` replaces
-    these labels, to prove it. `form`: of the network's card.
-    Raises ValueError for what does not fit, FileNotFoundError for missing data.
+    these labels, to prove it. `form`: of the network's card. ValueError, FileNotFoundError.
     """
     names = (source,) if isinstance(source, str) else tuple(source)
     if task not in KINDS:
