@@ -94,7 +94,7 @@ def load(
         raise ValueError(_message(name or card.model, path, layout, tensors, problems, nearest.cover(lacking, wanted)))
     if "missing" in origins.values():  # with the head
         flat = {**trees.flatten(_random(model, card, seed).variables), **flat}
-    elif num_classes:
+    elif num_classes is not None:
         flat |= _new_head(model, features, seed)
     variables = trees.unflatten(jax.device_put({leaf: flat[leaf] for leaf in shapes}))
     told = {leaf: f"{keys} ({changed[keys][1]})" if keys in changed else keys for leaf, keys in origins.items()}
@@ -266,13 +266,15 @@ def _random(model: Any, card: Card, seed: int) -> Loaded:
 
 def _make(module: Any, card: Card, head_init: str) -> Any:
     model = module(num_classes=card.num_classes, head_init=head_init, head=card.head)
+    if card.input == "text":
+        return model.clone(vocab_size=card.vocab, pooling=card.pooling)
     # Only a model with position embeddings is built for one input size.
     return model.clone(image_size=card.input_size) if hasattr(model, "image_size") else model
 
 
 def example_input(card: Card) -> jax.Array:
-    """One example of zeros as the network of a card takes it: [1, H, W, C], or [1, columns]."""
-    return jnp.zeros((1, *card.shape))
+    """One example of zeros as the network of a card takes it: [1, H, W, C], [1, columns], or int32 [1, tokens, 2]."""
+    return jnp.zeros((1, *card.shape), jnp.int32 if card.input == "text" else jnp.float32)
 
 
 def _shapes(model: Any, card: Card) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
