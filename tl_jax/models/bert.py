@@ -120,9 +120,9 @@ def variants(name: str, kind: str, size: tuple[int, int, int], vocab: int = 3052
     geometry = dict(zip(("depth", "width", "heads"), size, strict=True))
     if geometry["width"] % geometry["heads"]:
         raise ValueError(f"{name}: a width of {size[1]} is no multiple of {size[2]} heads")
-    fields = {**geometry, **FIELDS[kind], "vocab_size": vocab}
     head = tuple((layer, {}) for layer in POOLER[kind])  # of the classes that a file brings, see the top
     own = {"max_length": 512, "pooling": "cls", **card}
+    fields = {**geometry, **FIELDS[kind], "vocab_size": vocab, "pooling": own["pooling"]}
     its_card = Card(name, 0, mean=(), std=(), input="text", vocab=vocab, head=head, **own)
     masked = functools.partial(Transformer, **fields, token_head=True)
     return {
