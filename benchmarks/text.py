@@ -56,8 +56,12 @@ def make_ours(name: str, way: str, folder: pathlib.Path) -> tuple[Callable[[], o
         step = functools.partial(compiled(traced), variables, tokens)
         logits = np.asarray(step()["logits"], np.float64)
         loss = -(logits - np.log(np.exp(logits).sum(1, keepdims=True)))[np.arange(batch_size), fields["label"]].mean()
-        call = lambda: jax.block_until_ready([step() for _ in range(vs_torch.STEPS.value)][-1])  # noqa: E731
-        return call, {**facts, "loss": loss, "trained": 0, "flops": parallel.cost(step.func, traced.jaxpr)["flops_per_step"]}
+        flops = parallel.cost(step.func, traced.jaxpr)["flops_per_step"]
+
+        def forward():
+            return jax.block_until_ready([step() for _ in range(vs_torch.STEPS.value)][-1])
+
+        return forward, {**facts, "loss": loss, "trained": 0, "flops": flops}
     if way == "head":
         plan = plan._replace(prefix=steps.Prefix(model, model.cuts[-1]))
     groups = optim.make_groups(labels, optim.Group("adamw"), {})

@@ -116,7 +116,7 @@ def classify(
     """
     cut = reads(module)
     if cut != module.cuts[-1] and hasattr(module, "pooling"):
-        raise ValueError(f"model.head begins with {module.head[0][0]}, but networks of text pool their tokens themselves")
+        raise ValueError(f"model.head begins with {module.head[0][0]}: networks of text pool their tokens themselves")
     if cut not in out and start != cut:
         begins = f"start={start!r}, but the head begins with {module.head[0][0]}"
         raise ValueError(f"{begins}, which reads the output of {cut!r}: start at {cut!r} or before it")

@@ -60,7 +60,7 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, [B, L, D] -> [B, L, D]: LayerNorm behind each residual sum, with `pre_norm` before each branch.
+    """Attention and MLP, [B, L, D] -> [B, L, D]; LayerNorm is behind each residual sum, or before each branch.
 
     mask: bool [B, L], the tokens that may be read. causal: none behind the token itself.
     """

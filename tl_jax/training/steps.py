@@ -96,7 +96,7 @@ def updated_statistics(batch_stats: Any, frozen_norms: Collection[str]) -> dict[
 
 
 def normalise(x: jax.Array, card: Card) -> jax.Array:
-    """Inputs [B, ..., C] in the network's range, float32: `(x / scale - mean) / std`, as the card says; text as it is."""
+    """Inputs [B, ..., C] in the network's range, float32: `(x / scale - mean) / std`, as the card says; but tokens."""
     if card.input == "text":
         return x
     mean, std = jnp.asarray(card.mean, jnp.float32), jnp.asarray(card.std, jnp.float32)

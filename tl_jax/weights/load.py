@@ -235,8 +235,8 @@ def export(
     if layout.startswith("keras") and layout in variant.flavours:
         own = f"Keras' network is {variant.flavours[layout]}, which computes or preprocesses differently"
         raise ValueError(f"{path} cannot be a file of Keras for {card.model}: {own}; give another layout")
-    same = {name: getattr(card, name) for name in ("num_classes", "input_size", "head", "vocab", "max_length", "pooling")}
-    plain = variant.card.replace(**same)
+    same = ("num_classes", "input_size", "head", "vocab", "max_length", "pooling")
+    plain = variant.card.replace(**{name: getattr(card, name) for name in same})
     plain = other_inputs.with_columns(plain, card.columns, path).replace(mean=card.mean, std=card.std)
     shapes = _network_shapes(variant.module, plain.to_json())
     flat = {leaf: np.asarray(value) for leaf, value in trees.flatten(variables).items()}
