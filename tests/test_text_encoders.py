@@ -70,18 +70,19 @@ def texts(lengths=range(1, LENGTH + 1), length=LENGTH, left=False, seed=0):
     return x
 
 
-def theirs(model, x):
-    """The outputs of transformers' network, whose positions count the tokens."""
+def numbers(model, x):
+    """What transformers' network is given; its positions count the tokens, and its own were randomized."""
     kind, mask = model.config.model_type, x[..., 0] >= 0
     place = np.maximum(mask.cumsum(1) - 1, 0)
-    numbers = {"input_ids": np.maximum(x[..., 0], 0), "attention_mask": mask}
-    numbers["position_ids"] = place + 2 if kind == "roberta" else place
-    numbers |= {"token_type_ids": x[..., 1]} if kind == "bert" else {}
+    given = {"input_ids": np.maximum(x[..., 0], 0), "attention_mask": mask}
+    given["position_ids"] = place + 2 if kind == "roberta" else place
+    given |= {"token_type_ids": x[..., 1]} if kind == "bert" else {}
+    return {name: torch.from_numpy(value.astype(np.int64)) for name, value in given.items()}
+
+
+def theirs(model, x):
     with torch.no_grad():
-        return model(
-            **{name: torch.from_numpy(value.astype(np.int64)) for name, value in numbers.items()},
-            output_hidden_states=True,
-        )
+        return model(**numbers(model, x), output_hidden_states=True)
 
 
 def write(model, path, **changes):
@@ -171,10 +172,8 @@ def test_gradients_are_those_of_transformers(kind, tmp_path):
     model, table = twin(kind, "ForSequenceClassification"), models.get(f"small_{kind}").layouts["hf"]
     own, x = loaded(kind, tmp_path, "ForSequenceClassification"), np.maximum(texts([LENGTH, LENGTH]), [1, 0])
     gradient = jax.grad(lambda params: jnp.sin(own.model.apply({"params": params}, x, True)[0]).sum())
-    numbers = {"input_ids": x[..., 0]} | ({"token_type_ids": x[..., 1]} if kind == "bert" else {})
     model.zero_grad()
-    given = {key: torch.from_numpy(value.astype(np.int64)) for key, value in numbers.items()}
-    model(**given).logits.sin().sum().backward()
+    model(**numbers(model, x)).logits.sin().sum().backward()
     named = dict(model.named_parameters())
     for path, ours in trees.flatten(jax.jit(gradient)(own.variables["params"])).items():
         keys, transform = load.tables.sources_of(table, f"params/{path}")
@@ -222,8 +221,8 @@ def test_a_bare_network_with_the_first_spelling_of_norms_and_numbers_of_position
     whole = load.load("small_bert", write(model, tmp_path / "w.pth"))
     old = {r"\.LayerNorm\.weight$": ".LayerNorm.gamma", r"\.LayerNorm\.bias$": ".LayerNorm.beta", r"^bert\.": ""}
     tensors = formats.read(write(model, tmp_path / "s.pth", spelled=old))[0]
-    numbers = {"embeddings.position_ids": np.arange(9)[None]}
-    formats.write_safetensors(tmp_path / "s.safetensors", tensors | numbers, {})
+    places = {"embeddings.position_ids": np.arange(9)[None]}
+    formats.write_safetensors(tmp_path / "s.safetensors", tensors | places, {})
     again = load.load("small_bert", tmp_path / "s.safetensors")
     jax.tree.map(np.testing.assert_array_equal, again.variables, whole.variables)
     formats.write_safetensors(tmp_path / "s.safetensors", {**tensors, "extra.weight": np.ones(2, np.float32)}, {})
@@ -506,9 +505,9 @@ def test_minilm_as_published_gives_the_vectors_of_transformers(shared):
     reader.no_padding(), reader.no_truncation()
     rain = "It rains in Zürich; don't go out! " * 9
     sentences = ("A man is playing a guitar.", "Someone plays an instrument.", rain, "")
-    numbers = [reader.encode(sentence).ids for sentence in sentences]
-    x = np.full((len(numbers), max(map(len, numbers)), 2), [-1, 0], np.int32)
-    for row, its in zip(x, numbers, strict=True):
+    read = [reader.encode(sentence).ids for sentence in sentences]
+    x = np.full((len(read), max(map(len, read)), 2), [-1, 0], np.int32)
+    for row, its in zip(x, read, strict=True):
         row[: len(its), 0] = its
     vectors, out = run(own.model, own.variables, x)
     model = transformers.AutoModel.from_pretrained(folder).eval()
@@ -518,4 +517,4 @@ def test_minilm_as_published_gives_the_vectors_of_transformers(shared):
     close(vectors, mean, 1e-5)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     assert unit[0] @ unit[1] > 0.4 > 0.3 > unit[0] @ unit[2]
-    assert tokens.mask_of(x).sum() == sum(map(len, numbers))
+    assert tokens.mask_of(x).sum() == sum(map(len, read))
