@@ -182,11 +182,11 @@ def last_block(model) -> list:
     return [model.blocks[-1], model.norm]
 
 
-def serve(folder: pathlib.Path) -> None:
+def serve(folder: pathlib.Path, ours: Callable = make_ours, torch: Callable = make_torch) -> None:
     """One side: says its facts, then runs its call whenever it gets a line, and says when it is done."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    call, facts = {"ours": make_ours, "PyTorch": make_torch}[SIDE.value](MODELS.value[0], WAYS.value[0], folder)
+    call, facts = {"ours": ours, "PyTorch": torch}[SIDE.value](MODELS.value[0], WAYS.value[0], folder)
     print(json.dumps(facts), file=answers, flush=True)
     for _ in sys.stdin:
         call()
@@ -220,8 +220,11 @@ class Side:
         self.process.wait()
 
 
-def measure(name: str, way: str) -> dict:
-    """The row of a model and a way; raises AssertionError where the two do not do the same work."""
+def measure(name: str, way: str, unit: str = "images", size: int = 1) -> dict:
+    """The row of a model and a way; raises AssertionError where the two do not do the same work.
+
+    unit: what is counted, `size` of an example.
+    """
     sides = []
     with tempfile.TemporaryDirectory() as made:
         try:
@@ -238,10 +241,10 @@ def measure(name: str, way: str) -> dict:
         finally:
             for side in sides:
                 side.close()
-    images = BATCH_SIZE.value * STEPS.value
+    count = BATCH_SIZE.value * STEPS.value * size
     return {
-        "case": f"{name}, {way}", "images/s": images / common.summary(seconds["ours"])["median"],
-        "PyTorch": images / common.summary(seconds["PyTorch"])["median"],
+        "case": f"{name}, {way}", f"{unit}/s": count / common.summary(seconds["ours"])["median"],
+        "PyTorch": count / common.summary(seconds["PyTorch"])["median"],
         **common.ratios(seconds["PyTorch"], seconds["ours"]),
         "loss": losses[0], "its loss": losses[1], "GFLOP": (ours.facts["flops"] or math.nan) / 1e9, "seconds": seconds,
     }  # fmt: skip

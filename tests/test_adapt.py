@@ -414,7 +414,7 @@ def test_additions_that_do_not_fit_the_network_are_refused_together():
         peft.init(model, variables, additions, KEY)
     for text in (
         "lora rank = 9, but backbone/stage1/block0/conv2/kernel has 72 inputs and 8 outputs per group",
-        "adapter needs a ViT, and this is a ResNet",
+        "adapter needs a transformer, and this is a ResNet",
         "prompt needs a ViT, and this is a ResNet",
         "ssf targets = 'backbone/stem/norm/scale' match the whole path of none of the",
         "(did you mean 'backbone/stem/norm/bias'?)",

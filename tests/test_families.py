@@ -295,7 +295,8 @@ def test_added_parameters_train_and_what_merges_gives_the_same_logits(family, na
     model, x, addition = make(family), input_of(family), (name, ADDED[name])
     variables = random_variables(model, FAMILIES[family][2])
     if name in ("adapter", "prompt") and family not in VITS:
-        with pytest.raises(ValueError, match=f"{name} needs a ViT, and this is a .*; lora and ssf serve every network"):
+        needs = {"adapter": "a transformer", "prompt": "a ViT"}[name]
+        with pytest.raises(ValueError, match=f"{name} needs {needs}, and this is a .*; lora and ssf serve every"):
             peft.init(model, variables, [addition], jax.random.key(0))
         return
     added = peft.init(model, variables, [addition], jax.random.key(0))
@@ -503,7 +504,7 @@ def test_images_of_odd_sides_that_are_no_squares(family, files):
 
 NAMES = (
     "vgg11_bn", "inception_v3", "squeezenet1_1", "mobilenetv3_small_100", "convnext_atto",
-    "vit_base_patch16_siglip_224", "lenet", "mlp_small",
+    "vit_base_patch16_siglip_224", "lenet", "mlp_small", "bert_tiny", "distilgpt2",
 )  # fmt: skip
 EVERY = [
     *NAMES,

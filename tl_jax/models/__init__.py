@@ -3,11 +3,13 @@
 import difflib
 
 from tl_jax.models import (
+    bert,
     clip,
     convnext,
     densenet,
     dinov2,
     efficientnet,
+    gpt2,
     inception,
     lenet,
     mlp,
@@ -22,16 +24,16 @@ from tl_jax.models import (
 from tl_jax.models.variant import Variant
 
 _VISION = (resnet, vgg, inception, densenet, squeezenet, mobilenet, efficientnet, convnext, swin, vit, dinov2, clip)
-_TEXT = (recurrent,)
+_TEXT = (bert, gpt2, recurrent)  # whose names tell sizes, so that the table has not all
 _FAMILIES = (*_VISION, mlp, lenet, *_TEXT)
 MODELS: dict[str, Variant] = {name: variant for family in _FAMILIES for name, variant in family.VARIANTS.items()}
 
 
 def get(name: str) -> Variant:
     """Returns the named variant; raises ValueError with the nearest names where there is none."""
-    for family in _TEXT if name not in MODELS else ():  # whose names tell sizes
-        if variant := family.variant_of(name):
-            return variant
+    for family in () if name in MODELS else _TEXT:
+        if made := family.variant_of(name):
+            return made
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.5) or list(MODELS)
         raise ValueError(f"there is no model {name!r}; nearest: {', '.join(near)}")

@@ -46,6 +46,8 @@ def _by_pixel(head, i, x, train):
 # (the Head, position in the list, x, train, parameters) -> x
 LAYERS: dict[str, Callable[..., jax.Array]] = {
     "dense": _dense,
+    "square": lambda head, i, x, train: _dense(head, i, x, train, x.shape[-1]),  # as wide as what it reads
+    "tanh": lambda head, i, x, train: jnp.tanh(x),
     "relu": lambda head, i, x, train: nn.relu(x),
     "gelu": lambda head, i, x, train: layers.gelu(x),
     "batch_norm": lambda head, i, x, train: layers.batch_norm(head, f"norm{i}", train)(x),
@@ -113,6 +115,8 @@ def classify(
     x: the input, which is the cut `start`; out: of the cuts behind it. ValueError where the head reads an earlier one.
     """
     cut = reads(module)
+    if cut != module.cuts[-1] and hasattr(module, "pooling"):
+        raise ValueError(f"model.head begins with {module.head[0][0]}: networks of text pool their tokens themselves")
     if cut not in out and start != cut:
         begins = f"start={start!r}, but the head begins with {module.head[0][0]}"
         raise ValueError(f"{begins}, which reads the output of {cut!r}: start at {cut!r} or before it")

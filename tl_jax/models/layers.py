@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from tl_jax.models.kernels import convolve
 
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # as in torchvision's and timm's ResNets
+UNREAD = -1e30  # added to a score whose token is not read: finite, for where no token is read
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "": lambda x: x,
     "relu": nn.relu,
@@ -271,18 +272,37 @@ def _is_product(primitive, *args, **parameters) -> bool:
     return matmul or primitive is jax.lax.conv_general_dilated_p
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = "xla", bias: Any = None) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    attention: str = "xla",
+    bias: Any = None,
+    mask: Any = None,
+    causal: bool = False,
+) -> jax.Array:
     """softmax(q k^T / sqrt(D) + bias) v of each head, [B, N, H, D]; the softmax is float32, the matmuls have q's type.
 
     attention: "xla", or "cudnn" for its fused kernel where there is one, see `unfused`, which has no bias [B, H, N, N].
+    mask: bool [B, N], the tokens that are read; what is at the others changes no number, if it is finite. What those
+    give themselves means nothing. causal: a token reads itself and those before it.
     """
     if attention == "cudnn" and not unfused(q.dtype, q.shape[-1]):
-        return _attend_fused(q, k, v)
+        return _attend_fused(q, k, v, None, causal) if mask is None else _attend_fused_masked(q, k, v, mask, causal)
+    if mask is not None or causal:
+        bias = _with_unread(bias, q.shape[1], mask, causal)
     if convolve.on_cpu() and q.dtype == jnp.float32:
         return _attend_on_cpu(q, k, v, bias)
     scores = _scores(q, k) / math.sqrt(q.shape[-1])
     scores = scores if bias is None else scores + bias
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+def _with_unread(bias: Any, tokens: int, mask: Any, causal: bool) -> jax.Array:
+    """The bias, of any sizes 1 but the last, with UNREAD for the tokens that are not read."""
+    read = jnp.ones((1, 1, 1, tokens), bool) if mask is None else mask[:, None, None]
+    unread = jnp.where(read & jnp.tril(jnp.ones((1, 1, tokens, tokens), bool)) if causal else read, 0.0, UNREAD)
+    return unread if bias is None else bias + unread
 
 
 def _attend_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any) -> jax.Array:
@@ -318,14 +338,27 @@ def unfused(dtype: Any, size: int) -> str:
     return "" if size % 8 == 0 and size <= 128 else f"a head has {size} values: more than 128, or no multiple of 8"
 
 
-def _attend_fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """By cuDNN. jax refuses its gradient for odd numbers of tokens, so these get one more, which is masked."""
-    fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+def _attend_fused_masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, causal: bool) -> jax.Array:
+    """By cuDNN where all padding stands behind the tokens, which it can be told; else as without it."""
+    lengths = mask.sum(axis=1, dtype=jnp.int32)
+    behind = jnp.all(mask == (jnp.arange(mask.shape[1])[None] < lengths[:, None]))
+    # A softmax over no token is NaN: an example without any reads its first place.
+    fused = functools.partial(_attend_fused, lengths=jnp.maximum(lengths, 1), causal=causal)
+    x = jax.lax.cond(behind, fused, functools.partial(attend, mask=mask, causal=causal), q, k, v)
+    return jnp.where(mask[..., None, None], x, 0)  # it promises nothing of the other places
+
+
+def _attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, lengths: Any = None, causal: bool = False) -> jax.Array:
+    """By cuDNN, lengths: of each example, int32 [B].
+
+    jax refuses its gradient for odd numbers of tokens, so these get one more, which is masked.
+    """
+    fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", is_causal=causal)
     batch, tokens = q.shape[:2]
-    if tokens % 2 == 0:
+    if tokens % 2 == 0 and lengths is None:
         return fused(q, k, v)
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths = jnp.full((batch,), tokens, jnp.int32)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, tokens % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths
     return fused(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)[:, :tokens]
 
 

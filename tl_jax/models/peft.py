@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from tl_jax.core import checks, messages, trees
 from tl_jax.core.card import sides
-from tl_jax.models import layers, mixstyle, transformer, vit
+from tl_jax.models import layers, mixstyle, text, transformer, vit
 from tl_jax.models.variant import Model
 
 Additions = Sequence[tuple[str, Mapping[str, Any]]]
@@ -96,7 +96,7 @@ def _adapter(model, params, bottleneck: Count = 16, where: Annotated[str, checks
 
     arXiv:1902.00751. where: after attention and MLP of every block (both), or after the MLP alone (mlp).
     """
-    if problems := _needs_vit("adapter", model):
+    if problems := _needs("adapter", "a transformer", (vit.ViT, text.Transformer), model):
         return {}, problems
     zeros, normal, width = nn.initializers.zeros, nn.initializers.truncated_normal(0.01), model.width
     own = {"down/kernel": ((width, bottleneck), normal), "down/bias": ((bottleneck,), zeros)}
@@ -112,7 +112,7 @@ def _prompt(model, params, tokens: Count = 10, deep: Annotated[bool, checks.FLAG
     later block reads fresh ones in their place. Without a class token they come first. Uniform within
     sqrt(6 / (3 patch^2 + width)), as in the paper.
     """
-    if problems := _needs_vit("prompt", model):
+    if problems := _needs("prompt", "a ViT", vit.ViT, model):
         return {}, problems
     start = (1, tokens, model.width), _uniform(math.sqrt(6 / (3 * model.patch_size**2 + model.width)))
     places = ["stem", *(f"block{i}" for i in range(1, model.depth) if deep)]
@@ -159,9 +159,9 @@ def _no_match(name: str, targets: str, paths: Mapping[str, Any]) -> str:
     return f"{name} targets = {targets!r} match the whole path of none of the {len(paths)} {kind} parameters{hint}"
 
 
-def _needs_vit(name: str, model: nn.Module) -> list[str]:
-    problem = f"{name} needs a ViT, and this is a {type(model).__name__}; lora and ssf serve every network"
-    return [] if isinstance(model, vit.ViT) else [problem]
+def _needs(name: str, what: str, kinds: Any, model: nn.Module) -> list[str]:
+    problem = f"{name} needs {what}, and this is a {type(model).__name__}; lora and ssf serve every network"
+    return [] if isinstance(model, kinds) else [problem]
 
 
 def _groups(model: nn.Module) -> dict[str, int]:

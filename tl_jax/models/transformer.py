@@ -76,7 +76,8 @@ class Stem(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv projection.
 
-    first: of the first token alone, [B, 1, D], which reads the tokens from number `skip` on.
+    first: of the first token alone, [B, 1, D], which reads the tokens from number `skip` on. mask, causal: the tokens
+    that others may read, see `attend`.
     """
 
     heads: int
@@ -84,11 +85,16 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, first: bool = False, skip: int = 0) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, first: bool = False, skip: int = 0, mask: Any = None, causal: bool = False
+    ) -> jax.Array:
         batch, tokens, width = x.shape
         qkv = Dense(3 * width, kernel_init=INIT, dtype=self.dtype, name="qkv")(x)
         q, k, v = (y.reshape(batch, tokens, self.heads, -1) for y in jnp.split(qkv, 3, axis=-1))
-        x = attend(q[:, :1], k[:, skip:], v[:, skip:]) if first else attend(q, k, v, self.attention)
+        if first:
+            x = attend(q[:, :1], k[:, skip:], v[:, skip:])
+        else:
+            x = attend(q, k, v, self.attention, mask=mask, causal=causal)
         return Dense(width, kernel_init=INIT, dtype=self.dtype, name="proj")(x.reshape(batch, -1, width))
 
 

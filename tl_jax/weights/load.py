@@ -96,7 +96,7 @@ def load(
         raise ValueError(_message(name or card.model, path, layout, tensors, problems, nearest.cover(lacking, wanted)))
     if "missing" in origins.values():  # with the head
         flat = {**trees.flatten(_random(model, card, seed).variables), **flat}
-    elif num_classes:
+    elif num_classes is not None:
         flat |= _new_head(model, features, seed)
     variables = trees.unflatten(jax.device_put({leaf: flat[leaf] for leaf in shapes}))
     told = {leaf: f"{keys} ({changed[keys][1]})" if keys in changed else keys for leaf, keys in origins.items()}
@@ -237,9 +237,9 @@ def export(
     if layout.startswith("keras") and layout in variant.flavours:
         own = f"Keras' network is {variant.flavours[layout]}, which computes or preprocesses differently"
         raise ValueError(f"{path} cannot be a file of Keras for {card.model}: {own}; give another layout")
-    plain = variant.card.replace(num_classes=card.num_classes, input_size=card.input_size, head=card.head)
+    same = ("num_classes", "input_size", "head", "vocab", "max_length", "pooling")
+    plain = variant.card.replace(**{name: getattr(card, name) for name in same})
     plain = other_inputs.with_columns(plain, card.columns, path).replace(mean=card.mean, std=card.std)
-    plain = plain.replace(vocab=card.vocab, pooling=card.pooling)
     shapes = _network_shapes(variant.module, plain.to_json())
     flat = {leaf: np.asarray(value) for leaf, value in trees.flatten(variables).items()}
     found = {leaf: value.shape for leaf, value in flat.items()}

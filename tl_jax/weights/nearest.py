@@ -124,6 +124,8 @@ def describe(tensors: Tensors, shapes_of: Callable[[str], tables.Shapes]) -> lis
         if not each.differs:
             card = variant.card.replace(**tables.pixels_of(variant.layouts[each.layout], tensors))
             pixels = f"{size_text(card.input_size)} px with mean {card.mean}, std {card.std}"
+            if card.input == "text":
+                pixels = f"{card.vocab} tokens, of which a text has at most {card.max_length}"
             lines.append(f"fits {text}{flavour}: {pixels}; {head}")
             continue
         load = f"; partial={each.parts} loads it" if 0 < len(each.parts) <= SHOWN else ""
