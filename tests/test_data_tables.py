@@ -279,10 +279,13 @@ def test_labels_belong_to_sources_with_columns():
             b"file,y\na.png,1\nb,c.png,2\nd.png\n",
             r"(?s)2 rows do not have the 2 values .*row 3: 3 values\n  row 4: 1 val",
         ),
-        (b"file,y\n\xff\xfe,1\n", "expected UTF-8 text"),
+        (b"file,y\n\xff\xfe,1\n", "not UTF-8 text"),
         (b"photo,y\na.png,1\n", "no column of image files; found photo, y, expected one of file, image, .*table:"),
         (b"file,y\na.png,1\n\na.png,2\n,3\n", r"(?s)row 4: a.png was already in row 2\n  row 5: file is missing"),
-        (b"file,split,y\na.png,dev,1\n", "(?s)1 rows have no known split, expected one of train.*:\n  row 2: 'dev'"),
+        (
+            b"file,split,y\na.png,holdout,1\n",
+            "(?s)1 rows have no known split, expected one of.*:\n  row 2: 'holdout'",
+        ),
         (b"file,split,y\na.png,test,1\n", r"no split 'train'; it has test. Take a slice"),
         (b"file\na.png\n", "has no label column; expected one or several different ones of none"),
         (

@@ -45,6 +45,10 @@ def make_tables(tmp_path_factory):
             table = [line.split(",") for line in lines]
             path = folder / f"{name}_{task}.csv"
             path.write_text("\n".join(",".join(row[i] for i in keep) for row in table) + "\n")
+    words = rng.choice([f"w{i}" for i in range(40)], (120, 30))
+    rows = [(c, " ".join([*words[i][: 1 + 29 * i // 120], "abc"[c]])) for i, c in enumerate(rng.integers(0, 3, 120))]
+    rows = [rows[i] for i in rng.permutation(120)]
+    (folder / "texts.csv").write_text("label,text\n" + "\n".join(f"{c},{text}" for c, text in rows) + "\n")
     return folder
 
 
@@ -67,7 +71,7 @@ def config_of(task, tables, **changes):
     return options.override(base, changes)
 
 
-KINDS = ("adaptation", "distillation", "regression", "multilabel", "binary")
+KINDS = ("adaptation", "distillation", "regression", "multilabel", "binary", "texts")
 
 
 def kind_of(kind, tables, teacher="", **changes):
@@ -80,6 +84,9 @@ def kind_of(kind, tables, teacher="", **changes):
             "terms": {"task": {"weight": 0.1}, "kd": {"weight": 0.9}},
         },
     }
+    own["texts"] = {
+        "data.source": f"text:{tables}/texts.csv", "model.name": "word_average_16_8d", "model.tokenizer": "words",
+    }  # fmt: skip
     task = kind if kind in LABELS else "classification"
     return config_of(task, tables, **{**own.get(kind, {}), **changes})
 
@@ -136,12 +143,13 @@ def take_walk(config, devices, count):
     run = build.build(config, parallel)
     program = single.Single(run, parallel)
     state = program.initial(0)
-    before, sums, step = jax.device_get(state), [], None
+    before, sums, compiled = jax.device_get(state), [], {}
     sets = program.batches(0, state, list(run.phases[0].plan.streams), never)
     for done, batch in enumerate(program.iterate(sets, 0, count or run.total_steps), 1):
-        if step is None:
-            step, _ = program.compile(0, state, batch)
-        state = jax.block_until_ready(step(state, batch))
+        shapes = single.shapes_of(batch)
+        if shapes not in compiled:
+            compiled[shapes], _ = program.compile(0, state, batch)
+        state = jax.block_until_ready(compiled[shapes](state, batch))
         state, line = program.take_line(0, state, done)
         sums.append(program.read_line(line)[0][0])
     return Walk(run, before, jax.device_get(state), sums)

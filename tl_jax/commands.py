@@ -32,7 +32,7 @@ def predict(args: Args) -> int:
     run, unreadable = _opened(args.run, args.weights), []
 
     def readable():
-        for row in stream(run, args.inputs, args.batch_size):
+        for row in stream(run, [pathlib.Path(path) for path in args.inputs], args.batch_size):
             if "error" in row:
                 unreadable.append(f"{row['file']}: {row['error']}")
             else:

@@ -13,15 +13,21 @@ from tl_jax.core.messages import listed, nearest
 from tl_jax.data import sources
 from tl_jax.data.examples import Source, sizes_of
 from tl_jax.data.labels import number_columns
-from tl_jax.data.readers import arrays, folder, tables
+from tl_jax.data.readers import arrays, folder, tables, texts
+from tl_jax.data.text.tokens import join_texts
 
 PATH = str | os.PathLike
 
 
-def list_inputs(data: Any, card: Card) -> tuple[Sequence[str], Any]:
-    """(names, items) of unlabelled inputs: arrays, a Dataset, files, or folders, of which every visible file counts."""
+def list_inputs(data: Any, card: Card, text: Sequence[str] = ()) -> tuple[Sequence[str], Any]:
+    """(names, items) of unlabelled inputs: arrays, a Dataset, files, or folders, of which every visible file counts.
+
+    Of a network of text an item is a tuple of one or two texts; text: the columns of files of rows.
+    """
     if isinstance(data, Source):
-        return data.ids, data.inputs
+        return data.ids, data.inputs.rows if card.input == data.input == "text" else data.inputs
+    if card.input == "text":
+        return _list_texts(data, text)
     given = [data] if isinstance(data, PATH) else data
     if not all(isinstance(each, PATH) for each in given):
         names, found = [str(i) for i in range(len(given))], given
@@ -41,6 +47,43 @@ def list_inputs(data: Any, card: Card) -> tuple[Sequence[str], Any]:
     return names, found
 
 
+def _list_texts(data: Any, text: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """A path, or a sequence of texts, of pairs of texts or of pathlib.Path."""
+    given = [pathlib.Path(data)] if isinstance(data, PATH) else list(data)
+    wrong = [repr(each) for each in given if not (isinstance(each, PATH) or as_texts(each))]
+    if wrong:
+        raise ValueError(f"{len(wrong)} inputs are no text and no pair of texts:\n{listed(wrong)}")
+    names, rows = [], []
+    for i, each in enumerate(given):
+        if not isinstance(each, os.PathLike):
+            names.append(str(i))
+            rows.append(as_texts(each))
+            continue
+        for name in folder.list_files(each) if (each := pathlib.Path(each).expanduser()).is_dir() else [str(each)]:
+            if pathlib.Path(name).suffix in texts.KINDS:
+                table = tables.read_table(name)
+                columns = [table.columns[column] for column in texts.text_columns(table, text)]
+                names += [f"{name}:{row}" for row in table.rows]
+                rows += zip(*columns, strict=True)
+                continue
+            names.append(name)
+            try:
+                rows.append((pathlib.Path(name).read_bytes().decode("utf-8-sig").strip(),))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not rows:
+        raise ValueError(f"there is no input in {data}")
+    return names, rows
+
+
+def as_texts(item: Any) -> tuple[str, ...]:
+    """One text, or two, as a tuple; () for what is neither."""
+    if isinstance(item, str):
+        return (item,)
+    pair = isinstance(item, list | tuple | np.ndarray) and len(item) in (1, 2) and all(isinstance(x, str) for x in item)
+    return tuple(item) if pair else ()
+
+
 def _rows(path: str, card: Card) -> tuple[list[str], np.ndarray]:
     """The rows of a .csv file in the columns that a network reads."""
     table = tables.read_table(path)
@@ -52,23 +95,25 @@ def _rows(path: str, card: Card) -> tuple[list[str], np.ndarray]:
     return [f"row/{row}" for row in table.rows], values
 
 
-def source_name(data: PATH) -> str:
+def source_name(data: PATH, input: str = "image") -> str:
     """The source that a text stands for: itself, or that of a path: a folder, an .npz file or a .csv file."""
     text, path = os.fspath(data), pathlib.Path(data).expanduser()
     if not path.exists() or text in sources.BUILTIN:
         return text
+    if input == "text" and path.suffix != ".npz":
+        return f"text:{text}"
     if path.is_dir():
         kind = "packed" if any(path.glob("*/meta.json")) else "arrays" if any(path.glob("*.npz")) else "folder"
         return f"{kind}:{text}"
     return f"{'csv' if path.suffix == '.csv' else 'arrays'}:{text}"
 
 
-def splits_of(source: str, task: str, labels: Sequence[str] = ()) -> list[str]:
+def splits_of(source: str, task: str, labels: Sequence[str] = (), text: Sequence[str] = ()) -> list[str]:
     """Which of train, val and test a source has; raises what `sources.load` raises where it has none."""
     found, problem = [], None
     for split in ("train", "val", "test"):
         try:
-            sources.list_split(source, split, task=task, labels=tuple(labels), form=None)
+            sources.list_split(source, split, task=task, labels=tuple(labels), text=tuple(text), form=None)
             found.append(split)
         except (ValueError, OSError) as error:
             problem = problem or error
@@ -95,6 +140,7 @@ def load_labelled(
     card: Card,
     *,
     labels: Sequence[str] = (),
+    text: Sequence[str] = (),
     cuts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Source:
     """One labelled split of what a user hands over, for the network of a card.
@@ -103,9 +149,10 @@ def load_labelled(
     """
     task, form = card.task, card.form if card.input == "image" else Form()
     if isinstance(data, PATH):
-        name = source_name(data)
-        split = split or splits_of(name, task, labels)[-1]
-        return sources.load(name, split, task=task, labels=tuple(labels), form=form, **(cuts or {}).get(name, {}))
+        name = source_name(data, card.input)
+        columns = {"labels": tuple(labels), "text": tuple(text) if name.startswith("text:") else ()}
+        split = split or splits_of(name, task, **columns)[-1]
+        return sources.load(name, split, task=task, **columns, form=form, **(cuts or {}).get(name, {}))
     named = by_split(data)
     chosen = split or next(name for name in ("test", "val", "train", *named) if name in named)
     if chosen not in named:
@@ -121,11 +168,15 @@ def by_split(data: Any) -> dict[str, Source]:
             found[split] = each
             continue
         if not isinstance(each, list | tuple) or len(each) not in (2, 3) or isinstance(each[0], str):
-            pair = "a pair (images [N, H, W, C], labels), a Dataset, or a table {split: pair or Dataset}"
+            pair = "a pair (images [N, H, W, C] or texts, labels), a Dataset, or a table {split: pair or Dataset}"
             expected = f"expected a source such as 'folder:PATH', a path, {pair}"
             raise ValueError(f"{split}: found {type(each).__name__}; {expected}")
-        images, labels, *classes = map(np.asarray, each)
-        given = {"image": images, "label": labels}
+        if len(each[0]) and (found_texts := [as_texts(x) for x in each[0]])[0]:
+            inputs, (labels, *classes) = join_texts(found_texts), map(np.asarray, each[1:])
+        else:
+            images, labels, *classes = map(np.asarray, each)
+            inputs = {"image": images}
+        given = {**inputs, "label": labels}
         found[split] = arrays.check_arrays("the arrays", "arrays", split, given, classes[0] if classes else None)
     return found
 
@@ -139,6 +190,9 @@ def write_arrays(named: Mapping[str, Source], path: pathlib.Path) -> None:
         raise ValueError(f"splits with different classes, or rows of a table: {', '.join(named)}; expected images")
     for split, source in named.items():
         kept[f"{split}_label"] = source.labels
+        if source.input == "text":
+            kept |= {f"{split}_{key}": x for key, x in join_texts(source.inputs.rows).items()}
+            continue
         if isinstance(source.inputs, np.ndarray):
             kept[f"{split}_image"] = source.inputs
             continue

@@ -23,11 +23,13 @@ from tl_jax.data.examples import Source
 from tl_jax.data.image import decode
 from tl_jax.data.image.augment import Preprocess, make_preprocess
 from tl_jax.data.pipeline import THREADS
+from tl_jax.data.text import tokenizer as tokenizers
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.tasks import answers, trust
 from tl_jax.training.steps import FEATURES, normalise
 from tl_jax.weights import load as pretrained
+from tl_jax.weights.text_inputs import Text
 
 
 class Metrics(dict):
@@ -71,6 +73,7 @@ class Model(Network):
     image_size: int | tuple[int, int] = 0  # as given to `load`
     channels: int = 0
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the leaves, as in `weights.load.Loaded`
+    text_options: tuple[str, int, str] = ("", 0, "")  # tokenizer, max_length and pooling, as given to `load`
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -100,6 +103,9 @@ def load(
     std: Sequence[float] = (),
     seed: int = 0,
     partial: Sequence[str] = (),
+    tokenizer: str | os.PathLike = "",
+    max_length: int = 0,
+    pooling: str = "",
 ) -> Model:
     """Loads a weight file of any known layout into the named model; without a file its weights are random.
 
@@ -108,13 +114,21 @@ def load(
     file that has none. image_size: a side or (height, width), resamples position embeddings. channels: of the images,
     where it is another number than the weights have, with the mean and std of these channels where they do not follow
     from the card; the kernel of the stem is summed or repeated. partial: regexes of what the file may lack, such as
-    ("stage4/.*",); that is random, from `seed`. Raises one ValueError that lists every tensor that does not fit.
+    ("stage4/.*",); that is random, from `seed`. tokenizer: of a network of text, a tokenizer.json that does not lie
+    beside the weights; max_length and pooling: as its card says unless given. Raises one ValueError that lists every
+    tensor that does not fit.
     """
     weights = os.fspath(weights)
     how = {"image_size": image_size or None, "channels": channels, "mean": mean, "std": std, "seed": seed}
-    loaded = pretrained.load(name, weights, num_classes, partial=partial, **how)
+    given = os.fspath(tokenizer)
+    made = given.partition(":")[0] in tokenizers.MADE  # of the training texts, which are not known yet
+    text = Text(tokenizers.read(given) if given and not made else None, max_length, pooling)
+    loaded = pretrained.load(name, weights, num_classes, partial=partial, text=text, **how)
     name = name or loaded.card.model
-    return Model(name, weights, loaded.model, loaded.variables, loaded.card, image_size, channels, loaded.origins)
+    asked = (given, max_length, pooling)
+    return Model(
+        name, weights, loaded.model, loaded.variables, loaded.card, image_size, channels, loaded.origins, asked
+    )
 
 
 def read_input(item: Any, card: Card, preprocess: Preprocess) -> np.ndarray:
@@ -128,9 +142,28 @@ def read_input(item: Any, card: Card, preprocess: Preprocess) -> np.ndarray:
         return np.asarray(preprocess(image))
 
 
-def _batches(model: Network, data: Any, batch_size: int) -> Iterator[tuple[list[tuple[str, str | None]], dict]]:
+Answered = Iterator[tuple[list[tuple[str, str | None]], dict]]
+
+
+def _text_batches(model: Network, names: Sequence[str], items: Sequence[tuple[str, ...]], batch_size: int) -> Answered:
+    parallel, variables, apply = model.compiled
+    size = parallel.round_up(min(batch_size, len(names)))
+    tokens = tokenizers.known(model.card).encode(items, model.card.max_length)
+    with console.bar("predict", len(names), stderr=True) as tick:
+        for start in range(0, len(names), size):
+            rows = np.arange(start, min(start + size, len(names)))
+            batch = tokens.batch(np.concatenate([rows, np.full(size - len(rows), -1)]), tokens.length_of(rows))
+            outputs = jax.device_get(apply(variables, parallel.put_batch(batch)))
+            tick(start + len(rows))
+            yield [(names[i], None) for i in rows], {name: x[: len(rows)] for name, x in outputs.items()}
+
+
+def _batches(model: Network, data: Any, batch_size: int, text: Sequence[str] = ()) -> Answered:
     """Yields pairs (name of an input, why it cannot be read, else None), and the outputs for those that can be read."""
-    names, items = inputs.list_inputs(data, model.card)
+    names, items = inputs.list_inputs(data, model.card, text)
+    if model.card.input == "text":
+        yield from _text_batches(model, names, items, batch_size)
+        return
     parallel, variables, apply = model.compiled
     size, preprocess = parallel.round_up(min(batch_size, len(names))), make_preprocess(model.card)
 
@@ -158,7 +191,7 @@ def _batches(model: Network, data: Any, batch_size: int) -> Iterator[tuple[list[
 def stream(model: Any, data: Any, batch_size: int = 128) -> Iterator[answers.Row]:
     """What `predict` gives, row by row; only one batch is held."""
     own, fitted = _model(model), getattr(model, "trust", None)
-    for found, outputs in _batches(own, data, batch_size):
+    for found, outputs in _batches(own, data, batch_size, getattr(model, "text", ())):
         read = outputs.pop(FEATURES, None)
         rows = answers.answers(own.spec, outputs) if outputs else []
         further = trust.judge(fitted, outputs, read, own.spec) if fitted and outputs else [{} for _ in rows]
@@ -170,7 +203,8 @@ def predict(model: Any, data: Any, *, batch_size: int = 128) -> list[answers.Row
     """One row {"file", "class", "probability", "top5"} for each input; see `tasks.answers` for the other tasks.
 
     model: a Model or a Run. data: a folder, a file or a sequence of them, images [N, H, W, C] or a list of them,
-    or a Dataset; of a network that reads a table, a .csv file or rows [N, F]. What cannot be read has a row {"file",
+    or a Dataset; of a network that reads a table, a .csv file or rows [N, F]; of text, a file or folder of texts, or a
+    sequence of texts or pairs of texts. What cannot be read has a row {"file",
     "error"}. Of a Run that was calibrated the rows have what `tasks.trust.judge` adds.
     """
     return list(stream(model, data, batch_size))
@@ -238,6 +272,7 @@ def score(
     own = _model(model)
     _check_trained(own)
     known = {"labels": labels or getattr(model, "labels", ()), "cuts": getattr(model, "cuts", None)}
+    known["text"] = getattr(model, "text", ())
     source = inputs.load_labelled(data, split, own.card, **known)
     rows = parts(own)
     tell(f"scored: {source.name}, {len(source):,} examples; nothing trains")

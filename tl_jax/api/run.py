@@ -85,6 +85,11 @@ class Run:
         """The label columns that the run was trained on, of sources that have columns."""
         return self.options["data.labels"]
 
+    @property
+    def text(self) -> list[str]:
+        """The columns of text that the run was trained on."""
+        return self.options["data.text"]
+
     @functools.cached_property
     def model(self) -> Model:
         """The adapted network: model.safetensors, or the delta checkpoint on its base."""
@@ -194,8 +199,9 @@ def fit(
     named = {
         "model.name": model.name, "model.weights": model.weights, "model.image_size": model.image_size,
         "model.channels": model.channels,
+        **dict(zip(("model.tokenizer", "model.max_length", "model.pooling"), model.text_options, strict=True)),
         "seed": seed, "batch_size": batch_size, **own,
-        **_data_options(data, task, run.folder, given), **table[method],
+        **_data_options(data, task, run.folder, given, model.card.input), **table[method],
     }  # fmt: skip
     if model.channels:
         named["data.card"] = {"mean": model.card.mean, "std": model.card.std, **given.get("data.card", {})}
@@ -205,11 +211,11 @@ def fit(
     return run
 
 
-def _data_options(data: Any, task: str, folder: pathlib.Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def _data_options(data: Any, task: str, folder: pathlib.Path, given: Mapping[str, Any], input: str) -> dict[str, Any]:
     """The options of the data: its source, its splits and its task."""
     if isinstance(data, str | os.PathLike):
-        source, task = inputs.source_name(data), task or "classification"
-        found = inputs.splits_of(source, task, given.get("data.labels", ()))
+        source, task = inputs.source_name(data, input), task or "classification"
+        found = inputs.splits_of(source, task, given.get("data.labels", ()), given.get("data.text", ()))
     else:
         found = inputs.by_split(data)
         text = "\n".join(f"{split} {source.fingerprint}" for split, source in found.items())

@@ -16,7 +16,7 @@ NAME = "MANIFEST.json"
 WEIGHTS = ("model.safetensors", "trained.safetensors")  # checked when they are read; they may be removed
 LISTED = (
     "config.json", "audit.json", "cost.json", "result.json", "replicas.json", "ledger.json", "choices.json", "*.jsonl",
-    "predictions*.npz",
+    "predictions*.npz", "tokenizer.json",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import re
 from typing import Any, NamedTuple
 
 from tl_jax.core import checks
-from tl_jax.core.card import CROP_MODES, PIXEL_TYPES
+from tl_jax.core.card import CROP_MODES, PIXEL_TYPES, POOLINGS
 from tl_jax.core.checks import (
     FLAG,
     NAMED,
@@ -124,6 +124,11 @@ _ROWS = (
     _option("model.partial", (), REGEXES, "what that file may lack, and begins from random numbers: regexes of whole "
             "paths of the backbone, stage4/.*"),
     _option("model.image_size", 0, PIXELS, "pixels, of a side or (height, width); 0: the size on the weight card"),
+    _option("model.tokenizer", "", TEXT,
+            "a tokenizer.json, or made of the training texts: words | chars | wordpiece | bpe, bpe:5000"),
+    _option("model.vectors", "", TEXT, "a file of word vectors, as of GloVe, for a network without weights"),
+    _option("model.max_length", 0, integer(0, 2**16), "tokens of a text; 0: as many as the weight card says"),
+    _option("model.pooling", "", one_of("", *POOLINGS), "of the tokens of a text; '': as the weight card says"),
     _option("model.channels", 0, integer(0, 1024), "of the images; 0: as many as the weight card has means"),
     _option("model.keep_head", False, FLAG, "go on with the file's classifier, for the same classes; else a new head"),
     _option("model.reinit", (), TEXTS, "blocks that start from random numbers all the same: stage3, block11, ..."),
@@ -149,6 +154,7 @@ _ROWS = (
             "the target's held-out split on which selectors judge without labels: (name, source, split)"),
     _option("data.labels", (), TEXTS, "the columns that hold the labels, of sources that have columns"),
     _option("data.resample", "", TEXT, "cut train and test from the split train: kfold:K:FOLD | bootstrap:DRAW | loo"),
+    _option("data.text", (), TEXTS, "the one or two columns that hold texts, of text: sources"),
     _option("data.group", "", TEXT, "what no slice or fold cuts: a column or array by name, or a pattern in the ids"),
     _option("data.allow_duplicates", False, FLAG, "allow duplicates of training examples among what is scored"),
     _option("data.labelled", True, FLAG, "False: the stream train has no labels, for adaptation without source data"),

@@ -25,6 +25,7 @@ from tl_jax.core.messages import listed
 from tl_jax.data import groups
 from tl_jax.data.examples import EncodedImages, FileImages, JoinedImages, Source, originals
 from tl_jax.data.image import decode
+from tl_jax.data.text.tokens import Texts
 
 FORMAT = 1  # of what is kept
 SIDE = 32  # pixels of a thumbnail
@@ -174,7 +175,7 @@ def looks_of(examples: Sequence[tuple[Source, int]]) -> Looks:
 
     Raises ValueError that names every image that cannot be read.
     """
-    in_memory, path = all(isinstance(source.inputs, np.ndarray) for source, _ in examples), None
+    in_memory, path = all(isinstance(source.inputs, np.ndarray | Texts) for source, _ in examples), None
     if not in_memory:
         digest = hashlib.sha256(f"{FORMAT} {len(examples)}".encode())
         for source, i in examples:
@@ -218,6 +219,9 @@ def _look(source: Source, index: int) -> tuple[np.ndarray, np.ndarray, bool] | s
     """hash, thumbnail and whether it tells, of one example; the message of an image that cannot be read."""
     try:
         example = source.inputs[index]
+        if source.input == "text":
+            digest = hashlib.blake2b(source.inputs.head(index), digest_size=16).digest()
+            return np.frombuffer(digest, np.uint8), np.zeros((SIDE, SIDE), np.uint8), False
         if isinstance(example, np.ndarray) and (example.ndim == 1 or min(example.shape[:2]) < SHORT):
             return _hash(example), np.zeros((SIDE, SIDE), np.uint8), False
         with decode.reading(example, source.form) as image:

@@ -19,6 +19,7 @@ from tl_jax.core.checks import refuse
 from tl_jax.core.messages import unequal
 from tl_jax.data import sealed
 from tl_jax.data.image import decode
+from tl_jax.data.text.tokens import Texts
 
 HEAD = 2**14  # bytes of each encoded image that a fingerprint reads
 
@@ -87,7 +88,7 @@ class Source:
     """N labelled examples with random access. Sources pickle.
 
     inputs: images, indexed by example, each an array [H, W, C] or encoded bytes; they may be one array [N, H, W, C].
-    form: how they are read. Or the rows of a table, float32 [N, F], whose names are `columns`.
+    form: how they are read. Or the rows of a table, float32 [N, F], whose names are `columns`. Or Texts.
     labels: int32 [N] that count into `class_names`; int32 [N, K] of 0 and 1, one column a label of `class_names`; or
     float32 [N, T], one column a target of `class_names`. Or `SealedLabels`, which raise where one is read.
     ids name the examples across runs: the path below the root, split/index, or row/number.
@@ -126,8 +127,8 @@ class Source:
 
     @property
     def input(self) -> str:
-        """ "image" or "table", as on the card of a network that reads them."""
-        return "table" if self.columns else "image"
+        """ "image", "table" or "text", as on the card of a network that reads them."""
+        return "text" if isinstance(self.inputs, Texts) else "table" if self.columns else "image"
 
     @property
     def label_kind(self) -> str:
@@ -210,7 +211,8 @@ def join(sources: Sequence[Source]) -> Source:
     Raises ValueError where they differ in classes, columns or kinds of labels, or share an example.
     """
     first, name = sources[0], " + ".join(source.name for source in sources)
-    for what, words in {"class_names": "classes", "columns": "columns", "label_kind": "kinds of labels"}.items():
+    same = {"class_names": "classes", "columns": "columns", "label_kind": "kinds of labels", "input": "inputs"}
+    for what, words in same.items():
         own, others = getattr(first, what), {source.name: getattr(source, what) for source in sources}
         if differ := {name: other for name, other in others.items() if other != own}:
             lines = [f"{name}: {unequal(own, x) if isinstance(x, tuple) else x}" for name, x in differ.items()]
@@ -218,7 +220,9 @@ def join(sources: Sequence[Source]) -> Source:
     ids = tuple(i for source in sources for i in source.ids)
     if len(set(ids)) < len(ids):
         raise ValueError(f"{len(ids) - len(set(ids))} examples occur twice in {name}")
-    if first.columns:
+    if first.input == "text":
+        inputs = Texts(tuple(row for source in sources for row in source.inputs.rows))
+    elif first.columns:
         inputs = np.concatenate([source.inputs for source in sources])
     else:
         lengths = [len(source) for source in sources]
@@ -279,7 +283,7 @@ def header(images: Sequence, index: int, form: Form) -> decode.Header:
 
 def find_unreadable(source: Source, *, fully: bool) -> dict[int, str]:
     """{index: id and reason} of the images that cannot be read: by their headers, or by decoding them. Uses threads."""
-    if isinstance(source.inputs, np.ndarray):
+    if isinstance(source.inputs, np.ndarray | Texts):
         return {}
 
     def problem(index: int) -> str:

@@ -20,6 +20,7 @@ from tl_jax.core.messages import nearest
 from tl_jax.data import order as orders
 from tl_jax.data import workers
 from tl_jax.data.examples import Source
+from tl_jax.data.text.tokens import Tokens
 from tl_jax.data.views import Render, View, make_views, write_example
 
 log = logging.getLogger(__name__)
@@ -44,17 +45,17 @@ class Rows(NamedTuple):
 class Batches:
     """Batches of one stream: `batches[step]` is {field: array} of this process, b = batch_size / process_count rows.
 
-    Of each view, images [b, H, W, C] of the card's input size and form, uint8 or float32, or rows float32 [b, F] of a
-    table. "index" int32 [b]; "label", where the stream is labelled; "domain" int32 [b] and "weight" float32 [b], where
-    the source has domains or weights.
+    Of each view, images [b, H, W, C] of the card's input size and form, uint8 or float32, rows float32 [b, F] of a
+    table, or tokens int32 [b, L, 2], whose L is that of the whole batch on every process. "index" int32 [b]; "label",
+    where the stream is labelled; "domain" int32 [b] and "weight" float32 [b], where the source has domains or weights.
 
     renders: of the views of images. prepared: by view, what is taken in place of rendering, [V, N, ...]: in its epoch e
-    an example has row e % V. seed: of this stream; None where nothing is random.
+    an example has row e % V; or Tokens. seed: of this stream; None where nothing is random.
     """
 
     source: Source
     renders: Mapping[str, Render]
-    prepared: Mapping[str, np.ndarray]
+    prepared: Mapping[str, np.ndarray | Tokens]
     batch_size: int
     _: dataclasses.KW_ONLY
     seed: int | None = None
@@ -103,7 +104,7 @@ class Batches:
             {field: orders.derive(seed, f"draws {r.draws}") if r.draws else seed for field, r in todo.items()}
             for seed in (() if self.seed is None else orders.seeds_of(self.source, self.seed))
         ]
-        rows = self._local_rows(step)
+        rows = self._local(self.rows(step))
         columns = rows.index.tolist(), rows.domain.tolist(), rows.counter.tolist()
         for row, (index, domain, counter) in enumerate(zip(*columns, strict=True)):
             if index >= 0:
@@ -114,8 +115,13 @@ class Batches:
 
     def index(self, step: int) -> Batch:
         """Everything of `batches[step]` that needs no rendering."""
-        rows, source = self._local_rows(step), self.source
-        batch = {field: values[rows.epoch % len(values), rows.index] for field, values in self.prepared.items()}
+        every, source = self.rows(step), self.source
+        rows, batch = self._local(every), {}
+        for field, values in self.prepared.items():
+            if isinstance(values, Tokens):
+                batch[field] = values.batch(rows.index, values.length_of(every.index))
+            else:
+                batch[field] = values[rows.epoch % len(values), rows.index]
         if self.labelled:
             batch[LABEL] = source.labels[rows.index]
         if source.domains is not None:
@@ -126,10 +132,11 @@ class Batches:
             values[rows.index < 0] = 0
         return batch | {INDEX: rows.index.astype(np.int32)}
 
-    def _local_rows(self, step: int) -> Rows:
+    def _local(self, rows: Rows) -> Rows:
+        """Those of this process."""
         size = self.batch_size // self.process_count
         here = slice(self.process_index * size, (self.process_index + 1) * size)
-        return Rows(*(column[here] for column in self.rows(step)))
+        return Rows(*(column[here] for column in rows))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -287,7 +294,14 @@ def _check_sizes(batches: Batches, domains: int = 1) -> None:
         expected = f"a positive multiple of {count * domains}, an equal slice of each domain in each process"
         raise ValueError(f"batch_size {size} for {domains} domains in process {index} of {count}: expected {expected}")
     pixels = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in batches.shapes.values())
-    rows = size // count * sum(values[0, :1].nbytes for values in batches.prepared.values())
+    rows = (
+        size
+        // count
+        * sum(
+            8 * values.lengths[-1] if isinstance(values, Tokens) else values[0, :1].nbytes
+            for values in batches.prepared.values()
+        )
+    )
     needed = (THREADS + 1) * (pixels + rows + ROW * size)
     if needed > (there := machine.memory()):
         found = f"the {THREADS + 1} batches made ahead take {needed / 1e9:,.0f} GB of {there / 1e9:,.0f} GB of memory"

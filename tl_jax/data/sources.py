@@ -24,13 +24,14 @@ from tl_jax.data.readers.glyphs import load_glyphs
 from tl_jax.data.readers.mat import load_mat
 from tl_jax.data.readers.packed import PackedImages, load_packed
 from tl_jax.data.readers.tables import load_csv, load_table
+from tl_jax.data.readers.texts import load_texts
 from tl_jax.data.sealed import SealedLabels, canonical
 
 __all__ = ["list_split", "load", "overlap", "parse_split", "stratified_order", "without"]
 log = logging.getLogger(__name__)
 BUILTIN = {name: functools.partial(builtin.load_digits, name) for name in builtin.DIGITS} | {"glyphs": load_glyphs}
 PLAIN = {"folder": load_folder, "packed": load_packed, "mat": load_mat}  # sources that take a path and a split
-COLUMNS = {"csv": load_csv, "table": load_table}  # sources with label columns
+COLUMNS = {"csv": load_csv, "table": load_table, "text": load_texts}  # sources with label columns
 DIABETES = "table:diabetes"
 FORM_FIX = "say what the files hold by data.card (pixels and scale), and the channels by model.channels"
 FORMS = (
@@ -40,6 +41,7 @@ FORMS = (
     "mat:FILE.mat",
     "csv:FILE",
     "table:FILE",
+    "text:PATH",
     "tfds:NAME",
     "tfds:NAME:VERSION",
     FORM,
@@ -52,6 +54,7 @@ def load(
     *,
     task: str = "classification",
     labels: Sequence[str] = (),
+    text: Sequence[str] = (),
     group: str = "",
     shots: int = 0,
     seed: int = 0,
@@ -66,8 +69,9 @@ def load(
     """Loads a split of a source; see docs/data.md for both languages. Several sources are the domains of one.
 
     `task` says what the labels must be: classification, binary (of two classes, the second is positive), multilabel or
-    regression. `labels` names the label columns of csv: and table: sources. `group` says what belongs together: the
-    name of a column (csv:, table:) or of an array (arrays:), else a regular expression that finds the group in the ids.
+    regression. `labels` names the label columns of csv:, table: and text: sources, `text` the columns of text. `group`
+    says what belongs together: the name of a column (csv:, table:) or of an array (arrays:), else a regular expression
+    that finds the group in the ids.
 
     Slices such as `train[:80%]` cut a permutation by `split_seed`, stratified where labels are classes; where there are
     groups it is one of groups, and a slice begins and ends at the nearest end of a group. `shots` > 0 then takes that
@@ -95,7 +99,7 @@ def load(
         for cut in slices:
             if (part := cut.split) not in wholes:
                 how = poison if place in sealed or (place, part) in sealed else None
-                wholes[part] = _load_whole(name, part, task, labels, group, on_error, data_dir, how, form)
+                wholes[part] = _load_whole(name, part, task, labels, text, group, on_error, data_dir, how, form)
         if (labelled or shots) and (bare := [whole for whole in wholes.values() if not whole.class_names]):
             found = f"no class folders in {bare[0].name}, only {len(bare[0])} files; expected {name}/CLASS/IMAGE"
             raise ValueError(f"{found}. Without classes it can be a stream without labels or shots alone")
@@ -120,6 +124,7 @@ def list_split(
     *,
     task: str = "classification",
     labels: Sequence[str] = (),
+    text: Sequence[str] = (),
     group: str = "",
     form: Form | None = decode.RGB,
 ) -> Source:
@@ -137,11 +142,14 @@ def list_split(
         known = (*BUILTIN, DIABETES, *FORMS)
         raise ValueError(f"unknown source {source!r}{nearest(source, known)}. Sources: {', '.join(known)}")
     if labels and kind not in COLUMNS:
-        raise ValueError(f"data.labels={tuple(labels)} names columns of csv: and table: sources; {source} has none")
+        known = ", ".join(f"{name}:" for name in COLUMNS)
+        raise ValueError(f"data.labels={tuple(labels)} names columns of sources {known}; {source} has none")
+    if text and kind != "text":
+        raise ValueError(f"data.text={tuple(text)} names columns of text: sources; {source} has none")
     if source == DIABETES:
         found = builtin.load_diabetes(split, task, labels, group)
     elif kind in COLUMNS:
-        found = COLUMNS[kind](argument, split, task, labels, group)
+        found = COLUMNS[kind](argument, split, task, labels, group, **({"text": text} if kind == "text" else {}))
     elif kind == "arrays":
         found = load_arrays(argument, split, group)
     elif kind == "tfds":
@@ -157,7 +165,7 @@ def list_split(
 
 def _in_form(source: Source, form: Form) -> Source:
     """The source with images that are read in a form; what is decoded already must have it."""
-    if source.columns:
+    if source.input != "image":
         return source
     inputs, clean = source.inputs, clean_images(source.inputs)
     if isinstance(inputs, CorruptedImages) and not decode.is_photo(form):
@@ -252,11 +260,11 @@ def _draw_shots(source: Source, shots: int, seed: int) -> Source:
 
 
 def _load_whole(
-    name: str, split: str, task: str, labels: Sequence[str], group: str, on_error: str, data_dir: str | None,
-    poison: str | None, form: Form,
+    name: str, split: str, task: str, labels: Sequence[str], text: Sequence[str], group: str, on_error: str,
+    data_dir: str | None, poison: str | None, form: Form,
 ) -> Source:  # fmt: skip
     """poison: of the labels, which are sealed; None: they are not."""
-    source = list_split(name, split, data_dir, task=task, labels=labels, group=group, form=form)
+    source = list_split(name, split, data_dir, task=task, labels=labels, text=text, group=group, form=form)
     fully = on_error == "skip"
     if poison is not None:
         source = dataclasses.replace(source, labels=SealedLabels(source.labels, poison))

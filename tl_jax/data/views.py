@@ -17,6 +17,8 @@ from tl_jax.core.messages import listed
 from tl_jax.data.examples import Source
 from tl_jax.data.image import decode, ops
 from tl_jax.data.image.augment import Preprocess, make_preprocess
+from tl_jax.data.text import tokenizer
+from tl_jax.data.text.tokens import Tokens
 
 _local = threading.local()
 IN_MEMORY = 2**28  # bytes of input pixels that may be made once and kept, where they do not change from epoch to epoch
@@ -77,7 +79,7 @@ def write_example(
 
 def make_views(
     source: Source, views: Mapping[str, View], *, augmented: bool
-) -> tuple[dict[str, Render], dict[str, np.ndarray]]:
+) -> tuple[dict[str, Render], dict[str, np.ndarray | Tokens]]:
     """(renders, prepared) of the views; raises one ValueError for all that do not fit the source."""
     problems = [] if views else ["there is none"]
     for field, (card, augment, _) in views.items():
@@ -91,13 +93,17 @@ def make_views(
         if card.input == source.input == "image" and card.form != source.form:
             fix = "networks of one run read images in one form"
             problems.append(f"{field}: {card.model} reads {card.form}, the source was loaded as {source.form}; {fix}")
-        if card.input == "table" and augment:
-            problems.append(f"{field}: rows of a table have no augmentations, found {augment}")
+        if card.input != "image" and augment:
+            what = "rows of a table" if card.input == "table" else "texts"
+            problems.append(f"{field}: {what} have no augmentations, found {augment}")
     refuse(f"the views of {source.name} cannot be used", problems)
     renders, prepared = {}, {}
     for field, (card, augment, draws) in views.items():
         if card.input == "table":
             prepared[field] = source.inputs[None]
+            continue
+        if card.input == "text":
+            prepared[field] = tokenizer.known(card).encode(source.inputs.rows, card.max_length)
             continue
         preprocess = make_preprocess(card, augment if augmented else ())
         wanted = preprocess.short_side

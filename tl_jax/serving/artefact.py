@@ -20,6 +20,8 @@ from tl_jax.api.run import Run, load_run
 from tl_jax.core import files, trees
 from tl_jax.core.card import Card
 from tl_jax.core.checks import refuse
+from tl_jax.data.text import tokenizer
+from tl_jax.data.text.tokens import PADDING
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.serving import neighbours, onnx_file, program
@@ -102,11 +104,13 @@ def export(
         part.mkdir()
         formats.write_safetensors(part / WEIGHTS, packed, {"precision": precision})
         shutil.copyfile(ASSET, part / RUN)
+        if model.card.input == "text":
+            tokenizer.known(model.card).save(part)
         table = {
             "format": FORMAT,
             "jax": jax.__version__,
             "card": json.loads(model.card.replace(class_names=model.spec.class_names).to_json()),
-            "input": {"shape": ["batch", *model.card.shape], "type": program.input_type(model.card).name},
+            "input": _input(model.card),
             "precision": precision,
             "limits": HALF if np.dtype(model.module.dtype).itemsize < 4 else LIMITS,
             "programs": _write_programs(part, model),
@@ -190,12 +194,24 @@ def _card(table: Mapping[str, Any]) -> Card:
     return Card.from_json(json.dumps(table["card"]))
 
 
+def _input(card: Card) -> dict[str, Any]:
+    """What the programs take; of texts, tokens as models/tokens.py has them, of any length up to the card's."""
+    shape = ["tokens", 2] if card.input == "text" else list(card.shape)
+    return {"shape": ["batch", *shape], "type": program.input_type(card).name}
+
+
 def _write_golden(folder: pathlib.Path, exported: Exported) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Writes and gives two inputs of noise, no example of anybody's data, and their outputs."""
     shape, rng = (2, *exported.card.shape), np.random.default_rng(0)
     kind = program.input_type(exported.card)
+    if exported.card.input == "text":  # one of them shorter than the other
+        shape = (2, min(16, exported.card.max_length), 2)
     noise = rng.integers(0, 256, shape, np.uint8) if kind == np.uint8 else rng.random(shape, np.float32)
     inputs = noise * np.float32(exported.card.divisor) if kind != np.uint8 else noise
+    if exported.card.input == "text":
+        inputs = np.stack([rng.integers(0, exported.card.vocab, shape[:2]), np.zeros(shape[:2], int)], -1)
+        inputs[1, shape[1] // 2 :, 0] = PADDING
+        inputs = inputs.astype(np.int32)
     outputs = run(exported, inputs)
     bad = [f"{name}: {np.sum(~np.isfinite(x))} of {x.size}" for name, x in outputs.items() if not np.isfinite(x).all()]
     refuse("outputs of the exported network that are not finite", bad)
@@ -238,6 +254,8 @@ def load(folder: str | os.PathLike) -> Exported:
     refuse(f"{folder} is not as it was exported, by the sha256 in {TABLE}; copy it again", wrong)
     tensors, _ = formats.read(folder / WEIGHTS)
     exported = Exported(folder, table, _card(table), quantize.unpack(tensors))
+    if exported.card.input == "text" and tokenizer.read(folder).sha256 != exported.card.tokenizer:
+        raise ValueError(f"{folder / tokenizer.FILE} is not the tokenizer of the card; export the run again")
     _check_golden(exported)
     return exported
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,6 +15,13 @@ class Busy(Exception):
     """More examples are waiting than the queue may hold."""
 
 
+def padded(inputs: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """A batch of examples of one shape, zeros behind them."""
+    batch = np.zeros((size, *inputs[0].shape), inputs[0].dtype)
+    batch[: len(inputs)] = inputs
+    return batch
+
+
 class Batcher:
     """Answers single examples by batches of `sizes`, the next larger one with zeros in the rows that are left.
 
@@ -22,7 +29,12 @@ class Batcher:
     example that comes alone never waits. `space` examples may be on their way at a time.
     """
 
-    def __init__(self, answer: Callable[[np.ndarray], Mapping[str, np.ndarray]], sizes: tuple[int, ...], space: int):
+    def __init__(
+        self, answer: Callable[[np.ndarray], Mapping[str, np.ndarray]], sizes: tuple[int, ...], space: int,
+        stack: Callable[[Sequence[np.ndarray], int], np.ndarray] = padded,
+    ):  # fmt: skip
+        """stack: makes a batch of a size of examples."""
+        self.stack = stack
         self.answer, self.sizes, self.space = answer, sizes, space
         self.pending = 0  # examples of requests that were admitted and are not yet answered
         self.coming = 0  # of these, those that are being read
@@ -86,6 +98,4 @@ class Batcher:
 
     def _together(self, inputs: tuple[np.ndarray, ...]) -> Outputs:
         size = next(size for size in self.sizes if size >= len(inputs))
-        batch = np.zeros((size, *inputs[0].shape), inputs[0].dtype)
-        batch[: len(inputs)] = inputs
-        return {name: x[: len(inputs)] for name, x in self.answer(batch).items()}
+        return {name: x[: len(inputs)] for name, x in self.answer(self.stack(inputs, size)).items()}

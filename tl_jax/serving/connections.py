@@ -14,6 +14,7 @@ class Connection(H11Protocol):
     """Ends connections that uvicorn would keep: a head of more than HEAD seconds, and an answer that nobody reads."""
 
     timer: asyncio.TimerHandle | None = None
+    unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -25,14 +26,16 @@ class Connection(H11Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        if self.timer:
-            self.timer.cancel()
+        for timer in filter(None, (self.timer, self.unread)):
+            timer.cancel()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self.loop.call_later(UNREAD, self._end_unread)
+        if self.transport.get_write_buffer_size() and not self.unread:  # a timer keeps the connection in memory
+            self.unread = self.loop.call_later(UNREAD, self._end_unread)
 
     def _end_unread(self) -> None:
+        self.unread = None
         if self.transport.is_closing() and self.transport.get_write_buffer_size():
             self.transport.abort()
 

@@ -18,7 +18,7 @@ from tl_jax.data.image import decode
 from tl_jax.methods.term import MAIN
 from tl_jax.tasks import Spec
 
-SIDE = 96  # pixels of a picture
+SIDE, EXCERPT = 96, 200  # pixels of a picture, characters of a text
 
 
 class Examples(NamedTuple):
@@ -39,7 +39,10 @@ def collect(run: Run, network: Any, count: int, seed: int = 0) -> Examples:
     features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     labels = tuple(in_words(run.model.spec, label) for label in source.labels)
     pictures = tuple(_picture(source.inputs[i], card) for i in range(len(source)))
-    return Examples(features, tuple(map(os.path.basename, source.ids)), labels, pictures)
+    names = [" / ".join(row)[:EXCERPT] for row in source.inputs.rows] if card.input == "text" else source.ids
+    return Examples(
+        features, tuple(map(os.path.basename, names)) if card.input == "image" else tuple(names), labels, pictures
+    )
 
 
 def in_words(spec: Spec, label: np.ndarray) -> str:

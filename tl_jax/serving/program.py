@@ -24,8 +24,8 @@ def trace(network: Model) -> Programs:
     """{"cpu" | "accelerator": {"any" or a batch: a serialised jax.export.Exported}} of `network.answer`.
 
     The function takes (weights, inputs): {path: float32 array} of the leaves, and [B, *card.shape] of the type of the
-    card's pixels, before normalisation. A CPU gets a program for a batch of its own where that one computes a few
-    images at a time so that they stay in the cache (models/kernels/convolve.py).
+    card's pixels, before normalisation, or tokens [B, T, 2] of any T. A CPU gets a program for a batch of its own where
+    that one computes a few images at a time so that they stay in the cache (models/kernels/convolve.py).
     """
     network = dataclasses.replace(network, module=network.module.clone(attention="xla"))  # cuDNN's is of one machine
     return {platform: _of_platform(network, platform) for platform in PLATFORMS}
@@ -38,13 +38,15 @@ def _of_platform(network: Model, platform: str) -> dict[str, bytes]:
         return network.answer(trees.unflatten(leaves), x)
 
     def exported(batch: Any) -> export.Exported:
-        batch = batch or export.symbolic_shape("b")[0]
-        x = jax.ShapeDtypeStruct((batch, *network.card.shape), input_type(network.card))
+        scope, text = export.SymbolicScope(), network.card.input == "text"
+        batch = batch or export.symbolic_shape("b", scope=scope)[0]
+        length = export.symbolic_shape("t", scope=scope) if text else ()  # of the tokens
+        x = jax.ShapeDtypeStruct((batch, *length, *network.card.shape[len(length) :]), input_type(network.card))
         with convolve.traced_for(platform):
             return export.export(jax.jit(answer), platforms=PLATFORMS[platform])(leaves, x)
 
     programs = {"any": bytes(exported(None).serialize())}
-    for batch in reversed(BATCHES) if platform == "cpu" else ():
+    for batch in reversed(BATCHES) if platform == "cpu" and network.card.input == "image" else ():
         own = exported(batch)
         if CHUNKS not in own.mlir_module():
             break  # nor are smaller ones cut into chunks
@@ -54,6 +56,8 @@ def _of_platform(network: Model, platform: str) -> dict[str, bytes]:
 
 def input_type(card: Card) -> np.dtype:
     """Of the inputs of a network, before normalisation."""
+    if card.input == "text":
+        return np.dtype(np.int32)
     return np.dtype(card.form.dtype if card.input == "image" else np.float32)
 
 

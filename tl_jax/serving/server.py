@@ -6,6 +6,7 @@ import collections
 import contextlib
 import hashlib
 import ipaddress
+import itertools
 import json
 import logging
 import pathlib
@@ -29,13 +30,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tl_jax.api.inputs import as_texts
 from tl_jax.api.model import read_input
 from tl_jax.core.messages import brief
 from tl_jax.data.image import decode
 from tl_jax.data.image.augment import make_preprocess
+from tl_jax.data.text import tokenizer
+from tl_jax.data.text.tokens import ragged
 from tl_jax.runtime.log import tolerate
 from tl_jax.serving import artefact, neighbours, program
-from tl_jax.serving.batches import Batcher, Busy
+from tl_jax.serving.batches import Batcher, Busy, padded
 from tl_jax.serving.connections import Announced, Connection, bind
 from tl_jax.serving.drift import LEAST
 from tl_jax.serving.drift_monitor import Log, Monitor
@@ -58,6 +62,25 @@ class Limits(NamedTuple):
     examples: int = 32  # of a request
     queue: int = 64  # examples on their way at a time
     seconds: float = 30.0  # until a request is answered
+
+
+class Texts:
+    """The tokens of the texts that a network reads, in batches of a few lengths."""
+
+    def __init__(self, card: Any):
+        self.card, self.tokenizer = card, tokenizer.known(card)
+        lengths = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+        self.lengths = (*(length for length in lengths if length < card.max_length), card.max_length)
+
+    def read(self, item: tuple[str, ...]) -> np.ndarray:
+        """int32 [T, 2] of one text or pair."""
+        return self.tokenizer.encode([item], self.card.max_length).flat
+
+    def stack(self, rows: Sequence[np.ndarray], size: int) -> np.ndarray:
+        """int32 [size, L, 2], with padding behind the tokens, and rows of zeros."""
+        tokens = ragged(rows, self.card.max_length)._replace(lengths=self.lengths)
+        every = np.arange(len(rows))
+        return tokens.batch(np.concatenate([every, np.full(size - len(rows), -1)]), tokens.length_of(every))
 
 
 class Refused(Exception):
@@ -96,7 +119,9 @@ class Server:
         self.preprocess = make_preprocess(network.card) if network.card.input == "image" else None
         examples = network.folder / artefact.EXAMPLES
         self.examples = neighbours.load(examples) if examples.exists() else None
-        self.batcher = Batcher(lambda x: artefact.run(network, x), SIZES, limits.queue)
+        self.texts = Texts(network.card) if network.card.input == "text" else None
+        stack = self.texts.stack if self.texts else padded
+        self.batcher = Batcher(lambda x: artefact.run(network, x), SIZES, limits.queue, stack)
         reference, self.log = network.reference, Log(log, network.spec) if log else None
         enough = reference is not None and len(reference.values) >= 2 * LEAST
         self.monitor = Monitor(reference) if enough else None
@@ -139,9 +164,10 @@ class Server:
 
     def warm(self) -> None:
         """Compiles and runs the program for every size of a batch."""
-        for size in SIZES:
-            shape, kind = (size, *self.network.card.shape), program.input_type(self.network.card)
-            artefact.run(self.network, np.zeros(shape, kind))
+        card, kind = self.network.card, program.input_type(self.network.card)
+        shapes = [(length, 2) for length in self.texts.lengths] if self.texts else [card.shape]
+        for size, shape in itertools.product(SIZES, shapes):
+            artefact.run(self.network, np.zeros((size, *shape), kind))
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -210,8 +236,14 @@ class Server:
         kind, card = request.headers.get("content-type", "").partition(";")[0].strip().lower(), self.network.card
         if kind == "application/json":  # 20 MB of it take seconds
             return await asyncio.get_running_loop().run_in_executor(self.readers, _json_items, body, card)
+        if card.input == "text" and kind == "text/plain":
+            try:
+                return [("text", (body.decode(),))]
+            except UnicodeDecodeError:
+                raise Refused(400, "the text is not UTF-8") from None
         if card.input != "image":
-            raise Refused(415, f"content type {brief(kind)}: this network reads a table, send JSON, see /metadata")
+            what = {"table": "a table, send JSON", "text": "texts, send JSON or text/plain"}[card.input]
+            raise Refused(415, f"content type {brief(kind)}: this network reads {what}, see /metadata")
         if kind.startswith("image/") or kind == "application/octet-stream":
             return [("image", body)]
         if kind != "multipart/form-data":
@@ -259,7 +291,7 @@ class Server:
             if header.height * header.width > self.limits.pixels:
                 size = f"{header.width} x {header.height}"
                 raise ValueError(f"an image of {size} pixels; at most {self.limits.pixels:,} are taken")
-        return read_input(item, card, self.preprocess)
+        return self.texts.read(item) if self.texts else read_input(item, card, self.preprocess)
 
     async def page(self, request: Request) -> Response:
         headers = {"Content-Security-Policy": self.policy, "X-Content-Type-Options": "nosniff"}
@@ -335,7 +367,11 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _array(given: Any, card: Any) -> np.ndarray:
+def _array(given: Any, card: Any) -> Any:
+    if card.input == "text":
+        if not (found := as_texts(given)):
+            raise ValueError("an input is a text, or a list of two texts")
+        return found
     if isinstance(given, str):
         raise ValueError(f"{brief(given)} is text; URLs are not fetched: send pixels, or upload the image itself")
     if card.input == "table":

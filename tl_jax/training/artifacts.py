@@ -12,6 +12,7 @@ import jax
 from tl_jax import tasks
 from tl_jax.core import files, manifest
 from tl_jax.data.examples import Source
+from tl_jax.data.text import tokenizer
 from tl_jax.models import peft
 from tl_jax.runtime import events, wall
 from tl_jax.runtime.log import log, tolerate
@@ -151,6 +152,8 @@ def finalize(
         about = {"model": settings.model.name, "weights": material.base, "seed": settings.loop.seed, "additions": added}
         about["partial"] = settings.model.partial
         delta.save(folder / "trained.safetensors", variables, report, card, **about)
+        if card.input == "text":
+            tokenizer.known(card).save(folder)
         if peft.can_merge(added):  # one plain network can have what was trained
             load.export(peft.merge(variables, added), settings.model.name, folder / "model.safetensors", card=card)
     names = [*scored_splits(run), *(name for name in predictions if name == between.ONLINE)]

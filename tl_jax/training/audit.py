@@ -238,6 +238,9 @@ def missing_lines(audit: Mapping[str, Any]) -> list[str]:
 
 
 def _input(card: Mapping[str, Any]) -> str:
+    if card.get("input") == "text":
+        known = f"tokenizer {card['tokenizer'][:12]}, {card['vocab']:,} tokens"
+        return f"input texts of at most {card['max_length']} tokens ({known}), pooling {card['pooling']}"
     if columns := card.get("columns"):
         return f"input {len(columns)} columns, standardised: {', '.join(columns[:10])}{', ...' * (len(columns) > 10)}"
     mode = f" ({card['crop_mode']})" if "crop_mode" in card else ""

@@ -14,6 +14,7 @@ from tl_jax import tasks
 from tl_jax.core import trees
 from tl_jax.core.card import STORED, Card
 from tl_jax.data.examples import Source
+from tl_jax.data.text import tokenizer
 from tl_jax.methods import probes
 from tl_jax.methods.term import MAIN, MODEL, Network, Start, StreamFacts
 from tl_jax.models import peft
@@ -22,12 +23,14 @@ from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.runtime.log import log
 from tl_jax.tasks import Spec
-from tl_jax.training import audit, inputs, optim, steps, terms
+from tl_jax.training import audit, inputs, optim, steps, terms, texts
 from tl_jax.training.phases import Material, Phase, check_prefixes, make_phase
 from tl_jax.training.settings import Settings, naming, read
 from tl_jax.weights import hub, load, sanity
+from tl_jax.weights.text_inputs import NO_TEXT, Text
 
-MODEL_OPTIONS = ("name", "weights", "partial", "image_size", "channels", "reinit", "head", "head_init")
+MODEL_OPTIONS = ("name", "weights", "partial", "image_size", "channels", "reinit", "head", "head_init",
+                 "tokenizer", "vectors", "max_length", "pooling")  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -77,7 +80,11 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
     with naming(table, "task", "data.source"):
         spec = tasks.fit_spec(settings.loop.task, train.labels, train.class_names)
     with naming(table, *(f"model.{name}" for name in MODEL_OPTIONS)):
-        loaded = load_model(settings, tasks.make(spec).outputs, train.class_names, train.columns)
+        loaded = load_model(
+            settings, tasks.make(spec).outputs, train.class_names, train.columns, texts.text_of(settings.model, train)
+        )
+        if settings.model.vectors:
+            loaded = texts.with_vectors(loaded, settings.model.vectors, train, settings.loop.seed)
     with naming(table, "model.name", "data.source", "data.card"):
         card = _finish_card(settings, loaded.card.replace(sha256=loaded.sha256), spec, train)
     with naming(table, "method.add"):
@@ -148,13 +155,13 @@ def _examine(variables: Mapping[str, Any], origins: Mapping[str, str]) -> dict[s
 
 
 def load_model(
-    settings: Settings, outputs: int, class_names: Sequence[str], columns: Sequence[str] = ()
+    settings: Settings, outputs: int, class_names: Sequence[str], columns: Sequence[str] = (), text: Text = NO_TEXT
 ) -> load.Loaded:
     """The network with a new head, or with the file's own, and random numbers in the parts of model.reinit."""
     model = settings.model
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
     arguments |= {"head": model.head, "columns": tuple(columns), "channels": model.channels, "partial": model.partial}
-    arguments |= {name: settings.data.card.get(name, ()) for name in ("mean", "std")}
+    arguments |= {name: settings.data.card.get(name, ()) for name in ("mean", "std")} | {"text": text}
     loaded = load.load(model.name, model.weights, None if model.keep_head else outputs, **arguments)
     known = loaded.card.class_names or class_names
     if model.keep_head and (loaded.card.num_classes != outputs or tuple(known) != tuple(class_names)):
@@ -184,9 +191,11 @@ def _finish_card(settings: Settings, card: Card, spec: Spec, train: Source) -> C
     """The card of the network that is trained: overrides, the task and its names, and the table's columns."""
     data = settings.data
     card = card.override(dict(data.card), allowed=data.override_card)
-    if (card.input == "table") != bool(train.columns):
-        found = "rows of a table" if train.columns else "images"
+    if card.input != train.input:
+        found = {"table": "rows of a table", "text": "texts", "image": "images"}[train.input]
         raise ValueError(f"{card.model} takes an input of kind {card.input!r}, and {train.name} has {found}")
+    if card.input == "text":
+        tokenizer.known(card)
     if train.columns and not settings.model.weights:
         mean, std = (f(train.inputs, axis=0, dtype="float64") for f in (np.mean, np.std))
         card = card.replace(columns=train.columns, mean=tuple(mean.tolist()), std=tuple((std + (std == 0)).tolist()))

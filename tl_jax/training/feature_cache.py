@@ -24,6 +24,7 @@ import numpy as np
 from tl_jax.core import console, files, messages, trees
 from tl_jax.core.card import PIXELS
 from tl_jax.data.pipeline import Batches, TrainBatches
+from tl_jax.data.text.tokens import Tokens
 from tl_jax.data.views import IN_MEMORY
 from tl_jax.methods import rules
 from tl_jax.methods.term import MODEL
@@ -165,6 +166,8 @@ def leaves_of(prefix: steps.Prefix, paths: Iterable[str], networks: Collection[s
 def example(batches: TrainBatches, view: str) -> jax.ShapeDtypeStruct:
     """The shape of one example of a view, [1, ...]."""
     known = batches.prepared.get(view)
+    if isinstance(known, Tokens):
+        return jax.ShapeDtypeStruct((1, known.lengths[-1], 2), np.int32)
     shape, dtype = batches.shapes[view] if known is None else (known.shape[1:], known.dtype)
     return jax.ShapeDtypeStruct((1, *shape[1:]), dtype)
 
@@ -181,6 +184,7 @@ def _describe(root: pathlib.Path, column: Column, batches: Batches, variables: A
     renders, prepared = (
         {name: x for name, x in table.items() if name == column.view} for table in (batches.renders, batches.prepared)
     )
+    prepared = {name: x.longest if isinstance(x, Tokens) else x for name, x in prepared.items()}
     how = {"seed": seed, "order": order, "labelled": False}
     where = {"process_index": batches.process_index, "process_count": batches.process_count}
     inputs = TrainBatches(source, renders, prepared, size, **how, **where)

@@ -15,6 +15,7 @@ from tl_jax.data.examples import Source
 from tl_jax.data.mixed import mixed_batches
 from tl_jax.data.pipeline import EvalBatches, TrainBatches, View
 from tl_jax.data.sealed import Ledger, canonical
+from tl_jax.data.text.tokens import Tokens, describe
 from tl_jax.methods.selectors import DOMINANT
 from tl_jax.methods.term import MAIN
 from tl_jax.runtime import distributed, sharding, wall
@@ -44,7 +45,13 @@ def load_sources(settings: Settings, form: Form | None = None) -> dict[str, Sour
     data, loop = settings.data, settings.loop
     with naming(settings.table, "data.train", "data.val", "data.test"):
         _check_splits(data, loop.select != "last" or bool(loop.patience), settings.streams)
-    common = {"task": settings.loop.task, "labels": data.labels, "seed": loop.seed, "split_seed": data.split_seed}
+    common = {
+        "task": settings.loop.task,
+        "labels": data.labels,
+        "text": data.text,
+        "seed": loop.seed,
+        "split_seed": data.split_seed,
+    }
     common |= {"on_error": data.on_error, "data_dir": data.data_dir or None, "group": data.group}
     common |= {"sealed": sealed_sources(settings), "poison": data.poison, "form": form or form_of(settings)}
 
@@ -214,13 +221,13 @@ def trained_names(settings: Settings) -> list[str]:
 def find_duplicates(found: Mapping[str, Source], settings: Settings) -> dict[str, Any]:
     """The duplicates of the run, for result.json; ValueError where examples that are scored have some in training.
 
-    Rows of a table may be equal without being the same example: these are told, never refused.
+    Rows of a table, or short texts, may be equal without being the same example: these are told, never refused.
     """
     trained = trained_names(settings)
     compared = {name: found[name] for name in [*trained, *scored_names(found, settings)]}
     with wall.timed("split audit"):
         table = distributed.from_first(lambda: duplicates.find(compared, trained))
-    if (count := sum(table["across"].values())) and not settings.data.allow_duplicates and not found[MAIN].columns:
+    if (count := sum(table["across"].values())) and not settings.data.allow_duplicates and found[MAIN].input == "image":
         fix = (
             "remove one of each pair, keep what belongs together in groups (data.group), or set "
             "data.allow_duplicates=True, which result.json then says"
@@ -284,6 +291,9 @@ def make_streams(
                 found[name], views, stream.batch_size, loop.seed, name=name, order=stream.sampling,
                 labelled=stream.labelled, **processes,
             )  # fmt: skip
+    for name, batches in streams.items():
+        for tokens in (x for x in batches.prepared.values() if isinstance(x, Tokens)):
+            log(f"{name}: {describe(tokens, batches.batch_size)}")
     scored = {name: source for name, source in found.items() if name not in streams}
     # One size for all, so that one program serves them; it pads val, which is scored often, the least.
     count = len(found.get("val", found.get("test")))

@@ -124,7 +124,7 @@ class Loop:
 
     def _phase(self, i: int, start: int) -> int:
         """Trains phase i from a step on; the step after which it ended."""
-        phase, program, step_fn = self.first.phases[i], self.program, None
+        phase, program, compiled, costs = self.first.phases[i], self.program, {}, []
         self._refresh(i, start)
         self.frozen = self.frozen or program.frozen_hashes(i, self.state)
         sets = program.batches(i, self.state, [*phase.plan.fed, *self._judged()], self.stop_requested)
@@ -137,10 +137,14 @@ class Loop:
             for done in range(start + 1, phase.stop + 1):
                 with self._saved(i, done - 1):
                     batch = next(batches)
-                    if step_fn is None:
+                    shapes = single.shapes_of(batch)  # of texts there are several
+                    if (step_fn := compiled.get(shapes)) is None:
                         with wall.timed("compiling"):
                             step_fn, cost = program.compile(i, self.state, batch)
-                            self._note_cost(i, cost)
+                            compiled[shapes] = step_fn
+                            costs.append(cost["flops_per_step"] or 0)
+                            if costs[-1] == max(costs):  # that of the longest texts
+                                self._note_cost(i, cost)
                 if done > start + 1:
                     self._refresh(i, done - 1)
                 self.state = step_fn(self.state, batch)

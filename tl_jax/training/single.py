@@ -147,6 +147,11 @@ class Single:
         return trees.to_host(state.memory)
 
 
+def shapes_of(batch: Any) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the arrays of a batch, each of which takes a program of its own."""
+    return tuple(x.shape for x in jax.tree.leaves(batch))
+
+
 def current_variables(state: TrainState) -> dict[str, Any]:
     """The variables as training moves them, without the moving average."""
     return {"params": state.params, "batch_stats": state.batch_stats}

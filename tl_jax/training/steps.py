@@ -96,7 +96,9 @@ def updated_statistics(batch_stats: Any, frozen_norms: Collection[str]) -> dict[
 
 
 def normalise(x: jax.Array, card: Card) -> jax.Array:
-    """Inputs [B, ..., C] in the network's range, float32: `(x / scale - mean) / std`, as the card says."""
+    """Inputs [B, ..., C] in the network's range, float32: `(x / scale - mean) / std`, as the card says; or tokens."""
+    if card.input == "text":
+        return x
     mean, std = jnp.asarray(card.mean, jnp.float32), jnp.asarray(card.std, jnp.float32)
     scale, axes = 1.0 / (card.divisor * std), (1,) * (x.ndim - 1) + (-1,)
     return x.astype(jnp.float32) * scale.reshape(axes) - (mean / std).reshape(axes)

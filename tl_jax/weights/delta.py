@@ -10,9 +10,11 @@ import numpy as np
 
 from tl_jax.core import messages, trees
 from tl_jax.core.card import Card
+from tl_jax.data.text import tokenizer as tokenizers
 from tl_jax.models import peft
 from tl_jax.weights import formats
 from tl_jax.weights import load as pretrained
+from tl_jax.weights.text_inputs import NO_TEXT, Text
 
 KEY = "tl_jax.delta"
 
@@ -61,11 +63,12 @@ def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) ->
         raise ValueError(f"{path} is no delta checkpoint such as a run's trained.safetensors")
     about, card = json.loads(metadata[KEY]), Card.from_json(metadata[pretrained.CARD_KEY])
     file = about["weights"]["file"] if weights is None else weights
+    text = Text(tokenizers.beside(path), card.max_length, card.pooling) if card.input == "text" else NO_TEXT
     base = pretrained.load(
         about["model"], file, card.num_classes,
         image_size=card.input_size, seed=about["seed"], head=card.head, columns=card.columns,
-        channels=0 if card.columns else card.form.channels, mean=card.mean, std=card.std,
-        partial=about.get("partial", ()),
+        channels=card.form.channels if card.input == "image" else 0, mean=card.mean, std=card.std,
+        partial=about.get("partial", ()), text=text,
     )  # fmt: skip
     if base.sha256 != about["weights"]["sha256"]:
         then, now = "{file} with sha256 {sha256}".format(**about["weights"]), base.sha256 or "none: random weights"

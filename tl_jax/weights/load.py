@@ -18,7 +18,8 @@ from tl_jax.core.console import WIDE, Table, fitted
 from tl_jax.models import conversion as tables
 from tl_jax.models import head as heads
 from tl_jax.models.head import HEAD_INIT, Layers
-from tl_jax.weights import formats, hub, nearest, other_inputs, published
+from tl_jax.weights import formats, hub, nearest, other_inputs, published, text_inputs
+from tl_jax.weights.text_inputs import NO_TEXT, Text
 
 CARD_KEY = "tl_jax.card"
 HEAD = ("params/head/", "batch_stats/head/")
@@ -53,6 +54,7 @@ def load(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     partial: Sequence[str] = (),
+    text: Text = NO_TEXT,
 ) -> Loaded:
     """Loads a weight file of any known layout into the named model, or initialises it at random where there is none.
 
@@ -62,7 +64,7 @@ def load(
     last dense one (`head_init`, a name of HEAD_INIT, is of the last), 0 makes none. `image_size`, a side or (height,
     width), rebuilds a model with position embeddings for another input, resampling them. `columns`: of a table, in the
     order in which the network reads them. `channels`: of images, and their `mean` and `std`, see other_inputs.py.
-    `partial`: regexes of paths in the backbone that a file may lack, which begin from `seed`.
+    `partial`: regexes of paths in the backbone that a file may lack, which begin from `seed`. `text`: text_inputs.py.
     "timm:NAME" also names the model; its row in the table of published.py replaces fields of the model's card.
     A file whose publisher computes or preprocesses differently gives the model's flavour (`card.model` names it).
     Raises ValueError for a file whose bytes have another hash than its name says, and one that lists every unused key,
@@ -72,17 +74,19 @@ def load(
     given = {"image_size": image_size, "columns": columns, "channels": channels, "mean": mean, "std": std}
     for_input = functools.partial(other_inputs.fit_card, path=path, **given)
     if not path:
-        card = for_input(models.get(name).card)
+        card = text_inputs.fit_card(for_input(models.get(name).card), text, path)
         card = card.replace(num_classes=card.num_classes if num_classes is None else num_classes)
         card = card.replace(head=head if card.num_classes else ())
         return _random(_make(models.get(name).module, card, head_init), card, seed)
     tensors, layout, variant, card, sha256 = _read(name, path)
+    if card.input == "text":
+        card = text_inputs.known_tokens(card, variant.layouts[layout], tensors)
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
     own = tables.for_head(variant.layouts[layout], card.head)  # the file's own head
     made_for = _with_head(card, num_classes, head, own, tensors, path)
-    card = for_input(made_for)
+    card = text_inputs.fit_card(for_input(made_for), text, path, hub.resolve(path))
     table = tables.for_head(variant.layouts[layout], card.head)
     model = _make(variant.module, card, head_init)
     shapes, features = _shapes(model, card)
@@ -237,6 +241,7 @@ def export(
         raise ValueError(f"{path} cannot be a file of Keras for {card.model}: {own}; give another layout")
     plain = variant.card.replace(num_classes=card.num_classes, input_size=card.input_size, head=card.head)
     plain = other_inputs.with_columns(plain, card.columns, path).replace(mean=card.mean, std=card.std)
+    plain = plain.replace(vocab=card.vocab, pooling=card.pooling)
     shapes = _network_shapes(variant.module, plain.to_json())
     flat = {leaf: np.asarray(value) for leaf, value in trees.flatten(variables).items()}
     found = {leaf: value.shape for leaf, value in flat.items()}
@@ -266,15 +271,17 @@ def _random(model: Any, card: Card, seed: int) -> Loaded:
 
 def _make(module: Any, card: Card, head_init: str) -> Any:
     model = module(num_classes=card.num_classes, head_init=head_init, head=card.head)
-    if hasattr(model, "vocab_size"):
-        model = model.clone(vocab_size=card.vocab, pooling=card.pooling)
+    if card.input == "text":
+        return model.clone(vocab_size=card.vocab, pooling=card.pooling)
     # Only a model with position embeddings is built for one input size.
     return model.clone(image_size=card.input_size) if hasattr(model, "image_size") else model
 
 
 def example_input(card: Card) -> jax.Array:
-    """One example of zeros as the network of a card takes it: [1, H, W, C], [1, columns], or int32 [1, tokens, 2]."""
-    return jnp.zeros((1, *card.shape), jnp.int32 if card.input == "text" else jnp.float32)
+    """One example of zeros as the network of a card takes it: [1, H, W, C], [1, columns], or [1, L, 2] tokens."""
+    if card.input == "text":
+        return jnp.zeros((1, min(8, card.max_length), 2), jnp.int32)
+    return jnp.zeros((1, *card.shape))
 
 
 def _shapes(model: Any, card: Card) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Arrays: .npz files of pixels, of encoded images, or of features, which are the rows of a table."""
+"""Arrays: .npz files of pixels, of encoded images, of texts, or of features, which are the rows of a table."""
 
 import logging
 from collections import Counter
@@ -14,12 +14,14 @@ from tl_jax.core.messages import shorten
 from tl_jax.data import groups
 from tl_jax.data.examples import EncodedImages, Source, check_split
 from tl_jax.data.readers.folder import check_file
+from tl_jax.data.text.tokens import Texts, part_texts
 
 KINDS = {"i1": "classes", "u1": "classes", "i2": "multilabel", "u2": "multilabel", "f2": "targets"}  # by type and ndim
 NDIM = {
     "image": (3, 4),
     "features": [2],
     "bytes": [1],
+    "text": (1, 2),
     "offsets": [1],
     "label": (1, 2),
     "labels": (1, 2),
@@ -47,7 +49,8 @@ def load_arrays(path: str, split: str, group: str = "") -> Source:
     """Reads one split of an .npz file, or the file `{split}.npz` of a folder.
 
     Keys: `image` ([N, H, W] or [N, H, W, C] of one of PIXEL_TYPES), `bytes` (uint8) with `offsets` (int [N + 1]) for
-    encoded images, or `features` (numbers [N, D]) for the rows of a table; `label` or `labels` (classes int [N] or
+    encoded images, `features` (numbers [N, D]) for the rows of a table, or `text` (text [N], or [N, 2] for pairs; or
+    uint8 with offsets, see `join_texts`); `label` or `labels` (classes int [N] or
     [N, 1], from 0; labels of 0 and 1 [N, K > 1]; numbers float [N] or [N, T]); optionally `classes` (names), and the
     array that `group` names (int or text [N]). `images` is `image`. With a prefix (`train_image`, `train_label`, ...)
     one file holds several splits; without, it is the train split. Raises FileNotFoundError, or ValueError that says
@@ -57,10 +60,10 @@ def load_arrays(path: str, split: str, group: str = "") -> Source:
     file = root / f"{split}.npz" if root.is_dir() else root
     arrays = read_file(file, "an .npz of plain arrays (no objects)")
     arrays = {key[:-1] if key.endswith("_images") else key: array for key, array in arrays.items()}
-    prefixes = [key.rpartition("_")[0] for key in arrays if key.endswith(("_image", "_bytes", "_features"))]
+    prefixes = [key.rpartition("_")[0] for key in arrays if key.endswith(("_image", "_bytes", "_features", "_text"))]
     check_split(file, split, prefixes or ["train" if file == root else split])
     prefix = f"{split}_" if prefixes else ""
-    keys = ("image", "features", "bytes", "offsets", "label", "labels")
+    keys = ("image", "features", "bytes", "text", "offsets", "label", "labels")
     found = {key: arrays[prefix + key] for key in keys if prefix + key in arrays}
     source = check_arrays(file, f"arrays:{path}", split, found, arrays.get("classes"))
     if not group:
@@ -103,9 +106,11 @@ def read_npz(stream: BinaryIO) -> dict[str, np.ndarray]:
 def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: np.ndarray | None) -> Source:
     """A source of arrays with the keys of `load_arrays`; file: what messages call them."""
     labels = found.get("label", found.get("labels"))
-    inputs = [kind for kind in ({"image"}, {"features"}, {"bytes", "offsets"}) if kind <= set(found)]
+    encoded = found["text"].dtype.kind != "U" if "text" in found else False
+    kinds = ({"image"}, {"features"}, {"bytes", "offsets"}, {"text", "offsets"} if encoded else {"text"})
+    inputs = [kind for kind in kinds if kind <= set(found)]
     if labels is None or len(inputs) != 1:
-        expected = "label and one of image, features, or bytes with offsets"
+        expected = "label and one of image, features, text, or bytes with offsets"
         raise ValueError(f"{file} has {sorted(found)} for {split}; expected {expected}")
     ndim = {key: array.ndim for key, array in (found | {"classes": classes}).items() if array is not None}
     wrong = [f"{key} has {n} dimensions, expected {NDIM[key]}" for key, n in ndim.items() if n not in NDIM[key]]
@@ -127,16 +132,23 @@ def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: 
         raise ValueError(f"{file}: labels run from {lowest} to {highest}, outside {expected}")
     if "image" in found:
         return array_source(name, split, _as_images(file, found["image"]), labels, class_names)
+    if "text" in found and not encoded:
+        texts = Texts(tuple(map(tuple, found["text"].reshape(count, -1).tolist())))
+        sizes = np.array([len(texts.head(i)) for i in range(count)], np.int64)
+        return array_source(name, split, texts, labels, class_names, sizes)
     if "features" in found:
         rows = _as_rows(file, found["features"])
         columns = tuple(f"x{i}" for i in range(rows.shape[1]))
         return array_source(name, split, rows, labels, class_names, columns=columns)
     if found["offsets"].dtype.kind not in "iu":
         raise ValueError(f"{file}: offsets must be integers, found {found['offsets'].dtype}")
-    offsets, data = found["offsets"].astype(np.int64), found["bytes"]
-    if data.dtype != np.uint8 or offsets[0] < 0 or offsets[-1] > data.size or (np.diff(offsets) <= 0).any():
+    offsets, data = found["offsets"].astype(np.int64), found["text" if encoded else "bytes"]
+    empty = np.diff(offsets).min(initial=1) < (0 if encoded else 1)
+    if data.dtype != np.uint8 or offsets[0] < 0 or offsets[-1] > data.size or empty:
         found = f"{offsets[0]} .. {offsets[-1]}, bytes of type {data.dtype}"
         raise ValueError(f"{file}: offsets must rise within the {data.size} bytes (uint8); found {found}")
+    if encoded:
+        return array_source(name, split, part_texts(data, offsets), labels, class_names, np.diff(offsets))
     images = EncodedImages(data, offsets[:-1], offsets[1:])
     return array_source(name, split, images, labels, class_names, np.diff(offsets))
 

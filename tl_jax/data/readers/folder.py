@@ -12,7 +12,7 @@ from tl_jax.core.messages import shorten
 from tl_jax.data.examples import Source, check_split, file_source
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-SPLITS |= {"test": "test", "testing": "test"}  # names of split folders, in any case
+SPLITS |= {"dev": "val", "development": "val", "test": "test", "testing": "test"}  # names of split folders, in any case
 LITTER = {"Thumbs.db", "desktop.ini"}  # what file managers leave behind; hidden files are ignored anyway
 
 

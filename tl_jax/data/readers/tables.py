@@ -1,10 +1,14 @@
-"""Files of comma-separated values: images with label columns (csv:FILE), and rows of numbers (table:FILE)."""
+"""Files of rows: images with label columns (csv:FILE), rows of numbers (table:FILE), texts (readers/texts.py)."""
 
 import collections
 import csv
+import dataclasses
+import io
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,29 +25,74 @@ LABEL_COLUMNS = ("label", "target", "y")  # of a table, where no column is named
 
 
 def read_table(path: str) -> Table:
-    """Reads a file with a header; raises FileNotFoundError, or ValueError that says what is wrong with it."""
+    """Reads a file with a header; raises FileNotFoundError, or ValueError that says what is wrong with it.
+
+    Values are separated by tabs, and quotation marks mean nothing, where the name ends in .tsv; of a .jsonl file each
+    line is an object {column: value}; in any other values are separated by commas.
+    """
     file = Path(path).expanduser()
-    check_file(file, ".csv")
+    check_file(file, file.suffix if file.suffix in (".tsv", ".jsonl") else ".csv")
+    tabs = file.suffix == ".tsv"
+    how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            records = [[cell.strip() for cell in record] for record in csv.reader(stream)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"cannot read {file}: {error}; expected UTF-8 text, values separated by commas") from None
+        text = file.read_bytes().decode("utf-8-sig")
+        if file.suffix == ".jsonl":
+            return _objects(file, text)
+        csv.field_size_limit(2**31 - 1)  # of a value; a long text has more than the usual 2^17 characters
+        records = [[cell.strip() for cell in record] for record in csv.reader(io.StringIO(text, newline=""), **how)]
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{file} is not UTF-8 text: byte {error.object[error.start]:#x} in line {line}; save it as "
+                         "UTF-8, such as by iconv -f latin1 -t utf-8") from None  # fmt: skip
+    except csv.Error as error:
+        expected = f"values separated by {'tabs' if tabs else 'commas'}"
+        raise ValueError(f"cannot read {file}: {error}; expected {expected}") from None
     numbered = [(number, record) for number, record in enumerate(records, 1) if any(record)]
     if len(numbered) < 2:
         raise ValueError(f"{file} has {len(numbered)} rows; expected a header and at least one row of values")
     header = numbered[0][1]
-    if len(header) == 1 and (separator := next((s for s in ";\t|" if s in header[0]), "")):
-        raise ValueError(f"{file} has the one column {header[0]!r}; expected commas, found {separator!r} between names")
+    if len(header) == 1 and (separator := next((s for s in ",;\t|" if s in header[0]), "")):
+        expected = "tabs" if tabs else "commas"
+        raise ValueError(
+            f"{file} has the one column {header[0]!r}; expected {expected}, found {separator!r} between names"
+        )
     problems = [f"column {i} has no name" for i, name in enumerate(header, 1) if not name]
     counts = collections.Counter(name for name in header if name)
     problems += [f"column {name!r} occurs {count} times" for name, count in counts.items() if count > 1]
     refuse(f"{file}: the header {header} cannot be used; rename the columns", problems)
     ragged = [f"row {n}: {len(record)} values" for n, record in numbered[1:] if len(record) != len(header)]
-    fix = 'put a value that contains a comma in quotation marks, "a, b"'
+    fix = "a value holds no tab" if tabs else 'put a value that contains a comma in quotation marks, "a, b"'
     refuse(f"{file}: {len(ragged)} rows do not have the {len(header)} values of the header; {fix}", ragged)
     numbers, bodies = zip(*numbered[1:], strict=True)
     return Table(str(file), dict(zip(header, zip(*bodies, strict=True), strict=True)), np.array(numbers))
+
+
+def _objects(file: Path, text: str) -> Table:
+    """The table of a .jsonl file; every object must have the same names, and plain values."""
+    rows, problems = [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or any(isinstance(x, dict | list) for x in row.values()):
+            problems.append(f"line {number}: {line[:60]!r}")
+            continue
+        rows.append((number, row))
+    refuse(f"{file}: {len(problems)} lines are no objects {{column: value}} of plain values", problems)
+    if not rows:
+        raise ValueError(f"{file} is empty; expected one object {{column: value}} a line")
+    names = list(rows[0][1])
+    other = [f"line {n}: {', '.join(row) or 'none'}" for n, row in rows if set(row) != set(names)]
+    refuse(f"{file}: {len(other)} lines have other columns than the first, {', '.join(names)}", other)
+    cells = {name: tuple(_cell(row[name]) for _, row in rows) for name in names}
+    return Table(str(file), cells, np.array([number for number, _ in rows]))
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else value.strip() if isinstance(value, str) else json.dumps(value)
 
 
 def load_csv(path: str, split: str, task: str, labels: Sequence[str] = (), group: str = "") -> Source:
@@ -113,16 +162,30 @@ def table_source(name: str, table: Table, split: str, task: str, labels: Sequenc
     if text:
         log.warning("%s: columns of text are not read: %s", table.where, ", ".join(text))
     targets, class_names = encode(task, table, names, chosen)
-    found = Source(
-        name=name,
-        inputs=values.astype(np.float32),
-        labels=targets,
-        class_names=class_names,
-        ids=tuple(f"row/{table.rows[i]}" for i in chosen.tolist()),
-        sizes=np.full(len(chosen), 4 * len(inputs), np.int64),
-        columns=tuple(inputs),
-    )
+    sizes = np.full(len(chosen), 4 * len(inputs), np.int64)
+    found = Source(name, values.astype(np.float32), targets, class_names, _row_ids(table, chosen), sizes)
+    return _grouped(dataclasses.replace(found, columns=tuple(inputs)), table, group, chosen)
+
+
+def with_labels(
+    name: str, table: Table, chosen: np.ndarray, inputs: Any, task: str, labels: Sequence[str], group: str, *,
+    beside: Sequence[str], known: Sequence[str], sizes: np.ndarray,
+) -> Source:  # fmt: skip
+    """A source of chosen rows, whose inputs come from the columns `beside`.
+
+    labels: the label columns; by default the one column with a name of `known`.
+    """
+    _check_group(table, group)
+    others = [x for x in table.columns if x not in (group, table.find(("split",)), *beside)]
+    likely = [column for column in others if column.lower() in known]
+    names = _label_names(table, labels, others, default=likely if len(likely) == 1 else [])
+    values, class_names = encode(task, table, names, chosen)
+    found = Source(name, inputs, values, class_names, _row_ids(table, chosen), sizes)
     return _grouped(found, table, group, chosen)
+
+
+def _row_ids(table: Table, chosen: np.ndarray) -> tuple[str, ...]:
+    return tuple(f"row/{table.rows[i]}" for i in chosen.tolist())
 
 
 def _check_group(table: Table, group: str) -> None:

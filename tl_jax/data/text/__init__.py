@@ -1,0 +1,1 @@
+"""Texts: what a source holds of them, tokenizers, and ragged rows of tokens."""

@@ -1,0 +1,100 @@
+"""Texts of a source, and their tokens: ragged rows of which a batch takes the next larger of a few lengths."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+PADDING = -1  # in place of the number of a token
+LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+
+
+class Texts(NamedTuple):
+    """The texts of N examples, each a tuple of one or two."""
+
+    rows: tuple[tuple[str, ...], ...]
+
+    def __getitem__(self, index: int) -> tuple[str, ...]:
+        return self.rows[index]
+
+    def select(self, indices: np.ndarray) -> "Texts":
+        return Texts(tuple(self.rows[i] for i in indices))
+
+    def head(self, index: int) -> bytes:
+        """All of an example, which its hash reads."""
+        return "\0".join(self.rows[index]).encode(errors="surrogatepass")
+
+
+def join_texts(rows: Sequence[tuple[str, ...]]) -> dict[str, np.ndarray]:
+    """The arrays "text" uint8, UTF-8 end to end with a zero between two texts of one example, and "offsets" [N + 1]."""
+    encoded = [Texts((row,)).head(0) for row in rows]
+    return {"text": np.frombuffer(b"".join(encoded), np.uint8), "offsets": np.cumsum([0, *map(len, encoded)])}
+
+
+def part_texts(data: np.ndarray, offsets: np.ndarray) -> Texts:
+    """What `join_texts` joined; UnicodeDecodeError is a ValueError."""
+    whole = data.tobytes()
+    rows = [whole[a:b].decode(errors="surrogatepass") for a, b in itertools.pairwise(offsets.tolist())]
+    return Texts(tuple(tuple(row.split("\0")) for row in rows))
+
+
+class Tokens(NamedTuple):
+    """The tokens of N examples: `flat[starts[i]:starts[i + 1]]`, int32 [T, 2] of numbers and segments.
+
+    cut: how many examples were longer than the network takes.
+    """
+
+    flat: np.ndarray
+    starts: np.ndarray
+    lengths: tuple[int, ...]  # that batches may have, rising
+    cut: int = 0
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Tokens of each example, [N]."""
+        return np.diff(self.starts)
+
+    @property
+    def longest(self) -> "Tokens":
+        """With batches of one length."""
+        return self._replace(lengths=self.lengths[-1:])
+
+    def length_of(self, rows: np.ndarray) -> int:
+        """The length of a batch of these examples; -1 is none."""
+        rows = rows[rows >= 0]
+        most = int(self.counts[rows].max()) if len(rows) else 0
+        return next(length for length in self.lengths if length >= most)
+
+    def batch(self, rows: np.ndarray, length: int) -> np.ndarray:
+        """int32 [B, length, 2] of examples, PADDING behind their tokens; of -1 all zeros."""
+        found = np.zeros((len(rows), length, 2), np.int32)
+        found[..., 0] = PADDING
+        for x, i in zip(found, rows.tolist(), strict=True):
+            if i < 0:
+                x[:] = 0
+                continue
+            own = self.flat[self.starts[i] : self.starts[i + 1]]
+            x[: len(own)] = own
+        return found
+
+
+def ragged(rows: Sequence[np.ndarray], most: int, cut: int = 0) -> Tokens:
+    """Rows int32 [n, 2] of at most `most` tokens, with those of LENGTHS that batches of them may need."""
+    counts = np.array([len(row) for row in rows], np.int64)
+    longest = min(most, -(-int(counts.max(initial=1)) // 8) * 8)
+    lengths = (*(length for length in LENGTHS if length < longest), longest)
+    flat = np.concatenate([np.zeros((0, 2), np.int32), *rows])
+    return Tokens(flat, np.concatenate([[0], counts.cumsum()]), lengths, cut)
+
+
+def describe(tokens: Tokens, batch_size: int) -> str:
+    """How long the texts are, and the share of padding in batches of 50 times as many in random order."""
+    counts = tokens.counts
+    order = np.random.default_rng(0).permutation(len(counts))[: 50 * batch_size]
+    parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    places = sum(len(part) * tokens.length_of(part) for part in parts)
+    share = 1 - float(counts[order].sum()) / max(places, 1)
+    cut = f", {tokens.cut:,} are cut" if tokens.cut else ""
+    short, middle, long = counts.min(initial=counts.max(initial=0)), np.median(counts), counts.max(initial=0)
+    return f"texts of {short} to {long} tokens, half of them up to {middle:.0f}{cut}; batches are padded by {share:.0%}"
