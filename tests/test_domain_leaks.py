@@ -75,7 +75,7 @@ def plant_order(monkeypatch):
     """Batches of the target whose examples come class by class."""
     real = order.make_orders
 
-    def make_orders(source, name, seed):
+    def make_orders(source, name, seed, batch):
         (found,) = real(source, name, seed)
         if not source.sealed:
             return (found,)
@@ -87,7 +87,7 @@ def plant_order(monkeypatch):
 def plant_balance(monkeypatch):
     """A target of which every class comes equally often."""
     real = order.make_orders
-    balanced = lambda source, name, seed: real(source.opened(), "class_balanced", seed)  # noqa: E731
+    balanced = lambda source, name, seed, batch: real(source.opened(), "class_balanced", seed)  # noqa: E731
     monkeypatch.setattr(order, "make_orders", lambda *x: balanced(*x) if x[0].sealed else real(*x))
 
 

@@ -13,6 +13,7 @@ from tl_jax import __main__ as command
 from tl_jax import config as options
 from tl_jax.core.card import Card
 from tl_jax.data import pipeline, sources
+from tl_jax.data.examples import Source
 from tl_jax.data.text import tokenizer
 from tl_jax.data.text.tokens import PADDING, Texts, describe, join_texts, part_texts, ragged
 from tl_jax.data.views import View
@@ -120,7 +121,7 @@ def test_empty_and_very_long_texts_are_named_and_read(tmp_path, caplog):
     assert "1 of 2 examples have an empty text" in caplog.text and "row 2" in caplog.text
     made = tokenizer.train("words", ["word"])
     tokens = made.encode(found.inputs.rows, 16)
-    assert tokens.counts.tolist() == [0, 16] and tokens.cut == 1 and "1 are cut" in describe(tokens, 2)
+    assert tokens.counts.tolist() == [0, 16] and tokens.cut == 1 and "1 are cut" in describe(tokens, [np.arange(2)])
 
 
 @pytest.mark.parametrize("kind", ["words", "chars", "wordpiece:300", "bpe:400"])
@@ -205,6 +206,29 @@ def test_all_processes_have_batches_of_one_length(files):
         np.testing.assert_array_equal(np.concatenate([part[3][field] for part in parts]), whole[3][field])
     with pytest.raises(ValueError, match="has no tokenizer"):
         pipeline.train_batches(source, {"text": View(card.replace(tokenizer="0" * 64))}, 8, 0)
+
+
+def test_batches_by_length_have_each_example_once_an_epoch_and_little_padding():
+    rng = np.random.default_rng(0)
+    texts = [" ".join(["w"] * n) for n in rng.integers(1, 60, 1003)]
+    rows = Texts(tuple((text,) for text in texts))
+    sizes = np.array([len(text) for text in texts])
+    source = Source("x", rows, np.zeros(1003, np.int32), ("a", "b"), tuple(map(str, range(1003))), sizes)
+    made = tokenizer.train("words", texts)
+    card = Card("x", 2, mean=(), std=(), input="text", vocab=made.size, max_length=64, pooling="mean",
+                tokenizer=made.sha256)  # fmt: skip
+    views, shares, orders = {"text": View(card)}, {}, []
+    for order in ("shuffled", "by_length"):
+        batches = pipeline.train_batches(source, views, 16, 0, order=order)
+        seen = np.concatenate([batches.rows(step).index for step in range(3 * 1003 // 16 + 1)])
+        for epoch in range(3):
+            assert np.array_equal(np.sort(seen[epoch * 1003 : (epoch + 1) * 1003]), np.arange(1003))
+        orders.append(seen[:1003])
+        found = [batches[step]["text"] for step in range(130, 188)]  # of the third epoch
+        shares[order] = 1 - sum((x[..., 0] >= 0).sum() for x in found) / sum(x[..., 0].size for x in found)
+        assert np.array_equal(found[0], pipeline.train_batches(source, views, 16, 0, order=order)[130]["text"])
+    assert shares["shuffled"] > 0.4 and shares["by_length"] < 0.2
+    assert not np.array_equal(np.diff(sizes[orders[1]]) >= 0, np.ones(1002, bool))
 
 
 CHANGES = {

@@ -42,7 +42,7 @@ def _option(name: str, initial: Any, check: checks.Check, doc: str, **marks: boo
 
 
 SOURCE = either(TEXT, sequence(TEXT, "a sequence of strings, one for each domain"))
-SAMPLING = one_of("shuffled", "class_balanced", "sequential")
+SAMPLING = one_of("shuffled", "class_balanced", "sequential", "by_length")
 _TRIPLES = sequence(sequence(TEXT, "three strings", 3), "triples of strings (name, source, split), each name once")
 SETS = _TRIPLES._replace(fits=lambda x: _TRIPLES.fits(x) and len({name for name, *_ in x}) == len(x))
 SEVERAL = sequence(checks.CHANGES, "a sequence, each pairs (dotted option, value)")

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,9 @@ import numpy as np
 from tl_jax.core.checks import refuse
 from tl_jax.data.examples import Source
 
-ORDERS = ("shuffled", "class_balanced", "sequential")
+ORDERS = ("shuffled", "class_balanced", "sequential", "by_length")
+TOGETHER = 50  # batches that are sorted by length together
+Arrange = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 RECENT = 4  # permutations that each shuffle keeps: batches made ahead cross from one epoch into the next
 
 
@@ -23,9 +25,10 @@ class Shuffle:
     """The numbers 0 .. n - 1 epoch after epoch, in a new order in each epoch; without a seed always in their own.
 
     together: how many epochs are sampled at once, where n is so small that each by itself would take too long.
+    arrange: (numbers of an epoch in their order, the epoch, generator) -> the order in its place.
     """
 
-    def __init__(self, n: int, seed: int | None, together: int = 1):
+    def __init__(self, n: int, seed: int | None, together: int = 1, arrange: Arrange | None = None):
         self.n, self.together = n, together
 
         def numbers(block: int) -> np.ndarray:
@@ -33,7 +36,8 @@ class Shuffle:
                 return np.tile(np.arange(n), together)
             rng = np.random.default_rng([seed, block])
             if together == 1:
-                return rng.permutation(n)
+                numbers = rng.permutation(n)
+                return arrange(numbers, block, rng) if arrange else numbers
             return rng.permuted(np.tile(np.arange(n), (together, 1)), axis=1).reshape(-1)
 
         self._numbers = functools.lru_cache(RECENT)(numbers)
@@ -70,10 +74,27 @@ class Order(NamedTuple):
         return indices, epochs
 
 
-def _make_order(groups: Sequence[np.ndarray], seed: int, shuffled: bool) -> Order:
+def by_length(sizes: np.ndarray, batch: int) -> Arrange:
+    """Batches of examples of similar size: of TOGETHER batches at a time, sorted by size, which then change places."""
+
+    def arrange(numbers: np.ndarray, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        first = -epoch * len(numbers) % batch  # examples that end the last batch of the epoch before
+        parts = [numbers[:first]]
+        for start in range(first, len(numbers), TOGETHER * batch):
+            chunk = numbers[start : start + TOGETHER * batch]
+            chunk = chunk[np.argsort(sizes[chunk], kind="stable")]
+            whole = len(chunk) // batch
+            parts += [chunk[i * batch : (i + 1) * batch] for i in rng.permutation(whole)]
+            parts.append(chunk[whole * batch :])
+        return np.concatenate(parts)
+
+    return arrange
+
+
+def _make_order(groups: Sequence[np.ndarray], seed: int, shuffled: bool, arrange: Arrange | None) -> Order:
     seeds = [seed] if len(groups) == 1 else [derive(seed, f"group {number}") for number in range(len(groups))]
     seeds = seeds if shuffled else [None] * len(groups)
-    within = tuple(Shuffle(len(group), own) for group, own in zip(groups, seeds, strict=True))
+    within = tuple(Shuffle(len(group), own, arrange=arrange) for group, own in zip(groups, seeds, strict=True))
     rounds = Shuffle(len(groups), derive(seed, "rounds"), together=max(1, 4096 // len(groups)))
     return Order(tuple(groups), rounds, within)
 
@@ -83,8 +104,11 @@ def seeds_of(source: Source, seed: int) -> tuple[int, ...]:
     return (seed,) if source.domains is None else tuple(derive(seed, f"domain {d}") for d in range(source.num_domains))
 
 
-def make_orders(source: Source, order: str, seed: int) -> tuple[Order, ...]:
-    """The order of each domain of a source; raises ValueError that lists domains and classes without examples."""
+def make_orders(source: Source, order: str, seed: int, batch: int = 1) -> tuple[Order, ...]:
+    """The order of each domain of a source, for batches with `batch` examples of each.
+
+    Raises ValueError that lists domains and classes without examples.
+    """
     domains = np.zeros(len(source), int) if source.domains is None else source.domains
     made, problems = [], []
     for d, own in enumerate(seeds_of(source, seed)):
@@ -92,7 +116,8 @@ def make_orders(source: Source, order: str, seed: int) -> tuple[Order, ...]:
         if order == "class_balanced":
             groups = [members[source.labels[members] == c] for c in range(len(source.class_names))]
         if all(map(len, groups)):
-            made.append(_make_order(groups, own, order != "sequential"))
+            arrange = by_length(source.sizes[members], batch) if order == "by_length" else None
+            made.append(_make_order(groups, own, order != "sequential", arrange))
             continue
         where = f"{source.domain_names[d]}: " if source.domains is not None else ""
         empty = [name for name, group in zip(source.class_names, groups, strict=False) if not len(group)]

@@ -173,7 +173,7 @@ class TrainBatches(Batches):
     @functools.cached_property
     def _orders(self) -> tuple[orders.Order, ...]:
         """Of each domain; each keeps its own permutations, so that streams do not evict those of others."""
-        return orders.make_orders(self.source, self.order, self.seed)
+        return orders.make_orders(self.source, self.order, self.seed, self.batch_size // self.source.num_domains)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -217,7 +217,8 @@ def train_batches(
 ) -> TrainBatches:
     """Builds the training batches of one stream; the seed of a stream that is not "train" comes from (seed, name).
 
-    order: "shuffled"; "sequential", the source's own; or "class_balanced": every round of as many counters as there are
+    order: "shuffled"; "sequential", the source's own; "by_length", batches of texts of similar length; or
+    "class_balanced": every round of as many counters as there are
     classes visits each class once, and within a class the examples are shuffled epoch by epoch. options: labelled,
     process_index, process_count, see `Batches`. Raises ValueError for everything that does not fit.
     """

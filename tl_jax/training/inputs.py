@@ -293,7 +293,8 @@ def make_streams(
             )  # fmt: skip
     for name, batches in streams.items():
         for tokens in (x for x in batches.prepared.values() if isinstance(x, Tokens)):
-            log(f"{name}: {describe(tokens, batches.batch_size)}")
+            parts = (batches.rows(step).index for step in range(min(50, batches.steps_of(1))))
+            log(f"{name}: {describe(tokens, parts)}")
     scored = {name: source for name, source in found.items() if name not in streams}
     # One size for all, so that one program serves them; it pads val, which is scored often, the least.
     count = len(found.get("val", found.get("test")))

@@ -1,7 +1,7 @@
 """Texts of a source, and their tokens: ragged rows of which a batch takes the next larger of a few lengths."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -88,13 +88,11 @@ def ragged(rows: Sequence[np.ndarray], most: int, cut: int = 0) -> Tokens:
     return Tokens(flat, np.concatenate([[0], counts.cumsum()]), lengths, cut)
 
 
-def describe(tokens: Tokens, batch_size: int) -> str:
-    """How long the texts are, and the share of padding in batches of 50 times as many in random order."""
-    counts = tokens.counts
-    order = np.random.default_rng(0).permutation(len(counts))[: 50 * batch_size]
-    parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    places = sum(len(part) * tokens.length_of(part) for part in parts)
-    share = 1 - float(counts[order].sum()) / max(places, 1)
+def describe(tokens: Tokens, batches: Iterable[np.ndarray]) -> str:
+    """How long the texts are, and the share of padding in batches of these examples."""
+    counts, batches = tokens.counts, list(batches)
+    places = sum(len(rows) * tokens.length_of(rows) for rows in batches)
+    share = 1 - sum(int(counts[rows].sum()) for rows in batches) / max(places, 1)
     cut = f", {tokens.cut:,} are cut" if tokens.cut else ""
     short, middle, long = counts.min(initial=counts.max(initial=0)), np.median(counts), counts.max(initial=0)
     return f"texts of {short} to {long} tokens, half of them up to {middle:.0f}{cut}; batches are padded by {share:.0%}"
