@@ -16,7 +16,7 @@ ROOMS = {
     "models": {"", "core"},
     "tasks": {"", "core"},
     "runtime": {"", "core"},
-    "weights": {"", "core", "models"},
+    "weights": {"", "core", "models", "data"},
     "methods": {"", "core", "models", "tasks"},
     "training": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods"},
     "studies": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training"},

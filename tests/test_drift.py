@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import types
 
 import numpy as np
@@ -213,8 +214,6 @@ def test_a_log_gives_what_was_appended_and_survives_a_kill(tmp_path, task, capsy
     again = monitor.Log(path, rows.spec)
     again.append(rows.values[1], rows.features[1])
     log.append(rows.values[2], rows.features[2])
-    for each in (log, again):
-        each.close()
     found = monitor.load_log(path)
     assert "1 lines are damaged" in capsys.readouterr().err
     assert found.spec == rows.spec and found.labels is None
@@ -239,6 +238,24 @@ def test_a_log_that_is_moved_or_emptied_begins_anew(tmp_path):
     os.truncate(path, 0)
     log.append(rows.values[3])
     np.testing.assert_array_equal(monitor.load_log(path).values, rows.values[3:])
+
+
+def test_a_log_without_its_folder_is_left_out_and_comes_back(tmp_path):
+    folder, rows = tmp_path / "logs", make("classification", 3)
+    folder.mkdir()
+    log = monitor.Log(folder / "x.jsonl", rows.spec)
+    log.append(rows.values[0])
+    before = len(os.listdir("/proc/self/fd"))
+    shutil.rmtree(folder)
+    for _ in range(3):
+        with pytest.raises(FileNotFoundError):
+            log.append(rows.values[1])
+    assert len(os.listdir("/proc/self/fd")) == before
+    folder.mkdir()
+    log.append(rows.values[2])
+    path = (folder / "x.jsonl").rename(folder / "x.jsonl.1")
+    np.testing.assert_array_equal(monitor.load_log(path).values, rows.values[2:])
+    assert drift_page.is_log(path) and not drift_page.is_log(folder)
 
 
 def test_what_is_no_log_is_refused_by_name(tmp_path):
@@ -325,7 +342,7 @@ def test_the_command_compares_files_in_80_columns_and_writes_a_page_that_needs_n
     assert command.main([*arguments, "--last", "5"]) == 2 and "new has 5 examples" in read()[1]
     assert command.main(["drift", str(tmp_path / "no.npz"), str(tmp_path)]) == 2
     error = read()[1]
-    assert "no.npz" in error and "need a network, --run" in error
+    assert "no.npz" in error and "inputs need --run" in " ".join(error.split())
     assert command.main([*arguments, "--out", str(tmp_path / "page.pdf")]) == 2
 
 

@@ -132,7 +132,7 @@ def test_a_tokenizer_is_the_same_each_time_it_is_made_and_round_trips_through_it
     assert made[0] == made[1] and made[0].lowercase and made[0].size <= int(kind.partition(":")[2] or 10_000)
     made[0].save(tmp_path)
     again = tokenizer.read(tmp_path)
-    assert again == made[0] and tokenizer.beside(tmp_path / "model.safetensors") == made[0]
+    assert again == made[0] and tokenizer.find_for(tmp_path / "model.safetensors") == made[0]
     rows = [(text,) for text in texts]
     tokens = made[0].encode(rows, 512)
     theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

@@ -55,6 +55,7 @@ OPTIONS = {
     "--shots": ("-1", "x", "9" * 400),
     "--run": ("nowhere", ABSENT),
     "--on": ("x",),
+    "--last": ("-1", "x", "0.5"),
     "--model": ("x", "resnet18"),
 }
 

@@ -1,7 +1,7 @@
 """python -m tl_jax COMMAND ...; `python -m tl_jax COMMAND --help` says what a command takes.
 
 Exit codes: 0 done; 1 some inputs cannot be read; 2 bad input, in one message; 75 stopped, see train; 130 Ctrl-C.
-SIGTERM ends every command but train at once; what was complete is kept.
+SIGTERM ends every command but train and serve at once; what was complete is kept.
 """
 
 import argparse
@@ -124,10 +124,10 @@ COMMANDS = {
         arg("--weights", help="where the weights that the run began with lie now, for adapters and prompts"),
     )),
     commands.drift: ("have the inputs of a network changed? tests without labels, and one page with figures", (
-        arg("reference", help="predictions.npz of a run, a server's log .jsonl, or inputs as of predict, with --run"),
+        arg("reference", help="a run, predictions.npz, an export, a server's log, or inputs as of predict, with --run"),
         arg("new", help="the same kinds; its labels are not read"),
         arg("--run", default="", help="the folder of the run that answers inputs, and that could be trained again"),
-        arg("--last", type=_COUNT, default=0, help="of new, such as a log, only the last so many examples"),
+        arg("--last", type=_COUNT, default=0, help="of a log, only the last so many requests"),
         arg("--on", choices=["features", "outputs"], default="", help="what is compared; default: features if known"),
         arg("--out", default="", help="write a page to this .html file"),
         _BATCH,

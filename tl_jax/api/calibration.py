@@ -10,6 +10,7 @@ import numpy as np
 from tl_jax import config as options
 from tl_jax import tasks
 from tl_jax.api import model as models
+from tl_jax.core import checks, files
 from tl_jax.data import sources
 from tl_jax.data.examples import Source
 from tl_jax.methods.term import MAIN
@@ -64,16 +65,26 @@ def calibrate(
 
 
 def splits_of(run: Any) -> dict[str, Source]:
-    """The data that a run was trained, chosen and scored by: {MAIN, "val", ...: source}."""
+    """The data that a run was trained, chosen and scored by: {MAIN, "val", ...: source}; ValueError for other data."""
     card, settings = run.model.card, read(options.read(run.folder / "config.json"))
     data = inputs.load_sources(settings, card.form if card.input == "image" else None)
     known = [MAIN, *inputs.SPLITS[1:], *(name for name, *_ in settings.data.extra_eval)]
-    return {name: data[name] for name in known if name in data}
+    found = {name: data[name] for name in known if name in data}
+    facts = files.read_json(run.folder / "audit.json")["phases"][0]["data"]
+    other = [
+        f"{name}: {len(source):,} examples of {source.name}, the run had {facts[name]['examples']:,}"
+        for name, source in found.items()
+        if source.fingerprint != facts[name]["fingerprint"]
+    ]
+    checks.refuse("the data is not what the run was trained and scored on; restore it, or train again", other)
+    return found
 
 
 def refit(run: Any, network: Any) -> trust.Trust:
     """What `calibrate` has left of the run, on the same data, of a network whose outputs are a little different."""
     old, data = run.trust, splits_of(run)
+    if old.split not in data:
+        raise ValueError(f"{run.folder / trust.FILE} does not say which examples it was fitted on; calibrate again")
     choice = {name: getattr(old, name) for name in ("coverage", "sets", "keep", "abstain")}
     return _fit(network, data, old.split, {**choice, "ood": old.reference.name}, 128)[0]
 

@@ -26,20 +26,20 @@ BATCH, COLUMNS, MOST = 8, 4, 100  # images at a time, as attention takes memory;
 
 
 def explain(
-    run: str | os.PathLike, images: Sequence[str | os.PathLike] = (), out: str | os.PathLike = "", *, count: int = 8,
-    weights: str | None = None, seed: int = 0,
+    run: str | os.PathLike | Run, images: Sequence[str | os.PathLike] = (), out: str | os.PathLike = "", *,
+    count: int = 8, weights: str | None = None, seed: int = 0,
 ) -> pathlib.Path:  # fmt: skip
     """Draws images with the map of what the network of a finished run looked at; returns the path of the figure.
 
     images: files and folders; without them `count` of the split that the run was scored on: half of them its surest
     mistakes (of a regression its largest errors), the others drawn from the rest by `seed`. out: a .png or .svg file,
     RUN/explain.png unless given. The map is Grad-CAM for the answer that stands above the image, and attention rollout
-    of a ViT, which is of no answer. Raises ValueError for a table, or images that cannot be read.
+    of a ViT, which is of no answer. Raises ValueError for other inputs, and images that cannot be read.
     """
-    found = load_run(run, weights)
+    found = run if isinstance(run, Run) else load_run(run, weights)
     card = found.model.card
     if card.input != "image":
-        raise ValueError(f"{run} reads a table: maps are of images; its weights say what each column does")
+        raise ValueError(f"{found.folder} reads an input {card.input!r}; maps are of images")
     names, items, predictions = _given(found, images) if images else _scored(found, count, seed)
     x = _read(names, items, found.model)
     from tl_jax.tasks import mistakes  # here, as matplotlib takes its time

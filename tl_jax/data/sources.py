@@ -68,10 +68,9 @@ def load(
 ) -> Source:
     """Loads a split of a source; see docs/data.md for both languages. Several sources are the domains of one.
 
-    `task` says what the labels must be: classification, binary (of two classes, the second is positive), multilabel or
-    regression. `labels` names the label columns of csv:, table: and text: sources, `text` the columns of text. `group`
-    says what belongs together: the name of a column (csv:, table:) or of an array (arrays:), else a regular expression
-    that finds the group in the ids.
+    `task` says what the labels must be; of a binary task the second class is positive. `labels` names the label columns
+    of sources with columns, `text` those of text. `group` says what belongs together: the name of a column or of an
+    array (arrays:), else a regular expression that finds the group in the ids.
 
     Slices such as `train[:80%]` cut a permutation by `split_seed`, stratified where labels are classes; where there are
     groups it is one of groups, and a slice begins and ends at the nearest end of a group. `shots` > 0 then takes that
@@ -80,8 +79,7 @@ def load(
     ones into `Source.skipped`. `data_dir` is where tfds keeps its data. `labelled=False` takes a folder of images
     without class folders too, which has no class names. `sealed` names sources (see `sealed.canonical`), or pairs of
     one and its split, whose labels nothing reads: slices are not stratified, and there are no shots; `poison` replaces
-    these labels, to prove it. `form`: of the network's card.
-    ValueError: unknown sources or splits, labels that do not fit the task. FileNotFoundError: missing data.
+    these labels, to prove it. `form`: of the network's card. ValueError, FileNotFoundError.
     """
     names = (source,) if isinstance(source, str) else tuple(source)
     if task not in KINDS:
@@ -90,7 +88,7 @@ def load(
         raise ValueError("no source is given; expected one, or one for each domain")
     check_on_error(on_error)
     if min(shots, seed, split_seed) < 0:
-        raise ValueError(f"shots={shots}, seed={seed}, split_seed={split_seed}: none may be negative")
+        raise ValueError(f"{shots=}, {seed=}, {split_seed=}: none may be negative")
     if shots and KINDS[task] != "classes":
         raise ValueError(f"shots={shots}: shots are examples of a class, and the task {task!r} has none; use a slice")
     slices, domains = parse_split(split), []

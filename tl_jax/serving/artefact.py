@@ -32,7 +32,7 @@ TABLE, WEIGHTS, GOLDEN, RUN = "export.json", "weights.safetensors", "golden.npz"
 ONNX, EXAMPLES, REFERENCE = "model.onnx", "examples.npz", "reference.npz"
 OBSERVED = 2000
 ASSET = pathlib.Path(__file__).parents[1] / "assets/run_export.py"
-FORMAT = 1
+FORMAT = 2
 LIMITS = {"cpu": 1e-4, "gpu": 2e-2, "tpu": 5e-2}  # of the largest value; accelerators multiply with fewer digits
 HALF = {**LIMITS, "cpu": 2e-2}  # of networks that compute in half precision
 
@@ -182,7 +182,7 @@ def _write_companions(folder: pathlib.Path, run: Run, examples: int, reduced: Mo
 def _facts(run: Run) -> dict[str, Any]:
     """What the folder says of the run that it comes from."""
     result = run.result
-    kept = ("model", "method", "data", "split", "step", "weights_sha256", "metrics")
+    kept = ("model", "method", "data", "split", "step", "weights_sha256", "metrics")  # of float32 weights
     return {"folder": run.folder.name, **{key: result[key] for key in kept if key in result}}
 
 

@@ -23,57 +23,46 @@ FIRST, SPENDING = 10, 0.444018133  # the sum over i >= FIRST of 1 / (i ln(i)^2)
 class Log:
     """A .jsonl file: the task in its first line, then one line a request, {"time", "outputs", "features"}.
 
-    Each line is one write at the end of the file, so that processes may share it and a kill costs one line at most.
-    Where the file was moved or emptied, as programs that rotate logs do, the next line begins a new one.
+    Each request is one write at the end of the file, so that processes may share it and a kill costs one line at most.
+    A file that was moved or emptied, as programs that rotate logs do, begins anew.
     """
 
     def __init__(self, path: str | os.PathLike, spec: Spec):
         """Goes on with a file that is there; ValueError where it is of another task or other classes."""
-        self._path, self._spec = path, spec
-        if not (size := self._open()):
-            return
-        self._whole = os.pread(self._file, 1, size - 1) == b"\n"
-        with open(path, "rb") as file:
-            found = _task(file.readline(), path)
-        if found != spec:
-            self.close()
+        self._path, self._head = path, json.dumps({"task": spec._asdict()}).encode() + b"\n"
+        if not os.path.exists(path) or not os.path.getsize(path):
+            self._write(b"")
+        elif (found := _task(files.sound_rows(pathlib.Path(path))[0], path)) != spec:
             raise ValueError(f"{path} is the log of {found}, expected {spec}; name another file")
 
     def append(self, outputs: np.ndarray, features: np.ndarray | None = None) -> None:
         """One answered request: the outputs as in `Predictions`, [K] (binary: []), and the features [D]."""
-        here = os.stat(self._path) if os.path.exists(self._path) else None
-        if here is None or not here.st_size or here.st_ino != os.fstat(self._file).st_ino:
-            self.close()
-            self._open()
         row = {"time": round(time.time(), 3), "outputs": _numbers(outputs)}
-        self._write(row if features is None else {**row, "features": _numbers(features)})
+        row = row if features is None else {**row, "features": _numbers(features)}
+        self._write(json.dumps(row).encode() + b"\n")
 
-    def _open(self) -> int:
-        """Gives the bytes that were there; where there were none, the first line is written."""
-        self._file, self._whole = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), True
-        if not (size := os.fstat(self._file).st_size):
-            self._write({"task": self._spec._asdict()})
-        return size
-
-    def _write(self, row: Table) -> None:
-        line = b"\n" * (not self._whole) + json.dumps(row).encode() + b"\n"  # ends a line that was cut short
-        self._whole = False
-        self._whole = os.write(self._file, line) == len(line)
-
-    def close(self) -> None:
-        os.close(self._file)
+    def _write(self, line: bytes) -> None:
+        """Behind the task where the file has none, and behind a line that was cut short."""
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            size = os.fstat(file).st_size
+            cut = size and os.pread(file, 1, size - 1) != b"\n"
+            head = b"" if os.pread(file, 7, 0) == self._head[:7] else self._head
+            os.write(file, b"\n" * bool(cut) + head + line)
+        finally:
+            os.close(file)
 
 
 def _numbers(values: np.ndarray) -> Any:
     return np.vectorize(lambda x: float(f"{x:.9g}"), otypes=[float])(values).tolist()  # float32, exactly
 
 
-def _task(line: bytes, path: str | os.PathLike) -> Spec:
-    """What the first line of a log says; ValueError for other files."""
+def _task(rows: list[Table], path: str | os.PathLike) -> Spec:
+    """What a log is of, mostly by its first line; ValueError for other files."""
     try:
-        return Spec(**files.as_tuples(json.loads(line)["task"]))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{path} is no log of a server: its first line does not hold the task") from None
+        return Spec(**files.as_tuples(next(row["task"] for row in rows if "task" in row)))
+    except (StopIteration, TypeError, AttributeError):
+        raise ValueError(f"{path} is no log of a server: no line holds the task") from None
 
 
 def load_log(path: str | os.PathLike) -> Predictions:
@@ -81,9 +70,9 @@ def load_log(path: str | os.PathLike) -> Predictions:
 
     Lines that a kill cut short are left out, and named on the standard error. Raises ValueError that names the file.
     """
-    with open(path, "rb") as file:
-        spec = _task(file.readline(), path)
-    rows, damaged = files.sound_rows(pathlib.Path(path))
+    with open(path, "rb"):  # FileNotFoundError
+        rows, damaged = files.sound_rows(pathlib.Path(path))
+    spec = _task(rows, path)
     rows = [row for row in rows if "outputs" in row]
     if damaged:
         print(f"{path}: {len(damaged)} lines are damaged and left out, first {damaged[:5]}", file=sys.stderr)

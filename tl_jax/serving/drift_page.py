@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
         except (ValueError, OSError, FloatingPointError) as error:
             problems.append(str(error))
     checks.refuse("there is nothing to compare", problems)
+    if args.last and not is_log(args.new):
+        raise ValueError(f"--last {args.last}: {args.new} is no log, whose lines are in the order of time")
     if args.last:
         sides[1] = sides[1].select(np.arange(len(sides[1].values))[-args.last :])
     found = compare(*sides, args.on)
@@ -69,21 +71,32 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read(path: str, network: Run | Exported | None, batch_size: int) -> Predictions:
-    """predictions.npz, the log of a server, what an export has of its run, or inputs for the network."""
+    """Predictions of a run or a file, the log of a server, what an export has of its run, or inputs for the network."""
     file = pathlib.Path(path)
     if is_export(file):
         if (found := load(file).reference) is None:
             raise ValueError(f"{path} was exported from a weight file: it has no predictions of a run to compare with")
         return found
-    if file.suffix == ".jsonl":
+    if (file / "result.json").is_file():
+        file = file / "predictions.npz"
+    if is_log(file):
         return load_log(file)
     if file.suffix != ".npz":
         if network is None:
-            raise ValueError(f"{path}: expected a .npz of predictions or a .jsonl log; inputs need a network, --run")
+            raise ValueError(f"{path}: expected a .npz of predictions or the log of a server; inputs need --run")
         return observe(network, path, batch_size=batch_size)
     if (file.parent / manifest.NAME).exists() and file.match("predictions*.npz"):  # of a finished run
         manifest.check(file.parent, [file.name])
     return load_predictions(file)
+
+
+def is_log(path: str | pathlib.Path) -> bool:
+    """Whether a file begins as a log does, whatever it is called: rotation renames it."""
+    path = pathlib.Path(path)
+    if path.suffix == ".jsonl" or not path.is_file():
+        return path.is_file()
+    with path.open("rb") as file:
+        return file.read(7) == b'{"task"'
 
 
 def retrain(network: Run, new: str) -> str:

@@ -35,14 +35,13 @@ from tl_jax.api.model import read_input
 from tl_jax.core.messages import brief
 from tl_jax.data.image import decode
 from tl_jax.data.image.augment import make_preprocess
-from tl_jax.data.text import tokenizer
-from tl_jax.data.text.tokens import ragged
 from tl_jax.runtime.log import tolerate
 from tl_jax.serving import artefact, neighbours, program
 from tl_jax.serving.batches import Batcher, Busy, padded
 from tl_jax.serving.connections import Announced, Connection, bind
 from tl_jax.serving.drift import LEAST
 from tl_jax.serving.drift_monitor import Log, Monitor
+from tl_jax.serving.texts import Texts
 from tl_jax.tasks import answers, trust
 from tl_jax.training.steps import FEATURES
 
@@ -62,25 +61,6 @@ class Limits(NamedTuple):
     examples: int = 32  # of a request
     queue: int = 64  # examples on their way at a time
     seconds: float = 30.0  # until a request is answered
-
-
-class Texts:
-    """The tokens of the texts that a network reads, in batches of a few lengths."""
-
-    def __init__(self, card: Any):
-        self.card, self.tokenizer = card, tokenizer.known(card)
-        lengths = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-        self.lengths = (*(length for length in lengths if length < card.max_length), card.max_length)
-
-    def read(self, item: tuple[str, ...]) -> np.ndarray:
-        """int32 [T, 2] of one text or pair."""
-        return self.tokenizer.encode([item], self.card.max_length).flat
-
-    def stack(self, rows: Sequence[np.ndarray], size: int) -> np.ndarray:
-        """int32 [size, L, 2], with padding behind the tokens, and rows of zeros."""
-        tokens = ragged(rows, self.card.max_length)._replace(lengths=self.lengths)
-        every = np.arange(len(rows))
-        return tokens.batch(np.concatenate([every, np.full(size - len(rows), -1)]), tokens.length_of(every))
 
 
 class Refused(Exception):
@@ -322,7 +302,8 @@ def _guards(host: str) -> list[Middleware]:
         own = ipaddress.ip_address(host).is_loopback
     except ValueError:
         own = host == "localhost"
-    return [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", host])] if own else []
+    names = ["127.0.0.1", "localhost", "["]  # the last is what starlette takes [::1]:8000 for: an address, no name
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=names)] if own else []
 
 
 def _drift(state: dict[str, Any]) -> str:

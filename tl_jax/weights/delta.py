@@ -63,7 +63,7 @@ def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) ->
         raise ValueError(f"{path} is no delta checkpoint such as a run's trained.safetensors")
     about, card = json.loads(metadata[KEY]), Card.from_json(metadata[pretrained.CARD_KEY])
     file = about["weights"]["file"] if weights is None else weights
-    text = Text(tokenizers.beside(path), card.max_length, card.pooling) if card.input == "text" else NO_TEXT
+    text = Text(tokenizers.find_for(path), card.max_length, card.pooling) if card.input == "text" else NO_TEXT
     base = pretrained.load(
         about["model"], file, card.num_classes,
         image_size=card.input_size, seed=about["seed"], head=card.head, columns=card.columns,

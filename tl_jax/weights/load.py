@@ -59,16 +59,15 @@ def load(
     """Loads a weight file of any known layout into the named model, or initialises it at random where there is none.
 
     `name` "" takes the model that the file's card names. `path` is a file, the folder of a finished run,
-    "builtin:NAME", "timm:NAME" or "hf://owner/name[/file]@revision"; "" or None: random numbers from `seed`.
-    `num_classes` None keeps the file's head, an integer makes a new one from `seed` with the layers `head` before the
-    last dense one (`head_init`, a name of HEAD_INIT, is of the last), 0 makes none. `image_size`, a side or (height,
-    width), rebuilds a model with position embeddings for another input, resampling them. `columns`: of a table, in the
-    order in which the network reads them. `channels`: of images, and their `mean` and `std`, see other_inputs.py.
-    `partial`: regexes of paths in the backbone that a file may lack, which begin from `seed`. `text`: text_inputs.py.
-    "timm:NAME" also names the model; its row in the table of published.py replaces fields of the model's card.
-    A file whose publisher computes or preprocesses differently gives the model's flavour (`card.model` names it).
-    Raises ValueError for a file whose bytes have another hash than its name says, and one that lists every unused key,
-    unfilled leaf, wrong shape, non-finite value and negative variance.
+    "builtin:NAME", "timm:NAME" or "hf://owner/name[/file]@revision"; "" or None: random from `seed`. `num_classes` None
+    keeps the file's head, an integer makes a new one from `seed` with the layers `head` before the last dense one
+    (`head_init`, a name of HEAD_INIT, is of the last), 0 makes none. `image_size`, a side or (height, width), rebuilds
+    a model with position embeddings for another input, resampling them. `columns`: of a table, in the order in which
+    the network reads them. `channels`: of images, and their `mean` and `std`, see other_inputs.py. `partial`: regexes
+    of paths in the backbone that a file may lack, which begin from `seed`. `text`: text_inputs.py. "timm:NAME" also
+    names the model; its row in published.py replaces fields of the card. A file whose publisher computes differently
+    gives the model's flavour (`card.model`). ValueError: a file of another hash than its name says; one that lists
+    every unused key, unfilled leaf, wrong shape, non-finite value and negative variance.
     """
     head = _check_arguments(path, head, head_init, partial)
     given = {"image_size": image_size, "columns": columns, "channels": channels, "mean": mean, "std": std}
@@ -79,8 +78,7 @@ def load(
         card = card.replace(head=head if card.num_classes else ())
         return _random(_make(models.get(name).module, card, head_init), card, seed)
     tensors, layout, variant, card, sha256 = _read(name, path)
-    if card.input == "text":
-        card = text_inputs.known_tokens(card, variant.layouts[layout], tensors)
+    card = text_inputs.known_tokens(card, variant.layouts[layout], tensors)
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}

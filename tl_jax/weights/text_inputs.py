@@ -35,7 +35,7 @@ def fit_card(card: Card, text: Text, path: str | pathlib.Path | None, file: path
         if given := [name for name, value in text._asdict().items() if value]:
             raise ValueError(f"{', '.join(given)}: {card.model} reads an input {card.input!r}, no text")
         return card
-    there = tokenizers.beside(file) if file else None
+    there = tokenizers.find_for(file) if file else None
     asked, problems = text.tokenizer or there, []
     if text.tokenizer and there and text.tokenizer.sha256 != there.sha256:
         problems.append(f"the tokenizer that is asked for is {text.tokenizer.sha256[:12]}, that beside the weights "
@@ -56,7 +56,9 @@ def fit_card(card: Card, text: Text, path: str | pathlib.Path | None, file: path
 
 
 def known_tokens(card: Card, table: tables.Layout, tensors: Mapping[str, np.ndarray]) -> Card:
-    """The card with as many tokens as the embedding of a file has rows."""
+    """The card, of a network of text with as many tokens as the embedding of a file has rows."""
+    if card.input != "text":
+        return card
     sources, transform = tables.sources_of(table, TABLE)
     rows = [transform.load(x).shape[0] for key, x in tensors.items() if tables.canonical(table, key) in sources]
     return card.replace(vocab=rows[0]) if rows else card

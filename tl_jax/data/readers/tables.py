@@ -169,14 +169,14 @@ def table_source(name: str, table: Table, split: str, task: str, labels: Sequenc
 
 def with_labels(
     name: str, table: Table, chosen: np.ndarray, inputs: Any, task: str, labels: Sequence[str], group: str, *,
-    beside: Sequence[str], known: Sequence[str], sizes: np.ndarray,
+    read: Sequence[str], known: Sequence[str], sizes: np.ndarray,
 ) -> Source:  # fmt: skip
-    """A source of chosen rows, whose inputs come from the columns `beside`.
+    """A source of chosen rows, whose inputs come from the columns `read`.
 
     labels: the label columns; by default the one column with a name of `known`.
     """
     _check_group(table, group)
-    others = [x for x in table.columns if x not in (group, table.find(("split",)), *beside)]
+    others = [x for x in table.columns if x not in (group, table.find(("split",)), *read)]
     likely = [column for column in others if column.lower() in known]
     names = _label_names(table, labels, others, default=likely if len(likely) == 1 else [])
     values, class_names = encode(task, table, names, chosen)

@@ -53,7 +53,7 @@ def text_source(
     if empty:
         log.warning("%s: %d of %d examples have an empty text:\n%s", name, len(empty), len(rows), listed(empty))
     return with_labels(
-        name, table, chosen, Texts(tuple(rows)), task, labels, group, beside=columns, known=LABELS,
+        name, table, chosen, Texts(tuple(rows)), task, labels, group, read=columns, known=LABELS,
         sizes=np.array([sum(len(each.encode(errors="replace")) for each in row) for row in rows], np.int64),
     )  # fmt: skip
 

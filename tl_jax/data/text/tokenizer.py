@@ -94,7 +94,7 @@ def read(path: str | pathlib.Path) -> Tokenizer:
         raise ValueError(f"{path} is no {FILE} of the library tokenizers: {str(error)[:200]}") from None
 
 
-def beside(weights: str | pathlib.Path) -> Tokenizer | None:
+def find_for(weights: str | pathlib.Path) -> Tokenizer | None:
     """That in the folder of a weight file, or in the folder itself; None where there is none."""
     path = pathlib.Path(weights).expanduser()
     folder = path if path.is_dir() else path.parent
