@@ -4,6 +4,7 @@ import functools
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -329,7 +330,7 @@ def test_pooling_of_states_is_that_of_tokens(pooling):
             close(out["pre_logits"][i], pooled, 1e-6)
 
 
-@ONE_NOW
+@pytest.mark.slow
 @EACH
 def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     model, x = make(name), texts()
@@ -469,3 +470,17 @@ def test_a_vocabulary_and_a_pooling_of_the_card_make_the_network(monkeypatch, tm
     load.export(variables, "gru_6x2_5d", tmp_path / "w.safetensors", card=card)
     loaded = load.load("gru_6x2_5d", tmp_path / "w.safetensors")
     assert loaded.model.pooling == "max" and loaded.card == card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bigru", "textcnn", "bilstm"])
+def test_one_exported_program_serves_every_batch_and_length(kind):
+    model = make(KINDS[kind])
+    variables = random_variables(model)
+    batch, length = jax.export.symbolic_shape("b, t")
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
+    traced = jax.export.export(jax.jit(lambda variables, x: model.apply(variables, x)[0]), platforms=["cpu", "cuda"])
+    program = traced(shapes, jax.ShapeDtypeStruct((batch, length, 2), jnp.int32))
+    for lengths, places in ((range(1, 4), 3), ([1], 1), ([0, 40, 7, 9, 1], 40)):
+        x = texts(lengths, places)
+        close(program.call(variables, x), run(model, variables, x)[0], 1e-6)
