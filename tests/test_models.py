@@ -12,6 +12,7 @@ from tl_jax import models
 from tl_jax.core import trees
 from tl_jax.core.card import sides
 from tl_jax.models.layers import DropPath, drop_path_rates, max_pool
+from tl_jax.models.recurrent import NAMES as RECURRENT
 from tl_jax.models.resnet import ResNet
 from tl_jax.models.vit import ViT
 from tl_jax.weights import published
@@ -112,9 +113,9 @@ def images(size=24, batch=4, seed=0):
     return np.random.default_rng(seed).standard_normal((batch, *sides(size), 3)).astype(np.float32)
 
 
-def random_variables(model, size=24, seed=0):
-    """Random values for every leaf, so that nothing hides behind zeros and ones."""
-    flat = trees.flatten(jax.eval_shape(model.init, jax.random.key(0), images(size)))
+def random_variables(model, size=24, seed=0, x=None):
+    """Random values for every leaf, so that nothing hides behind zeros and ones; x: in the place of images."""
+    flat = trees.flatten(jax.eval_shape(model.init, jax.random.key(0), images(size) if x is None else x))
     rng = np.random.default_rng(seed)
     draw = {path: rng.standard_normal(leaf.shape).astype(np.float32) * 0.2 for path, leaf in flat.items()}
     return trees.unflatten(
@@ -145,8 +146,8 @@ def test_parameter_count_is_the_published_one(name):
     assert sum(leaf.size for leaf in jax.tree.leaves(tree["params"])) == COUNTS[name]
 
 
-# counted in test_mlp.py, test_mobile.py and test_text_encoders.py
-ELSEWHERE = ("mlp", "mobilenet", "efficientnet", "tf_", "bert", "minilm", "distil", "roberta", "gpt2")
+# counted in test_mlp.py, test_mobile.py, test_text_encoders.py and test_recurrent.py
+ELSEWHERE = ("mlp", "mobilenet", "efficientnet", "tf_", "bert", "minilm", "distil", "roberta", "gpt2", *RECURRENT)
 
 
 def test_every_model_is_counted_or_a_flavour_of_a_counted_one():

@@ -66,8 +66,7 @@ def load(
     the network reads them. `channels`: of images, and their `mean` and `std`, see other_inputs.py. `partial`: regexes
     of paths in the backbone that a file may lack, which begin from `seed`. `text`: text_inputs.py. "timm:NAME" also
     names the model; its row in published.py replaces fields of the card. A file whose publisher computes differently
-    gives the model's flavour (`card.model`). ValueError: a file of another hash than its name says; one that lists
-    every unused key, unfilled leaf, wrong shape, non-finite value and negative variance.
+    gives the model's flavour (`card.model`). ValueError: another hash than the name says; all that does not fit.
     """
     head = _check_arguments(path, head, head_init, partial)
     given = {"image_size": image_size, "columns": columns, "channels": channels, "mean": mean, "std": std}
