@@ -35,7 +35,11 @@ CLASSES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "gp
 KINDS = tuple(CONFIGS)
 EACH = pytest.mark.parametrize("kind", KINDS)
 ONE_NOW = pytest.mark.parametrize("kind", ["bert", *(pytest.param(x, marks=pytest.mark.slow) for x in KINDS[1:])])
-SIDES = pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+TWO_NOW = pytest.mark.parametrize(
+    "kind", [x if x in ("bert", "gpt2") else pytest.param(x, marks=pytest.mark.slow) for x in KINDS]
+)
+LEFT = [False, pytest.param(True, marks=pytest.mark.slow)]
+SIDES = pytest.mark.parametrize("left", LEFT, ids=["right", "left"])
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +149,7 @@ def test_every_layer_is_that_of_transformers(kind, left, tmp_path):
 
 
 @SIDES
-@EACH
+@TWO_NOW
 def test_classes_are_those_of_transformers_and_go_back_bit_for_bit(kind, left, tmp_path):
     model = twin(kind, "ForSequenceClassification")
     own, x = loaded(kind, tmp_path, "ForSequenceClassification"), texts(left=left)
@@ -184,7 +188,7 @@ def test_gradients_are_those_of_transformers(kind, tmp_path):
             assert np.abs(value - expected).max() < 1e-4 * max(np.abs(expected).max(), 0.1), key
 
 
-@EACH
+@TWO_NOW
 def test_logits_of_tokens_are_those_of_transformers_and_go_back_bit_for_bit(kind, tmp_path):
     model, name = twin(kind, "ForMaskedLM"), f"small_{kind}" if kind == "gpt2" else f"small_{kind}.mlm"
     own, x = loaded(kind, tmp_path, "ForMaskedLM", name), texts()
@@ -201,6 +205,7 @@ def test_logits_of_tokens_are_those_of_transformers_and_go_back_bit_for_bit(kind
     assert_same(written, {key: value for key, value in state.items() if key != "lm_head.weight"})
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", KINDS[:-1])
 def test_the_head_of_tokens_is_dropped_for_classes_and_made_anew_where_a_file_has_none(kind, tmp_path):
     with pytest.raises(ValueError, match="the file has no head: give num_classes for a new one"):
@@ -436,6 +441,7 @@ def test_the_places_of_lora_and_the_decay_by_layers(kind):
     assert factors["head/kernel"] == 1
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("count", [7, 300])  # of 300 the scores are made in two parts
 def test_attention_with_a_mask_is_that_of_float64(count, causal):
