@@ -281,6 +281,8 @@ def test_the_tokenizer_travels_with_the_weights_and_another_stops_the_run(run, f
     (lost / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         tl_jax.load_run(lost)
+    with pytest.raises(ValueError, match="texts have neither"):
+        train.train(options.override(options.make(), {**changes, "model.tokenizer": "", "method.mixup": 0.2}), tmp_path)
     images = {**changes, "data.source": "digits", "model.name": "resnet8_cifar", "model.weights": ""}
     with pytest.raises(ValueError, match="holds no texts"):
         train.train(options.override(options.make(), images), tmp_path / "w", verbose=False)

@@ -238,6 +238,8 @@ def _make_mix(settings: Settings, method: MethodSettings, material: Material) ->
     model, shapes, domains = material.model, material.start.shapes, material.start.facts[MAIN].domains
     loop, alpha, several = settings.loop, method.mix_domains, "several domains, data.source = (SOURCE, SOURCE, ...)"
     problems = [f"method.mix_domains = {alpha} needs {several}"] if alpha and domains < 2 else []
+    if material.card.input == "text" and (alpha or method.mixup or method.cutmix):
+        problems.append("method.mixup, method.cutmix and method.mix_domains mix pixels or numbers: texts have neither")
     if alpha and (loop.accumulate > 1 or loop.parallel != "jit"):
         problems.append(f"method.mix_domains = {alpha} needs the whole batch at once: accumulate = 1, parallel = 'jit'")
     if alpha and (method.mixup or method.cutmix):
