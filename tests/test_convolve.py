@@ -54,7 +54,9 @@ def close(found, expected, tolerance=1e-5):
 # batch, height, width, channels, features, size, stride, groups
 SHAPES = {
     "winograd, odd sizes, prime batch": (3, 5, 7, 64, 80, 3, 1, 1),
-    "winograd, one image, one pixel": (1, 1, 1, 96, 64, 3, 1, 1),
+    "few pixels, one alone": (1, 1, 1, 96, 64, 3, 1, 1),
+    "few pixels": (2, 7, 5, 96, 128, 3, 1, 1),
+    "winograd, one image, as few as are worth it": (1, 13, 5, 64, 64, 3, 1, 1),
     "few channels": (2, 5, 6, 16, 16, 3, 1, 1),
     "strided": (2, 6, 8, 16, 16, 3, 2, 1),
     "strided, odd sizes, prime batch": (3, 7, 5, 16, 24, 3, 2, 1),

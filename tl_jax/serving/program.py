@@ -48,8 +48,8 @@ def _of_platform(network: Model, platform: str) -> dict[str, bytes]:
     programs = {"any": bytes(exported(None).serialize())}
     for batch in reversed(BATCHES) if platform == "cpu" and network.card.input == "image" else ():
         own = exported(batch)
-        if CHUNKS not in own.mlir_module():
-            break  # nor are smaller ones cut into chunks
+        if batch == BATCHES[-1] and CHUNKS not in own.mlir_module():
+            break  # the program for any batch computes the same
         programs[str(batch)] = bytes(own.serialize())
     return programs
 
