@@ -399,7 +399,7 @@ def test_skip_refuses_to_lose_a_whole_class(folder):
         ({"image": np.zeros((2, 4, 4), np.uint8), "label": [0]}, r"integer labels \[2\]"),
         ({"image": np.zeros((2, 4, 4), np.uint8), "label": [0.0, 1.0]}, "one class for each example"),
         ({"image": np.zeros((2, 4, 4), np.uint8), "label": [1, 2], "classes": ["a", "b"]}, r"outside 0 \.\. 1"),
-        ({"image": np.zeros((2, 4, 4), np.uint8)}, "expected label and one of image, features, or bytes"),
+        ({"image": np.zeros((2, 4, 4), np.uint8)}, "expected label and one of image, features, text, or bytes"),
         ({"bytes": np.zeros(4, np.uint8), "offsets": [0, 9], "label": [0]}, "offsets must rise within the 4 bytes"),
         ({"image": np.zeros((0, 4, 4), np.uint8), "label": np.zeros(0, int)}, "holds no examples"),
         ({"image": np.array([None, 1], object), "label": [0, 1]}, "it holds Python objects; expected .* plain arrays"),

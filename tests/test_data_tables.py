@@ -261,7 +261,9 @@ def test_missing_labels_and_inputs_are_named_by_their_rows(tmp_path):
 
 
 def test_labels_belong_to_sources_with_columns():
-    with pytest.raises(ValueError, match=r"data.labels=\('x',\) names columns of csv: and table: sources; digits has"):
+    with pytest.raises(
+        ValueError, match=r"data.labels=\('x',\) names columns of sources csv:, table:, text:; digits has"
+    ):
         sources.load("digits", labels=("x",))
 
 
