@@ -43,6 +43,7 @@ def of_transformers():
     return transformers.ConvNextForImageClassification(config)
 
 
+@pytest.mark.slow
 def test_timm_gives_the_same_logits_stages_and_gradient_and_takes_the_export(small, tmp_path):
     model, x = torch_reference.randomize(small_timm()), twins.images(75, 66)  # no multiple of 32: what is left over
     path = torch_reference.save(model, tmp_path / "w.pth")

@@ -335,6 +335,7 @@ def trainers(*last):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_of_jax_stops_both_after_the_same_step():
     processes = trainers()
     for process in processes:
@@ -348,6 +349,7 @@ def test_sigterm_to_one_of_two_processes_of_jax_stops_both_after_the_same_step()
     assert lines[0] == lines[1] and float(total) == 6.0 * int(step)  # 2 x 1 + 2 x 2 in every step
 
 
+@pytest.mark.slow
 def test_an_exception_in_one_process_of_jax_ends_the_other_and_is_named():
     processes = trainers("fail")
     outputs = [process.communicate(timeout=60) for process in processes]

@@ -77,6 +77,7 @@ def test_the_commands_take_an_export_as_they_take_a_run(run, exported, tmp_path,
     assert "expected float32, bfloat16, int8" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_run_py_needs_jax_alone_and_refuses_a_changed_file(exported, tmp_path):
     copy = shutil.copytree(exported, tmp_path / "copy")
     code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__'); print(sorted(sys.modules))"
@@ -233,6 +234,7 @@ def test_fewer_bytes_change_the_outputs_little(precision, share, limit, run, exp
     close(found, tl_jax.outputs(tl_jax.load_export(exported), IMAGES[64:128]), limit)
 
 
+@pytest.mark.slow
 def test_int8_takes_a_little_more_than_a_quarter_of_the_file(tmp_path):
     model = tl_jax.load("deit_tiny_patch16_224")
     flat = {path: np.zeros(x.shape, np.float32) for path, x in trees.flatten(model.variables).items()}

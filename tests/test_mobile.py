@@ -227,6 +227,7 @@ def test_timm_gives_the_same_logits_and_stages_both_ways(name, timm, reference, 
     check_both_ways(theirs, timm_modules, name, "timm", reference, tmp_path)
 
 
+@pytest.mark.slow
 @some(TORCHVISION, now=("mobilenetv2_100",))
 def test_torchvision_gives_the_same_logits_and_stages_both_ways(name, torchvision, reference, tmp_path):
     theirs = torchvision.get_model(TORCHVISION[name], weights=None, num_classes=CLASSES)

@@ -22,7 +22,7 @@ KINDS = {  # names with the numbers of a small network
     "lstm": "lstm_6_5d", "gru": "gru_6x2_5d", "word_average": "word_average_5d",
 }  # fmt: skip
 EACH = pytest.mark.parametrize("name", KINDS.values(), ids=KINDS)
-ONE_NOW, SOME_NOW = pytest.mark.thin(1), pytest.mark.thin(3)
+ONE_NOW, SOME_NOW = pytest.mark.thin(1), pytest.mark.thin(1)
 
 
 def make(name, monkeypatch=None, **fields):
@@ -125,7 +125,7 @@ def check_gradient(net, layout, grads):
 GEOMETRY = [(cell, layers, both) for layers in (2, 1, 3) for both in (True, False) for cell in ("lstm", "gru")]
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("cell", "layers", "both"), GEOMETRY)
 def test_states_final_states_logits_and_gradients_are_torchs(cell, layers, both, torch, monkeypatch, tmp_path):
     net, lengths = torch_recurrent(torch, cell, 6, layers, both), [4, 7, 1, 2, 6, 3, 5]
@@ -215,7 +215,7 @@ def test_every_layout_goes_out_and_comes_back_bit_equal(name, monkeypatch, tmp_p
         jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", ["textcnn", "bilstm", "gru", "hidden"])
 def test_torch_files_go_through_bit_equal_and_torch_takes_the_export(kind, torch, monkeypatch, tmp_path):
     name = KINDS[kind]
@@ -230,6 +230,7 @@ def test_torch_files_go_through_bit_equal_and_torch_takes_the_export(kind, torch
         np.testing.assert_array_equal(tensors[key], x)
 
 
+@pytest.mark.slow
 def test_other_names_of_the_same_parts_and_a_file_of_the_recurrent_layer_alone(torch, monkeypatch, tmp_path):
     name = "bigru_4_5d"
     make(name, monkeypatch)
@@ -288,6 +289,7 @@ def test_padding_of_any_length_and_on_either_side_changes_nothing(name):
         np.testing.assert_array_equal(run(model, variables, out[cut] + np.float32(junk), start=cut)[0], logits)
 
 
+@pytest.mark.slow
 @ONE_NOW
 @EACH
 def test_a_text_without_tokens_is_finite_and_touches_no_other(name):

@@ -79,6 +79,7 @@ def check_forward(model, parts, name, path, x, layout):
     return loaded
 
 
+@pytest.mark.slow
 def test_timm_gives_the_same_logits_and_stages_and_takes_the_export(small, tmp_path):
     model, x = randomized(small_timm()), twins.images(64)
     path = torch_reference.save(model, tmp_path / "w.pth")

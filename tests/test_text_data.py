@@ -308,6 +308,7 @@ def test_features_of_a_frozen_network_of_texts_are_cached_at_every_cut(run, file
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_fit_takes_texts_in_memory(files):
     model = tl_jax.load("word_average_16_8d", tokenizer="words")
     run = tl_jax.fit(model, files[1], method="full", epochs=10, changes={"resamples": 5, "lr": 0.1}, verbose=False)

@@ -441,7 +441,7 @@ def test_the_places_of_lora_and_the_decay_by_layers(kind):
     assert factors["head/kernel"] == 1
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("count", [7, 300])  # of 300 the scores are made in two parts
 def test_attention_with_a_mask_is_that_of_float64(count, causal):
@@ -470,7 +470,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("length", [9, 8])
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_the_fused_attention_of_texts_lowers_for_a_gpu_with_its_gradient(length, kind, gpu):
@@ -483,7 +483,7 @@ def test_the_fused_attention_of_texts_lowers_for_a_gpu_with_its_gradient(length,
     assert "__cudnn$fmhaSoftmaxBackward" in text and "case" in text  # padding in front takes the other way
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("length", [9, 8])
 @pytest.mark.parametrize("causal", [False, True])
 def test_what_cudnn_is_told_of_padding(length, causal, gpu, monkeypatch):

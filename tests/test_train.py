@@ -154,6 +154,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_may_start_over_with_other_
     assert train(make_config(lr=0.5), tmp_path / "w")["step"] in (2, 4)
 
 
+@pytest.mark.slow
 def test_worker_processes_change_the_speed_and_nothing_else(finished, tmp_path):
     train(make_config(**{"data.workers": 2}), tmp_path / "w")
     ours, reference = remains(tmp_path / "w"), remains(finished[0])

@@ -255,6 +255,7 @@ def make_config(**changes):
     return options.override(smoke.get_config(), {**short, **changes})
 
 
+@pytest.mark.slow
 def test_a_run_records_the_bytes_of_its_weights_and_asks_for_them_when_run_again(net, tmp_path, capsys):
     path, write = net
     sha256 = write(1.0)
