@@ -147,7 +147,7 @@ def test_every_form_of_a_request_is_answered_as_predict_answers(server, folder):
 
 REFUSED = [
     (b"x" * (BODY + 1), "image/png", 413, "more than 100,000 bytes"),
-    (multipart(*[("a", "a.png", b"x")] * 5)[0], "multipart/form-data; boundary=xyz", 400, "Too many files"),
+    (multipart(*[("a", "a.png", b"x")] * 5)[0], "multipart/form-data; boundary=xyz", 413, "Too many files"),
     (json.dumps({"inputs": [[[0]]] * 5}), "application/json", 413, "5 inputs, expected 1 to 4"),
     (json.dumps({"inputs": []}), "application/json", 400, "0 inputs"),
     (png(np.zeros((501, 500), np.uint8)), "image/png", 400, "500 x 501 pixels"),

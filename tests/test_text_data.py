@@ -1,5 +1,6 @@
 """Texts come from files as they lie there, get the same tokens everywhere, and a batch's length changes no number."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 import tl_jax
 from tl_jax import __main__ as command
 from tl_jax import config as options
+from tl_jax.core import trees
 from tl_jax.core.card import Card
 from tl_jax.data import pipeline, sources
 from tl_jax.data.examples import Source
@@ -314,3 +316,34 @@ def test_fit_takes_texts_in_memory(files):
     run = tl_jax.fit(model, files[1], method="full", epochs=10, changes={"resamples": 5, "lr": 0.1}, verbose=False)
     assert run.metrics["accuracy"]["value"] > 0.5 and len(jax.devices()) == 4
     assert [row["class"] for row in run.predict([("fine",), "dull dull"])]
+
+
+def with_random_weights(name, folder):
+    model = tl_jax.load(name, num_classes=3, tokenizer=folder / "tokenizer.json")
+    rng = np.random.default_rng(0)
+    flat = {path: rng.normal(0, 0.1, x.shape).astype(np.float32) for path, x in trees.flatten(model.variables).items()}
+    return dataclasses.replace(model, variables=trees.unflatten(flat))
+
+
+@pytest.mark.thin(1)
+@pytest.mark.parametrize("name", ["bert_l2_h32_a2", "gpt2_l2_h32_a2", "bigru_8_8d", "textcnn_8d"])
+def test_an_export_of_every_kind_of_network_takes_any_number_of_tokens(name, run, tmp_path):
+    model = with_random_weights(name, run.folder)
+    network = tl_jax.load_export(tl_jax.export(model, tmp_path / "out"))
+    texts = ["a fine film", "dull " * 40, "", "fine " * 300]
+    found, expected = (tl_jax.outputs(each, texts) for each in (network, model))
+    np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert_l2_h32_a2", "gpt2_l2_h32_a2", "bigru_8_8d", "word_average_16_8d"])
+def test_onnx_runtime_answers_texts_of_any_length(name, run, tmp_path):
+    pytest.importorskip("jax2onnx", reason="requirements-onnx.txt is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="requirements-onnx.txt is not installed")
+    model = with_random_weights(name, run.folder)
+    folder = tl_jax.export(model, tmp_path / "out", onnx=True)
+    tokens = tokenizer.read(folder).encode([("a fine film",), ("dull " * 40,), ("",)], 512)
+    x = tokens.batch(np.arange(3), 48)
+    session = runtime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    expected = tl_jax.outputs(model, ["a fine film", "dull " * 40, ""])
+    np.testing.assert_allclose(session.run(["logits"], {"inputs": x})[0], expected, atol=1e-5)

@@ -141,11 +141,11 @@ class Windows(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array) -> jax.Array:
-        length, x = x.shape[1], jnp.where(mask[..., None], x, 0)
+        length, x = x.shape[1], jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
         maps = []
         for width in self.widths:
             before = (width - 1) // 2
-            padded = jnp.pad(x, ((0, 0), (before, width - 1 - before), (0, 0)))
+            padded = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (before, width - 1 - before, 0), (0, 0, 0)))
             windows = jnp.concatenate([padded[:, i : i + length] for i in range(width)], axis=-1)
             maps.append(layers.Dense(self.features, kernel_init=HE, dtype=self.dtype, name=f"window{width}")(windows))
         return nn.relu(jnp.concatenate(maps, axis=-1))

@@ -44,7 +44,8 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        if x.shape[1] > (most := self.positions - self.first_position):
+        # An export is traced for any number of tokens, which its tokenizer keeps within the positions.
+        if isinstance(x.shape[1], int) and x.shape[1] > (most := self.positions - self.first_position):
             raise ValueError(f"texts of {x.shape[1]} tokens, but there are positions for {most}: truncate them")
         numbers = jnp.maximum(x[..., 0], 0)
         y = Embed(self.vocab_size, self.width, self.dtype, name="tok_embed")(numbers)

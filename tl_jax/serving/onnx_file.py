@@ -33,7 +33,8 @@ def write(network: Model, path: pathlib.Path, inputs: np.ndarray, outputs: Mappi
         from jax2onnx import to_onnx
 
         network = dataclasses.replace(network, module=network.module.clone(attention="xla"))
-        shape = jax.ShapeDtypeStruct(("B", *network.card.shape), inputs.dtype)
+        length = ("T",) if network.card.input == "text" else ()  # of the tokens
+        shape = jax.ShapeDtypeStruct(("B", *length, *inputs.shape[1 + len(length) :]), inputs.dtype)
         names = sorted(outputs)
         try:
             with convolve.traced_for("onnx"), jax.numpy_rank_promotion("allow"):  # jax2onnx adds biases so

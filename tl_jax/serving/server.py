@@ -46,6 +46,7 @@ from tl_jax.tasks import answers, trust
 from tl_jax.training.steps import FEATURES
 
 SIZES = (1, 2, 4, 8)  # of batches, all compiled before the first request
+COLUMNS = 20  # of the monitor that /health shows
 NEAREST = 20  # training examples that are shown at most
 BEHIND = 32  # batches that are answered and not yet in the log
 READERS = 2  # threads that decode images
@@ -240,7 +241,10 @@ class Server:
         try:
             form = await parser.parse()
         except (MultiPartException, KeyError, ValueError, UnicodeError, AssertionError) as error:
-            raise Refused(400, f"no sound multipart/form-data ({error or type(error).__name__})") from None
+            many = str(error).startswith("Too many")
+            raise Refused(
+                413 if many else 400, f"no sound multipart/form-data ({error or type(error).__name__})"
+            ) from None
         items = []
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
@@ -279,6 +283,8 @@ class Server:
 
     async def health(self, request: Request) -> Response:
         drift = self.monitor and self.monitor.state()
+        if drift:  # of many classes the first
+            drift["columns"] = sorted(drift["columns"], key=lambda row: row["p"])[:COLUMNS]
         working = self.ready and not self.worker.done()
         table = {"status": "ready" if working else "stopping", "drift": drift and {**drift, "text": _drift(drift)}}
         return _json(table, 200 if working else 503)
