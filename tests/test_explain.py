@@ -232,4 +232,4 @@ def test_a_table_has_no_maps(tmp_path, capsys):
     config = f"configs/transfer.py:model=mlp_small,method=full,data=table:{tmp_path / 't.csv'}"
     assert command.main(["train", config, "--config.total=(3, 'steps')", "--workdir", str(tmp_path / "w")]) == 0
     assert command.main(["explain", str(tmp_path / "w")]) == 2
-    assert "reads a table" in capsys.readouterr().err and not (tmp_path / "w/mistakes.png").exists()
+    assert "reads an input 'table'" in capsys.readouterr().err and not (tmp_path / "w/mistakes.png").exists()
