@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tl_jax.core.card import Card
-from tl_jax.models.conversion import NATIVE, QKV, SAME, Layout, Transform, rules_of
+from tl_jax.models.conversion import NATIVE, QKV, SAME, Layout, Transform, rules_of, vocabulary
 from tl_jax.models.text import Transformer
 from tl_jax.models.variant import Variant
 from tl_jax.models.vit import BLOCK, qkv_rules
@@ -26,11 +26,6 @@ from tl_jax.models.vit import BLOCK, qkv_rules
 STEM = "backbone/stem"
 POOLER = {"bert": ("square", "tanh"), "roberta": ("square", "tanh"), "distilbert": ("square", "relu")}
 _TWICE = Transform(lambda w, *_: w, lambda w: (w, w))
-
-
-def vocabulary(key: str) -> Transform:
-    """The field `vocab` of a card, from the embedding of the tokens in a file; see Layout.pixels."""
-    return Transform(lambda x: {"vocab": x[key].shape[0]} if key in x else {}, lambda mean, std: {})
 
 
 def _layer(kind: str) -> tuple[dict[str, str], list[str]]:

@@ -40,9 +40,9 @@ class Layout(NamedTuple):
     regex of source keys that are no weights, which are not read, though a rule may write them behind the weight.
     aliases: arguments of re.sub from other spellings to the table's.
     modules: source keys without their last part, of all but the head, in the file's order, where the table lists them.
-    pixels: for files that hold means and deviations of pixels: {"mean": ..., "std": ...} of a card from the tensors by
-    the table's keys ({} where there are none), and such tensors from a mean and a deviation. layers: names, of the
-    publisher's head before its last dense layer, see models/head.py.
+    pixels: for files that hold means and deviations of pixels, or a vocabulary: {field of a card: value} from the
+    tensors by the table's keys ({} where there are none), and such tensors from a mean and a deviation. layers: names,
+    of the publisher's head before its last dense layer, see models/head.py.
     """
 
     rules: tuple[Rule, ...]
@@ -165,8 +165,13 @@ def canonical(layout: Layout, key: str) -> str:
     return functools.reduce(lambda name, alias: re.sub(*alias, name), layout.aliases, key)
 
 
+def vocabulary(key: str) -> Transform:
+    """For Layout.pixels: the field `vocab` of a card, from the rows of the embedding of the tokens."""
+    return Transform(lambda x: {"vocab": x[key].shape[0]} if key in x else {}, lambda mean, std: {})
+
+
 def pixels_of(layout: Layout, tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[float, ...]]:
-    """The mean and deviation of a card, where a file holds them: {"mean": ..., "std": ...} or {}."""
+    """The fields of a card that a file holds itself: {"mean": ..., "std": ...}, {"vocab": ...} or {}."""
     return layout.pixels.load({canonical(layout, key): value for key, value in tensors.items()})
 
 

@@ -11,8 +11,8 @@ import re
 from typing import Any
 
 from tl_jax.core.card import Card
-from tl_jax.models.bert import STEM, vocabulary
-from tl_jax.models.conversion import ABSENT, DENSE, NATIVE, SAME, Layout, rules_of
+from tl_jax.models.bert import STEM
+from tl_jax.models.conversion import ABSENT, DENSE, NATIVE, SAME, Layout, rules_of, vocabulary
 from tl_jax.models.text import Transformer
 from tl_jax.models.variant import Variant
 from tl_jax.models.vit import BLOCK

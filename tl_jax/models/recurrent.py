@@ -211,6 +211,7 @@ _ALIASES = (
     (r"^(emb|embed|embeddings|word_embeddings)\.", "embedding."),
     (r"^(linear|classifier|out|output|decoder)\.(?=(weight|bias)$)", "fc."),
 )
+_VOCABULARY = conversion.vocabulary("embedding.weight")
 _ENDS = [
     Rule("params/backbone/stem/tok_embed/embedding", ("embedding.weight",), conversion.SAME),
     *conversion.dense("head", "fc"),
@@ -226,7 +227,7 @@ def recurrent_layout(cell: str) -> Layout:
             for leaf, key, transform in (("kernel", "weight", DENSE), ("bias", "bias", conversion.SAME)):
                 rows.append(Rule(f"{path}/{leaf}", (rf"{cell}.{key}_{layer}_l\1{suffix}",), transform))
     aliases = ((r"^(rnn\.)?(?=(weight|bias)_[ih]h_l\d)", f"{cell}."), *_ALIASES)
-    return Layout((*_ENDS, *rows), r"fc\..+", aliases=aliases)
+    return Layout((*_ENDS, *rows), r"fc\..+", aliases=aliases, pixels=_VOCABULARY)
 
 
 def windows_layout(widths: Sequence[int]) -> Layout:
@@ -238,12 +239,13 @@ def windows_layout(widths: Sequence[int]) -> Layout:
             lambda w, width=width: (w.reshape(width, -1, w.shape[1]).transpose(2, 1, 0),),
         )
         rows += conversion.affine(f"backbone/block0/window{width}", f"convs.{i}", transform)
-    return Layout((*_ENDS, *rows), r"fc\..+", aliases=_ALIASES)
+    return Layout((*_ENDS, *rows), r"fc\..+", aliases=_ALIASES, pixels=_VOCABULARY)
 
 
 LAYOUTS = {cell: {"torch": recurrent_layout(cell), "native": conversion.NATIVE} for cell in recur.CELLS}
 WINDOWS_LAYOUTS = {"torch": windows_layout((3, 4, 5)), "native": conversion.NATIVE}
-_MEAN = Layout((*_ENDS, *conversion.dense("backbone/final", "hidden")), r"fc\..+", aliases=_ALIASES)
+_MEAN_ROWS = (*_ENDS, *conversion.dense("backbone/final", "hidden"))
+_MEAN = Layout(_MEAN_ROWS, r"fc\..+", aliases=_ALIASES, pixels=_VOCABULARY)
 MEAN_LAYOUTS = {"torch": _MEAN, "native": conversion.NATIVE}
 VOCAB, MAX_LENGTH = 20000, 256  # where no vocabulary and no data say another
 _SIZE = r"([1-9]\d{0,3})"

@@ -77,13 +77,12 @@ def load(
         card = card.replace(head=head if card.num_classes else ())
         return _random(_make(models.get(name).module, card, head_init), card, seed)
     tensors, layout, variant, card, sha256 = _read(name, path)
-    card = text_inputs.known_tokens(card, variant.layouts[layout], tensors)
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
     own = tables.for_head(variant.layouts[layout], card.head)  # the file's own head
     made_for = _with_head(card, num_classes, head, own, tensors, path)
-    card = text_inputs.fit_card(for_input(made_for), text, path, hub.resolve(path))
+    card = text_inputs.fit_card(for_input(made_for), text, path)
     table = tables.for_head(variant.layouts[layout], card.head)
     model = _make(variant.module, card, head_init)
     shapes, features = _shapes(model, card)

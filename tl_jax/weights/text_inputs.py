@@ -1,15 +1,12 @@
-"""Which tokenizer belongs to weights of text, and how many tokens the network then knows."""
+"""Which tokenizer belongs to weights of text, and what else is asked of their input."""
 
 import pathlib
-from collections.abc import Mapping
 from typing import NamedTuple
-
-import numpy as np
 
 from tl_jax.core.card import Card
 from tl_jax.data.text import tokenizer as tokenizers
 from tl_jax.data.text.tokenizer import Tokenizer
-from tl_jax.models import conversion as tables
+from tl_jax.weights import hub
 
 TABLE = "params/backbone/stem/tok_embed/embedding"
 
@@ -25,24 +22,24 @@ class Text(NamedTuple):
 NO_TEXT = Text()
 
 
-def fit_card(card: Card, text: Text, path: str | pathlib.Path | None, file: pathlib.Path | None = None) -> Card:
+def fit_card(card: Card, text: Text, path: str | pathlib.Path | None) -> Card:
     """The card with the tokenizer that is asked for, else the one beside the weight file.
 
-    path: as it was given, for messages. file: of the weights, whose vocabulary the card has already. Raises ValueError
-    for another tokenizer than the card's, one with more tokens than the network, and lengths beyond its positions.
+    path: of the weights, whose vocabulary the card has already. Raises ValueError for another tokenizer than the
+    card's, one with more tokens than the network, and lengths beyond its positions.
     """
     if card.input != "text":
         if given := [name for name, value in text._asdict().items() if value]:
             raise ValueError(f"{', '.join(given)}: {card.model} reads an input {card.input!r}, no text")
         return card
-    there = tokenizers.find_for(file) if file else None
+    there = tokenizers.find_for(hub.resolve(path)) if path else None
     asked, problems = text.tokenizer or there, []
     if text.tokenizer and there and text.tokenizer.sha256 != there.sha256:
         problems.append(f"the tokenizer that is asked for is {text.tokenizer.sha256[:12]}, that beside the weights "
                         f"{there.sha256[:12]}: the weights know the tokens of theirs")  # fmt: skip
     if asked and card.tokenizer and asked.sha256 != card.tokenizer:
         problems.append(f"the tokenizer is {asked.sha256[:12]}, the card says {card.tokenizer[:12]}")
-    if asked and file and asked.size > card.vocab:
+    if asked and path and asked.size > card.vocab:
         problems.append(f"the tokenizer has {asked.size:,} tokens, the network's embedding {card.vocab:,}")
     if text.max_length > card.max_length:
         problems.append(f"max_length={text.max_length}, the card says {card.max_length} at most")
@@ -51,14 +48,5 @@ def fit_card(card: Card, text: Text, path: str | pathlib.Path | None, file: path
             f"the texts of {path or card.model} would not be what the weights expect: {'; '.join(problems)}"
         )
     changes = {"max_length": text.max_length, "pooling": text.pooling}
-    changes |= {"tokenizer": asked.sha256, "vocab": card.vocab if file else asked.size} if asked else {}
+    changes |= {"tokenizer": asked.sha256, "vocab": card.vocab if path else asked.size} if asked else {}
     return card.replace(**{name: value for name, value in changes.items() if value})
-
-
-def known_tokens(card: Card, table: tables.Layout, tensors: Mapping[str, np.ndarray]) -> Card:
-    """The card, of a network of text with as many tokens as the embedding of a file has rows."""
-    if card.input != "text":
-        return card
-    sources, transform = tables.sources_of(table, TABLE)
-    rows = [transform.load(x).shape[0] for key, x in tensors.items() if tables.canonical(table, key) in sources]
-    return card.replace(vocab=rows[0]) if rows else card

@@ -20,8 +20,8 @@ UNKNOWN = "[UNK]"
 SPECIAL = (UNKNOWN, "[CLS]", "[SEP]", "[MASK]")  # of those that are trained
 # Words as in the Penn Treebank, whose contractions GloVe knows: do n't, it 's.
 RULES = {"words": r"\w+(?=n't)|n't|'(?:s|re|ve|ll|d|m)\b|\w+|[^\w\s]", "chars": r"\S"}
-MADE = ("words", "chars", "wordpiece", "bpe")
 SIZES = {"words": 30_000, "chars": 8_000, "wordpiece": 8_000, "bpe": 8_000}
+MADE = tuple(SIZES)
 _known: dict[str, "Tokenizer"] = {}  # every one that was read or made, by its sha256
 
 
