@@ -105,8 +105,8 @@ def conv_norm(
 ) -> jax.Array:
     """act(norm(conv(x)) + shortcut) for two children of `module`, which has a field `policy`; act: of ACTIVATIONS.
 
-    With `fold`, a norm that uses its running statistics goes into the kernel, and one that uses the batch's becomes one
-    operation with what follows where `convolve.by_hand`.
+    With `fold`, a norm that uses its running statistics goes into the kernel, or for few pixels scales the result, and
+    one that uses the batch's becomes one operation with what follows where `convolve.by_hand`.
     """
     fold, by_batch = module.policy.fold and not module.is_initializing(), not norm.use_running_average
     if fold and by_batch and norm.axis_name is None and convolve.by_hand(norm.dtype):
@@ -122,10 +122,15 @@ def conv_norm(
     else:
         params, stats = module.variables["params"], module.variables["batch_stats"][norm.name]
         scale = params[norm.name].get("scale", 1.0) * jax.lax.rsqrt(stats["var"] + norm.epsilon)
-        kernel = params[conv.name]["kernel"] * jnp.expand_dims(scale, (0, 1, 2))
+        kernel, channels = params[conv.name]["kernel"], functools.partial(jnp.expand_dims, axis=(0, 1, 2))
         mean = stats["mean"] - params[conv.name]["bias"] if conv.use_bias else stats["mean"]
-        shift = (params[norm.name]["bias"] - mean * scale).astype(conv.dtype)
-        y = conv.run(x, kernel) + jnp.expand_dims(shift, (0, 1, 2))
+        shift = channels(params[norm.name]["bias"] - mean * scale).astype(conv.dtype)
+        # Of few pixels the result has fewer numbers to scale than the kernel.
+        pixels = x.size // x.shape[-1] // conv.stride**2
+        if isinstance(x.shape[0], int) and pixels * kernel.shape[-1] < kernel.size:
+            y = conv.run(x, kernel) * channels(scale).astype(conv.dtype) + shift
+        else:
+            y = conv.run(x, kernel * channels(scale)) + shift
     return ACTIVATIONS[act](y if shortcut is None else shortcut + y)
 
 
