@@ -95,11 +95,11 @@ def check_name(path: pathlib.Path) -> str:
 
 
 def _builtin(name):
-    path = ASSETS / f"{name}.safetensors"
-    if not path.is_file():
-        available = sorted(file.stem for file in ASSETS.glob("*.safetensors"))
-        raise FileNotFoundError(f"no builtin weights {name!r}; available: {available}")
-    return path
+    own = {file.stem: file for file in ASSETS.glob("*.safetensors")}
+    own |= {file.parent.name: file for file in ASSETS.glob(f"*/{WHOLE}")}  # with a tokenizer
+    if name not in own:
+        raise FileNotFoundError(f"no builtin weights {name!r}; available: {sorted(own)}")
+    return own[name]
 
 
 def _local(path):
