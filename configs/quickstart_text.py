@@ -3,7 +3,8 @@
 python launch.py --config configs/quickstart_text.py
 
 The embedded vectors stay as they are and a new head is trained on the mean of those of a text. The baseline is the same
-network trained whole from random vectors, on the same examples, with as many steps, at the rate that suits it.
+network trained whole from random vectors, on the same examples, with as many steps; of the rates 0.003 to 0.1 the same
+suits both best.
 """
 
 from configs import transfer
@@ -28,6 +29,5 @@ def get_config(arg: str = ""):
             ("model.weights", ""),
             ("model.tokenizer", "words"),
             ("method.name", "full"),
-            ("lr", 3e-2),
         )
     return transfer.parse(config, arg)
