@@ -24,7 +24,7 @@ from tl_jax.data.readers.glyphs import load_glyphs
 from tl_jax.data.readers.mat import load_mat
 from tl_jax.data.readers.packed import PackedImages, load_packed
 from tl_jax.data.readers.tables import load_csv, load_table
-from tl_jax.data.readers.texts import load_texts
+from tl_jax.data.readers.texts import load_texts, without_labels
 from tl_jax.data.sealed import SealedLabels, canonical
 
 __all__ = ["list_split", "load", "overlap", "parse_split", "stratified_order", "without"]
@@ -77,7 +77,7 @@ def load(
     many examples of every class (in every domain) by `seed`; more shots contain the fewer. `on_error="fail"` raises
     ValueError naming every file whose header is no image; `"skip"` decodes every image once, now, and drops the bad
     ones into `Source.skipped`. `data_dir` is where tfds keeps its data. `labelled=False` takes a folder of images
-    without class folders too, which has no class names. `sealed` names sources (see `sealed.canonical`), or pairs of
+    without class folders too, which has no class names; so do tasks of language modelling, for texts alone. `sealed` names sources (see `sealed.canonical`), or pairs of
     one and its split, whose labels nothing reads: slices are not stratified, and there are no shots; `poison` replaces
     these labels, to prove it. `form`: of the network's card. ValueError, FileNotFoundError.
     """
@@ -98,7 +98,7 @@ def load(
             if (part := cut.split) not in wholes:
                 how = poison if place in sealed or (place, part) in sealed else None
                 wholes[part] = _load_whole(name, part, task, labels, text, group, on_error, data_dir, how, form)
-        if (labelled or shots) and (bare := [whole for whole in wholes.values() if not whole.class_names]):
+        if (labelled or shots) and KINDS[task] != "tokens" and (bare := [whole for whole in wholes.values() if not whole.class_names]):
             found = f"no class folders in {bare[0].name}, only {len(bare[0])} files; expected {name}/CLASS/IMAGE"
             raise ValueError(f"{found}. Without classes it can be a stream without labels or shots alone")
         cut = [_cut(wholes[each.split], each, split_seed) for each in slices]
@@ -156,6 +156,7 @@ def list_split(
         found = BUILTIN[source](split) if source in BUILTIN else PLAIN[kind](argument, split)
     if len(found) == 0:
         raise ValueError(f"{found.name} holds no examples")
+    found = without_labels(found) if KINDS[task] == "tokens" and found.input == "text" else found
     check_fit(found, task)
     found = _in_form(found, form) if form else found
     return groups.by_pattern(found, group) if group and found.groups is None else found

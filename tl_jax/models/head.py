@@ -104,7 +104,8 @@ class Head(nn.Module):
 
 def reads(model: nn.Module) -> str:
     """The cut that the head of `model` reads: pre_logits, or the one before it where pool or flatten comes first."""
-    return model.cuts[-2] if model.num_classes and model.head and model.head[0][0] in READS_MAP else model.cuts[-1]
+    mapped = model.num_classes and model.head and model.head[0][0] in READS_MAP
+    return model.cuts[-2] if mapped or getattr(model, "decodes", False) else model.cuts[-1]
 
 
 def classify(

@@ -12,6 +12,7 @@ import optax
 from tl_jax.core import trees
 from tl_jax.core.card import Card
 from tl_jax.core.fields import DOMAIN, INDEX, LABEL
+from tl_jax.core.options import LANGUAGE
 from tl_jax.methods.term import AVERAGE, MAIN, MODEL, Context
 from tl_jax.tasks import Task
 from tl_jax.training import optim
@@ -376,13 +377,14 @@ def _make_forward(plan: Plan, everything: Any, ema: Mapping[str, jax.Array], bat
 def make_eval_step(reader: Reader, task: Task, prefix: Prefix | None = None) -> Callable:
     """eval_step(variables, x) -> {name: [B, ...] float32} of the task's outputs, and "features" [B, D]; pure.
 
-    x: what the network reads; outputs of the prefix where it is cached.
+    x: what the network reads; outputs of the prefix where it is cached; of language modelling with the labels.
     """
 
     def eval_step(variables: Mapping[str, Any], x: jax.Array) -> dict[str, jax.Array]:
+        x, labels = x if task.spec.name in LANGUAGE else (x, None)
         x, start, known = run_prefix(prefix, variables, x, reader.card)
         _, out = reader.module.apply(variables, x, train=False, start=start)
-        out = known | out
+        out = known | out | ({} if labels is None else {LABEL: labels})
         return {**task.keep(out), FEATURES: out["pre_logits"].astype(jnp.float32)}
 
     return eval_step

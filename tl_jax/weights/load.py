@@ -163,6 +163,8 @@ def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Var
     tensors, metadata = formats.read(file)
     sha256 = hub.check_name(file)
     card = Card.from_json(metadata[CARD_KEY]) if CARD_KEY in metadata else None
+    if card and card.model == f"{name}.mlm":  # whose head of masked tokens this network leaves out
+        card = card.replace(model=name)
     if not (name or card):
         raise ValueError(f"{path} has no weight card that names its model: give the name{_looks_like(tensors)}")
     name = name or card.model
@@ -209,6 +211,19 @@ def source_head(name: str, path: str | pathlib.Path, partial: Sequence[str] = ()
     if card.head or not any(tables.is_head(variant.layouts[layout], key) for key in tensors):
         return None
     return load(name, path, partial=partial).variables["params"]["head"]
+
+
+def has_token_head(name: str, path: str | pathlib.Path) -> bool:
+    """Whether the named network has a head of masked tokens, and the weight file too."""
+    if not path:
+        return False
+    name = name or card_of(name, path).model
+    variant = models.get(name)
+    if not getattr(variant.module(num_classes=0), "token_head", False):
+        return False
+    tensors, layout, *_ = _read(name, path)
+    head = {leaf: shape for leaf, shape in _default_shapes(name).items() if leaf.startswith(HEAD)}
+    return not tables.lacking(variant.layouts[layout], head, tensors)
 
 
 def export(

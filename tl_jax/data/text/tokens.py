@@ -1,7 +1,7 @@
 """Texts of a source, and their tokens: ragged rows of which a batch takes the next larger of a few lengths."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,13 +42,15 @@ def part_texts(data: np.ndarray, offsets: np.ndarray) -> Texts:
 class Tokens(NamedTuple):
     """The tokens of N examples: `flat[starts[i]:starts[i + 1]]`, int32 [T, 2] of numbers and segments.
 
-    cut: how many examples were longer than the network takes.
+    cut: how many examples were longer than the network takes. labelled: of language modelling, what makes (tokens,
+    labels) of the tokens of a batch, see language.py.
     """
 
     flat: np.ndarray
     starts: np.ndarray
     lengths: tuple[int, ...]  # that batches may have, rising
     cut: int = 0
+    labelled: Callable | None = None
 
     @property
     def counts(self) -> np.ndarray:
