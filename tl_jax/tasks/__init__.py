@@ -12,12 +12,12 @@ from tl_jax.tasks import binary, classification, language, multilabel, regressio
 from tl_jax.tasks.intervals import interval, resample
 from tl_jax.tasks.predictions import Predictions, load_predictions, make_predictions, save_predictions
 from tl_jax.tasks.tables import format_classes, format_sets, format_table
-from tl_jax.tasks.task import Metrics, Spec, Task, card_fields, preference, spec_of, spec_problems
+from tl_jax.tasks.task import Metrics, Spec, Task, card_fields, preference, refuse_language, spec_of, spec_problems
 
 __all__ = [
     "CALIBRATION", "METRICS", "Metrics", "Predictions", "Spec", "Task", "bounds", "card_fields", "confusion",
     "direction", "fit_spec", "format_classes", "format_sets", "format_table", "load_predictions", "make",
-    "make_predictions", "paired_difference", "point", "preference", "save_predictions", "scalar_names", "scores",
+    "make_predictions", "paired_difference", "point", "preference", "refuse_language", "save_predictions", "scalar_names", "scores",
     "share_interval", "span", "spec_of", "summarize",
 ]  # fmt: skip
 

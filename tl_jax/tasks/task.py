@@ -69,6 +69,13 @@ class Task(NamedTuple):
     calibrate: Callable
 
 
+def refuse_language(task: str, what: Any) -> None:
+    """Raises ValueError where `what` is of a task of language modelling, and answers for whole texts are asked for."""
+    if task in LANGUAGE:
+        uses = "model.weights begins another run with it, tl_jax.features reads texts, tl_jax.generate goes on with one"
+        raise ValueError(f"{what} is of the task {task!r}, which tells tokens and has no answer for a text; {uses}")
+
+
 def spec_of(card: Card) -> Spec:
     return Spec(card.task, card.class_names, card.target_mean, card.target_std, card.threshold)
 
