@@ -77,9 +77,10 @@ def load(
     many examples of every class (in every domain) by `seed`; more shots contain the fewer. `on_error="fail"` raises
     ValueError naming every file whose header is no image; `"skip"` decodes every image once, now, and drops the bad
     ones into `Source.skipped`. `data_dir` is where tfds keeps its data. `labelled=False` takes a folder of images
-    without class folders too, which has no class names; so do tasks of language modelling, for texts alone. `sealed` names sources (see `sealed.canonical`), or pairs of
-    one and its split, whose labels nothing reads: slices are not stratified, and there are no shots; `poison` replaces
-    these labels, to prove it. `form`: of the network's card. ValueError, FileNotFoundError.
+    without class folders too, which has no class names; so do tasks of language modelling, for texts alone. `sealed`
+    names sources (see `sealed.canonical`), or pairs of one and its split, whose labels nothing reads: slices are not
+    stratified, and there are no shots; `poison` replaces these labels, to prove it. `form`: of the network's card.
+    ValueError, FileNotFoundError.
     """
     names = (source,) if isinstance(source, str) else tuple(source)
     if task not in KINDS:
@@ -98,7 +99,8 @@ def load(
             if (part := cut.split) not in wholes:
                 how = poison if place in sealed or (place, part) in sealed else None
                 wholes[part] = _load_whole(name, part, task, labels, text, group, on_error, data_dir, how, form)
-        if (labelled or shots) and KINDS[task] != "tokens" and (bare := [whole for whole in wholes.values() if not whole.class_names]):
+        bare = [whole for whole in wholes.values() if not whole.class_names and KINDS[task] != "tokens"]
+        if (labelled or shots) and bare:
             found = f"no class folders in {bare[0].name}, only {len(bare[0])} files; expected {name}/CLASS/IMAGE"
             raise ValueError(f"{found}. Without classes it can be a stream without labels or shots alone")
         cut = [_cut(wholes[each.split], each, split_seed) for each in slices]

@@ -17,8 +17,8 @@ from tl_jax.tasks.task import Metrics, Spec, Task, card_fields, preference, refu
 __all__ = [
     "CALIBRATION", "METRICS", "Metrics", "Predictions", "Spec", "Task", "bounds", "card_fields", "confusion",
     "direction", "fit_spec", "format_classes", "format_sets", "format_table", "load_predictions", "make",
-    "make_predictions", "paired_difference", "point", "preference", "refuse_language", "save_predictions", "scalar_names", "scores",
-    "share_interval", "span", "spec_of", "summarize",
+    "make_predictions", "paired_difference", "point", "preference", "refuse_language", "save_predictions",
+    "scalar_names", "scores", "share_interval", "span", "spec_of", "summarize",
 ]  # fmt: skip
 
 METRICS = {

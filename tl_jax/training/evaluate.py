@@ -43,8 +43,8 @@ def collect(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """The outputs {name: array} of eval_fn(inputs) for every example once, in the order of the source.
 
-    field: or several, of which eval_fn gets a tuple. axes: the axis of the examples, where it is not the first. Padding is dropped by its mask; raises RuntimeError
-    unless each example was seen exactly once.
+    field: or several, of which eval_fn gets a tuple. axes: the axis of the examples, where it is not the first. Padding
+    is dropped by its mask; raises RuntimeError unless each example was seen exactly once.
     """
     source, columns = batches.source, []
     for batch in console.counted("outputs", batches, len(batches), shown=jax.process_index() == 0):

@@ -193,7 +193,7 @@ def _update(plan: Plan, tx: optax.GradientTransformation, turn: Turn | None, sta
     total = count if plan.accumulate == 1 else {name: n / plan.accumulate for name, n in count.items()}
     compute = _accumulated if plan.accumulate > 1 else _gradients
     grads, batch_stats, memory, sums = compute(plan, chosen, state, state.batch_stats, state.memory, batch, total, key)
-    sums = {**sums, "examples": jnp.asarray(_examples(plan, batch), jnp.float32)}
+    sums = {**sums, "examples": jnp.asarray(_examples(plan, batch, count), jnp.float32)}
     if plan.axis_name:
         statistics = updated_statistics(batch_stats, plan.frozen_norms)
         grads, statistics = jax.lax.pmean((grads, statistics), plan.axis_name)
@@ -221,10 +221,10 @@ def _mean_of(found: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
     return {name: sum(values) / len(values) for name, values in having.items()}
 
 
-def _examples(plan: Plan, batch: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array | int:
-    """The weight of a batch in sums: what counts in the stream `train`, else the rows of the first stream."""
+def _examples(plan: Plan, batch: Mapping[str, Mapping[str, jax.Array]], total) -> jax.Array | int:
+    """The weight of a batch in sums: the total of the stream `train`, else the rows of the first stream."""
     name = MAIN if MAIN in batch else plan.streams[0]
-    return plan.task.count(batch[name][LABEL]).sum() if LABEL in batch[name] else len(batch[name][INDEX])
+    return total[name] if LABEL in batch[name] else len(batch[name][INDEX])
 
 
 def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, batch, total, key):
@@ -243,7 +243,7 @@ def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, 
     count = {name: task.count(batch[name][LABEL]) for name in encoded}
     step = state.step
     progress = (step - plan.start) / plan.length
-    examples = jnp.asarray(_examples(plan, batch), jnp.float32)
+    examples = jnp.asarray(_examples(plan, batch, total), jnp.float32)
     loss, sums, memory = 0.0, {}, dict(memory)
     for name, (weight, term) in method.terms.items():
         context = Context(
@@ -274,7 +274,7 @@ def make_logs(plan: Plan, names: Collection[str]) -> Callable:
         total = {name: plan.task.count(fields[LABEL]).sum() for name, fields in batch.items() if LABEL in fields}
         key = jax.random.fold_in(state.key, state.step)
         _, (_, _, sums) = compute_loss(plan, {}, state, state.batch_stats, state.memory, batch, total, key)
-        return {name: sums[name] / _examples(plan, batch) for name in logs}
+        return {name: sums[name] / _examples(plan, batch, total) for name in logs}
 
     return values
 

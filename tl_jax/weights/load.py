@@ -80,10 +80,10 @@ def load(
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
-    own = tables.for_head(variant.layouts[layout], card.head)  # the file's own head
+    own = tables.for_head(variant.layouts[layout], card.head, tensors)  # the file's own head
     made_for = _with_head(card, num_classes, head, own, tensors, path)
     card = text_inputs.fit_card(for_input(made_for), text, path)
-    table = tables.for_head(variant.layouts[layout], card.head)
+    table = tables.for_head(variant.layouts[layout], card.head, kept)
     model = _make(variant.module, card, head_init)
     shapes, features = _shapes(model, card)
     changed = other_inputs.changed(table, shapes, kept, model, made_for, bool(image_size))
@@ -242,7 +242,7 @@ def export(
     variant = models.get(card.model)  # the flavour, whose leaves may be others
     keras = pathlib.Path(path).suffix.lower() in formats.KERAS
     own = [name for name in variant.layouts if name.startswith("keras")] or ["keras"]
-    layout = layout or (own[-1] if keras else next(iter(variant.layouts)))
+    usual, layout = not layout, layout or (own[-1] if keras else next(iter(variant.layouts)))
     if layout not in variant.layouts:
         raise ValueError(f"{name} has no layout {layout!r}; it has {', '.join(variant.layouts)}")
     if keras and not layout.startswith("keras"):
@@ -266,6 +266,8 @@ def export(
     if any(problems.values()):
         raise ValueError(f"cannot export these variables as {name}: {tables.listing(problems)}")
     table = tables.for_head(variant.layouts[layout], card.head)
+    if usual and tables.lacks_bias(table, flat):  # of GPT-2: transformers has none
+        table = tables.with_native_head(table)
     tensors = dict(table.pixels.export(card.mean, card.std))
     for leaf, value in flat.items():
         keys, transform = tables.sources_of(table, leaf)

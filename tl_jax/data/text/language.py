@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tl_jax.data.text.tokens import PADDING
 from tl_jax.data.text.tokenizer import Tokenizer
+from tl_jax.data.text.tokens import PADDING
 
 MASKS = ("[MASK]", "<mask>")
 ENDS = ("<|endoftext|>", "[SEP]", "</s>", "[EOS]", "<eos>")  # of a text
@@ -98,11 +98,25 @@ def pieces(tokenizer: Tokenizer, text: str, max_length: int) -> list[str]:
     """
     opened = tokenizer.open()
     found = opened.encode(text.encode(errors="replace").decode(), add_special_tokens=False)
-    room, words, cuts, first = max(1, max_length - opened.num_special_tokens_to_add(False)), found.word_ids, [0], 0
-    while first + room < len(words):
-        stop = first + room
-        while stop > first and words[stop] is not None and words[stop] == words[stop - 1]:
+    room, words = max(1, max_length - opened.num_special_tokens_to_add(False)), found.word_ids
+    made, first, start = [], 0, 0
+    while first < len(words):
+        stop = min(first + room, len(words))
+        while True:
+            stop = _word_start(words, first, stop)
+            piece = text[start : found.offsets[stop - 1][1] if stop < len(words) else None]
+            # By itself a piece may have another token, such as that of a space before the first word.
+            if stop == first + 1 or len(opened.encode(piece).ids) <= max_length:
+                break
             stop -= 1
-        first = stop if stop > first else first + room
-        cuts.append(found.offsets[first - 1][1])
-    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+        made.append(piece)
+        first, start = stop, start + len(piece)
+    return made or [text]
+
+
+def _word_start(words: list[int | None], first: int, stop: int) -> int:
+    """The last place up to `stop` where a word begins, or all end; `stop`, where that is not behind `first`."""
+    place = stop
+    while first < place < len(words) and words[place] is not None and words[place] == words[place - 1]:
+        place -= 1
+    return place if place > first else stop
