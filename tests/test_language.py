@@ -4,7 +4,6 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from walks import Crash, assert_same_training, crash_at, remains, variables_of, walk
@@ -101,13 +100,16 @@ def test_labels_are_pure_in_seed_and_step_and_those_of_an_evaluation_stay(task, 
         np.testing.assert_array_equal(once[field], again[field])
     np.testing.assert_array_equal(source.labels, -1)
     if task == "masked_lm":
-        epoch = {i: row for s in range(10) for i, row in zip(batches[0][s]["index"], batches[0][s]["label"])}  # noqa: B905
-        later = {i: row for s in range(10, 20) for i, row in zip(batches[0][s]["index"], batches[0][s]["label"])}  # noqa: B905
-        assert sum(epoch[i].tolist() != later[i].tolist() for i in epoch) > 40 and (once["index"] != other["index"]).any()
-    one, two = (list(eval_batches(source, views, size)) for size in (8, 20))
-    by_index = [{i: sorted(x[x >= 0].ravel().tolist()) for b in each for i, x in zip(b["index"], b["label"], strict=True)
-                 if i >= 0} for each in (one, two)]  # fmt: skip
-    assert by_index[0] == by_index[1] and len(by_index[0]) == 80
+        epochs = [labels_by_index(batches[0][s] for s in range(start, start + 10)) for start in (0, 10)]
+        assert sum(epochs[0][i] != epochs[1][i] for i in epochs[0]) > 40 and (once["index"] != other["index"]).any()
+    one, two = (labels_by_index(eval_batches(source, views, size)) for size in (8, 20))
+    assert one == two and len(one) == 80
+
+
+def labels_by_index(batches):
+    """The positions and tokens of each example, whatever the length of its batch."""
+    rows = (pair for batch in batches for pair in zip(batch["index"].tolist(), batch["label"], strict=True))
+    return {i: labels[labels >= 0].tolist() for i, labels in rows if i >= 0}
 
 
 def test_the_label_of_a_position_is_the_next_token(texts):
@@ -309,7 +311,10 @@ def test_the_weights_of_a_run_begin_another_with_classes_and_one_with_tokens(tas
     run = build.build(config_of("classification", texts, **weights, **{"model.name": name}), parallel)
     saved = trees.flatten(tl_jax.load_run(tmp_path / "w").model.variables["params"])
     begun = trees.flatten(run.material.variables["params"])
-    assert run.material.card.model == name and {x for x in begun if x.startswith("head/")} == {"head/kernel", "head/bias"}
+    assert run.material.card.model == name and {x for x in begun if x.startswith("head/")} == {
+        "head/kernel",
+        "head/bias",
+    }
     for path in (x for x in begun if x.startswith("backbone/")):
         np.testing.assert_array_equal(begun[path], saved[path])
     on = build.build(config_of(task, texts, **weights), parallel).material
@@ -319,7 +324,9 @@ def test_the_weights_of_a_run_begin_another_with_classes_and_one_with_tokens(tas
         config = config_of("classification", texts, **weights, **{"model.name": name, "lr": 0.01})
         result, run = train(config, tmp_path / "c", verbose=False), tl_jax.load_run(tmp_path / "c")
         again = run.evaluate(f"text:{texts}/texts.csv", "train[60%:]")["nll"]["value"]
-        assert again == pytest.approx(result["metrics"]["nll"]["value"], rel=1e-5)  # GPT-2's head of zeros has a bias now
+        assert again == pytest.approx(
+            result["metrics"]["nll"]["value"], rel=1e-5
+        )  # GPT-2's head of zeros has a bias now
 
 
 def test_files_are_cut_into_pieces_which_are_groups(texts):
@@ -336,7 +343,10 @@ def test_files_are_cut_into_pieces_which_are_groups(texts):
 def test_a_txt_file_is_its_paragraphs(tmp_path):
     (tmp_path / "book.txt").write_text("One line\nand another.\n\n  \nTwo.\n")
     source = sources.load(f"text:{tmp_path}/book.txt", task="masked_lm")
-    assert source.inputs.rows == (("One line\nand another.",), ("Two.",)) and source.ids == ("paragraph/0", "paragraph/1")
+    assert source.inputs.rows == (("One line\nand another.",), ("Two.",)) and source.ids == (
+        "paragraph/0",
+        "paragraph/1",
+    )
 
 
 WRONG = {
@@ -432,3 +442,28 @@ def test_generation_is_of_its_seed_and_stops_at_the_end_token_and_the_last_posit
             tl_jax.generate(own, prompt)
     with pytest.raises(ValueError, match="does not predict the next token"):
         tl_jax.generate(tl_jax.load("bert_l1_h8_a1"), "t1")
+
+
+# ULMFiT.
+
+
+@pytest.mark.thin(1)
+@pytest.mark.parametrize("name", ["lstm_8x2_8d", "bert_l2_h16_a2"])
+def test_each_phase_of_ulmfit_trains_one_block_more_at_rates_that_fall_by_2_6(name, texts):
+    from configs import ulmfit
+
+    given = {"model.tokenizer": "words", "data.train": "train[:60%]", "data.val": "train[60%:]", "batch_size": 4}
+    config = options.override(
+        ulmfit.get_config(f"model={name},data=text:{texts}/texts.csv,total=(2.0,'epochs')"), given
+    )
+    run = build.build(config, tl_jax.runtime.sharding.make_parallel(devices=jax.devices()[:1]))
+    order = ["head", "block1", "block0", "stem"]
+    for i, phase in enumerate(run.phases):
+        rates = {part: {row["lr_mult"] for row in phase.audit["parameters"] if f"{part}/" in f"{row['path']}/"}
+                 for part in order}  # fmt: skip
+        for depth, part in enumerate(order):
+            assert list(rates[part]) == ([pytest.approx(2.6**-depth)] if depth <= i else [0.0]), (i, part)
+        count = phase.length
+        rate = np.array([float(phase.schedule(step)) for step in range(count)])
+        assert count == (12, 12, 12, 24)[i] and rate.argmax() == -(-count // 10) and rate.max() == pytest.approx(0.01)
+        assert 0.01 / 32 <= rate[-1] < 0.01 * (1 / 32 + 1.5 / count) and (np.diff(rate[rate.argmax() :]) < 0).all()

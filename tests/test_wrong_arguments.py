@@ -19,7 +19,8 @@ SMALL = ("0", "-1", "x", "", "1e9", "nan", "1000000000000", "9" * 400)
 WRONG = ("", "nowhere", f"{ABSENT}/at/all", "a" * 300, "/proc/self/mem", "hf://", "builtin:x", "folder:", "digit",
          "csv:", "a/b/c", "é\udcff", "-", "~nobody/x")  # fmt: skip
 OPTIONS = {
-    **dict.fromkeys(("--resamples", "--batch-size", "--alphas", "--size", "--top", "--folds", "--count", "--tokens"), SMALL),
+    **dict.fromkeys(("--resamples", "--batch-size", "--alphas", "--size", "--top", "--folds", "--count"), SMALL),
+    "--tokens": SMALL,
     "--image-size": ("-1", "x", "1000000000"),
     **dict.fromkeys(("--coverage", "--keep"), ("0", "1", "nan", "x", "0.99999")),
     **dict.fromkeys(("--sets", "--ood"), ("x", "energy,knn")),
