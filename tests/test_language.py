@@ -1,5 +1,6 @@
 """Language modelling: labels of tokens, losses of transformers, runs that resume and that others begin with."""
 
+import dataclasses
 import functools
 import math
 
@@ -163,6 +164,7 @@ def twin(task, tmp_path, monkeypatch):
     return reference.randomize(theirs), tl_jax.load(name, reference.save(theirs, tmp_path / "w.pth"))
 
 
+@pytest.mark.thin(1)
 @EACH
 def test_loss_and_gradient_are_those_of_transformers(task, tmp_path, monkeypatch):
     theirs, own = twin(task, tmp_path, monkeypatch)
@@ -350,12 +352,6 @@ def test_a_txt_file_is_its_paragraphs(tmp_path):
 
 
 WRONG = {
-    "bert_l2_h16_a2.mlm has the head": {"model.name": "bert_l2_h16_a2"},
-    "can be trained as 'next_token'": {"model.name": "gpt2_l2_h16_a2"},
-    "does not predict tokens": {"model.name": "word_average_16_8d", "model.tokenizer": "words"},
-    "none of the mask tokens": {"model.tokenizer": "words"},
-    "label_smoothing": {"method.label_smoothing": 0.1},
-    "texts have neither": {"method.mixup": 0.2},
     "cache keeps": {"cache": "features"},
     "use 'jit'": {"parallel": "pmap"},
     "needs classes": {"data.sampling": "class_balanced"},
@@ -366,9 +362,16 @@ WRONG = {
     "streams and networks": {"streams": {"target": {"source": "digits", "split": "train"}}},
     "shots are examples of a class": {"data.shots": 2},
     "does not go with replicas": {"replicas": ((("lr", 0.1),), (("lr", 0.2),))},
+    "bert_l2_h16_a2.mlm has the head": {"model.name": "bert_l2_h16_a2"},
+    "can be trained as 'next_token'": {"model.name": "gpt2_l2_h16_a2"},
+    "does not predict tokens": {"model.name": "word_average_16_8d", "model.tokenizer": "words"},
+    "none of the mask tokens": {"model.tokenizer": "words"},
+    "label_smoothing": {"method.label_smoothing": 0.1},
+    "texts have neither": {"method.mixup": 0.2},
 }
 
 
+@pytest.mark.thin(10)
 @pytest.mark.parametrize("message", WRONG)
 def test_what_cannot_work_is_one_message(message, texts):
     with pytest.raises(ValueError, match=message):
@@ -381,8 +384,6 @@ def test_what_cannot_work_is_one_message(message, texts):
 def gpt_with_words(tmp_path, monkeypatch, positions=1024):
     theirs, own = twin("next_token", tmp_path, monkeypatch)
     words = tokenizer.of_words([f"t{i}" for i in range(49)])
-    import dataclasses
-
     module = own.module.clone(positions=positions)
     table = {**own.variables["params"]["backbone"]["stem"]}
     table["pos_embed"] = table["pos_embed"][:positions]
@@ -423,6 +424,7 @@ def test_the_nucleus_is_that_of_a_plain_count_and_of_transformers(top_p, tempera
     np.testing.assert_allclose(nucleus(logits, temperature, top_p), warped.softmax(-1)[0].numpy(), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_generation_is_of_its_seed_and_stops_at_the_end_token_and_the_last_position(tmp_path, monkeypatch, capsys):
     from tl_jax.api import generate as module
 
