@@ -63,8 +63,10 @@ def masked(known: Vocabulary, x: np.ndarray, draws: Iterable[tuple[int, int]]) -
     """
     x, most = x.copy(), most_masked(x.shape[1])
     labels = np.full((len(x), most, 2), PADDING, np.int32)
+    is_ordinary = np.zeros(max(known.ordinary[-1], x[..., 0].max()) + 2, bool)  # the last is that of PADDING, -1
+    is_ordinary[known.ordinary] = True
     for row, own, key in zip(x, labels, draws, strict=True):
-        there = np.flatnonzero(np.isin(row[:, 0], known.ordinary))
+        there = np.flatnonzero(is_ordinary[row[:, 0]])
         if not len(there):
             continue
         rng = np.random.Generator(np.random.Philox(key=key))
