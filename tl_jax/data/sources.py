@@ -77,10 +77,9 @@ def load(
     many examples of every class (in every domain) by `seed`; more shots contain the fewer. `on_error="fail"` raises
     ValueError naming every file whose header is no image; `"skip"` decodes every image once, now, and drops the bad
     ones into `Source.skipped`. `data_dir` is where tfds keeps its data. `labelled=False` takes a folder of images
-    without class folders too, which has no class names; so do tasks of language modelling, for texts alone. `sealed`
-    names sources (see `sealed.canonical`), or pairs of one and its split, whose labels nothing reads: slices are not
-    stratified, and there are no shots; `poison` replaces these labels, to prove it. `form`: of the network's card.
-    ValueError, FileNotFoundError.
+    without class folders too, which has no class names. `sealed` names sources (see `sealed.canonical`), or pairs of
+    one and its split, whose labels nothing reads: slices are not stratified, and there are no shots; `poison` replaces
+    these labels, to prove it. `form`: of the network's card. ValueError, FileNotFoundError.
     """
     names = (source,) if isinstance(source, str) else tuple(source)
     if task not in KINDS:
@@ -92,15 +91,14 @@ def load(
         raise ValueError(f"{shots=}, {seed=}, {split_seed=}: none may be negative")
     if shots and KINDS[task] != "classes":
         raise ValueError(f"shots={shots}: shots are examples of a class, and the task {task!r} has none; use a slice")
-    slices, domains = parse_split(split), []
+    slices, domains, labelled = parse_split(split), [], labelled and KINDS[task] != "tokens"
     for name in names:
         place, wholes = canonical(name), {}
         for cut in slices:
             if (part := cut.split) not in wholes:
                 how = poison if place in sealed or (place, part) in sealed else None
                 wholes[part] = _load_whole(name, part, task, labels, text, group, on_error, data_dir, how, form)
-        bare = [whole for whole in wholes.values() if not whole.class_names and KINDS[task] != "tokens"]
-        if (labelled or shots) and bare:
+        if (labelled or shots) and (bare := [whole for whole in wholes.values() if not whole.class_names]):
             found = f"no class folders in {bare[0].name}, only {len(bare[0])} files; expected {name}/CLASS/IMAGE"
             raise ValueError(f"{found}. Without classes it can be a stream without labels or shots alone")
         cut = [_cut(wholes[each.split], each, split_seed) for each in slices]
