@@ -111,7 +111,7 @@ def pieces(tokenizer: Tokenizer, text: str, max_length: int) -> list[str]:
             if stop == first + 1 or len(opened.encode(piece).ids) <= max_length:
                 break
             stop -= 1
-        made.append(piece)
+        made += [piece] * bool(piece)  # the tokens of one character may be more than a piece has
         first, start = stop, start + len(piece)
     return made or [text]
 
