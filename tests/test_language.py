@@ -393,6 +393,7 @@ def gpt_with_words(tmp_path, monkeypatch, positions=1024):
     return theirs, dataclasses.replace(own, module=module, variables={"params": params}, card=card), words
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     theirs, own, words = gpt_with_words(tmp_path, monkeypatch)
@@ -450,7 +451,7 @@ def test_generation_is_of_its_seed_and_stops_at_the_end_token_and_the_last_posit
 # ULMFiT.
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lstm_8x2_8d", "bert_l2_h16_a2"])
 def test_each_phase_of_ulmfit_trains_one_block_more_at_rates_that_fall_by_2_6(name, texts):
     from configs import ulmfit
