@@ -20,6 +20,7 @@ WRONG = ("", "nowhere", f"{ABSENT}/at/all", "a" * 300, "/proc/self/mem", "hf://"
          "csv:", "a/b/c", "é\udcff", "-", "~nobody/x")  # fmt: skip
 OPTIONS = {
     **dict.fromkeys(("--resamples", "--batch-size", "--alphas", "--size", "--top", "--folds", "--count"), SMALL),
+    "--tokens": SMALL,
     "--image-size": ("-1", "x", "1000000000"),
     **dict.fromkeys(("--coverage", "--keep"), ("0", "1", "nan", "x", "0.99999")),
     **dict.fromkeys(("--sets", "--ood"), ("x", "energy,knn")),
@@ -31,6 +32,8 @@ OPTIONS = {
     "--log": (),
     "--abstain": ("x", "ood,x"),
     "--level": ("0", "1", "2", "nan", "-1", "x", ""),
+    "--temperature": ("-1", "x", "nan"),
+    "--top-p": ("0", "2", "nan", "x"),
     "--seed": ("-1", "x", "9" * 400),
     "--workers": ("-1", "x", "1000000000"),
     "--interpolation": ("x", ""),
@@ -91,6 +94,7 @@ def valid(place):
         "drift": [f"{run}/predictions.npz", f"{run}/predictions.npz"],
         "export": [f"--weights={GLYPHS}", str(place / "exported")],
         "serve": [run],
+        "generate": [str(place / "writer"), "the"],
         "inspect": [GLYPHS],
         "convert": ["resnet8_cifar", GLYPHS, str(place / "out.safetensors")],
         "pack": [f"folder:{images}", str(place / "packed")],

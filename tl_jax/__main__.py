@@ -134,6 +134,15 @@ COMMANDS = {
         arg("--out", default="", help="write a page to this .html file"),
         _BATCH,
     )),
+    commands.generate: ("what a network of the next token, such as GPT-2, writes behind a prompt", (
+        arg("weights", help="the folder of a run, or a weight file"),
+        arg("prompt", help="the text to go on with"),
+        arg("--model", default="", help="the model of the weights; not needed where their card names it"),
+        arg("--tokens", type=_COUNT, default=50, help="at most so many"),
+        arg("--temperature", type=one(checks.number(0), float), default=1.0, help="0: always the most probable token"),
+        arg("--top-p", type=one(checks.number(0, 1, above=True), float), default=1.0, help="of nucleus sampling"),
+        arg("--seed", type=one(SEED), default=0, help="of the sampling"),
+    )),
     commands.inspect: (
         "list a weight file's tensors, and what it fits or is near to; timm: lists known files", (_WEIGHTS,),
     ),

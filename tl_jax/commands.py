@@ -135,6 +135,12 @@ def drift(args: Args) -> None:
     drift_page.run(args)
 
 
+def generate(args: Args) -> None:
+    network = tl_jax.load(args.model, args.weights)
+    how = {name: getattr(args, name) for name in ("tokens", "temperature", "top_p", "seed")}
+    print(args.prompt + tl_jax.generate(network, args.prompt, **how))
+
+
 def inspect(args: Args) -> None:
     console.show(tl_jax.inspect(args.source, console.make_console().width))
 

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from tl_jax.core import checks, files, messages, synonyms
-from tl_jax.core.options import CARD, NETWORK, OPTIONS, SELECTORS, STREAM, TASK_ARGS, TASKS, WEIGHT
+from tl_jax.core.options import CARD, LANGUAGE, NETWORK, OPTIONS, SELECTORS, STREAM, TASK_ARGS, TASKS, WEIGHT
 
 WHOLE = tuple(name for name, option in OPTIONS.items() if isinstance(option.initial, dict))  # each is one value
 REPLICABLE = tuple(name for name, option in OPTIONS.items() if option.replica)
@@ -255,6 +255,7 @@ def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
     replicas = flat["replicas"]
     alone = {key: flat[key] for key in ("seeds", "baseline", "fsdp")}
     alone |= {"method.name": flat["method.name"] in PROBES, "parallel": flat["parallel"] == "pmap"}
+    alone["task"] = flat["task"] in LANGUAGE
     rows = ((given and replicas, f"{key} = {flat[key]!r} does not go with replicas") for key, given in alone.items())
     problems = _where(*rows)
     for i, replica in enumerate(replicas):

@@ -40,6 +40,7 @@ def calibrate(
     test, on the split itself in FOLDS folds, each judged by what the others fit. Raises ValueError for arguments that
     do not fit, a split that is not there, is sealed or was trained on, and a run without weights, as of knn.
     """
+    tasks.refuse_language(run.options["task"], run.folder)
     choice = {"coverage": coverage, "sets": sets, "ood": ood, "keep": keep, "abstain": abstain}
     data = splits_of(run)
     names = [name for name, source in data.items() if name not in (MAIN, inputs.SPLITS[0]) and not source.sealed]

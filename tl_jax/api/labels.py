@@ -26,7 +26,7 @@ from tl_jax.data.image import decode
 from tl_jax.methods import probes
 from tl_jax.runtime import sharding
 from tl_jax.runtime.log import tolerate
-from tl_jax.tasks import answers, load_predictions
+from tl_jax.tasks import answers, load_predictions, refuse_language
 from tl_jax.training import build, inputs, probe
 from tl_jax.training.settings import read
 from tl_jax.training.train import never
@@ -112,6 +112,7 @@ def suspects(
     """
     found = load_run(run)
     flat, folder = found.options, pathlib.Path(out or found.folder / "labels")
+    refuse_language(flat["task"], found.folder)
     known = _splits(flat)
     spec = load_predictions(found.folder / "predictions.npz").spec
     one_of = spec.class_names if spec.name == "multilabel" else ("",)

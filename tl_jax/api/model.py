@@ -343,6 +343,8 @@ def _model(given: Any, head: bool = True) -> Network:
     if not isinstance(found, Network):
         expected = "a model, as `load` gives it, a run, as `fit` and `load_run` do, or what `load_export` gives"
         raise ValueError(f"expected {expected}; found {given!r}")
+    if head:
+        tasks.refuse_language(found.card.task, found.weights or found.name)
     if head and not found.card.num_classes:
         raise ValueError(f"{found.card.model} was loaded without a head: it has features, and no outputs")
     return found

@@ -66,11 +66,12 @@ TASK_ARGS = {
     "class_weight": either(one_of("balanced"), POSITIVE),
     "pos_weight": either(number(0, above=True), POSITIVE),
 }
+LANGUAGE = ("masked_lm", "next_token")  # tasks whose labels are the tokens of texts
 # Each with its task_args.
 TASKS = {
     "classification": ("class_weight",),
     **dict.fromkeys(("binary", "multilabel"), ("pos_weight",)),
-    "regression": (),
+    **dict.fromkeys(("regression", *LANGUAGE), ()),
 }
 STREAM = {
     "source": SOURCE,

@@ -7,15 +7,18 @@ from typing import NamedTuple
 import numpy as np
 
 from tl_jax.core.checks import refuse
+from tl_jax.core.options import LANGUAGE
 from tl_jax.data.examples import Source
 from tl_jax.data.readers.folder import natural_key
 
 KINDS = {"classification": "classes", "binary": "classes", "multilabel": "multilabel", "regression": "targets"}
+KINDS |= dict.fromkeys(LANGUAGE, "tokens")
 EXPECTED = {
     "classification": "one class for each example",
     "binary": "one of two classes for each example",
     "multilabel": "0 or 1 for each of several labels",
     "regression": "one or several numbers for each example",
+    **dict.fromkeys(LANGUAGE, "texts, whose tokens are the labels"),
 }
 MISSING = ("", "nan", "na", "n/a", "null", "none")  # cells in place of a number, in any case
 

@@ -120,9 +120,11 @@ class Batches:
         for field, values in self.prepared.items():
             if isinstance(values, Tokens):
                 batch[field] = values.batch(rows.index, values.length_of(every.index))
+                if self.labelled and values.labelled:
+                    batch[field], batch[LABEL] = values.labelled(batch[field], self._draws(rows))
             else:
                 batch[field] = values[rows.epoch % len(values), rows.index]
-        if self.labelled:
+        if self.labelled and LABEL not in batch:
             batch[LABEL] = source.labels[rows.index]
         if source.domains is not None:
             batch[DOMAIN] = rows.domain.astype(np.int32)
@@ -131,6 +133,13 @@ class Batches:
         for values in batch.values():
             values[rows.index < 0] = 0
         return batch | {INDEX: rows.index.astype(np.int32)}
+
+    def _draws(self, rows: Rows) -> list[tuple[int, int]]:
+        """The key of the random numbers of each row: its domain's seed and counter; without a seed its index."""
+        if self.seed is None:
+            return [(0, max(index, 0)) for index in rows.index.tolist()]
+        seeds = [orders.derive(seed, "tokens") for seed in orders.seeds_of(self.source, self.seed)]
+        return [(seeds[d], counter) for d, counter in zip(rows.domain.tolist(), rows.counter.tolist(), strict=True)]
 
     def _local(self, rows: Rows) -> Rows:
         """Those of this process."""

@@ -25,7 +25,7 @@ from tl_jax.data.readers.glyphs import load_glyphs
 from tl_jax.data.readers.mat import load_mat
 from tl_jax.data.readers.packed import PackedImages, load_packed
 from tl_jax.data.readers.tables import load_csv, load_table
-from tl_jax.data.readers.texts import load_texts
+from tl_jax.data.readers.texts import load_texts, without_labels
 from tl_jax.data.sealed import SealedLabels, canonical
 
 __all__ = ["list_split", "load", "overlap", "parse_split", "stratified_order", "without"]
@@ -93,7 +93,7 @@ def load(
         raise ValueError(f"{shots=}, {seed=}, {split_seed=}: none may be negative")
     if shots and KINDS[task] != "classes":
         raise ValueError(f"shots={shots}: shots are examples of a class, and the task {task!r} has none; use a slice")
-    slices, domains = parse_split(split), []
+    slices, domains, labelled = parse_split(split), [], labelled and KINDS[task] != "tokens"
     for name in names:
         place, wholes = canonical(name), {}
         for cut in slices:
@@ -158,6 +158,7 @@ def list_split(
         found = BUILTIN[source](split) if source in BUILTIN else PLAIN[kind](argument, split)
     if len(found) == 0:
         raise ValueError(f"{found.name} holds no examples")
+    found = without_labels(found) if KINDS[task] == "tokens" and found.input == "text" else found
     check_fit(found, task)
     found = _in_form(found, form) if form else found
     return groups.by_pattern(found, group) if group and found.groups is None else found

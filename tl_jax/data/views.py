@@ -14,10 +14,11 @@ from tl_jax.core.card import Card
 from tl_jax.core.checks import refuse
 from tl_jax.core.fields import DOMAIN, INDEX, LABEL, MASK, WEIGHT
 from tl_jax.core.messages import listed
+from tl_jax.core.options import LANGUAGE
 from tl_jax.data.examples import Source
 from tl_jax.data.image import decode, ops
 from tl_jax.data.image.augment import Preprocess, make_preprocess
-from tl_jax.data.text import tokenizer
+from tl_jax.data.text import language, tokenizer
 from tl_jax.data.text.tokens import Tokens
 
 _local = threading.local()
@@ -104,6 +105,9 @@ def make_views(
             continue
         if card.input == "text":
             prepared[field] = tokenizer.known(card).encode(source.inputs.rows, card.max_length, card.texts)
+            if card.task in LANGUAGE:
+                labelled = language.labels_of(card.task, tokenizer.known(card))
+                prepared[field] = prepared[field]._replace(labelled=labelled)
             continue
         preprocess = make_preprocess(card, augment if augmented else ())
         wanted = preprocess.short_side

@@ -42,8 +42,9 @@ def make_rules(
         raise ValueError(f"method {name!r} with {', '.join(wrong)}: {owners}")
     if name == "rules":
         return [tuple(rule) for rule in rules]
+    head = [HEAD] if any(path.startswith("head/") for path in paths) else []  # a decoder that is tied has none
     if name == "full":
-        return [HEAD, (".*", "backbone")]
+        return [*head, (".*", "backbone")]
     all_blocks = block_names(paths, cuts)
     if k > len(all_blocks):
         raise ValueError(f"k={k}, but the network has {len(all_blocks)} blocks: {all_blocks}")
@@ -56,7 +57,7 @@ def make_rules(
         "bitfit": [".*/bias"],
         "norm_only": [r"(.*/)?norm\d*/(scale|bias)"],
     }
-    return [HEAD, *((f"backbone/{regex}", "backbone") for regex in trained[name]), (".*", FROZEN)]
+    return [*head, *((f"backbone/{regex}", "backbone") for regex in trained[name]), (".*", FROZEN)]
 
 
 def _unknown(name: str) -> str:

@@ -140,15 +140,25 @@ NATIVE = Layout((Rule(r"((?:params|batch_stats)/.+)", (r"\1",), SAME),), head=NA
 
 
 def with_native_head(layout: Layout) -> Layout:
-    """The layout for a network whose head is not the publisher's: it is stored under our own paths."""
-    own = Rule(f"({NATIVE_HEAD})", (r"\1",), SAME)
+    """The layout for a network whose head is not the publisher's: it is stored under our own paths.
+
+    The head of masked tokens (text.TokenHead) is the publisher's in every network that has one.
+    """
+    own = Rule(rf"((?!params/head/(?:transform/|norm/|token_bias)){NATIVE_HEAD})", (r"\1",), SAME)
     return layout._replace(rules=(own, *layout.rules), head=f"{layout.head}|{NATIVE_HEAD}")
 
 
-def for_head(layout: Layout, layers: Sequence) -> Layout:
-    """The layout for a network whose head has these layers."""
+def for_head(layout: Layout, layers: Sequence, keys: Iterable[str] = ()) -> Layout:
+    """The layout for a network whose head has these layers; keys: of its file, which may have our own paths."""
     own = tuple((name, {}) for name in layout.layers)
-    return layout if tuple(layers) == own else with_native_head(layout)
+    native = any(re.fullmatch(NATIVE_HEAD, key) for key in keys)
+    return layout if tuple(layers) == own and not native else with_native_head(layout)
+
+
+def lacks_bias(layout: Layout, flat: Mapping[str, np.ndarray]) -> bool:
+    """Whether files of the layout have no bias of the head, and these leaves have one that is not zero."""
+    bias = flat.get("params/head/bias")
+    return bias is not None and bias.any() and sources_of(layout, "params/head/bias")[1] is ABSENT
 
 
 def sources_of(layout: Layout, path: str) -> tuple[tuple[str, ...], Transform]:

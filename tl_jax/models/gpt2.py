@@ -1,9 +1,9 @@
 """GPT-2 (Radford et al. 2019, Language Models are Unsupervised Multitask Learners) and DistilGPT-2.
 
 `gpt2_l{L}_h{H}_a{A}` has L blocks of width H with A heads; `variant_of` makes it. The last token, which has read all
-others, stands for the text. The published head for classes is one dense layer without bias; ours, of zeros, is in no
-file. `Transformer.token_logits` gives the logits of the next token, whose decoder is the embedding of the tokens: a
-file's copy of that is not read.
+others, stands for the text. The published head for classes is one dense layer without bias; a head whose bias is not
+zero is stored under our own names. `Transformer.token_logits` gives the logits of the next token, whose decoder is the
+embedding of the tokens: a file's copy of that is not read.
 """
 
 import functools

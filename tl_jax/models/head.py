@@ -135,7 +135,8 @@ def texts_of(model: nn.Module) -> int:
 
 def reads(model: nn.Module) -> str:
     """The cut that the head of `model` reads: pre_logits, or the one before it where pool or flatten comes first."""
-    return model.cuts[-2] if model.num_classes and model.head and model.head[0][0] in READS_MAP else model.cuts[-1]
+    mapped = model.num_classes and model.head and model.head[0][0] in READS_MAP
+    return model.cuts[-2] if mapped or getattr(model, "decodes", False) else model.cuts[-1]
 
 
 def classify(

@@ -88,21 +88,21 @@ class Block(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """BERT's head of masked tokens: dense, activation, LayerNorm, the embedding of the tokens transposed, a bias.
+    """BERT's head of masked tokens: dense, activation, LayerNorm; then the embedding of the tokens, and a bias.
 
-    [B, L, D] and the embedding [V, D] -> float32 [B, L, V].
+    [B, L, D] -> ([B, L, D], which the transposed embedding makes logits of, and what is added to these, [V]).
     """
 
+    vocab_size: int
     act: str
     norm_eps: float
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, table: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = GELU[self.act](Dense(x.shape[-1], kernel_init=INIT, dtype=self.dtype, name="transform")(x))
         x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
-        bias = self.param("token_bias", nn.initializers.zeros, table.shape[:1], jnp.float32)
-        return decode(x, table) + jnp.expand_dims(bias, (0, 1))
+        return x, self.param("token_bias", nn.initializers.zeros, (self.vocab_size,), jnp.float32)
 
 
 def decode(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -119,7 +119,8 @@ class Transformer(Model):
     first token has the one numbered first_position. segments: rows of the segment embedding; 0: none. norm_eps: of
     every LayerNorm. act: a name of transformer.GELU. pre_norm: LayerNorm before the branches instead of behind their
     sums. causal: a token reads those before it alone. token_head: without classes, the head is `TokenHead`; without
-    this field the logits of tokens need no parameters but the embedding.
+    this field the logits of tokens need no parameters but the embedding. decodes: `out` has what makes logits of
+    tokens too: hidden [B, L, D], table [V, D] and, of a TokenHead, token_bias [V]; the network has no classes.
     """
 
     vocab_size: int
@@ -135,6 +136,7 @@ class Transformer(Model):
     pre_norm: bool = False
     causal: bool = False
     token_head: bool = False
+    decodes: bool = False
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -144,9 +146,16 @@ class Transformer(Model):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
         if self.token_head and not self.num_classes and self.is_initializing():
-            made = jnp.zeros((1, 1, self.width), self.dtype), jnp.zeros((self.vocab_size, self.width))
-            self.token_head_module(name="head")(*made)
-        return super().__call__(x, train, start, stop)
+            self.token_head_module(name="head")(jnp.zeros((1, 1, self.width), self.dtype))
+        if not self.decodes or stop is not None or self.is_initializing():
+            return super().__call__(x, train, start, stop)
+        y, out = self.backbone(x, train, start, stop)
+        hidden = out.get(self.cuts[-2], x)[..., : self.width]  # x, where that is the cut `start`
+        table = self.variables["params"]["backbone"]["stem"]["tok_embed"]["embedding"]
+        if not self.token_head:
+            return y, {**out, "logits": y, "hidden": hidden.astype(self.dtype), "table": table}
+        hidden, bias = self.token_head_module(name="head")(hidden)
+        return y, {**out, "logits": y, "hidden": hidden, "table": table, "token_bias": bias}
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
@@ -172,7 +181,7 @@ class Transformer(Model):
 
     @property
     def token_head_module(self):
-        return functools.partial(TokenHead, self.act, self.norm_eps, self.dtype)
+        return functools.partial(TokenHead, self.vocab_size, self.act, self.norm_eps, self.dtype)
 
     def token_logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of the vocabulary, float32 [B, L, V], by `model.apply(variables, hidden, method="token_logits")`.
@@ -187,4 +196,5 @@ class Transformer(Model):
             return decode(hidden.astype(self.dtype), table)
         if "transform" not in params.get("head", {}):
             raise ValueError("the network has classes in the place of a token_head: take num_classes=0 for its logits")
-        return self.token_head_module(parent=None).apply({"params": params["head"]}, hidden, table)
+        hidden, bias = self.token_head_module(parent=None).apply({"params": params["head"]}, hidden)
+        return decode(hidden, table) + jnp.expand_dims(bias, (0, 1))

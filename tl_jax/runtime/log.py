@@ -96,13 +96,16 @@ class RunLog:
         if self._verbose:
             log(f"step {step}/{self._total}  " + "  ".join(f"val {name} {value:.4g}" for name, value in scores.items()))
 
-    def progress(self, step: int, metrics: Mapping[str, float], examples: float) -> None:
-        """Shows the bar (or, without a terminal, a line) and times the steps since the last call."""
+    def progress(self, step: int, metrics: Mapping[str, float], examples: float, what: str = "examples") -> None:
+        """Shows the bar (or, without a terminal, a line) and times the steps since the last call.
+
+        examples: since then, or what else `what` says that a mean is over.
+        """
         now = time.perf_counter()
         seconds, self._clock = (now - self._clock) * self._share, now
         rate = examples / seconds
         waited, self.waited = self.waited * self._share, 0.0
-        row = {"step": step, "seconds": round(seconds, 6), "examples_per_second": round(rate, 1)}
+        row = {"step": step, "seconds": round(seconds, 6), f"{what}_per_second": round(rate, 1)}
         row |= {"data_wait_seconds": round(waited, 6), "data_wait": round(waited / seconds, 4)}
         self._append("timing", {**row, **self.rates((step - self._timed) / seconds)})
         self._timed = step
@@ -111,7 +114,7 @@ class RunLog:
         count = max(SHOWN, sum("/" not in name for name in names))
         texts = [f"{name} {shown[name]:.4g}" for name in names[:count]]
         texts += [f"waited {waited / seconds:.0%} for data"] * (waited > SHOWN_WAIT * seconds)
-        texts += [f"{rate:,.0f} examples/s"]
+        texts += [f"{rate:,.0f} {what}/s"]
         if self._tick:
             self._tick(step, *texts)
         elif self._verbose:

@@ -25,7 +25,7 @@ from tl_jax.data.text.tokens import PADDING
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.serving import neighbours, onnx_file, program
-from tl_jax.tasks import Predictions, load_predictions, save_predictions, trust
+from tl_jax.tasks import Predictions, load_predictions, refuse_language, save_predictions, trust
 from tl_jax.weights import formats, quantize
 
 TABLE, WEIGHTS, GOLDEN, RUN = "export.json", "weights.safetensors", "golden.npz", "run.py"
@@ -144,6 +144,7 @@ def _checked(network: Model | Run, out: pathlib.Path, onnx: bool, examples: int)
     }
     refuse("nothing is exported", [text for text, wrong in problems.items() if wrong])
     model = getattr(network, "model", network)
+    refuse_language(model.card.task, model.weights or model.name)
     if not model.card.num_classes:
         raise ValueError(f"{model.name} was loaded without a head: there is nothing to answer with")
     return model

@@ -12,7 +12,7 @@ import scipy  # loads its parts when they are used
 
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import unequal
-from tl_jax.tasks import METRICS, Predictions, Spec
+from tl_jax.tasks import METRICS, Predictions, Spec, refuse_language
 from tl_jax.tasks.intervals import interval
 
 LEVEL = 0.05  # of all tests of one comparison together
@@ -75,6 +75,7 @@ def compare(reference: Predictions, new: Predictions, space: str = "", seed: int
 def check(reference: Predictions, new: Predictions, space: str = "") -> None:
     """Raises one ValueError for all reasons for which the two cannot be compared."""
     sides, spec = {"reference": reference, "new": new}, reference.spec
+    refuse_language(spec.name, "the reference")
     problems = [f"the task of the reference is {spec.name}, of new {new.spec.name}"] * (spec.name != new.spec.name)
     if names := unequal(spec.class_names, new.spec.class_names):
         problems.append(f"the classes, labels or targets of new are not those of the reference: {names}")

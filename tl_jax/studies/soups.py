@@ -108,6 +108,7 @@ def load(folder: str | pathlib.Path) -> Weights:
         raise ValueError(f"{folder} lacks {', '.join(missing)}; expected the folder of a finished run of {plain}")
     finished.read(folder)
     settings = read(options.read(folder / "config.json"))
+    tasks.refuse_language(settings.loop.task, folder)
     loaded = pretrained.load(settings.model.name, folder / "model.safetensors")
     saved = tasks.load_predictions(folder / "predictions.npz")
     model, method = loaded.model.clone(dtype=jnp.dtype(settings.model.dtype)), settings.phases[0].method.name

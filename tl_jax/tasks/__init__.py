@@ -7,17 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from tl_jax.core.messages import nearest
-from tl_jax.tasks import binary, classification, multilabel, regression
+from tl_jax.core.options import LANGUAGE
+from tl_jax.tasks import binary, classification, language, multilabel, regression
 from tl_jax.tasks.intervals import interval, resample
 from tl_jax.tasks.predictions import Predictions, load_predictions, make_predictions, save_predictions
 from tl_jax.tasks.tables import format_classes, format_sets, format_table
-from tl_jax.tasks.task import Metrics, Spec, Task, card_fields, preference, spec_of, spec_problems
+from tl_jax.tasks.task import Metrics, Spec, Task, card_fields, preference, refuse_language, spec_of, spec_problems
 
 __all__ = [
     "CALIBRATION", "METRICS", "Metrics", "Predictions", "Spec", "Task", "bounds", "card_fields", "confusion",
     "direction", "fit_spec", "format_classes", "format_sets", "format_table", "load_predictions", "make",
-    "make_predictions", "paired_difference", "point", "preference", "save_predictions", "scalar_names", "scores",
-    "share_interval", "span", "spec_of", "summarize",
+    "make_predictions", "paired_difference", "point", "preference", "refuse_language", "save_predictions",
+    "scalar_names", "scores", "share_interval", "span", "spec_of", "summarize",
 ]  # fmt: skip
 
 METRICS = {
@@ -25,10 +26,11 @@ METRICS = {
     "binary": binary.METRICS,
     "multilabel": multilabel.METRICS,
     "regression": regression.METRICS,
+    **dict.fromkeys(LANGUAGE, language.METRICS),
 }
 CALIBRATION = "ece"  # the scalar that belongs to a reliability diagram
 _ENDS = {"loss": (0, math.inf), "nll": (0, math.inf), "rmse": (0, math.inf), "mae": (0, math.inf),
-         "r2": (-math.inf, 1), "spearman": (-1, 1)}  # fmt: skip
+         "perplexity": (1, math.inf), "r2": (-math.inf, 1), "spearman": (-1, 1)}  # fmt: skip
 _LESS = {"loss", *(name for metrics in METRICS.values() for name in metrics.less)}
 
 
@@ -48,14 +50,16 @@ def make(
             problems.append(f"{option} is of the tasks {', '.join(sizes)}")
         elif len(weights) not in (0, sizes.get(spec.name)) or not all(0 < weight < math.inf for weight in weights):
             problems.append(f"{option}={tuple(weights)}: expected {sizes[spec.name]} numbers above 0")
-    if label_smoothing and (spec.name == "regression" or not 0 <= label_smoothing < 1):
-        problems.append(f"label_smoothing={label_smoothing}: expected 0 .. 1, below 1; 0 for a regression")
+    if label_smoothing and (spec.name in ("regression", *LANGUAGE) or not 0 <= label_smoothing < 1):
+        expected = "expected 0 .. 1, below 1; 0 for a regression and for language modelling"
+        problems.append(f"label_smoothing={label_smoothing}: {expected}")
     if problems:
         raise ValueError(f"this {spec.name} task cannot be made: {'; '.join(problems)}")
     from tl_jax.tasks import losses  # here, as jax takes its time and metrics do without it
 
     trained = losses.TRAINED[spec.name](spec, label_smoothing, tuple(class_weight) or tuple(pos_weight))
-    return Task(spec, *trained, losses.each_once, metrics.scores, metrics.monitor, metrics.calibrate)
+    counted = losses.COUNTS.get(spec.name, losses.each_once)
+    return Task(spec, *trained, counted, metrics.scores, metrics.monitor, metrics.calibrate)
 
 
 def fit_spec(name: str, labels: np.ndarray, class_names: tuple[str, ...] = ()) -> Spec:

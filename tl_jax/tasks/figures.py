@@ -5,6 +5,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.patheffects import withStroke
 
 from tl_jax import tasks
+from tl_jax.core.options import LANGUAGE
 from tl_jax.core.plotting import BLUE, BLUES, GREY, MARKERS, PALETTE, VERMILION, figure_at, short
 from tl_jax.tasks.predictions import Predictions
 
@@ -225,4 +226,5 @@ FIGURES = {
     "binary": {**_OF_CLASSES, "threshold_curves": threshold_curves},
     "multilabel": {"labels": label_bars},
     "regression": {"predicted_and_true": predicted_and_true},
+    **{name: {} for name in LANGUAGE},
 }

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tl_jax.core.options import LANGUAGE
+from tl_jax.tasks import decoding
 from tl_jax.tasks.binary import threshold_of
 from tl_jax.tasks.task import Spec
 
@@ -107,3 +109,5 @@ def regression(spec: Spec, *_: object) -> Trained:
 
 
 TRAINED = {"classification": classification, "binary": binary, "multilabel": multilabel, "regression": regression}
+TRAINED |= dict.fromkeys(LANGUAGE, decoding.language)
+COUNTS = dict.fromkeys(LANGUAGE, decoding.count)  # of the others: each_once

@@ -9,15 +9,18 @@ import numpy as np
 
 from tl_jax.core import files
 from tl_jax.core.messages import nearest
+from tl_jax.core.options import LANGUAGE
 from tl_jax.tasks.task import Spec, spec_problems
 
 OUTPUT = {"classification": "logits", "binary": "logits", "multilabel": "logits", "regression": "values"}
+OUTPUT |= dict.fromkeys(LANGUAGE, "tokens")
 
 
 class Predictions(NamedTuple):
     """One model's outputs on one split, every example once."""
 
     outputs: dict[str, np.ndarray]  # "logits": float32 [N, K], binary [N]; or "values": float32 [N, T], in their unit
+    # or "tokens": float32 [N, 3] of language modelling: the sum of -log p, the number of tokens, that of correct ones
     labels: np.ndarray | None  # int32 [N] classes, or 0 and 1; [N, K] 0 and 1; float32 [N, T]; None: still sealed
     ids: np.ndarray  # text [N]
     spec: Spec
@@ -55,7 +58,9 @@ def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None, g
     wrong = spec_problems(spec) + ([] if labels is None else _label_problems(values, labels, spec))
     if ids.shape != (count,) or len(np.unique(ids)) != count:
         wrong.append(f"{len(np.unique(ids))} different ids of shape {ids.shape}, expected {count}: each example once")
-    if dimensions == 2 and len(spec.class_names) != values.shape[1]:
+    if spec.name in LANGUAGE:
+        wrong += [] if values.shape[1] == 3 else [f"{output} have shape {values.shape}, expected [{count}, 3]"]
+    elif dimensions == 2 and len(spec.class_names) != values.shape[1]:
         wrong.append(f"{len(spec.class_names)} class names, expected {values.shape[1]}")
     if features is not None and (features.ndim != 2 or len(features) != count):
         wrong.append(f"features have shape {features.shape}, expected [{count}, D]")
@@ -73,6 +78,8 @@ def make_predictions(outputs: Mapping, labels, ids, spec: Spec, features=None, g
 
 
 def _label_problems(values: np.ndarray, labels: np.ndarray, spec: Spec) -> list[str]:
+    if spec.name in LANGUAGE:  # the labels are the tokens, and none is kept
+        return []
     count, whole = len(values), spec.name != "regression"
     shape = (count,) if spec.name in ("classification", "binary") else values.shape
     if labels.shape != shape or labels.dtype.kind not in ("iu" if whole else "iuf"):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tl_jax.core.card import Card
+from tl_jax.core.options import LANGUAGE
 
 Monitor = tuple[tuple[str, str], ...]
 
@@ -61,11 +62,18 @@ class Task(NamedTuple):
     encode: Callable  # labels -> what the loss takes, float32; batches are mixed after it
     loss: Callable  # (outputs of the network, encoded) -> [B] float32, whose plain mean over the examples is minimised
     running: Callable  # (outputs, labels) -> {name: [B]}, the training log
-    keep: Callable  # outputs -> {name: [B, ...] float32}, what predictions hold
+    keep: Callable  # outputs -> {name: [B, ...] float32}, what predictions hold; of LANGUAGE with the field LABEL
     count: Callable  # labels -> [B], the weight of an example in means
     scores: Callable
     monitor: Monitor
     calibrate: Callable
+
+
+def refuse_language(task: str, what: Any) -> None:
+    """Raises ValueError where `what` is of a task of language modelling, and answers for whole texts are asked for."""
+    if task in LANGUAGE:
+        uses = "model.weights begins another run with it, tl_jax.features reads texts, tl_jax.generate goes on with one"
+        raise ValueError(f"{what} is of the task {task!r}, which tells tokens and has no answer for a text; {uses}")
 
 
 def spec_of(card: Card) -> Spec:
@@ -79,7 +87,8 @@ def card_fields(spec: Spec) -> dict[str, Any]:
 
 def spec_problems(spec: Spec) -> list[str]:
     """What is wrong with a spec of a known task."""
-    names, problems, least = len(spec.class_names), [], 2 if spec.name in ("classification", "binary") else 1
+    names, problems = len(spec.class_names), []
+    least = 0 if spec.name in LANGUAGE else 2 if spec.name in ("classification", "binary") else 1
     if names < least or (spec.name == "binary" and names != 2):
         expected = "2: the negative and the positive class" if spec.name == "binary" else f"{least} or more"
         problems.append(f"{names} class names for a {spec.name} task, expected {expected}")

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tl_jax import tasks
 from tl_jax.core import trees
 from tl_jax.core.card import STORED, Card
+from tl_jax.core.options import LANGUAGE
 from tl_jax.data.examples import Source
 from tl_jax.data.text import tokenizer
 from tl_jax.methods import probes
@@ -23,7 +24,7 @@ from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.runtime.log import log
 from tl_jax.tasks import Spec
-from tl_jax.training import audit, inputs, optim, steps, terms, texts
+from tl_jax.training import audit, inputs, language, optim, steps, terms, texts
 from tl_jax.training.phases import Material, Phase, check_prefixes, make_phase
 from tl_jax.training.settings import Settings, naming, read
 from tl_jax.weights import hub, load, sanity
@@ -70,6 +71,7 @@ def build(config: ConfigDict, parallel: sharding.Parallel) -> Run:
 
 def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = True) -> Material:
     """Loads data and networks. compare: look for duplicates, and refuse those of scored examples in training."""
+    language.check(settings)
     made = terms.make_terms(settings)
     terms.warn(settings, made)
     sharding.check_batch_size(settings.loop.batch_size, settings.loop.accumulate, parallel.mesh.size)
@@ -83,10 +85,12 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
         loaded = load_model(
             settings, tasks.make(spec).outputs, train.class_names, train.columns, texts.text_of(settings.model, train)
         )
+        language.check_network(spec.name, settings.model.name, loaded.model)
         if settings.model.vectors:
             loaded = texts.with_vectors(loaded, settings.model.vectors, train, settings.loop.seed)
     with naming(table, "model.name", "data.source", "data.card"):
         card = _finish_card(settings, loaded.card.replace(sha256=loaded.sha256), spec, train)
+    data = language.with_pieces(data, card)
     with naming(table, "method.add"):
         model = _configure(settings, loaded, parallel)
         added = peft.init(model.model, loaded.variables, model.additions, jax.random.key(settings.loop.seed))
@@ -162,7 +166,8 @@ def load_model(
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
     arguments |= {"head": model.head, "columns": tuple(columns), "channels": model.channels, "partial": model.partial}
     arguments |= {name: settings.data.card.get(name, ()) for name in ("mean", "std")} | {"text": text}
-    loaded = load.load(model.name, model.weights, None if model.keep_head else outputs, **arguments)
+    keeps = model.keep_head or (not outputs and load.has_token_head(model.name, model.weights))
+    loaded = load.load(model.name, model.weights, None if keeps else outputs, **arguments)
     known = loaded.card.class_names or class_names
     if model.keep_head and (loaded.card.num_classes != outputs or tuple(known) != tuple(class_names)):
         raise ValueError(
@@ -212,6 +217,7 @@ def _configure(settings: Settings, loaded: load.Loaded, parallel: sharding.Paral
     if model.attention == "cudnn" and (reason := unfused(dtype, size)):
         log(f"model.attention=cudnn: XLA computes the attention in its place, as {reason}")
     same = {name: getattr(model, name) for name in ("dropout", "drop_path", "remat", "attention")}
+    same |= {"decodes": True} if settings.loop.task in LANGUAGE else {}
     module = loaded.model.clone(dtype=dtype, axis_name=parallel.axis_name, **same)
     return peft.Adapted(module, tuple(settings.phases[0].method.add))
 

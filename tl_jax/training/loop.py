@@ -12,7 +12,7 @@ import jax
 
 from tl_jax import config, tasks
 from tl_jax.core import console, messages
-from tl_jax.core.options import SELECTORS
+from tl_jax.core.options import LANGUAGE, SELECTORS
 from tl_jax.methods.term import MAIN
 from tl_jax.runtime import preemption, roofline, sharding, wall
 from tl_jax.runtime.checkpoint import Checkpoints
@@ -244,9 +244,10 @@ class Loop:
         line = self.line
         if line is None or not (wait or line.sums["loss"].is_ready()):
             return
+        what = "tokens" if self.first.task.spec.name in LANGUAGE else "examples"
         self.line, order = None, self.first.phases[self.first.phase_of(line.step)].plan.sums
         for j, (sums, lr) in self._read(line).items():
-            log_training(self.logs[j], line.step, {name: sums[name] for name in order}, lr)
+            log_training(self.logs[j], line.step, {name: sums[name] for name in order}, lr, what)
         self.tick(line.step, f"{len(self._going())} replicas")
 
     def _read(self, line: Line) -> dict[int, tuple[dict[str, float], float]]:
@@ -315,14 +316,14 @@ def resume(checkpoints: Checkpoints, identity: Mapping[str, Any], initial: Any) 
     return restored.state, restored.meta
 
 
-def log_training(run_log: RunLog, step: int, sums: Mapping[str, float], lr: float) -> None:
-    """Writes the means since the last line."""
+def log_training(run_log: RunLog, step: int, sums: Mapping[str, float], lr: float, what: str) -> None:
+    """Writes the means since the last line; what: examples or tokens."""
     counts = {
         name: "steps" if name == "grad_norm" else "examples" for name in sums if name not in ("examples", "steps")
     }
     row = {**{f"train/{name}": sums[name] / sums[count] for name, count in counts.items()}, "train/lr": lr}
     run_log.write(step, row)
-    run_log.progress(step, row, sums["examples"])
+    run_log.progress(step, row, sums["examples"], what)
 
 
 def not_finite(bad_step: int, step: int, left: str) -> FloatingPointError:

@@ -34,9 +34,11 @@ def gallery(predictions: tasks.Predictions, source: Source, path, scored: str) -
 
     source: the images that the predictions are of. Nothing is drawn where nothing is wrong, or of tables.
     """
+    if source.input != "image":
+        return
     found = mistakes.said(predictions)
     chosen, place = mistakes.worst(found, MISTAKES), {name: k for k, name in enumerate(source.ids)}
-    if source.input != "image" or not chosen:
+    if not chosen:
         return
     names = [str(predictions.ids[i]) for i in chosen]
     pictures = [decode.thumbnail(source.inputs[place[name]], source.form) for name in names]

@@ -12,6 +12,7 @@ import optax
 from tl_jax.core import trees
 from tl_jax.core.card import Card
 from tl_jax.core.fields import DOMAIN, INDEX, LABEL
+from tl_jax.core.options import LANGUAGE
 from tl_jax.methods.term import AVERAGE, MAIN, MODEL, Context
 from tl_jax.tasks import Task
 from tl_jax.training import optim
@@ -192,7 +193,7 @@ def _update(plan: Plan, tx: optax.GradientTransformation, turn: Turn | None, sta
     total = count if plan.accumulate == 1 else {name: n / plan.accumulate for name, n in count.items()}
     compute = _accumulated if plan.accumulate > 1 else _gradients
     grads, batch_stats, memory, sums = compute(plan, chosen, state, state.batch_stats, state.memory, batch, total, key)
-    sums = {**sums, "examples": jnp.asarray(_examples(plan, batch), jnp.float32)}
+    sums = {**sums, "examples": jnp.asarray(_examples(plan, batch, count), jnp.float32)}
     if plan.axis_name:
         statistics = updated_statistics(batch_stats, plan.frozen_norms)
         grads, statistics = jax.lax.pmean((grads, statistics), plan.axis_name)
@@ -220,10 +221,10 @@ def _mean_of(found: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
     return {name: sum(values) / len(values) for name, values in having.items()}
 
 
-def _examples(plan: Plan, batch: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array | int:
-    """The weight of a batch in sums: what counts in the stream `train`, else the rows of the first stream."""
+def _examples(plan: Plan, batch: Mapping[str, Mapping[str, jax.Array]], total) -> jax.Array | int:
+    """The weight of a batch in sums: the total of the stream `train`, else the rows of the first stream."""
     name = MAIN if MAIN in batch else plan.streams[0]
-    return plan.task.count(batch[name][LABEL]).sum() if LABEL in batch[name] else len(batch[name][INDEX])
+    return total[name] if LABEL in batch[name] else len(batch[name][INDEX])
 
 
 def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, batch, total, key):
@@ -242,7 +243,7 @@ def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, 
     count = {name: task.count(batch[name][LABEL]) for name in encoded}
     step = state.step
     progress = (step - plan.start) / plan.length
-    examples = jnp.asarray(_examples(plan, batch), jnp.float32)
+    examples = jnp.asarray(_examples(plan, batch, total), jnp.float32)
     loss, sums, memory = 0.0, {}, dict(memory)
     for name, (weight, term) in method.terms.items():
         context = Context(
@@ -273,7 +274,7 @@ def make_logs(plan: Plan, names: Collection[str]) -> Callable:
         total = {name: plan.task.count(fields[LABEL]).sum() for name, fields in batch.items() if LABEL in fields}
         key = jax.random.fold_in(state.key, state.step)
         _, (_, _, sums) = compute_loss(plan, {}, state, state.batch_stats, state.memory, batch, total, key)
-        return {name: sums[name] / _examples(plan, batch) for name in logs}
+        return {name: sums[name] / _examples(plan, batch, total) for name in logs}
 
     return values
 
@@ -376,13 +377,14 @@ def _make_forward(plan: Plan, everything: Any, ema: Mapping[str, jax.Array], bat
 def make_eval_step(reader: Reader, task: Task, prefix: Prefix | None = None) -> Callable:
     """eval_step(variables, x) -> {name: [B, ...] float32} of the task's outputs, and "features" [B, D]; pure.
 
-    x: what the network reads; outputs of the prefix where it is cached.
+    x: what the network reads; outputs of the prefix where it is cached; of language modelling with the labels.
     """
 
     def eval_step(variables: Mapping[str, Any], x: jax.Array) -> dict[str, jax.Array]:
+        x, labels = x if task.spec.name in LANGUAGE else (x, None)
         x, start, known = run_prefix(prefix, variables, x, reader.card)
         _, out = reader.module.apply(variables, x, train=False, start=start)
-        out = known | out
+        out = known | out | ({} if labels is None else {LABEL: labels})
         return {**task.keep(out), FEATURES: out["pre_logits"].astype(jnp.float32)}
 
     return eval_step

@@ -80,10 +80,10 @@ def load(
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
-    own = tables.for_head(variant.layouts[layout], card.head)  # the file's own head
+    own = tables.for_head(variant.layouts[layout], card.head, tensors)  # the file's own head
     made_for = _with_head(card, num_classes, head, own, tensors, path)
     card = text_inputs.fit_card(for_input(made_for), text, path)
-    table = tables.for_head(variant.layouts[layout], card.head)
+    table = tables.for_head(variant.layouts[layout], card.head, kept)
     model = _make(variant.module, card, head_init)
     shapes, features = _shapes(model, card)
     changed = other_inputs.changed(table, shapes, kept, model, made_for, bool(image_size))
@@ -163,6 +163,8 @@ def _read(name: str, path: str | pathlib.Path) -> tuple[Tensors, str, models.Var
     tensors, metadata = formats.read(file)
     sha256 = hub.check_name(file)
     card = Card.from_json(metadata[CARD_KEY]) if CARD_KEY in metadata else None
+    if card and card.model == f"{name}.mlm":  # whose head of masked tokens this network leaves out
+        card = card.replace(model=name)
     if not (name or card):
         raise ValueError(f"{path} has no weight card that names its model: give the name{_looks_like(tensors)}")
     name = name or card.model
@@ -211,6 +213,19 @@ def source_head(name: str, path: str | pathlib.Path, partial: Sequence[str] = ()
     return load(name, path, partial=partial).variables["params"]["head"]
 
 
+def has_token_head(name: str, path: str | pathlib.Path) -> bool:
+    """Whether the named network has a head of masked tokens, and the weight file too."""
+    if not path:
+        return False
+    name = name or card_of(name, path).model
+    variant = models.get(name)
+    if not getattr(variant.module(num_classes=0), "token_head", False):
+        return False
+    tensors, layout, *_ = _read(name, path)
+    head = {leaf: shape for leaf, shape in _default_shapes(name).items() if leaf.startswith(HEAD)}
+    return not tables.lacking(variant.layouts[layout], head, tensors)
+
+
 def export(
     variables: Mapping[str, Any], name: str, path: str | pathlib.Path, *, card: Card, layout: str | None = None
 ) -> None:
@@ -227,7 +242,7 @@ def export(
     variant = models.get(card.model)  # the flavour, whose leaves may be others
     keras = pathlib.Path(path).suffix.lower() in formats.KERAS
     own = [name for name in variant.layouts if name.startswith("keras")] or ["keras"]
-    layout = layout or (own[-1] if keras else next(iter(variant.layouts)))
+    usual, layout = not layout, layout or (own[-1] if keras else next(iter(variant.layouts)))
     if layout not in variant.layouts:
         raise ValueError(f"{name} has no layout {layout!r}; it has {', '.join(variant.layouts)}")
     if keras and not layout.startswith("keras"):
@@ -251,6 +266,8 @@ def export(
     if any(problems.values()):
         raise ValueError(f"cannot export these variables as {name}: {tables.listing(problems)}")
     table = tables.for_head(variant.layouts[layout], card.head)
+    if usual and tables.lacks_bias(table, flat):  # of GPT-2: transformers has none
+        table = tables.with_native_head(table)
     tensors = dict(table.pixels.export(card.mean, card.std))
     for leaf, value in flat.items():
         keys, transform = tables.sources_of(table, leaf)

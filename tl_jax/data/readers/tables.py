@@ -16,7 +16,7 @@ from tl_jax.core.checks import refuse
 from tl_jax.core.messages import nearest
 from tl_jax.data import groups
 from tl_jax.data.examples import Source, check_split, file_source
-from tl_jax.data.labels import Table, encode, number_columns, parse_numbers
+from tl_jax.data.labels import KINDS, Table, encode, number_columns, parse_numbers
 from tl_jax.data.readers.folder import SPLITS, check_file
 
 log = logging.getLogger(__name__)
@@ -173,9 +173,12 @@ def with_labels(
 ) -> Source:  # fmt: skip
     """A source of chosen rows, whose inputs come from the columns `read`.
 
-    labels: the label columns; by default the one column with a name of `known`.
+    labels: the label columns; by default the one column with a name of `known`. Language modelling reads none.
     """
     _check_group(table, group)
+    if KINDS[task] == "tokens":
+        found = Source(name, inputs, np.full(len(chosen), -1, np.int32), (), _row_ids(table, chosen), sizes)
+        return _grouped(found, table, group, chosen)
     others = [x for x in table.columns if x not in (group, table.find(("split",)), *read)]
     likely = [column for column in others if column.lower() in known]
     names = _label_names(table, labels, others, default=likely if len(likely) == 1 else [])

@@ -1,10 +1,13 @@
-"""Texts with labels, text:PATH: a .csv, .tsv or .jsonl file, one such file a split, or class folders of .txt files.
+"""Texts, text:PATH: a .csv, .tsv or .jsonl file, one such file a split, folders of .txt files, or one .txt file.
 
-Of rows, data.text names the one or two columns of text, and data.labels those of labels.
+Of rows, data.text names the one or two columns of text, and data.labels those of labels, which language modelling does
+without.
 """
 
+import dataclasses
 import itertools
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +15,9 @@ import numpy as np
 
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import listed, nearest
-from tl_jax.data.examples import Source
+from tl_jax.data.examples import Source, check_split
 from tl_jax.data.labels import Table
-from tl_jax.data.readers.folder import SPLITS, load_folder
+from tl_jax.data.readers.folder import SPLITS, check_file, load_folder
 from tl_jax.data.readers.tables import LABEL_COLUMNS, read_table, rows_of_split, with_labels
 from tl_jax.data.text.tokens import Texts
 
@@ -36,6 +39,8 @@ def load_texts(
     text: one or two columns; by default those of TEXTS. labels: by default the one column of LABELS.
     """
     root = Path(path).expanduser()
+    if root.suffix == ".txt":
+        return _of_paragraphs(root, path, split)
     if root.is_dir() and not (files := _split_files(root)):
         return _of_folders(path, split)
     return text_source(f"text:{path} {split}", _joined(root, files) if root.is_dir() else read_table(path), split, task,
@@ -53,9 +58,17 @@ def text_source(
     if empty:
         log.warning("%s: %d of %d examples have an empty text:\n%s", name, len(empty), len(rows), listed(empty))
     return with_labels(
-        name, table, chosen, Texts(tuple(rows)), task, labels, group, read=columns, known=LABELS,
-        sizes=np.array([sum(len(each.encode(errors="replace")) for each in row) for row in rows], np.int64),
-    )  # fmt: skip
+        name, table, chosen, Texts(tuple(rows)), task, labels, group, read=columns, known=LABELS, sizes=_sizes(rows)
+    )
+
+
+def _sizes(rows: Sequence[tuple[str, ...]]) -> np.ndarray:
+    return np.array([sum(len(each.encode(errors="replace")) for each in row) for row in rows], np.int64)
+
+
+def without_labels(source: Source) -> Source:
+    """The texts alone: every label is -1, and there are no names of classes."""
+    return dataclasses.replace(source, labels=np.full(len(source), -1, np.int32), class_names=())
 
 
 def text_columns(table: Table, text: Sequence[str]) -> tuple[str, ...]:
@@ -119,3 +132,16 @@ def _of_folders(path: str, split: str) -> Source:
     if empty:
         log.warning("%s: %d of %d files are empty:\n%s", named, len(empty), len(texts), listed(empty))
     return Source(named, Texts(tuple(texts)), found.labels, found.class_names, found.ids, found.sizes)
+
+
+def _of_paragraphs(file: Path, path: str, split: str) -> Source:
+    """The paragraphs of a .txt file, between empty lines; all are train."""
+    check_file(file, ".txt")
+    check_split(f"text:{path}", split, ["train"])
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    rows = [(each.strip(),) for each in re.split(r"\n\s*\n", text) if each.strip()]
+    ids = tuple(f"paragraph/{i}" for i in range(len(rows)))
+    return Source(f"text:{path} {split}", Texts(tuple(rows)), np.full(len(rows), -1, np.int32), (), ids, _sizes(rows))

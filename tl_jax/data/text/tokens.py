@@ -1,7 +1,7 @@
 """Texts of a source, and their tokens: ragged rows of which a batch takes the next larger of a few lengths."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +43,8 @@ class Tokens(NamedTuple):
     """The tokens of N examples: `flat[starts[i]:starts[i + 1]]`, int32 [T, 2] of numbers and segments.
 
     cut: how many texts were longer than the network takes. texts: of an example, 2 where they are encoded each by
-    itself; example i has the rows 2 i and 2 i + 1 then.
+    itself; example i has the rows 2 i and 2 i + 1 then. labelled: of language modelling, what makes (tokens, labels) of
+    the tokens of a batch, see language.py.
     """
 
     flat: np.ndarray
@@ -51,6 +52,7 @@ class Tokens(NamedTuple):
     lengths: tuple[int, ...]  # that batches may have, rising
     cut: int = 0
     texts: int = 1
+    labelled: Callable | None = None
 
     @property
     def counts(self) -> np.ndarray:
