@@ -118,7 +118,8 @@ class Transformer(Model):
     first token has the one numbered first_position. segments: rows of the segment embedding; 0: none. norm_eps: of
     every LayerNorm. act: a name of transformer.GELU. pre_norm: LayerNorm before the branches instead of behind their
     sums. causal: a token reads those before it alone. token_head: without classes, the head is `TokenHead`; without
-    this field the logits of tokens need no parameters but the embedding.
+    this field the logits of tokens need no parameters but the embedding. fill: the number of a token that fills every
+    text up to `positions`, and is read as any other; -1: none does.
     """
 
     vocab_size: int
@@ -134,6 +135,7 @@ class Transformer(Model):
     pre_norm: bool = False
     causal: bool = False
     token_head: bool = False
+    fill: int = -1
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -167,6 +169,7 @@ class Transformer(Model):
         for i, rate in enumerate(drop_path_rates(self.drop_path, self.depth)):
             parts.append(functools.partial(call, block(drop_path=rate, name=f"block{i}")))
         parts += [norm, pre_logits] if self.pre_norm else [pre_logits]
+        x = tokens.filled(x, self.positions, self.fill) if self.fill >= 0 and start is None else x
         return tokens.run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
 
     @property
