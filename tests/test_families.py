@@ -36,6 +36,7 @@ from tl_jax.models.recurrent import Recurrent
 from tl_jax.models.resnet import ResNet
 from tl_jax.models.squeezenet import SqueezeNet
 from tl_jax.models.swin import Swin
+from tl_jax.models.text import Transformer
 from tl_jax.models.variant import ConvNet, Variant
 from tl_jax.models.vgg import VGG
 from tl_jax.models.vit import ViT
@@ -56,6 +57,7 @@ SEPARABLE = ((Row("separable", 3, 1, 1, 8),), (Row("separable", 3, 2, 1, 16, 2),
 VGG_SIZES = {"depths": (2, 1, 1), "widths": (4, 6, 8), "features": 12}
 WORDS = {"width": 4, "layers": 2, "vocab_size": 40, "embed_dim": 6}
 VIT_SIZES = {"patch_size": 8, "width": 12, "depth": 3, "heads": 2, "image_size": 24}
+TOWER = {"width": 12, "depth": 3, "heads": 2, "vocab_size": 40, "positions": 16, "pre_norm": True, "pooling": "last"}
 FAMILIES = {
     "resnet": (ResNet, {"depths": (1, 2), "widths": (4, 8)}, 24),
     "bottleneck": (ResNet, {"depths": (2, 1), "widths": (4, 4), "bottleneck": True}, 24),
@@ -84,6 +86,8 @@ FAMILIES = {
     "mlp": (MLP, {"widths": (12, 12, 12), "norm": True, "channels": 3}, 8),
     "lstm": (Recurrent, {"cell": "lstm", "bidirectional": True, **WORDS}, 0),
     "gru": (Recurrent, {"cell": "gru", **WORDS}, 0),
+    "clip_text": (Transformer, {**TOWER, "norm_eps": 1e-5, "act": "quick_gelu", "causal": True}, 0),
+    "siglip_text": (Transformer, {**TOWER, "norm_eps": 1e-6, "act": "gelu_tanh", "fill": 1}, 0),
 }
 TEXTS = tuple(name for name, (*_, size) in FAMILIES.items() if not size)  # which read tokens
 IMAGES = tuple(name for name in FAMILIES if name not in TEXTS)

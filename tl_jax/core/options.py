@@ -133,7 +133,8 @@ _ROWS = (
     _option("model.keep_head", False, FLAG, "go on with the file's classifier, for the same classes; else a new head"),
     _option("model.reinit", (), TEXTS, "blocks that start from random numbers all the same: stage3, block11, ..."),
     _option("model.head", (), NAMED, "layers between the features and the last dense layer: pairs (name, arguments)"),
-    _option("model.head_init", "zeros", TEXT, "of the last dense layer: zeros | lecun | xavier"),
+    _option("model.head_init", "zeros", TEXT, "of the last dense layer: zeros | lecun | xavier; a head of the "
+            "names of classes, by the text tower in the same file: names:a photo of a {}. | prompts:16"),
     _option("model.dtype", "float32", one_of("float32", "bfloat16"), "of activations; parameters and loss are float32"),
     _option("model.prefix_dtype", "", one_of("", "float32", "bfloat16"), "of the frozen prefix; \"\": model.dtype"),
     _option("model.dropout", 0.0, RATE, "before the last dense layer"),

@@ -11,6 +11,10 @@ import functools
 import re
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
 from tl_jax.core.card import Card
 from tl_jax.models.bert import STEM
 from tl_jax.models.conversion import ABSENT, DENSE, NATIVE, QKV, SAME, Layout, rules_of, vocabulary
@@ -44,6 +48,36 @@ _OPENAI_QKV = qkv_rules([f"{_RES}.attn.in_proj_{{}}"], DENSE)
 # The image tower, the numbers of the places, and three numbers of OpenAI's archives.
 _HF_IMAGE = r"vision_model\..+|visual_projection\..+|logit_(scale|bias)|text_model\.embeddings\.position_ids"
 _OPENAI_IMAGE = r"visual\..+|logit_(scale|bias)|input_resolution|context_length|vocab_size"
+
+
+class Prompts(nn.Module):
+    """Logits of classes whose texts begin with learned vectors, [B, E] -> [B, K] (CoOp, Zhou et al. 2022,
+    arXiv:2109.01134, section 3.2).
+
+    x: normalised embeddings of images. tower: the name of a text tower. `classes` [K, length, D + 1] is what its stem
+    gives of the texts, without the vectors of `context` tokens from place `first` on, which are the parameter
+    `context`; text/... is what lies behind the stem.
+    """
+
+    tower: str
+    num_classes: int
+    context: int
+    first: int
+    length: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        found = VARIANTS.get(self.tower) or variant_of(self.tower)
+        text = found.module(num_classes=x.shape[-1], name="text")
+        zeros, shape = nn.initializers.zeros, (self.num_classes, self.length, text.width + 1)
+        classes = self.param("classes", zeros, shape, jnp.float32)
+        context = self.param("context", nn.initializers.normal(0.02), (self.context, text.width), jnp.float32)
+        scale, bias = (self.param(f"logit_{name}", zeros, (), jnp.float32) for name in ("scale", "bias"))
+        behind = self.length - self.first - self.context
+        tokens = classes + jnp.pad(context, ((self.first, behind), (0, 1)))[None]
+        embedding, _ = text(tokens, start="stem")
+        embedding = embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
+        return jnp.exp(scale) * x @ embedding.T + bias
 
 
 def _projection(kernel: str, way: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tl_jax.tasks import Spec
 from tl_jax.training import audit, inputs, optim, steps, terms, texts
 from tl_jax.training.phases import Material, Phase, check_prefixes, make_phase
 from tl_jax.training.settings import Settings, naming, read
-from tl_jax.weights import hub, load, sanity
+from tl_jax.weights import hub, load, sanity, zero_shot
 from tl_jax.weights.text_inputs import NO_TEXT, Text
 
 MODEL_OPTIONS = ("name", "weights", "partial", "image_size", "channels", "reinit", "head", "head_init",
@@ -162,6 +162,11 @@ def load_model(
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
     arguments |= {"head": model.head, "columns": tuple(columns), "channels": model.channels, "partial": model.partial}
     arguments |= {name: settings.data.card.get(name, ()) for name in ("mean", "std")} | {"text": text}
+    if model.head_init.startswith(tuple(zero_shot.WAYS)):
+        if model.keep_head or model.head or model.reinit or outputs != len(class_names):
+            raise ValueError(f"model.head_init={model.head_init!r} makes the whole head, of classes: leave out "
+                             "model.keep_head, model.head, model.reinit, and other tasks")  # fmt: skip
+        return zero_shot.load_named(model.name, model.weights, class_names, **arguments)
     loaded = load.load(model.name, model.weights, None if model.keep_head else outputs, **arguments)
     known = loaded.card.class_names or class_names
     if model.keep_head and (loaded.card.num_classes != outputs or tuple(known) != tuple(class_names)):
