@@ -72,6 +72,7 @@ def by_transformers(kind, folder, pixels, classes, templates=TEMPLATES):
         return (logits + (model.logit_bias.double() if kind == "siglip" else 0)).numpy()
 
 
+@pytest.mark.thin(1)
 @EACH
 def test_the_head_of_names_gives_the_logits_of_transformers(kind, file_of, photos):
     pixels, _ = pixels_of(photos)
@@ -83,3 +84,105 @@ def test_the_head_of_names_gives_the_logits_of_transformers(kind, file_of, photo
     close(tl_jax.outputs(model, files), expected, 1e-4)
     found = [row["class"] for row in tl_jax.predict(model, files)]
     assert found == [CLASSES[i] for i in expected.argmax(axis=1)] and len(set(found)) > 1
+
+
+def arguments(kind, path, photos, folder, *more):
+    splits = "--config.data.train=train", "--config.data.val=val", "--config.data.test=test"
+    names = f"--config.model.head_init=names:{'|'.join(TEMPLATES)}"
+    config = f"configs/transfer.py:model=small_{kind},weights={path},data=folder:{photos}"
+    return ["train", config, *splits, names, "--config.resamples=20", "--workdir", str(folder), *more]
+
+
+@pytest.fixture
+def run_of(file_of, photos, tmp_path):
+    """Runs the command line with a head of names; returns the folder."""
+
+    def run(name, *more, kind="clip"):
+        given = arguments(kind, file_of(kind), photos, tmp_path / name, *more)
+        assert command.main(given) == 0
+        return tmp_path / name
+
+    return run
+
+
+@pytest.mark.thin(1)
+@EACH
+def test_a_run_that_trains_nothing_predicts_as_transformers_and_its_file_too(kind, run_of, file_of, photos, capsys):
+    folder = run_of("w", "--config.method.name=none", kind=kind)
+    pixels, truth = pixels_of(photos)
+    expected = by_transformers(kind, file_of(kind).parent, pixels, sorted(CLASSES))
+    found = tl_jax.load_predictions(folder / "predictions.npz")
+    close(found.values, expected, 1e-4)
+    right = np.mean([sorted(CLASSES)[i] for i in expected.argmax(axis=1)] == np.array(truth))
+    result = json.loads((folder / "result.json").read_text())
+    assert result["metrics"]["accuracy"]["value"] == pytest.approx(right) and 0 < right < 1
+    assert (result["trainable_parameters"], result["total_steps"]) == (0, 0) and "chosen" not in result
+    audit = json.loads((folder / "audit.json").read_text())
+    assert audit["totals"]["trainable"] == 0 == audit["totals"]["new"] and audit["proof"]["bit_equal"]
+    origins = {row["path"]: row["origin"] for row in audit["phases"][0]["parameters"] if not row["trainable"]}
+    assert origins["head/out/kernel"] == f"names: {'|'.join(TEMPLATES)}" and "backbone/stem/pos_embed" in origins
+    shown = capsys.readouterr().out
+    assert "none scores it as it was loaded: nothing is fitted" in " ".join(shown.split())
+    assert command.main(["predict", str(folder), str(photos / "test")]) == 0
+    rows = [line.split(",") for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[1] for row in rows] == [sorted(CLASSES)[i] for i in expected.argmax(axis=1)]
+    again = load.load("", folder / "model.safetensors")
+    assert again.card.class_names == tuple(sorted(CLASSES)) and not again.dropped
+
+
+FULL = "--config.method.name=full", "--config.lr=0.001", "--config.total=(2, 'steps')", "--config.batch_size=4"
+
+
+@pytest.mark.slow
+def test_export_serves_it_and_weights_are_interpolated_with_a_fine_tuned_run(run_of, photos, tmp_path, capsys):
+    before = run_of("zero", "--config.method.name=none")
+    after = run_of("tuned", *FULL)
+    assert command.main(["wise_ft", str(before), str(after), "--out", str(tmp_path / "mixed")]) == 0
+    report = json.loads((tmp_path / "mixed" / "wise_ft.json").read_text())
+    ends = [json.loads((folder / "result.json").read_text())["metrics"]["accuracy"]["value"] for folder in (before, after)]
+    assert [report["curves"]["test"]["accuracy"][i] for i in (0, -1)] == pytest.approx(ends)
+    files = sorted((photos / "test").rglob("*.png"))
+    tl_jax.export(tl_jax.load_run(before), tmp_path / "export")
+    close(tl_jax.outputs(tl_jax.load_export(tmp_path / "export"), files), tl_jax.outputs(tl_jax.load_run(before), files))
+
+
+@pytest.mark.slow
+def test_a_linear_probe_begins_with_the_head_of_names(run_of, file_of, photos):
+    folder = run_of("probe", "--config.method.name=linear_probe", "--config.total=(1, 'steps')", "--config.lr=1e-9")
+    expected = by_transformers("clip", file_of("clip").parent, pixels_of(photos)[0], sorted(CLASSES))
+    close(tl_jax.load_predictions(folder / "predictions.npz").values, expected, 1e-4)
+    rows = json.loads((folder / "audit.json").read_text())["phases"][0]["parameters"]
+    assert {row["path"].split("/")[1] for row in rows if row["trainable"]} == {"dense0", "out"}
+
+
+BAD = {
+    "no {} at all": ("names:a photo", "expected one {} in each"),
+    "two of them": ("names:{} {}", "expected one {} in each"),
+    "keep_head too": ("names:{}", "makes the whole head", "--config.model.keep_head=True"),
+    "layers too": ("names:{}", "makes the whole head", "--config.model.head=(('relu', {}),)"),
+    "no weights": ("names:{}", "without a weight file", "--config.model.weights="),
+    "no text tower": ("names:{}", "has no text tower", "--config.model.name=resnet18"),
+    "a linear probe by scikit-learn": ("names:{}", "fits a linear classifier", "--config.method.name=ridge"),
+    "nothing to score": ("zeros", "its head is random", "--config.method.name=none"),
+    "no head to add to": ("zeros", "adds to a head of normalised", "--config.method.name=tip_adapter"),
+    "a grid of nothing": ("names:{}", "fits nothing, expected", "--config.method.name=none", "--config.method.grid=(1,)"),
+    "too many vectors": ("prompts:75", "75 learned vectors, and a text has 77 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_fit_is_one_message(case, file_of, photos, tmp_path, capsys):
+    head_init, message, *more = BAD[case]
+    given = arguments("clip", file_of("clip"), photos, tmp_path / "w", f"--config.model.head_init={head_init}", *more)
+    assert command.main(given) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_without_a_scale_and_one_without_texts_are_refused(file_of, tmp_path):
+    tensors = formats.read(file_of("clip"))[0]
+    for lacks, message in (("logit_scale", "has no number logit_scale"), ("text_", "has no key that clip_text")):
+        left = {key: x for key, x in tensors.items() if not key.startswith(lacks)}
+        formats.write_safetensors(tmp_path / "w.safetensors", left, {})
+        (tmp_path / "tokenizer.json").write_text((file_of("clip").parent / "tokenizer.json").read_text())
+        with pytest.raises(ValueError, match=message):
+            zero_shot.load_zero_shot("small_clip", tmp_path / "w.safetensors", CLASSES)

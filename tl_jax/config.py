@@ -24,7 +24,7 @@ ENTRIES = {  # options that hold tables by name: their fields, those that must b
     "networks": (NETWORK, ("name", "weights"), ("backbone", "head")),
     "terms": (None, (), ()),  # other fields than "weight" are checked by who reads them
 }
-PROBES = ("knn", "logistic", "ridge")  # methods without gradient, fitted on features
+PROBES = ("knn", "logistic", "ridge", "tip_adapter", "none")  # methods without gradient, fitted on features
 HEAD_ALONE = {"lr": 1e-2, "total": (20.0, "epochs")}  # of a linear probe, see experiments/probe_defaults
 RANDOM = ("model.dropout", "model.drop_path", "method.stoch_norm")  # what makes two passes differ
 SHORT = {"model": "model.name", "weights": "model.weights", "data": "data.source", "method": "method.name"}
@@ -319,6 +319,11 @@ def _method_problems(flat: Mapping[str, Any]) -> list[str]:
     updates = f"method.norm = {norm!r}: {steps} and updates no statistics; expected the policy 'frozen' alone, or []"
     return _where(
         *((flat[key] != value, f"{key} = {flat[key]!r}: {steps}, expected {value!r}") for key, value in takes.items()),
+        (name == "none" and flat["method.grid"], "method.grid: method.name = 'none' fits nothing, expected []"),
+        (
+            name in ("none", "tip_adapter") and flat["data.resample"] == "loo",
+            f"data.resample = 'loo': method.name = {name!r} is not fitted anew for each example; take a fold",
+        ),
         (task != "classification", f"task = {task!r}: method.name = {name!r} tells classes apart, as classification"),
         (any(policy == "update" for _, policy in norm), updates),
     )

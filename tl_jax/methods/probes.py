@@ -15,8 +15,10 @@ GRIDS = {
     "logistic": tuple(10.0**e for e in range(-4, 4)),  # C, the inverse strength of the penalty on the summed loss
     "ridge": tuple(10.0**e for e in range(-2, 6)),  # alpha, the strength of the penalty on the summed squares
 }
-NAMES = tuple(GRIDS)
-SYMBOLS = {"knn": "k", "logistic": "C", "ridge": "alpha"}
+FITTED = tuple(GRIDS)
+# Further methods without gradient: tip_adapter.py, and none, which scores the network as it was loaded.
+NAMES = (*FITTED, "tip_adapter", "none")
+SYMBOLS = {"knn": "k", "logistic": "C", "ridge": "alpha", "tip_adapter": "alpha, beta"}
 MAX_SCALE = 100.0  # of ridge scores: where every example is predicted well, the best scale would be infinite
 MAX_ITERATIONS = 10_000  # of L-BFGS
 
@@ -27,13 +29,13 @@ Head = dict[str, np.ndarray]
 class Fitted(NamedTuple):
     """A fitted classifier.
 
-    predict: features [N, D] -> logits [N, K] float32. chosen: the number of neighbours, C or alpha. tried: one row
+    predict: features [N, D] -> logits [N, K] float32. chosen: the number of neighbours, C, alpha, or several. tried: one row
     {"value", "val/accuracy", "val/nll", "converged"} for each candidate, None where there is no val. head: {"kernel"
     [D, K], "bias" [K]} float32 for raw features; None of knn.
     """
 
     predict: Callable[[np.ndarray], np.ndarray]
-    chosen: float
+    chosen: float | list[float]
     tried: list[dict[str, Any]]
     head: Head | None
 
@@ -55,7 +57,7 @@ def fit(
     *,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Fitted:
-    """Fits one of NAMES on train = (features [N, D], labels [N]) and chooses the value of `grid` on val alone.
+    """Fits one of FITTED on train = (features [N, D], labels [N]) and chooses the value of `grid` on val alone.
 
     The highest val accuracy wins, among equals the lowest val nll, then the stronger regularisation (more neighbours,
     smaller C, larger alpha). An empty grid means GRIDS[name]. check_stop is called before each value of the grid, and
@@ -127,15 +129,20 @@ def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def choice_line(name: str, chosen: float, tried: Sequence[Mapping[str, Any]]) -> str:
+def _shown(name: str, value: float | Sequence[float]) -> str:
+    values = value if isinstance(value, Sequence) else [value]
+    return ", ".join(f"{symbol} = {x:g}" for symbol, x in zip(SYMBOLS[name].split(", "), values, strict=True))
+
+
+def choice_line(name: str, chosen: float | Sequence[float], tried: Sequence[Mapping[str, Any]]) -> str:
     """Which value of its grid a probe took, by what, and whether the nll on val would have taken another."""
-    symbol, row = SYMBOLS[name], next((row for row in tried if row["value"] == chosen), None)
+    row = next((row for row in tried if row["value"] == chosen), None)
     if len(tried) < 2 or row is None or row["val/accuracy"] is None:
-        return f"{name} with {symbol} = {chosen:g}, as given"
+        return f"{name} with {_shown(name, chosen)}, as given"
     scores = "accuracy {val/accuracy:.4f}, nll {val/nll:.4f}"
     best = min(tried, key=lambda row: row["val/nll"])
-    other = f"; by nll it would be {symbol} = {best['value']:g} ({scores.format_map(best)})"
-    told = f"{name} with {symbol} = {chosen:g}, chosen of {len(tried)} by accuracy on val ({scores.format_map(row)})"
+    other = f"; by nll it would be {_shown(name, best['value'])} ({scores.format_map(best)})"
+    told = f"{name} with {_shown(name, chosen)}, chosen of {len(tried)} by accuracy on val ({scores.format_map(row)})"
     slow = "" if row["converged"] else f"; it has not converged in {MAX_ITERATIONS:,} iterations"
     return told + (other if best["val/nll"] < row["val/nll"] else ", and nll agrees") + slow
 
@@ -273,8 +280,8 @@ FIT = {"knn": _fit_knn, "logistic": _fit_logistic, "ridge": _fit_ridge}
 
 def _check(name, grid, train: Examples, val: Examples | None, num_classes: int, left_out: int = 0) -> None:
     """Raises one ValueError that lists everything wrong with the arguments of `fit`."""
-    if name not in NAMES:
-        raise ValueError(f"unknown probe {name!r}{messages.nearest(name, NAMES)}; known: {', '.join(NAMES)}")
+    if name not in FITTED:
+        raise ValueError(f"unknown probe {name!r}{messages.nearest(name, FITTED)}; known: {', '.join(FITTED)}")
     problems, count = [], len(train[1]) - left_out
     if len(set(grid)) != 1 and val is None:
         found = f"the {len(set(grid))} values {list(grid)}" if grid else "an empty grid, which means the default one"
