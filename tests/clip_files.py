@@ -27,7 +27,9 @@ def add_names(monkeypatch):
     made = {}
     for kind, publisher in {"clip": ("openai",), "siglip": ()}.items():
         module = functools.partial(vit.ViT, **SIZE, **towers[kind])
-        card = Card(f"small_{kind}", EMBEDDING if kind == "clip" else 0, SIZE["image_size"], mean=clip.MEAN, std=clip.STD)
+        card = Card(
+            f"small_{kind}", EMBEDDING if kind == "clip" else 0, SIZE["image_size"], mean=clip.MEAN, std=clip.STD
+        )
         made |= getattr(clip, f"{kind}_variants")(module, card, *publisher)
         monkeypatch.setitem(clip_text.TOWERS, f"small_{kind}", KINDS[kind])
     for name, variant in made.items():

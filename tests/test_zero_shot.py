@@ -1,4 +1,4 @@
-"""Heads made of the names of classes: predictions of transformers, the command line, and what begins with such a head."""
+"""Heads made of the names of classes: predictions of transformers, the command line, and what begins with them."""
 
 import functools
 import json
@@ -139,11 +139,15 @@ def test_export_serves_it_and_weights_are_interpolated_with_a_fine_tuned_run(run
     after = run_of("tuned", *FULL)
     assert command.main(["wise_ft", str(before), str(after), "--out", str(tmp_path / "mixed")]) == 0
     report = json.loads((tmp_path / "mixed" / "wise_ft.json").read_text())
-    ends = [json.loads((folder / "result.json").read_text())["metrics"]["accuracy"]["value"] for folder in (before, after)]
+    ends = [
+        json.loads((folder / "result.json").read_text())["metrics"]["accuracy"]["value"] for folder in (before, after)
+    ]
     assert [report["curves"]["test"]["accuracy"][i] for i in (0, -1)] == pytest.approx(ends)
     files = sorted((photos / "test").rglob("*.png"))
     tl_jax.export(tl_jax.load_run(before), tmp_path / "export")
-    close(tl_jax.outputs(tl_jax.load_export(tmp_path / "export"), files), tl_jax.outputs(tl_jax.load_run(before), files))
+    close(
+        tl_jax.outputs(tl_jax.load_export(tmp_path / "export"), files), tl_jax.outputs(tl_jax.load_run(before), files)
+    )
 
 
 @pytest.mark.slow
@@ -165,7 +169,12 @@ BAD = {
     "a linear probe by scikit-learn": ("names:{}", "fits a linear classifier", "--config.method.name=ridge"),
     "nothing to score": ("zeros", "its head is random", "--config.method.name=none"),
     "no head to add to": ("zeros", "adds to a head of normalised", "--config.method.name=tip_adapter"),
-    "a grid of nothing": ("names:{}", "fits nothing, expected", "--config.method.name=none", "--config.method.grid=(1,)"),
+    "a grid of nothing": (
+        "names:{}",
+        "fits nothing, expected",
+        "--config.method.name=none",
+        "--config.method.grid=(1,)",
+    ),
     "too many vectors": ("prompts:75", "75 learned vectors, and a text has 77 tokens"),
 }
 

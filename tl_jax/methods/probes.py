@@ -15,9 +15,8 @@ GRIDS = {
     "logistic": tuple(10.0**e for e in range(-4, 4)),  # C, the inverse strength of the penalty on the summed loss
     "ridge": tuple(10.0**e for e in range(-2, 6)),  # alpha, the strength of the penalty on the summed squares
 }
-FITTED = tuple(GRIDS)
-# Further methods without gradient: tip_adapter.py, and none, which scores the network as it was loaded.
-NAMES = (*FITTED, "tip_adapter", "none")
+NAMES = tuple(GRIDS)
+WITHOUT_STEPS = (*NAMES, "tip_adapter", "none")  # also tip_adapter.py, and none, which scores a network as loaded
 SYMBOLS = {"knn": "k", "logistic": "C", "ridge": "alpha", "tip_adapter": "alpha, beta"}
 MAX_SCALE = 100.0  # of ridge scores: where every example is predicted well, the best scale would be infinite
 MAX_ITERATIONS = 10_000  # of L-BFGS
@@ -29,9 +28,9 @@ Head = dict[str, np.ndarray]
 class Fitted(NamedTuple):
     """A fitted classifier.
 
-    predict: features [N, D] -> logits [N, K] float32. chosen: the number of neighbours, C, alpha, or several. tried: one row
-    {"value", "val/accuracy", "val/nll", "converged"} for each candidate, None where there is no val. head: {"kernel"
-    [D, K], "bias" [K]} float32 for raw features; None of knn.
+    predict: features [N, D] -> logits [N, K] float32. chosen: the number of neighbours, C, alpha, or several.
+    tried: one row {"value", "val/accuracy", "val/nll", "converged"} for each candidate, None where there is no val.
+    head: {"kernel" [D, K], "bias" [K]} float32 for raw features; None of knn.
     """
 
     predict: Callable[[np.ndarray], np.ndarray]
@@ -57,7 +56,7 @@ def fit(
     *,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Fitted:
-    """Fits one of FITTED on train = (features [N, D], labels [N]) and chooses the value of `grid` on val alone.
+    """Fits one of NAMES on train = (features [N, D], labels [N]) and chooses the value of `grid` on val alone.
 
     The highest val accuracy wins, among equals the lowest val nll, then the stronger regularisation (more neighbours,
     smaller C, larger alpha). An empty grid means GRIDS[name]. check_stop is called before each value of the grid, and
@@ -280,8 +279,8 @@ FIT = {"knn": _fit_knn, "logistic": _fit_logistic, "ridge": _fit_ridge}
 
 def _check(name, grid, train: Examples, val: Examples | None, num_classes: int, left_out: int = 0) -> None:
     """Raises one ValueError that lists everything wrong with the arguments of `fit`."""
-    if name not in FITTED:
-        raise ValueError(f"unknown probe {name!r}{messages.nearest(name, FITTED)}; known: {', '.join(FITTED)}")
+    if name not in NAMES:
+        raise ValueError(f"unknown probe {name!r}{messages.nearest(name, NAMES)}; known: {', '.join(NAMES)}")
     problems, count = [], len(train[1]) - left_out
     if len(set(grid)) != 1 and val is None:
         found = f"the {len(set(grid))} values {list(grid)}" if grid else "an empty grid, which means the default one"

@@ -32,8 +32,10 @@ def fit(
     of `tried` is [alpha, beta]. In `head` of the result are the leaves of the layer `cache`, the last one, and `out`.
     ValueError without val and values.
     """
-    if grid and len(grid) != 2 or any(not value > 0 for value in grid):
-        raise ValueError(f"the grid of tip_adapter is {list(grid)}; expected alpha and beta, two numbers above 0, or ()")
+    if (grid and len(grid) != 2) or any(not value > 0 for value in grid):
+        raise ValueError(
+            f"the grid of tip_adapter is {list(grid)}; expected alpha and beta, two numbers above 0, or ()"
+        )
     if not grid and val is None:
         raise ValueError("tip_adapter chooses alpha and beta on val, and there is none; give a val split, or both")
     kernel, bias = (np.asarray(head["out"][leaf], np.float64) for leaf in ("kernel", "bias"))

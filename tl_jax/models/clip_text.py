@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from tl_jax.core.card import Card
+from tl_jax.models import tokens
 from tl_jax.models.bert import STEM
 from tl_jax.models.conversion import ABSENT, DENSE, NATIVE, QKV, SAME, Layout, rules_of, vocabulary
+from tl_jax.models.text import Block as TextBlock
 from tl_jax.models.text import Transformer
 from tl_jax.models.variant import Variant
 from tl_jax.models.vit import BLOCK, qkv_rules
@@ -56,7 +58,7 @@ class Prompts(nn.Module):
 
     x: normalised embeddings of images. tower: the name of a text tower. `classes` [K, length, D + 1] is what its stem
     gives of the texts, without the vectors of `context` tokens from place `first` on, which are the parameter
-    `context`; text/... is what lies behind the stem.
+    `context`; block{i}/..., norm/... and head/... are the parts of the tower behind the stem.
     """
 
     tower: str
@@ -67,17 +69,21 @@ class Prompts(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        found = VARIANTS.get(self.tower) or variant_of(self.tower)
-        text = found.module(num_classes=x.shape[-1], name="text")
-        zeros, shape = nn.initializers.zeros, (self.num_classes, self.length, text.width + 1)
+        # The parts by themselves: flax would put the name scope of a network that is a submodule beside it.
+        own = (VARIANTS.get(self.tower) or variant_of(self.tower)).module.keywords
+        zeros, shape = nn.initializers.zeros, (self.num_classes, self.length, own["width"] + 1)
         classes = self.param("classes", zeros, shape, jnp.float32)
-        context = self.param("context", nn.initializers.normal(0.02), (self.context, text.width), jnp.float32)
+        context = self.param("context", nn.initializers.normal(0.02), (self.context, own["width"]), jnp.float32)
         scale, bias = (self.param(f"logit_{name}", zeros, (), jnp.float32) for name in ("scale", "bias"))
         behind = self.length - self.first - self.context
-        tokens = classes + jnp.pad(context, ((self.first, behind), (0, 1)))[None]
-        embedding, _ = text(tokens, start="stem")
-        embedding = embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
-        return jnp.exp(scale) * x @ embedding.T + bias
+        y, mask = classes[..., :-1] + jnp.pad(context, ((self.first, behind), (0, 0)))[None], classes[..., -1] > 0
+        causal = own.get("causal", False)
+        for i in range(own["depth"]):
+            how = (own["heads"], 0.0, own["norm_eps"], own["act"], True, causal, "xla", jnp.float32)
+            y = TextBlock(*how, name=f"block{i}")(y, False, mask)
+        y = tokens.pool(nn.LayerNorm(epsilon=own["norm_eps"], name="norm")(y), mask, own["pooling"])
+        y = nn.Dense(x.shape[-1], name="head")(y)
+        return jnp.exp(scale) * x @ (y / jnp.linalg.norm(y, axis=-1, keepdims=True)).T + bias
 
 
 def _projection(kernel: str, way: Any) -> dict[str, Any]:

@@ -191,10 +191,10 @@ def load_model(
 def _check_probe(name: str, loaded: load.Loaded) -> None:
     """Raises ValueError for a head on which a method without gradient cannot build."""
     layers = loaded.model.head
-    if name in probes.FITTED and layers:
+    if name in probes.NAMES and layers:
         raise ValueError(
-            f"model.keep_head or model.head_init keeps a head with the layers {layers}, and method.name = {name!r} fits "
-            "a linear classifier on pre_logits; leave them out"
+            f"model.keep_head or model.head_init keeps a head with the layers {layers}, and method.name = {name!r} "
+            "fits a linear classifier on pre_logits; leave them out"
         )
     if name == "tip_adapter" and not (layers and layers[-1][0] == "l2_norm"):
         raise ValueError(

@@ -37,7 +37,7 @@ class Scored(NamedTuple):
 def probe(
     run: Run, parallel: sharding.Parallel, folder: str | pathlib.Path, verbose: bool, stop_requested: Stop
 ) -> dict[str, Any]:
-    """Fits method.name, one of probes.NAMES, on the features of train, and scores it as training does.
+    """Fits method.name, one of probes.WITHOUT_STEPS, on the features of train, and scores it as training does.
 
     Every example of train is seen once, without augmentation. method.grid is searched on val. A linear classifier is
     written as model.safetensors with its head in place. With data.resample "loo" test is the whole pool: each example
@@ -91,9 +91,7 @@ def _seen(run: Run, parallel: sharding.Parallel, stop_requested: Stop):
 
 def _answered(run: Run, seen: Mapping[str, Predictions], answer: Callable) -> dict[str, Predictions]:
     """What is scored, by a function of the features. The one time that test is read; where there is none, val is."""
-    return {
-        name: seen[name]._replace(outputs={"logits": answer(seen[name].features)}) for name in scored_splits(run)
-    }
+    return {name: seen[name]._replace(outputs={"logits": answer(seen[name].features)}) for name in scored_splits(run)}
 
 
 def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:

@@ -95,7 +95,7 @@ def load_prompts(
     classes[:, first : first + count, :-1] = stem["pos_embed"][first : first + count]
     layer = {"tower": card.model, "context": count, "first": first, "length": classes.shape[1]}
     behind = {key: leaf for key, leaf in trees.flatten(text.variables["params"]).items() if "/stem/" not in key}
-    leaves = {f"text/{key}": leaf for key, leaf in behind.items()}
+    leaves = {key.removeprefix("backbone/"): leaf for key, leaf in behind.items()}
     leaves |= {"classes": classes, "context": vectors.astype(np.float32)}
     leaves |= {"logit_scale": np.float32(scalar(tensors, "logit_scale", path))}
     leaves |= {"logit_bias": np.float32(scalar(tensors, "logit_bias", path) if "logit_bias" in tensors else 0)}
