@@ -14,6 +14,7 @@ from test_zero_shot import CLASSES, by_transformers, file_of, names, photos, pix
 import tl_jax
 from tl_jax import __main__ as command
 from tl_jax.methods import tip_adapter
+from tl_jax.models import head
 from tl_jax.weights import load, zero_shot
 
 torch, transformers = clip_files.torch_reference.torch, clip_files.transformers
@@ -150,7 +151,7 @@ def test_learned_prompts_begin_as_a_text_and_their_gradient_is_that_of_torch(kin
 
 @pytest.mark.slow
 def test_only_the_vectors_before_the_name_train_and_the_audit_lists_the_text_tower(run_of, photos):  # noqa: F811
-    rules = "--config.method.rules=(('head/prompts2/context', 'context'), ('.*', 'frozen'))"
+    rules = "--config.method.rules=(('head/prompts.*/context', 'context'), ('.*', 'frozen'))"
     steps = "--config.total=(30, 'steps')", "--config.lr=0.02", "--config.batch_size=12"
     init = "--config.model.head_init=prompts:4"
     folder = run_of("coop", "--config.method.name=rules", rules, *steps, init)
@@ -165,3 +166,14 @@ def test_only_the_vectors_before_the_name_train_and_the_audit_lists_the_text_tow
     files = [path for name in ORDER for path in sorted((photos / "test" / name).iterdir())]
     saved = tl_jax.load_predictions(folder / "predictions.npz")
     close(tl_jax.outputs(tl_jax.load_run(folder), files), saved.values, 1e-5)
+
+
+def test_layers_of_few_shot_heads_are_checked():
+    with pytest.raises(ValueError, match="it gives the logits, so it must be the last layer"):
+        head.check([("l2_norm", {}), ("prompts", {"tower": "clip_text_base"}), ("relu", {})])
+    with pytest.raises(ValueError, match="size = 0, expected an integer of at least 1"):
+        head.check([("cache", {"size": 0})])
+    row = head.LAYERS["l2_norm"](None, 0, jnp.array([[3.0, 4.0], [0.0, 0.0]]), True)
+    np.testing.assert_allclose(row, [[0.6, 0.8], [0, 0]], rtol=1e-6)
+    slope = jax.grad(lambda x: head.LAYERS["l2_norm"](None, 0, x, True).sum())(jnp.zeros((1, 2)))
+    assert np.isfinite(slope).all()

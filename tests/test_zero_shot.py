@@ -137,8 +137,10 @@ FULL = "--config.method.name=full", "--config.lr=0.001", "--config.total=(2, 'st
 def test_export_serves_it_and_weights_are_interpolated_with_a_fine_tuned_run(run_of, photos, tmp_path, capsys):
     before = run_of("zero", "--config.method.name=none")
     after = run_of("tuned", *FULL)
-    assert command.main(["wise_ft", str(before), str(after), "--out", str(tmp_path / "mixed")]) == 0
-    report = json.loads((tmp_path / "mixed" / "wise_ft.json").read_text())
+    for out, start in {"a": "start", "b": str(before)}.items():
+        assert command.main(["wise_ft", start, str(after), "--out", str(tmp_path / out)]) == 0
+    report, other = (json.loads((tmp_path / out / "curve.json").read_text()) for out in "ab")
+    assert report["curves"] == other["curves"] and (tmp_path / "a" / "curve.png").exists()
     ends = [
         json.loads((folder / "result.json").read_text())["metrics"]["accuracy"]["value"] for folder in (before, after)
     ]
@@ -151,11 +153,14 @@ def test_export_serves_it_and_weights_are_interpolated_with_a_fine_tuned_run(run
 
 
 @pytest.mark.slow
-def test_a_linear_probe_begins_with_the_head_of_names(run_of, file_of, photos):
-    folder = run_of("probe", "--config.method.name=linear_probe", "--config.total=(1, 'steps')", "--config.lr=1e-9")
-    expected = by_transformers("clip", file_of("clip").parent, pixels_of(photos)[0], sorted(CLASSES))
-    close(tl_jax.load_predictions(folder / "predictions.npz").values, expected, 1e-4)
-    rows = json.loads((folder / "audit.json").read_text())["phases"][0]["parameters"]
+def test_a_linear_probe_begins_with_the_head_of_names(file_of, photos, tmp_path):
+    path = file_of("clip")
+    model = tl_jax.zero_shot("small_clip", path, CLASSES, templates=TEMPLATES[0])
+    changes = {"total": (1, "steps"), "lr": 1e-9, "resamples": 20, "cache": "features", "cache_dir": str(tmp_path)}
+    run = tl_jax.fit(model, f"folder:{photos}", workdir=tmp_path / "w", changes=changes, verbose=False)
+    expected = by_transformers("clip", path.parent, pixels_of(photos)[0], sorted(CLASSES), TEMPLATES[:1])
+    close(tl_jax.load_predictions(run.folder / "predictions.npz").values, expected, 1e-4)
+    rows = json.loads((run.folder / "audit.json").read_text())["phases"][0]["parameters"]
     assert {row["path"].split("/")[1] for row in rows if row["trainable"]} == {"dense0", "out"}
 
 

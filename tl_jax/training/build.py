@@ -162,7 +162,7 @@ def load_model(
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
     arguments |= {"head": model.head, "columns": tuple(columns), "channels": model.channels, "partial": model.partial}
     arguments |= {name: settings.data.card.get(name, ()) for name in ("mean", "std")} | {"text": text}
-    if model.head_init.startswith(tuple(zero_shot.WAYS)):
+    if model.head_init.startswith(zero_shot.WAYS):
         if model.keep_head or model.head or model.reinit or outputs != len(class_names):
             raise ValueError(f"model.head_init={model.head_init!r} makes the whole head, of classes: leave out "
                              "model.keep_head, model.head, model.reinit, and other tasks")  # fmt: skip
