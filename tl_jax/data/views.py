@@ -103,7 +103,7 @@ def make_views(
             prepared[field] = source.inputs[None]
             continue
         if card.input == "text":
-            prepared[field] = tokenizer.known(card).encode(source.inputs.rows, card.max_length)
+            prepared[field] = tokenizer.known(card).encode(source.inputs.rows, card.max_length, card.texts)
             continue
         preprocess = make_preprocess(card, augment if augmented else ())
         wanted = preprocess.short_side

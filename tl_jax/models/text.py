@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tl_jax.models import tokens
+from tl_jax.models.head import texts_of
 from tl_jax.models.layers import Dense, DropPath, drop_path_rates, recomputed
 from tl_jax.models.transformer import GELU, INIT, Attention, Mlp
 from tl_jax.models.variant import Model
@@ -169,8 +170,11 @@ class Transformer(Model):
         for i, rate in enumerate(drop_path_rates(self.drop_path, self.depth)):
             parts.append(functools.partial(call, block(drop_path=rate, name=f"block{i}")))
         parts += [norm, pre_logits] if self.pre_norm else [pre_logits]
-        x = tokens.filled(x, self.positions, self.fill) if self.fill >= 0 and start is None else x
-        return tokens.run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
+        count = texts_of(self)
+        if self.fill >= 0 and start is None:  # each text by itself
+            x = tokens.filled(x.reshape(count * x.shape[0], x.shape[1] // count, 2), self.positions, self.fill)
+            x = x.reshape(-1, count * self.positions, 2)
+        return tokens.run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop, count)
 
     @property
     def token_head_module(self):

@@ -276,7 +276,7 @@ def _make(module: Any, card: Card, head_init: str) -> Any:
 def example_input(card: Card) -> jax.Array:
     """One example of zeros as the network of a card takes it: [1, H, W, C], [1, columns], or [1, L, 2] tokens."""
     if card.input == "text":
-        return jnp.zeros((1, min(8, card.max_length), 2), jnp.int32)
+        return jnp.zeros((1, card.texts * min(8, card.max_length), 2), jnp.int32)
     return jnp.zeros((1, *card.shape))
 
 
