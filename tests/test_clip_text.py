@@ -10,6 +10,7 @@ import pytest
 from clip_files import KINDS, LONGEST, VOCAB, torch_reference
 from test_pretrained import close
 
+import tl_jax
 from tl_jax import models
 from tl_jax.data.text import tokenizer
 from tl_jax.models import clip_text
@@ -77,6 +78,7 @@ def test_every_layer_and_the_embedding_are_those_of_transformers_at_every_length
         close(logits, embedding, 1e-5)
 
 
+@pytest.mark.thin(1)
 @EACH
 def test_logits_of_image_and_text_are_those_of_transformers(kind, file_of):
     model = clip_files.whole(kind)
@@ -180,3 +182,20 @@ def test_names_tell_sizes_and_published_towers_have_their_number_of_parameters()
     quick, plain = (models.get(f"clip_text_l1_h8_a2{end}").module.keywords["act"] for end in ("_quickgelu", ""))
     assert (quick, plain) == ("quick_gelu", "gelu")
     assert all(name in models.MODELS and models.get(text) for name, text in clip_text.TOWERS.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+def test_two_texts_and_exports_for_any_number_of_tokens(kind, file_of, tmp_path):
+    path = file_of(kind)
+    pair = load.load(KINDS[kind], path, 1, head=(("cosine", {}),))
+    rows, read = [("a photo", "a drawing of the zero"), ("two", "three four five")], tokenizer.known(pair.card)
+    one, other = (read.encode([(row[i],) for row in rows], 77).batch(np.arange(2), 16) for i in (0, 1))
+    features = [pair.model.clone(num_classes=0).apply(pair.variables, x)[0] for x in (one, other)]
+    a, b = (np.asarray(x, np.float64) / np.linalg.norm(x, axis=1, keepdims=True) for x in features)
+    found = pair.model.apply(pair.variables, np.concatenate([one, other], axis=1))[1]["embedding"]
+    close(found[:, 0], (a * b).sum(axis=1), 1e-5)
+    whole = tl_jax.load(KINDS[kind], path)
+    tl_jax.export(whole, tmp_path / "export")
+    texts = ["a photo of a zero", "one", "two three four five six seven eight in black and white"]
+    close(tl_jax.outputs(tl_jax.load_export(tmp_path / "export"), texts), tl_jax.outputs(whole, texts), 1e-5)
