@@ -159,6 +159,7 @@ def test_only_the_vectors_before_the_name_train_and_the_audit_lists_the_text_tow
     rows = {row["path"]: row for row in audit["phases"][0]["parameters"]}
     assert [path for path, row in rows.items() if row["trainable"]] == ["head/prompts2/context"]
     tower = [path for path in rows if re.match("head/prompts2/(block|norm|head)", path)]
+    assert rows["head/prompts2/context"]["origin"] == "new" and audit["totals"]["new"] == 4 * 32
     assert len(tower) > 20 and audit["totals"]["trainable"] == 4 * 32 and audit["proof"]["bit_equal"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]

@@ -167,6 +167,7 @@ def test_a_linear_probe_begins_with_the_head_of_names(file_of, photos, tmp_path)
 BAD = {
     "no {} at all": ("names:a photo", "expected one {} in each"),
     "two of them": ("names:{} {}", "expected one {} in each"),
+    "an empty text": ("prompts:", "0 learned vectors"),
     "keep_head too": ("names:{}", "makes the whole head", "--config.model.keep_head=True"),
     "layers too": ("names:{}", "makes the whole head", "--config.model.head=(('relu', {}),)"),
     "no weights": ("names:{}", "without a weight file", "--config.model.weights="),

@@ -59,7 +59,11 @@ def probe(
         if head or name == "none":
             card = material.card.replace(head=(*material.card.head, *layers))
             load.export(variables, run.settings.model.name, folder / "model.safetensors", card=card)
-        spent = {"flops": _flops(run), "memory_bytes": None, "seconds": round(time.perf_counter() - began, 3)}
+        spent = {
+            "flops": 0.0 if name == "none" else _flops(run),
+            "memory_bytes": None,
+            "seconds": round(time.perf_counter() - began, 3),
+        }
         device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         files.write_json(folder / "cost.json", {**size, "flops_per_step": None, **spent, "steps": 0, "device": device})
     numbers = {"step": 0, "total_steps": 0, **size, "frozen_sha256": report["proof"]["sha256"]}

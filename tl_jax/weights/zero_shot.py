@@ -58,12 +58,12 @@ def load_zero_shot(
     """
     text, tensors = load_text(name, path), formats.read(hub.resolve(path))[0]
     classes = [each.replace("_", " ") for each in class_names]
-    prompts = [template.format(each) for each in classes for template in templates_of(templates)]
+    prompts = [template.replace("{}", each) for each in classes for template in templates_of(templates)]
     each = embed(text, prompts).reshape(len(classes), -1, text.card.num_classes)
     kernel = unit(each.mean(axis=1)).T * np.exp(scalar(tensors, "logit_scale", path))
     bias = scalar(tensors, "logit_bias", path) if "logit_bias" in tensors else 0.0
-    out = {"out/kernel": kernel.astype(np.float32), "out/bias": np.full(len(classes), bias, np.float32)}
-    return with_head(name, path, class_names, (), out, f"names: {templates}", **how)
+    out = {"kernel": kernel.astype(np.float32), "bias": np.full(len(classes), bias, np.float32)}
+    return with_head(name, path, class_names, None, dict.fromkeys(out, f"names: {templates}"), out, **how)
 
 
 def load_prompts(
@@ -79,6 +79,10 @@ def load_prompts(
     stem, card = text.variables["params"]["backbone"]["stem"], text.card
     read, table = tokenizer.known(card), np.asarray(stem["tok_embed"]["embedding"])
     first = len(read.encode([("",)], card.max_length).flat) - 1  # a token may begin every text, one ends it
+    if first not in (0, 1):
+        raise ValueError(
+            f"the tokenizer beside {path} puts {first + 1} tokens around a text; expected an end, or both ends"
+        )
     if context.isdecimal():
         vectors = np.random.default_rng(seed).normal(0, 0.02, (int(context), table.shape[1]))
     else:
@@ -99,9 +103,9 @@ def load_prompts(
     leaves |= {"classes": classes, "context": vectors.astype(np.float32)}
     leaves |= {"logit_scale": np.float32(scalar(tensors, "logit_scale", path))}
     leaves |= {"logit_bias": np.float32(scalar(tensors, "logit_bias", path) if "logit_bias" in tensors else 0)}
-    place = 2 if load.source_head(name, path) else 1
-    leaves = {f"prompts{place}/{key}": leaf for key, leaf in leaves.items()}
-    return with_head(name, path, class_names, (("prompts", layer),), leaves, f"prompts: {context}", seed=seed, **how)
+    origins = dict.fromkeys(leaves, "text tower of the file")
+    origins["context"] = "new" if context.isdecimal() else f"prompts: {context}"
+    return with_head(name, path, class_names, ("prompts", layer), origins, leaves, seed=seed, **how)
 
 
 def load_text(name: str, path: str | pathlib.Path) -> Loaded:
@@ -117,25 +121,24 @@ def with_head(
     name: str,
     path: str | pathlib.Path,
     class_names: Sequence[str],
-    layers: tuple,
+    layer: tuple[str, Mapping[str, Any]] | None,
+    origins: Mapping[str, str],
     leaves: Mapping[str, Any],
-    origin: str,
     **how: Any,
 ) -> Loaded:
-    """The image tower with the file's projection, L2 norm and further `layers`, whose leaves are given by their path
-    in the head; origin: what the audit says of these."""
+    """The image tower with the file's projection, L2 norm, and a last layer of the head, None for the dense one, whose
+    leaves are given; origins: what the audit says of each."""
     projection = load.source_head(name, path, how.get("partial", ()))
-    first = (("dense", {"features": projection["bias"].shape[0]}),) if projection else ()
-    loaded = load.load(name, path, len(class_names), **{**how, "head": (*first, ("l2_norm", {}), *layers)})
-    made = {f"params/head/{key}": value for key, value in leaves.items()}
-    told = dict.fromkeys(made, origin)
-    if projection:
-        made |= {f"params/head/dense0/{leaf}": value for leaf, value in projection.items()}
-        told |= dict.fromkeys((f"params/head/dense0/{leaf}" for leaf in projection), "projection of the file")
-    flat = trees.flatten(loaded.variables)
-    flat |= jax.device_put(made)
+    layers = (("dense", {"features": projection["bias"].shape[0]}),) if projection else ()
+    layers += (("l2_norm", {}), *([layer] if layer else []))
+    loaded = load.load(name, path, len(class_names), **{**how, "head": layers})
+    own = f"params/head/{layer[0]}{len(layers) - 1}" if layer else "params/head/out"
+    made = {f"params/head/dense0/{key}": leaf for key, leaf in (projection or {}).items()}
+    told = dict.fromkeys(made, "projection of the file") | {f"{own}/{key}": text for key, text in origins.items()}
+    made |= {f"{own}/{key}": leaf for key, leaf in leaves.items()}
+    variables = trees.unflatten({**trees.flatten(loaded.variables), **jax.device_put(made)})
     card = loaded.card.replace(class_names=tuple(class_names))
-    return loaded._replace(variables=trees.unflatten(flat), card=card, origins={**loaded.origins, **told})
+    return loaded._replace(variables=variables, card=card, origins={**loaded.origins, **told})
 
 
 def embed(text: Loaded, prompts: Sequence[str]) -> np.ndarray:
