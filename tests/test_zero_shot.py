@@ -4,10 +4,12 @@ import functools
 import json
 
 import clip_files
+import jax
 import numpy as np
 import pytest
 from clip_files import torch_reference, transformers
 from PIL import Image
+from test_clip_text import renamed
 from test_pretrained import close
 
 import tl_jax
@@ -201,3 +203,20 @@ def test_a_file_without_a_scale_and_one_without_texts_are_refused(file_of, tmp_p
         (tmp_path / "tokenizer.json").write_text((file_of("clip").parent / "tokenizer.json").read_text())
         with pytest.raises(ValueError, match=message):
             zero_shot.load_zero_shot("small_clip", tmp_path / "w.safetensors", CLASSES)
+
+
+@pytest.mark.slow
+def test_a_file_of_open_clip_gives_the_same_towers(file_of, tmp_path):
+    own = zero_shot.load_zero_shot("small_siglip", file_of("siglip"), CLASSES)
+    image = load.load("small_siglip", file_of("siglip"))
+    card = image.card.replace(model="small_siglip")
+    load.export(image.variables, "small_siglip", tmp_path / "image.safetensors", card=card, layout="timm")
+    tensors = formats.read(file_of("siglip"))[0]
+    state = {f"visual.trunk.{key}": x for key, x in formats.read(tmp_path / "image.safetensors")[0].items()}
+    state |= renamed("siglip", tensors) | {key: x for key, x in tensors.items() if key.startswith("logit_")}
+    (tmp_path / "w").mkdir()
+    formats.write_safetensors(tmp_path / "w" / "w.safetensors", state, {})
+    (tmp_path / "w" / "tokenizer.json").write_text((file_of("siglip").parent / "tokenizer.json").read_text())
+    other = zero_shot.load_zero_shot("small_siglip", tmp_path / "w" / "w.safetensors", CLASSES)
+    assert (own.layout, other.layout) == ("hf", "timm")
+    jax.tree.map(np.testing.assert_array_equal, own.variables, other.variables)
