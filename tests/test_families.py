@@ -36,6 +36,7 @@ from tl_jax.models.recurrent import Recurrent
 from tl_jax.models.resnet import ResNet
 from tl_jax.models.squeezenet import SqueezeNet
 from tl_jax.models.swin import Swin
+from tl_jax.models.text import Transformer
 from tl_jax.models.variant import ConvNet, Variant
 from tl_jax.models.vgg import VGG
 from tl_jax.models.vit import ViT
@@ -56,6 +57,7 @@ SEPARABLE = ((Row("separable", 3, 1, 1, 8),), (Row("separable", 3, 2, 1, 16, 2),
 VGG_SIZES = {"depths": (2, 1, 1), "widths": (4, 6, 8), "features": 12}
 WORDS = {"width": 4, "layers": 2, "vocab_size": 40, "embed_dim": 6}
 VIT_SIZES = {"patch_size": 8, "width": 12, "depth": 3, "heads": 2, "image_size": 24}
+TOWER = {"width": 12, "depth": 3, "heads": 2, "vocab_size": 40, "positions": 16, "pre_norm": True, "pooling": "last"}
 FAMILIES = {
     "resnet": (ResNet, {"depths": (1, 2), "widths": (4, 8)}, 24),
     "bottleneck": (ResNet, {"depths": (2, 1), "widths": (4, 4), "bottleneck": True}, 24),
@@ -84,6 +86,8 @@ FAMILIES = {
     "mlp": (MLP, {"widths": (12, 12, 12), "norm": True, "channels": 3}, 8),
     "lstm": (Recurrent, {"cell": "lstm", "bidirectional": True, **WORDS}, 0),
     "gru": (Recurrent, {"cell": "gru", **WORDS}, 0),
+    "clip_text": (Transformer, {**TOWER, "norm_eps": 1e-5, "act": "quick_gelu", "causal": True}, 0),
+    "siglip_text": (Transformer, {**TOWER, "norm_eps": 1e-6, "act": "gelu_tanh", "fill": 1}, 0),
 }
 TEXTS = tuple(name for name, (*_, size) in FAMILIES.items() if not size)  # which read tokens
 IMAGES = tuple(name for name in FAMILIES if name not in TEXTS)
@@ -212,7 +216,7 @@ WAYS = {
 @each_family("siglip")
 @pytest.mark.parametrize("way", ["last 1", *(pytest.param(x, marks=pytest.mark.slow) for x in WAYS if x != "last 1")])
 def test_what_is_frozen_stays_bit_equal_and_all_else_moves(family, way, files):
-    if way == "norms" and family in ("vgg", "squeezenet", "lenet", *TEXTS):
+    if way == "norms" and family in ("vgg", "squeezenet", "lenet", "lstm", "gru"):
         with pytest.raises(ValueError, match="decides no parameter"):
             walk(config_of(family, files, **WAYS[way]))
         return
@@ -329,7 +333,8 @@ ADDED = {
 def test_added_parameters_train_and_what_merges_gives_the_same_logits(family, name, files):
     model, x, addition = make(family), input_of(family), (name, ADDED[name])
     variables = variables_of(family, model)
-    if name in ("adapter", "prompt") and family not in VITS:
+    takes = {"adapter": (*VITS, "clip_text", "siglip_text"), "prompt": VITS}
+    if family not in takes.get(name, FAMILIES):
         needs = {"adapter": "a transformer", "prompt": "a ViT"}[name]
         with pytest.raises(ValueError, match=f"{name} needs {needs}, and this is a .*; lora and ssf serve every"):
             peft.init(model, variables, [addition], jax.random.key(0))
@@ -390,6 +395,8 @@ PATHS = (
     "convnext",
     "swin",
     *VITS,
+    "clip_text",
+    "siglip_text",
 )
 
 

@@ -147,8 +147,9 @@ def test_parameter_count_is_the_published_one(name):
     assert sum(leaf.size for leaf in jax.tree.leaves(tree["params"])) == COUNTS[name]
 
 
-# counted in test_mlp.py, test_mobile.py, test_text_encoders.py and test_recurrent.py
-ELSEWHERE = ("mlp", "mobilenet", "efficientnet", "tf_", "bert", "minilm", "distil", "roberta", "gpt2", *RECURRENT)
+# counted in test_mlp.py, test_mobile.py, test_text_encoders.py, test_clip_text.py and test_recurrent.py
+TEXT = ("bert", "minilm", "distil", "roberta", "gpt2", "clip_text", "siglip_text", *RECURRENT)
+ELSEWHERE = ("mlp", "mobilenet", "efficientnet", "tf_", *TEXT)
 
 
 def test_every_model_is_counted_or_a_flavour_of_a_counted_one():

@@ -14,7 +14,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _FOUND_IN = {
-    "api.model": ("load", "Model", "predict", "outputs", "features", "evaluate", "Metrics"),
+    "api.model": ("load", "zero_shot", "Model", "predict", "outputs", "features", "evaluate", "Metrics"),
     "api.generate": ("generate",),
     "api.run": ("fit", "Run", "load_run", "knn"),
     "config": ("make as make_config", "override"),

@@ -25,6 +25,7 @@ ENTRIES = {  # options that hold tables by name: their fields, those that must b
     "terms": (None, (), ()),  # other fields than "weight" are checked by who reads them
 }
 PROBES = ("knn", "logistic", "ridge")  # methods without gradient, fitted on features
+WITHOUT_STEPS = (*PROBES, "tip_adapter", "none")
 HEAD_ALONE = {"lr": 1e-2, "total": (20.0, "epochs")}  # of a linear probe, see experiments/probe_defaults
 RANDOM = ("model.dropout", "model.drop_path", "method.stoch_norm")  # what makes two passes differ
 SHORT = {"model": "model.name", "weights": "model.weights", "data": "data.source", "method": "method.name"}
@@ -254,7 +255,7 @@ def _phase_problems(flat: Mapping[str, Any]) -> list[str]:
 def _replica_problems(flat: Mapping[str, Any]) -> list[str]:
     replicas = flat["replicas"]
     alone = {key: flat[key] for key in ("seeds", "baseline", "fsdp")}
-    alone |= {"method.name": flat["method.name"] in PROBES, "parallel": flat["parallel"] == "pmap"}
+    alone |= {"method.name": flat["method.name"] in WITHOUT_STEPS, "parallel": flat["parallel"] == "pmap"}
     alone["task"] = flat["task"] in LANGUAGE
     rows = ((given and replicas, f"{key} = {flat[key]!r} does not go with replicas") for key, given in alone.items())
     problems = _where(*rows)
@@ -296,7 +297,7 @@ def _data_problems(flat: Mapping[str, Any]) -> list[str]:
 def _method_problems(flat: Mapping[str, Any]) -> list[str]:
     """Options that the method cannot take, in a table whose values are each valid by themselves."""
     name, task, norm = flat["method.name"], flat["task"], flat["method.norm"]
-    if name not in PROBES:
+    if name not in WITHOUT_STEPS:
         only, grid = f"belongs to {', '.join(PROBES)}; method.name = {name!r}", flat["method.grid"]
         equal = "r_drop" in flat["terms"] and not any(map(flat.get, RANDOM))
         return _where(
@@ -320,6 +321,11 @@ def _method_problems(flat: Mapping[str, Any]) -> list[str]:
     updates = f"method.norm = {norm!r}: {steps} and updates no statistics; expected the policy 'frozen' alone, or []"
     return _where(
         *((flat[key] != value, f"{key} = {flat[key]!r}: {steps}, expected {value!r}") for key, value in takes.items()),
+        (name == "none" and flat["method.grid"], "method.grid: method.name = 'none' fits nothing, expected []"),
+        (
+            name not in PROBES and flat["data.resample"] == "loo",
+            f"data.resample = 'loo': method.name = {name!r} is not fitted anew for each example; take a fold",
+        ),
         (task != "classification", f"task = {task!r}: method.name = {name!r} tells classes apart, as classification"),
         (any(policy == "update" for _, policy in norm), updates),
     )

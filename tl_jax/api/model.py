@@ -29,6 +29,7 @@ from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.tasks import answers, trust
 from tl_jax.training.steps import FEATURES, normalise
 from tl_jax.weights import load as pretrained
+from tl_jax.weights import zero_shot as zero
 from tl_jax.weights.text_inputs import Text
 
 
@@ -74,6 +75,7 @@ class Model(Network):
     channels: int = 0
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the leaves, as in `weights.load.Loaded`
     text_options: tuple[str, int, str] = ("", 0, "")  # tokenizer, max_length and pooling, as given to `load`
+    head_init: str = "zeros"  # of the head with which `fit` begins
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -139,6 +141,26 @@ def load(
     return Model(
         name, weights, loaded.model, loaded.variables, loaded.card, image_size, channels, loaded.origins, asked
     )
+
+
+def zero_shot(
+    name: str,
+    weights: str | os.PathLike,
+    class_names: Sequence[str],
+    *,
+    templates: str = zero.NAME,
+    image_size: int | tuple[int, int] = 0,
+) -> Model:
+    """An image tower of CLIP or SigLIP that tells classes apart by their names, without training.
+
+    weights: a file with both towers, beside which its tokenizer.json lies. templates: texts with {} in the place of a
+    name, separated by |, or a name of `weights.zero_shot.SETS`. `fit` goes on from this head with the classes of its
+    data. Radford et al. 2021, section 3.1.4. Raises ValueError for networks and files without a text tower.
+    """
+    weights = os.fspath(weights)
+    loaded = zero.load_zero_shot(name, weights, class_names, templates, image_size=image_size or None)
+    made = Model(name, weights, loaded.model, loaded.variables, loaded.card, image_size, origins=loaded.origins)
+    return dataclasses.replace(made, head_init=f"names:{templates}")
 
 
 def read_input(item: Any, card: Card, preprocess: Preprocess) -> np.ndarray:

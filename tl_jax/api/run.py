@@ -199,7 +199,8 @@ def fit(
         weakref.finalize(run, shutil.rmtree, run.folder, ignore_errors=True)
     named = {
         "model.name": model.name, "model.weights": model.weights, "model.image_size": model.image_size,
-        "model.channels": model.channels, "model.head": model.card.head if model.card.texts > 1 else (),
+        "model.channels": model.channels, "model.head_init": model.head_init,
+        "model.head": model.card.head if model.card.texts > 1 else (),
         **dict(zip(("model.tokenizer", "model.max_length", "model.pooling"), model.text_options, strict=True)),
         "seed": seed, "batch_size": batch_size, **own,
         **_data_options(data, task, run.folder, given, model.card.input), **table[method],

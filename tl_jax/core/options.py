@@ -134,7 +134,8 @@ _ROWS = (
     _option("model.keep_head", False, FLAG, "go on with the file's classifier, for the same classes; else a new head"),
     _option("model.reinit", (), TEXTS, "blocks that start from random numbers all the same: stage3, block11, ..."),
     _option("model.head", (), NAMED, "layers between the features and the last dense layer: pairs (name, arguments)"),
-    _option("model.head_init", "zeros", TEXT, "of the last dense layer: zeros | lecun | xavier"),
+    _option("model.head_init", "zeros", TEXT, "of the last dense layer: zeros | lecun | xavier; a head of the "
+            "names of classes, by the text tower in the same file: names:a photo of a {}. | prompts:16"),
     _option("model.dtype", "float32", one_of("float32", "bfloat16"), "of activations; parameters and loss are float32"),
     _option("model.prefix_dtype", "", one_of("", "float32", "bfloat16"), "of the frozen prefix; \"\": model.dtype"),
     _option("model.dropout", 0.0, RATE, "before the last dense layer"),
@@ -178,7 +179,8 @@ _ROWS = (
 
     # What trains
     _option("method.name", "linear_probe", TEXT, "linear_probe | full | last_k | first_k | blocks | bitfit | "
-            "norm_only | rules; without gradient: knn | logistic | ridge; see docs/methods.md", phase=True),
+            "norm_only | rules; without gradient: knn | logistic | ridge | tip_adapter | none; see docs/methods.md",
+            phase=True),
     _option("method.k", 0, integer(0), "blocks of last_k and first_k", phase=True),
     _option("method.blocks", (), TEXTS, "of blocks: stem, stage1/block0, block3, norm, ...", phase=True),
     _option("method.rules", (), RULES, "of rules: ordered pairs (path regex, group | frozen)", phase=True),
@@ -186,7 +188,8 @@ _ROWS = (
     _option("method.add", (), NAMED, "added parameters: pairs (lora | adapter | prompt | ssf | mixstyle, {...})"),
     _option("method.stoch_norm", 0.0, number(0, 1), "rate of BatchNorm channels with running statistics", phase=True),
     _option("method.auto_rgn", False, FLAG, "learning rates of blocks by their relative gradient norms", phase=True),
-    _option("method.grid", (), GRID, "of knn (neighbours), logistic (C), ridge (alpha): val chooses; (): a default"),
+    _option("method.grid", (), GRID, "of knn (neighbours), logistic (C), ridge (alpha): val chooses; "
+            "(): a default; of tip_adapter (alpha, beta), or (): val chooses"),
     _option("method.label_smoothing", 0.0, RATE, "mass that goes from the class to all classes", phase=True),
     _option("method.mixup", 0.0, number(0), "parameter of the Beta distribution; 0: off", phase=True),
     _option("method.cutmix", 0.0, number(0), "parameter of the Beta distribution; 0: off", phase=True),

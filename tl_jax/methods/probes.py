@@ -16,7 +16,8 @@ GRIDS = {
     "ridge": tuple(10.0**e for e in range(-2, 6)),  # alpha, the strength of the penalty on the summed squares
 }
 NAMES = tuple(GRIDS)
-SYMBOLS = {"knn": "k", "logistic": "C", "ridge": "alpha"}
+WITHOUT_STEPS = (*NAMES, "tip_adapter", "none")  # also tip_adapter.py, and none, which scores a network as loaded
+SYMBOLS = {"knn": "k", "logistic": "C", "ridge": "alpha", "tip_adapter": "alpha, beta"}
 MAX_SCALE = 100.0  # of ridge scores: where every example is predicted well, the best scale would be infinite
 MAX_ITERATIONS = 10_000  # of L-BFGS
 
@@ -27,13 +28,13 @@ Head = dict[str, np.ndarray]
 class Fitted(NamedTuple):
     """A fitted classifier.
 
-    predict: features [N, D] -> logits [N, K] float32. chosen: the number of neighbours, C or alpha. tried: one row
-    {"value", "val/accuracy", "val/nll", "converged"} for each candidate, None where there is no val. head: {"kernel"
-    [D, K], "bias" [K]} float32 for raw features; None of knn.
+    predict: features [N, D] -> logits [N, K] float32. chosen: the number of neighbours, C, alpha, or several.
+    tried: one row {"value", "val/accuracy", "val/nll", "converged"} for each candidate, None where there is no val.
+    head: {"kernel" [D, K], "bias" [K]} float32 for raw features; None of knn.
     """
 
     predict: Callable[[np.ndarray], np.ndarray]
-    chosen: float
+    chosen: float | list[float]
     tried: list[dict[str, Any]]
     head: Head | None
 
@@ -127,15 +128,20 @@ def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def choice_line(name: str, chosen: float, tried: Sequence[Mapping[str, Any]]) -> str:
+def _shown(name: str, value: float | Sequence[float]) -> str:
+    values = value if isinstance(value, Sequence) else [value]
+    return ", ".join(f"{symbol} = {x:g}" for symbol, x in zip(SYMBOLS[name].split(", "), values, strict=True))
+
+
+def choice_line(name: str, chosen: float | Sequence[float], tried: Sequence[Mapping[str, Any]]) -> str:
     """Which value of its grid a probe took, by what, and whether the nll on val would have taken another."""
-    symbol, row = SYMBOLS[name], next((row for row in tried if row["value"] == chosen), None)
+    row = next((row for row in tried if row["value"] == chosen), None)
     if len(tried) < 2 or row is None or row["val/accuracy"] is None:
-        return f"{name} with {symbol} = {chosen:g}, as given"
+        return f"{name} with {_shown(name, chosen)}, as given"
     scores = "accuracy {val/accuracy:.4f}, nll {val/nll:.4f}"
     best = min(tried, key=lambda row: row["val/nll"])
-    other = f"; by nll it would be {symbol} = {best['value']:g} ({scores.format_map(best)})"
-    told = f"{name} with {symbol} = {chosen:g}, chosen of {len(tried)} by accuracy on val ({scores.format_map(row)})"
+    other = f"; by nll it would be {_shown(name, best['value'])} ({scores.format_map(best)})"
+    told = f"{name} with {_shown(name, chosen)}, chosen of {len(tried)} by accuracy on val ({scores.format_map(row)})"
     slow = "" if row["converged"] else f"; it has not converged in {MAX_ITERATIONS:,} iterations"
     return told + (other if best["val/nll"] < row["val/nll"] else ", and nll agrees") + slow
 

@@ -8,7 +8,7 @@ from tl_jax.core.trees import FROZEN, Rules
 from tl_jax.methods import recipes
 
 NAMES = ("linear_probe", "full", "last_k", "first_k", "blocks", "bitfit", "norm_only", "rules")
-PROBES = ("knn", "logistic", "ridge")  # which follow no rules
+PROBES = ("knn", "logistic", "ridge", "tip_adapter", "none")  # which follow no rules
 WORDS = {  # of other libraries
     "full": "finetune fine_tune finetuning fine_tuning full_finetune full_finetuning all end_to_end",
     "linear_probe": "linear probe head head_only linear_probing feature_extraction feature_extract frozen freeze",

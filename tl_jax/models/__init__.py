@@ -5,6 +5,7 @@ import difflib
 from tl_jax.models import (
     bert,
     clip,
+    clip_text,
     convnext,
     densenet,
     dinov2,
@@ -24,7 +25,7 @@ from tl_jax.models import (
 from tl_jax.models.variant import Variant
 
 _VISION = (resnet, vgg, inception, densenet, squeezenet, mobilenet, efficientnet, convnext, swin, vit, dinov2, clip)
-_TEXT = (bert, gpt2, recurrent)  # whose names tell sizes, so that the table has not all
+_TEXT = (bert, gpt2, clip_text, recurrent)  # whose names tell sizes, so that the table has not all
 _FAMILIES = (*_VISION, mlp, lenet, *_TEXT)
 MODELS: dict[str, Variant] = {name: variant for family in _FAMILIES for name, variant in family.VARIANTS.items()}
 

@@ -91,6 +91,8 @@ SIGLIP_TIMM = Layout(
         *qkv_rules(["attn_pool.q.{}", "attn_pool.kv.{}"], _Q_KV, f"{_FINAL}/attn/qkv"),
     ),
     head=r"head\..+",
+    ignore=r"text\..+|logit_(scale|bias)",
+    aliases=((r"^visual\.trunk\.", ""),),  # of open_clip, with a text tower
 )  # fmt: skip
 SIGLIP_HF = Layout(
     (

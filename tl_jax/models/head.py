@@ -1,6 +1,7 @@
 """The head: a list of layers, pairs (name, {parameter: value}), and the last dense layer behind them, in float32.
 
 Its parameters are head/dense{i}/... and head/norm{i}/... for layer i and head/out/...; without layers head/....
+The layer prompts is the last dense one itself.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from tl_jax.models import layers
 XAVIER = nn.initializers.xavier_uniform()  # Glorot & Bengio 2010, equation 16
 HEAD_INIT = {"zeros": nn.initializers.zeros, "lecun": nn.initializers.lecun_normal(), "xavier": XAVIER}
 HE = nn.initializers.he_normal()  # He et al. 2015, arXiv:1502.01852, equation 10
+GIVES_LOGITS = "prompts"  # a layer that takes the place of the last dense one
 READS_MAP = ("pool", "flatten", "by_pixel")  # layers that take the output of the last cut before pre_logits
 
 Layers = Sequence[tuple[str, Mapping[str, Any]]]
@@ -42,6 +44,39 @@ def _by_pixel(head, i, x, train):
     if x.ndim < 3:
         raise ValueError(f"model.head begins with by_pixel, but the backbone's output {x.shape} has no positions")
     return x
+
+
+def _l2_norm(head, i, x, train):
+    """Rows of length one; the gradient of a row of zeros is finite."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+def _cache(
+    head,
+    i,
+    x,
+    train,
+    size: Annotated[int, checks.integer(1, 2**20)] = 1,
+    beta: Annotated[float, checks.number(0, above=True)] = 5.5,
+):
+    """[x, exp(-beta (1 - x k))] with `size` keys k, [B, E] -> [B, E + size] (Zhang et al. 2022, arXiv:2207.09519)."""
+    near = nn.Dense(size, use_bias=False, kernel_init=HE, name=f"keys{i}")(x)
+    return jnp.concatenate([x, jnp.exp(beta * (near - 1))], axis=-1)
+
+
+def _prompts(
+    head,
+    i,
+    x,
+    train,
+    tower: Annotated[str, checks.TEXT] = "",
+    context: Annotated[int, checks.integer(1, 77)] = 16,
+    first: Annotated[int, checks.integer(0, 1)] = 1,
+    length: Annotated[int, checks.integer(1, 77)] = 77,
+):
+    from tl_jax.models.clip_text import Prompts  # whose module needs this one
+
+    return Prompts(tower, head.num_classes, context, first, length, name=f"prompts{i}")(x)
 
 
 def _two(x: jax.Array) -> list[jax.Array]:
@@ -76,6 +111,9 @@ LAYERS: dict[str, Callable[..., jax.Array]] = {
     "pool": _pool,
     "flatten": lambda head, i, x, train: x.reshape(x.shape[0], -1),
     "by_pixel": _by_pixel,
+    "l2_norm": _l2_norm,
+    "cache": _cache,
+    "prompts": _prompts,
     "cosine": _cosine,
     "compare": _compare,
 }
@@ -91,6 +129,8 @@ def problems(pairs: Any) -> list[str]:
         if i and isinstance(pair, list | tuple) and pair and pair[0] in READS_MAP:
             rule = "it reads the backbone's feature map, so it must be the first layer"
             found.append(f"{pair[0]} is layer {i} of the head; {rule}")
+        if i + 1 < len(pairs) and isinstance(pair, list | tuple) and pair and pair[0] == GIVES_LOGITS:
+            found.append(f"{GIVES_LOGITS} is layer {i} of the head; it gives the logits, so it must be the last layer")
         if i and isinstance(pair, list | tuple) and pair and pair[0] in COMPARING:
             found.append(f"{pair[0]} is layer {i} of the head; it compares two texts, so it must be the first layer")
     return found
@@ -116,7 +156,9 @@ class Head(nn.Module):
         # A mean of bfloat16 that XLA fuses with a convolution may be NaN, see resnet.py.
         x = jax.lax.optimization_barrier(x).astype(jnp.float32)
         for i, (name, args) in enumerate(self.layers):
-            x = LAYERS[name](self, i, x, train, **args)
+            read, x = x, LAYERS[name](self, i, x, train, **args)
+        if self.layers and name == GIVES_LOGITS:
+            return read, x
         y = nn.Dropout(self.dropout, deterministic=not train)(x) if self.dropout else x
         cosine = bool(self.layers) and self.layers[-1][0] == "cosine"  # begins as the output itself
         init = nn.initializers.ones if cosine else HEAD_INIT[self.head_init]

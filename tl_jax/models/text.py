@@ -120,7 +120,8 @@ class Transformer(Model):
     every LayerNorm. act: a name of transformer.GELU. pre_norm: LayerNorm before the branches instead of behind their
     sums. causal: a token reads those before it alone. token_head: without classes, the head is `TokenHead`; without
     this field the logits of tokens need no parameters but the embedding. decodes: `out` has what makes logits of
-    tokens too: hidden [B, L, D], table [V, D] and, of a TokenHead, token_bias [V]; the network has no classes.
+    tokens too: hidden [B, L, D], table [V, D] and, of a TokenHead, token_bias [V]; the network has no classes. fill: the number of a
+    token that fills every text up to `positions`, and is read as any other; -1: none does.
     """
 
     vocab_size: int
@@ -137,6 +138,7 @@ class Transformer(Model):
     causal: bool = False
     token_head: bool = False
     decodes: bool = False
+    fill: int = -1
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -177,7 +179,11 @@ class Transformer(Model):
         for i, rate in enumerate(drop_path_rates(self.drop_path, self.depth)):
             parts.append(functools.partial(call, block(drop_path=rate, name=f"block{i}")))
         parts += [norm, pre_logits] if self.pre_norm else [pre_logits]
-        return tokens.run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop, texts_of(self))
+        count = texts_of(self)
+        if self.fill >= 0 and start is None:  # each text by itself
+            x = tokens.filled(x.reshape(count * x.shape[0], x.shape[1] // count, 2), self.positions, self.fill)
+            x = x.reshape(-1, count * self.positions, 2)
+        return tokens.run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop, count)
 
     @property
     def token_head_module(self):

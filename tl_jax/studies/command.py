@@ -84,7 +84,7 @@ def read_config(text: str, items: Sequence[str] = ()) -> ConfigDict:
             raise
         raise ValueError(f"{name} sets {found[1]}, which does not exist{synonyms.hint(found[1], OPTIONS)}") from error
     found, given = options.parse(config, items), {item.partition("=")[0] for item in items}
-    meant = found.method.name in options.PROBES or "lr" in given or config.lr != options.HEAD_ALONE["lr"]
+    meant = found.method.name in options.WITHOUT_STEPS or "lr" in given or config.lr != options.HEAD_ALONE["lr"]
     if options.trains_head_alone(config) and not options.trains_head_alone(found) and not meant:
         changed = [f"--config.{item}" for item in items if item.startswith(("method.", "method=", "phases="))]
         fix = f"write it behind the colon, {name}:method=NAME, or set --config.lr and --config.total too"

@@ -93,7 +93,7 @@ def trace(config) -> Work:
     """Builds a run and traces its steps, without compiling."""
     run = build(config, sharding.make_parallel("jit"))
     settings, material = run.settings, run.material
-    if settings.phases[0].method.name in probes.NAMES:
+    if settings.phases[0].method.name in probes.WITHOUT_STEPS:
         return Work(0, len(material.data[MAIN]), None)
     flops: float | None = 0.0
     for phase in run.phases:

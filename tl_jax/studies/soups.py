@@ -25,6 +25,7 @@ from tl_jax.tasks.task import Monitor
 from tl_jax.training import build, evaluate, finished, inputs, steps
 from tl_jax.training.settings import Settings, read
 from tl_jax.weights import load as pretrained
+from tl_jax.weights import zero_shot
 
 START = "start"
 NEEDED = ("config.json", "result.json", "predictions.npz", "model.safetensors")
@@ -116,12 +117,13 @@ def load(folder: str | pathlib.Path) -> Weights:
 
 
 def load_start(end: Weights) -> Weights:
-    """The network as a run began, with the random parts of model.reinit, under the head that the run ended with."""
+    """The network as a run began, with the random parts of model.reinit, and a head of names or that of its end."""
     if not end.settings.model.weights:
         raise ValueError(f"{end.name} began with random weights, to which no interpolation leads; give a run instead")
     build.check_hashes(end.settings)
     begun = build.load_model(end.settings, end.card.num_classes, end.card.class_names, end.card.columns)
-    params = {**begun.variables["params"], "head": end.variables["params"]["head"]}
+    own = end.settings.model.head_init.startswith(zero_shot.WAYS)  # the zero-shot head, as the paper has it
+    params = {**begun.variables["params"], **({} if own else {"head": end.variables["params"]["head"]})}
     return end._replace(name=START, method="", variables={**begun.variables, "params": params}, saved=None)
 
 
@@ -201,7 +203,7 @@ def _draw_curve(path: pathlib.Path, report: dict[str, Any], metric: str) -> None
     panels = {f"chosen: alpha {report['chosen']:g}": along}
     panels |= {"extra_eval, chosen alpha circled": against} if extra else {}
     labels = ["alpha, from 0: {}\nto 1: {}".format(*names), f"{metric} on {scored}"]
-    charts.lines(path, panels, labels, metric, order=list(curves))
+    charts.lines(path, panels, labels[: len(panels)], metric, order=list(curves))
 
 
 def soup(folders: Sequence[str | pathlib.Path], folder: str | pathlib.Path) -> dict[str, Any]:

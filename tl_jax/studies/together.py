@@ -70,7 +70,7 @@ def form_of(flat: Mapping[str, Any], which: str) -> str | None:
     What depends on data and network is checked in tl_jax/training/replicas.py.
     """
     heads = flat["method.name"] == "linear_probe" and not flat["method.add"] and not flat["phases"]
-    stepping = flat["method.name"] not in config.PROBES and flat["parallel"] == "jit"
+    stepping = flat["method.name"] not in config.WITHOUT_STEPS and flat["parallel"] == "jit"
     if which == "none" or not stepping or (which == "heads" and not heads):
         return None
     free = set(RATES if which == "heads" else config.REPLICABLE)

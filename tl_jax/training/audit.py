@@ -113,10 +113,14 @@ def _moment_counts(opt_state: Any, paths: Iterable[str]) -> dict[str, int]:
 
 
 def without_steps(audit: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The audit of a probe without gradient: it fits a head to features, or has none, as nearest neighbours."""
-    frozen = [row for row in audit["parameters"] if not row["trainable"]]
-    fitted = [row for row in audit["parameters"] if row["trainable"] and name != "knn"]
+    """The audit of a probe without gradient: it fits a head, or a part of it, or has none, as nearest neighbours."""
     none = {"group": name, "lr_mult": 0.0, "weight_decay": 0.0, "optimizer_values": 0}
+    fits = {"knn": r"(?!)", "none": r"(?!)", "tip_adapter": "head/out/.*"}.get(name, ".*")
+    head = [row for row in audit["parameters"] if row["trainable"]]
+    fitted = [row for row in head if re.fullmatch(fits, row["path"])]
+    frozen = [row for row in audit["parameters"] if not row["trainable"]]
+    if name != "knn":
+        frozen += [{**row, **none, "group": FROZEN, "trainable": False} for row in head if row not in fitted]
     whole, fit = _size(frozen), _size(fitted)
     totals = {"parameters": whole + fit, "trainable": fit, "frozen": whole, "optimizer_values": 0}
     totals["new"] = _size(row for row in (*frozen, *fitted) if row["origin"] in load.RANDOM)
@@ -201,7 +205,11 @@ def total_lines(audit: Mapping[str, Any]) -> list[str]:
     )
     if name:
         fits = f"fits the {totals['trainable']:,} numbers of a new head to its features, without a gradient step"
-        does = "compares its features with those of the training examples" if name == "knn" else fits
+        does = {
+            "knn": "compares its features with those of the training examples",
+            "tip_adapter": "adds the embeddings of the training examples to the head that is there",
+            "none": "scores it as it was loaded: nothing is fitted",
+        }.get(name, fits)
         line = f"nothing trains: the {totals['frozen']:,} parameters of the network are frozen, and {name} {does}"
     resampled = [f"{row['path']}: {row['origin']}" for row in audit["parameters"] if "(resampled" in row["origin"]]
     data = ", ".join(f"{split} {_count(facts)}" for split, facts in audit["data"].items())

@@ -27,7 +27,7 @@ from tl_jax.tasks import Spec
 from tl_jax.training import audit, inputs, language, optim, steps, terms, texts
 from tl_jax.training.phases import Material, Phase, check_prefixes, make_phase
 from tl_jax.training.settings import Settings, naming, read
-from tl_jax.weights import hub, load, sanity
+from tl_jax.weights import hub, load, sanity, zero_shot
 from tl_jax.weights.text_inputs import NO_TEXT, Text
 
 MODEL_OPTIONS = ("name", "weights", "partial", "image_size", "channels", "reinit", "head", "head_init",
@@ -166,8 +166,14 @@ def load_model(
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
     arguments |= {"head": model.head, "columns": tuple(columns), "channels": model.channels, "partial": model.partial}
     arguments |= {name: settings.data.card.get(name, ()) for name in ("mean", "std")} | {"text": text}
-    keeps = model.keep_head or (not outputs and load.has_token_head(model.name, model.weights))
-    loaded = load.load(model.name, model.weights, None if keeps else outputs, **arguments)
+    if model.head_init.startswith(zero_shot.WAYS):
+        if model.keep_head or model.head or model.reinit or outputs != len(class_names):
+            raise ValueError(f"model.head_init={model.head_init!r} makes the whole head, of classes: leave out "
+                             "model.keep_head, model.head, model.reinit, and other tasks")  # fmt: skip
+        loaded = zero_shot.load_named(model.name, model.weights, class_names, **arguments)
+    else:
+        keeps = model.keep_head or (not outputs and load.has_token_head(model.name, model.weights))
+        loaded = load.load(model.name, model.weights, None if keeps else outputs, **arguments)
     known = loaded.card.class_names or class_names
     if model.keep_head and (loaded.card.num_classes != outputs or tuple(known) != tuple(class_names)):
         raise ValueError(
@@ -175,12 +181,7 @@ def load_model(
             f"{loaded.card.num_classes} classes {list(known)[:5]} and the data has {len(class_names)} "
             f"{list(class_names)[:5]}; they must be the same in the same order, or take a new head"
         )
-    name = settings.phases[0].method.name
-    if model.keep_head and loaded.model.head and name in probes.NAMES:
-        raise ValueError(
-            f"model.keep_head=True keeps a head with the layers {loaded.model.head}, and method.name = {name!r} fits a "
-            "linear classifier on pre_logits; leave out model.keep_head"
-        )
+    _check_probe(settings.phases[0].method.name, loaded)
     if not model.reinit:
         return loaded
     short = {path: path.partition("/")[2] for path in trees.flatten(loaded.variables)}
@@ -190,6 +191,26 @@ def load_model(
     fresh = {path: random[path] for path in short if matches[short[path]].value == "new"}
     variables = trees.merge(loaded.variables, fresh)
     return loaded._replace(variables=variables, origins={**loaded.origins, **dict.fromkeys(fresh, "new")})
+
+
+def _check_probe(name: str, loaded: load.Loaded) -> None:
+    """Raises ValueError for a head on which a method without gradient cannot build."""
+    layers = loaded.model.head
+    if name in probes.NAMES and layers:
+        raise ValueError(
+            f"model.keep_head or model.head_init keeps a head with the layers {layers}, and method.name = {name!r} "
+            "fits a linear classifier on pre_logits; leave them out"
+        )
+    if name == "tip_adapter" and not (layers and layers[-1][0] == "l2_norm"):
+        raise ValueError(
+            f"method.name = 'tip_adapter' adds to a head of normalised embeddings; the head's layers are {layers}: set "
+            "model.head_init = 'names:a photo of a {}.'"
+        )
+    if name == "none" and any(loaded.origins[x] in load.RANDOM for x in loaded.origins if x.startswith(load.HEAD)):
+        raise ValueError(
+            "method.name = 'none' scores the network as it is loaded, and its head is random: set model.keep_head = "
+            "True for a file's own, or model.head_init = 'names:a photo of a {}.'"
+        )
 
 
 def _finish_card(settings: Settings, card: Card, spec: Spec, train: Source) -> Card:

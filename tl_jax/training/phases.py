@@ -97,7 +97,7 @@ def make_phase(
     params = variables["params"]
     paths = list(trees.flatten(params))
     own = [path for path in paths if path.split("/")[0] not in networks]
-    name = "linear_probe" if method.name in probes.NAMES else method.name
+    name = "linear_probe" if method.name in probes.WITHOUT_STEPS else method.name
     cuts = material.model.cuts
     groups_of = terms.groups_of(networks, phase_terms)
     with naming(table, "method.name", "method.k", "method.blocks", "method.rules"):
@@ -133,7 +133,7 @@ def make_phase(
         variables, material.origins, matches, groups, policies, opt_state, material.card, material.facts, multipliers,
         auxiliary=tuple(networks),
     )  # fmt: skip
-    report = audit.without_steps(report, method.name) if method.name in probes.NAMES else report
+    report = audit.without_steps(report, method.name) if method.name in probes.WITHOUT_STEPS else report
     report["weights"] = material.base
     report |= {} if previous else {"sanity": material.sanity}
     start = previous.stop if previous else 0

@@ -3,7 +3,7 @@
 import functools
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from tl_jax.core import files, trees
 from tl_jax.data import pipeline, resample
 from tl_jax.data.examples import Source
-from tl_jax.methods import probes
+from tl_jax.methods import probes, tip_adapter
 from tl_jax.methods.term import MAIN, MODEL
 from tl_jax.runtime import sharding, wall
 from tl_jax.runtime.preemption import Stop, check
@@ -24,40 +24,50 @@ from tl_jax.weights import load
 
 
 class Scored(NamedTuple):
-    """predictions: of `scored_splits`; head: of a linear classifier; the rest as in `probes.Fitted`."""
+    """predictions: of `scored_splits`; head: the leaves that were fitted, by their path in the head; layers: that the
+    head has more; the rest as in `probes.Fitted`."""
 
     predictions: dict[str, Predictions]
     head: probes.Head
-    chosen: float
+    chosen: float | list[float]
     tried: list[dict[str, Any]]
+    layers: tuple = ()
 
 
 def probe(
     run: Run, parallel: sharding.Parallel, folder: str | pathlib.Path, verbose: bool, stop_requested: Stop
 ) -> dict[str, Any]:
-    """Fits method.name, one of probes.NAMES, on the features of train, and scores it as training does.
+    """Fits method.name, one of probes.WITHOUT_STEPS, on the features of train, and scores it as training does.
 
     Every example of train is seen once, without augmentation. method.grid is searched on val. A linear classifier is
     written as model.safetensors with its head in place. With data.resample "loo" test is the whole pool: each example
-    is predicted by all others, with the one value of the grid, and there is no model to write.
+    is predicted by all others, with the one value of the grid, and there is no model to write. "none" fits nothing, and
+    writes the network as it was loaded.
 
     Raises Preempted soon after `stop_requested(0)` has become true: between two batches of features, or between two
     fits. Features computed so far are kept where cache is "features"; else the next run computes all again.
     """
     began, folder, material = time.perf_counter(), pathlib.Path(folder), run.material
     score = _leave_one_out if run.settings.data.resample == "loo" else _hold_out
-    predictions, head, chosen, tried = score(run, parallel, stop_requested)
+    name = run.settings.phases[0].method.name
+    score = {"none": _as_loaded, "tip_adapter": _with_cache}.get(name, score)
+    predictions, head, chosen, tried, layers = score(run, parallel, stop_requested)
     variables = trees.merge(jax.device_get(material.variables), {f"params/head/{n}": x for n, x in head.items()})
     report = audit.prove([run.phases[0].audit], material.variables, variables)
     size = {"trainable_parameters": sum(leaf.size for leaf in head.values())}
     if jax.process_index() == 0:
-        if head:
-            load.export(variables, run.settings.model.name, folder / "model.safetensors", card=material.card)
-        spent = {"flops": _flops(run), "memory_bytes": None, "seconds": round(time.perf_counter() - began, 3)}
+        if head or name == "none":
+            card = material.card.replace(head=(*material.card.head, *layers))
+            load.export(variables, run.settings.model.name, folder / "model.safetensors", card=card)
+        spent = {
+            "flops": 0.0 if name == "none" else _flops(run),
+            "memory_bytes": None,
+            "seconds": round(time.perf_counter() - began, 3),
+        }
         device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         files.write_json(folder / "cost.json", {**size, "flops_per_step": None, **spent, "steps": 0, "device": device})
     numbers = {"step": 0, "total_steps": 0, **size, "frozen_sha256": report["proof"]["sha256"]}
-    numbers |= {"chosen": chosen, "tried": tried}
+    numbers |= {} if name == "none" else {"chosen": chosen, "tried": tried}
     return artifacts.write(run, folder, predictions, report, numbers, len(tried) > 1, verbose)
 
 
@@ -70,8 +80,9 @@ def _flops(run: Run) -> float | None:
     return counted and counted * len(_distinct(material.data[MAIN])[0])
 
 
-def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:
-    material, settings, method = run.material, run.settings, run.settings.phases[0].method
+def _seen(run: Run, parallel: sharding.Parallel, stop_requested: Stop):
+    """The predictions of each scored set, with features, and (features, labels) of train and of val, or None."""
+    material, settings = run.material, run.settings
     distinct, index = _distinct(material.data[MAIN])
     views = {material.card.input: pipeline.View(material.card)}
     size = next(iter(material.eval_batches.values())).batch_size  # so that one program serves all
@@ -79,16 +90,40 @@ def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Sc
     batches = pipeline.eval_batches(distinct, views, size, num_workers=settings.data.workers, **where)
     seen = predict(run, parallel, {**material.eval_batches, MAIN: batches}, stop_requested)
     train, val = seen.pop(MAIN), seen.get("val")
-    examples = (train.features[index], train.labels[index]), val and (val.features, val.labels)
+    return seen, (train.features[index], train.labels[index]), val and (val.features, val.labels)
+
+
+def _answered(run: Run, seen: Mapping[str, Predictions], answer: Callable) -> dict[str, Predictions]:
+    """What is scored, by a function of the features. The one time that test is read; where there is none, val is."""
+    return {name: seen[name]._replace(outputs={"logits": answer(seen[name].features)}) for name in scored_splits(run)}
+
+
+def _hold_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:
+    settings, method = run.settings, run.settings.phases[0].method
+    seen, *examples = _seen(run, parallel, stop_requested)
     check_stop = functools.partial(check, stop_requested, "between two fits")
     with naming(settings.table, "method.name", "method.grid", "data.val"), wall.timed("fitting"):
         fitted = probes.fit(method.name, *examples, run.task.outputs, method.grid, check_stop=check_stop)
-    # The one time that test is read; where there is none, val is scored.
-    predictions = {
-        name: seen[name]._replace(outputs={"logits": fitted.predict(seen[name].features)})
-        for name in scored_splits(run)
-    }
-    return Scored(predictions, fitted.head or {}, fitted.chosen, fitted.tried)
+    return Scored(_answered(run, seen, fitted.predict), fitted.head or {}, fitted.chosen, fitted.tried)
+
+
+def _as_loaded(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:
+    """The network's own outputs; train is not read."""
+    sets = {name: run.material.eval_batches[name] for name in scored_splits(run)}
+    return Scored(predict(run, parallel, sets, stop_requested), {}, 0.0, [])
+
+
+def _with_cache(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:
+    settings, own = run.settings, run.material.variables["params"]["head"]
+    seen, *examples = _seen(run, parallel, stop_requested)
+    check_stop = functools.partial(check, stop_requested, "between two fits")
+    with naming(settings.table, "method.name", "method.grid", "data.val"), wall.timed("fitting"):
+        fitted = tip_adapter.fit(own, *examples, settings.phases[0].method.grid, check_stop=check_stop)
+    head = {**fitted.head}
+    keys, place = head.pop("keys/kernel"), len(run.material.card.head)
+    layer = ("cache", {"size": keys.shape[1], "beta": fitted.chosen[1]})
+    head[f"keys{place}/kernel"] = keys
+    return Scored(_answered(run, seen, fitted.predict), head, fitted.chosen, fitted.tried, (layer,))
 
 
 def _leave_one_out(run: Run, parallel: sharding.Parallel, stop_requested: Stop) -> Scored:

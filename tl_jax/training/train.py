@@ -52,7 +52,7 @@ def train(
     with contextlib.ExitStack() as stack:
         if distributed.is_first():
             stack.enter_context(_opened(run, folder, began))
-        if settings.phases[0].method.name in probes.NAMES:
+        if settings.phases[0].method.name in probes.WITHOUT_STEPS:
             return probe.probe(run, parallel, folder, verbose, stop_requested)
         (result,) = _train(Single(run, parallel), {0: folder}, folder, parallel, verbose, stop_requested).values()
     if isinstance(result, FloatingPointError):
