@@ -115,8 +115,9 @@ def classify(
     x: the input, which is the cut `start`; out: of the cuts behind it. ValueError where the head reads an earlier one.
     """
     cut = reads(module)
-    if cut != module.cuts[-1] and hasattr(module, "pooling"):
-        raise ValueError(f"model.head begins with {module.head[0][0]}: networks of text pool their tokens themselves")
+    if cut != module.cuts[-1] and (hasattr(module, "pooling") or hasattr(module, "parts")):
+        raise ValueError(f"model.head begins with {module.head[0][0]}: networks of text pool their tokens themselves, "
+                         "and a fusion joins features, not maps")  # fmt: skip
     if cut not in out and start != cut:
         begins = f"start={start!r}, but the head begins with {module.head[0][0]}"
         raise ValueError(f"{begins}, which reads the output of {cut!r}: start at {cut!r} or before it")

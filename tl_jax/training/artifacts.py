@@ -152,8 +152,8 @@ def finalize(
         about = {"model": settings.model.name, "weights": material.base, "seed": settings.loop.seed, "additions": added}
         about["partial"] = settings.model.partial
         delta.save(folder / "trained.safetensors", variables, report, card, **about)
-        if card.input == "text":
-            tokenizer.known(card).save(folder)
+        if text := card.cards.get("text"):
+            tokenizer.known(text).save(folder)
         if peft.can_merge(added):  # one plain network can have what was trained
             load.export(peft.merge(variables, added), settings.model.name, folder / "model.safetensors", card=card)
     names = [*scored_splits(run), *(name for name in predictions if name == between.ONLINE)]

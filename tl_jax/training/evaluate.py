@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from tl_jax.core import console
-from tl_jax.core.fields import INDEX, MASK
+from tl_jax.core.fields import INDEX, MASK, take
 from tl_jax.data.examples import Source
 from tl_jax.data.pipeline import EvalBatches
 from tl_jax.runtime.sharding import Parallel
@@ -16,12 +16,17 @@ from tl_jax.training.steps import FEATURES
 
 
 def predict(
-    eval_fn: Callable, variables: Any, batches: EvalBatches, field: str, spec: Spec, parallel: Parallel
+    eval_fn: Callable,
+    variables: Any,
+    batches: EvalBatches,
+    field: str | tuple[str, ...],
+    spec: Spec,
+    parallel: Parallel,
 ) -> Predictions:
     """The task's outputs, labels and features of every example of the source, in its order, on every process.
 
     The labels are those of the source, None where they are sealed: no batch need hold them.
-    eval_fn: from `Parallel.evaluate`; field: of a batch, what it reads. Raises as `collect`, and FloatingPointError for
+    eval_fn: from `Parallel.evaluate`; field: of a batch, what it reads, see `take`. Raises as `collect`, and FloatingPointError for
     outputs that are not finite.
     """
     outputs = collect(lambda x: eval_fn(variables, x), batches, field, parallel)
@@ -36,7 +41,11 @@ def join(outputs: Mapping[str, np.ndarray], source: Source, spec: Spec, features
 
 
 def collect(
-    eval_fn: Callable, batches: EvalBatches, field: str, parallel: Parallel, axes: Mapping[str, int] | None = None
+    eval_fn: Callable,
+    batches: EvalBatches,
+    field: str | tuple[str, ...],
+    parallel: Parallel,
+    axes: Mapping[str, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """The outputs {name: array} of eval_fn(inputs) for every example once, in the order of the source.
 
@@ -46,7 +55,7 @@ def collect(
     source, columns = batches.source, []
     for batch in console.counted("outputs", batches, len(batches), shown=jax.process_index() == 0):
         batch = parallel.put_batch(batch)
-        outputs = eval_fn(batch[field])
+        outputs = eval_fn(take(batch, field))
         facts = parallel.gather({name: batch[name] for name in (INDEX, MASK)})
         columns.append(jax.device_get((facts, outputs)))
     facts = {name: np.concatenate([facts[name] for facts, _ in columns]) for name in columns[0][0]}

@@ -16,6 +16,7 @@ from tl_jax.core import messages, trees
 from tl_jax.core.card import Card
 from tl_jax.core.console import WIDE, Table, fitted
 from tl_jax.models import conversion as tables
+from tl_jax.models import fusion
 from tl_jax.models import head as heads
 from tl_jax.models.head import HEAD_INIT, Layers
 from tl_jax.weights import formats, hub, nearest, other_inputs, published, text_inputs
@@ -55,6 +56,7 @@ def load(
     std: Sequence[float] = (),
     partial: Sequence[str] = (),
     text: Text = NO_TEXT,
+    made_for: Card | None = None,
 ) -> Loaded:
     """Loads a weight file of any known layout into the named model, or initialises it at random where there is none.
 
@@ -66,27 +68,29 @@ def load(
     the network reads them. `channels`: of images, and their `mean` and `std`, see other_inputs.py. `partial`: regexes
     of paths in the backbone that a file may lack, which begin from `seed`. `text`: text_inputs.py. "timm:NAME" also
     names the model; its row in published.py replaces fields of the card. A file whose publisher computes differently
-    gives the model's flavour (`card.model`). ValueError: another hash than the name says; all that does not fit.
+    gives the model's flavour (`card.model`). made_for: the card of a random network, in place of the variant's.
+    ValueError: another hash than the name says; all that does not fit.
     """
     head = _check_arguments(path, head, head_init, partial)
     given = {"image_size": image_size, "columns": columns, "channels": channels, "mean": mean, "std": std}
     for_input = functools.partial(other_inputs.fit_card, path=path, **given)
     if not path:
-        card = text_inputs.fit_card(for_input(models.get(name).card), text, path)
+        card = made_for or text_inputs.fit_card(for_input(models.get(name).card), text, path)
         card = card.replace(num_classes=card.num_classes if num_classes is None else num_classes)
         card = card.replace(head=head if card.num_classes else ())
         return _random(_make(models.get(name).module, card, head_init), card, seed)
     tensors, layout, variant, card, sha256 = _read(name, path)
+    text_inputs.know_parts(card, path)
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
     own = tables.for_head(variant.layouts[layout], card.head)  # the file's own head
-    made_for = _with_head(card, num_classes, head, own, tensors, path)
-    card = text_inputs.fit_card(for_input(made_for), text, path)
+    its_own = _with_head(card, num_classes, head, own, tensors, path)
+    card = text_inputs.fit_card(for_input(its_own), text, path)
     table = tables.for_head(variant.layouts[layout], card.head)
     model = _make(variant.module, card, head_init)
     shapes, features = _shapes(model, card)
-    changed = other_inputs.changed(table, shapes, kept, model, made_for, bool(image_size))
+    changed = other_inputs.changed(table, shapes, kept, model, its_own, bool(image_size))
     wanted = {leaf: shape for leaf, shape in shapes.items() if num_classes is None or not leaf.startswith(HEAD)}
     kept |= {key: x for key, (x, _) in changed.items()}
     flat, origins, problems, lacking = _fill(table, wanted, kept, partial)
@@ -235,7 +239,7 @@ def export(
     if layout.startswith("keras") and layout in variant.flavours:
         own = f"Keras' network is {variant.flavours[layout]}, which computes or preprocesses differently"
         raise ValueError(f"{path} cannot be a file of Keras for {card.model}: {own}; give another layout")
-    same = ("num_classes", "input_size", "head", "vocab", "max_length", "pooling")
+    same = ("num_classes", "input_size", "head", "vocab", "max_length", "pooling", "parts", "fusion")
     plain = variant.card.replace(**{name: getattr(card, name) for name in same})
     plain = other_inputs.with_columns(plain, card.columns, path).replace(mean=card.mean, std=card.std)
     shapes = _network_shapes(variant.module, plain.to_json())
@@ -267,14 +271,22 @@ def _random(model: Any, card: Card, seed: int) -> Loaded:
 
 def _make(module: Any, card: Card, head_init: str) -> Any:
     model = module(num_classes=card.num_classes, head_init=head_init, head=card.head)
+    if card.parts:
+        parts = [fusion.part_of(each.input, _make(models.get(each.model).module, each, "zeros")) for each in card.parts]
+        return model.clone(parts=tuple(parts), **dict(card.fusion))
     if card.input == "text":
         return model.clone(vocab_size=card.vocab, pooling=card.pooling)
     # Only a model with position embeddings is built for one input size.
     return model.clone(image_size=card.input_size) if hasattr(model, "image_size") else model
 
 
-def example_input(card: Card) -> jax.Array:
-    """One example of zeros as the network of a card takes it: [1, H, W, C], [1, columns], or [1, L, 2] tokens."""
+def example_input(card: Card) -> Any:
+    """One example of zeros as the network of a card takes it: [1, H, W, C], [1, columns], [1, L, 2] tokens, or several.
+
+    Those are {kind: one of them}.
+    """
+    if card.parts:
+        return {kind: example_input(part) for kind, part in card.cards.items()}
     if card.input == "text":
         return jnp.zeros((1, min(8, card.max_length), 2), jnp.int32)
     return jnp.zeros((1, *card.shape))
@@ -309,6 +321,8 @@ def _flavour(name: str, layout: str) -> str:
 def _detect(name: str, path: Any, tensors: Tensors) -> str:
     """The layout whose table reads most of the file's keys; ties go to the first."""
     layouts = models.get(name).layouts
+    if len(layouts) == 1:  # what does not fit is named by the leaves; a fusion is what its card says
+        return next(iter(layouts))
     leaves = {key: _default_shapes(_flavour(name, key)) for key in layouts}
     counts = {key: tables.coverage(table, leaves[key], tensors) for key, table in layouts.items()}
     best = max(counts, key=counts.get)

@@ -66,6 +66,12 @@ class Tokens(NamedTuple):
         most = int(self.counts[rows].max()) if len(rows) else 0
         return next(length for length in self.lengths if length >= most)
 
+    def without(self, missing: np.ndarray) -> "Tokens":
+        """With no token at all, not even special ones, where `missing`, bool [N]."""
+        kept = np.where(missing, 0, self.counts)
+        flat = self.flat[np.repeat(~missing, self.counts)]
+        return self._replace(flat=flat, starts=np.concatenate([[0], kept.cumsum()]))
+
     def batch(self, rows: np.ndarray, length: int) -> np.ndarray:
         """int32 [B, length, 2] of examples, PADDING behind their tokens; of -1 all zeros."""
         found = np.zeros((len(rows), length, 2), np.int32)
