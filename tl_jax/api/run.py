@@ -90,6 +90,11 @@ class Run:
         """The columns of text that the run was trained on."""
         return self.options["data.text"]
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns of image files and numbers that the run was trained on, of several inputs."""
+        return {name: self.options[f"data.{name}"] for name in ("image", "columns")}
+
     @functools.cached_property
     def model(self) -> Model:
         """The adapted network: model.safetensors, or the delta checkpoint on its base."""
@@ -200,7 +205,7 @@ def fit(
         "model.name": model.name, "model.weights": model.weights, "model.image_size": model.image_size,
         "model.channels": model.channels,
         **dict(zip(("model.tokenizer", "model.max_length", "model.pooling"), model.text_options, strict=True)),
-        "seed": seed, "batch_size": batch_size, **own,
+        "model.parts": model.parts, "model.fusion": model.fusion, "seed": seed, "batch_size": batch_size, **own,
         **_data_options(data, task, run.folder, given, model.card.input), **table[method],
     }  # fmt: skip
     if model.channels:
@@ -215,7 +220,8 @@ def _data_options(data: Any, task: str, folder: pathlib.Path, given: Mapping[str
     """The options of the data: its source, its splits and its task."""
     if isinstance(data, str | os.PathLike):
         source, task = inputs.source_name(data, input), task or "classification"
-        found = inputs.splits_of(source, task, given.get("data.labels", ()), given.get("data.text", ()))
+        named = {name: given[f"data.{name}"] for name in ("labels", "text", "image", "columns") if f"data.{name}" in given}
+        found = inputs.splits_of(source, task, **named)
     else:
         found = inputs.by_split(data)
         text = "\n".join(f"{split} {source.fingerprint}" for split, source in found.items())

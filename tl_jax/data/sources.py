@@ -145,7 +145,7 @@ def list_split(
     kind, _, argument = source.partition(":")
     if kind == "corrupt":
         clean = functools.partial(list_split, split=split, data_dir=data_dir, task=task, labels=labels, group=group)
-        return _in_form(load_corrupted(argument, clean), form or decode.RGB)
+        return in_form(load_corrupted(argument, clean), form or decode.RGB)
     if source not in BUILTIN and (kind not in (*PLAIN, *COLUMNS, "arrays", "tfds") or not argument):
         known = (*BUILTIN, DIABETES, *FORMS)
         raise ValueError(f"unknown source {source!r}{nearest(source, known)}. Sources: {', '.join(known)}")
@@ -170,14 +170,14 @@ def list_split(
     if len(found) == 0:
         raise ValueError(f"{found.name} holds no examples")
     check_fit(found, task)
-    found = _in_form(found, form) if form else found
+    found = in_form(found, form) if form else found
     return groups.by_pattern(found, group) if group and found.groups is None else found
 
 
-def _in_form(source: Source, form: Form) -> Source:
+def in_form(source: Source, form: Form) -> Source:
     """The source with images that are read in a form; what is decoded already must have it."""
     if isinstance(source.inputs, Several) and "image" in source.kinds:
-        own = _in_form(source.part("image"), form)
+        own = in_form(source.part("image"), form)
         return dataclasses.replace(
             source, form=form, inputs=source.inputs._replace(parts={**source.inputs.parts, "image": own.inputs})
         )
