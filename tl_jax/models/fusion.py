@@ -71,7 +71,7 @@ class Late(nn.Module):
         for kind, x in features.items():
             missing = self.param(f"{kind}_missing", INIT, (self.width,), jnp.float32).astype(self.dtype)
             y = Project(self.width, self.dtype, name=kind)(x)
-            found.append(jnp.where(there[kind][:, None], y, missing))
+            found.append(jnp.where(there[kind][:, None], y, missing[None]))
         return sum(found) if self.merge == "sum" else jnp.concatenate(found, axis=-1)
 
 
@@ -92,7 +92,7 @@ class Early(nn.Module):
     @nn.compact
     def __call__(self, features: Inputs, masks: Inputs, there: Inputs, train: bool) -> jax.Array:
         def learned(name):
-            return self.param(name, INIT, (self.width,), jnp.float32).astype(self.dtype)
+            return self.param(name, INIT, (self.width,), jnp.float32).astype(self.dtype)[None, None]
 
         batch = len(next(iter(there.values())))
 
