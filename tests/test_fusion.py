@@ -136,7 +136,8 @@ def test_early_fusion_is_blocks_over_the_tokens_that_are_there():
                 found = found[found[:, -1] > 0, :-1]
             found = found.reshape(-1, found.shape[-1])
             there = bool(x[f"{kind}:present"][i])
-            tokens.append(project(fuse[kind], found) + fuse[f"{kind}_embed"] if there else fuse[f"{kind}_missing"][None])
+            own = project(fuse[kind], found) + fuse[f"{kind}_embed"]
+            tokens.append(own if there else fuse[f"{kind}_missing"][None])
         y = np.concatenate(tokens)
         for j in range(EARLY["depth"]):
             y, norm = attention(fuse[f"block{j}"], y, np.ones(len(y), bool), EARLY["heads"])

@@ -13,7 +13,7 @@ from tl_jax.data.examples import join, join_domains
 from tl_jax.data.sealed import SealedLabels
 from tl_jax.data.several import Several
 from tl_jax.data.text import tokenizer
-from tl_jax.data.text.tokens import PADDING
+from tl_jax.data.text.tokens import PADDING, Texts
 from tl_jax.data.views import View
 
 READ = {name.removeprefix("data."): value for name, value in OPTIONS.items()}
@@ -88,8 +88,8 @@ def test_a_duplicate_has_all_inputs_in_common(path):
     paths = list(files.paths)
     paths[1], text[1], table[1] = paths[0], text[0], table[0]  # a copy of row 0
     paths[2], table[2] = paths[0], table[0]  # with another text
-    parts = {"image": files._replace(paths=tuple(paths)), "text": source.inputs.parts["text"]._replace(rows=tuple(text))}
-    inputs = source.inputs._replace(parts={**parts, "table": table})
+    parts = {"image": files._replace(paths=tuple(paths)), "text": Texts(tuple(text)), "table": table}
+    inputs = source.inputs._replace(parts=parts)
     other = dataclasses.replace(source, inputs=inputs).select(np.array([1, 2]))
     found = duplicates.find({"train": source.select(np.array([0])), "val": other}, ["train"])
     assert found["across"] == {"exact": 1, "near": 0, "mirrored": 0}

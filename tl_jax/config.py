@@ -298,7 +298,8 @@ def _fusion_problems(flat: Mapping[str, Any]) -> list[str]:
     """What a fusion of networks does not go with, and options of one where there is none."""
     name, parts, fusion = flat["model.name"], flat["model.parts"], flat["model.fusion"]
     if name != "fusion":
-        return _where((parts or fusion, f"model.parts and model.fusion belong to model.name = 'fusion'; found {name!r}"))
+        text = f"model.parts and model.fusion belong to model.name = 'fusion'; found {name!r}"
+        return _where((parts or fusion, text))
     kinds = ("image", "text", "table")
     expected = "expected at least two of image, text and table, or model.weights of a fusion"
     both = parts and flat["model.weights"]

@@ -152,7 +152,8 @@ def load_labelled(
 ) -> Source:
     """One labelled split of what a user hands over, for the network of a card.
 
-    columns: of several inputs, as data.image and data.columns. cuts: {source: group and split_seed} of sources that are known.
+    columns: of several inputs, as data.image and data.columns. cuts: {source: group and split_seed} of sources that are
+    known.
     """
     task, form = card.task, card.form if "image" in card.cards else Form()
     if isinstance(data, PATH):

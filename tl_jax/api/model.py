@@ -122,8 +122,8 @@ def load(
     from the card; the kernel of the stem is summed or repeated. partial: regexes of what the file may lack, such as
     ("stage4/.*",); that is random, from `seed`. tokenizer: of a network of text, a tokenizer.json that does not lie
     beside the weights; max_length and pooling: as its card says unless given. parts, fusion: of the name "fusion", as
-    the options model.parts and model.fusion; columns: of its part for a table, of arrays x0, x1, ... Raises one ValueError that lists every
-    tensor that does not fit.
+    the options model.parts and model.fusion; columns: of its part for a table, of arrays x0, x1, ... Raises
+    one ValueError that lists every tensor that does not fit.
     """
     weights = os.fspath(weights)
     how = {"image_size": image_size or None, "channels": channels, "mean": mean, "std": std, "seed": seed}

@@ -220,7 +220,8 @@ def _data_options(data: Any, task: str, folder: pathlib.Path, given: Mapping[str
     """The options of the data: its source, its splits and its task."""
     if isinstance(data, str | os.PathLike):
         source, task = inputs.source_name(data, input), task or "classification"
-        named = {name: given[f"data.{name}"] for name in ("labels", "text", "image", "columns") if f"data.{name}" in given}
+        keys = ("labels", "text", "image", "columns")
+        named = {key: given[f"data.{key}"] for key in keys if f"data.{key}" in given}
         found = inputs.splits_of(source, task, **named)
     else:
         found = inputs.by_split(data)

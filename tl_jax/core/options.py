@@ -97,7 +97,7 @@ FUSION = {
         lambda x: TABLE.fits(x) and all(map(RATE.fits, x.values())), "{kind of input: probability below 1}"
     ),
 }
-NETWORK = {"name": TEXT, "weights": TEXT, "image_size": PIXELS, "sha256": HASH, "cache": one_of("", "features")}
+NETWORK = PART | {"cache": one_of("", "features"), "group": TEXT}  # group "": frozen
 CARD = {
     "input_size": either(integer(1, 4096), _PAIR),
     "mean": sequence(number(), "a sequence of numbers"),
@@ -137,7 +137,8 @@ _ROWS = (
             "paths of the backbone, stage4/.*"),
     _option("model.image_size", 0, PIXELS, "pixels, of a side or (height, width); 0: the size on the weight card"),
     _option("model.parts", {}, TABLES, "of a fusion: {image | text | table: {name, weights, image_size, sha256}}"),
-    _option("model.fusion", {}, TABLE, "of a fusion: kind late | early, width, merge concat | sum, depth, heads, drop, order of parts"),
+    _option("model.fusion", {}, TABLE, "of a fusion: kind late | early, width, merge concat | sum, depth, heads, drop, "
+            "order of the parts"),
     _option("model.tokenizer", "", TEXT,
             "a tokenizer.json, or made of the training texts: words | chars | wordpiece | bpe, bpe:5000"),
     _option("model.vectors", "", TEXT, "a file of word vectors, as of GloVe, for a network without weights"),
@@ -155,7 +156,8 @@ _ROWS = (
     _option("model.remat", "", one_of("", "block", "dots"), "recompute in the backward pass: all of a block, or all "
             "but matrix products and convolutions"),
     _option("model.attention", "xla", one_of("xla", "cudnn"), "cudnn: its fused kernel, on a GPU in bfloat16"),
-    _option("networks", {}, TABLES, "{name: {name, weights, image_size, sha256, cache}}; cache 'features': on disk"),
+    _option("networks", {}, TABLES, "{name: {name, weights, image_size, sha256, cache, group}}; cache 'features': on "
+            "disk; group: what trains it, '' for frozen"),
 
     # The data
     _option("data.source", "digits", SOURCE, "digits | glyphs | folder:PATH | csv:FILE | arrays:FILE.npz | "

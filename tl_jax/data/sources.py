@@ -75,8 +75,9 @@ def load(
     """Loads a split of a source; see docs/data.md for both languages. Several sources are the domains of one.
 
     `task` says what the labels must be; of a binary task the second class is positive. `labels` names the label columns
-    of sources with columns, `text`, `image` and `columns` those of text, image files and numbers. `group` says what belongs together: the name of a column or of an
-    array (arrays:), else a regular expression that finds the group in the ids.
+    of sources with columns, `text`, `image` and `columns` those of text, image files and numbers. `group` says what
+    belongs together: the name of a column or of an array (arrays:), else a regular expression that finds the group in
+    the ids.
 
     Slices such as `train[:80%]` cut a permutation by `split_seed`, stratified where labels are classes; where there are
     groups it is one of groups, and a slice begins and ends at the nearest end of a group. `shots` > 0 then takes that

@@ -142,7 +142,8 @@ class Fusion(Model):
     @property
     def towers(self) -> dict[str, tuple[str, ...]]:
         """The cuts of each part, by the names that they have here."""
-        return {part.kind: (*(f"{part.kind}/{cut}" for cut in self.of_part(part)[:-1]), part.kind) for part in self.parts}
+        inner = {part.kind: self.of_part(part)[:-1] for part in self.parts}
+        return {kind: (*(f"{kind}/{cut}" for cut in cuts), kind) for kind, cuts in inner.items()}
 
     @property
     def cuts(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tl_jax import models, tasks
 from tl_jax.core import trees
 from tl_jax.core.card import STORED, Card
+from tl_jax.core.trees import FROZEN
 from tl_jax.data.examples import Source
 from tl_jax.data.several import Several
 from tl_jax.data.text import tokenizer
@@ -30,8 +31,8 @@ from tl_jax.training.settings import Settings, naming, read
 from tl_jax.weights import hub, load, parts, sanity
 from tl_jax.weights.text_inputs import NO_TEXT, Text
 
-MODEL_OPTIONS = ("name", "parts", "fusion", "weights", "partial", "image_size", "channels", "reinit", "head", "head_init",
-                 "tokenizer", "vectors", "max_length", "pooling")  # fmt: skip
+MODEL_OPTIONS = ("name", "parts", "fusion", "weights", "partial", "image_size", "channels", "reinit", "head",
+                 "head_init", "tokenizer", "vectors", "max_length", "pooling")  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -93,6 +94,7 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
     variables = {"batch_stats": {}, **loaded.variables, "params": {**loaded.variables["params"], **added}}
     start = _make_start(settings, model, variables, card, tasks.make(spec), data)
     given = {name: _load_network(settings, name) for name in settings.networks}
+    start = start._replace(widths={name: _width(network) for name, network in given.items()})
     networks, memory = terms.initialise(made, start, given)
     variables, origins = _join(variables, loaded.origins, networks)
     fields = {name: inputs.field_of(name, network.card, card) for name, network in given.items()}
@@ -243,13 +245,20 @@ def _configure(settings: Settings, loaded: load.Loaded, parallel: sharding.Paral
 
 
 def _load_network(settings: Settings, name: str) -> Network:
-    """A further network of the config: frozen, with the classes of its weight file, in eval mode."""
+    """A further network of the config: of its group or frozen, with the classes of its weight file, in eval mode."""
     given = settings.networks[name]
     with naming({}, f"networks.{name}"):
         loaded = load.load(given.name, given.weights, None, image_size=given.image_size or None)
     module = peft.Adapted(loaded.model.clone(dtype=jnp.dtype(settings.model.dtype)))
     held = {name: value for name, value in settings.data.card.items() if name in STORED}
-    return Network(module, loaded.card.replace(**held), loaded.variables, origin=given.weights or "new")
+    card = loaded.card.replace(**held)
+    return Network(module, card, loaded.variables, given.group or FROZEN, origin=given.weights or "new")
+
+
+def _width(network: Network) -> int:
+    """Of the features that a network gives."""
+    example = load.example_input(network.card)
+    return jax.eval_shape(lambda: network.module.apply(network.variables, example)[1])["pre_logits"].shape[-1]
 
 
 def _make_start(

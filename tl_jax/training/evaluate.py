@@ -26,8 +26,8 @@ def predict(
     """The task's outputs, labels and features of every example of the source, in its order, on every process.
 
     The labels are those of the source, None where they are sealed: no batch need hold them.
-    eval_fn: from `Parallel.evaluate`; field: of a batch, what it reads, see `take`. Raises as `collect`, and FloatingPointError for
-    outputs that are not finite.
+    eval_fn: from `Parallel.evaluate`; field: of a batch, what it reads, see `take`. Raises as `collect`, and
+    FloatingPointError for outputs that are not finite.
     """
     outputs = collect(lambda x: eval_fn(variables, x), batches, field, parallel)
     features = outputs.pop(FEATURES)

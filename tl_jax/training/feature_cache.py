@@ -71,7 +71,8 @@ def prefix_columns(
         own = {path: leaf for path, leaf in leaves.items() if f"backbone/{kind}/" in path}
         cut = prefix.cut if prefix.cut.partition("/")[0] == kind else kind
 
-        def of_part(variables, x, kind=kind, part=live._replace(cut=cut)):
+        def of_part(variables, x, kind=kind, cut=cut):
+            part = live._replace(cut=cut)
             return steps.run_prefix(part, variables, {kind: x}, card)[0][kind]
 
         key = _key(prefix.model, reader._replace(card=card.cards[kind]), own, cut)

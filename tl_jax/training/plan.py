@@ -22,7 +22,8 @@ class Prefix(NamedTuple):
 class Reader(NamedTuple):
     """A network as a step runs it.
 
-    module, card: as in `Network`. field: what of a stream it reads, see fields.take. column: the field with its cached logits, if any.
+    module, card: as in `Network`. field: what of a stream it reads, see fields.take. column: the field
+    with its cached logits, if any.
     """
 
     module: Any

@@ -229,7 +229,8 @@ def refreshed(
         for batch in pipeline.eval_batches(source, views, min(size, len(source)), labelled=labelled):
             check(stop, "while the memory of the terms is computed")
             real = batch[MASK]
-            yield jax.tree.map(lambda x, real=real: x[real], take(batch, field)), batch[LABEL][real] if labelled else None
+            read = jax.tree.map(lambda x, real=real: x[real], take(batch, field))
+            yield read, batch[LABEL][real] if labelled else None
 
     variables, memory = jax.device_get((variables, new))
     statistics: dict[str, Any] = {}

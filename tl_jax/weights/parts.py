@@ -28,10 +28,10 @@ def load(
 ) -> pretrained.Loaded:
     """A fusion of networks by name, {kind of input: {name, weights, image_size}}, with a new head.
 
-    fusion: fields of `models.fusion.Fusion`, such as kind and width, and the order of the parts. columns: of the part for a table. text: of that
-    for texts. channels: of that for images. The parts begin from their weights without their heads, what joins them
-    from `seed`. Of an early fusion the layers that make a part's pre_logits are left out. ValueError for what does not
-    fit, and for a part whose network reads another input.
+    fusion: fields of `models.fusion.Fusion`, such as kind and width, and the order of the parts. columns: of the part
+    for a table. text: of that for texts. channels: of that for images. The parts begin from their weights without their
+    heads, what joins them from `seed`. Of an early fusion the layers that make a part's pre_logits are left out.
+    ValueError for what does not fit, and for a part whose network reads another input.
     """
     _check(fusion, parts)
     found, order = {}, fusion.get("order") or KINDS

@@ -57,9 +57,9 @@ def load_arrays(path: str, split: str, group: str = "") -> Source:
     uint8 with offsets, see `join_texts`); `label` or `labels` (classes int [N] or
     [N, 1], from 0; labels of 0 and 1 [N, K > 1]; numbers float [N] or [N, T]); optionally `classes` (names), and the
     array that `group` names (int or text [N]). `images` is `image`. Several of image, features and text make a source
-    of several inputs; `has_image`, `has_table` and `has_text` (bool [N]) say which examples have them. With a prefix (`train_image`, `train_label`, ...)
-    one file holds several splits; without, it is the train split. Raises FileNotFoundError, or ValueError that says
-    what is wrong.
+    of several inputs; `has_image`, `has_table` and `has_text` (bool [N]) say which examples have them. With a prefix
+    (`train_image`, `train_label`, ...) one file holds several splits; without, it is the train split. Raises
+    FileNotFoundError, or ValueError that says what is wrong.
     """
     root = Path(path).expanduser()
     file = root / f"{split}.npz" if root.is_dir() else root
