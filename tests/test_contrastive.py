@@ -114,10 +114,10 @@ def files(tmp_path, monkeypatch):
 
 def config_of(files, **changes):
     folder, path = files
+    text = {"name": "bert_l1_h16_a2", "weights": f"{folder}/text.safetensors", "group": "text"}
     return options.override(options.make(), {
         "data.source": f"several:{path}", "data.image": "photo", "data.text": ("title",), "data.labels": ("label",),
-        "model.name": "small_vit", "networks": {"text": {"name": "bert_l1_h16_a2", "weights": f"{folder}/text.safetensors",
-                                                         "group": "text"}},
+        "model.name": "small_vit", "networks": {"text": text},
         "terms": {"task": {"weight": 0.0}, "contrastive": {}}, "method.name": "full", "lr": 1e-2, "batch_size": 8,
         "total": (40.0, "steps"), "eval_every": (40.0, "steps"), "log_every": (1.0, "steps"), "resamples": 20,
     } | changes)  # fmt: skip

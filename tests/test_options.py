@@ -115,7 +115,7 @@ INITIAL = """
 "model.dtype": "float32", "model.prefix_dtype": "", "model.dropout": 0.0, "model.drop_path": 0.0, "model.remat": "",
 "model.attention": "xla", "networks": {}, "data.source": "digits", "data.train": "train[:80%]", "data.val":
 "train[80%:]", "data.test": "", "data.extra_eval": [], "data.labels": [], "data.text": [], "data.resample": "",
-"data.group": "",
+"data.image": "", "data.columns": [], "model.parts": {}, "model.fusion": {}, "data.group": "",
 "data.allow_duplicates": false, "data.shots": 0,
 "data.sampling": "shuffled", "data.split_seed": 0, "data.augment": [], "data.on_error": "fail", "data.data_dir": "",
 "data.workers": 0, "data.card": {}, "data.override_card": false, "data.transductive": false,

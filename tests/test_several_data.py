@@ -32,7 +32,7 @@ def read(path, split="train", **more):
 def views(source):
     cards = {"image": models.get("lenet").card.replace(input_size=14), "table": models.get("mlp_small").card}
     cards["table"] = cards["table"].replace(columns=source.columns, mean=(0.0,) * 2, std=(1.0,) * 2)
-    found = tokenizer.train("words", [text for row in source.part("text").inputs.rows for text in row])
+    found = tokenizer.train("words", [text for row in source.of_kind("text").inputs.rows for text in row])
     text = models.get("bert_l1_h16_a2").card
     cards["text"] = text.replace(tokenizer=found.sha256, vocab=found.size)
     return {kind: View(card) for kind, card in cards.items()}
@@ -83,8 +83,8 @@ def test_select_join_domains_and_slices_keep_the_inputs_of_an_example_together(p
 
 def test_a_duplicate_has_all_inputs_in_common(path):
     source = read(path)
-    text, table = list(source.part("text").inputs.rows), source.part("table").inputs.copy()
-    files = source.part("image").inputs
+    text, table = list(source.of_kind("text").inputs.rows), source.of_kind("table").inputs.copy()
+    files = source.of_kind("image").inputs
     paths = list(files.paths)
     paths[1], text[1], table[1] = paths[0], text[0], table[0]  # a copy of row 0
     paths[2], table[2] = paths[0], table[0]  # with another text

@@ -240,7 +240,7 @@ def _look(source: Source, index: int) -> tuple[np.ndarray, np.ndarray, bool] | s
 
 def _look_at_several(source: Source, several: Several, index: int) -> tuple[np.ndarray, np.ndarray, bool] | str:
     """As `_look`: the hash is that of all inputs together, the thumbnail that of the image."""
-    looks = {kind: _look(source.part(kind), index) for kind in several.parts if several.present[kind][index]}
+    looks = {kind: _look(source.of_kind(kind), index) for kind in several.parts if several.present[kind][index]}
     if (bad := looks.get("image")) and isinstance(bad, str):
         return bad
     digest = hashlib.blake2b(repr(tuple(looks)).encode(), digest_size=16)

@@ -138,7 +138,7 @@ class Source:
         """The kinds of input that an example has: `input`, or each of several."""
         return tuple(self.inputs.parts) if isinstance(self.inputs, Several) else (self.input,)
 
-    def part(self, kind: str) -> "Source":
+    def of_kind(self, kind: str) -> "Source":
         """The same examples with their inputs of one kind alone."""
         if not isinstance(self.inputs, Several):
             return self
@@ -252,7 +252,7 @@ def _join_inputs(sources: Sequence[Source]) -> Any:
     """The inputs of sources of the same kinds, one after the other."""
     first = sources[0]
     if isinstance(first.inputs, Several):
-        parts = {kind: _join_inputs([source.part(kind) for source in sources]) for kind in first.kinds}
+        parts = {kind: _join_inputs([source.of_kind(kind) for source in sources]) for kind in first.kinds}
         present = {kind: np.concatenate([source.inputs.present[kind] for source in sources]) for kind in first.kinds}
         return first.inputs._replace(parts=parts, present=present)
     if first.input == "text":
@@ -305,7 +305,7 @@ def header(images: Sequence, index: int, form: Form) -> decode.Header:
 
 def find_unreadable(source: Source, *, fully: bool) -> dict[int, str]:
     """{index: id and reason} of the images that cannot be read: by their headers, or by decoding them. Uses threads."""
-    whole, source = source.inputs, source.part("image") if "image" in source.kinds else source
+    whole, source = source.inputs, source.of_kind("image") if "image" in source.kinds else source
     if in_memory(source.inputs):
         return {}
     there = whole.present["image"] if isinstance(whole, Several) else np.ones(len(source), bool)

@@ -89,23 +89,16 @@ def load(
     these labels, to prove it. `form`: of the network's card. ValueError, FileNotFoundError.
     """
     names = (source,) if isinstance(source, str) else tuple(source)
-    if task not in KINDS:
-        raise ValueError(f"there is no task {task!r}{nearest(task, KINDS)}; known: {', '.join(KINDS)}")
-    if not names:
-        raise ValueError("no source is given; expected one, or one for each domain")
+    _check_asked(names, task, shots, seed, split_seed)
     check_on_error(on_error)
-    if min(shots, seed, split_seed) < 0:
-        raise ValueError(f"{shots=}, {seed=}, {split_seed=}: none may be negative")
-    if shots and KINDS[task] != "classes":
-        raise ValueError(f"shots={shots}: shots are examples of a class, and the task {task!r} has none; use a slice")
+    asked = {"task": task, "labels": labels, "text": text, "image": image, "columns": columns}
+    asked |= {"group": group, "data_dir": data_dir, "form": form}
     slices, domains = parse_split(split), []
     for name in names:
         place, wholes = canonical(name), {}
         for cut in slices:
             if (part := cut.split) not in wholes:
                 how = poison if place in sealed or (place, part) in sealed else None
-                asked = {"task": task, "labels": labels, "text": text, "image": image, "columns": columns}
-                asked |= {"group": group, "data_dir": data_dir, "form": form}
                 wholes[part] = _load_whole(name, part, on_error, how, asked)
         if (labelled or shots) and (bare := [whole for whole in wholes.values() if not whole.class_names]):
             found = f"no class folders in {bare[0].name}, only {len(bare[0])} files; expected {name}/CLASS/IMAGE"
@@ -117,6 +110,17 @@ def load(
     loaded = join_domains(domains) if len(domains) > 1 else domains[0]
     name = f"{' + '.join(names)} {split}"
     return dataclasses.replace(loaded, name=name + (f", {shots} shots" if shots else ""))
+
+
+def _check_asked(names: Sequence[str], task: str, shots: int, seed: int, split_seed: int) -> None:
+    if task not in KINDS:
+        raise ValueError(f"there is no task {task!r}{nearest(task, KINDS)}; known: {', '.join(KINDS)}")
+    if not names:
+        raise ValueError("no source is given; expected one, or one for each domain")
+    if min(shots, seed, split_seed) < 0:
+        raise ValueError(f"{shots=}, {seed=}, {split_seed=}: none may be negative")
+    if shots and KINDS[task] != "classes":
+        raise ValueError(f"shots={shots}: shots are examples of a class, and the task {task!r} has none; use a slice")
 
 
 def check_on_error(on_error: str) -> None:
@@ -178,7 +182,7 @@ def list_split(
 def in_form(source: Source, form: Form) -> Source:
     """The source with images that are read in a form; what is decoded already must have it."""
     if isinstance(source.inputs, Several) and "image" in source.kinds:
-        own = in_form(source.part("image"), form)
+        own = in_form(source.of_kind("image"), form)
         return dataclasses.replace(
             source, form=form, inputs=source.inputs._replace(parts={**source.inputs.parts, "image": own.inputs})
         )

@@ -96,7 +96,7 @@ def make_views(
         if card.input not in source.kinds:
             found = " and ".join(map(repr, source.kinds))
             problems.append(f"{field}: the network {card.model} reads an input {card.input!r}, found {found}")
-        elif card.columns != (columns := source.part(card.input).columns):
+        elif card.columns != (columns := source.of_kind(card.input).columns):
             differ = listed([f"{a} -> {b}" for a, b in itertools.zip_longest(card.columns, columns) if a != b])
             problems.append(f"{field}: the columns of {card.model} are not those of the source:\n{differ}")
         if card.input == "image" and "image" in source.kinds and card.form != source.form:
@@ -108,7 +108,7 @@ def make_views(
     refuse(f"the views of {source.name} cannot be used", problems)
     renders, prepared = {}, {}
     for field, (card, augment, draws) in views.items():
-        own = source.part(card.input)
+        own = source.of_kind(card.input)
         if card.input == "table":
             prepared[field] = own.inputs[None]
             continue

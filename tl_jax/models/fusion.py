@@ -22,7 +22,7 @@ from tl_jax.models.variant import Model, Variant
 
 EPS = 1e-6  # of every LayerNorm
 SHARED = ("dtype", "remat", "attention", "frozen_norms", "axis_name", "norm_momentum", "fold")  # as in the whole
-OWN = ("parent", "name", "num_classes", "head", "head_init", "dropout", "drop_path", "part", *SHARED)
+OWN = ("parent", "name", "num_classes", "head", "head_init", "dropout", "drop_path", "inner", *SHARED)
 Inputs = Mapping[str, jax.Array]
 
 
@@ -34,7 +34,7 @@ class Part(NamedTuple):
     fields: tuple[tuple[str, Any], ...]
 
     def make(self, **more: Any) -> Model:
-        return self.network(num_classes=0, part=True, **dict(self.fields), **more)
+        return self.network(num_classes=0, inner=True, **dict(self.fields), **more)
 
 
 def part_of(kind: str, network: Model) -> Part:
@@ -134,9 +134,9 @@ class Fusion(Model):
     heads: int = 4
     drop: tuple[tuple[str, float], ...] = ()
 
-    def of_part(self, part: Part) -> tuple[str, ...]:
+    def of_part(self, one: Part) -> tuple[str, ...]:
         """The cuts of a part that are run, by its own names."""
-        cuts = part.make(parent=None).cuts
+        cuts = one.make(parent=None).cuts
         return cuts if self.kind == "late" else cuts[:-1]
 
     @property

@@ -220,7 +220,7 @@ def _of_columns(card: Card, train: Source, weights: str) -> Card:
     """The card of a network for a table that begins without weights, with the means and deviations of its columns."""
     if card.input != "table" or weights:
         return card
-    rows, whole = train.part("table").inputs, train.inputs
+    rows, whole = train.of_kind("table").inputs, train.inputs
     rows = rows[whole.present["table"]] if isinstance(whole, Several) else rows
     mean, std = (f(rows, axis=0, dtype="float64") for f in (np.mean, np.std))
     return card.replace(columns=train.columns, mean=tuple(mean.tolist()), std=tuple((std + (std == 0)).tolist()))

@@ -83,5 +83,5 @@ def identities(source: Source) -> np.ndarray:
     """What is one image, text [N]: the group of data.group; without groups, the same file; else each example."""
     if source.groups is not None:
         return source.groups
-    images = source.part("image").inputs if "image" in source.kinds else None
+    images = source.of_kind("image").inputs if "image" in source.kinds else None
     return np.array(images.paths if isinstance(images, FileImages) else source.ids, str)

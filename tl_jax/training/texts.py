@@ -37,7 +37,7 @@ def text_of(model: ModelSettings, train: Source) -> Text:
 
 
 def _texts(train: Source) -> Iterator[str]:
-    return (text for row in train.part("text").inputs.rows for text in row)
+    return (text for row in train.of_kind("text").inputs.rows for text in row)
 
 
 def _of_vectors(model: ModelSettings, train: Source) -> Tokenizer:

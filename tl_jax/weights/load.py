@@ -56,7 +56,6 @@ def load(
     std: Sequence[float] = (),
     partial: Sequence[str] = (),
     text: Text = NO_TEXT,
-    made_for: Card | None = None,
 ) -> Loaded:
     """Loads a weight file of any known layout into the named model, or initialises it at random where there is none.
 
@@ -68,29 +67,27 @@ def load(
     the network reads them. `channels`: of images, and their `mean` and `std`, see other_inputs.py. `partial`: regexes
     of paths in the backbone that a file may lack, which begin from `seed`. `text`: text_inputs.py. "timm:NAME" also
     names the model; its row in published.py replaces fields of the card. A file whose publisher computes differently
-    gives the model's flavour (`card.model`). made_for: the card of a random network, in place of the variant's.
-    ValueError: another hash than the name says; all that does not fit.
+    gives the model's flavour (`card.model`). ValueError: another hash than the name says; all that does not fit.
     """
     head = _check_arguments(path, head, head_init, partial)
     given = {"image_size": image_size, "columns": columns, "channels": channels, "mean": mean, "std": std}
     for_input = functools.partial(other_inputs.fit_card, path=path, **given)
     if not path:
-        card = made_for or text_inputs.fit_card(for_input(models.get(name).card), text, path)
+        card = text_inputs.fit_card(for_input(models.get(name).card), text, path)
         card = card.replace(num_classes=card.num_classes if num_classes is None else num_classes)
-        card = card.replace(head=head if card.num_classes else ())
-        return _random(_make(models.get(name).module, card, head_init), card, seed)
+        return new(card.replace(head=head if card.num_classes else ()), head_init, seed)
     tensors, layout, variant, card, sha256 = _read(name, path)
     text_inputs.know_parts(card, path)
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
     own = tables.for_head(variant.layouts[layout], card.head)  # the file's own head
-    its_own = _with_head(card, num_classes, head, own, tensors, path)
-    card = text_inputs.fit_card(for_input(its_own), text, path)
+    made_for = _with_head(card, num_classes, head, own, tensors, path)
+    card = text_inputs.fit_card(for_input(made_for), text, path)
     table = tables.for_head(variant.layouts[layout], card.head)
     model = _make(variant.module, card, head_init)
     shapes, features = _shapes(model, card)
-    changed = other_inputs.changed(table, shapes, kept, model, its_own, bool(image_size))
+    changed = other_inputs.changed(table, shapes, kept, model, made_for, bool(image_size))
     wanted = {leaf: shape for leaf, shape in shapes.items() if num_classes is None or not leaf.startswith(HEAD)}
     kept |= {key: x for key, (x, _) in changed.items()}
     flat, origins, problems, lacking = _fill(table, wanted, kept, partial)
@@ -262,6 +259,12 @@ def export(
     place = {module: i for i, module in enumerate(table.modules)}
     ordered = sorted(tensors, key=lambda key: place.get(tables.module_of(key), len(place)))
     formats.write(path, {key: tensors[key] for key in ordered}, {CARD_KEY: card.to_json()})
+
+
+def new(card: Card, head_init: str = "zeros", seed: int = 0) -> Loaded:
+    """The network of a card, with random numbers from `seed`; ValueError for a head that cannot be made."""
+    card = card.replace(head=_check_arguments("", card.head, head_init, ()))
+    return _random(_make(models.get(card.model).module, card, head_init), card, seed)
 
 
 def _random(model: Any, card: Card, seed: int) -> Loaded:

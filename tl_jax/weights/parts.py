@@ -51,7 +51,7 @@ def load(
         parts=tuple(loaded.card.replace(sha256=loaded.sha256) for loaded in found.values()),
         fusion=tuple((fields | ({"drop": drop} if drop else {})).items()),
     )  # fmt: skip
-    begun = pretrained.load(card.model, "", num_classes, head=head, head_init=head_init, seed=seed, made_for=card)
+    begun = pretrained.new(card, head_init, seed)
     given = {
         path.replace("/backbone/", f"/backbone/{kind}/", 1): (leaf, loaded.origins[path])
         for kind, loaded in found.items()
