@@ -58,29 +58,27 @@ def test_the_loss_and_its_gradients_are_those_of_torch(loss):
         np.testing.assert_allclose(grad, expected, atol=1e-5)
 
 
-def by_sorting(queries, found, own, of):
-    """Ranks by sorting the products of each query in float64, equal ones with those of others first."""
+def by_sorting(queries, found, hits):
+    """Ranks by sorting the products of each query in float64, equal ones with what is no hit first."""
     places = []
-    for q, mine in zip(queries.astype(np.float64), own, strict=True):
-        rows = sorted((-float(q @ x), name == mine) for x, name in zip(found.astype(np.float64), of, strict=True))
+    for q, own in zip(queries.astype(np.float64), hits, strict=True):
+        rows = sorted((-float(q @ x), j in own) for j, x in enumerate(found.astype(np.float64)))
         places.append(1 + [hit for _, hit in rows].index(True))
     return places
 
 
-def test_ranks_are_those_of_sorting_and_captions_of_one_image_are_all_hits():
+def test_ranks_are_those_of_sorting_and_all_captions_of_an_image_are_hits():
     rng = np.random.default_rng(0)
-    images = rng.normal(size=(9, 4)).astype(np.float32)
-    identity = np.array(["a", "b", "c", "d", "e", "f", "g", "h", "i"]).repeat([3, 1, 2, 1, 5, 2, 2, 1, 3])
-    rows = images.repeat([3, 1, 2, 1, 5, 2, 2, 1, 3], axis=0)
-    texts = rows + rng.normal(size=rows.shape).astype(np.float32)
-    found = retrieval.both(rows, texts, identity, "model")
-    names = np.unique(identity)
-    assert found["model_to_other"].tolist() == by_sorting(images, texts, names, identity)
-    assert found["other_to_model"].tolist() == by_sorting(texts, images, identity, names)
-    alone = retrieval.both(rows, texts, np.arange(20))
-    assert alone["other_to_model"].tolist() == by_sorting(texts, rows, np.arange(20), np.arange(20))
-    same = retrieval.both(np.ones((7, 2)), np.ones((7, 2)), np.arange(7))
-    assert set(same["model_to_other"]) == {7}  # equal vectors are no success
+    images, texts = (rng.normal(size=(n, 4)).astype(np.float32) for n in (9, 14))
+    pairs = sorted({(int(i), int(j)) for i, j in rng.integers(0, (9, 14), (18, 2))} | {(i, i) for i in range(9)})
+    pairs += [(3, j) for j in range(14) if j not in {j for _, j in pairs}]  # each text has an image
+    i, j = (np.array(x) for x in zip(*rng.permutation(pairs), strict=True))
+    found = retrieval.both(images[i], texts[j], np.char.add("a", i.astype(str)), np.char.mod("%03d", j))
+    of_image, of_text = ([set(b[a == k].tolist()) for k in range(n)] for a, b, n in ((i, j, 9), (j, i, 14)))
+    assert found["model_to_other"][0].tolist() == by_sorting(images, texts, of_image)
+    assert found["other_to_model"][0].tolist() == by_sorting(texts, images, of_text)
+    same = retrieval.both(np.ones((7, 2)), np.ones((7, 2)), np.arange(7), np.arange(7))
+    assert set(same["model_to_other"][0]) == {7}  # equal vectors are no success
 
 
 def test_recalls_and_the_median_rank_have_the_intervals_of_resampled_queries():
@@ -133,13 +131,19 @@ def test_both_networks_are_drawn_together_and_retrieval_is_told(files):
     assert paths["text/backbone/block0/attn/qkv/kernel"]["group"] == "text"
     assert paths["contrastive/scale"]["group"] == "contrastive"
     with np.load(folder / "embeddings-val.npz") as saved:
-        a, b, identity = saved["image"], saved["text"], saved["identity"]
+        a, b, names, words = (saved[name] for name in ("image", "text", "image_identity", "text_identity"))
     np.testing.assert_allclose(np.linalg.norm(a, axis=1), 1, atol=1e-5)
-    told = result["retrieval"]["val"]
-    for name, (queries, found) in {"image_to_text": (a, b), "text_to_image": (b, a)}.items():
-        places = np.array(by_sorting(queries, found, identity, identity))
-        assert told[name]["recall@5"]["value"] == np.mean(places <= 5)
-        assert told[name]["median_rank"]["value"] == np.median(places)
+    rows = {text: np.flatnonzero(words == text) for text in np.unique(words)}  # a text belongs to several images
+    one = b[[rows[text][0] for text in rows]]
+    numbers = [list(rows).index(text) for text in words]
+    for name, queries, found, hits in (
+        ("image_to_text", a, one, [{number} for number in numbers]),
+        ("text_to_image", one, a, [set(rows[text].tolist()) for text in rows]),
+    ):
+        places, told = np.array(by_sorting(queries, found, hits)), result["retrieval"]["val"][name]
+        assert told["recall@5"]["value"] == np.mean(places <= 5) and told["queries"] == len(places)
+        assert told["median_rank"]["value"] == np.median(places)
+    assert len(set(names)) == len(names) == len(a)
 
 
 def test_what_contrastive_learning_cannot_do_without_is_refused(files):

@@ -93,6 +93,10 @@ def test_a_duplicate_has_all_inputs_in_common(path):
     other = dataclasses.replace(source, inputs=inputs).select(np.array([1, 2]))
     found = duplicates.find({"train": source.select(np.array([0])), "val": other}, ["train"])
     assert found["across"] == {"exact": 1, "near": 0, "mirrored": 0}
+    gone = read(path).select(np.array([3, 3])).inputs.present["image"]
+    assert not gone.any()  # equal but for the image, which both lack
+    lacking = dataclasses.replace(source.select(np.array([3, 3])), ids=("a", "b"))
+    assert duplicates.find({"train": lacking}, ["train"])["within"]["exact"] == 0
     assert found["pairs"] == [["exact", f"train: {source.ids[0]}", f"val: {source.ids[1]}"]]
 
 

@@ -49,6 +49,8 @@ def arrays_of(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def source_of(data: Any, card: Card, text: Sequence[str] = (), image: str = "", columns: Sequence[str] = ()) -> Source:
     """Examples without labels: a Dataset, a mapping as in EXPECTED, or a file, of which columns are named."""
+    if isinstance(data, list | tuple) and len(data) == 1:  # of the command
+        data = data[0]
     if isinstance(data, Source):
         source = data
     elif isinstance(data, Mapping):

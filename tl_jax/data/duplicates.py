@@ -239,11 +239,15 @@ def _look(source: Source, index: int) -> tuple[np.ndarray, np.ndarray, bool] | s
 
 
 def _look_at_several(source: Source, several: Several, index: int) -> tuple[np.ndarray, np.ndarray, bool] | str:
-    """As `_look`: the hash is that of all inputs together, the thumbnail that of the image."""
+    """As `_look`: the hash is that of all inputs together, the thumbnail that of the image.
+
+    Without its image an example is nobody's duplicate: a short text and a few numbers may be equal by chance.
+    """
     looks = {kind: _look(source.of_kind(kind), index) for kind in several.parts if several.present[kind][index]}
     if (bad := looks.get("image")) and isinstance(bad, str):
         return bad
-    digest = hashlib.blake2b(repr(tuple(looks)).encode(), digest_size=16)
+    alone = source.ids[index] if "image" in several.parts and "image" not in looks else ""
+    digest = hashlib.blake2b(repr((source.name, alone) if alone else tuple(looks)).encode(), digest_size=16)
     for hashed, _, _ in looks.values():
         digest.update(hashed)
     nothing = None, np.zeros((SIDE, SIDE), np.uint8), False

@@ -8,36 +8,40 @@ AT = (1, 5, 10)  # places up to which a recall counts
 PART = 2**22  # similarities in memory at a time
 
 
-def ranks(queries: np.ndarray, found: np.ndarray, own: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """The place, from 1, of the best own item of each query [Q] among all items, by the product of their vectors.
+def ranks(queries: np.ndarray, found: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """The place, from 1, of the best hit of each query [Q] among all items, by the product of their vectors.
 
-    queries [Q, D], found [M, D]: of length 1. own [Q], of [M]: identities; an item of a query has the same. Items of
-    others with an equal product come first, so that equal vectors are no success.
+    queries [Q, D], found [M, D]: of length 1. pairs int [P, 2]: which item is a hit of which query. Items that are none
+    and have an equal product come first, so that equal vectors are no success.
     """
     queries, found = queries.astype(np.float64), found.astype(np.float64)
-    parts = np.array_split(np.arange(len(queries)), len(queries) * len(found) // PART + 1)
+    pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
     places = []
-    for part in parts:
-        similar, mine = queries[part] @ found.T, own[part][:, None] == of
-        best = np.where(mine, similar, -np.inf).max(axis=1, keepdims=True)
-        places.append(1 + (~mine & (similar >= best)).sum(axis=1))
+    for part in np.array_split(np.arange(len(queries)), len(queries) * len(found) // PART + 1):
+        similar, hit = queries[part] @ found.T, np.zeros((len(part), len(found)), bool)
+        own = pairs[slice(*np.searchsorted(pairs[:, 0], [part[0], part[-1] + 1]))]
+        hit[own[:, 0] - part[0], own[:, 1]] = True
+        best = np.where(hit, similar, -np.inf).max(axis=1, keepdims=True)
+        places.append(1 + (~hit & (similar >= best)).sum(axis=1))
     return np.concatenate(places)
 
 
-def both(model: np.ndarray, other: np.ndarray, identity: np.ndarray, shared: str = "") -> dict[str, np.ndarray]:
-    """{"model_to_other", "other_to_model"}: ranks of the queries that an input gives in N pairs of vectors [N, D].
+def both(
+    model: np.ndarray, other: np.ndarray, model_identity: np.ndarray, other_identity: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{"model_to_other", "other_to_model"}: (ranks, first partner) of the queries of N pairs of vectors [N, D].
 
-    identity [N]: of what stands in several pairs, such as an image with several captions. It is one query, and one item
-    that is found, in the input that is `shared`, "model" or "other"; its pairs are all hits. "": none is.
+    The identities [N] say what is one input in several pairs, such as an image with several captions: it is one query,
+    one item that is found, and all its partners are hits. first partner: by it, queries can be drawn together.
     """
-    first = np.unique(identity, return_index=True)[1] if shared else np.arange(len(identity))
-    places = {name: first if name == shared else np.arange(len(identity)) for name in ("model", "other")}
-    vectors = {"model": model, "other": other}
-    found = {}
-    for a, b in (("model", "other"), ("other", "model")):
-        i, j = places[a], places[b]
-        found[f"{a}_to_{b}"] = ranks(vectors[a][i], vectors[b][j], identity[i], identity[j])
-    return found
+    (a_rows, a), (b_rows, b) = (
+        np.unique(each, return_index=True, return_inverse=True)[1:] for each in (model_identity, other_identity)
+    )
+    pairs = np.stack([a, b], axis=1)
+    return {
+        "model_to_other": (ranks(model[a_rows], other[b_rows], pairs), b[a_rows]),
+        "other_to_model": (ranks(other[b_rows], model[a_rows], pairs[:, ::-1]), a[b_rows]),
+    }
 
 
 def summarize(

@@ -10,6 +10,7 @@ import numpy as np
 from tl_jax.core import files
 from tl_jax.data import pipeline
 from tl_jax.data.examples import FileImages, Source
+from tl_jax.data.text.tokens import Texts
 from tl_jax.methods import contrastive
 from tl_jax.methods.term import MODEL
 from tl_jax.runtime import sharding
@@ -30,8 +31,8 @@ def report(
 ) -> dict[str, Any]:
     """{"retrieval": {split: {"image_to_text": ...}}} of result.json; {} for a run without such a term.
 
-    variables: of all networks, as they are scored. The vectors are embeddings-SPLIT.npz: one array for each input,
-    float32 [N, D] of length 1, ids, and identity, by which an image with several texts is one.
+    variables: of all networks, as they are scored. The vectors are in embeddings-SPLIT.npz: one array for each input,
+    float32 [N, D] of length 1, and what is one input, see `identities`; ids.
     """
     network, found = paired(run, i), {}
     if not network:
@@ -46,19 +47,15 @@ def report(
         made = pipeline.eval_batches(batches.source, views, batches.batch_size, process_index=batches.process_index,
                                      process_count=batches.process_count, num_workers=batches.num_workers)  # fmt: skip
         a, b = evaluate.collect(lambda x: predict(placed, x), made, tuple(views), parallel).values()
-        identity = identities(batches.source)
-        shared = dict(zip(kinds, ("model", "other"), strict=True)).get("image", "")
-        shared = shared if len(np.unique(identity)) < len(identity) else ""
-        ranks = retrieval.both(a, b, identity, shared)
+        identity = [identities(batches.source, kind) for kind in kinds]
         if jax.process_index() == 0:
+            arrays = dict(zip((*kinds, *(f"{kind}_identity" for kind in kinds)), (a, b, *identity), strict=True))
             with files.atomic_write(folder / f"embeddings-{split}.npz") as file:
-                np.savez(file, **dict(zip(kinds, (a, b), strict=True)), ids=np.array(batches.source.ids, str),
-                         identity=identity)  # fmt: skip
+                np.savez(file, **arrays, ids=np.array(batches.source.ids, str))
         table = {}
-        for direction, places in ranks.items():
+        for direction, (places, partner) in retrieval.both(a, b, *identity).items():
             title = direction.replace("model", kinds[0]).replace("other", kinds[1])
-            groups = identity if shared and len(places) == len(identity) else None
-            table[title] = retrieval.summarize(places, groups, resamples=resamples)
+            table[title] = retrieval.summarize(places, partner, resamples=resamples)
             shares = ", ".join(f"{name} {x['value']:.3f}" for name, x in table[title].items() if "recall" in name)
             log(f"{split}, {title.replace('_', ' ')}: {shares} of {len(places):,} queries")
         found[split] = table
@@ -79,9 +76,11 @@ def _embed(model: steps.Reader, other: steps.Reader, network: str) -> Callable:
     return embed
 
 
-def identities(source: Source) -> np.ndarray:
-    """What is one image, text [N]: the group of data.group; without groups, the same file; else each example."""
-    if source.groups is not None:
+def identities(source: Source, kind: str) -> np.ndarray:
+    """What is one input of a kind, text [N]: an equal text; of images the group of data.group, else the same file."""
+    inputs = source.of_kind(kind).inputs
+    if isinstance(inputs, Texts):
+        return np.array(["\0".join(row) + "." for row in inputs.rows], str)  # numpy cuts zeros off the end
+    if kind == "image" and source.groups is not None:
         return source.groups
-    images = source.of_kind("image").inputs if "image" in source.kinds else None
-    return np.array(images.paths if isinstance(images, FileImages) else source.ids, str)
+    return np.array(inputs.paths if isinstance(inputs, FileImages) else source.ids, str)
