@@ -144,6 +144,7 @@ def test_early_fusion_is_blocks_over_the_tokens_that_are_there():
         np.testing.assert_allclose(out["pre_logits"][i], norm(fuse["norm"], y[:1])[0], atol=1e-5)
 
 
+@pytest.mark.thin(1)
 @BOTH
 def test_what_a_missing_input_holds_and_padding_change_nothing(fusion):
     made, x = loaded(fusion.get("kind", "late")), inputs()
