@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import several_inputs
 
+import tl_jax
 from tl_jax import config as options
 from tl_jax import models
+from tl_jax.data import sources
 from tl_jax.data.text import tokenizer
 from tl_jax.methods import contrastive
 from tl_jax.runtime import sharding
@@ -88,9 +90,7 @@ def test_recalls_and_the_median_rank_have_the_intervals_of_resampled_queries():
     assert found["recall@5"]["value"] == np.mean(places <= 5) and found["queries"] == 41
     assert found["median_rank"]["value"] == np.median(places)
     medians = [
-        np.median(np.repeat(places, w.astype(int)))
-        for chunk in intervals.resample(41, 300, 4, groups)
-        for w in chunk.T
+        np.median(np.repeat(places, w.astype(int))) for chunk in intervals.resample(41, 300, 4, groups) for w in chunk.T
     ]
     low, high = np.quantile(medians, [0.025, 0.975])
     np.testing.assert_allclose((found["median_rank"]["low"], found["median_rank"]["high"]), (low, high), rtol=1e-12)
@@ -144,6 +144,8 @@ def test_both_networks_are_drawn_together_and_retrieval_is_told(files):
         assert told["recall@5"]["value"] == np.mean(places <= 5) and told["queries"] == len(places)
         assert told["median_rank"]["value"] == np.median(places)
     assert len(set(names)) == len(names) == len(a)
+    source = sources.load(f"several:{files[1]}", image="photo", text=("title",), labels=("label",))
+    assert len(tl_jax.load_run(folder).predict(source)) == 60  # by the image alone
 
 
 def test_what_contrastive_learning_cannot_do_without_is_refused(files):

@@ -193,9 +193,7 @@ def test_the_file_of_a_fusion_gives_the_same_network_and_card(tmp_path):
         load.export(made.variables, "fusion", tmp_path / "w.safetensors", card=made.card)
         back = load.load("", tmp_path / "w.safetensors")
         assert back.card == made.card and back.model.clone(head_init="lecun") == made.model
-        np.testing.assert_array_equal(
-            back.model.apply(back.variables, x)[0], made.model.apply(made.variables, x)[0]
-        )
+        np.testing.assert_array_equal(back.model.apply(back.variables, x)[0], made.model.apply(made.variables, x)[0])
 
 
 def test_layer_decay_counts_the_layers_of_each_part_as_of_the_network_alone():

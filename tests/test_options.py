@@ -115,7 +115,7 @@ INITIAL = """
 "model.dtype": "float32", "model.prefix_dtype": "", "model.dropout": 0.0, "model.drop_path": 0.0, "model.remat": "",
 "model.attention": "xla", "networks": {}, "data.source": "digits", "data.train": "train[:80%]", "data.val":
 "train[80%:]", "data.test": "", "data.extra_eval": [], "data.labels": [], "data.text": [], "data.resample": "",
-"data.image": "", "data.columns": [], "model.parts": {}, "model.fusion": {}, "data.group": "",
+"data.group": "",
 "data.allow_duplicates": false, "data.shots": 0,
 "data.sampling": "shuffled", "data.split_seed": 0, "data.augment": [], "data.on_error": "fail", "data.data_dir": "",
 "data.workers": 0, "data.card": {}, "data.override_card": false, "data.transductive": false,
@@ -131,7 +131,8 @@ INITIAL = """
 "model.weights_sha256": "", "data.weights": "", "method.mix_domains": 0.0, "turns": [], "restart": false,
 "data.labelled": true,
  "model.channels": 0, "model.tokenizer": "", "model.vectors": "", "model.max_length": 0, "model.pooling": "",
- "model.partial": [], "log": [], "feature_map": "pca"}
+ "model.partial": [], "log": [], "feature_map": "pca",
+ "data.image": "", "data.columns": [], "model.parts": {}, "model.fusion": {}}
 """
 
 

@@ -304,7 +304,8 @@ def _fusion_problems(flat: Mapping[str, Any]) -> list[str]:
     expected = "expected at least two of image, text and table, or model.weights of a fusion"
     both = parts and flat["model.weights"]
     without = {"model.image_size": 0, "model.reinit": [], "model.partial": [], "model.drop_path": 0.0}
-    without |= {"parallel": "jit", "method.auto_rgn": False, "model.vectors": "", "data.card": {}, "data.candidates": [], "streams": {}, "replicas": []}
+    without |= {"parallel": "jit", "method.auto_rgn": False, "model.vectors": "", "data.card": {}}
+    without |= {"data.candidates": [], "streams": {}, "replicas": []}
     without |= {} if parts else {"model.fusion": {}, "model.tokenizer": "", "model.max_length": 0, "model.pooling": ""}
     found = [(flat[key] != value, f"{key} = {flat[key]!r}: a fusion does without") for key, value in without.items()]
     return _where(

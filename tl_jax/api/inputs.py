@@ -26,6 +26,7 @@ def list_inputs(data: Any, card: Card, text: Sequence[str] = ()) -> tuple[Sequen
     Of a network of text an item is a tuple of one or two texts; text: the columns of files of rows.
     """
     if isinstance(data, Source):
+        data = data.of_kind(card.input) if card.input in data.kinds else data  # of several
         return data.ids, data.inputs.rows if card.input == data.input == "text" else data.inputs
     if card.input == "text":
         return _list_texts(data, text)

@@ -28,13 +28,13 @@ class Several(NamedTuple):
 
     def head(self, index: int) -> bytes:
         """What tells an example from others: of each input whether it is there, and its head or all of it."""
-        told = []
+        told = b""
         for kind, part in self.parts.items():
-            there = self.present[kind][index]
-            told += [b"\1", part[index].tobytes() if isinstance(part, np.ndarray) else part.head(index)] if there else [
-                b"\0"
-            ]  # fmt: skip
-        return b"".join(told)
+            if not self.present[kind][index]:
+                told += b"\0"
+                continue
+            told += b"\1" + (part[index].tobytes() if isinstance(part, np.ndarray) else part.head(index))
+        return told
 
     def missing(self, kinds: Sequence[str]) -> dict[str, int]:
         """{kind: how many examples lack it}, of these kinds."""
@@ -48,6 +48,5 @@ def taken(inputs: Any, indices: np.ndarray) -> Any:
 
 def in_memory(inputs: Any) -> bool:
     """Whether all of the inputs are arrays or texts."""
-    return all(map(in_memory, inputs.parts.values())) if isinstance(inputs, Several) else isinstance(
-        inputs, np.ndarray | Texts
-    )  # fmt: skip
+    every = inputs.parts.values() if isinstance(inputs, Several) else (inputs,)
+    return all(isinstance(each, np.ndarray | Texts) for each in every)

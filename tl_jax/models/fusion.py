@@ -174,10 +174,9 @@ class Fusion(Model):
             places = [cuts.index(name) for name in names]
             if part.kind not in x or first > places[-1] or last < places[0]:
                 continue
-            inner = [own[places.index(i)] if i in places else None for i in (first - 1, last)]
-            inner[1] = inner[1] or own[-1]
-            made = part.make(**shared, name=part.kind)
-            x[part.kind], found = made(x[part.kind], train, *inner)
+            begin = own[places.index(first - 1)] if first - 1 in places else None
+            end = own[places.index(last)] if last in places else own[-1]
+            x[part.kind], found = part.make(**shared, name=part.kind)(x[part.kind], train, begin, end)
             out |= {names[own.index(name)]: value for name, value in found.items()}
         if stop is not None and stop != cuts[-1]:
             return x, out

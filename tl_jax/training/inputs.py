@@ -287,7 +287,10 @@ def _check_present(found: Mapping[str, Source], own: Mapping[str, Card], further
 
 
 def make_streams(
-    found: Mapping[str, Source], settings: Settings, own: Mapping[str, Card], further: Mapping[str, Card],
+    found: Mapping[str, Source],
+    settings: Settings,
+    own: Mapping[str, Card],
+    further: Mapping[str, Card],
     parallel: sharding.Parallel,
 ) -> tuple[dict[str, TrainBatches], dict[str, EvalBatches]]:
     """Training batches by stream and step, and batches of all that is scored, in order.

@@ -26,7 +26,11 @@ def paired(run: Run, i: int) -> str:
 
 
 def report(
-    run: Run, i: int, variables: Mapping[str, Any], names: Sequence[str], parallel: sharding.Parallel,
+    run: Run,
+    i: int,
+    variables: Mapping[str, Any],
+    names: Sequence[str],
+    parallel: sharding.Parallel,
     folder: pathlib.Path,
 ) -> dict[str, Any]:
     """{"retrieval": {split: {"image_to_text": ...}}} of result.json; {} for a run without such a term.

@@ -152,8 +152,15 @@ def _train(
 
 
 def _finish(
-    program: Program, ended: Ended, step: int, chosen: Sequence[int], folders, checkpoints: Checkpoints, parallel,
-    verbose, stop,
+    program: Program,
+    ended: Ended,
+    step: int,
+    chosen: Sequence[int],
+    folders,
+    checkpoints: Checkpoints,
+    parallel,
+    verbose,
+    stop,
 ) -> dict[int, ResultOrError]:
     """Scores the runs whose selected step this is, and writes what they leave."""
     run, results, i = program.runs[0], {}, program.runs[0].phase_of(step)

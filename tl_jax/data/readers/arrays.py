@@ -166,9 +166,7 @@ def _check_several(file: Path | str, name: str, split: str, found: dict, classes
     """A source of several inputs: each is checked as the arrays of a source of its kind."""
     label = {key: found[key] for key in ("label", "labels") if key in found}
     each = {kind: {key: found[key] for key in keys if key in found} for kind, keys in SEVERAL.items()}
-    sources = {
-        kind: check_arrays(file, name, split, given | label, classes) for kind, given in each.items() if given
-    }
+    sources = {kind: check_arrays(file, name, split, given | label, classes) for kind, given in each.items() if given}
     first, count = next(iter(sources.values())), len(next(iter(label.values())))
     present = {kind: found.get(f"{HAS}{kind}", np.ones(count, bool)) for kind in sources}
     wrong = [f"{HAS}{k} is {x.dtype} {x.shape}" for k, x in present.items() if (x.dtype, x.shape) != (bool, (count,))]

@@ -86,9 +86,7 @@ def _check_columns(table: Table, named: dict[str, tuple[str, ...]]) -> None:
         text_columns(table, named["text"])
     options = {"image": "data.image", "text": "data.text", "table": "data.columns"}
     every = [(options[kind], name) for kind, names in named.items() for name in names]
-    wrong = [
-        f"{option}: {name!r}{nearest(name, table.columns)}" for option, name in every if name not in table.columns
-    ]
+    wrong = [f"{option}: {name!r}{nearest(name, table.columns)}" for option, name in every if name not in table.columns]
     names = [name for _, name in every]
     wrong += [f"{name!r} is named {names.count(name)} times" for name in dict.fromkeys(names) if names.count(name) > 1]
     refuse(f"{table.where} has the columns {known}; these are not what can be read", wrong)
