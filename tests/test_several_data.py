@@ -122,7 +122,7 @@ def test_a_row_without_any_input_and_cells_that_cannot_be_read_are_named(tmp_pat
     path.write_bytes("\n".join(lines).encode() + b"\n0.png,\xff,1,2,one\n")
     with pytest.raises(ValueError, match="is not UTF-8 text: byte 0xff in line 10"):
         read(path)
-    with pytest.raises(ValueError, match="data.image='photo' names columns of several: sources; digits has none"):
+    with pytest.raises(ValueError, match=r"data.image='photo' names columns of several: sources; digits has none"):
         sources.load("digits", image="photo")
 
 
