@@ -19,7 +19,7 @@ PARTS = {"image": {"name": "small_vit"}, "text": {"name": "bert_l1_h16_a2"}, "ta
 def add_small(table=models.MODELS):
     """Puts small_vit into a table of models: ViT with one block on images of 14 pixels."""
     card = Card("small_vit", 2, 14, (0.5,) * 3, (0.5,) * 3, interpolation="bilinear", crop=1.0)
-    module = functools.partial(vit.ViT, patch_size=7, width=12, depth=2, heads=2, image_size=14)
+    module = functools.partial(vit.ViT, patch_size=7, width=12, depth=1, heads=2, image_size=14)
     table["small_vit"] = Variant(module, card, {"native": conversion.NATIVE}, {})
 
 

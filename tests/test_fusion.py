@@ -77,7 +77,7 @@ def features_of(kind, made, x):
     network = models.get(PARTS[kind]["name"]).module(num_classes=0, **fields)
     flat = {path: leaf for path, leaf in trees.flatten(made.variables).items() if f"/backbone/{kind}/" in path}
     mine = trees.unflatten({path.replace(f"/backbone/{kind}/", "/backbone/"): leaf for path, leaf in flat.items()})
-    return np.asarray(network.apply(mine, x[kind])[1]["pre_logits"], np.float64)
+    return np.asarray(jax.jit(network.apply)(mine, x[kind])[1]["pre_logits"], np.float64)
 
 
 def project(leaves, x):
@@ -161,7 +161,7 @@ def test_what_a_missing_input_holds_and_padding_change_nothing(fusion):
     np.testing.assert_allclose(apply(x | {"text": padded}), logits, atol=1e-5)
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @BOTH
 def test_a_network_that_starts_at_a_cut_gives_the_same(fusion):
     made, x = loaded(fusion.get("kind", "late")), inputs()
@@ -173,27 +173,34 @@ def test_a_network_that_starts_at_a_cut_gives_the_same(fusion):
 
 
 def test_modality_dropout_leaves_out_one_input_at_its_rate_and_never_all():
-    made = loaded(drop=(("image", 0.5), ("table", 0.9), ("text", 0.9)))
-    model = made.model.bind(made.variables, rngs={"dropout": jax.random.key(0)})
+    made, x = loaded(), inputs()
+    dropping = made.model.clone(drop=(("image", 0.5), ("table", 0.9), ("text", 0.9)))
+    model = dropping.bind(made.variables, rngs={"dropout": jax.random.key(0)})
     there = {kind: jnp.ones(4000, bool) for kind in PARTS}
     kept = {kind: np.asarray(x) for kind, x in model.left_out(there).items()}
     assert np.any(list(kept.values()), axis=0).all()
     whole = 0.5 * 0.9 * 0.9  # all would be left out
-    for kind, rate in dict(made.model.drop).items():
+    for kind, rate in dict(dropping.drop).items():
         np.testing.assert_allclose(1 - kept[kind].mean(), rate - whole, atol=0.03)
-    x = inputs()
-    evaluated = made.model.apply(made.variables, x, train=False)[0]
-    np.testing.assert_array_equal(evaluated, loaded().model.apply(made.variables, x, train=False)[0])
+    apply = jax.jit(dropping.apply, static_argnames="train")
+    evaluated, plain = apply(made.variables, x, train=False)[0], jax.jit(made.model.apply)(made.variables, x)[0]
+    np.testing.assert_array_equal(evaluated, plain)
+    trained = apply(made.variables, x, train=True, rngs={"dropout": jax.random.key(1)})[0]
+    assert np.abs(trained - plain).max() > 1e-4
 
 
-def test_the_file_of_a_fusion_gives_the_same_network_and_card(tmp_path):
-    for kind in ("late", "early"):
-        made, x = loaded(kind, drop=(("image", 0.25),)), inputs()
-        words().save(tmp_path)
-        load.export(made.variables, "fusion", tmp_path / "w.safetensors", card=made.card)
-        back = load.load("", tmp_path / "w.safetensors")
-        assert back.card == made.card and back.model.clone(head_init="lecun") == made.model
-        np.testing.assert_array_equal(back.model.apply(back.variables, x)[0], made.model.apply(made.variables, x)[0])
+@pytest.mark.thin(1)
+@pytest.mark.parametrize("kind", ["early", "late"])
+def test_the_file_of_a_fusion_gives_the_same_network_and_card(kind, tmp_path):
+    made = loaded(kind, **({"drop": (("image", 0.5), ("table", 0.9), ("text", 0.9))} if kind == "late" else {}))
+    words().save(tmp_path)
+    load.export(made.variables, "fusion", tmp_path / "w.safetensors", card=made.card)
+    back = load.load("", tmp_path / "w.safetensors")
+    assert back.card == made.card and back.model.clone(head_init="lecun") == made.model
+    ours, theirs = (trees.flatten(each.variables) for each in (made, back))
+    assert ours.keys() == theirs.keys()
+    for leaf, value in ours.items():
+        np.testing.assert_array_equal(theirs[leaf], value)
 
 
 def test_layer_decay_counts_the_layers_of_each_part_as_of_the_network_alone():
@@ -208,6 +215,7 @@ def test_layer_decay_counts_the_layers_of_each_part_as_of_the_network_alone():
     assert {found[p] for p in paths if p.startswith(("head/", "backbone/fuse/"))} == {1.0}
 
 
+@pytest.mark.slow
 def test_lora_is_added_to_the_parts_by_their_paths_and_folds_in():
     made, x = loaded(), inputs()
     paths = [path for path in trees.flatten(made.variables["params"]) if path.startswith("backbone/image/")]
@@ -253,9 +261,12 @@ def path(tmp_path_factory):
     return write(tmp_path_factory.mktemp("fusion"), 40, EMPTY)
 
 
+CHEAP = {**PARTS, "text": {"name": "word_average_8_4d"}}
+
+
 def config_of(path, **changes):
     base = {
-        "data.source": f"several:{path}", **OPTIONS, "model.name": "fusion", "model.parts": PARTS, "model.fusion": LATE,
+        "data.source": f"several:{path}", **OPTIONS, "model.name": "fusion", "model.parts": CHEAP, "model.fusion": LATE,
         "model.tokenizer": "words", "model.head_init": "lecun", "method.name": "full", "batch_size": 8, "lr": 1e-2,
         "optimizer": "sgd", "total": (4.0, "steps"), "log_every": (1.0, "steps"), "eval_every": (2.0, "steps"),
         "resamples": 5,
