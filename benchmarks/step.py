@@ -26,7 +26,8 @@ from absl import app, flags
 from tl_jax import models
 from tl_jax.core import messages, trees
 from tl_jax.methods import rules as finetune
-from tl_jax.models import layers, peft
+from tl_jax.models import peft
+from tl_jax.models.attention import unfused
 from tl_jax.models.head import reads
 from tl_jax.runtime import roofline, sharding
 from tl_jax.training import audit, optim, steps
@@ -71,7 +72,7 @@ def batch_size() -> int:
 
 def no_cudnn() -> str:
     """Why cuDNN cannot compute the attention here; "" where it can."""
-    return layers.unfused(jnp.dtype(dtype()), 64)
+    return unfused(jnp.dtype(dtype()), 64)
 
 
 def ways_of(name: str) -> list[tuple[str, str]]:

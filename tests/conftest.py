@@ -33,22 +33,25 @@ def _width(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
 
 
-CASES = 1  # of a slow test that CI runs
-
-
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
-    """Of a test marked thin(n) all but the first n cases are slow; of a slow test all but the first are exhaustive."""
-    seen, slow = collections.Counter(), collections.Counter()
-    for item in items:
-        name = item.nodeid.partition("[")[0]
+    """Of a test marked thin(n) all but the first n cases are slow. Of each test CI runs one case at least.
+
+    So a slow case is exhaustive where the default suite has another of the same test, or where it is not the first.
+    """
+    seen, in_ci = collections.Counter(), set()
+    names = [item.nodeid.partition("[")[0] for item in items]
+    for item, name in zip(items, names, strict=True):
         seen[name] += 1
         if (thin := item.get_closest_marker("thin")) and seen[name] > thin.args[0]:
             item.add_marker(pytest.mark.slow)
+        if not item.get_closest_marker("slow"):
+            in_ci.add(name)
+    for item, name in zip(items, names, strict=True):
         if item.get_closest_marker("slow") and not item.get_closest_marker("exhaustive"):
-            slow[name] += 1
-            if slow[name] > CASES:
+            if name in in_ci:
                 item.add_marker(pytest.mark.exhaustive)
+            in_ci.add(name)
 
 
 @pytest.fixture

@@ -112,6 +112,7 @@ def test_lora_of_a_dense_layer_is_the_papers_formula():
     close(adapted.apply(both, x.astype(np.float32), start="pre_logits")[0], expected)
 
 
+@pytest.mark.slow
 def test_every_group_of_a_convolution_has_its_own_low_rank_update():
     _, variables, _, both = plain_and_adapted(GROUPED, EVERYWHERE)
     path = "backbone/stage2/block0/conv2"
@@ -197,6 +198,7 @@ def test_adapters_and_prompts_compute_what_their_papers_say(additions, reference
     np.testing.assert_array_equal(logits, out["logits"])
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("prompt", [SHALLOW, DEEP])
 def test_deep_prompts_replace_what_the_block_before_made_of_its_prompts(prompt):
     _, _, adapted, both = plain_and_adapted(VIT, prompt)

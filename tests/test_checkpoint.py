@@ -328,6 +328,7 @@ def test_a_copy_that_a_penalty_keeps_of_the_file_is_left_out_and_what_it_compute
     assert left_out.keys() == reference and left_out and computed
 
 
+@pytest.mark.slow
 def test_a_run_on_another_backbone_than_its_checkpoints_is_one_error(tmp_path):
     config = options.override(smoke.get_config(), {"method.name": "linear_probe", "resamples": 10})
     with pytest.raises(Preempted):

@@ -254,7 +254,7 @@ VMAPPED = {
 }
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("axes", [(0, None), (None, 0)], ids=["inputs", "weights"])
 @pytest.mark.parametrize("name", VMAPPED)
 def test_many_at_once_are_each_by_itself(name, axes, by_hand):

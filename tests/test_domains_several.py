@@ -86,6 +86,7 @@ GOLDENS = {
 }
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", GOLDENS)
 def test_the_formulas_give_the_goldens(name):
     function, expected = GOLDENS[name]
@@ -180,7 +181,7 @@ TORCH = {
 }
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", TORCH)
 def test_values_and_gradients_are_those_of_autograd_for_rows_in_any_order_and_domains_of_any_size(name):
     x, logits, y, domain = scattered()

@@ -224,6 +224,7 @@ def test_a_network_that_is_computed_in_chunks_has_programs_for_the_usual_batches
     close(np.asarray(own), np.asarray(for_any), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize(("precision", "share", "limit"), [("int8", 0.28, 0.02), ("bfloat16", 0.505, 0.02)])
 def test_fewer_bytes_change_the_outputs_little(precision, share, limit, run, exported, tmp_path):

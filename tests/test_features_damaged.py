@@ -106,6 +106,7 @@ DAMAGES = {
 }  # fmt: skip
 
 
+@pytest.mark.thin(9)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_unfinished_cache_ends_in_the_right_numbers(compute, unfinished, tmp_path, damage):
     """Two seeded trials of each of 19 kinds of damage."""

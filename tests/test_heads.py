@@ -48,6 +48,7 @@ def torch_head(variables, inputs):
     return torch.nn.Sequential(*modules).double()
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("train", [False, True])
 def test_layers_compute_what_torch_computes_and_move_its_statistics(train):
     model = RESNET(num_classes=5, head=LAYERS)
@@ -97,7 +98,7 @@ def test_pool_and_flatten_read_the_last_cut_before_pre_logits(make, cut):
     close(logits, mean @ np.float64(params["kernel"]) + params["bias"])
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @FAMILIES
 @pytest.mark.parametrize("layers", [BOTTLENECK, POOLED], ids=["bottleneck", "pooled"])
 def test_running_from_any_cut_that_the_head_can_read_gives_the_same_logits(make, layers):
@@ -289,6 +290,7 @@ def test_a_head_that_cannot_be_built_is_refused_before_a_file_is_read():
         load.load("resnet18", "nowhere.pth", 3, head=(("dens", {}),))
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_run_is_its_whole_network_and_the_card_names_the_model(small, tmp_path):
     made = load.load(small[0], "", 3, head=BOTTLENECK)
     load.export(made.variables, small[0], tmp_path / "model.safetensors", card=made.card)

@@ -96,6 +96,28 @@ def test_hub_file_arrives_bit_equal_and_is_downloaded_once(served, revision):
     assert [command for command, url in served.requests if "/resolve/" in url].count("GET") == 1
 
 
+def test_the_file_beside_weights_is_of_their_commit_and_absent_without_an_error(served, tmp_path, monkeypatch):
+    served.files |= {"tokenizer.json": b"{}", "sub/tokenizer.json": b"[]"}
+    spec = "hf://owner/name@main"
+    assert hub.companion(spec, "tokenizer.json").read_bytes() == b"{}"
+    assert f"/owner/name/resolve/{COMMIT}/tokenizer.json" in [url for _, url in served.requests]
+    assert hub.companion("hf://owner/name/sub/b.safetensors@main", "tokenizer.json").read_bytes() == b"[]"
+    assert hub.companion(spec, "vocab.txt") is None
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.companion(spec, "tokenizer.json").read_bytes() == b"{}" and hub.companion(spec, "other.json") is None
+    assert hub.companion(tmp_path / "w.safetensors", "tokenizer.json") is None
+    (tmp_path / "tokenizer.json").write_text("here")
+    assert hub.companion(tmp_path / "w.safetensors", "tokenizer.json").read_text() == "here"
+
+
+def test_wrong_bytes_beside_weights_are_refused(served):
+    served.files["tokenizer.json"] = b"{}"
+    served.etags["tokenizer.json"] = served.etag("tokenizer.json")
+    served.files["tokenizer.json"] = b"[]"
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the bytes have hash"):
+        hub.companion("hf://owner/name@main", "tokenizer.json")
+
+
 @pytest.mark.parametrize("name", ["sub/b.safetensors", "small.npz"])
 def test_hub_file_can_be_named_in_folders_and_small_files_are_checked_by_gits_hash(served, name):
     assert hub.resolve(f"hf://owner/name/{name}@main").read_bytes() == served.files[name]

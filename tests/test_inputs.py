@@ -393,7 +393,7 @@ def test_copies_of_deep_images_are_found_and_drawn_by_their_own_range(tmp_path):
 # Networks
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])
 def test_the_kernel_of_a_stem_is_summed_or_repeated_as_timm_does(channels, tmp_path):
     three = load.load("resnet8_cifar", "builtin:glyphs")

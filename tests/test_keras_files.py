@@ -287,6 +287,7 @@ def test_biases_before_norms_and_pixels_come_in_and_go_out():
     assert pixels.load(own) == {"mean": (0,) * 3, "std": (2, 3, 1)} and pixels.load({}) == {}
 
 
+@pytest.mark.slow
 def test_a_stride_in_the_first_convolution_reads_every_second_pixel():
     policy = resnet.ResNet(num_classes=0, depths=(1,)).policy
     make = {"width": 8, "drop_path": 0.0, "bottleneck": True, "groups": 1, "base_width": 64, "cifar": False}

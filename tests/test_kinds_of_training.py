@@ -29,7 +29,7 @@ from tl_jax.training.settings import read
 from tl_jax.training.train import never, train
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_trains_moves_and_nothing_else(kind, tables, teacher):
     run, before, after, rows = walk(kind_of(kind, tables, teacher))
@@ -96,6 +96,7 @@ def test_replicas_of_two_rates_are_the_runs_by_themselves(kind, tables, teacher)
             assert both[j][0] == pytest.approx(own, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.thin(1)
 # The discriminator normalises over the part of the batch that it is given, so that adaptation is not among these.
 @pytest.mark.parametrize(
     "kind", ["distillation", "regression", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[3:])]

@@ -51,6 +51,7 @@ def test_the_smoke_config_runs_and_prints_audit_progress_and_result(tmp_path):
     assert "Warning" not in output and "Traceback" not in output
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -201,6 +202,7 @@ def test_the_program_of_one_device_with_all_optimisations_computes_what_numpy_an
     np.testing.assert_allclose(exported["linear.bias"].numpy(), bias, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_with_code_75_and_the_same_command_finishes(tmp_path):
     process = start(
         *SMOKE, "--config.total=(2000,'steps')", "--config.log_every=(1,'steps')", "--workdir", tmp_path / "w"

@@ -162,6 +162,7 @@ def test_a_kill_between_manifest_and_result_loses_nothing(original, tmp_path, mo
     assert finished.read(tmp_path / "w") == read_json(original[0] / "result.json")
 
 
+@pytest.mark.slow
 def test_the_table_of_replicas_is_believed_as_it_was_written(tmp_path):
     config = make_config(replicas=((("lr", 1e-3),), (("lr", 1e-2),)))
     assert inprocess.run(config, tmp_path / "w") == inprocess.run(config, tmp_path / "w")

@@ -199,7 +199,7 @@ def test_summary_is_plain_json():
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("metric", ["accuracy", "nll", "f1_macro", "roc_auc_macro", "ece"])
 def test_paired_difference_equals_resampling_both_runs_alike(metric):
     a, b = draw(count=60, seed=0), draw(count=60, seed=0)

@@ -33,7 +33,7 @@ def styles_of(x):
     return rows.mean(1), np.sqrt(rows.var(1) + 1e-6)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("shape", [(9, 4, 5, 3), (9, 17, 3)])
 @pytest.mark.parametrize("domain", [None, DOMAIN])
 def test_each_example_gets_a_mixture_of_its_style_and_that_of_a_partner(shape, domain):

@@ -149,6 +149,7 @@ def test_every_variant_is_counted():
     assert {name for name in names if "port" in models.get(name).layouts} == {"tf_efficientnet_lite0"}
 
 
+@pytest.mark.thin(2)
 @some(COUNTS)
 def test_parameter_count_is_the_published_one(name):
     variant = models.get(name)
@@ -167,6 +168,7 @@ def test_cards_and_epsilons_are_timms(timm):
         assert models.get(name).card == models.get("mobilenetv1_100").card.replace(model=name)
 
 
+@pytest.mark.thin(5)
 @some(TORCHVISION, now=TORCHVISION)
 def test_card_epsilon_and_momentum_of_the_flavour_are_torchvisions(name, torchvision, reference):
     weights = next(iter(torchvision.get_model_weights(TORCHVISION[name])))  # the first that were published

@@ -137,6 +137,7 @@ def first_of_each_family(names):
     return [name if name in first else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("name", first_of_each_family(COUNTS))
 def test_parameter_count_is_the_published_one(name):
     variant = models.get(name)

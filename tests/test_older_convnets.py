@@ -115,6 +115,7 @@ def check_both_ways(reference, tmp_path, model, parts, name, x, layout, again):
     return loaded
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("publisher", "norm"),

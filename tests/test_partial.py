@@ -82,6 +82,7 @@ def test_resnet18_to_layer3_loads_and_its_stage3_is_torchvisions(shared, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_what_partial_may_not_excuse_is_one_error(make):
     path = make("layer3", "layer1.0.bn1.weight")
     with pytest.raises(ValueError) as error:

@@ -45,7 +45,7 @@ def svg_text(path):
     return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("drawing", DRAWINGS)
 def test_figure_is_a_png_of_150_dpi_with_something_on_it(tmp_path, drawing):
     before = dict(matplotlib.rcParams)
@@ -66,6 +66,7 @@ def test_a_path_without_suffix_is_written_as_both(tmp_path):
     assert svg_text(tmp_path / "svg/figure.svg") == svg_text(tmp_path / "alone.svg")
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("drawing", DRAWINGS)
 def test_same_numbers_give_the_same_bytes(tmp_path, drawing):
     first, second = tmp_path / "a.svg", tmp_path / "b.svg"

@@ -14,7 +14,7 @@ from scipy.special import erf
 from tl_jax import models
 from tl_jax.core import trees
 from tl_jax.core.options import OPTIONS
-from tl_jax.models import layers
+from tl_jax.models import attention, layers
 from tl_jax.models.vit import ViT
 from tl_jax.runtime import roofline, sharding
 from tl_jax.training import optim, steps
@@ -39,6 +39,7 @@ def test_gelu_and_its_gradient_are_those_of_float64():
     assert layers.gelu(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("tokens", [5, 300])  # of 300 the scores are made in two parts
 def test_attention_and_its_gradient_are_those_of_jax_and_of_float64(tokens):
     q, k, v = (random(2, tokens, 3, 8, seed=seed) for seed in range(3))
@@ -48,13 +49,13 @@ def test_attention_and_its_gradient_are_those_of_jax_and_of_float64(tokens):
         return jnp.sum(jnp.sin(attend(q, k, v, bias=bias)))
 
     for its in (None, bias):
-        grads = jax.grad(functools.partial(value, layers.attend), argnums=(0, 1, 2))(q, k, v, its)
+        grads = jax.grad(functools.partial(value, attention.attend), argnums=(0, 1, 2))(q, k, v, its)
         theirs = jax.grad(functools.partial(value, jax.nn.dot_product_attention), argnums=(0, 1, 2))(q, k, v, its)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), grads, theirs)
         scores = np.einsum("bqhd,bkhd->bhqk", *(np.asarray(x, np.float64) for x in (q, k))) / math.sqrt(8)
         weights = np.exp(scores + (0 if its is None else np.asarray(its, np.float64)))
         expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), np.asarray(v, np.float64))
-        np.testing.assert_allclose(layers.attend(q, k, v, bias=its), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(attention.attend(q, k, v, bias=its), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [16, 17])
@@ -67,7 +68,7 @@ def test_the_fused_attention_lowers_for_a_gpu_with_its_gradient(tokens, monkeypa
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
     def loss(dtype, q, k, v):
-        return jnp.sum(layers.attend(*(x.astype(dtype) for x in (q, k, v)), "cudnn").astype(jnp.float32))
+        return jnp.sum(attention.attend(*(x.astype(dtype) for x in (q, k, v)), "cudnn").astype(jnp.float32))
 
     def trace(dtype):
         shape = jax.ShapeDtypeStruct((2, tokens, 3, 64), jnp.float32)
@@ -82,15 +83,15 @@ def test_the_fused_attention_lowers_for_a_gpu_with_its_gradient(tokens, monkeypa
 
 
 def test_why_there_is_no_fused_attention_is_said(monkeypatch):
-    assert layers.unfused(jnp.bfloat16, 64) == "there is no GPU"
+    assert attention.unfused(jnp.bfloat16, 64) == "there is no GPU"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert layers.unfused(jnp.bfloat16, 64) == ""
-    assert "half precision" in layers.unfused(jnp.float32, 64)
-    assert "132 values" in layers.unfused(jnp.bfloat16, 132) and "36 values" in layers.unfused(jnp.bfloat16, 36)
+    assert attention.unfused(jnp.bfloat16, 64) == ""
+    assert "half precision" in attention.unfused(jnp.float32, 64)
+    assert "132 values" in attention.unfused(jnp.bfloat16, 132) and "36 values" in attention.unfused(jnp.bfloat16, 36)
     for capability, reason in {"7.0": "this is 7.0", "gfx90a": "this is gfx90a", "9.0": "", "10.0": ""}.items():
         device = SimpleNamespace(compute_capability=capability)
         monkeypatch.setattr(jax, "devices", lambda device=device: [device])
-        assert layers.unfused(jnp.bfloat16, 64).rpartition(", ")[2] == reason
+        assert attention.unfused(jnp.bfloat16, 64).rpartition(", ")[2] == reason
 
 
 def abstract_step(model, size, accumulate=1, batch_size=4):

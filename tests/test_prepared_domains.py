@@ -97,6 +97,7 @@ def test_a_quarter_of_the_labels_contradicts_the_digit():
     assert abs((wrong & other).mean() - 0.025) < 0.012  # independent
 
 
+@pytest.mark.slow
 def test_the_genuine_digits_make_both(shared, tmp_path):
     digits = shared / "data/digits"
     script("colored_mnist").main(digits, tmp_path)

@@ -67,6 +67,7 @@ def test_a_fold_beside_a_test_split_or_shots_is_refused(changes):
         load_data(make_config(**{"data.resample": "kfold:5:0", **changes}))
 
 
+@pytest.mark.slow
 def test_a_further_set_is_scored_and_may_share_no_example_with_train(tmp_path):
     further = {
         "data.extra_eval": (("rest", "digits", "test[50%:]"),),

@@ -13,6 +13,7 @@ from tl_jax.studies.report import selection as selection_report
 from tl_jax.training import candidates, selection
 
 
+@pytest.mark.slow
 def test_the_panel_is_its_rows_written_out(done):
     folder, result = done
     found, choices = result["selection"], files.read_json(folder / "choices.json")

@@ -105,6 +105,7 @@ def test_the_greedy_soup_leaves_out_what_hurts_and_keeps_what_does_not():
     assert kept == [0, 1, 2]  # what changes nothing is kept
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 def test_the_curve_between_two_runs_is_what_the_interpolated_networks_score(ends, tmp_path, monkeypatch):
     (a, first), (b, second) = ends

@@ -197,6 +197,7 @@ def test_the_loop_does_not_wait_for_a_line_whose_sums_are_on_their_way(tmp_path,
     assert read == {3: 3 + steps_later, 6: min(6 + steps_later, 8), 8: 8}
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("polls", [0, 99])
 def test_metrics_are_whole_and_in_order_however_late_their_sums_come(tmp_path, one_device, polls):
     train_late(build(make_config(seed=2), one_device), one_device, tmp_path / "w", polls)

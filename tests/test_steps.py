@@ -146,6 +146,7 @@ def test_devices_and_mode_do_not_change_losses_or_parameters(options):
     assert_close(one.batch_stats, many.batch_stats, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_under_pmap_what_is_frozen_stays_bit_for_bit_on_a_number_of_devices_that_rounds_means():
     options = {"method": "linear_probe", "mode": "pmap", "devices": jax.devices()[:3]}
     before = setup(**options)[0]

@@ -148,6 +148,7 @@ def test_training_on_what_is_scored_needs_leave_and_is_reported(tables, tmp_path
     assert result["transductive"] == [{"stream": "target", "scored": "target_test", "examples": 40}]
 
 
+@pytest.mark.slow
 def test_photos_with_columns_of_counts_are_a_regression(shared, tmp_path):
     """Blood smears and the counts of their cells, a file of comma-separated values, through the whole trainer."""
     config = options.override(ink_regression.get_config(), {

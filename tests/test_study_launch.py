@@ -206,6 +206,7 @@ def launch(*args, **environment):
     return process.returncode, output
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -214,6 +214,7 @@ def test_no_fold_cuts_a_group(monkeypatch):
     assert len(calls) == 8 and p.shape == (96, 2) and p.sum(axis=1) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_rows_of_a_table_are_judged_by_their_columns_and_small_classes_are_left_out(tmp_path, capsys):
     rng = np.random.default_rng(1)
     truth = np.repeat([0, 1], 60)

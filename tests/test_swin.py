@@ -88,6 +88,7 @@ def test_timm_gives_the_same_logits_and_stages_and_takes_the_export(small, tmp_p
     twins.check_export(loaded, small_timm(), x, tmp_path)
 
 
+@pytest.mark.slow
 def test_microsofts_names_are_read_as_timm_reads_them(small, tmp_path):
     model, x = randomized(small_timm()), twins.images(64)
     state = {}

@@ -12,7 +12,7 @@ from test_pretrained import close
 from tl_jax import models
 from tl_jax.core import trees
 from tl_jax.methods import rules
-from tl_jax.models import bert, gpt2, layers, peft, tokens
+from tl_jax.models import attention, bert, gpt2, peft, tokens
 from tl_jax.weights import formats, load
 
 torch_reference = pytest.importorskip("torch_reference")
@@ -455,7 +455,7 @@ def test_attention_with_a_mask_is_that_of_float64(count, causal):
     expected = np.einsum("bhqk,bkhd->bqhd", weights / np.maximum(weights.sum(-1, keepdims=True), 1e-9), v)
     for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.02)):
         own = (jnp.asarray(x, dtype) for x in (q, k, v))
-        found = np.asarray(layers.attend(*own, mask=jnp.asarray(mask), causal=causal), np.float32)
+        found = np.asarray(attention.attend(*own, mask=jnp.asarray(mask), causal=causal), np.float32)
         close(found[mask], expected[mask], tolerance)
         assert np.isfinite(found).all()
 
@@ -495,10 +495,10 @@ def test_what_cudnn_is_told_of_padding(length, causal, gpu, monkeypatch):
     right = np.arange(length) < np.array([[length], [3], [1]])
     for mask in (right, right[:, ::-1]):
         mask = jnp.asarray(mask)
-        fused, own = (layers.attend(q, k, v, how, mask=mask, causal=causal) for how in ("cudnn", "xla"))
+        fused, own = (attention.attend(q, k, v, how, mask=mask, causal=causal) for how in ("cudnn", "xla"))
         close(np.float32(fused)[mask], np.float32(own)[mask], 0.02)
         assert not np.float32(fused)[~mask].any()
-    nothing = layers.attend(q, k, v, "cudnn", mask=jnp.zeros((3, length), bool), causal=causal)
+    nothing = attention.attend(q, k, v, "cudnn", mask=jnp.zeros((3, length), bool), causal=causal)
     assert np.isfinite(np.float32(nothing)).all()
 
 

@@ -177,6 +177,7 @@ def test_weights_of_other_schedules_cannot_be_one_program(tmp_path, monkeypatch)
         inprocess.run(make_config(terms={"size": {}}, replicas=replicas), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("size", [64, 7])
 def test_statistics_computed_anew_are_those_of_the_whole_stream(tmp_path, monkeypatch, size):

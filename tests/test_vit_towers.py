@@ -261,6 +261,7 @@ def timm_siglip():
     return timm.models.VisionTransformer(class_token=False, global_pool="map", num_classes=CLASSES, **THEIRS)
 
 
+@pytest.mark.slow
 def test_siglip_of_timm_pools_by_attention(monkeypatch, tmp_path):
     name, model = small_siglip(monkeypatch), torch_reference.randomize(timm_siglip())
     path, parts = torch_reference.save(model, tmp_path / "w.pth"), parts_of(model)
@@ -341,6 +342,7 @@ FACTS = {
 }
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", FACTS)
 def test_parameter_count_is_the_published_one(name):
     variant = models.get(name)

@@ -187,6 +187,7 @@ def genuine(shared, name):
     return flat
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", GENUINE)
 def test_genuine_files_raise_no_alarm_and_their_transposed_kernels_are_found(shared, name):
     flat = genuine(shared, name)

@@ -39,6 +39,7 @@ OPTIONS = {
     "--split": ("", "tst", "train[", "train[5:5]", "train,train"),
     "--splits": ("tst", ",", "train[:10%]"),
     "--label": ("x",),
+    "--text": ("x", ",", "x,x,x"),
     "--labels": ("x", "", ",", "x,x"),
     "--num-classes": ("3", "x"),
     "--layout": ("x", ""),

@@ -74,9 +74,13 @@ def evaluate(args: Args) -> None:
     if args.image_size and not alone:
         raise ValueError(f"--image-size {args.image_size} belongs to --weights; a run has its own size")
     size, labels = args.image_size, args.labels.split(",") if args.labels else ()
-    network = tl_jax.load(args.model, args.weights, image_size=size) if alone else _opened(args.what[0])
+    if args.similarity and not alone:
+        raise ValueError("--similarity belongs to --weights; a run answers what it was trained for")
+    given = {"image_size": size, "similarity": args.similarity}
+    network = tl_jax.load(args.model, args.weights, **given) if alone else _opened(args.what[0])
+    columns = {"labels": labels, "text": args.text.split(",") if args.text else ()}
     tell = functools.partial(print, file=sys.stderr if args.json else sys.stdout)
-    found = score(network, args.what[-1], args.split, labels=labels, batch_size=args.batch_size, tell=tell)
+    found = score(network, args.what[-1], args.split, **columns, batch_size=args.batch_size, tell=tell)
     if args.out:
         tl_jax.tasks.save_predictions(args.out, found)
     _print_metrics(tl_jax.summarize(found, resamples=args.resamples), args.json)

@@ -112,6 +112,7 @@ def load(
     parts: Mapping[str, Mapping[str, Any]] | None = None,
     fusion: Mapping[str, Any] | None = None,
     columns: Sequence[str] = (),
+    similarity: bool = False,
 ) -> Model:
     """Loads a weight file of any known layout into the named model; without a file its weights are random.
 
@@ -121,9 +122,10 @@ def load(
     where it is another number than the weights have, with the mean and std of these channels where they do not follow
     from the card; the kernel of the stem is summed or repeated. partial: regexes of what the file may lack, such as
     ("stage4/.*",); that is random, from `seed`. tokenizer: of a network of text, a tokenizer.json that does not lie
-    beside the weights; max_length and pooling: as its card says unless given. parts, fusion: of the name "fusion", as
-    the options model.parts and model.fusion; columns: of its part for a table, of arrays x0, x1, ... Raises
-    one ValueError that lists every tensor that does not fit.
+    beside the weights; max_length and pooling: as its card says unless given. similarity: the network takes pairs of
+    texts and answers the cosine of their features, as a regression of one value. parts, fusion: of the name "fusion",
+    as the options model.parts and model.fusion; columns: of its part for a table, of arrays x0, x1, ... Raises one
+    ValueError that lists every tensor that does not fit.
     """
     weights = os.fspath(weights)
     how = {"image_size": image_size or None, "channels": channels, "mean": mean, "std": std, "seed": seed}
@@ -131,11 +133,21 @@ def load(
     made = given.partition(":")[0] in tokenizers.MADE  # of the training texts, which are not known yet
     text = Text(tokenizers.read(given) if given and not made else None, max_length, pooling)
     asked, joined = (given, max_length, pooling), {"parts": parts or {}, "fusion": fusion or {}}
+    if similarity:
+        if num_classes is not None:
+            raise ValueError(f"num_classes={num_classes}: the similarity of two texts is one number; leave it out")
+        num_classes, how["head"] = 1, (("cosine", {}),)
     if parts:
-        how = {"columns": columns, "text": text, "channels": channels, "seed": seed}
-        loaded = fusions.load(joined["parts"], joined["fusion"], num_classes or 0, **how)
+        if similarity:
+            raise ValueError("similarity compares two texts, and a fusion reads several inputs: leave one of them out")
+        own = {"columns": columns, "text": text, "channels": channels, "seed": seed}
+        loaded = fusions.load(joined["parts"], joined["fusion"], num_classes or 0, **own)
     else:
         loaded = pretrained.load(name, weights, num_classes, partial=partial, text=text, **how)
+    if similarity:
+        card = loaded.card.replace(task="regression", target_mean=(0.0,), target_std=(1.0,))
+        made = {path: COSINE for path in loaded.origins if path.startswith(pretrained.HEAD)}
+        loaded = loaded._replace(card=card, origins=loaded.origins | made)
     return Model(
         name or loaded.card.model, weights, loaded.model, loaded.variables, loaded.card, image_size, channels,
         loaded.origins, asked, **joined,
@@ -154,12 +166,13 @@ def read_input(item: Any, card: Card, preprocess: Preprocess) -> np.ndarray:
 
 
 Answered = Iterator[tuple[list[tuple[str, str | None]], dict]]
+COSINE = "the cosine itself"  # the origin of a head that was not trained and is not random
 
 
 def _text_batches(model: Network, names: Sequence[str], items: Sequence[tuple[str, ...]], batch_size: int) -> Answered:
     parallel, variables, apply = model.compiled
     size = parallel.round_up(min(batch_size, len(names)))
-    tokens = tokenizers.known(model.card).encode(items, model.card.max_length)
+    tokens = tokenizers.known(model.card).encode(items, model.card.max_length, model.card.texts)
     with console.bar("predict", len(names), stderr=True) as tick:
         for start in range(0, len(names), size):
             rows = np.arange(start, min(start + size, len(names)))
@@ -264,7 +277,8 @@ def parts(model: Network) -> list[tuple[str, int, str]]:
     rows: dict[tuple[str, str], int] = {}
     for path, leaf in model.parameters.items():
         found = model.origins.get(f"params/{path}", "")
-        origin = f"RANDOM ({found})" if found in pretrained.RANDOM else "from the file"
+        random = f"RANDOM ({found})" if found in pretrained.RANDOM else "from the file"
+        origin = found if found == COSINE else random
         key = path.split("/")[0], origin
         rows[key] = rows.get(key, 0) + leaf.size
     return [(part, count, origin) for (part, origin), count in rows.items()]
@@ -284,6 +298,7 @@ def score(
     split: str = "",
     *,
     labels: Sequence[str] = (),
+    text: Sequence[str] = (),
     batch_size: int = 128,
     tell: Callable[[str], None] = lambda line: None,
 ) -> tasks.Predictions:
@@ -294,8 +309,10 @@ def score(
     own = _model(model)
     _check_trained(own)
     known = {"labels": labels or getattr(model, "labels", ()), "cuts": getattr(model, "cuts", None)}
-    known |= {"text": getattr(model, "text", ()), "columns": getattr(model, "columns", {})}
+    known |= {"text": text or getattr(model, "text", ()), "columns": getattr(model, "columns", {})}
     source = inputs.load_labelled(data, split, own.card, **known)
+    if text and source.input != "text":
+        raise ValueError(f"text={','.join(text)}: {source.name} has no texts, leave it out")
     rows = parts(own)
     tell(f"scored: {source.name}, {len(source):,} examples; nothing trains")
     shown = ", ".join(f"{part} {count:,} {origin}" for part, count, origin in rows)
@@ -308,15 +325,22 @@ def score(
 
 
 def evaluate(
-    model: Any, data: Any, split: str = "", *, labels: Sequence[str] = (), batch_size: int = 128, resamples: int = 1000
+    model: Any,
+    data: Any,
+    split: str = "",
+    *,
+    labels: Sequence[str] = (),
+    text: Sequence[str] = (),
+    batch_size: int = 128,
+    resamples: int = 1000,
 ) -> Metrics:
     """Every metric with its 95 % interval on labelled data, each example once; nothing is trained.
 
-    model: a Model or a Run. data: as for `fit`. split: without it test, else val, else train. labels: the label
-    columns of csv: and table: sources. Classes are matched by name; by position, with a note, where the card or the
-    data name none. Raises ValueError where they do not fit, and for a head that is untrained.
+    model: a Model or a Run. data: as for `fit`. split: without it test, else val, else train. labels, text: the columns
+    of labels and texts of csv:, table: and text: sources. Classes are matched by name; by position, with a note, where
+    the card or the data name none. Raises ValueError where they do not fit, and for a head that is untrained.
     """
-    predictions = score(model, data, split, labels=labels, batch_size=batch_size)
+    predictions = score(model, data, split, labels=labels, text=text, batch_size=batch_size)
     return Metrics(tasks.summarize(predictions, resamples=resamples))
 
 

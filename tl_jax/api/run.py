@@ -191,6 +191,7 @@ def fit(
     own = options.HEAD_ALONE if method == "linear_probe" else {"lr": recipes.LR, "total": (10.0, "epochs")}
     own = own if epochs is None else {**own, "total": (float(epochs), "epochs")}
     table = recipes.methods(*own["total"])
+    task = task or (model.card.task if model.card.texts > 1 else "")
     if method not in table:
         raise ValueError(f"there is no method {method!r}{nearest(method, table)}; known: {', '.join(table)}")
     if getattr(model.module, "additions", ()):
@@ -203,7 +204,7 @@ def fit(
         weakref.finalize(run, shutil.rmtree, run.folder, ignore_errors=True)
     named = {
         "model.name": model.name, "model.weights": model.weights, "model.image_size": model.image_size,
-        "model.channels": model.channels,
+        "model.channels": model.channels, "model.head": model.card.head if model.card.texts > 1 else (),
         **dict(zip(("model.tokenizer", "model.max_length", "model.pooling"), model.text_options, strict=True)),
         "model.parts": model.parts, "model.fusion": model.fusion, "seed": seed, "batch_size": batch_size, **own,
         **_data_options(data, task, run.folder, given, model.card.input), **table[method],

@@ -12,6 +12,7 @@ from tl_jax.core.fields import PRESENT
 INPUTS = ("image", "table", "text", "several")
 CROP_MODES = ("center", "squash", "border")
 POOLINGS = ("cls", "mean", "last", "max")  # of tokens into one vector
+COMPARING = ("cosine", "compare")  # head layers that take two texts, each encoded by itself
 PIXEL_TYPES = ("uint8", "uint16", "int16", "float32")
 # The fields that decide what the network reads.
 PIXELS = (
@@ -145,6 +146,11 @@ class Card:
         return (self.scale or 255.0) if self.input == "image" else 1.0
 
     @property
+    def texts(self) -> int:
+        """How many texts of an example are encoded each by itself, behind one another in the input."""
+        return 2 if self.num_classes and self.head and self.head[0][0] in COMPARING else 1
+
+    @property
     def form(self) -> Form:
         if "image" in self.cards and self.parts:
             return self.cards["image"].form
@@ -154,7 +160,7 @@ class Card:
     def shape(self) -> tuple[int, ...]:
         """Of one input of the network: (height, width, channels), (columns,), or (tokens, 2), see models/tokens.py."""
         if self.input == "text":
-            return self.max_length, 2
+            return self.texts * self.max_length, 2
         return (*sides(self.input_size), len(self.mean)) if self.input == "image" else (len(self.columns),)
 
     def to_json(self) -> str:

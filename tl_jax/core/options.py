@@ -160,8 +160,8 @@ _ROWS = (
             "disk; group: what trains it, '' for frozen"),
 
     # The data
-    _option("data.source", "digits", SOURCE, "digits | glyphs | folder:PATH | csv:FILE | arrays:FILE.npz | "
-            "packed:FOLDER | tfds:NAME; several: one for each domain"),
+    _option("data.source", "digits", SOURCE, "digits | glyphs | docstrings | folder:PATH | csv:FILE | table:FILE | "
+            "text:PATH | arrays:FILE.npz | packed:FOLDER | tfds:NAME; several: one for each domain"),
     _option("data.train", "train[:80%]", TEXT, "the split to train on"),
     _option("data.val", "train[80%:]", TEXT, "the split to choose on"),
     _option("data.test", "", TEXT, "read once, at the end; \"\": val is scored instead, and the result says so"),

@@ -19,6 +19,7 @@ from tl_jax.data.labels import KINDS, check_fit
 from tl_jax.data.readers import builtin
 from tl_jax.data.readers.arrays import array_source, load_arrays
 from tl_jax.data.readers.corrupted import FORM, CorruptedImages, clean_images, load_corrupted
+from tl_jax.data.readers.docstrings import load_docstrings
 from tl_jax.data.readers.folder import load_folder
 from tl_jax.data.readers.glyphs import load_glyphs
 from tl_jax.data.readers.mat import load_mat
@@ -31,7 +32,8 @@ from tl_jax.data.several import Several
 
 __all__ = ["list_split", "load", "overlap", "parse_split", "stratified_order", "without"]
 log = logging.getLogger(__name__)
-BUILTIN = {name: functools.partial(builtin.load_digits, name) for name in builtin.DIGITS} | {"glyphs": load_glyphs}
+BUILTIN = {name: functools.partial(builtin.load_digits, name) for name in builtin.DIGITS}
+BUILTIN |= {"glyphs": load_glyphs, "docstrings": load_docstrings}
 PLAIN = {"folder": load_folder, "packed": load_packed, "mat": load_mat}  # sources that take a path and a split
 COLUMNS = {"csv": load_csv, "table": load_table, "text": load_texts, "several": load_several}  # with label columns
 READ = {"text": ("text",), "several": ("text", "image", "columns")}  # the options that name further columns of these

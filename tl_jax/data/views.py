@@ -113,7 +113,7 @@ def make_views(
             prepared[field] = own.inputs[None]
             continue
         if card.input == "text":
-            found = tokenizer.known(card).encode(own.inputs.rows, card.max_length)
+            found = tokenizer.known(card).encode(own.inputs.rows, card.max_length, card.texts)
             prepared[field] = found if own is source else found.without(~source.inputs.present["text"])
             continue
         preprocess = make_preprocess(card, augment if augmented else ())

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tl_jax.core import checks
+from tl_jax.core.card import COMPARING
 from tl_jax.models import layers
 
 XAVIER = nn.initializers.xavier_uniform()  # Glorot & Bengio 2010, equation 16
@@ -43,6 +44,25 @@ def _by_pixel(head, i, x, train):
     return x
 
 
+def _two(x: jax.Array) -> list[jax.Array]:
+    """The features of the two texts of an example, [B, 2 D] -> [B, D] twice."""
+    return jnp.split(x, 2, axis=-1)
+
+
+def _cosine(head, i, x, train):
+    """The cosine of the angle between the features of two texts, [B, 1]; 0 where one of them has no tokens."""
+    a, b = _two(x)
+    squares = (jnp.square(each).sum(axis=-1, keepdims=True) for each in (a, b))
+    scale = [jax.lax.rsqrt(jnp.maximum(square, 1e-24)) for square in squares]
+    return (a * b).sum(axis=-1, keepdims=True) * scale[0] * scale[1]
+
+
+def _compare(head, i, x, train):
+    """Two texts u and v as (u, v, |u - v|), [B, 3 D] (Reimers & Gurevych 2019, arXiv:1908.10084, section 3)."""
+    u, v = _two(x)
+    return jnp.concatenate([u, v, jnp.abs(u - v)], axis=-1)
+
+
 # (the Head, position in the list, x, train, parameters) -> x
 LAYERS: dict[str, Callable[..., jax.Array]] = {
     "dense": _dense,
@@ -56,6 +76,8 @@ LAYERS: dict[str, Callable[..., jax.Array]] = {
     "pool": _pool,
     "flatten": lambda head, i, x, train: x.reshape(x.shape[0], -1),
     "by_pixel": _by_pixel,
+    "cosine": _cosine,
+    "compare": _compare,
 }
 
 
@@ -69,6 +91,8 @@ def problems(pairs: Any) -> list[str]:
         if i and isinstance(pair, list | tuple) and pair and pair[0] in READS_MAP:
             rule = "it reads the backbone's feature map, so it must be the first layer"
             found.append(f"{pair[0]} is layer {i} of the head; {rule}")
+        if i and isinstance(pair, list | tuple) and pair and pair[0] in COMPARING:
+            found.append(f"{pair[0]} is layer {i} of the head; it compares two texts, so it must be the first layer")
     return found
 
 
@@ -94,12 +118,19 @@ class Head(nn.Module):
         for i, (name, args) in enumerate(self.layers):
             x = LAYERS[name](self, i, x, train, **args)
         y = nn.Dropout(self.dropout, deterministic=not train)(x) if self.dropout else x
-        logits = nn.Dense(self.num_classes, kernel_init=HEAD_INIT[self.head_init], name="out")(y)
+        cosine = bool(self.layers) and self.layers[-1][0] == "cosine"  # begins as the output itself
+        init = nn.initializers.ones if cosine else HEAD_INIT[self.head_init]
+        logits = nn.Dense(self.num_classes, kernel_init=init, name="out")(y)
         if logits.ndim > 2:  # by_pixel
             positions = tuple(range(1, logits.ndim - 1))
             # Unlike that of relu, the gradient of maximum is not zero where a new layer of zeros begins.
             x, logits = x.mean(axis=positions), jnp.maximum(logits, 0).mean(axis=positions)
         return x, logits
+
+
+def texts_of(model: nn.Module) -> int:
+    """The texts of an example that a network of text encodes by themselves: two where its head compares them."""
+    return 2 if model.num_classes and model.head and model.head[0][0] in COMPARING else 1
 
 
 def reads(model: nn.Module) -> str:
@@ -118,6 +149,8 @@ def classify(
     if cut != module.cuts[-1] and (hasattr(module, "pooling") or hasattr(module, "parts")):
         raise ValueError(f"model.head begins with {module.head[0][0]}: networks of text pool their tokens themselves, "
                          "and a fusion joins features, not maps")  # fmt: skip
+    if texts_of(module) > 1 and not hasattr(module, "pooling"):
+        raise ValueError(f"model.head begins with {module.head[0][0]}, which compares two texts: this network has none")
     if cut not in out and start != cut:
         begins = f"start={start!r}, but the head begins with {module.head[0][0]}"
         raise ValueError(f"{begins}, which reads the output of {cut!r}: start at {cut!r} or before it")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from tl_jax.core.card import Card
 from tl_jax.models import conversion, layers, tokens
 from tl_jax.models.conversion import DENSE, Layout, Rule, Transform
-from tl_jax.models.head import HE
+from tl_jax.models.head import HE, texts_of
 from tl_jax.models.kernels import recur
 from tl_jax.models.variant import Model, Variant
 
@@ -126,7 +126,7 @@ class Recurrent(Model):
 
         stem = Stem(self.vocab_size, self.embed_dim, self.dtype, name="stem")
         parts = [stem, *(functools.partial(block, i) for i in range(self.layers)), pre_logits]
-        return tokens.run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
+        return tokens.run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop, texts_of(self))
 
 
 class Windows(nn.Module):

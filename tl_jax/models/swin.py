@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tl_jax.core.card import Card
-from tl_jax.models import conversion, layers
+from tl_jax.models import attention, conversion, layers
 from tl_jax.models.conversion import Transform
 from tl_jax.models.convnext import Stem
 from tl_jax.models.transformer import INIT, Mlp
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         bias = jnp.moveaxis(table[relative_places(window)], -1, 0)[None]
         bias = bias + shift_mask(sides, window, shifts)[:, None] if any(shifts) else bias
         qkv = jnp.split(dense(3 * channels, name="qkv")(x), 3, axis=-1)
-        attend = jax.vmap(functools.partial(layers.attend, bias=bias))  # over the images of the batch
+        attend = jax.vmap(functools.partial(attention.attend, bias=bias))  # over the images of the batch
         x = attend(*(y.reshape(*y.shape[:3], self.heads, -1) for y in qkv))
         x = map_of(dense(channels, name="proj")(x.reshape(*x.shape[:3], channels)), sides, window)
         return jnp.roll(x, shifts, (1, 2))[:, :height, :width]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tl_jax.models import tokens
+from tl_jax.models.head import texts_of
 from tl_jax.models.layers import Dense, DropPath, drop_path_rates, recomputed
 from tl_jax.models.transformer import GELU, INIT, Attention, Mlp
 from tl_jax.models.variant import Model
@@ -167,7 +168,7 @@ class Transformer(Model):
         for i, rate in enumerate(drop_path_rates(self.drop_path, self.depth)):
             parts.append(functools.partial(call, block(drop_path=rate, name=f"block{i}")))
         parts += [norm, pre_logits] if self.pre_norm else [pre_logits]
-        return tokens.run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
+        return tokens.run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop, texts_of(self))
 
     @property
     def token_head_module(self):

@@ -40,9 +40,18 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
 
 
 def run_parts(
-    parts: dict[str, Callable], x: jax.Array, start: str | None, stop: str | None
+    parts: dict[str, Callable], x: jax.Array, start: str | None, stop: str | None, texts: int = 1
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """As `layers.run_parts`, of parts (x, mask) -> x: the first reads the input, the last pools, others [B, L, D]."""
+    """As `layers.run_parts`, of parts (x, mask) -> x: the first reads the input, the last pools, others [B, L, D].
+
+    texts: of an example, which lie behind one another, [B, texts * L, ...], and are encoded each by itself; pre_logits
+    are [B, texts * D].
+    """
+    if texts > 1:
+        batch = x.shape[0]
+        y, out = run_parts(parts, x.reshape(texts * batch, x.shape[1] // texts, *x.shape[2:]), start, stop)
+        y, out = jax.tree.map(lambda y: y.reshape(batch, texts * y.shape[1], *y.shape[2:]), (y, out))
+        return y, out
     names, mask, out = list(parts), mask_of(x), {}
     for argument, name in {"start": start, "stop": stop}.items():
         if name is not None and name not in names:

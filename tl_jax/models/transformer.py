@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from tl_jax.core.card import sides
-from tl_jax.models.layers import Dense, DropPath, attend, gelu
+from tl_jax.models.attention import attend
+from tl_jax.models.layers import Dense, DropPath, gelu
 
 INIT = nn.initializers.truncated_normal(0.02)
 GELU = {

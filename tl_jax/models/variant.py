@@ -26,7 +26,7 @@ class Model(nn.Module, kw_only=True):
     pre_logits. head: the layers before the last dense one, see models/head.py. head_init: "zeros", "lecun" or "xavier",
     of the last dense layer. dtype: of the computation (float32 or bfloat16); parameters and statistics are float32.
     dropout: before the last dense layer. drop_path: stochastic depth at the last block, rising linearly from 0. remat:
-    what the backward pass of a block recomputes, see layers.recomputed. attention: "xla" or "cudnn", see layers.attend.
+    what the backward pass of a block recomputes, see layers.recomputed. attention: "xla" or "cudnn", see attention.py.
     frozen_norms: paths of BatchNorm layers that use their running statistics, unchanged, even in training. axis_name:
     pmap axis over which BatchNorm averages. norm_momentum: the share of its running statistics that an update keeps.
     fold: put a BatchNorm that uses its running statistics into the convolution before it, with the same numbers; must

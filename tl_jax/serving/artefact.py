@@ -198,7 +198,8 @@ def _card(table: Mapping[str, Any]) -> Card:
 
 def _input(card: Card) -> dict[str, Any]:
     """What the programs take; of texts, tokens as models/tokens.py has them, of any length up to the card's."""
-    shape = ["tokens", 2] if card.input == "text" else list(card.shape)
+    tokens = "tokens" if card.texts == 1 else "2 tokens"
+    shape = [tokens, 2] if card.input == "text" else list(card.shape)
     return {"shape": ["batch", *shape], "type": program.input_type(card).name}
 
 
@@ -207,7 +208,7 @@ def _write_golden(folder: pathlib.Path, exported: Exported) -> tuple[np.ndarray,
     shape, rng = (2, *exported.card.shape), np.random.default_rng(0)
     kind = program.input_type(exported.card)
     if exported.card.input == "text":  # one of them shorter than the other
-        shape = (2, min(16, exported.card.max_length), 2)
+        shape = (2, exported.card.texts * min(16, exported.card.max_length), 2)
     noise = rng.integers(0, 256, shape, np.uint8) if kind == np.uint8 else rng.random(shape, np.float32)
     inputs = noise * np.float32(exported.card.divisor) if kind != np.uint8 else noise
     if exported.card.input == "text":

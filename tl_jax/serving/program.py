@@ -40,7 +40,8 @@ def _of_platform(network: Model, platform: str) -> dict[str, bytes]:
     def exported(batch: Any) -> export.Exported:
         scope, text = export.SymbolicScope(), network.card.input == "text"
         batch = batch or export.symbolic_shape("b", scope=scope)[0]
-        length = export.symbolic_shape("t", scope=scope) if text else ()  # of the tokens
+        texts = "t" if network.card.texts == 1 else "2*t"
+        length = export.symbolic_shape(texts, scope=scope) if text else ()  # of the tokens
         x = jax.ShapeDtypeStruct((batch, *length, *network.card.shape[len(length) :]), input_type(network.card))
         with convolve.traced_for(platform):
             return export.export(jax.jit(answer), platforms=PLATFORMS[platform])(leaves, x)

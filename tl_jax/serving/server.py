@@ -146,7 +146,7 @@ class Server:
     def warm(self) -> None:
         """Compiles and runs the program for every size of a batch."""
         card, kind = self.network.card, program.input_type(self.network.card)
-        shapes = [(length, 2) for length in self.texts.lengths] if self.texts else [card.shape]
+        shapes = [(card.texts * length, 2) for length in self.texts.lengths] if self.texts else [card.shape]
         for size, shape in itertools.product(SIZES, shapes):
             artefact.run(self.network, np.zeros((size, *shape), kind))
 

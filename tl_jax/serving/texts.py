@@ -18,12 +18,13 @@ class Texts:
         self.card, self.tokenizer = card, tokenizer.known(card)
         self.lengths = (*(length for length in LENGTHS if length < card.max_length), card.max_length)
 
-    def read(self, item: tuple[str, ...]) -> np.ndarray:
-        """int32 [T, 2] of one text or pair."""
-        return self.tokenizer.encode([item], self.card.max_length).flat
+    def read(self, item: tuple[str, ...]) -> list[np.ndarray]:
+        """The tokens of one example: one row int32 [T, 2], or two where its texts are encoded each by itself."""
+        found = self.tokenizer.encode([item], self.card.max_length, self.card.texts)
+        return np.split(found.flat, found.starts[1:-1])
 
-    def stack(self, rows: Sequence[np.ndarray], size: int) -> np.ndarray:
-        """int32 [size, L, 2], with padding behind the tokens, and rows of zeros."""
-        tokens = ragged(rows, self.card.max_length)._replace(lengths=self.lengths)
-        every = np.arange(len(rows))
-        return tokens.batch(np.concatenate([every, np.full(size - len(rows), -1)]), tokens.length_of(every))
+    def stack(self, examples: Sequence[list[np.ndarray]], size: int) -> np.ndarray:
+        """int32 [size, texts * L, 2], with padding behind the tokens, and rows of zeros."""
+        rows, every = [row for example in examples for row in example], np.arange(len(examples))
+        tokens = ragged(rows, self.card.max_length, texts=self.card.texts)._replace(lengths=self.lengths)
+        return tokens.batch(np.concatenate([every, np.full(size - len(every), -1)]), tokens.length_of(every))

@@ -20,7 +20,7 @@ from tl_jax.data.text import tokenizer
 from tl_jax.methods import probes
 from tl_jax.methods.term import MAIN, MODEL, Network, Start, StreamFacts
 from tl_jax.models import peft
-from tl_jax.models.layers import unfused
+from tl_jax.models.attention import unfused
 from tl_jax.runtime import sharding
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.runtime.log import log

@@ -14,6 +14,14 @@ ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 _HF = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(/(?P<file>[^@]+))?(@(?P<revision>.+))?")
 
 
+class Missing(FileNotFoundError):
+    """The repository has no such file."""
+
+
+class NotCached(FileNotFoundError):
+    """The cache has no such file, and nobody can be asked."""
+
+
 def resolve(spec: str | os.PathLike) -> pathlib.Path:
     """Turns a weight spec into a local file whose bytes are the expected ones.
 
@@ -38,6 +46,25 @@ def resolve(spec: str | os.PathLike) -> pathlib.Path:
     if pin and (found := formats.sha256(path)) != pin:
         raise ValueError(f"{spec}: sha256 is {found}, expected {pin}; the file changed or the pin is of another one")
     return path
+
+
+def companion(spec: str | os.PathLike, name: str) -> pathlib.Path | None:
+    """The file `name` in the folder of a weight file, in the hub's repository at the same commit; None: there is none.
+
+    Raises what `resolve` does. Where nobody can be asked, only the cache counts.
+    """
+    path, spec = resolve(spec), os.fspath(spec).partition("#sha256=")[0]
+    if not (match := _HF.fullmatch(spec)):
+        own = (path if path.is_dir() else path.parent) / name
+        return own if own.is_file() else None
+    commit = path.parts[path.parts.index("snapshots") + 1]  # a branch may have moved on meanwhile
+    place = pathlib.PurePosixPath(match["file"] or WHOLE).with_name(name)
+    try:
+        found = pathlib.Path(_ask(spec, match["repo"], os.fspath(place), commit))
+    except (Missing, NotCached):
+        return None
+    _verify(f"{spec}: {name}", found)
+    return found
 
 
 def check(expected: Mapping[str, tuple[str, str]]) -> None:
@@ -68,11 +95,11 @@ def check_name(path: pathlib.Path) -> str:
 
 
 def _builtin(name):
-    path = ASSETS / f"{name}.safetensors"
-    if not path.is_file():
-        available = sorted(file.stem for file in ASSETS.glob("*.safetensors"))
-        raise FileNotFoundError(f"no builtin weights {name!r}; available: {available}")
-    return path
+    own = {file.stem: file for file in ASSETS.glob("*.safetensors")}
+    own |= {file.parent.name: file for file in ASSETS.glob(f"*/{WHOLE}")}  # with a tokenizer
+    if name not in own:
+        raise FileNotFoundError(f"no builtin weights {name!r}; available: {sorted(own)}")
+    return own[name]
 
 
 def _local(path):
@@ -135,13 +162,13 @@ def _ask(spec, repo, file, revision, missing="", **options):
         return huggingface_hub.hf_hub_download(repo, file, revision=revision, **options)
     except errors.LocalEntryNotFoundError:
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached (see HF_ENDPOINT)"
-        raise FileNotFoundError(f"{spec}: not in the local cache, and {why}{missing}") from None
+        raise NotCached(f"{spec}: not in the local cache, and {why}{missing}") from None
     except errors.RepositoryNotFoundError:
         raise FileNotFoundError(f"{spec}: no repository {repo!r}, or a private or gated one: set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{spec}: {repo!r} has no revision {revision!r}") from None
     except errors.EntryNotFoundError:
-        raise FileNotFoundError(f"{spec}: {repo!r} has no file {file!r} at revision {revision!r}") from None
+        raise Missing(f"{spec}: {repo!r} has no file {file!r} at revision {revision!r}") from None
     except errors.HFValidationError as error:
         raise ValueError(f"{spec}: {error}") from None
     except errors.HfHubHTTPError as error:

@@ -291,7 +291,7 @@ def example_input(card: Card) -> Any:
     if card.parts:
         return {kind: example_input(part) for kind, part in card.cards.items()}
     if card.input == "text":
-        return jnp.zeros((1, min(8, card.max_length), 2), jnp.int32)
+        return jnp.zeros((1, card.texts * min(8, card.max_length), 2), jnp.int32)
     return jnp.zeros((1, *card.shape))
 
 

@@ -32,7 +32,8 @@ def fit_card(card: Card, text: Text, path: str | pathlib.Path | None) -> Card:
         if given := [name for name, value in text._asdict().items() if value]:
             raise ValueError(f"{', '.join(given)}: {card.model} reads an input {card.input!r}, no text")
         return card
-    there = tokenizers.find_for(hub.resolve(path)) if path else None
+    file = hub.companion(path, tokenizers.FILE) if path else None
+    there = tokenizers.read(file) if file else None
     asked, problems = text.tokenizer or there, []
     if text.tokenizer and there and text.tokenizer.sha256 != there.sha256:
         problems.append(f"the tokenizer that is asked for is {text.tokenizer.sha256[:12]}, that beside the weights "

@@ -42,14 +42,22 @@ class Tokenizer(NamedTuple):
         """That of the library, without the padding that the file may ask for; it cuts to max_length, if above 0."""
         return _open(self.text, max_length)
 
-    def encode(self, rows: Sequence[tuple[str, ...]], max_length: int) -> Tokens:
-        """The tokens of texts or pairs, cut to `max_length` with special tokens kept, the longer of two texts first."""
+    def encode(self, rows: Sequence[tuple[str, ...]], max_length: int, texts: int = 1) -> Tokens:
+        """The tokens of texts or pairs, cut to `max_length` with special tokens kept, the longer of two texts first.
+
+        texts: 2 where those of an example are encoded each by itself; ValueError where there are not two.
+        """
         opened = self.open(max_length)
+        if texts == 2:
+            if wrong := sum(len(row) != 2 for row in rows):
+                raise ValueError(f"{wrong:,} of {len(rows):,} examples have one text, and the head compares two: give "
+                                 "pairs, of files of rows by data.text=(one column, the other)")  # fmt: skip
+            rows = [(text,) for row in rows for text in row]
         # A lone surrogate, such as of a wrong decoding, is no text to the library.
         rows = [tuple(text.encode(errors="replace").decode() for text in row) for row in rows]
         found = opened.encode_batch([row[0] if len(row) == 1 else row for row in rows])
         pairs = [np.stack([each.ids, each.type_ids], 1).astype(np.int32).reshape(-1, 2) for each in found]
-        return ragged(pairs, max_length, sum(bool(each.overflowing) for each in found))
+        return ragged(pairs, max_length, sum(bool(each.overflowing) for each in found), texts)
 
     def decode(self, numbers: Sequence[int]) -> str:
         """The text of tokens, without special ones."""

@@ -42,18 +42,20 @@ def part_texts(data: np.ndarray, offsets: np.ndarray) -> Texts:
 class Tokens(NamedTuple):
     """The tokens of N examples: `flat[starts[i]:starts[i + 1]]`, int32 [T, 2] of numbers and segments.
 
-    cut: how many examples were longer than the network takes.
+    cut: how many texts were longer than the network takes. texts: of an example, 2 where they are encoded each by
+    itself; example i has the rows 2 i and 2 i + 1 then.
     """
 
     flat: np.ndarray
     starts: np.ndarray
     lengths: tuple[int, ...]  # that batches may have, rising
     cut: int = 0
+    texts: int = 1
 
     @property
     def counts(self) -> np.ndarray:
-        """Tokens of each example, [N]."""
-        return np.diff(self.starts)
+        """Tokens of each example, or of the longer of its texts, [N]."""
+        return np.diff(self.starts).reshape(-1, self.texts).max(axis=1)
 
     @property
     def longest(self) -> "Tokens":
@@ -68,37 +70,38 @@ class Tokens(NamedTuple):
 
     def without(self, missing: np.ndarray) -> "Tokens":
         """With no token at all, not even special ones, where `missing`, bool [N]."""
-        kept = np.where(missing, 0, self.counts)
-        flat = self.flat[np.repeat(~missing, self.counts)]
-        return self._replace(flat=flat, starts=np.concatenate([[0], kept.cumsum()]))
+        gone, counts = np.repeat(missing, self.texts), np.diff(self.starts)
+        starts = np.concatenate([[0], np.where(gone, 0, counts).cumsum()])
+        return self._replace(flat=self.flat[np.repeat(~gone, counts)], starts=starts)
 
     def batch(self, rows: np.ndarray, length: int) -> np.ndarray:
-        """int32 [B, length, 2] of examples, PADDING behind their tokens; of -1 all zeros."""
-        found = np.zeros((len(rows), length, 2), np.int32)
+        """int32 [B, texts * length, 2] of examples, PADDING behind the tokens of each text; of -1 all zeros."""
+        found = np.zeros((len(rows), self.texts, length, 2), np.int32)
         found[..., 0] = PADDING
         for x, i in zip(found, rows.tolist(), strict=True):
             if i < 0:
                 x[:] = 0
                 continue
-            own = self.flat[self.starts[i] : self.starts[i + 1]]
-            x[: len(own)] = own
-        return found
+            for k in range(self.texts):
+                own = self.flat[slice(*self.starts[self.texts * i + k :][:2])]
+                x[k, : len(own)] = own
+        return found.reshape(len(rows), -1, 2)
 
 
-def ragged(rows: Sequence[np.ndarray], most: int, cut: int = 0) -> Tokens:
-    """Rows int32 [n, 2] of at most `most` tokens, with those of LENGTHS that batches of them may need."""
+def ragged(rows: Sequence[np.ndarray], most: int, cut: int = 0, texts: int = 1) -> Tokens:
+    """Rows int32 [n, 2] of at most `most` tokens, with those of LENGTHS that batches of them may need; see `Tokens`."""
     counts = np.array([len(row) for row in rows], np.int64)
     longest = min(most, -(-int(counts.max(initial=1)) // 8) * 8)
     lengths = (*(length for length in LENGTHS if length < longest), longest)
     flat = np.concatenate([np.zeros((0, 2), np.int32), *rows])
-    return Tokens(flat, np.concatenate([[0], counts.cumsum()]), lengths, cut)
+    return Tokens(flat, np.concatenate([[0], counts.cumsum()]), lengths, cut, texts)
 
 
 def describe(tokens: Tokens, batches: Iterable[np.ndarray]) -> str:
     """How long the texts are, and the share of padding in batches of these examples."""
-    counts, batches = tokens.counts, list(batches)
-    places = sum(len(rows) * tokens.length_of(rows) for rows in batches)
-    share = 1 - sum(int(counts[rows].sum()) for rows in batches) / max(places, 1)
+    counts, batches = np.diff(tokens.starts), list(batches)
+    places = sum(len(rows) * tokens.texts * tokens.length_of(rows) for rows in batches)
+    share = 1 - sum(int(counts.reshape(-1, tokens.texts)[rows].sum()) for rows in batches) / max(places, 1)
     cut = f", {tokens.cut:,} are cut" if tokens.cut else ""
     short, middle, long = counts.min(initial=counts.max(initial=0)), np.median(counts), counts.max(initial=0)
     return f"texts of {short} to {long} tokens, half of them up to {middle:.0f}{cut}; batches are padded by {share:.0%}"
