@@ -172,7 +172,7 @@ def test_names_tell_sizes_and_published_towers_have_their_number_of_parameters()
     for name, count in published.items():
         found = 2 if "siglip" in name else 1
         for tower in (name, clip_text.TOWERS[name]):
-            leaves = jax.tree.leaves(load._default_shapes(tower), is_leaf=lambda x: isinstance(x, tuple))
+            leaves = jax.tree.leaves(load.default_shapes(tower), is_leaf=lambda x: isinstance(x, tuple))
             bias = 0 if "siglip" in name else models.get(tower).card.num_classes  # ours, of zeros
             found += sum(map(np.prod, leaves)) - bias
         assert found == count

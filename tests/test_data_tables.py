@@ -262,7 +262,7 @@ def test_missing_labels_and_inputs_are_named_by_their_rows(tmp_path):
 
 def test_labels_belong_to_sources_with_columns():
     with pytest.raises(
-        ValueError, match=r"data.labels=\('x',\) names columns of sources csv:, table:, text:; digits has"
+        ValueError, match=r"data.labels=\('x',\) names columns of sources csv:, table:, text:, several:; digits has"
     ):
         sources.load("digits", labels=("x",))
 

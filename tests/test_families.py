@@ -293,7 +293,7 @@ NOW = ("mlp", "stem")
 def test_the_frozen_prefix_and_cached_features_up_to_any_cut_give_the_same_losses(family, cut, files, tmp_path):
     model = make(family)
     paths = (
-        [path for path in load._default_shapes(f"small_{family}") if path.startswith("params/backbone/")]
+        [path for path in load.default_shapes(f"small_{family}") if path.startswith("params/backbone/")]
         if files(family)
         else []
     )

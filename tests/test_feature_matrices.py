@@ -121,7 +121,7 @@ def test_arrays_of_features_are_tables_with_splits_groups_and_domains(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"features": X, "image": np.zeros((11, 2, 2), np.uint8)}, "expected label and one of image, features"),
+        ({"features": X, "bytes": np.zeros(11, np.uint8), "offsets": np.arange(12)}, "expected label and one of image"),
         ({"features": X[:, 0]}, "features has 1 dimensions, expected"),
         ({"features": X[:5]}, r"expected integer labels \[5\].*found int64 \(11,\)"),
         ({"features": X + np.inf}, r"44 features are no finite float32 numbers"),

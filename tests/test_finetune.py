@@ -59,7 +59,7 @@ def test_settings_that_contradict_each_other_are_refused(args, message):
 
 def paths_of(name):
     """The parameter paths of a network as it stands in the model table."""
-    return [p.removeprefix("params/") for p in load._default_shapes(name) if p.startswith("params/")]
+    return [p.removeprefix("params/") for p in load.default_shapes(name) if p.startswith("params/")]
 
 
 def cuts_of(name):

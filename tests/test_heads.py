@@ -16,7 +16,7 @@ from tl_jax.core import trees
 from tl_jax.core.card import Card
 from tl_jax.models import head, peft, resnet, vit
 from tl_jax.models.variant import Variant
-from tl_jax.weights import formats, load
+from tl_jax.weights import formats, inspection, load
 
 LAYERS = (
     ("dense", {"features": 12}),
@@ -242,7 +242,7 @@ def test_a_head_goes_out_and_comes_back_bit_equal_with_its_card(small, layers, t
     assert {key for key in keys if "/" in key} == {key for key in made.origins if "/head/" in key}, (
         "beside the family's"
     )
-    listed = load.inspect(path)
+    listed = inspection.inspect(path)
     assert "params/head/out/kernel" in listed and '"head": [["' in listed
     assert load.source_head(name, path) is None, "its classifier does not read pre_logits"
 
@@ -298,7 +298,7 @@ def test_the_folder_of_a_run_is_its_whole_network_and_the_card_names_the_model(s
         loaded = load.load(name, tmp_path)
         assert (loaded.card, loaded.sha256) == (made.card, formats.sha256(tmp_path / "model.safetensors"))
         jax.tree.map(np.testing.assert_array_equal, loaded.variables, made.variables)
-    assert '"small_resnet"' in load.inspect(tmp_path)
+    assert '"small_resnet"' in inspection.inspect(tmp_path)
     tensors, _ = formats.read(tmp_path / "model.safetensors")
     formats.write_safetensors(tmp_path / "model.safetensors", tensors, {})
     with pytest.raises(ValueError, match="has no weight card that names its model: give the name"):

@@ -16,7 +16,7 @@ from tl_jax import models
 from tl_jax.core import trees
 from tl_jax.core.card import Card
 from tl_jax.models import conversion, inception, layers, resnet
-from tl_jax.weights import formats, load
+from tl_jax.weights import formats, inspection, load
 
 h5py = pytest.importorskip("h5py", reason="h5py is in requirements-dev.txt")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -440,9 +440,9 @@ def test_inspect_names_the_model_and_what_it_needs(tmp_path, monkeypatch):
     formats.write(tmp_path / "foreign.h5", tensors, {})
     with monkeypatch.context() as few:
         few.setattr(load.models, "MODELS", {name: models.get(name) for name in ("mobilenetv1_025", card.model)})
-        text = load.inspect(tmp_path / "foreign.h5")
+        text = inspection.inspect(tmp_path / "foreign.h5")
     assert "fits mobilenetv1_025 (layout keras), loaded as mobilenetv1_025.keras: 224 px with mean (0.5, 0.5" in text
-    assert Card.from_json(load.inspect(tmp_path / "own.h5").rpartition("card ")[-1]) == card
+    assert Card.from_json(inspection.inspect(tmp_path / "own.h5").rpartition("card ")[-1]) == card
     notop = {key: array for key, array in tensors.items() if not key.startswith("conv_preds")}
     formats.write(tmp_path / "notop.h5", notop, {})
     with pytest.raises(ValueError, match="the file has no head: give num_classes for a new one, or 0 for none"):

@@ -44,11 +44,11 @@ def keys_of(name, layout, without=()):
 
 
 def describe(tensors):
-    return nearest.describe(tensors, load._default_shapes)
+    return nearest.describe(tensors, load.default_shapes)
 
 
 def names_of(tensors):
-    return [(each.name, each.layout) for each in nearest.nearest(tensors, load._default_shapes)]
+    return [(each.name, each.layout) for each in nearest.nearest(tensors, load.default_shapes)]
 
 
 def drop_the_end(tensors, name, layout):
@@ -101,7 +101,7 @@ def test_a_mutilated_file_is_nearest_to_what_it_was(name):
     whole = keys_of(name, layout)
     for change in CHANGES:
         tensors = change(whole, name, layout)
-        (found, *equal) = nearest.nearest(tensors, load._default_shapes)
+        (found, *equal) = nearest.nearest(tensors, load.default_shapes)
         assert (name, layout) in [(each.name, each.layout) for each in (found, *equal)], change
         assert len(equal) < 6 and 0.5 < found.fits / found.total < 1, change
 

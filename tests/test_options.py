@@ -131,7 +131,8 @@ INITIAL = """
 "model.weights_sha256": "", "data.weights": "", "method.mix_domains": 0.0, "turns": [], "restart": false,
 "data.labelled": true,
  "model.channels": 0, "model.tokenizer": "", "model.vectors": "", "model.max_length": 0, "model.pooling": "",
- "model.partial": [], "log": [], "feature_map": "pca"}
+ "model.partial": [], "log": [], "feature_map": "pca",
+ "data.image": "", "data.columns": [], "model.parts": {}, "model.fusion": {}}
 """
 
 

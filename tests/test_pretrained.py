@@ -53,7 +53,7 @@ def small_files(small_resnet, small_vit, tmp_path):
 
 def random_variables(name, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = load._default_shapes(name)
+    shapes = load.default_shapes(name)
     flat = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
     return trees.unflatten({path: np.abs(x) if path.endswith("/var") else x for path, x in flat.items()})
 
@@ -126,7 +126,7 @@ FIRST = {(models.get(name).module.func, *models.get(name).layouts): name for nam
 )
 def test_every_table_is_one_to_one_over_every_leaf(name):
     for kind, table in models.get(name).layouts.items():
-        leaves = load._default_shapes(load._flavour(name, kind))
+        leaves = load.default_shapes(load._flavour(name, kind))
         keys = [key for leaf in leaves for key in conversion.sources_of(table, leaf)[0]]
         assert len(set(keys)) == len(keys), kind
         assert all(conversion.canonical(table, key) == key for key in keys), kind

@@ -400,7 +400,7 @@ def test_parameter_count_is_the_published_one(name):
     model = variant.module(num_classes=0)
     assert (model.vocab_size, model.pooling) == (variant.card.vocab, variant.card.pooling)
     assert variant.card.max_length <= model.positions - model.first_position
-    count = sum(np.prod(shape) for shape in load._default_shapes(name).values())
+    count = sum(np.prod(shape) for shape in load.default_shapes(name).values())
     pooler = 0 if "gpt" in name or name == "distilbert_base" else model.width * (model.width + 1)
     assert count + pooler == COUNTS[name]
 

@@ -181,7 +181,7 @@ def genuine(shared, name):
     path = shared / "weights" / GENUINE[name]
     if name != "resnet18":
         return host(load.load(name, path))
-    shapes = {p: s for p, s in load._default_shapes(name).items() if "stage4" not in p and not p.startswith(load.HEAD)}
+    shapes = {p: s for p, s in load.default_shapes(name).items() if "stage4" not in p and not p.startswith(load.HEAD)}
     flat, _, problems = conversion.fill(get_variant(name).layouts["timm"], shapes, formats.read(path)[0])
     assert not problems
     return flat

@@ -29,7 +29,8 @@ _FOUND_IN = {
     "tasks": ("summarize", "paired_difference", "load_predictions"),
     "training.train": ("train",),
     "weights.delta": ("load as load_delta",),
-    "weights.load": ("inspect", "export as save_weights"),
+    "weights.inspection": ("inspect",),
+    "weights.load": ("export as save_weights",),
 }
 _NAMES = {text.split()[-1]: (room, text.split()[0]) for room, texts in _FOUND_IN.items() for text in texts}
 _ROOMS = (

@@ -12,7 +12,19 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from tl_jax.core import checks, files, messages, synonyms
-from tl_jax.core.options import CARD, LANGUAGE, NETWORK, OPTIONS, SELECTORS, STREAM, TASK_ARGS, TASKS, WEIGHT
+from tl_jax.core.options import (
+    CARD,
+    FUSION,
+    LANGUAGE,
+    NETWORK,
+    OPTIONS,
+    PART,
+    SELECTORS,
+    STREAM,
+    TASK_ARGS,
+    TASKS,
+    WEIGHT,
+)
 
 WHOLE = tuple(name for name, option in OPTIONS.items() if isinstance(option.initial, dict))  # each is one value
 REPLICABLE = tuple(name for name, option in OPTIONS.items() if option.replica)
@@ -22,6 +34,7 @@ SEVERAL_TYPES = ("data.source", "model.image_size")  # a string or a number, or 
 ENTRIES = {  # options that hold tables by name: their fields, those that must be given, and names that are taken
     "streams": (STREAM, ("source", "split"), ("train", "val", "test")),
     "networks": (NETWORK, ("name", "weights"), ("backbone", "head")),
+    "model.parts": (PART, ("name",), ()),
     "terms": (None, (), ()),  # other fields than "weight" are checked by who reads them
 }
 PROBES = ("knn", "logistic", "ridge")  # methods without gradient, fitted on features
@@ -214,7 +227,7 @@ def check(config: ConfigDict) -> None:
         f"{name} = {messages.brief(flat[name])}: expected {check.expected}" for name, check in expected.items()
     ]
     # What follows looks into values and compares them, so that each must be valid by itself first.
-    finders = _table_problems, _phase_problems, _replica_problems, _data_problems
+    finders = _table_problems, _phase_problems, _replica_problems, _data_problems, _fusion_problems
     problems = problems or [problem for find in finders for problem in find(flat)]
     checks.refuse("invalid options", problems or _method_problems(flat))
 
@@ -224,6 +237,7 @@ def _table_problems(flat: Mapping[str, Any]) -> list[str]:
     problems = checks.table_problems("data.card", flat["data.card"], CARD)
     task_args = {name: TASK_ARGS[name] for name in TASKS[flat["task"]]}
     problems += checks.table_problems(f"task_args of {flat['task']}", flat["task_args"], task_args)
+    problems += checks.table_problems("model.fusion", flat["model.fusion"], FUSION)
     entries = [(section, name, entry) for section in ENTRIES for name, entry in flat[section].items()]
     for section, name, entry in entries:
         what, (fields, required, reserved) = f"{section}.{name}", ENTRIES[section]
@@ -291,6 +305,30 @@ def _data_problems(flat: Mapping[str, Any]) -> list[str]:
         (select in SELECTORS and not candidates, f"select = {select!r} judges data.candidates, which is (); name it"),
         (select == "mixval" and flat["cache"], "select = 'mixval' mixes inputs, of which cache = 'features' has none"),
         (min_delta and not patience, f"min_delta = {min_delta!r} belongs to patience, which is 0"),
+    )
+
+
+def _fusion_problems(flat: Mapping[str, Any]) -> list[str]:
+    """What a fusion of networks does not go with, and options of one where there is none."""
+    name, parts, fusion = flat["model.name"], flat["model.parts"], flat["model.fusion"]
+    if name != "fusion":
+        text = f"model.parts and model.fusion belong to model.name = 'fusion'; found {name!r}"
+        return _where((parts or fusion, text))
+    kinds = ("image", "text", "table")
+    expected = "expected at least two of image, text and table, or model.weights of a fusion"
+    both = parts and flat["model.weights"]
+    without = {"model.image_size": 0, "model.reinit": [], "model.partial": [], "model.drop_path": 0.0}
+    without |= {"parallel": "jit", "method.auto_rgn": False, "model.vectors": "", "data.card": {}}
+    without |= {"data.candidates": [], "streams": {}, "replicas": []}
+    without |= {} if parts else {"model.fusion": {}, "model.tokenizer": "", "model.max_length": 0, "model.pooling": ""}
+    found = [(flat[key] != value, f"{key} = {flat[key]!r}: a fusion does without") for key, value in without.items()]
+    return _where(
+        (not (parts or flat["model.weights"]), f"model.parts is empty: {expected}"),
+        (parts and (len(parts) < 2 or set(parts) - set(kinds)), f"model.parts has {', '.join(parts)}: {expected}"),
+        (both, "model.parts have weights of their own: leave out model.weights, or model.parts"),
+        (parts and flat["model.keep_head"], "model.keep_head = True: the parts have no head; it is new"),
+        (flat["method.name"] in PROBES, f"method.name = {flat['method.name']!r}: a fusion begins with random layers"),
+        *found,
     )
 
 

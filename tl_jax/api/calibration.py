@@ -68,7 +68,7 @@ def calibrate(
 def splits_of(run: Any) -> dict[str, Source]:
     """The data that a run was trained, chosen and scored by: {MAIN, "val", ...: source}; ValueError for other data."""
     card, settings = run.model.card, read(options.read(run.folder / "config.json"))
-    data = inputs.load_sources(settings, card.form if card.input == "image" else None)
+    data = inputs.load_sources(settings, card.form if "image" in card.cards else None)
     known = [MAIN, *inputs.SPLITS[1:], *(name for name, *_ in settings.data.extra_eval)]
     found = {name: data[name] for name in known if name in data}
     facts = files.read_json(run.folder / "audit.json")["phases"][0]["data"]

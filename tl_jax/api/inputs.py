@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tl_jax.api import several
 from tl_jax.core import files
 from tl_jax.core.card import Card, Form
 from tl_jax.core.messages import listed, nearest
@@ -25,6 +26,7 @@ def list_inputs(data: Any, card: Card, text: Sequence[str] = ()) -> tuple[Sequen
     Of a network of text an item is a tuple of one or two texts; text: the columns of files of rows.
     """
     if isinstance(data, Source):
+        data = data.of_kind(card.input) if card.input in data.kinds else data  # of several
         return data.ids, data.inputs.rows if card.input == data.input == "text" else data.inputs
     if card.input == "text":
         return _list_texts(data, text)
@@ -102,18 +104,23 @@ def source_name(data: PATH, input: str = "image") -> str:
         return text
     if input == "text" and path.suffix != ".npz":
         return f"text:{text}"
+    if input == "several" and path.suffix in texts.KINDS:
+        return f"several:{text}"
     if path.is_dir():
         kind = "packed" if any(path.glob("*/meta.json")) else "arrays" if any(path.glob("*.npz")) else "folder"
         return f"{kind}:{text}"
     return f"{'csv' if path.suffix == '.csv' else 'arrays'}:{text}"
 
 
-def splits_of(source: str, task: str, labels: Sequence[str] = (), text: Sequence[str] = ()) -> list[str]:
-    """Which of train, val and test a source has; raises what `sources.load` raises where it has none."""
+def splits_of(source: str, task: str, labels: Sequence[str] = (), **columns: Any) -> list[str]:
+    """Which of train, val and test a source has; raises what `sources.load` raises where it has none.
+
+    columns: text, image and columns, as `sources.load` has them.
+    """
     found, problem = [], None
     for split in ("train", "val", "test"):
         try:
-            sources.list_split(source, split, task=task, labels=tuple(labels), text=tuple(text), form=None)
+            sources.list_split(source, split, task=task, labels=tuple(labels), **columns, form=None)
             found.append(split)
         except (ValueError, OSError) as error:
             problem = problem or error
@@ -141,18 +148,21 @@ def load_labelled(
     *,
     labels: Sequence[str] = (),
     text: Sequence[str] = (),
+    columns: Mapping[str, Any] | None = None,
     cuts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Source:
     """One labelled split of what a user hands over, for the network of a card.
 
-    cuts: {source: group and split_seed} of sources that are known.
+    columns: of several inputs, as data.image and data.columns. cuts: {source: group and split_seed} of sources that are
+    known.
     """
-    task, form = card.task, card.form if card.input == "image" else Form()
+    task, form = card.task, card.form if "image" in card.cards else Form()
     if isinstance(data, PATH):
         name = source_name(data, card.input)
-        columns = {"labels": tuple(labels), "text": tuple(text) if name.startswith("text:") else ()}
-        split = split or splits_of(name, task, **columns)[-1]
-        return sources.load(name, split, task=task, **columns, form=form, **(cuts or {}).get(name, {}))
+        read = {"labels": tuple(labels), "text": tuple(text) if name.startswith(("text:", "several:")) else ()}
+        read |= (columns or {}) if name.startswith("several:") else {}
+        split = split or splits_of(name, task, **read)[-1]
+        return sources.load(name, split, task=task, **read, form=form, **(cuts or {}).get(name, {}))
     named = by_split(data)
     chosen = split or next(name for name in ("test", "val", "train", *named) if name in named)
     if chosen not in named:
@@ -171,7 +181,9 @@ def by_split(data: Any) -> dict[str, Source]:
             pair = "a pair (images [N, H, W, C] or texts, labels), a Dataset, or a table {split: pair or Dataset}"
             expected = f"expected a source such as 'folder:PATH', a path, {pair}"
             raise ValueError(f"{split}: found {type(each).__name__}; {expected}")
-        if len(each[0]) and (found_texts := [as_texts(x) for x in each[0]])[0]:
+        if isinstance(each[0], Mapping):
+            inputs, (labels, *classes) = several.arrays_of(each[0]), map(np.asarray, each[1:])
+        elif len(each[0]) and (found_texts := [as_texts(x) for x in each[0]])[0]:
             inputs, (labels, *classes) = join_texts(found_texts), map(np.asarray, each[1:])
         else:
             images, labels, *classes = map(np.asarray, each)
@@ -186,10 +198,13 @@ def write_arrays(named: Mapping[str, Source], path: pathlib.Path) -> None:
     kept, names = {}, {source.class_names for source in named.values()}
     if all(found == tuple(map(str, range(len(found)))) for found in names):  # numbered: the longest holds the others
         names = {max(names, key=len)}
-    if len(names) != 1 or any(source.columns for source in named.values()):
+    if len(names) != 1 or any(source.columns for source in named.values() if source.input == "table"):
         raise ValueError(f"splits with different classes, or rows of a table: {', '.join(named)}; expected images")
     for split, source in named.items():
         kept[f"{split}_label"] = source.labels
+        if source.input == "several":
+            kept |= {f"{split}_{key}": x for key, x in _several_arrays(source).items()}
+            continue
         if source.input == "text":
             kept |= {f"{split}_{key}": x for key, x in join_texts(source.inputs.rows).items()}
             continue
@@ -203,3 +218,15 @@ def write_arrays(named: Mapping[str, Source], path: pathlib.Path) -> None:
         kept[f"{split}_offsets"] = np.cumsum([0, *map(len, encoded)])
     with files.atomic_write(path) as file:
         np.savez(file, classes=np.array(names.pop()), **kept)
+
+
+def _several_arrays(source: Source) -> dict[str, np.ndarray]:
+    """The arrays of several inputs, as `arrays.load_arrays` reads them."""
+    parts, present = source.inputs.parts, source.inputs.present
+    kept = {f"{arrays.HAS}{kind}": there for kind, there in present.items()}
+    if "image" in parts:
+        if not isinstance(parts["image"], np.ndarray):
+            raise ValueError(f"{source.name} has image files; give it as a source by name")
+        kept["image"] = parts["image"]
+    kept |= {"features": parts["table"]} if "table" in parts else {}
+    return kept | (join_texts(parts["text"].rows) if "text" in parts else {})

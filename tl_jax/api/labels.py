@@ -171,6 +171,8 @@ def _splits(flat: Mapping[str, Any]) -> list[str]:
 def _read(flat: Mapping[str, Any], splits: Sequence[str]) -> tuple[dict[str, Source], np.ndarray, str]:
     """The splits, each example once; the features [N, D] of all of them in turn; what these are."""
     name, weights, parallel = flat["model.name"], flat["model.weights"], sharding.make_parallel("jit")
+    if name == "fusion":
+        raise ValueError("suspect labels are found on the features of one network, and this run is a fusion of several")
     several = parallel.mesh.size * (len(flat["data.source"]) if isinstance(flat["data.source"], list) else 1)
     kept = {name: x for name, x in flat.items() if name.startswith(("model.", "data.")) or name in ("task", "seed")}
     kept |= {"data.resample": "kfold:2:0"} if flat["data.resample"] == "loo" else {}  # any cut holds the whole

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tl_jax import tasks
-from tl_jax.api import inputs
+from tl_jax.api import inputs, several
 from tl_jax.core import console, trees
 from tl_jax.core.card import Card
 from tl_jax.core.messages import listed
@@ -29,6 +29,7 @@ from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.tasks import answers, trust
 from tl_jax.training.steps import FEATURES, normalise
 from tl_jax.weights import load as pretrained
+from tl_jax.weights import parts as fusions
 from tl_jax.weights import zero_shot as zero
 from tl_jax.weights.text_inputs import Text
 
@@ -76,6 +77,8 @@ class Model(Network):
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the leaves, as in `weights.load.Loaded`
     text_options: tuple[str, int, str] = ("", 0, "")  # tokenizer, max_length and pooling, as given to `load`
     head_init: str = "zeros"  # of the head with which `fit` begins
+    parts: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # of a fusion, as given to `load`
+    fusion: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -108,6 +111,9 @@ def load(
     tokenizer: str | os.PathLike = "",
     max_length: int = 0,
     pooling: str = "",
+    parts: Mapping[str, Mapping[str, Any]] | None = None,
+    fusion: Mapping[str, Any] | None = None,
+    columns: Sequence[str] = (),
     similarity: bool = False,
 ) -> Model:
     """Loads a weight file of any known layout into the named model; without a file its weights are random.
@@ -119,28 +125,35 @@ def load(
     from the card; the kernel of the stem is summed or repeated. partial: regexes of what the file may lack, such as
     ("stage4/.*",); that is random, from `seed`. tokenizer: of a network of text, a tokenizer.json that does not lie
     beside the weights; max_length and pooling: as its card says unless given. similarity: the network takes pairs of
-    texts and answers the cosine of their features, as a regression of one value. Raises one ValueError that lists
-    every tensor that does not fit.
+    texts and answers the cosine of their features, as a regression of one value. parts, fusion: of the name "fusion",
+    as the options model.parts and model.fusion; columns: of its part for a table, of arrays x0, x1, ... Raises one
+    ValueError that lists every tensor that does not fit.
     """
     weights = os.fspath(weights)
     how = {"image_size": image_size or None, "channels": channels, "mean": mean, "std": std, "seed": seed}
     given = os.fspath(tokenizer)
     made = given.partition(":")[0] in tokenizers.MADE  # of the training texts, which are not known yet
     text = Text(tokenizers.read(given) if given and not made else None, max_length, pooling)
+    asked, joined = (given, max_length, pooling), {"parts": parts or {}, "fusion": fusion or {}}
     if similarity:
         if num_classes is not None:
             raise ValueError(f"num_classes={num_classes}: the similarity of two texts is one number; leave it out")
         num_classes, how["head"] = 1, (("cosine", {}),)
-    loaded = pretrained.load(name, weights, num_classes, partial=partial, text=text, **how)
+    if parts:
+        if similarity:
+            raise ValueError("similarity compares two texts, and a fusion reads several inputs: leave one of them out")
+        own = {"columns": columns, "text": text, "channels": channels, "seed": seed}
+        loaded = fusions.load(joined["parts"], joined["fusion"], num_classes or 0, **own)
+    else:
+        loaded = pretrained.load(name, weights, num_classes, partial=partial, text=text, **how)
     if similarity:
         card = loaded.card.replace(task="regression", target_mean=(0.0,), target_std=(1.0,))
         made = {path: COSINE for path in loaded.origins if path.startswith(pretrained.HEAD)}
         loaded = loaded._replace(card=card, origins=loaded.origins | made)
-    name = name or loaded.card.model
-    asked = (given, max_length, pooling)
     return Model(
-        name, weights, loaded.model, loaded.variables, loaded.card, image_size, channels, loaded.origins, asked
-    )
+        name or loaded.card.model, weights, loaded.model, loaded.variables, loaded.card, image_size, channels,
+        loaded.origins, asked, **joined,
+    )  # fmt: skip
 
 
 def zero_shot(
@@ -191,8 +204,16 @@ def _text_batches(model: Network, names: Sequence[str], items: Sequence[tuple[st
             yield [(names[i], None) for i in rows], {name: x[: len(rows)] for name, x in outputs.items()}
 
 
-def _batches(model: Network, data: Any, batch_size: int, text: Sequence[str] = ()) -> Answered:
-    """Yields pairs (name of an input, why it cannot be read, else None), and the outputs for those that can be read."""
+def _batches(
+    model: Network, data: Any, batch_size: int, text: Sequence[str] = (), columns: Mapping[str, Any] | None = None
+) -> Answered:
+    """Yields pairs (name of an input, why it cannot be read, else None), and the outputs for those that can be read.
+
+    text, columns: where a file has them, as the options data.text, data.image and data.columns.
+    """
+    if model.card.parts:
+        yield from several.batches(model, several.source_of(data, model.card, text, **(columns or {})), batch_size)
+        return
     names, items = inputs.list_inputs(data, model.card, text)
     if model.card.input == "text":
         yield from _text_batches(model, names, items, batch_size)
@@ -224,7 +245,7 @@ def _batches(model: Network, data: Any, batch_size: int, text: Sequence[str] = (
 def stream(model: Any, data: Any, batch_size: int = 128) -> Iterator[answers.Row]:
     """What `predict` gives, row by row; only one batch is held."""
     own, fitted = _model(model), getattr(model, "trust", None)
-    for found, outputs in _batches(own, data, batch_size, getattr(model, "text", ())):
+    for found, outputs in _batches(own, data, batch_size, getattr(model, "text", ()), getattr(model, "columns", {})):
         read = outputs.pop(FEATURES, None)
         rows = answers.answers(own.spec, outputs) if outputs else []
         further = trust.judge(fitted, outputs, read, own.spec) if fitted and outputs else [{} for _ in rows]
@@ -237,8 +258,9 @@ def predict(model: Any, data: Any, *, batch_size: int = 128) -> list[answers.Row
 
     model: a Model or a Run. data: a folder, a file or a sequence of them, images [N, H, W, C] or a list of them,
     or a Dataset; of a network that reads a table, a .csv file or rows [N, F]; of text, a file or folder of texts, or a
-    sequence of texts or pairs of texts. What cannot be read has a row {"file",
-    "error"}. Of a Run that was calibrated the rows have what `tasks.trust.judge` adds.
+    sequence of texts or pairs of texts; of several inputs, a mapping {"image": images, "text": texts, "table": rows},
+    where None is missing, or of a Run a file with its columns. What cannot be read has a row {"file", "error"}, but
+    with several inputs is an error. Of a Run that was calibrated the rows have what `tasks.trust.judge` adds.
     """
     return list(stream(model, data, batch_size))
 
@@ -257,6 +279,8 @@ def features(model: Any, data: Any, *, batch_size: int = 128) -> np.ndarray:
 def observe(model: Any, data: Any, *, batch_size: int = 128) -> tasks.Predictions:
     """Outputs and features for inputs as in `predict`, without labels; ValueError names the unreadable."""
     own = _model(model)
+    if own.card.parts:
+        raise ValueError(f"{own.card.model} reads several inputs, which cannot be observed for drift yet")
     names, found = inputs.list_inputs(data, own.card)[0], _whole(own, data, batch_size)
     read = found.pop(FEATURES)
     return tasks.make_predictions(found, None, names, own.spec, read)
@@ -307,7 +331,7 @@ def score(
     own = _model(model)
     _check_trained(own)
     known = {"labels": labels or getattr(model, "labels", ()), "cuts": getattr(model, "cuts", None)}
-    known["text"] = text or getattr(model, "text", ())
+    known |= {"text": text or getattr(model, "text", ()), "columns": getattr(model, "columns", {})}
     source = inputs.load_labelled(data, split, own.card, **known)
     if text and source.input != "text":
         raise ValueError(f"text={','.join(text)}: {source.name} has no texts, leave it out")

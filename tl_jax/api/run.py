@@ -90,6 +90,11 @@ class Run:
         """The columns of text that the run was trained on."""
         return self.options["data.text"]
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns of image files and numbers that the run was trained on, of several inputs."""
+        return {name: self.options[f"data.{name}"] for name in ("image", "columns")}
+
     @functools.cached_property
     def model(self) -> Model:
         """The adapted network: model.safetensors, or the delta checkpoint on its base."""
@@ -202,7 +207,7 @@ def fit(
         "model.channels": model.channels, "model.head_init": model.head_init,
         "model.head": model.card.head if model.card.texts > 1 else (),
         **dict(zip(("model.tokenizer", "model.max_length", "model.pooling"), model.text_options, strict=True)),
-        "seed": seed, "batch_size": batch_size, **own,
+        "model.parts": model.parts, "model.fusion": model.fusion, "seed": seed, "batch_size": batch_size, **own,
         **_data_options(data, task, run.folder, given, model.card.input), **table[method],
     }  # fmt: skip
     if model.channels:
@@ -217,7 +222,9 @@ def _data_options(data: Any, task: str, folder: pathlib.Path, given: Mapping[str
     """The options of the data: its source, its splits and its task."""
     if isinstance(data, str | os.PathLike):
         source, task = inputs.source_name(data, input), task or "classification"
-        found = inputs.splits_of(source, task, given.get("data.labels", ()), given.get("data.text", ()))
+        keys = ("labels", "text", "image", "columns")
+        named = {key: given[f"data.{key}"] for key in keys if f"data.{key}" in given}
+        found = inputs.splits_of(source, task, **named)
     else:
         found = inputs.by_split(data)
         text = "\n".join(f"{split} {source.fingerprint}" for split, source in found.items())

@@ -7,8 +7,9 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from tl_jax.core import checks, files
+from tl_jax.core.fields import PRESENT
 
-INPUTS = ("image", "table", "text")
+INPUTS = ("image", "table", "text", "several")
 CROP_MODES = ("center", "squash", "border")
 POOLINGS = ("cls", "mean", "last", "max")  # of tokens into one vector
 COMPARING = ("cosine", "compare")  # head layers that take two texts, each encoded by itself
@@ -22,7 +23,7 @@ STORED = ("pixels", "scale")  # those of them that say how the files hold it: no
 # Left out of the JSON at their defaults, so that a new field changes no card that exists.
 LATER = (
     "input", "columns", "task", "target_mean", "target_std", "threshold", "head", "crop_mode", "pixels", "scale",
-    "vocab", "tokenizer", "max_length", "pooling",
+    "vocab", "tokenizer", "max_length", "pooling", "parts", "fusion",
 )  # fmt: skip
 
 
@@ -63,6 +64,8 @@ class Card:
     Input "table": the values of `columns` enter as `(x - mean) / std`, one mean and deviation a column.
     Input "text": the tokenizer.json of sha256 `tokenizer` gives at most `max_length` tokens, numbers below `vocab`,
     whose vectors are pooled by `pooling`, one of POOLINGS.
+    Input "several": one of each kind of `parts`, the cards of the networks that read them; `fusion` says how these are
+    joined, pairs (field of models.fusion.Fusion, value).
     """
 
     model: str
@@ -90,8 +93,14 @@ class Card:
     tokenizer: str = ""  # "": not known yet
     max_length: int = 0  # tokens of an example, special ones included
     pooling: str = ""
+    parts: tuple["Card", ...] = ()
+    fusion: tuple = ()
 
     def __post_init__(self):
+        kinds = [part.input for part in self.parts]
+        if kinds and (self.input != "several" or not 1 < len(kinds) == len(set(kinds)) or "several" in kinds):
+            expected = "an input 'several' has two or three parts, of different kinds, and no other has any"
+            raise ValueError(f"invalid weight card: input={self.input!r} with parts {kinds}; {expected}")
         if self.input == "text" and not (self.vocab > 0 and self.max_length > 0 and self.pooling in POOLINGS):
             found = f"vocab={self.vocab}, max_length={self.max_length}, pooling={self.pooling!r}"
             raise ValueError(f"invalid weight card: {found}; expected numbers above 0, one of {', '.join(POOLINGS)}")
@@ -117,6 +126,21 @@ class Card:
             )
 
     @property
+    def cards(self) -> dict[str, "Card"]:
+        """Of each kind of input, the card that says how it is read."""
+        return {part.input: part for part in self.parts} or {self.input: self}
+
+    @property
+    def field(self) -> str | tuple[str, ...]:
+        """What of a batch the network reads: one field, or those of several inputs, see fields.take."""
+        return tuple(f"{kind}{end}" for end in ("", PRESENT) for kind in self.cards) if self.parts else self.input
+
+    def unread(self, cut: str | None) -> tuple[str, ...]:
+        """The kinds of several inputs that a network reads behind a cut, None: from the input on."""
+        kinds, last = list(self.cards), (cut or "").partition("/")[0]
+        return tuple(kinds[kinds.index(last) + 1 :] if last in kinds else () if cut else kinds)
+
+    @property
     def divisor(self) -> float:
         """What pixels are divided by before mean and deviation; 1 of other inputs."""
         return (self.scale or 255.0) if self.input == "image" else 1.0
@@ -128,6 +152,8 @@ class Card:
 
     @property
     def form(self) -> Form:
+        if "image" in self.cards and self.parts:
+            return self.cards["image"].form
         return Form(self.pixels, len(self.mean))
 
     @property
@@ -139,7 +165,7 @@ class Card:
 
     def to_json(self) -> str:
         defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in LATER}
-        table = dataclasses.asdict(self)
+        table = dataclasses.asdict(self) | {"parts": tuple(json.loads(part.to_json()) for part in self.parts)}
         return json.dumps({key: x for key, x in table.items() if defaults.get(key, ...) != x}, sort_keys=True)
 
     @classmethod
@@ -150,7 +176,8 @@ class Card:
             raise ValueError(f"weight card has unknown fields {unknown}; known: {known}")
         if missing := sorted({"model", "num_classes"} - set(fields)):
             raise ValueError(f"weight card lacks {missing}")
-        return cls(**files.as_tuples(fields))
+        parts = tuple(cls.from_json(json.dumps(part)) for part in fields.pop("parts", ()))
+        return cls(**files.as_tuples(fields), **({"parts": parts} if parts else {}))
 
     def replace(self, **fields: Any) -> "Card":
         return dataclasses.replace(self, **fields)

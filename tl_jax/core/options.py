@@ -86,7 +86,19 @@ STREAM = {
 HASH = checks.Check(
     lambda x: bool(TEXT.fits(x) and re.fullmatch("([0-9a-f]{64})?", x)), "64 lower-case hex digits, or ''"
 )
-NETWORK = {"name": TEXT, "weights": TEXT, "image_size": PIXELS, "sha256": HASH, "cache": one_of("", "features")}
+PART = {"name": TEXT, "weights": TEXT, "image_size": PIXELS, "sha256": HASH}
+FUSION = {
+    "kind": one_of("late", "early"),
+    "width": integer(1, 2**14),
+    "merge": one_of("concat", "sum"),
+    "depth": integer(1, 64),
+    "heads": integer(1, 64),
+    "order": TEXTS,
+    "drop": checks.Check(
+        lambda x: TABLE.fits(x) and all(map(RATE.fits, x.values())), "{kind of input: probability below 1}"
+    ),
+}
+NETWORK = PART | {"cache": one_of("", "features"), "group": TEXT}  # group "": frozen
 CARD = {
     "input_size": either(integer(1, 4096), _PAIR),
     "mean": sequence(number(), "a sequence of numbers"),
@@ -125,6 +137,9 @@ _ROWS = (
     _option("model.partial", (), REGEXES, "what that file may lack, and begins from random numbers: regexes of whole "
             "paths of the backbone, stage4/.*"),
     _option("model.image_size", 0, PIXELS, "pixels, of a side or (height, width); 0: the size on the weight card"),
+    _option("model.parts", {}, TABLES, "of a fusion: {image | text | table: {name, weights, image_size, sha256}}"),
+    _option("model.fusion", {}, TABLE, "of a fusion: kind late | early, width, merge concat | sum, depth, heads, drop, "
+            "order of the parts"),
     _option("model.tokenizer", "", TEXT,
             "a tokenizer.json, or made of the training texts: words | chars | wordpiece | bpe, bpe:5000"),
     _option("model.vectors", "", TEXT, "a file of word vectors, as of GloVe, for a network without weights"),
@@ -143,7 +158,8 @@ _ROWS = (
     _option("model.remat", "", one_of("", "block", "dots"), "recompute in the backward pass: all of a block, or all "
             "but matrix products and convolutions"),
     _option("model.attention", "xla", one_of("xla", "cudnn"), "cudnn: its fused kernel, on a GPU in bfloat16"),
-    _option("networks", {}, TABLES, "{name: {name, weights, image_size, sha256, cache}}; cache 'features': on disk"),
+    _option("networks", {}, TABLES, "{name: {name, weights, image_size, sha256, cache, group}}; cache 'features': on "
+            "disk; group: what trains it, '' for frozen"),
 
     # The data
     _option("data.source", "digits", SOURCE, "digits | glyphs | docstrings | folder:PATH | csv:FILE | table:FILE | "
@@ -156,7 +172,9 @@ _ROWS = (
             "the target's held-out split on which selectors judge without labels: (name, source, split)"),
     _option("data.labels", (), TEXTS, "the columns that hold the labels, of sources that have columns"),
     _option("data.resample", "", TEXT, "cut train and test from the split train: kfold:K:FOLD | bootstrap:DRAW | loo"),
-    _option("data.text", (), TEXTS, "the one or two columns that hold texts, of text: sources"),
+    _option("data.text", (), TEXTS, "the one or two columns that hold texts, of text: and several: sources"),
+    _option("data.image", "", TEXT, "the column that names image files, of several: sources"),
+    _option("data.columns", (), TEXTS, "the columns of numbers, of several: sources"),
     _option("data.group", "", TEXT, "what no slice or fold cuts: a column or array by name, or a pattern in the ids"),
     _option("data.allow_duplicates", False, FLAG, "allow duplicates of training examples among what is scored"),
     _option("data.labelled", True, FLAG, "False: the stream train has no labels, for adaptation without source data"),

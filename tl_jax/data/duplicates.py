@@ -25,7 +25,7 @@ from tl_jax.core.messages import listed
 from tl_jax.data import groups
 from tl_jax.data.examples import EncodedImages, FileImages, JoinedImages, Source, originals
 from tl_jax.data.image import decode
-from tl_jax.data.text.tokens import Texts
+from tl_jax.data.several import Several, in_memory
 
 FORMAT = 1  # of what is kept
 SIDE = 32  # pixels of a thumbnail
@@ -175,8 +175,8 @@ def looks_of(examples: Sequence[tuple[Source, int]]) -> Looks:
 
     Raises ValueError that names every image that cannot be read.
     """
-    in_memory, path = all(isinstance(source.inputs, np.ndarray | Texts) for source, _ in examples), None
-    if not in_memory:
+    held, path = all(in_memory(source.inputs) for source, _ in examples), None
+    if not held:
         digest = hashlib.sha256(f"{FORMAT} {len(examples)}".encode())
         for source, i in examples:
             digest.update(
@@ -195,7 +195,7 @@ def looks_of(examples: Sequence[tuple[Source, int]]) -> Looks:
     names = ", ".join(dict.fromkeys(source.name for source, _ in examples))
     refuse(f"{len(damaged)} of {len(examples)} images of {names} cannot be read", damaged)
     looks = Looks(*map(np.stack, zip(*each, strict=True)))
-    if not in_memory:
+    if not held:
         with contextlib.suppress(OSError):  # no home to write to, or it is full: read them every time
             _write(path, looks)
     return looks
@@ -203,6 +203,9 @@ def looks_of(examples: Sequence[tuple[Source, int]]) -> Looks:
 
 def _stamp(images: Any, i: int) -> bytes:
     """What is another when an image is: of a file its place and time, of one in memory its hash."""
+    if isinstance(images, Several):  # the head holds what other inputs there are
+        files = images.parts.get("image")
+        return images.head(i) + (_stamp(files, i) if files is not None and images.present["image"][i] else b"")
     if isinstance(images, JoinedImages):
         return _stamp(images.containers[images.which[i]], images.position[i])
     if isinstance(images, FileImages):
@@ -218,6 +221,8 @@ def _stamp(images: Any, i: int) -> bytes:
 def _look(source: Source, index: int) -> tuple[np.ndarray, np.ndarray, bool] | str:
     """hash, thumbnail and whether it tells, of one example; the message of an image that cannot be read."""
     try:
+        if isinstance(several := source.inputs, Several):
+            return _look_at_several(source, several, index)
         example = source.inputs[index]
         if source.input == "text":
             digest = hashlib.blake2b(source.inputs.head(index), digest_size=16).digest()
@@ -231,6 +236,22 @@ def _look(source: Source, index: int) -> tuple[np.ndarray, np.ndarray, bool] | s
     grey = decode.picture(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
     thumbnail = np.asarray(grey)
     return _hash(pixels), thumbnail, min(pixels.shape[:2]) >= SHORT and thumbnail.std() >= FLAT
+
+
+def _look_at_several(source: Source, several: Several, index: int) -> tuple[np.ndarray, np.ndarray, bool] | str:
+    """As `_look`: the hash is that of all inputs together, the thumbnail that of the image.
+
+    Without its image an example is nobody's duplicate: a short text and a few numbers may be equal by chance.
+    """
+    looks = {kind: _look(source.of_kind(kind), index) for kind in several.parts if several.present[kind][index]}
+    if (bad := looks.get("image")) and isinstance(bad, str):
+        return bad
+    alone = source.ids[index] if "image" in several.parts and "image" not in looks else ""
+    digest = hashlib.blake2b(repr((source.name, alone) if alone else tuple(looks)).encode(), digest_size=16)
+    for hashed, _, _ in looks.values():
+        digest.update(hashed)
+    nothing = None, np.zeros((SIDE, SIDE), np.uint8), False
+    return np.frombuffer(digest.digest(), np.uint8), *looks.get("image", nothing)[1:]
 
 
 def _hash(example: np.ndarray) -> np.ndarray:

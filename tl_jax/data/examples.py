@@ -19,6 +19,7 @@ from tl_jax.core.checks import refuse
 from tl_jax.core.messages import unequal
 from tl_jax.data import sealed
 from tl_jax.data.image import decode
+from tl_jax.data.several import Several, in_memory, taken
 from tl_jax.data.text.tokens import Texts
 
 HEAD = 2**14  # bytes of each encoded image that a fingerprint reads
@@ -88,7 +89,7 @@ class Source:
     """N labelled examples with random access. Sources pickle.
 
     inputs: images, indexed by example, each an array [H, W, C] or encoded bytes; they may be one array [N, H, W, C].
-    form: how they are read. Or the rows of a table, float32 [N, F], whose names are `columns`. Or Texts.
+    form: how they are read. Or the rows of a table, float32 [N, F], whose names are `columns`. Or Texts. Or Several.
     labels: int32 [N] that count into `class_names`; int32 [N, K] of 0 and 1, one column a label of `class_names`; or
     float32 [N, T], one column a target of `class_names`. Or `SealedLabels`, which raise where one is read.
     ids name the examples across runs: the path below the root, split/index, or row/number.
@@ -127,8 +128,22 @@ class Source:
 
     @property
     def input(self) -> str:
-        """ "image", "table" or "text", as on the card of a network that reads them."""
+        """ "image", "table", "text" or "several", as on the card of a network that reads them."""
+        if isinstance(self.inputs, Several):
+            return "several"
         return "text" if isinstance(self.inputs, Texts) else "table" if self.columns else "image"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of input that an example has: `input`, or each of several."""
+        return tuple(self.inputs.parts) if isinstance(self.inputs, Several) else (self.input,)
+
+    def of_kind(self, kind: str) -> "Source":
+        """The same examples with their inputs of one kind alone."""
+        if not isinstance(self.inputs, Several):
+            return self
+        columns = self.columns if kind == "table" else ()
+        return dataclasses.replace(self, inputs=self.inputs.parts[kind], columns=columns)
 
     @property
     def label_kind(self) -> str:
@@ -146,10 +161,9 @@ class Source:
 
     def select(self, indices: np.ndarray) -> "Source":
         """The source of the examples at `indices`, in that order."""
-        array = isinstance(self.inputs, np.ndarray)
         return dataclasses.replace(
             self,
-            inputs=self.inputs[indices] if array else self.inputs.select(indices),
+            inputs=taken(self.inputs, indices),
             labels=sealed.select(self.labels, indices),
             ids=tuple(self.ids[i] for i in indices),
             sizes=self.sizes[indices],
@@ -211,7 +225,7 @@ def join(sources: Sequence[Source]) -> Source:
     Raises ValueError where they differ in classes, columns or kinds of labels, or share an example.
     """
     first, name = sources[0], " + ".join(source.name for source in sources)
-    same = {"class_names": "classes", "columns": "columns", "label_kind": "kinds of labels", "input": "inputs"}
+    same = {"class_names": "classes", "columns": "columns", "label_kind": "kinds of labels", "kinds": "inputs"}
     for what, words in same.items():
         own, others = getattr(first, what), {source.name: getattr(source, what) for source in sources}
         if differ := {name: other for name, other in others.items() if other != own}:
@@ -220,18 +234,10 @@ def join(sources: Sequence[Source]) -> Source:
     ids = tuple(i for source in sources for i in source.ids)
     if len(set(ids)) < len(ids):
         raise ValueError(f"{len(ids) - len(set(ids))} examples occur twice in {name}")
-    if first.input == "text":
-        inputs = Texts(tuple(row for source in sources for row in source.inputs.rows))
-    elif first.columns:
-        inputs = np.concatenate([source.inputs for source in sources])
-    else:
-        lengths = [len(source) for source in sources]
-        which, position = np.repeat(np.arange(len(sources)), lengths), np.concatenate([np.arange(n) for n in lengths])
-        inputs = JoinedImages(tuple(source.inputs for source in sources), which, position)
     return dataclasses.replace(
         first,
         name=name,
-        inputs=inputs,
+        inputs=_join_inputs(sources),
         labels=sealed.join([source.labels for source in sources]),
         ids=ids,
         sizes=np.concatenate([source.sizes for source in sources]),
@@ -240,6 +246,22 @@ def join(sources: Sequence[Source]) -> Source:
         skipped=tuple(text for source in sources for text in source.skipped),
         made_smaller=tuple(dict.fromkeys(pair for source in sources for pair in source.made_smaller)),
     )
+
+
+def _join_inputs(sources: Sequence[Source]) -> Any:
+    """The inputs of sources of the same kinds, one after the other."""
+    first = sources[0]
+    if isinstance(first.inputs, Several):
+        parts = {kind: _join_inputs([source.of_kind(kind) for source in sources]) for kind in first.kinds}
+        present = {kind: np.concatenate([source.inputs.present[kind] for source in sources]) for kind in first.kinds}
+        return first.inputs._replace(parts=parts, present=present)
+    if first.input == "text":
+        return Texts(tuple(row for source in sources for row in source.inputs.rows))
+    if first.columns:
+        return np.concatenate([source.inputs for source in sources])
+    lengths = [len(source) for source in sources]
+    which, position = np.repeat(np.arange(len(sources)), lengths), np.concatenate([np.arange(n) for n in lengths])
+    return JoinedImages(tuple(source.inputs for source in sources), which, position)
 
 
 def join_domains(sources: Sequence[Source]) -> Source:
@@ -283,18 +305,23 @@ def header(images: Sequence, index: int, form: Form) -> decode.Header:
 
 def find_unreadable(source: Source, *, fully: bool) -> dict[int, str]:
     """{index: id and reason} of the images that cannot be read: by their headers, or by decoding them. Uses threads."""
-    if isinstance(source.inputs, np.ndarray | Texts):
+    whole, source = source.inputs, source.of_kind("image") if "image" in source.kinds else source
+    if in_memory(source.inputs):
         return {}
+    there = whole.present["image"] if isinstance(whole, Several) else np.ones(len(source), bool)
+    column = "".join(f", column {name!r}" for name in whole.columns["image"]) if isinstance(whole, Several) else ""
 
     def problem(index: int) -> str:
         try:
+            if not there[index]:
+                return ""
             if not fully:
                 header(source.inputs, index, source.form)
             elif isinstance(image := source.inputs[index], bytes):
                 with decode.reading(image, source.form):
                     pass
         except (ValueError, OSError) as error:
-            return f"{source.ids[index]}: {error}"
+            return f"{source.ids[index]}{column}: {error}"
         return ""
 
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tl_jax.core import machine
-from tl_jax.core.fields import DOMAIN, INDEX, LABEL, MASK, WEIGHT
+from tl_jax.core.fields import DOMAIN, INDEX, LABEL, MASK, PRESENT, WEIGHT
 from tl_jax.core.messages import nearest
 from tl_jax.data import order as orders
 from tl_jax.data import workers
 from tl_jax.data.examples import Source
+from tl_jax.data.several import Several
 from tl_jax.data.text.tokens import Tokens
 from tl_jax.data.views import Render, View, make_views, write_example
 
@@ -47,7 +48,8 @@ class Batches:
 
     Of each view, images [b, H, W, C] of the card's input size and form, uint8 or float32, rows float32 [b, F] of a
     table, or tokens int32 [b, L, 2], whose L is that of the whole batch on every process. "index" int32 [b]; "label",
-    where the stream is labelled; "domain" int32 [b] and "weight" float32 [b], where the source has domains or weights.
+    where the stream is labelled; "domain" int32 [b] and "weight" float32 [b], where the source has domains or weights;
+    "image:present", ... bool [b] of each of several inputs, where a missing one is zeros, or no token.
 
     renders: of the views of images. prepared: by view, what is taken in place of rendering, [V, N, ...]: in its epoch e
     an example has row e % V; or Tokens. seed: of this stream; None where nothing is random.
@@ -126,6 +128,8 @@ class Batches:
                 batch[field] = values[rows.epoch % len(values), rows.index]
         if self.labelled and LABEL not in batch:
             batch[LABEL] = source.labels[rows.index]
+        if isinstance(source.inputs, Several):
+            batch |= {f"{kind}{PRESENT}": there[rows.index] for kind, there in source.inputs.present.items()}
         if source.domains is not None:
             batch[DOMAIN] = rows.domain.astype(np.int32)
         if source.weights is not None:

@@ -24,16 +24,19 @@ from tl_jax.data.readers.folder import load_folder
 from tl_jax.data.readers.glyphs import load_glyphs
 from tl_jax.data.readers.mat import load_mat
 from tl_jax.data.readers.packed import PackedImages, load_packed
+from tl_jax.data.readers.several import load_several
 from tl_jax.data.readers.tables import load_csv, load_table
 from tl_jax.data.readers.texts import load_texts, without_labels
 from tl_jax.data.sealed import SealedLabels, canonical
+from tl_jax.data.several import Several
 
 __all__ = ["list_split", "load", "overlap", "parse_split", "stratified_order", "without"]
 log = logging.getLogger(__name__)
 BUILTIN = {name: functools.partial(builtin.load_digits, name) for name in builtin.DIGITS}
 BUILTIN |= {"glyphs": load_glyphs, "docstrings": load_docstrings}
 PLAIN = {"folder": load_folder, "packed": load_packed, "mat": load_mat}  # sources that take a path and a split
-COLUMNS = {"csv": load_csv, "table": load_table, "text": load_texts}  # sources with label columns
+COLUMNS = {"csv": load_csv, "table": load_table, "text": load_texts, "several": load_several}  # with label columns
+READ = {"text": ("text",), "several": ("text", "image", "columns")}  # the options that name further columns of these
 DIABETES = "table:diabetes"
 FORM_FIX = "say what the files hold by data.card (pixels and scale), and the channels by model.channels"
 FORMS = (
@@ -44,6 +47,7 @@ FORMS = (
     "csv:FILE",
     "table:FILE",
     "text:PATH",
+    "several:FILE",
     "tfds:NAME",
     "tfds:NAME:VERSION",
     FORM,
@@ -57,6 +61,8 @@ def load(
     task: str = "classification",
     labels: Sequence[str] = (),
     text: Sequence[str] = (),
+    image: str = "",
+    columns: Sequence[str] = (),
     group: str = "",
     shots: int = 0,
     seed: int = 0,
@@ -71,8 +77,9 @@ def load(
     """Loads a split of a source; see docs/data.md for both languages. Several sources are the domains of one.
 
     `task` says what the labels must be; of a binary task the second class is positive. `labels` names the label columns
-    of sources with columns, `text` those of text. `group` says what belongs together: the name of a column or of an
-    array (arrays:), else a regular expression that finds the group in the ids.
+    of sources with columns, `text`, `image` and `columns` those of text, image files and numbers. `group` says what
+    belongs together: the name of a column or of an array (arrays:), else a regular expression that finds the group in
+    the ids.
 
     Slices such as `train[:80%]` cut a permutation by `split_seed`, stratified where labels are classes; where there are
     groups it is one of groups, and a slice begins and ends at the nearest end of a group. `shots` > 0 then takes that
@@ -84,22 +91,17 @@ def load(
     these labels, to prove it. `form`: of the network's card. ValueError, FileNotFoundError.
     """
     names = (source,) if isinstance(source, str) else tuple(source)
-    if task not in KINDS:
-        raise ValueError(f"there is no task {task!r}{nearest(task, KINDS)}; known: {', '.join(KINDS)}")
-    if not names:
-        raise ValueError("no source is given; expected one, or one for each domain")
+    _check_asked(names, task, shots, seed, split_seed)
     check_on_error(on_error)
-    if min(shots, seed, split_seed) < 0:
-        raise ValueError(f"{shots=}, {seed=}, {split_seed=}: none may be negative")
-    if shots and KINDS[task] != "classes":
-        raise ValueError(f"shots={shots}: shots are examples of a class, and the task {task!r} has none; use a slice")
+    asked = {"task": task, "labels": labels, "text": text, "image": image, "columns": columns}
+    asked |= {"group": group, "data_dir": data_dir, "form": form}
     slices, domains, labelled = parse_split(split), [], labelled and KINDS[task] != "tokens"
     for name in names:
         place, wholes = canonical(name), {}
         for cut in slices:
             if (part := cut.split) not in wholes:
                 how = poison if place in sealed or (place, part) in sealed else None
-                wholes[part] = _load_whole(name, part, task, labels, text, group, on_error, data_dir, how, form)
+                wholes[part] = _load_whole(name, part, on_error, how, asked)
         if (labelled or shots) and (bare := [whole for whole in wholes.values() if not whole.class_names]):
             found = f"no class folders in {bare[0].name}, only {len(bare[0])} files; expected {name}/CLASS/IMAGE"
             raise ValueError(f"{found}. Without classes it can be a stream without labels or shots alone")
@@ -110,6 +112,17 @@ def load(
     loaded = join_domains(domains) if len(domains) > 1 else domains[0]
     name = f"{' + '.join(names)} {split}"
     return dataclasses.replace(loaded, name=name + (f", {shots} shots" if shots else ""))
+
+
+def _check_asked(names: Sequence[str], task: str, shots: int, seed: int, split_seed: int) -> None:
+    if task not in KINDS:
+        raise ValueError(f"there is no task {task!r}{nearest(task, KINDS)}; known: {', '.join(KINDS)}")
+    if not names:
+        raise ValueError("no source is given; expected one, or one for each domain")
+    if min(shots, seed, split_seed) < 0:
+        raise ValueError(f"{shots=}, {seed=}, {split_seed=}: none may be negative")
+    if shots and KINDS[task] != "classes":
+        raise ValueError(f"shots={shots}: shots are examples of a class, and the task {task!r} has none; use a slice")
 
 
 def check_on_error(on_error: str) -> None:
@@ -125,6 +138,8 @@ def list_split(
     task: str = "classification",
     labels: Sequence[str] = (),
     text: Sequence[str] = (),
+    image: str = "",
+    columns: Sequence[str] = (),
     group: str = "",
     form: Form | None = decode.RGB,
 ) -> Source:
@@ -137,19 +152,22 @@ def list_split(
     kind, _, argument = source.partition(":")
     if kind == "corrupt":
         clean = functools.partial(list_split, split=split, data_dir=data_dir, task=task, labels=labels, group=group)
-        return _in_form(load_corrupted(argument, clean), form or decode.RGB)
+        return in_form(load_corrupted(argument, clean), form or decode.RGB)
     if source not in BUILTIN and (kind not in (*PLAIN, *COLUMNS, "arrays", "tfds") or not argument):
         known = (*BUILTIN, DIABETES, *FORMS)
         raise ValueError(f"unknown source {source!r}{nearest(source, known)}. Sources: {', '.join(known)}")
     if labels and kind not in COLUMNS:
         known = ", ".join(f"{name}:" for name in COLUMNS)
         raise ValueError(f"data.labels={tuple(labels)} names columns of sources {known}; {source} has none")
-    if text and kind != "text":
-        raise ValueError(f"data.text={tuple(text)} names columns of text: sources; {source} has none")
+    read = {"text": tuple(text), "image": image, "columns": tuple(columns)}
+    for option, value in read.items():
+        if value and option not in READ.get(kind, ()):
+            whose = " and ".join(f"{name}:" for name, options in READ.items() if option in options)
+            raise ValueError(f"data.{option}={value!r} names columns of {whose} sources; {source} has none")
     if source == DIABETES:
         found = builtin.load_diabetes(split, task, labels, group)
     elif kind in COLUMNS:
-        found = COLUMNS[kind](argument, split, task, labels, group, **({"text": text} if kind == "text" else {}))
+        found = COLUMNS[kind](argument, split, task, labels, group, **{name: read[name] for name in READ.get(kind, ())})
     elif kind == "arrays":
         found = load_arrays(argument, split, group)
     elif kind == "tfds":
@@ -160,12 +178,17 @@ def list_split(
         raise ValueError(f"{found.name} holds no examples")
     found = without_labels(found) if KINDS[task] == "tokens" and found.input == "text" else found
     check_fit(found, task)
-    found = _in_form(found, form) if form else found
+    found = in_form(found, form) if form else found
     return groups.by_pattern(found, group) if group and found.groups is None else found
 
 
-def _in_form(source: Source, form: Form) -> Source:
+def in_form(source: Source, form: Form) -> Source:
     """The source with images that are read in a form; what is decoded already must have it."""
+    if isinstance(source.inputs, Several) and "image" in source.kinds:
+        own = in_form(source.of_kind("image"), form)
+        return dataclasses.replace(
+            source, form=form, inputs=source.inputs._replace(parts={**source.inputs.parts, "image": own.inputs})
+        )
     if source.input != "image":
         return source
     inputs, clean = source.inputs, clean_images(source.inputs)
@@ -260,12 +283,9 @@ def _draw_shots(source: Source, shots: int, seed: int) -> Source:
     return source.select(np.sort(np.concatenate(chosen)))
 
 
-def _load_whole(
-    name: str, split: str, task: str, labels: Sequence[str], text: Sequence[str], group: str, on_error: str,
-    data_dir: str | None, poison: str | None, form: Form,
-) -> Source:  # fmt: skip
-    """poison: of the labels, which are sealed; None: they are not."""
-    source = list_split(name, split, data_dir, task=task, labels=labels, text=text, group=group, form=form)
+def _load_whole(name: str, split: str, on_error: str, poison: str | None, asked: Mapping[str, Any]) -> Source:
+    """poison: of the labels, which are sealed; None: they are not. asked: the arguments of `list_split`."""
+    form, source = asked["form"], list_split(name, split, **asked)
     fully = on_error == "skip"
     if poison is not None:
         source = dataclasses.replace(source, labels=SealedLabels(source.labels, poison))

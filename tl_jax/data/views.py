@@ -18,6 +18,7 @@ from tl_jax.core.options import LANGUAGE
 from tl_jax.data.examples import Source
 from tl_jax.data.image import decode, ops
 from tl_jax.data.image.augment import Preprocess, make_preprocess
+from tl_jax.data.several import Several
 from tl_jax.data.text import language, tokenizer
 from tl_jax.data.text.tokens import Tokens
 
@@ -63,9 +64,16 @@ def write_example(
 ) -> None:
     """Writes one example into a row of each view; seeds: of the draws of each view, where there are any."""
     name = f"{source.ids[index]} of {source.name}"
+    images = source.inputs
+    if isinstance(images, Several):
+        if not images.present["image"][index]:
+            for field in renders:
+                out[field][row] = 0
+            return
+        images = images.parts["image"]
     with contextlib.ExitStack() as stack:
         try:
-            image = stack.enter_context(decode.reading(source.inputs[index], source.form))
+            image = stack.enter_context(decode.reading(images[index], source.form))
         except ValueError as error:
             raise ValueError(f"cannot read {name}: {error}; repair or remove it, or set on_error='skip'") from None
         except OSError as error:
@@ -86,12 +94,13 @@ def make_views(
     for field, (card, augment, _) in views.items():
         if field in (INDEX, LABEL, DOMAIN, MASK, WEIGHT):
             problems.append(f"{field!r} is the name of another field of the batch")
-        if card.input != source.input:
-            problems.append(f"{field}: the network {card.model} reads an input {card.input!r}, found {source.input!r}")
-        elif card.columns != source.columns:
-            differ = listed([f"{a} -> {b}" for a, b in itertools.zip_longest(card.columns, source.columns) if a != b])
+        if card.input not in source.kinds:
+            found = " and ".join(map(repr, source.kinds))
+            problems.append(f"{field}: the network {card.model} reads an input {card.input!r}, found {found}")
+        elif card.columns != (columns := source.of_kind(card.input).columns):
+            differ = listed([f"{a} -> {b}" for a, b in itertools.zip_longest(card.columns, columns) if a != b])
             problems.append(f"{field}: the columns of {card.model} are not those of the source:\n{differ}")
-        if card.input == source.input == "image" and card.form != source.form:
+        if card.input == "image" and "image" in source.kinds and card.form != source.form:
             fix = "networks of one run read images in one form"
             problems.append(f"{field}: {card.model} reads {card.form}, the source was loaded as {source.form}; {fix}")
         if card.input != "image" and augment:
@@ -100,14 +109,16 @@ def make_views(
     refuse(f"the views of {source.name} cannot be used", problems)
     renders, prepared = {}, {}
     for field, (card, augment, draws) in views.items():
+        own = source.of_kind(card.input)
         if card.input == "table":
-            prepared[field] = source.inputs[None]
+            prepared[field] = own.inputs[None]
             continue
         if card.input == "text":
-            prepared[field] = tokenizer.known(card).encode(source.inputs.rows, card.max_length, card.texts)
+            found = tokenizer.known(card).encode(own.inputs.rows, card.max_length, card.texts)
+            found = found if own is source else found.without(~source.inputs.present["text"])
             if card.task in LANGUAGE:
-                labelled = language.labels_of(card.task, tokenizer.known(card))
-                prepared[field] = prepared[field]._replace(labelled=labelled)
+                found = found._replace(labelled=language.labels_of(card.task, tokenizer.known(card)))
+            prepared[field] = found
             continue
         preprocess = make_preprocess(card, augment if augmented else ())
         wanted = preprocess.short_side
@@ -115,7 +126,7 @@ def make_views(
             found = f"packed with --size {min(small)}, but the card resizes to a short side of {wanted}"
             raise ValueError(f"{source.name} was {found}: pack it with --size {wanted} or more, or take its files")
         renders[field] = Render(preprocess, draws)
-        if (pixels := _prepare(source, renders[field])) is not None:
+        if (pixels := _prepare(own, renders[field])) is not None:
             prepared[field] = pixels[None]
     return renders, prepared
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from tl_jax.methods import distill, domain, penalties
+from tl_jax.methods import contrastive, distill, domain, penalties
 from tl_jax.methods.term import TASK, Term, make_task_term
 
 # The terms that config.terms can name: functions of annotated arguments.
@@ -10,5 +10,6 @@ TERMS: dict[str, Callable[..., Term]] = {
     TASK: make_task_term,
     **penalties.PENALTIES,
     "kd": distill.kd,
+    "contrastive": contrastive.contrastive,
     **domain.TERMS,
 }

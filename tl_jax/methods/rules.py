@@ -15,6 +15,7 @@ WORDS = {  # of other libraries
     "last_k": "last last_layers top_k partial unfreeze",
 }
 HEAD = ("head/.*", "head")
+FUSE = ("backbone/fuse/.*", "head")  # what joins the parts of a fusion is as new as its head
 FINAL = ("norm", "final")  # what may lie behind the last block: a norm, or layers of any kind
 
 
@@ -23,7 +24,7 @@ def make_rules(
 ) -> list[tuple[str, str]]:
     """The rules of a named way of fine-tuning, for a network with these parameter paths and cuts.
 
-    All train the new head (group "head"); of the rest (group "backbone") train
+    All train the new head and what joins the parts of a fusion (group "head"); of the rest (group "backbone") train
       linear_probe  nothing;
       full          everything;
       last_k        the last `k` blocks and the norm or layers behind them;
@@ -42,9 +43,11 @@ def make_rules(
         raise ValueError(f"method {name!r} with {', '.join(wrong)}: {owners}")
     if name == "rules":
         return [tuple(rule) for rule in rules]
-    head = [HEAD] if any(path.startswith("head/") for path in paths) else []  # a decoder that is tied has none
+    new = [
+        rule for rule, begin in ((HEAD, "head/"), (FUSE, "backbone/fuse/")) if any(p.startswith(begin) for p in paths)
+    ]
     if name == "full":
-        return [*head, (".*", "backbone")]
+        return [*new, (".*", "backbone")]
     all_blocks = block_names(paths, cuts)
     if k > len(all_blocks):
         raise ValueError(f"k={k}, but the network has {len(all_blocks)} blocks: {all_blocks}")
@@ -57,7 +60,7 @@ def make_rules(
         "bitfit": [".*/bias"],
         "norm_only": [r"(.*/)?norm\d*/(scale|bias)"],
     }
-    return [*head, *((f"backbone/{regex}", "backbone") for regex in trained[name]), (".*", FROZEN)]
+    return [*new, *((f"backbone/{regex}", "backbone") for regex in trained[name]), (".*", FROZEN)]
 
 
 def _unknown(name: str) -> str:
@@ -105,12 +108,23 @@ def _place(path: str, cuts: Sequence[str]) -> int:
     return max(begins, key=lambda i: len(cuts[i]), default=len(cuts) - 1)
 
 
-def layer_multipliers(paths: Iterable[str], cuts: Sequence[str], decay: float) -> dict[str, float]:
+def layer_multipliers(
+    paths: Iterable[str], cuts: Sequence[str], decay: float, parts: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, float]:
     """Layer-wise learning rate decay: the factor `decay ** (depth + 1 - layer)` on each path's learning rate.
 
     Layer 0 is the stem, layer i + 1 block i (the last with what lies behind it), depth + 1 the head, as in timm
-    (Clark et al. 2020, ELECTRA). Added parameters have the factor of their block.
+    (Clark et al. 2020, ELECTRA). Added parameters have the factor of their block. parts: of a fusion, the cuts of the
+    network of each part, which counts its own layers; what joins them is as the head.
     """
+    if parts:
+        found = dict.fromkeys(paths, 1.0)
+        for kind, its in parts.items():
+            inner = {p: re.sub(rf"^((?:.+/)?backbone/){kind}/", r"\1", p) for p in found}
+            inner = {path: own for path, own in inner.items() if own != path}
+            factors = layer_multipliers(inner.values(), its, decay)
+            found |= {path: factors[own] for path, own in inner.items()}
+        return found
     depth = sum(cut not in FINAL for cut in cuts) - 2  # without the stem and pre_logits
     layers = {path: min(place, depth) for path, place in places(paths, cuts).items()}
     return {path: decay ** (depth + 1 - layers.get(path, depth + 1)) for path in paths}

@@ -95,6 +95,7 @@ class Start(NamedTuple):
     model, each layer below normalising by its own.
     model: the module, for its cuts. shapes: of the model's outputs for one example, [1, ...]. source_head(): the weight
     file's own classifier {"kernel" [D, S], "bias" [S]}, or None. loaded: `variables` as training began.
+    widths: of the features of further networks of the config, by name.
     """
 
     variables: Mapping[str, Any]
@@ -109,6 +110,7 @@ class Start(NamedTuple):
     source_head: Callable[[], Mapping[str, jax.Array] | None]
     key: jax.Array
     loaded: Mapping[str, Any] | None = None
+    widths: Mapping[str, int] = {}
 
 
 class Term(NamedTuple):
@@ -123,7 +125,8 @@ class Term(NamedTuple):
     the inputs of streams. needs: what it cannot do without, names of training.terms.NEEDS. answers(memory): logits
     [N, K] of the examples of its last stream in their order, as it predicted them while adapting. replaces_task: the
     task's own term is left out beside it, unless the config names that too. trained: it goes on with a network that
-    answers already.
+    answers already. pairs: the further network whose features it holds against the model's, so that either input finds
+    the other: retrieval.
     """
 
     loss: Callable[[Context], Result]
@@ -139,6 +142,7 @@ class Term(NamedTuple):
     answers: Callable[[Any], jax.Array] | None = None
     replaces_task: bool = False
     trained: bool = False
+    pairs: str = ""
 
 
 class Method(NamedTuple):

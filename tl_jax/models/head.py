@@ -189,8 +189,9 @@ def classify(
     x: the input, which is the cut `start`; out: of the cuts behind it. ValueError where the head reads an earlier one.
     """
     cut = reads(module)
-    if cut != module.cuts[-1] and hasattr(module, "pooling"):
-        raise ValueError(f"model.head begins with {module.head[0][0]}: networks of text pool their tokens themselves")
+    if cut != module.cuts[-1] and (hasattr(module, "pooling") or hasattr(module, "parts")):
+        raise ValueError(f"model.head begins with {module.head[0][0]}: networks of text pool their tokens themselves, "
+                         "and a fusion joins features, not maps")  # fmt: skip
     if texts_of(module) > 1 and not hasattr(module, "pooling"):
         raise ValueError(f"model.head begins with {module.head[0][0]}, which compares two texts: this network has none")
     if cut not in out and start != cut:

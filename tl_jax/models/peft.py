@@ -143,6 +143,8 @@ def _mixstyle(
 
     after: cuts whose output is mixed, the paper's on a ResNet by default. Defaults: the paper's.
     """
+    if hasattr(model, "parts"):
+        return {}, ["mixstyle mixes the maps of one network, and this is a fusion"]
     unknown = [cut for cut in after if cut not in model.cuts] if after else [after]
     return {}, [f"mixstyle after = {x!r}{messages.nearest(x, model.cuts)}: expected of {model.cuts}" for x in unknown]
 
@@ -165,7 +167,10 @@ def _needs(name: str, what: str, kinds: Any, model: nn.Module) -> list[str]:
 
 
 def _groups(model: nn.Module) -> dict[str, int]:
-    """The number of groups of each convolution, by path; the model reads images."""
+    """The number of groups of each convolution, by path; the model reads images, or a part of it does."""
+    for part in getattr(model, "parts", ()):
+        if part.kind == "image":
+            return {f"backbone/image/{path}": count for path, count in _groups(part.make(parent=None)).items()}
     groups = {}
 
     def record(next_fun, args, kwargs, context):

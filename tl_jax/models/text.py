@@ -120,8 +120,8 @@ class Transformer(Model):
     every LayerNorm. act: a name of transformer.GELU. pre_norm: LayerNorm before the branches instead of behind their
     sums. causal: a token reads those before it alone. token_head: without classes, the head is `TokenHead`; without
     this field the logits of tokens need no parameters but the embedding. decodes: `out` has what makes logits of
-    tokens too: hidden [B, L, D], table [V, D] and, of a TokenHead, token_bias [V]; the network has no classes. fill: the number of a
-    token that fills every text up to `positions`, and is read as any other; -1: none does.
+    tokens too: hidden [B, L, D], table [V, D] and, of a TokenHead, token_bias [V]; the network has no classes. fill:
+    the number of a token that fills every text up to `positions`, and is read as any other; -1: none does.
     """
 
     vocab_size: int

@@ -30,7 +30,8 @@ class Model(nn.Module, kw_only=True):
     frozen_norms: paths of BatchNorm layers that use their running statistics, unchanged, even in training. axis_name:
     pmap axis over which BatchNorm averages. norm_momentum: the share of its running statistics that an update keeps.
     fold: put a BatchNorm that uses its running statistics into the convolution before it, with the same numbers; must
-    be off where calls of the two are intercepted, since they are not made.
+    be off where calls of the two are intercepted, since they are not made. inner: this is a part of fusion.py, whose
+    parameters lie where it stands, without "backbone/", and which has no head.
     """
 
     num_classes: int
@@ -45,6 +46,12 @@ class Model(nn.Module, kw_only=True):
     head_init: str = "zeros"
     head: tuple = ()
     fold: bool = True
+    inner: bool = False
+
+    def __post_init__(self):
+        if self.inner:  # flax would make the scope of "backbone" a child of whatever the part stands in
+            object.__setattr__(self, "_compact_name_scope_methods", ())
+        super().__post_init__()
 
     @property
     def policy(self) -> Policy:
@@ -57,6 +64,8 @@ class Model(nn.Module, kw_only=True):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
+        if self.inner:
+            return type(self).backbone.inner_fun(self, x, train, start, stop)
         y, out = self.backbone(x, train, start, stop)
         return (y, out) if stop is not None else classify(self, x, out, train, start)
 

@@ -147,6 +147,8 @@ def _checked(network: Model | Run, out: pathlib.Path, onnx: bool, examples: int)
     refuse_language(model.card.task, model.weights or model.name)
     if not model.card.num_classes:
         raise ValueError(f"{model.name} was loaded without a head: there is nothing to answer with")
+    if model.card.parts:
+        raise ValueError(f"{model.name} reads several inputs, and exported programs read one: use the run itself")
     return model
 
 

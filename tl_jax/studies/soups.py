@@ -141,6 +141,8 @@ def check_same(runs: Sequence[Weights]) -> None:
 def make_scorer(weights: Weights) -> Scorer:
     """The evaluation of the run's config on val, test (scored, where there is one) and data.extra_eval."""
     settings, card = weights.settings, weights.card
+    if card.parts:
+        raise ValueError(f"{weights.name} is a fusion of several networks, whose weights cannot be averaged yet")
     parallel = sharding.make_parallel(settings.loop.parallel, fsdp=settings.loop.fsdp)
     found = inputs.load_sources(settings, card.form)
     data = {name: found[name].opened() for name in inputs.scored_names(found, settings)}

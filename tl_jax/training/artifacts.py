@@ -130,10 +130,12 @@ def finalize(
     last_step: int,
     verbose: bool,
     replicas: int = 1,
+    further: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Proves the audit by the hashes of what is frozen, and writes all files of a run.
 
-    predictions: of `wanted_splits`, at the selected step. step: that; last_step: the last that was trained.
+    predictions: of `wanted_splits`, at the selected step. step: that; last_step: the last that was trained. further:
+    what else the result says.
     """
     material, settings = run.material, run.settings
     has_val = _calibrated_on(run) and "val" in predictions
@@ -145,6 +147,7 @@ def finalize(
         **({"stopped_early_at": last_step} if last_step < run.total_steps else {}),
         "trainable_parameters": report["totals"]["trainable"],
         "frozen_sha256": report["proof"]["sha256"],
+        **(further or {}),
     }
     if jax.process_index() == 0:
         note_cost(folder, run, len(run.phases) - 1, replicas=replicas)
@@ -152,8 +155,8 @@ def finalize(
         about = {"model": settings.model.name, "weights": material.base, "seed": settings.loop.seed, "additions": added}
         about["partial"] = settings.model.partial
         delta.save(folder / "trained.safetensors", variables, report, card, **about)
-        if card.input == "text":
-            tokenizer.known(card).save(folder)
+        if text := card.cards.get("text"):
+            tokenizer.known(text).save(folder)
         if peft.can_merge(added):  # one plain network can have what was trained
             load.export(peft.merge(variables, added), settings.model.name, folder / "model.safetensors", card=card)
     names = [*scored_splits(run), *(name for name in predictions if name == between.ONLINE)]

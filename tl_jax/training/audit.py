@@ -246,6 +246,8 @@ def missing_lines(audit: Mapping[str, Any]) -> list[str]:
 
 
 def _input(card: Mapping[str, Any]) -> str:
+    if card.get("parts"):
+        return "\n".join(map(_input, card["parts"]))
     if card.get("input") == "text":
         known = f"tokenizer {card['tokenizer'][:12]}, {card['vocab']:,} tokens"
         return f"input texts of at most {card['max_length']} tokens ({known}), pooling {card['pooling']}"

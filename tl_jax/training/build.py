@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from tl_jax import tasks
+from tl_jax import models, tasks
 from tl_jax.core import trees
 from tl_jax.core.card import STORED, Card
 from tl_jax.core.options import LANGUAGE
+from tl_jax.core.trees import FROZEN
 from tl_jax.data.examples import Source
+from tl_jax.data.several import Several
 from tl_jax.data.text import tokenizer
 from tl_jax.methods import probes
 from tl_jax.methods.term import MAIN, MODEL, Network, Start, StreamFacts
@@ -27,11 +29,11 @@ from tl_jax.tasks import Spec
 from tl_jax.training import audit, inputs, language, optim, steps, terms, texts
 from tl_jax.training.phases import Material, Phase, check_prefixes, make_phase
 from tl_jax.training.settings import Settings, naming, read
-from tl_jax.weights import hub, load, sanity, zero_shot
+from tl_jax.weights import hub, load, parts, sanity, zero_shot
 from tl_jax.weights.text_inputs import NO_TEXT, Text
 
-MODEL_OPTIONS = ("name", "weights", "partial", "image_size", "channels", "reinit", "head", "head_init",
-                 "tokenizer", "vectors", "max_length", "pooling")  # fmt: skip
+MODEL_OPTIONS = ("name", "parts", "fusion", "weights", "partial", "image_size", "channels", "reinit", "head",
+                 "head_init", "tokenizer", "vectors", "max_length", "pooling")  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -82,9 +84,8 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
     with naming(table, "task", "data.source"):
         spec = tasks.fit_spec(settings.loop.task, train.labels, train.class_names)
     with naming(table, *(f"model.{name}" for name in MODEL_OPTIONS)):
-        loaded = load_model(
-            settings, tasks.make(spec).outputs, train.class_names, train.columns, texts.text_of(settings.model, train)
-        )
+        text = texts.text_of(settings.model, train)
+        loaded = load_model(settings, tasks.make(spec).outputs, train.class_names, _columns(settings, train), text)
         language.check_network(spec.name, settings.model.name, loaded.model)
         if settings.model.vectors:
             loaded = texts.with_vectors(loaded, settings.model.vectors, train, settings.loop.seed)
@@ -97,16 +98,17 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
     variables = {"batch_stats": {}, **loaded.variables, "params": {**loaded.variables["params"], **added}}
     start = _make_start(settings, model, variables, card, tasks.make(spec), data)
     given = {name: _load_network(settings, name) for name in settings.networks}
+    start = start._replace(widths={name: _width(network) for name, network in given.items()})
     networks, memory = terms.initialise(made, start, given)
     variables, origins = _join(variables, loaded.origins, networks)
     fields = {name: inputs.field_of(name, network.card, card) for name, network in given.items()}
-    cards = {card.input: card, **{field: given[name].card for name, field in fields.items() if field != card.input}}
-    streams, eval_batches = inputs.make_streams(data, settings, cards, parallel)
-    readers = {MODEL: steps.Reader(model, card, card.input)}
+    further = {field: given[name].card for name, field in fields.items() if field not in card.cards}
+    streams, eval_batches = inputs.make_streams(data, settings, card.cards, further, parallel)
+    readers = {MODEL: steps.Reader(model, card, card.field)}
     for name, network in networks.items():
         column = name if name in given and settings.networks[name].cache else ""
         own_card = card if network.module is model else network.card
-        readers[name] = steps.Reader(network.module, own_card, fields.get(name, card.input), column)
+        readers[name] = steps.Reader(network.module, own_card, fields.get(name, card.field), column)
     facts = {name: inputs.facts_of(source) for name, source in data.items()}
     base = {"file": settings.model.weights, "sha256": loaded.sha256}
     files = {MODEL: (loaded.variables, loaded.origins)}
@@ -145,6 +147,8 @@ def check_hashes(settings: Settings) -> None:
     """Raises one ValueError for all weight files that have not the sha256 that the config gives."""
     given = {"model.weights_sha256": (settings.model.weights, settings.model.weights_sha256)}
     given |= {f"networks.{name}.sha256": (each.weights, each.sha256) for name, each in settings.networks.items()}
+    own = settings.model.parts.items()
+    given |= {f"model.parts.{kind}.sha256": (x.get("weights"), x.get("sha256")) for kind, x in own}
     hub.check({option: pair for option, pair in given.items() if all(pair)})
 
 
@@ -165,6 +169,9 @@ def load_model(
     model = settings.model
     arguments = {"image_size": model.image_size or None, "head_init": model.head_init, "seed": settings.loop.seed}
     arguments |= {"head": model.head, "columns": tuple(columns), "channels": model.channels, "partial": model.partial}
+    if model.parts:
+        own = {name: arguments[name] for name in ("head", "head_init", "seed", "columns", "channels")}
+        return parts.load(model.parts, model.fusion, outputs, text=text, **own)
     arguments |= {name: settings.data.card.get(name, ()) for name in ("mean", "std")} | {"text": text}
     if model.head_init.startswith(zero_shot.WAYS):
         if model.keep_head or model.head or model.reinit or outputs != len(class_names):
@@ -217,18 +224,39 @@ def _finish_card(settings: Settings, card: Card, spec: Spec, train: Source) -> C
     """The card of the network that is trained: overrides, the task and its names, and the table's columns."""
     data = settings.data
     card = card.override(dict(data.card), allowed=data.override_card)
-    if card.input != train.input:
-        found = {"table": "rows of a table", "text": "texts", "image": "images"}[train.input]
-        raise ValueError(f"{card.model} takes an input of kind {card.input!r}, and {train.name} has {found}")
-    if card.input == "text":
-        tokenizer.known(card)
-    if train.columns and not settings.model.weights:
-        mean, std = (f(train.inputs, axis=0, dtype="float64") for f in (np.mean, np.std))
-        card = card.replace(columns=train.columns, mean=tuple(mean.tolist()), std=tuple((std + (std == 0)).tolist()))
+    if lacking := [kind for kind in card.cards if kind not in train.kinds]:
+        names = {"table": "rows of a table", "text": "texts", "image": "images"}
+        found = " and ".join(names[kind] for kind in train.kinds)
+        raise ValueError(f"{card.model} takes an input of kind {' and '.join(map(repr, lacking))}, and {train.name} "
+                         f"has {found}")  # fmt: skip
+    if "text" in card.cards:
+        tokenizer.known(card.cards["text"])
+    if card.parts:
+        weights = {kind: part.get("weights", "") for kind, part in settings.model.parts.items()}
+        given = {kind: weights.get(kind, settings.model.weights) for kind in card.cards}
+        card = card.replace(parts=tuple(_of_columns(part, train, given[part.input]) for part in card.parts))
+    card = _of_columns(card, train, settings.model.weights)
     return card.replace(
         class_names=train.class_names, task=spec.name, target_mean=spec.target_mean, target_std=spec.target_std,
         source=f"{card.source or 'random weights'} -> {train.name}",
     )  # fmt: skip
+
+
+def _of_columns(card: Card, train: Source, weights: str) -> Card:
+    """The card of a network for a table that begins without weights, with the means and deviations of its columns."""
+    if card.input != "table" or weights:
+        return card
+    rows, whole = train.of_kind("table").inputs, train.inputs
+    rows = rows[whole.present["table"]] if isinstance(whole, Several) else rows
+    mean, std = (f(rows, axis=0, dtype="float64") for f in (np.mean, np.std))
+    return card.replace(columns=train.columns, mean=tuple(mean.tolist()), std=tuple((std + (std == 0)).tolist()))
+
+
+def _columns(settings: Settings, train: Source) -> tuple[str, ...]:
+    """The columns of the network that is loaded: none where it leaves those of several inputs alone."""
+    model = settings.model
+    alone = train.input == "several" and not model.parts and models.get(model.name).card.input != "table"
+    return () if alone else train.columns
 
 
 def _configure(settings: Settings, loaded: load.Loaded, parallel: sharding.Parallel) -> peft.Adapted:
@@ -244,13 +272,20 @@ def _configure(settings: Settings, loaded: load.Loaded, parallel: sharding.Paral
 
 
 def _load_network(settings: Settings, name: str) -> Network:
-    """A further network of the config: frozen, with the classes of its weight file, in eval mode."""
+    """A further network of the config: of its group or frozen, with the classes of its weight file, in eval mode."""
     given = settings.networks[name]
     with naming({}, f"networks.{name}"):
         loaded = load.load(given.name, given.weights, None, image_size=given.image_size or None)
     module = peft.Adapted(loaded.model.clone(dtype=jnp.dtype(settings.model.dtype)))
     held = {name: value for name, value in settings.data.card.items() if name in STORED}
-    return Network(module, loaded.card.replace(**held), loaded.variables, origin=given.weights or "new")
+    card = loaded.card.replace(**held)
+    return Network(module, card, loaded.variables, given.group or FROZEN, origin=given.weights or "new")
+
+
+def _width(network: Network) -> int:
+    """Of the features that a network gives."""
+    example = load.example_input(network.card)
+    return jax.eval_shape(lambda: network.module.apply(network.variables, example)[1])["pre_logits"].shape[-1]
 
 
 def _make_start(

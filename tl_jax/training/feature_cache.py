@@ -53,17 +53,31 @@ class Column(NamedTuple):
     title: str
 
 
-def prefix_column(prefix: steps.Prefix, reader: steps.Reader, variables: Any, networks: Collection[str]) -> Column:
-    """The outputs of a frozen prefix in place of what the model reads."""
-    live = prefix._replace(cached=False)
-
-    def compute(variables, x):
-        return steps.run_prefix(live, variables, x, reader.card)[0]
-
-    flat = trees.flatten(variables)
+def prefix_columns(
+    prefix: steps.Prefix, reader: steps.Reader, variables: Any, networks: Collection[str]
+) -> list[Column]:
+    """The outputs of a frozen prefix in place of what the model reads; of several inputs those of each frozen part."""
+    card, live, flat = reader.card, prefix._replace(cached=False), trees.flatten(variables)
     leaves = {path: flat[path] for path in leaves_of(prefix, flat, networks)}
-    key = _key(prefix.model, reader, leaves, prefix.cut)
-    return Column(reader.field, reader.field, compute, key, f"at {prefix.cut}")
+    if not card.parts:
+
+        def compute(variables, x):
+            return steps.run_prefix(live, variables, x, card)[0]
+
+        return [Column(reader.field, reader.field, compute, _key(prefix.model, reader, leaves, prefix.cut),
+                       f"at {prefix.cut}")]  # fmt: skip
+    found, unread = [], card.unread(prefix.cut)
+    for kind in (kind for kind in card.cards if kind not in unread):
+        own = {path: leaf for path, leaf in leaves.items() if f"backbone/{kind}/" in path}
+        cut = prefix.cut if prefix.cut.partition("/")[0] == kind else kind
+
+        def of_part(variables, x, kind=kind, cut=cut):
+            part = live._replace(cut=cut)
+            return steps.run_prefix(part, variables, {kind: x}, card)[0][kind]
+
+        key = _key(prefix.model, reader._replace(card=card.cards[kind]), own, cut)
+        found.append(Column(kind, kind, of_part, key | {"fusion": dict(card.fusion).get("kind", "")}, f"at {cut}"))
+    return found
 
 
 def logits_column(name: str, reader: steps.Reader, variables: Any) -> Column:
@@ -94,7 +108,7 @@ def columns_of(plan: steps.Plan, variables: Callable[[], Any], networks: Collect
     readers = {name: reader for name, reader in plan.readers.items() if reader.column and training}
     found = [logits_column(name, reader, variables()) for name, reader in readers.items()]
     if plan.prefix and plan.prefix.cached:
-        found.insert(0, prefix_column(plan.prefix, plan.readers[MODEL], variables(), networks))
+        found = [*prefix_columns(plan.prefix, plan.readers[MODEL], variables(), networks), *found]
     return found
 
 

@@ -15,6 +15,7 @@ from tl_jax.data.examples import Source
 from tl_jax.data.mixed import mixed_batches
 from tl_jax.data.pipeline import EvalBatches, TrainBatches, View
 from tl_jax.data.sealed import Ledger, canonical
+from tl_jax.data.several import Several
 from tl_jax.data.text.tokens import Tokens, describe
 from tl_jax.methods.selectors import DOMINANT
 from tl_jax.methods.term import MAIN
@@ -31,9 +32,10 @@ SAMPLED = 1000  # examples of the former
 def form_of(settings: Settings) -> Form:
     """How images are read: as data.card and model.channels say, else as the card of the weights does."""
     model, card = settings.model, None
+    part = model.parts.get("image", {"name": model.name, "weights": model.weights})
     with contextlib.suppress(Exception):  # loading the weights will say what is wrong with them
-        card = load.card_of(model.name, model.weights)
-    own = card.form if card and card.input == "image" else Form()
+        card = load.card_of(part["name"], part.get("weights", ""))
+    own = card.form if card and "image" in card.cards else Form()
     return Form(settings.data.card.get("pixels", own.pixels), model.channels or own.channels)
 
 
@@ -49,6 +51,8 @@ def load_sources(settings: Settings, form: Form | None = None) -> dict[str, Sour
         "task": settings.loop.task,
         "labels": data.labels,
         "text": data.text,
+        "image": data.image,
+        "columns": data.columns,
         "seed": loop.seed,
         "split_seed": data.split_seed,
     }
@@ -227,7 +231,7 @@ def find_duplicates(found: Mapping[str, Source], settings: Settings) -> dict[str
     compared = {name: found[name] for name in [*trained, *scored_names(found, settings)]}
     with wall.timed("split audit"):
         table = distributed.from_first(lambda: duplicates.find(compared, trained))
-    if (count := sum(table["across"].values())) and not settings.data.allow_duplicates and found[MAIN].input == "image":
+    if (count := sum(table["across"].values())) and not settings.data.allow_duplicates and "image" in found[MAIN].kinds:
         fix = (
             "remove one of each pair, keep what belongs together in groups (data.group), or set "
             "data.allow_duplicates=True, which result.json then says"
@@ -267,13 +271,34 @@ def field_of(network: str, card: Card, model_card: Card) -> str:
     return model_card.input if same and card.form == model_card.form else f"{card.input}:{network}"
 
 
+def _check_present(found: Mapping[str, Source], own: Mapping[str, Card], further: Mapping[str, Card]) -> None:
+    """Raises ValueError where a network of one input lacks it in some examples of several inputs, and tells what no
+    network reads."""
+    alone = [card.input for card in (*further.values(), *(own.values() if len(own) == 1 else ()))]
+    several = {source.name: source.inputs for source in found.values() if isinstance(source.inputs, Several)}
+    lines = [
+        f"{name}: {count} without {kind}" for name, x in several.items() for kind, count in x.missing(alone).items()
+    ]
+    fix = "leave these rows out, or take model.name='fusion', which has a learned vector in their place"
+    checks.refuse(f"a network of one input reads {' and '.join(alone)}, and examples lack it; {fix}", lines)
+    read = {card.input for card in (*own.values(), *further.values())}
+    if unread := [kind for kind in found[MAIN].kinds if kind not in read]:
+        log(f"{found[MAIN].name}: no network reads {' and '.join(unread)}")
+
+
 def make_streams(
-    found: Mapping[str, Source], settings: Settings, cards: Mapping[str, Card], parallel: sharding.Parallel
+    found: Mapping[str, Source],
+    settings: Settings,
+    own: Mapping[str, Card],
+    further: Mapping[str, Card],
+    parallel: sharding.Parallel,
 ) -> tuple[dict[str, TrainBatches], dict[str, EvalBatches]]:
     """Training batches by stream and step, and batches of all that is scored, in order.
 
-    cards: of what each field of a batch holds; the first field is the model's.
+    own, further: the cards of what each field of a batch holds, of the model and of further networks.
     """
+    _check_present(found, own, further)
+    cards = {**own, **further}
     data, loop = settings.data, settings.loop
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     main = StreamSettings(data.source, data.train, loop.batch_size, data.augment, data.labelled, data.sampling)
@@ -281,7 +306,9 @@ def make_streams(
     if (strong := f"{first}:strong") in cards and any(stream.strong for stream in settings.streams.values()):
         raise ValueError(f"networks.strong reads the field {strong!r}, which streams with `strong` need; rename it")
     for name, stream in {MAIN: main, **settings.streams}.items():
-        views = {field: View(card, tuple(stream.augment)) for field, card in cards.items()}
+        pictures = {field for field, card in cards.items() if card.input == "image"} or set(cards)
+        augment = {field: tuple(stream.augment) if field in pictures else () for field in cards}
+        views = {field: View(card, augment[field]) for field, card in cards.items()}
         if stream.strong:
             views[strong] = View(cards[first], tuple(stream.strong), "strong")
         keys = [f"streams.{name}"] if name in settings.streams else ["batch_size", "data.augment", "data.sampling"]
@@ -299,7 +326,7 @@ def make_streams(
     # One size for all, so that one program serves them; it pads val, which is scored often, the least.
     count = len(found.get("val", found.get("test")))
     size = parallel.round_up(-(-count // -(-count // loop.eval_batch_size)))
-    views = {first: View(cards[first])}
+    views = {field: View(card) for field, card in own.items()}
     with naming(settings.table, "eval_batch_size", "data.source"):
         how = {"num_workers": data.workers, **processes}
         if judged := judged_on(data):

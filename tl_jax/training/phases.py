@@ -111,7 +111,8 @@ def make_phase(
     groups, offsets, lengths = _make_groups(settings.loop, phase, labels, material.facts, previous, anew)
     with naming(table, "turns", "terms"):
         turns = _make_turns(phase, phase_terms, groups)
-    multipliers = rules.layer_multipliers(own, cuts, phase.layer_decay) if phase.layer_decay < 1 else {}
+    parts = getattr(material.model.model, "networks", None)
+    multipliers = rules.layer_multipliers(own, cuts, phase.layer_decay, parts) if phase.layer_decay < 1 else {}
     trained = (path for path in own if labels[path] != trees.FROZEN)
     blocks = rules.parts(trained) if method.auto_rgn else {}
     apart = tuple(name for name, group in groups_of.items() if group == name)
@@ -238,8 +239,9 @@ def _make_mix(settings: Settings, method: MethodSettings, material: Material) ->
     model, shapes, domains = material.model, material.start.shapes, material.start.facts[MAIN].domains
     loop, alpha, several = settings.loop, method.mix_domains, "several domains, data.source = (SOURCE, SOURCE, ...)"
     problems = [f"method.mix_domains = {alpha} needs {several}"] if alpha and domains < 2 else []
-    if material.card.input == "text" and (alpha or method.mixup or method.cutmix):
-        problems.append("method.mixup, method.cutmix and method.mix_domains mix pixels or numbers: texts have neither")
+    if material.card.input in ("text", "several") and (alpha or method.mixup or method.cutmix):
+        what = "texts have neither" if material.card.input == "text" else "several inputs have more than these"
+        problems.append(f"method.mixup, method.cutmix and method.mix_domains mix pixels or numbers: {what}")
     if alpha and (loop.accumulate > 1 or loop.parallel != "jit"):
         problems.append(f"method.mix_domains = {alpha} needs the whole batch at once: accumulate = 1, parallel = 'jit'")
     if alpha and (method.mixup or method.cutmix):

@@ -22,12 +22,13 @@ class Prefix(NamedTuple):
 class Reader(NamedTuple):
     """A network as a step runs it.
 
-    module, card: as in `Network`. field: what of a stream it reads. column: the field with its cached logits, if any.
+    module, card: as in `Network`. field: what of a stream it reads, see fields.take. column: the field
+    with its cached logits, if any.
     """
 
     module: Any
     card: Card | None
-    field: str
+    field: str | tuple[str, ...]
     column: str = ""
 
 

@@ -46,13 +46,17 @@ class StreamSettings(NamedTuple):
 
 
 class NetworkSettings(NamedTuple):
-    """One further network, `networks.NAME`; cache "features": its logits are computed once per example and view."""
+    """One further network, `networks.NAME`; cache "features": its logits are computed once per example and view.
+
+    group: what trains it; "": it is frozen.
+    """
 
     name: str
     weights: str = ""
     image_size: int = 0
     cache: str = ""
     sha256: str = ""  # that the file must have; "": any
+    group: str = ""
 
 
 class Settings(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tl_jax.core import trees
-from tl_jax.core.fields import LABEL, MASK
+from tl_jax.core.fields import LABEL, MASK, take
 from tl_jax.data import pipeline
 from tl_jax.methods.term import MAIN, MODEL, Start
 from tl_jax.runtime import sharding, wall
@@ -206,7 +206,7 @@ def flops_of_features(run: Run, i: int) -> dict[str, float]:
 def kept(run: Run, stream: str) -> int:
     """How many examples of a stream a cache holds, one of every view."""
     batches, field = run.material.streams[stream], run.material.readers[MODEL].field
-    render = batches.renders.get(field)
+    render = batches.renders.get(field if isinstance(field, str) else "image")
     return len(batches.source) * (_views(run) if render is not None and render.preprocess.ops else 1)
 
 
@@ -222,14 +222,15 @@ def refreshed(
     """The memory of all terms, that of the named ones computed anew from the data, and {path: leaf} of statistics."""
     material, phase, new = run.material, run.phases[i], dict(memory)
     field, size = phase.plan.readers[MODEL].field, run.settings.loop.eval_batch_size
-    views = {field: pipeline.View(material.card)}
+    views = {kind: pipeline.View(card) for kind, card in material.card.cards.items()}
 
     def batches(stream: str) -> Iterator[tuple[Any, Any]]:
         source, labelled = material.data[stream], material.streams[stream].labelled
         for batch in pipeline.eval_batches(source, views, min(size, len(source)), labelled=labelled):
             check(stop, "while the memory of the terms is computed")
             real = batch[MASK]
-            yield batch[field][real], batch[LABEL][real] if labelled else None
+            read = jax.tree.map(lambda x, real=real: x[real], take(batch, field))
+            yield read, batch[LABEL][real] if labelled else None
 
     variables, memory = jax.device_get((variables, new))
     statistics: dict[str, Any] = {}

@@ -11,7 +11,7 @@ import optax
 
 from tl_jax.core import trees
 from tl_jax.core.card import Card
-from tl_jax.core.fields import DOMAIN, INDEX, LABEL
+from tl_jax.core.fields import DOMAIN, INDEX, LABEL, take
 from tl_jax.core.options import LANGUAGE
 from tl_jax.methods.term import AVERAGE, MAIN, MODEL, Context
 from tl_jax.tasks import Task
@@ -96,8 +96,14 @@ def updated_statistics(batch_stats: Any, frozen_norms: Collection[str]) -> dict[
     return {path: x for path, x in trees.flatten(batch_stats).items() if path.rpartition("/")[0] not in frozen_norms}
 
 
-def normalise(x: jax.Array, card: Card) -> jax.Array:
-    """Inputs [B, ..., C] in the network's range, float32: `(x / scale - mean) / std`, as the card says; or tokens."""
+def normalise(x: Any, card: Card, cut: str | None = None) -> Any:
+    """Inputs [B, ..., C] in the network's range, float32: `(x / scale - mean) / std`, as the card says; or tokens.
+
+    Of several inputs, {field: array}, those that a network reads behind a cut.
+    """
+    if card.parts:
+        unread = card.unread(cut)
+        return {name: normalise(each, card.cards[name]) if name in unread else each for name, each in x.items()}
     if card.input == "text":
         return x
     mean, std = jnp.asarray(card.mean, jnp.float32), jnp.asarray(card.std, jnp.float32)
@@ -113,14 +119,16 @@ def subtree(variables: Mapping[str, Any], network: str) -> dict[str, Any]:
 
 
 def run_prefix(
-    prefix: Prefix | None, variables: Any, x: jax.Array, card: Card
-) -> tuple[jax.Array, str | None, dict[str, jax.Array]]:
+    prefix: Prefix | None, variables: Any, x: Any, card: Card
+) -> tuple[Any, str | None, dict[str, jax.Array]]:
     """What enters the rest of the network, the cut behind which that begins (None: all of it), and the outputs so far.
 
     x: what a stream holds for the network; outputs of the prefix where it is cached.
     """
     if prefix is None:
         return normalise(x, card), None, {}
+    if prefix.cached and card.parts:
+        return normalise(x, card, prefix.cut), prefix.cut, {}
     if prefix.cached:
         return x, prefix.cut, {prefix.cut: x}
     x, out = prefix.model.apply(variables, normalise(x, card), train=False, stop=prefix.cut)
@@ -290,7 +298,7 @@ def _pass(plan: Plan, variables: Any, batch, key: jax.Array):
     reader, streams = plan.readers[MODEL], plan.streams
     entered, known = {}, {}
     for name in streams:
-        x, cut, known[name] = run_prefix(plan.prefix, variables, batch[name][reader.field], reader.card)
+        x, cut, known[name] = run_prefix(plan.prefix, variables, take(batch[name], reader.field), reader.card)
         entered[name] = (x, cut)
 
     def apply(x, batch_stats, key, domain):
@@ -356,10 +364,10 @@ def _make_forward(plan: Plan, everything: Any, ema: Mapping[str, jax.Array], bat
         cut, x = start, of
         if isinstance(of, str) and network in (MODEL, AVERAGE):
             if of not in entered:
-                entered[of] = run_prefix(plan.prefix, everything, batch[of][reader.field], reader.card)[:2]
+                entered[of] = run_prefix(plan.prefix, everything, take(batch[of], reader.field), reader.card)[:2]
             x, cut = entered[of]
         elif isinstance(of, str):
-            x = normalise(batch[of][reader.field], reader.card)
+            x = normalise(take(batch[of], reader.field), reader.card)
         elif reader.card is not None and start is None:
             x = normalise(of, reader.card)
         arguments = {"train": train, "start": cut, "stop": stop}
@@ -381,7 +389,7 @@ def make_eval_step(reader: Reader, task: Task, prefix: Prefix | None = None) -> 
     """
 
     def eval_step(variables: Mapping[str, Any], x: jax.Array) -> dict[str, jax.Array]:
-        x, labels = x if task.spec.name in LANGUAGE else (x, None)
+        x, labels = (x[reader.field], x[LABEL]) if task.spec.name in LANGUAGE else (x, None)
         x, start, known = run_prefix(prefix, variables, x, reader.card)
         _, out = reader.module.apply(variables, x, train=False, start=start)
         out = known | out | ({} if labels is None else {LABEL: labels})

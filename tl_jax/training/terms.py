@@ -99,6 +99,8 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
         for stream in places:
             if stream not in streams:
                 problems.append(f"{name} is on the stream {stream!r}{nearest(stream, streams)}: add streams.{stream}")
+        if term.pairs and settings.model.name == "fusion":
+            problems.append(f"{name} holds one input against another, and a fusion reads both: name a network of one")
         if settings.loop.parallel == "pmap" and (term.on != (MAIN,) or term.reads):
             problems.append(f"{name} has a further stream or network: parallel = 'pmap' runs one of each, use 'jit'")
         for network in term.reads:

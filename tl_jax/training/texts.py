@@ -18,7 +18,7 @@ from tl_jax.weights.text_inputs import TABLE, Text
 
 def text_of(model: ModelSettings, train: Source) -> Text:
     """What the config says of texts; ValueError where the data has none, or where it contradicts itself."""
-    if train.input != "text":
+    if "text" not in train.kinds:
         if given := [f"model.{name}" for name in ("tokenizer", "vectors") if getattr(model, name)]:
             raise ValueError(f"{' and '.join(given)}: {train.name} holds no texts")
         return Text(None, model.max_length, model.pooling)
@@ -37,7 +37,7 @@ def text_of(model: ModelSettings, train: Source) -> Text:
 
 
 def _texts(train: Source) -> Iterator[str]:
-    return (text for row in train.inputs.rows for text in row)
+    return (text for row in train.of_kind("text").inputs.rows for text in row)
 
 
 def _of_vectors(model: ModelSettings, train: Source) -> Tokenizer:

@@ -12,8 +12,8 @@ from tl_jax.methods import probes
 from tl_jax.runtime import distributed, preemption, sharding, wall, workdir
 from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.log import log
-from tl_jax.training import artifacts, audit, between, candidates, finished, probe, replicas
-from tl_jax.training.build import Run, assemble, prepare
+from tl_jax.training import artifacts, audit, between, candidates, finished, probe, replicas, retrieval
+from tl_jax.training.build import Run, assemble, prepare, scored_splits
 from tl_jax.training.loop import Ended, Loop, best_step, not_finite
 from tl_jax.training.settings import Settings, read
 from tl_jax.training.single import Program, Single, Stop
@@ -147,12 +147,20 @@ def _train(
         selected = {j: ended.step if last else best_step(first, ended.rows[j]) for j in left}
         for step in sorted(set(selected.values())):
             chosen = [j for j in left if selected[j] == step]
-            results |= _finish(program, ended, step, chosen, folders, checkpoints, verbose, stop)
+            results |= _finish(program, ended, step, chosen, folders, checkpoints, parallel, verbose, stop)
     return results
 
 
 def _finish(
-    program: Program, ended: Ended, step: int, chosen: Sequence[int], folders, checkpoints: Checkpoints, verbose, stop
+    program: Program,
+    ended: Ended,
+    step: int,
+    chosen: Sequence[int],
+    folders,
+    checkpoints: Checkpoints,
+    parallel,
+    verbose,
+    stop,
 ) -> dict[int, ResultOrError]:
     """Scores the runs whose selected step this is, and writes what they leave."""
     run, results, i = program.runs[0], {}, program.runs[0].phase_of(step)
@@ -168,8 +176,11 @@ def _finish(
             continue
         own = candidates.opened(program.runs[j], own, step)
         own |= between.answers(program.runs[j], i, program.memory(state, j), step)
+        variables = program.variables(state, j)
+        with wall.timed("evaluation"):
+            further = retrieval.report(program.runs[j], i, variables, scored_splits(run), parallel, folders[j])
         results[j] = artifacts.finalize(
-            program.runs[j], folders[j], program.variables(state, j), own, step=step, last_step=ended.step,
+            program.runs[j], folders[j], variables, own, step=step, last_step=ended.step, further=further,
             verbose=verbose and len(program.runs) == 1, replicas=len(program.runs),
         )  # fmt: skip
     return results

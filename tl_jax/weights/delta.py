@@ -62,6 +62,8 @@ def load(path: str | pathlib.Path, weights: str | pathlib.Path | None = None) ->
     if KEY not in metadata:
         raise ValueError(f"{path} is no delta checkpoint such as a run's trained.safetensors")
     about, card = json.loads(metadata[KEY]), Card.from_json(metadata[pretrained.CARD_KEY])
+    if card.parts:
+        raise ValueError(f"{path} is a delta of a fusion, whose parts lie in several files: load model.safetensors")
     file = about["weights"]["file"] if weights is None else weights
     text = Text(tokenizers.find_for(path), card.max_length, card.pooling) if card.input == "text" else NO_TEXT
     base = pretrained.load(

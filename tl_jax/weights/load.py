@@ -14,8 +14,8 @@ import numpy as np
 from tl_jax import models
 from tl_jax.core import messages, trees
 from tl_jax.core.card import Card
-from tl_jax.core.console import WIDE, Table, fitted
 from tl_jax.models import conversion as tables
+from tl_jax.models import fusion
 from tl_jax.models import head as heads
 from tl_jax.models.head import HEAD_INIT, Layers
 from tl_jax.weights import formats, hub, nearest, other_inputs, published, text_inputs
@@ -74,9 +74,9 @@ def load(
     if not path:
         card = text_inputs.fit_card(for_input(models.get(name).card), text, path)
         card = card.replace(num_classes=card.num_classes if num_classes is None else num_classes)
-        card = card.replace(head=head if card.num_classes else ())
-        return _random(_make(models.get(name).module, card, head_init), card, seed)
+        return new(card.replace(head=head if card.num_classes else ()), head_init, seed)
     tensors, layout, variant, card, sha256 = _read(name, path)
+    text_inputs.know_parts(card, path)
     table = tables.with_native_head(variant.layouts[layout])
     dropped = [key for key in sorted(tensors) if num_classes is not None and tables.is_head(table, key)]
     kept = {key: value for key, value in tensors.items() if key not in dropped}
@@ -222,7 +222,7 @@ def has_token_head(name: str, path: str | pathlib.Path) -> bool:
     if not getattr(variant.module(num_classes=0), "token_head", False):
         return False
     tensors, layout, *_ = _read(name, path)
-    head = {leaf: shape for leaf, shape in _default_shapes(name).items() if leaf.startswith(HEAD)}
+    head = {leaf: shape for leaf, shape in default_shapes(name).items() if leaf.startswith(HEAD)}
     return not tables.lacking(variant.layouts[layout], head, tensors)
 
 
@@ -250,7 +250,7 @@ def export(
     if layout.startswith("keras") and layout in variant.flavours:
         own = f"Keras' network is {variant.flavours[layout]}, which computes or preprocesses differently"
         raise ValueError(f"{path} cannot be a file of Keras for {card.model}: {own}; give another layout")
-    same = ("num_classes", "input_size", "head", "vocab", "max_length", "pooling")
+    same = ("num_classes", "input_size", "head", "vocab", "max_length", "pooling", "parts", "fusion")
     plain = variant.card.replace(**{name: getattr(card, name) for name in same})
     plain = other_inputs.with_columns(plain, card.columns, path).replace(mean=card.mean, std=card.std)
     shapes = _network_shapes(variant.module, plain.to_json())
@@ -277,6 +277,12 @@ def export(
     formats.write(path, {key: tensors[key] for key in ordered}, {CARD_KEY: card.to_json()})
 
 
+def new(card: Card, head_init: str = "zeros", seed: int = 0) -> Loaded:
+    """The network of a card, with random numbers from `seed`; ValueError for a head that cannot be made."""
+    card = card.replace(head=_check_arguments("", card.head, head_init, ()))
+    return _random(_make(models.get(card.model).module, card, head_init), card, seed)
+
+
 def _random(model: Any, card: Card, seed: int) -> Loaded:
     variables = jax.jit(lambda key: model.init(key, example_input(card)))(jax.random.key(seed))
     return Loaded(model, variables, card, dict.fromkeys(trees.flatten(variables), "new"), "", (), "")
@@ -284,14 +290,22 @@ def _random(model: Any, card: Card, seed: int) -> Loaded:
 
 def _make(module: Any, card: Card, head_init: str) -> Any:
     model = module(num_classes=card.num_classes, head_init=head_init, head=card.head)
+    if card.parts:
+        parts = [fusion.part_of(each.input, _make(models.get(each.model).module, each, "zeros")) for each in card.parts]
+        return model.clone(parts=tuple(parts), **dict(card.fusion))
     if card.input == "text":
         return model.clone(vocab_size=card.vocab, pooling=card.pooling)
     # Only a model with position embeddings is built for one input size.
     return model.clone(image_size=card.input_size) if hasattr(model, "image_size") else model
 
 
-def example_input(card: Card) -> jax.Array:
-    """One example of zeros as the network of a card takes it: [1, H, W, C], [1, columns], or [1, L, 2] tokens."""
+def example_input(card: Card) -> Any:
+    """One example of zeros as the network of a card takes it: [1, H, W, C], [1, columns], [1, L, 2] tokens, or several.
+
+    Those are {kind: one of them}.
+    """
+    if card.parts:
+        return {kind: example_input(part) for kind, part in card.cards.items()}
     if card.input == "text":
         return jnp.zeros((1, card.texts * min(8, card.max_length), 2), jnp.int32)
     return jnp.zeros((1, *card.shape))
@@ -310,7 +324,8 @@ def _network_shapes(module: Any, card: str) -> dict[str, tuple[int, ...]]:
     return _shapes(_make(module, card, "zeros"), card)[0]
 
 
-def _default_shapes(name: str) -> dict[str, tuple[int, ...]]:
+def default_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf of the named network as its card has it."""
     if known := nearest.known_shapes().get(name):
         return known
     variant = models.get(name)
@@ -326,7 +341,9 @@ def _flavour(name: str, layout: str) -> str:
 def _detect(name: str, path: Any, tensors: Tensors) -> str:
     """The layout whose table reads most of the file's keys; ties go to the first."""
     layouts = models.get(name).layouts
-    leaves = {key: _default_shapes(_flavour(name, key)) for key in layouts}
+    if len(layouts) == 1:  # what does not fit is named by the leaves; a fusion is what its card says
+        return next(iter(layouts))
+    leaves = {key: default_shapes(_flavour(name, key)) for key in layouts}
     counts = {key: tables.coverage(table, leaves[key], tensors) for key, table in layouts.items()}
     best = max(counts, key=counts.get)
     if counts[best] == 0:
@@ -364,24 +381,4 @@ def _looks_like(tensors: Tensors) -> str:
 
 def candidates(tensors: Tensors) -> list[tuple[str, str]]:
     """The (model, layout) pairs whose backbone the tensors fill, judged by names and shapes; flavours left out."""
-    return [(each.name, each.layout) for each in nearest.matches(tensors, _default_shapes) if not each.differs]
-
-
-def inspect(path: str | pathlib.Path, width: int = WIDE) -> str:
-    """A table of a weight file's keys, its card, or else the models and layouts that it fits or those nearest to it.
-
-    "timm:" gives the names of all published files that are known. width: of a table, in columns.
-    """
-    if path == published.PREFIX:
-        return published.listing(width)
-    row, file = published.find(path), hub.resolve(path)
-    tensors, metadata = formats.read(file)
-    rows = [(key, str(value.dtype), str(list(value.shape))) for key, value in tensors.items()]
-    lines = [fitted(Table("", ("tensor", "type", "shape"), rows, 3), width)]
-    lines += [f"{len(tensors)} tensors, {sum(value.size for value in tensors.values()):,} numbers"]
-    if row:
-        card = row.card(models.get(row.model).card).replace(source=row.source(file), sha256=formats.sha256(file))
-        return "\n".join([*lines, f"card {card.to_json()}"])
-    if CARD_KEY in metadata:
-        return "\n".join([*lines, f"card {metadata[CARD_KEY]}"])
-    return "\n".join([*lines, *nearest.describe(tensors, _default_shapes), "no card"])
+    return [(each.name, each.layout) for each in nearest.matches(tensors, default_shapes) if not each.differs]

@@ -51,3 +51,10 @@ def fit_card(card: Card, text: Text, path: str | pathlib.Path | None) -> Card:
     changes = {"max_length": text.max_length, "pooling": text.pooling}
     changes |= {"tokenizer": asked.sha256, "vocab": card.vocab if path else asked.size} if asked else {}
     return card.replace(**{name: value for name, value in changes.items() if value})
+
+
+def know_parts(card: Card, path: str | pathlib.Path) -> None:
+    """Reads the tokenizer beside the weights of a fusion, whose card names it; ValueError for another one."""
+    for part in card.parts:
+        if part.input == "text":
+            fit_card(part, NO_TEXT, path)

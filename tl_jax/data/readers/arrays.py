@@ -1,5 +1,6 @@
 """Arrays: .npz files of pixels, of encoded images, of texts, or of features, which are the rows of a table."""
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from tl_jax.core.messages import shorten
 from tl_jax.data import groups
 from tl_jax.data.examples import EncodedImages, Source, check_split
 from tl_jax.data.readers.folder import check_file
+from tl_jax.data.several import Several
 from tl_jax.data.text.tokens import Texts, part_texts
 
 KINDS = {"i1": "classes", "u1": "classes", "i2": "multilabel", "u2": "multilabel", "f2": "targets"}  # by type and ndim
@@ -27,6 +29,8 @@ NDIM = {
     "labels": (1, 2),
     "classes": [1],
 }
+SEVERAL = {"image": ("image",), "table": ("features",), "text": ("text", "offsets")}  # the keys of each kind of input
+HAS = "has_"  # before the name of a kind: bool [N], whether an example has it, where some lack it
 UNNAMED = 2**16  # classes that may go without names
 log = logging.getLogger(__name__)
 
@@ -52,18 +56,21 @@ def load_arrays(path: str, split: str, group: str = "") -> Source:
     encoded images, `features` (numbers [N, D]) for the rows of a table, or `text` (text [N], or [N, 2] for pairs; or
     uint8 with offsets, see `join_texts`); `label` or `labels` (classes int [N] or
     [N, 1], from 0; labels of 0 and 1 [N, K > 1]; numbers float [N] or [N, T]); optionally `classes` (names), and the
-    array that `group` names (int or text [N]). `images` is `image`. With a prefix (`train_image`, `train_label`, ...)
-    one file holds several splits; without, it is the train split. Raises FileNotFoundError, or ValueError that says
-    what is wrong.
+    array that `group` names (int or text [N]). `images` is `image`. Several of image, features and text make a source
+    of several inputs; `has_image`, `has_table` and `has_text` (bool [N]) say which examples have them. With a prefix
+    (`train_image`, `train_label`, ...) one file holds several splits; without, it is the train split. Raises
+    FileNotFoundError, or ValueError that says what is wrong.
     """
     root = Path(path).expanduser()
     file = root / f"{split}.npz" if root.is_dir() else root
     arrays = read_file(file, "an .npz of plain arrays (no objects)")
     arrays = {key[:-1] if key.endswith("_images") else key: array for key, array in arrays.items()}
-    prefixes = [key.rpartition("_")[0] for key in arrays if key.endswith(("_image", "_bytes", "_features", "_text"))]
+    inputs = [key for key in arrays if key.endswith(("_image", "_bytes", "_features", "_text"))]
+    prefixes = [key.rpartition("_")[0] for key in inputs if not key.endswith(tuple(f"{HAS}{kind}" for kind in SEVERAL))]
+    prefixes = list(dict.fromkeys(prefixes))
     check_split(file, split, prefixes or ["train" if file == root else split])
     prefix = f"{split}_" if prefixes else ""
-    keys = ("image", "features", "bytes", "text", "offsets", "label", "labels")
+    keys = ("image", "features", "bytes", "text", "offsets", "label", "labels", *(f"{HAS}{kind}" for kind in SEVERAL))
     found = {key: arrays[prefix + key] for key in keys if prefix + key in arrays}
     source = check_arrays(file, f"arrays:{path}", split, found, arrays.get("classes"))
     if not group:
@@ -109,6 +116,8 @@ def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: 
     encoded = found["text"].dtype.kind != "U" if "text" in found else False
     kinds = ({"image"}, {"features"}, {"bytes", "offsets"}, {"text", "offsets"} if encoded else {"text"})
     inputs = [kind for kind in kinds if kind <= set(found)]
+    if labels is not None and len({"image", "features", "text"} & set(found)) > 1 and "bytes" not in found:
+        return _check_several(file, name, split, found, classes)
     if labels is None or len(inputs) != 1:
         expected = "label and one of image, features, text, or bytes with offsets"
         raise ValueError(f"{file} has {sorted(found)} for {split}; expected {expected}")
@@ -151,6 +160,32 @@ def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: 
         return array_source(name, split, part_texts(data, offsets), labels, class_names, np.diff(offsets))
     images = EncodedImages(data, offsets[:-1], offsets[1:])
     return array_source(name, split, images, labels, class_names, np.diff(offsets))
+
+
+def _check_several(file: Path | str, name: str, split: str, found: dict, classes: np.ndarray | None) -> Source:
+    """A source of several inputs: each is checked as the arrays of a source of its kind."""
+    label = {key: found[key] for key in ("label", "labels") if key in found}
+    each = {kind: {key: found[key] for key in keys if key in found} for kind, keys in SEVERAL.items()}
+    sources = {kind: check_arrays(file, name, split, given | label, classes) for kind, given in each.items() if given}
+    first, count = next(iter(sources.values())), len(next(iter(label.values())))
+    present = {kind: found.get(f"{HAS}{kind}", np.ones(count, bool)) for kind in sources}
+    wrong = [f"{HAS}{k} is {x.dtype} {x.shape}" for k, x in present.items() if (x.dtype, x.shape) != (bool, (count,))]
+    wrong += [f"{key} says nothing of an input that is there" for key in found if key.startswith(HAS)
+              and key.removeprefix(HAS) not in sources]  # fmt: skip
+    refuse(f"{file}: expected bool [{count}], one for each of {', '.join(sources)}", wrong)
+    parts = {kind: source.inputs for kind, source in sources.items()}
+    columns = sources["table"].columns if "table" in sources else ()
+    inputs = Several(parts, present, dict.fromkeys(parts, ()))
+    check_any(inputs, first.ids, str(file))
+    sizes = sum(source.sizes for source in sources.values())
+    return dataclasses.replace(first, inputs=inputs, columns=columns, sizes=sizes)
+
+
+def check_any(inputs: Several, ids: Sequence[str], where: str) -> None:
+    """Raises ValueError that names the examples that have no input at all."""
+    empty = np.flatnonzero(~np.any(list(inputs.present.values()), axis=0)).tolist()
+    kinds = ", ".join(inputs.parts)
+    refuse(f"{where}: {len(empty)} examples have none of the inputs {kinds}; remove them", [ids[i] for i in empty])
 
 
 def _check_gaps(file: Path | str, split: str, present: list[int]) -> None:

@@ -45,8 +45,9 @@ def load_corrupted(argument: str, read: Callable[[str], Source]) -> Source:
         found = f"corrupt:{argument} has NAME {name!r}{known}; SEVERITY {severity!r}; SOURCE {clean!r}"
         raise ValueError(f"{found}. Expected {FORM} with one of these names and a severity from 1 to 5")
     source = read(clean)
-    if source.columns:
-        raise ValueError(f"corrupt:{argument}: {clean} holds rows of a table; only images are corrupted")
+    if source.input != "image":
+        found = "rows of a table" if source.input == "table" else f"inputs of kind {' and '.join(source.kinds)}"
+        raise ValueError(f"corrupt:{argument}: {clean} holds {found}; only images are corrupted")
     inputs = CorruptedImages(source.inputs, source.ids, name, int(severity))
     return dataclasses.replace(source, name=f"corrupt:{name}:{severity}:{source.name}", inputs=inputs)
 

@@ -70,6 +70,12 @@ class Tokens(NamedTuple):
         most = int(self.counts[rows].max()) if len(rows) else 0
         return next(length for length in self.lengths if length >= most)
 
+    def without(self, missing: np.ndarray) -> "Tokens":
+        """With no token at all, not even special ones, where `missing`, bool [N]."""
+        gone, counts = np.repeat(missing, self.texts), np.diff(self.starts)
+        starts = np.concatenate([[0], np.where(gone, 0, counts).cumsum()])
+        return self._replace(flat=self.flat[np.repeat(~gone, counts)], starts=starts)
+
     def batch(self, rows: np.ndarray, length: int) -> np.ndarray:
         """int32 [B, texts * length, 2] of examples, PADDING behind the tokens of each text; of -1 all zeros."""
         found = np.zeros((len(rows), self.texts, length, 2), np.int32)

@@ -1,0 +1,90 @@
+"""Contrastive learning of two inputs of an example: what belongs together is alike, what does not is not."""
+
+import math
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+
+from tl_jax.core import checks
+from tl_jax.methods.term import MAIN, Context, Network, Result, Start, Term
+
+NAME = "contrastive"  # of the network that holds the temperature and the projection
+MOST = 100.0  # that similarities are multiplied by (Radford et al. 2021, section 2.5)
+Temperature = Annotated[float, checks.number(0)]
+
+
+def contrastive(
+    network: Annotated[str, checks.TEXT] = "text",
+    loss: Annotated[str, checks.one_of("softmax", "sigmoid")] = "softmax",
+    temperature: Temperature = 0.0,
+    bias: Annotated[float, checks.number()] = -10.0,
+    width: Annotated[int, checks.integer(0, 2**14)] = 0,
+) -> Term:
+    """The features of the model and of a further network on another input of the same examples are drawn together.
+
+    Both are divided by their lengths; s is the matrix [B, B] of their products over the temperature. softmax: the mean
+    of the cross-entropies of rows and columns of s with the diagonal (Radford et al. 2021, arXiv:2103.00020, figure
+    3). sigmoid: -1/B sum_ij log sigmoid(z_ij (s_ij + bias)), z = 1 on the diagonal and -1 elsewhere (Zhai et al. 2023,
+    arXiv:2303.15343, equation 1). temperature: where it begins, 0 for the papers' 0.07 and 0.1; it is learned, as is
+    the bias, in the group `contrastive`. width: that a learned matrix projects both to; 0: where the two have different
+    widths, the model's features are projected to the network's. network: of config.networks, trained in its `group`.
+    Examples that share an input, such as two captions of an image, count as strangers where they meet in a batch.
+    """
+    begin = temperature or (0.07 if loss == "softmax" else 0.1)
+
+    def init(start: Start) -> tuple[dict[str, Network], Any]:
+        if network not in start.widths:
+            return {}, None  # named by terms.initialise
+        ours, theirs = start.shapes["pre_logits"][-1], start.widths[network]
+        sizes = {"model": (ours, width), "other": (theirs, width)} if width else {}
+        sizes = {"model": (ours, theirs)} if not width and ours != theirs else sizes
+        params: dict[str, Any] = {"scale": jnp.asarray(-math.log(begin), jnp.float32)}
+        params |= {"bias": jnp.asarray(bias, jnp.float32)} if loss == "sigmoid" else {}
+        for i, (name, shape) in enumerate(sizes.items()):
+            key = jax.random.fold_in(start.key, i)
+            params[name] = {"kernel": jax.random.normal(key, shape, jnp.float32) * shape[0] ** -0.5}
+        return {NAME: Network(None, None, {"params": params}, group=NAME)}, None
+
+    def value(context: Context) -> Result:
+        params = context.params[NAME]
+        other = context.forward(network, MAIN)[0]
+        if "pre_logits" not in other:
+            raise ValueError(f"contrastive reads features, and networks.{network}.cache keeps logits: leave it out")
+        a, b = embeddings(params, context.outputs[MAIN]["pre_logits"], other["pre_logits"])
+        scale = jnp.exp(jnp.minimum(params["scale"], math.log(MOST)))
+        s = scale * a @ b.T
+        matched = (s.argmax(axis=1) == jnp.arange(len(s))).mean(dtype=jnp.float32)
+        found = softmax_loss(s) if loss == "softmax" else sigmoid_loss(s + params["bias"])
+        return Result(found, {"matched": matched, "temperature": 1 / scale})
+
+    return Term(
+        value, init=init, logs=("matched", "temperature"), reads=(network,), needs=frozenset({"whole_batch"}),
+        pairs=network,
+    )  # fmt: skip
+
+
+def embeddings(params: Any, model: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Features [N, D] of the model and of the other network as vectors of length 1 in one space.
+
+    params: of the network NAME.
+    """
+    found = []
+    for name, x in (("model", model), ("other", other)):
+        x = x.astype(jnp.float32)
+        x = x @ params[name]["kernel"] if name in params else x
+        found.append(x * jax.lax.rsqrt(jnp.maximum((x * x).sum(axis=-1, keepdims=True), 1e-24)))
+    return found[0], found[1]
+
+
+def softmax_loss(s: jax.Array) -> jax.Array:
+    """The mean cross-entropy of rows and columns of s [B, B] with the diagonal."""
+    own = jnp.diagonal(s)
+    rows, columns = (jax.nn.logsumexp(s, axis=axis) - own for axis in (1, 0))
+    return (rows.mean() + columns.mean()) / 2
+
+
+def sigmoid_loss(s: jax.Array) -> jax.Array:
+    """-1/B sum_ij log sigmoid(z_ij s_ij) of s [B, B], z = 1 on the diagonal and -1 elsewhere."""
+    z = 2 * jnp.eye(len(s)) - 1
+    return -jax.nn.log_sigmoid(z * s).sum() / len(s)
