@@ -76,6 +76,7 @@ def test_merged_weights_compute_what_the_adapted_network_computes(make):
     jax.tree.map(close, merged_out, out)
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("make", "additions", "train"),
@@ -198,6 +199,7 @@ def test_adapters_and_prompts_compute_what_their_papers_say(additions, reference
     np.testing.assert_array_equal(logits, out["logits"])
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("prompt", [SHALLOW, DEEP])
 def test_deep_prompts_replace_what_the_block_before_made_of_its_prompts(prompt):
@@ -334,6 +336,7 @@ def stem_norm(state):
     return state["batch_stats"]["backbone"]["stem"]["norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("remat", ["", "block"])
 def test_stochastic_normalisation_draws_the_statistics_of_every_channel(remat):

@@ -66,6 +66,7 @@ COST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "name, damage",

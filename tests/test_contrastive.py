@@ -121,6 +121,7 @@ def config_of(files, **changes):
     } | changes)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_both_networks_are_drawn_together_and_retrieval_is_told(files):
     folder = files[0] / "w"
     result = train(config_of(files), folder, verbose=False)

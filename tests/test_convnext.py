@@ -52,6 +52,7 @@ def test_timm_gives_the_same_logits_stages_and_gradient_and_takes_the_export(sma
     twins.check_gradient(loaded, model, twins.images(64, batch=2))
 
 
+@pytest.mark.slow
 def test_timms_small_networks_have_convolutions_where_ours_have_dense_layers(monkeypatch, tmp_path):
     name = add_variants(monkeypatch, convnext.convnext_variants("conv_convnext", SMALL, 0.95, 0))
     model, x = torch_reference.randomize(small_timm(conv_mlp=True)), twins.images(64)

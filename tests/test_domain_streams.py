@@ -28,7 +28,9 @@ def config_of(**changes):
 
 
 def streams_of(settings, card=SAME):
-    return inputs.make_streams(inputs.load_sources(settings), settings, {"image": card}, sharding.make_parallel())[0]
+    return inputs.make_streams(inputs.load_sources(settings), settings, {"image": card}, {}, sharding.make_parallel())[
+        0
+    ]
 
 
 # Strong views

@@ -175,6 +175,7 @@ def test_the_players_of_a_game_move_its_value_their_own_way(name, player, sign, 
     assert (sign * moved > 0).all(), moved
 
 
+@pytest.mark.slow
 def test_a_second_head_has_the_layers_of_the_first_and_other_numbers(tables):
     own = (("dense", {"features": 5}), ("relu", {}))
     for name, changes, expected in (
@@ -194,6 +195,7 @@ def test_a_second_head_has_the_layers_of_the_first_and_other_numbers(tables):
         assert made["head/kernel" if name == "mdd" else "head/dense0/kernel"].shape[0] == inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["pool", "flatten"])
 def test_a_second_head_on_the_feature_map_is_refused(layer, tables):
     head = ((layer, {}), ("dense", {"features": 8}))

@@ -104,6 +104,7 @@ def read_rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 def test_a_run_that_stops_early_is_the_beginning_of_the_run_that_does_not(stopped):
     side, stop, folder, whole = stopped

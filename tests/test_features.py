@@ -132,6 +132,7 @@ def test_whatever_the_features_depend_on_makes_others(store, tmp_path, capsys, c
     assert COMPUTING in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("damage", ["flip", "cut", "other key", "no file"])
 def test_damaged_features_are_computed_anew(store, tmp_path, capsys, damage):
@@ -232,6 +233,7 @@ def test_what_cannot_be_cached_is_refused_at_once(tmp_path, changes, message):
     assert not list(tmp_path.glob("w/checkpoints*"))
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("name", ["knn", "logistic"])
 def test_probes_without_gradient_read_the_same_features(tmp_path, capsys, name):

@@ -127,6 +127,7 @@ def by_torch(kind, folder, pixels, truth):
     return logits.detach().numpy(), float(loss.detach()), gradient.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", clip_files.KINDS)
 def test_learned_prompts_begin_as_a_text_and_their_gradient_is_that_of_torch(kind, file_of, photos):  # noqa: F811

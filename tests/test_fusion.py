@@ -124,6 +124,7 @@ def attention(block, x, read, heads):
     return x + y @ block["mlp"]["fc2"]["kernel"] + block["mlp"]["fc2"]["bias"], norm
 
 
+@pytest.mark.slow
 def test_early_fusion_is_blocks_over_the_tokens_that_are_there():
     made, x = loaded("early"), inputs()
     out = jax.jit(lambda v, x: made.model.apply(v, x))(made.variables, x)[1]
@@ -172,6 +173,7 @@ def test_a_network_that_starts_at_a_cut_gives_the_same(fusion):
         assert set(out) == set(made.model.cuts[: made.model.cuts.index(cut) + 1])
 
 
+@pytest.mark.slow
 def test_modality_dropout_leaves_out_one_input_at_its_rate_and_never_all():
     made, x = loaded(), inputs()
     dropping = made.model.clone(drop=(("image", 0.5), ("table", 0.9), ("text", 0.9)))
@@ -274,6 +276,7 @@ def config_of(path, **changes):
     return options.override(options.make(), base | changes)
 
 
+@pytest.mark.slow
 def test_frozen_parts_give_the_same_losses_with_and_without_the_cache_and_the_run_is_used(path, tmp_path):
     first = ("text", "table", "image")  # those that are frozen
     frozen = (("backbone/(text|table)/.*", "frozen"), (".*", "new"))

@@ -279,6 +279,7 @@ def test_a_new_head_replaces_the_layers_of_a_file_and_has_the_numbers_of_its_see
         load.load(name, path, head=POOLED)
 
 
+@pytest.mark.slow
 def test_flatten_makes_its_dense_layer_for_the_input_size(small):
     sizes = [load.load(small[0], "", 3, image_size=size, head=FLAT) for size in (16, 24)]
     shapes = [loaded.variables["params"]["head"]["dense1"]["kernel"].shape for loaded in sizes]

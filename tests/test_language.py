@@ -242,6 +242,7 @@ def test_chunks_change_no_number_and_hold_no_logits_of_a_whole_batch(monkeypatch
 # Runs.
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @EACH
 def test_metrics_are_over_tokens_and_monitored_by_perplexity(task, texts, tmp_path):

@@ -45,6 +45,7 @@ def batch():
     return images, jax.nn.one_hot(jnp.arange(4), 4)
 
 
+@pytest.mark.slow
 def test_mixup_blends_images_and_targets_by_the_same_weight():
     images, targets = batch()
     mixed, mixed_targets = mixing.mixup(jax.random.key(1), images, targets, 0.4)

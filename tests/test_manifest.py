@@ -171,6 +171,7 @@ def test_the_table_of_replicas_is_believed_as_it_was_written(tmp_path):
         inprocess.run(config, tmp_path / "w")
 
 
+@pytest.mark.slow
 def test_a_planned_run_trains_with_the_config_that_its_folder_names_or_not_at_all(tmp_path, capsys):
     study = make_study({"total": (1.0, "steps"), "resamples": 2}, together="none", seeds=(0,))
     changed, other, *_ = store.plan(tmp_path, "depth", "How deep?", study)

@@ -185,6 +185,7 @@ def test_columns_that_do_not_fit_are_refused(tmp_path):
         load.load("mlp_medium", tmp_path / "w.safetensors")
 
 
+@pytest.mark.slow
 def test_a_table_file_without_a_card_needs_its_columns(tmp_path):
     made = load.load("mlp_small", "", columns=COLUMNS)
     formats.write_safetensors(tmp_path / "w.safetensors", trees.flatten(made.variables), {})

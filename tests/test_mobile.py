@@ -244,6 +244,7 @@ def test_narrow_mobilenet_v1_is_timms(timm, reference, tmp_path):
     check_both_ways(theirs, timm_modules, "mobilenetv1_025", "timm", reference, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenetv3_small_100.tv", "tf_efficientnet_lite0.port"])
 def test_native_names_go_out_and_come_back_bit_equal(name, tmp_path):
     variables, card = random_variables(name), models.get(name).card
@@ -357,6 +358,7 @@ def published_lite0(timm, torch, path):
     return model
 
 
+@pytest.mark.slow
 def test_genuine_mobilenet_v2_has_torchvisions_maps(shared, torchvision, reference):
     theirs, x = torchvision.mobilenet_v2(), common.images(96, batch=2)
     theirs.load_state_dict(reference.torch.load(shared / V2_FILE, map_location="cpu", weights_only=True))

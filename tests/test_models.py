@@ -287,6 +287,7 @@ def test_vit_refuses_images_of_another_size():
         VIT(num_classes=3, image_size=25).init(jax.random.key(0), images(25))
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @FAMILIES
 def test_bfloat16_computes_near_float32_with_float32_parameters_statistics_and_logits(make):

@@ -11,7 +11,7 @@ import pytest
 
 from tl_jax import models
 from tl_jax.models import conversion
-from tl_jax.weights import load, nearest, other_inputs
+from tl_jax.weights import inspection, load, nearest, other_inputs
 
 
 def traced(name):
@@ -155,7 +155,7 @@ def test_what_is_told_of_files_that_people_have():
 
 def test_inspect_of_the_resnet_to_layer3_says_how_it_loads(shared):
     path = shared / "weights/resnet18_imagenet_to_layer3/resnet18_stem_to_layer3_folded_bn.safetensors"
-    assert "; partial=('stage4/.*',) loads it; no head\nno card" in load.inspect(path)
+    assert "; partial=('stage4/.*',) loads it; no head\nno card" in inspection.inspect(path)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ def test_what_partial_may_not_excuse_is_one_error(make):
         load.load("small_resnet", "", 3, partial=("stage3/.*",))
 
 
+@pytest.mark.slow
 def test_an_error_says_which_partial_would_excuse_what_is_missing(make):
     path = make("layer3", "layer2.0.conv2")
     with pytest.raises(ValueError) as error:

@@ -39,6 +39,7 @@ def test_gelu_and_its_gradient_are_those_of_float64():
     assert layers.gelu(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("tokens", [5, 300])  # of 300 the scores are made in two parts
 def test_attention_and_its_gradient_are_those_of_jax_and_of_float64(tokens):

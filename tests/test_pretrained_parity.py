@@ -76,6 +76,7 @@ def test_timm_resnet_gives_the_same_logits_and_stages(name, reference, tmp_path)
     check_parity(model, torchvision_stages(model), name, reference.save(model, tmp_path / "w.pth"), 64, "timm")
 
 
+@pytest.mark.slow
 @pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "bottleneck, groups, base_width", [(False, 1, 64), (True, 1, 64), (True, 1, 128), (True, 32, 4)]

@@ -259,6 +259,7 @@ def test_an_arm_is_watched_where_it_transfers_what_its_baseline_does_not(arm, ba
     assert alarm.transfers(arm, base) is expected
 
 
+@pytest.mark.slow
 def test_a_study_shows_negative_transfer_in_red(study, capsys):
     folder, _, summary = study
     local.tell_answer(folder)

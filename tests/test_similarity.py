@@ -86,6 +86,7 @@ def test_the_command_scores_pairs_by_a_weight_file(weights, tmp_path, capsys):
     assert "have one text, and the head compares two" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("layer", ["compare", "cosine"])
 def test_what_is_trained_on_pairs_predicts_exports_and_is_loaded_again(layer, weights, tmp_path):

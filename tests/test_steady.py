@@ -259,6 +259,7 @@ def start_and_compile(programs, *numbers):
     return {path.name: path.read_bytes() for path in programs.glob("*-cache")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [None, 100, 0], ids=["whole", "cut", "empty"])
 @pytest.mark.parametrize("noted", [True, False])
 def test_a_program_that_a_process_died_writing_is_made_again_and_stops_no_other(programs, noted, size):

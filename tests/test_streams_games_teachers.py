@@ -136,6 +136,7 @@ def test_classes_are_balanced_and_domains_are_equal_parts_of_every_batch(tables)
     assert len(rows) == 2 and rows[0]["examples"] == 12
 
 
+@pytest.mark.slow
 def test_training_on_what_is_scored_needs_leave_and_is_reported(tables, tmp_path, capsys):
     source = f"table:{tables}/target_classification.csv"
     changes = {"data.extra_eval": (("target_test", source, "train[50%:]"),)}

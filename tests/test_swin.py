@@ -117,6 +117,7 @@ def test_torchvision_gives_the_same_logits_stages_and_gradient_at_any_size_and_t
     twins.check_gradient(loaded, model, x)
 
 
+@pytest.mark.slow
 def test_transformers_gives_the_same_logits_and_stages_and_takes_the_export(small, tmp_path):
     model, x = randomized(small_transformers()), twins.images(64)
     model.save_pretrained(tmp_path)

@@ -325,6 +325,7 @@ def with_random_weights(name, folder):
     return dataclasses.replace(model, variables=trees.unflatten(flat))
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("name", ["bert_l2_h32_a2", "gpt2_l2_h32_a2", "bigru_8_8d", "textcnn_8d"])
 def test_an_export_of_every_kind_of_network_takes_any_number_of_tokens(name, run, tmp_path):

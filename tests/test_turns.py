@@ -93,6 +93,7 @@ def test_turns_equal_a_loop_over_optimizers_of_their_own():
     assert sorted(int(leaf) for leaf in counts) in ([4, 6, 6], [4, 6]) and int(state.step) == 2
 
 
+@pytest.mark.slow
 def test_what_has_no_turn_keeps_parameters_and_optimizer_values_bit_by_bit():
     model, variables, batch = small()
     parallel = sharding.make_parallel("jit", jax.devices()[:1])

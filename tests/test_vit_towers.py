@@ -225,6 +225,7 @@ def test_clip_of_openai_is_read_as_timm_reads_it(monkeypatch, tmp_path):
     assert load.load(name, tmp_path / "w.pth", 4, image_size=56).dropped == ("visual.proj",)
 
 
+@pytest.mark.slow
 def test_clip_of_transformers_gives_the_same_embedding(monkeypatch, tmp_path):
     name = small_clip(monkeypatch)
     config = transformers.CLIPVisionConfig(**SHAPE, intermediate_size=96, projection_dim=CLASSES)

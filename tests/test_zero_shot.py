@@ -195,6 +195,7 @@ def test_what_does_not_fit_is_one_message(case, file_of, photos, tmp_path, capsy
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_file_without_a_scale_and_one_without_texts_are_refused(file_of, tmp_path):
     tensors = formats.read(file_of("clip"))[0]
     for lacks, message in (("logit_scale", "has no number logit_scale"), ("text_", "has no key that clip_text")):
