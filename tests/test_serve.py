@@ -248,6 +248,7 @@ def test_connections_that_never_ask_or_never_read_are_ended(monkeypatch):
             with socket.create_connection(("127.0.0.1", port)) as connection:
                 connection.sendall(first)
                 assert wait_for(lambda: len(open_ones) == 1) and wait_for(lambda: not open_ones)
+        monkeypatch.setattr(connections, "UNREAD", 30.0)  # of a busy machine
         with urllib.request.urlopen(f"http://127.0.0.1:{port}") as found:  # and who reads gets all of it
             assert len(found.read()) == 50_000_000
 
