@@ -112,6 +112,7 @@ def eight_devices():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_on_eight_devices_the_numbers_are_those_of_one():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     code = (

@@ -69,6 +69,7 @@ def test_heads_of_the_probe_study_come_to_what_logistic_regression_finds():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ask", ["count", "platelets"])
+@pytest.mark.exhaustive
 def test_a_run_of_the_medical_study_is_scored_as_its_baselines_are(smears, tmp_path, ask):
     _, _, study = load(f"experiments/medical:root={smears},ask={ask},model.image_size=32")
     run = next(run for run in grid(study) if run.levels == {"network": "DeiT-tiny", "trained": "last block"})

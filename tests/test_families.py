@@ -477,6 +477,7 @@ def eight_devices(*families):
 @pytest.mark.parametrize(
     "families", [("efficientnet", "dinov2"), pytest.param(tuple(FAMILIES), marks=pytest.mark.exhaustive)], ids=len
 )
+@pytest.mark.exhaustive
 def test_eight_devices_train_as_one_does(families):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     code = f"import sys; sys.path[:0] = ['tests', '.']; import test_families; test_families.eight_devices(*{families})"

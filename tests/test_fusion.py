@@ -333,6 +333,7 @@ def eight_devices():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_eight_devices_train_as_one_does():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     code = "import sys; sys.path[:0] = ['tests', '.']; import test_fusion; test_fusion.eight_devices()"

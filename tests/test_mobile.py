@@ -382,6 +382,7 @@ def test_genuine_efficientnet_lite0_gives_the_logits_of_timms(shared, timm, refe
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_genuine_mobilenet_v2_classifies_the_photos_as_published(shared):
     loaded = load.load("mobilenetv2_100", shared / V2_FILE)
     prepare, files, labels = photos(shared, loaded.card)

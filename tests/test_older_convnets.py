@@ -189,6 +189,7 @@ def test_inception_is_torchvisions_with_and_without_its_auxiliary_head(reference
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inception_is_timms_at_its_own_size(reference, tmp_path):
     make = functools.partial(pytest.importorskip("timm").create_model, "inception_v3", num_classes=CLASSES)
     model = make()

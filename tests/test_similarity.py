@@ -119,6 +119,7 @@ def test_one_text_and_networks_of_images_are_refused(weights):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_minilm_has_the_published_correlations_on_sts_b(shared):
     model = tl_jax.load("minilm_l6", shared / "weights/all_minilm_l6_v2/model.safetensors", similarity=True)
     for split, expected in {"dev": 0.86716, "test": 0.82032}.items():

@@ -275,6 +275,7 @@ def test_what_cannot_be_judged_is_refused_in_one_message(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_planted_errors_of_hymenoptera_are_at_the_top(shared, tmp_path):
     files = sorted((shared / "data" / "hymenoptera_256").glob("*/*/*.jpg"))
     weights = shared / "weights" / "deit_tiny_patch16_224" / "deit_tiny_patch16_224.safetensors"
