@@ -20,6 +20,29 @@ TABLE = Transform(lambda w: w[None], lambda w: (w[0],))  # [N, D] <-> [1, N, D]
 _STEM, _FINAL = "backbone/stem", "backbone/final"
 CLIP_TIMM = Layout(tuple(rules_of({**TIMM_KEYS, f"{_STEM}/norm": "norm_pre", "head": "head"})), head=r"head\..+")
 
+
+def openai_block(block: str) -> dict[str, str]:
+    """The keys of a block named so, of either tower, but for those of qkv."""
+    return {
+        f"{BLOCK}/norm1": f"{block}.ln_1",
+        f"{BLOCK}/attn/proj": f"{block}.attn.out_proj",
+        f"{BLOCK}/norm2": f"{block}.ln_2",
+        f"{BLOCK}/mlp/fc1": f"{block}.mlp.c_fc",
+        f"{BLOCK}/mlp/fc2": f"{block}.mlp.c_proj",
+    }
+
+
+def hf_block(block: str) -> dict[str, str]:
+    """As `openai_block`, in files of Hugging Face."""
+    return {
+        f"{BLOCK}/norm1": f"{block}.layer_norm1",
+        f"{BLOCK}/attn/proj": f"{block}.self_attn.out_proj",
+        f"{BLOCK}/norm2": f"{block}.layer_norm2",
+        f"{BLOCK}/mlp/fc1": f"{block}.mlp.fc1",
+        f"{BLOCK}/mlp/fc2": f"{block}.mlp.fc2",
+    }
+
+
 _RES = r"visual.transformer.resblocks.\1"
 OPENAI = Layout(
     (
@@ -28,11 +51,7 @@ OPENAI = Layout(
             f"{_STEM}/pos_embed": (("visual.positional_embedding",), TABLE),
             f"{_STEM}/patch_embed": "visual.conv1",
             f"{_STEM}/norm": "visual.ln_pre",
-            f"{BLOCK}/norm1": f"{_RES}.ln_1",
-            f"{BLOCK}/attn/proj": f"{_RES}.attn.out_proj",
-            f"{BLOCK}/norm2": f"{_RES}.ln_2",
-            f"{BLOCK}/mlp/fc1": f"{_RES}.mlp.c_fc",
-            f"{BLOCK}/mlp/fc2": f"{_RES}.mlp.c_proj",
+            **openai_block(_RES),
             "backbone/norm": "visual.ln_post",
             "head/kernel": (("visual.proj",), SAME),
             "head/bias": ((), ABSENT),
@@ -49,11 +68,7 @@ _HF, _LAYER = "vision_model", r"vision_model.encoder.layers.\1"
 _HF_KEYS = {
     f"{_STEM}/pos_embed": ((f"{_HF}.embeddings.position_embedding.weight",), TABLE),
     f"{_STEM}/patch_embed": f"{_HF}.embeddings.patch_embedding",
-    f"{BLOCK}/norm1": f"{_LAYER}.layer_norm1",
-    f"{BLOCK}/attn/proj": f"{_LAYER}.self_attn.out_proj",
-    f"{BLOCK}/norm2": f"{_LAYER}.layer_norm2",
-    f"{BLOCK}/mlp/fc1": f"{_LAYER}.mlp.fc1",
-    f"{BLOCK}/mlp/fc2": f"{_LAYER}.mlp.fc2",
+    **hf_block(_LAYER),
     "backbone/norm": f"{_HF}.post_layernorm",
 }
 _HF_QKV = qkv_rules([f"{_LAYER}.self_attn.{name}_proj.{{}}" for name in "qkv"], QKV)

@@ -18,31 +18,24 @@ import jax.numpy as jnp
 from tl_jax.core.card import Card
 from tl_jax.models import tokens
 from tl_jax.models.bert import STEM
+from tl_jax.models.clip import hf_block, openai_block
 from tl_jax.models.conversion import ABSENT, DENSE, NATIVE, QKV, SAME, Layout, rules_of, vocabulary
 from tl_jax.models.text import Block as TextBlock
 from tl_jax.models.text import Transformer
 from tl_jax.models.variant import Variant
-from tl_jax.models.vit import BLOCK, qkv_rules
+from tl_jax.models.vit import qkv_rules
 
 _TREE, _RES = r"text_model.encoder.layers.\1", r"transformer.resblocks.\1"
 _HF: dict[str, Any] = {
     f"{STEM}/tok_embed/embedding": (("text_model.embeddings.token_embedding.weight",), SAME),
     f"{STEM}/pos_embed": (("text_model.embeddings.position_embedding.weight",), SAME),
-    f"{BLOCK}/norm1": f"{_TREE}.layer_norm1",
-    f"{BLOCK}/attn/proj": f"{_TREE}.self_attn.out_proj",
-    f"{BLOCK}/norm2": f"{_TREE}.layer_norm2",
-    f"{BLOCK}/mlp/fc1": f"{_TREE}.mlp.fc1",
-    f"{BLOCK}/mlp/fc2": f"{_TREE}.mlp.fc2",
+    **hf_block(_TREE),
     "backbone/norm": "text_model.final_layer_norm",
 }
 _OPENAI: dict[str, Any] = {
     f"{STEM}/tok_embed/embedding": (("token_embedding.weight",), SAME),
     f"{STEM}/pos_embed": (("positional_embedding",), SAME),
-    f"{BLOCK}/norm1": f"{_RES}.ln_1",
-    f"{BLOCK}/attn/proj": f"{_RES}.attn.out_proj",
-    f"{BLOCK}/norm2": f"{_RES}.ln_2",
-    f"{BLOCK}/mlp/fc1": f"{_RES}.mlp.c_fc",
-    f"{BLOCK}/mlp/fc2": f"{_RES}.mlp.c_proj",
+    **openai_block(_RES),
     "backbone/norm": "ln_final",
 }
 _HF_QKV = qkv_rules([f"{_TREE}.self_attn.{name}_proj.{{}}" for name in "qkv"], QKV)
