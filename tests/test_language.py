@@ -445,8 +445,15 @@ def test_generation_is_of_its_seed_and_stops_at_the_end_token_and_the_last_posit
     for prompt in ("", " ".join(["t1"] * 12)):
         with pytest.raises(ValueError, match="expected 1 to 11"):
             tl_jax.generate(own, prompt)
-    with pytest.raises(ValueError, match="does not predict the next token"):
-        tl_jax.generate(tl_jax.load("bert_l1_h8_a1"), "t1")
+
+
+@pytest.mark.parametrize("name", ["bert_l1_h8_a1", "clip_text_l1_h8_a1"])  # CLIP's tower is causal, and writes nothing
+def test_networks_that_were_not_made_for_the_next_token_do_not_generate(name, texts):
+    with pytest.raises(ValueError, match=f"{name} was not made to predict the next token; expected a network such as"):
+        tl_jax.generate(tl_jax.load(name), "t1")
+    config = config_of("next_token", texts, **{"model.name": name})
+    with pytest.raises(ValueError, match=f"{name} does not predict tokens in this way"):
+        build.build(config, tl_jax.runtime.sharding.make_parallel())
 
 
 # ULMFiT.

@@ -117,8 +117,8 @@ LAYOUTS = {
     },
 }
 FIELDS = {
-    "clip": {"norm_eps": 1e-5, "act": "gelu", "causal": True, "positions": 77, "vocab_size": 49408},
-    "siglip": {"norm_eps": 1e-6, "act": "gelu_tanh", "fill": 1, "positions": 64, "vocab_size": 32000},
+    "clip": {"norm_eps": 1e-5, "act": "gelu", "causal": True, "positions": 77, "vocab_size": 49408, "tied": False},
+    "siglip": {"norm_eps": 1e-6, "act": "gelu_tanh", "fill": 1, "positions": 64, "vocab_size": 32000, "tied": False},
 }
 
 

@@ -121,7 +121,8 @@ class Transformer(Model):
     sums. causal: a token reads those before it alone. token_head: without classes, the head is `TokenHead`; without
     this field the logits of tokens need no parameters but the embedding. decodes: `out` has what makes logits of
     tokens too: hidden [B, L, D], table [V, D] and, of a TokenHead, token_bias [V]; the network has no classes. fill:
-    the number of a token that fills every text up to `positions`, and is read as any other; -1: none does.
+    the number of a token that fills every text up to `positions`, and is read as any other; -1: none does. tied: the
+    embedding was trained to make logits of tokens too.
     """
 
     vocab_size: int
@@ -139,6 +140,12 @@ class Transformer(Model):
     token_head: bool = False
     decodes: bool = False
     fill: int = -1
+    tied: bool = True
+
+    @property
+    def next_token(self) -> bool:
+        """Whether `token_logits` are those of the next token."""
+        return self.causal and self.tied
 
     @property
     def cuts(self) -> tuple[str, ...]:

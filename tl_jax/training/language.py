@@ -43,7 +43,7 @@ def check(settings: Settings) -> None:
 
 def check_network(task: str, name: str, module: Any) -> None:
     """Raises ValueError for a network that cannot tell tokens."""
-    has = {"masked_lm": getattr(module, "token_head", False), "next_token": getattr(module, "causal", False)}
+    has = {"masked_lm": getattr(module, "token_head", False), "next_token": getattr(module, "next_token", False)}
     if not has.get(task, True):
         other = next((each for each, there in has.items() if there), "")
         fix = f"it can be trained as {other!r}" if other else "a network such as bert_tiny.mlm, or gpt2, can"
