@@ -12,18 +12,19 @@ from tl_jax.core.fields import PRESENT
 INPUTS = ("image", "table", "text", "several")
 CROP_MODES = ("center", "squash", "border")
 POOLINGS = ("cls", "mean", "last", "max")  # of tokens into one vector
+CASE = {True: "lower case", False: "upper and lower case", None: "case not known"}  # of the field `lowercase`
 COMPARING = ("cosine", "compare")  # head layers that take two texts, each encoded by itself
 PIXEL_TYPES = ("uint8", "uint16", "int16", "float32")
 # The fields that decide what the network reads.
 PIXELS = (
     "input", "input_size", "mean", "std", "interpolation", "crop", "columns", "crop_mode", "pixels", "scale", "vocab",
-    "tokenizer", "max_length", "pooling",
+    "tokenizer", "max_length", "pooling", "lowercase",
 )  # fmt: skip
 STORED = ("pixels", "scale")  # those of them that say how the files hold it: no weights contradict them
 # Left out of the JSON at their defaults, so that a new field changes no card that exists.
 LATER = (
     "input", "columns", "task", "target_mean", "target_std", "threshold", "head", "crop_mode", "pixels", "scale",
-    "vocab", "tokenizer", "max_length", "pooling", "parts", "fusion",
+    "vocab", "tokenizer", "max_length", "pooling", "lowercase", "parts", "fusion",
 )  # fmt: skip
 
 
@@ -63,7 +64,7 @@ class Card:
     that size, "border" keeps the ratio within it and fills the rest with the mean.
     Input "table": the values of `columns` enter as `(x - mean) / std`, one mean and deviation a column.
     Input "text": the tokenizer.json of sha256 `tokenizer` gives at most `max_length` tokens, numbers below `vocab`,
-    whose vectors are pooled by `pooling`, one of POOLINGS.
+    whose vectors are pooled by `pooling`, one of POOLINGS. `lowercase`: it reads upper case as lower case.
     Input "several": one of each kind of `parts`, the cards of the networks that read them; `fusion` says how these are
     joined, pairs (field of models.fusion.Fusion, value).
     """
@@ -93,6 +94,7 @@ class Card:
     tokenizer: str = ""  # "": not known yet
     max_length: int = 0  # tokens of an example, special ones included
     pooling: str = ""
+    lowercase: bool | None = None  # None: not known yet
     parts: tuple["Card", ...] = ()
     fusion: tuple = ()
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from tl_jax.core import messages, trees
-from tl_jax.core.card import Card, size_text
+from tl_jax.core.card import CASE, Card, size_text
 from tl_jax.core.console import Table
 from tl_jax.core.trees import FROZEN, Match
 from tl_jax.methods.rules import places
@@ -249,7 +249,7 @@ def _input(card: Mapping[str, Any]) -> str:
     if card.get("parts"):
         return "\n".join(map(_input, card["parts"]))
     if card.get("input") == "text":
-        known = f"tokenizer {card['tokenizer'][:12]}, {card['vocab']:,} tokens"
+        known = f"tokenizer {card['tokenizer'][:12]}, {card['vocab']:,} tokens, {CASE[card.get('lowercase')]}"
         return f"input texts of at most {card['max_length']} tokens ({known}), pooling {card['pooling']}"
     if columns := card.get("columns"):
         return f"input {len(columns)} columns, standardised: {', '.join(columns[:10])}{', ...' * (len(columns) > 10)}"

@@ -125,7 +125,7 @@ def describe(tensors: Tensors, shapes_of: Callable[[str], tables.Shapes]) -> lis
             card = variant.card.replace(**tables.pixels_of(variant.layouts[each.layout], tensors))
             pixels = f"{size_text(card.input_size)} px with mean {card.mean}, std {card.std}"
             if card.input == "text":
-                pixels = f"{card.vocab} tokens, of which a text has at most {card.max_length}"
+                pixels = f"texts of at most {card.max_length} tokens of {card.vocab:,}, pooling {card.pooling}"
             lines.append(f"fits {text}{flavour}: {pixels}; {head}")
             continue
         load = f"; partial={each.parts} loads it" if 0 < len(each.parts) <= SHOWN else ""

@@ -3,7 +3,7 @@
 import pathlib
 from typing import NamedTuple
 
-from tl_jax.core.card import Card
+from tl_jax.core.card import CASE, Card
 from tl_jax.data.text import tokenizer as tokenizers
 from tl_jax.data.text.tokenizer import Tokenizer
 from tl_jax.weights import hub
@@ -26,7 +26,7 @@ def fit_card(card: Card, text: Text, path: str | pathlib.Path | None) -> Card:
     """The card with the tokenizer that is asked for, else the one beside the weight file.
 
     path: of the weights, whose vocabulary the card has already. Raises ValueError for another tokenizer than the
-    card's, one with more tokens than the network, and lengths beyond its positions.
+    card's, another case, one with more tokens than the network, and lengths beyond its positions.
     """
     if card.input != "text":
         if given := [name for name, value in text._asdict().items() if value]:
@@ -40,6 +40,8 @@ def fit_card(card: Card, text: Text, path: str | pathlib.Path | None) -> Card:
                         f"{there.sha256[:12]}: the weights know the tokens of theirs")  # fmt: skip
     if asked and card.tokenizer and asked.sha256 != card.tokenizer:
         problems.append(f"the tokenizer is {asked.sha256[:12]}, the card says {card.tokenizer[:12]}")
+    if asked and card.lowercase not in (None, asked.lowercase):
+        problems.append(f"the tokenizer reads {CASE[asked.lowercase]}, the card says {CASE[card.lowercase]}")
     if asked and path and asked.size > card.vocab:
         problems.append(f"the tokenizer has {asked.size:,} tokens, the network's embedding {card.vocab:,}")
     if text.max_length > card.max_length:
@@ -48,9 +50,12 @@ def fit_card(card: Card, text: Text, path: str | pathlib.Path | None) -> Card:
         raise ValueError(
             f"the texts of {path or card.model} would not be what the weights expect: {'; '.join(problems)}"
         )
-    changes = {"max_length": text.max_length, "pooling": text.pooling}
-    changes |= {"tokenizer": asked.sha256, "vocab": card.vocab if path else asked.size} if asked else {}
-    return card.replace(**{name: value for name, value in changes.items() if value})
+    given = {"max_length": text.max_length, "pooling": text.pooling}
+    changes = {name: value for name, value in given.items() if value}
+    if asked:
+        vocab = card.vocab if path else asked.size
+        changes |= {"tokenizer": asked.sha256, "vocab": vocab, "lowercase": asked.lowercase}
+    return card.replace(**changes)
 
 
 def know_parts(card: Card, path: str | pathlib.Path) -> None:

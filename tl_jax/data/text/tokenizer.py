@@ -34,9 +34,9 @@ class Tokenizer(NamedTuple):
 
     @property
     def lowercase(self) -> bool:
-        """Whether upper and lower case are the same to it."""
-        rules = self.text.partition('"normalizer"')[2].partition('"pre_tokenizer"')[0]
-        return '"Lowercase"' in rules or '"lowercase":true' in rules.replace(" ", "")
+        """Whether its normalizer, of any kind, turns upper case into lower case."""
+        normalizer = self.open().normalizer
+        return normalizer is not None and "A" not in normalizer.normalize_str("A")
 
     def open(self, max_length: int = 0) -> tokenizers.Tokenizer:
         """That of the library, without the padding that the file may ask for; it cuts to max_length, if above 0."""
