@@ -14,6 +14,7 @@ from tl_jax import models
 from tl_jax.data import sources
 from tl_jax.data.text import tokenizer
 from tl_jax.methods import contrastive
+from tl_jax.methods.term import Context
 from tl_jax.runtime import sharding
 from tl_jax.tasks import intervals, retrieval
 from tl_jax.training import build
@@ -58,6 +59,52 @@ def test_the_loss_and_its_gradients_are_those_of_torch(loss):
     for grad, leaf in zip(jax.tree.leaves(grads), leaves, strict=True):
         expected = np.zeros_like(grad) if leaf.grad is None else leaf.grad.numpy()
         np.testing.assert_allclose(grad, expected, atol=1e-5)
+
+
+def looped(loss, u, v, scale, bias, captions, photos):
+    """The loss by loops over pairs in torch's float64; a pair with the photo or the caption of another is skipped."""
+    (u, v), total = (x / x.norm(dim=1, keepdim=True) for x in (u, v)), 0.0
+    for i in range(len(u)):
+        told = [j for j in range(len(u)) if j == i or (captions[j] != captions[i] and photos[j] != photos[i])]
+        if loss == "softmax":
+            row, column = (torch.stack([scale * x[i] @ y[j] for j in told]) for x, y in ((u, v), (v, u)))
+            total += (row.logsumexp(0) + column.logsumexp(0)) / 2 - scale * u[i] @ v[i]
+        else:
+            for j in told:
+                s = scale * u[i] @ v[j] + bias
+                total += torch.log1p(torch.exp(-s if i == j else s))
+    return total / len(u)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_pairs_that_share_an_input_are_no_strangers_on_any_number_of_devices(loss):
+    photos = np.array([0, 1, 2, 3, 3, 3, 4, 5])  # one photo has three captions
+    captions = np.array([7, 0, 1, 2, 3, 0, 4, 4])  # two captions are of two photos each, one of which is that one
+    a, b = pairs(8, 4, 4)
+    index = np.array([3, 0, 7, 1, 6, 2, 5, 4])  # the batch, of the rows of the data
+    term = contrastive.contrastive(loss=loss, bias=-1.5)
+    params = {"scale": np.float32(1.1)} | ({"bias": np.float32(-1.5)} if loss == "sigmoid" else {})
+
+    def ours(a, b, index):
+        batch, none = {"train": {"index": index}}, [None] * 15
+        context = Context(*none)._replace(
+            batch=batch, outputs={"train": {"pre_logits": a}}, params={"contrastive": params},
+            memory=jnp.stack([photos, captions], 1), forward=lambda *_: ({"pre_logits": b}, {}),
+        )  # fmt: skip
+        return term.loss(context).loss
+
+    x, y = (torch.tensor(each[index], dtype=torch.float64, requires_grad=True) for each in (a, b))
+    theirs = looped(loss, x, y, np.exp(np.float64(1.1)), -1.5, captions[index], photos[index])
+    theirs.backward()
+    apart = looped(loss, x, y, np.exp(np.float64(1.1)), -1.5, range(8), range(8))
+    assert abs(theirs.item() - apart.item()) > 0.05
+    for count in (1, len(jax.devices())):
+        parallel = sharding.make_parallel("jit", jax.devices()[:count])
+        given = parallel.put_batch((a[index], b[index], index))
+        value, grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(*given)
+        np.testing.assert_allclose(value, theirs.item(), rtol=1e-6)
+        for grad, leaf in zip(grads, (x, y), strict=True):
+            np.testing.assert_allclose(grad, leaf.grad.numpy(), atol=1e-6)
 
 
 def by_sorting(queries, found, hits):
@@ -147,6 +194,19 @@ def test_both_networks_are_drawn_together_and_retrieval_is_told(files):
     assert len(set(names)) == len(names) == len(a)
     source = sources.load(f"several:{files[1]}", image="photo", text=("title",), labels=("label",))
     assert len(tl_jax.load_run(folder).predict(source)) == 60  # by the image alone
+
+
+def test_one_photo_or_one_text_in_several_rows_has_one_number(files):
+    rows = files[1].read_text().splitlines()
+    again = [rows[1 + i].replace(rows[1 + i].split(",")[0], rows[1].split(",")[0], 1) for i in (4, 9)]
+    files[1].write_text("\n".join([*rows, *again]) + "\n")
+    run = build.build(config_of(files), sharding.make_parallel("jit", jax.devices()[:1]))
+    train, numbers = run.material.data["train"], np.asarray(run.material.memory["contrastive"])
+    photos, texts = train.of_kind("image").inputs.paths, [row[0] for row in train.of_kind("text").inputs.rows]
+    for column, names in zip(numbers.T, (photos, texts), strict=True):
+        same = np.array(names)[:, None] == np.array(names)
+        np.testing.assert_array_equal(column[:, None] == column, same)
+        assert same.sum() > len(names)
 
 
 def test_what_contrastive_learning_cannot_do_without_is_refused(files):

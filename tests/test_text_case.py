@@ -64,7 +64,7 @@ def test_a_card_that_says_otherwise_stops_and_inspect_shows_both(tmp_path):
     load.export(made.variables, made.card.model, path, card=made.card.replace(lowercase=None))  # of before
     assert load.load("", path).card.lowercase
     load.export(made.variables, made.card.model, path, card=made.card.replace(lowercase=False))
-    with pytest.raises(ValueError, match="reads lower case, the card says upper and lower case$"):
+    with pytest.raises(ValueError, match=r"reads lower case, the card says upper and lower case$"):
         load.load("", path)
 
 

@@ -49,7 +49,9 @@ def generate(
 def _check(model: Any, tokens: int, temperature: float, top_p: float) -> None:
     if not getattr(getattr(model, "module", None), "next_token", False):
         name = getattr(model, "name", repr(model))
-        raise ValueError(f"{name} was not made to predict the next token; expected a network such as gpt2, as `load` gives it")
+        raise ValueError(
+            f"{name} was not made to predict the next token; expected a network such as gpt2, as `load` gives it"
+        )
     ranges = {
         "tokens": (tokens, checks.integer(1, 2**20)),
         "temperature": (temperature, checks.number(0)),

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from tl_jax.core import checks
-from tl_jax.methods.term import MAIN, Context, Network, Result, Start, Term
+from tl_jax.core.fields import INDEX
+from tl_jax.methods.term import MAIN, MODEL, Context, Network, Result, Start, Term
 
 NAME = "contrastive"  # of the network that holds the temperature and the projection
 MOST = 100.0  # that similarities are multiplied by (Radford et al. 2021, section 2.5)
@@ -29,7 +30,8 @@ def contrastive(
     arXiv:2303.15343, equation 1). temperature: where it begins, 0 for the papers' 0.07 and 0.1; it is learned, as is
     the bias, in the group `contrastive`. width: that a learned matrix projects both to; 0: where the two have different
     widths, the model's features are projected to the network's. network: of config.networks, trained in its `group`.
-    Examples that share an input, such as two captions of an image, count as strangers where they meet in a batch.
+    Two pairs i and j that share an input, such as two captions of an image or two images with one text, are left out
+    of both sums by s_ij = s_ji = -inf: exp(s_ij) = 0 and log sigmoid(-s_ij - bias) = 0, as their gradients are.
     """
     begin = temperature or (0.07 if loss == "softmax" else 0.1)
 
@@ -44,7 +46,8 @@ def contrastive(
         for i, (name, shape) in enumerate(sizes.items()):
             key = jax.random.fold_in(start.key, i)
             params[name] = {"kernel": jax.random.normal(key, shape, jnp.float32) * shape[0] ** -0.5}
-        return {NAME: Network(None, None, {"params": params}, group=NAME)}, None
+        numbers = [jnp.asarray(start.numbered(name)) for name in (MODEL, network)]
+        return {NAME: Network(None, None, {"params": params}, group=NAME)}, jnp.stack(numbers, 1)
 
     def value(context: Context) -> Result:
         params = context.params[NAME]
@@ -53,7 +56,7 @@ def contrastive(
             raise ValueError(f"contrastive reads features, and networks.{network}.cache keeps logits: leave it out")
         a, b = embeddings(params, context.outputs[MAIN]["pre_logits"], other["pre_logits"])
         scale = jnp.exp(jnp.minimum(params["scale"], math.log(MOST)))
-        s = scale * a @ b.T
+        s = strangers(scale * a @ b.T, context.memory[context.batch[MAIN][INDEX]])
         matched = (s.argmax(axis=1) == jnp.arange(len(s))).mean(dtype=jnp.float32)
         found = softmax_loss(s) if loss == "softmax" else sigmoid_loss(s + params["bias"])
         return Result(found, {"matched": matched, "temperature": 1 / scale})
@@ -75,6 +78,15 @@ def embeddings(params: Any, model: jax.Array, other: jax.Array) -> tuple[jax.Arr
         x = x @ params[name]["kernel"] if name in params else x
         found.append(x * jax.lax.rsqrt(jnp.maximum((x * x).sum(axis=-1, keepdims=True), 1e-24)))
     return found[0], found[1]
+
+
+def strangers(s: jax.Array, numbers: jax.Array) -> jax.Array:
+    """s [B, B] with -inf where two pairs share an input.
+
+    numbers: int [B, 2], of the two inputs of each pair; equal inputs have one number.
+    """
+    shared = (numbers[:, None] == numbers[None]).any(axis=2) & ~jnp.eye(len(s), dtype=bool)
+    return jnp.where(shared, -jnp.inf, s)
 
 
 def softmax_loss(s: jax.Array) -> jax.Array:

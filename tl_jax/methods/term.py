@@ -95,7 +95,8 @@ class Start(NamedTuple):
     model, each layer below normalising by its own.
     model: the module, for its cuts. shapes: of the model's outputs for one example, [1, ...]. source_head(): the weight
     file's own classifier {"kernel" [D, S], "bias" [S]}, or None. loaded: `variables` as training began.
-    widths: of the features of further networks of the config, by name.
+    widths: of the features of further networks of the config, by name. numbered(network) -> int32 [N]: the number of
+    the input that the model or a further network reads of each example of `train`; equal inputs have one.
     """
 
     variables: Mapping[str, Any]
@@ -111,6 +112,7 @@ class Start(NamedTuple):
     key: jax.Array
     loaded: Mapping[str, Any] | None = None
     widths: Mapping[str, int] = {}
+    numbered: Callable[[str], Any] | None = None
 
 
 class Term(NamedTuple):

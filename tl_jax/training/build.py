@@ -98,7 +98,11 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
     variables = {"batch_stats": {}, **loaded.variables, "params": {**loaded.variables["params"], **added}}
     start = _make_start(settings, model, variables, card, tasks.make(spec), data)
     given = {name: _load_network(settings, name) for name in settings.networks}
-    start = start._replace(widths={name: _width(network) for name, network in given.items()})
+    kinds = {MODEL: card.input, **{name: network.card.input for name, network in given.items()}}
+    start = start._replace(
+        widths={name: _width(network) for name, network in given.items()},
+        numbered=lambda name: inputs.numbered(train, kinds[name]),
+    )
     networks, memory = terms.initialise(made, start, given)
     variables, origins = _join(variables, loaded.origins, networks)
     fields = {name: inputs.field_of(name, network.card, card) for name, network in given.items()}

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +11,12 @@ import numpy as np
 from tl_jax.core import checks, messages
 from tl_jax.core.card import PIXELS, Card, Form
 from tl_jax.data import duplicates, groups, pipeline, resample, sources, weights
-from tl_jax.data.examples import Source
+from tl_jax.data.examples import FileImages, Source
 from tl_jax.data.mixed import mixed_batches
 from tl_jax.data.pipeline import EvalBatches, TrainBatches, View
 from tl_jax.data.sealed import Ledger, canonical
 from tl_jax.data.several import Several
-from tl_jax.data.text.tokens import Tokens, describe
+from tl_jax.data.text.tokens import Texts, Tokens, describe
 from tl_jax.methods.selectors import DOMINANT
 from tl_jax.methods.term import MAIN
 from tl_jax.runtime import distributed, sharding, wall
@@ -209,6 +209,22 @@ def facts_of(source: Source) -> dict[str, Any]:
     """What the audit tells of a source; its fingerprint tells whether a resumed run reads the same."""
     grouped = {} if source.groups is None else {"groups": len(set(source.groups.tolist()))}
     return {"name": source.name, "examples": len(source), **grouped, "fingerprint": source.fingerprint}
+
+
+def identities(source: Source, kind: str) -> Sequence[str]:
+    """What is one input of a kind, N texts: an equal text; of images the group of data.group, else the same file."""
+    inputs = source.of_kind(kind).inputs
+    if isinstance(inputs, Texts):
+        return ["\0".join(row) + "." for row in inputs.rows]  # numpy cuts zeros off the end
+    if kind == "image" and source.groups is not None:
+        return source.groups.tolist()
+    return inputs.paths if isinstance(inputs, FileImages) else source.ids
+
+
+def numbered(source: Source, kind: str) -> np.ndarray:
+    """The number of each example's input of a kind, int32 [N]; those of one identity have the same."""
+    number: dict[str, int] = {}
+    return np.array([number.setdefault(each, len(number)) for each in identities(source, kind)], np.int32)
 
 
 def scored_names(found: Mapping[str, Source], settings: Settings) -> list[str]:

@@ -9,14 +9,12 @@ import numpy as np
 
 from tl_jax.core import files
 from tl_jax.data import pipeline
-from tl_jax.data.examples import FileImages, Source
-from tl_jax.data.text.tokens import Texts
 from tl_jax.methods import contrastive
 from tl_jax.methods.term import MODEL
 from tl_jax.runtime import sharding
 from tl_jax.runtime.log import log
 from tl_jax.tasks import retrieval
-from tl_jax.training import evaluate, steps
+from tl_jax.training import evaluate, inputs, steps
 from tl_jax.training.build import Run
 
 
@@ -36,7 +34,7 @@ def report(
     """{"retrieval": {split: {"image_to_text": ...}}} of result.json; {} for a run without such a term.
 
     variables: of all networks, as they are scored. The vectors are in embeddings-SPLIT.npz: one array for each input,
-    float32 [N, D] of length 1, and what is one input, see `identities`; ids.
+    float32 [N, D] of length 1, and what is one input, see `inputs.identities`; ids.
     """
     network, found = paired(run, i), {}
     if not network:
@@ -51,7 +49,7 @@ def report(
         made = pipeline.eval_batches(batches.source, views, batches.batch_size, process_index=batches.process_index,
                                      process_count=batches.process_count, num_workers=batches.num_workers)  # fmt: skip
         a, b = evaluate.collect(lambda x: predict(placed, x), made, tuple(views), parallel).values()
-        identity = [identities(batches.source, kind) for kind in kinds]
+        identity = [np.array(inputs.identities(batches.source, kind), str) for kind in kinds]
         if jax.process_index() == 0:
             arrays = dict(zip((*kinds, *(f"{kind}_identity" for kind in kinds)), (a, b, *identity), strict=True))
             with files.atomic_write(folder / f"embeddings-{split}.npz") as file:
@@ -72,19 +70,9 @@ def _embed(model: steps.Reader, other: steps.Reader, network: str) -> Callable:
     def embed(variables: Mapping[str, Any], x: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         features = []
         for reader, own in ((model, variables), (other, steps.subtree(variables, network))):
-            inputs = steps.normalise(x[reader.field], reader.card)
-            features.append(reader.module.apply(own, inputs, train=False)[1]["pre_logits"])
+            given = steps.normalise(x[reader.field], reader.card)
+            features.append(reader.module.apply(own, given, train=False)[1]["pre_logits"])
         a, b = contrastive.embeddings(variables["params"][contrastive.NAME], *features)
         return {"model": a, "other": b}
 
     return embed
-
-
-def identities(source: Source, kind: str) -> np.ndarray:
-    """What is one input of a kind, text [N]: an equal text; of images the group of data.group, else the same file."""
-    inputs = source.of_kind(kind).inputs
-    if isinstance(inputs, Texts):
-        return np.array(["\0".join(row) + "." for row in inputs.rows], str)  # numpy cuts zeros off the end
-    if kind == "image" and source.groups is not None:
-        return source.groups
-    return np.array(inputs.paths if isinstance(inputs, FileImages) else source.ids, str)
