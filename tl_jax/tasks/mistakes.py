@@ -1,5 +1,7 @@
-"""What a network said of each example, how sure it was, and whether it was wrong: for galleries."""
+"""What a network said of each example, how sure it was, and whether it was wrong: for galleries and tables."""
 
+import unicodedata
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +10,9 @@ import scipy  # loads its parts when they are used
 from tl_jax.core.plotting import short
 from tl_jax.tasks import binary
 from tl_jax.tasks.predictions import Predictions
+
+LONGEST = 1000  # characters of a text in a table
+BREAKING = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of characters that would break a line, or are none
 
 
 class Said(NamedTuple):
@@ -69,3 +74,39 @@ def in_words(predictions: Predictions, found: Said, i: int) -> list[str]:
     answer = k if spec.name == "classification" else int(found.sign[i] > 0)
     truth = [] if labels is None else [f"true {short(names[labels[i]], 20)}"]
     return [*truth, f"said {short(names[answer], 13)}, {size}"]
+
+
+def to_tsv(predictions: Predictions, found: Said, chosen: Sequence[int], texts: Sequence[tuple[str, ...]]) -> str:
+    """A table of chosen mistakes: id, text or text1 and text2, label, answer, and how sure it was.
+
+    texts: one or two of each chosen example. The last column is the probability of the answer, of a regression the
+    error in standard deviations of the target.
+    """
+    names = ["text"] if len(texts[0]) == 1 else [f"text{i + 1}" for i in range(len(texts[0]))]
+    size = "deviations" if predictions.spec.name == "regression" else "probability"
+    rows = [["id", *names, "label", "answer", size]]
+    for i, row in zip(chosen, texts, strict=True):
+        said = [*_label_and_answer(predictions, found, i), f"{found.size[i]:.3f}"]
+        rows.append([in_line(str(predictions.ids[i])), *map(in_line, row), *map(in_line, said)])
+    return "".join("\t".join(row) + "\n" for row in rows)
+
+
+def in_line(text: str) -> str:
+    """A text as one cell: its first LONGEST characters, with escapes for tabs, ends of lines and control characters."""
+    kept = text[:LONGEST]
+    cut = f"\N{HORIZONTAL ELLIPSIS} ({LONGEST:,} of {len(text):,} characters)" if len(text) > LONGEST else ""
+    shown = (c.encode("unicode_escape").decode() if unicodedata.category(c) in BREAKING else c for c in kept)
+    return "".join(shown) + cut
+
+
+def _label_and_answer(predictions: Predictions, found: Said, i: int) -> tuple[str, str]:
+    """What is true of a mistake and what was said, of several labels or targets with the name of the one meant."""
+    spec, k = predictions.spec, int(found.column[i])
+    names, labels = spec.class_names, predictions.labels
+    if spec.name == "regression":
+        pair = f"{labels[i, k]:.4g}", f"{predictions.values[i, k]:.4g}"
+    elif spec.name == "multilabel":
+        pair = ("no", "yes") if found.sign[i] > 0 else ("yes", "no")
+    else:
+        return names[labels[i]], names[k if spec.name == "classification" else int(found.sign[i] > 0)]
+    return tuple(f"{names[k]}: {each}" if len(names) > 1 else each for each in pair)

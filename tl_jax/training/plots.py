@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from tl_jax import tasks
+from tl_jax.core import files
+from tl_jax.core.options import LANGUAGE
 from tl_jax.core.plotting import BLUE, GREY, PALETTE, VERMILION, end_of, figure_at, headed, sheet
 from tl_jax.data.examples import Source
 from tl_jax.data.image import decode
@@ -12,6 +14,7 @@ from tl_jax.tasks import figures, mistakes
 
 SHOWN = 1000  # examples of a domain
 MISTAKES = 24  # of a gallery
+TEXTS = 100  # mistakes of a table
 
 
 def draw_run(
@@ -32,15 +35,21 @@ def draw_run(
 def gallery(predictions: tasks.Predictions, source: Source, path, scored: str) -> None:
     """The surest mistakes of a network, or the largest errors of a regression, with the names of their files.
 
-    source: the images that the predictions are of. Nothing is drawn where nothing is wrong, or of tables.
+    source: what the predictions are of: images are drawn, texts are a table in path.tsv. Nothing is left where nothing
+    is wrong, or of other inputs and of language modelling.
     """
-    if source.input != "image":
+    if source.input not in ("image", "text") or predictions.spec.name in LANGUAGE:
         return
-    found = mistakes.said(predictions)
-    chosen, place = mistakes.worst(found, MISTAKES), {name: k for k, name in enumerate(source.ids)}
+    found, text = mistakes.said(predictions), source.input == "text"
+    chosen = mistakes.worst(found, TEXTS if text else MISTAKES)
+    place = {name: k for k, name in enumerate(source.ids)}
     if not chosen:
         return
     names = [str(predictions.ids[i]) for i in chosen]
+    if text:
+        rows = [source.inputs[place[name]] for name in names]
+        files.write_text(path.with_suffix(".tsv"), mistakes.to_tsv(predictions, found, chosen, rows))
+        return
     pictures = [decode.thumbnail(source.inputs[place[name]], source.form) for name in names]
     words = [mistakes.in_words(predictions, found, i) for i in chosen]
     captions = [(end_of(name, 28), *lines) for name, lines in zip(names, words, strict=True)]
