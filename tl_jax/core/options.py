@@ -172,7 +172,7 @@ _ROWS = (
             "the target's held-out split on which selectors judge without labels: (name, source, split)"),
     _option("data.labels", (), TEXTS, "the columns that hold the labels, of sources that have columns"),
     _option("data.resample", "", TEXT, "cut train and test from the split train: kfold:K:FOLD | bootstrap:DRAW | loo"),
-    _option("data.text", (), TEXTS, "the one or two columns that hold texts, of text: and several: sources"),
+    _option("data.text", (), TEXTS, "the one or two columns that hold texts, of text:, tfds: and several: sources"),
     _option("data.image", "", TEXT, "the column that names image files, of several: sources"),
     _option("data.columns", (), TEXTS, "the columns of numbers, of several: sources"),
     _option("data.group", "", TEXT, "what no slice or fold cuts: a column or array by name, or a pattern in the ids"),

@@ -1,7 +1,7 @@
 """What labels each task takes: the check of a source against its task, and labels made from columns of text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +24,15 @@ MISSING = ("", "nan", "na", "n/a", "null", "none")  # cells in place of a number
 
 
 class Table(NamedTuple):
-    """Columns of text. where: what messages call it; rows: the number of each row, counted as in a spreadsheet."""
+    """Columns of text. where: what messages call it; rows: the number of each row, counted as in a spreadsheet.
+
+    classes: of columns whose classes and their order are known; of others they are what the column holds.
+    """
 
     where: str
     columns: dict[str, Sequence[str]]
     rows: np.ndarray
+    classes: Mapping[str, tuple[str, ...]] = {}
 
     def find(self, names: Sequence[str]) -> str | None:
         """The first column that has one of these names, in any case."""
@@ -112,6 +116,7 @@ def _encode_classes(task: str, table: Table, names: Sequence[str], chosen: np.nd
         fix = f"expected classes for the task {task!r}. Use the task 'regression', or another column"
         raise ValueError(f"{table.where}: {found}; {fix}")
     class_names = [found[i] for i in np.argsort(values, kind="stable")] if numeric else sorted(found, key=natural_key)
+    class_names = table.classes.get(name, class_names)
     number = {class_name: i for i, class_name in enumerate(class_names)}
     return np.array([number[cells[i]] for i in chosen], np.int32), tuple(class_names)
 

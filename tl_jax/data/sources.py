@@ -13,11 +13,11 @@ from tl_jax.core.card import Form
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import listed, nearest
 from tl_jax.data import groups
-from tl_jax.data.examples import Source, check_split, find_unreadable, join, join_domains, overlap
+from tl_jax.data.examples import Source, find_unreadable, join, join_domains, overlap
 from tl_jax.data.image import decode
 from tl_jax.data.labels import KINDS, check_fit
 from tl_jax.data.readers import builtin
-from tl_jax.data.readers.arrays import array_source, load_arrays
+from tl_jax.data.readers.arrays import load_arrays
 from tl_jax.data.readers.corrupted import FORM, CorruptedImages, clean_images, load_corrupted
 from tl_jax.data.readers.docstrings import load_docstrings
 from tl_jax.data.readers.folder import load_folder
@@ -27,6 +27,7 @@ from tl_jax.data.readers.packed import PackedImages, load_packed
 from tl_jax.data.readers.several import load_several
 from tl_jax.data.readers.tables import load_csv, load_table
 from tl_jax.data.readers.texts import load_texts, without_labels
+from tl_jax.data.readers.tfds import TfdsImages, load_tfds
 from tl_jax.data.sealed import SealedLabels, canonical
 from tl_jax.data.several import Several
 
@@ -36,7 +37,11 @@ BUILTIN = {name: functools.partial(builtin.load_digits, name) for name in builti
 BUILTIN |= {"glyphs": load_glyphs, "docstrings": load_docstrings}
 PLAIN = {"folder": load_folder, "packed": load_packed, "mat": load_mat}  # sources that take a path and a split
 COLUMNS = {"csv": load_csv, "table": load_table, "text": load_texts, "several": load_several}  # with label columns
-READ = {"text": ("text",), "several": ("text", "image", "columns")}  # the options that name further columns of these
+READ = {
+    "text": ("text",),
+    "tfds": ("text",),
+    "several": ("text", "image", "columns"),
+}  # the options that name further columns of these
 DIABETES = "table:diabetes"
 FORM_FIX = "say what the files hold by data.card (pixels and scale), and the channels by model.channels"
 FORMS = (
@@ -156,8 +161,8 @@ def list_split(
     if source not in BUILTIN and (kind not in (*PLAIN, *COLUMNS, "arrays", "tfds") or not argument):
         known = (*BUILTIN, DIABETES, *FORMS)
         raise ValueError(f"unknown source {source!r}{nearest(source, known)}. Sources: {', '.join(known)}")
-    if labels and kind not in COLUMNS:
-        known = ", ".join(f"{name}:" for name in COLUMNS)
+    if labels and kind not in (*COLUMNS, "tfds"):
+        known = ", ".join(f"{name}:" for name in (*COLUMNS, "tfds"))
         raise ValueError(f"data.labels={tuple(labels)} names columns of sources {known}; {source} has none")
     read = {"text": tuple(text), "image": image, "columns": tuple(columns)}
     for option, value in read.items():
@@ -171,7 +176,7 @@ def list_split(
     elif kind == "arrays":
         found = load_arrays(argument, split, group)
     elif kind == "tfds":
-        found = _load_tfds(argument, split, data_dir)
+        found = load_tfds(argument, split, data_dir, task, labels, group, text)
     else:
         found = BUILTIN[source](split) if source in BUILTIN else PLAIN[kind](argument, split)
     if len(found) == 0:
@@ -312,63 +317,3 @@ def without(source: Source, bad: Mapping[int, str]) -> Source:
     refuse(f"no readable image is left of {len(gone)} classes of {source.name}", names)
     log.warning("%s: skipped %d of %d unreadable images:\n%s", source.name, len(bad), len(source), listed(reasons))
     return dataclasses.replace(kept, skipped=reasons)
-
-
-class TfdsImages(NamedTuple):
-    """Images of a tfds data source, encoded as they are stored."""
-
-    records: Any
-    key: str
-    indices: np.ndarray
-
-    def __getitem__(self, index: int) -> np.ndarray | bytes:
-        return self.records[int(self.indices[index])][self.key]
-
-    def select(self, indices: np.ndarray) -> "TfdsImages":
-        return self._replace(indices=self.indices[indices])
-
-    def head(self, index: int) -> bytes:
-        return b""  # a prepared data set has a version; reading every record again would say no more
-
-
-def _load_tfds(name: str, split: str, data_dir: str | None) -> Source:
-    """One split of a prepared tfds data set, read without TensorFlow; every record is read once for its label."""
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError:
-        known = tfds.list_builders(with_community_datasets=False)  # the others are looked up on the network
-        raise ValueError(f"tfds knows no data set {name!r}{nearest(name.partition(':')[0], known)}") from None
-    splits = {{"validation": "val"}.get(known, known): known for known in builder.info.splits}
-    if splits:  # what is not prepared knows no splits; as_data_source will say so
-        check_split(f"tfds:{name}", split, splits)
-    image, label = _tfds_keys(tfds, name, builder.info)
-    try:
-        records = builder.as_data_source(split=splits.get(split, split))
-    except (AssertionError, NotImplementedError) as error:  # not prepared; prepared in a format without random access
-        how = (
-            f"prepared as {builder.info.file_format.value}, which TensorFlow alone reads," if splits else "not prepared"
-        )
-        call = f"tfds.builder('{name}', data_dir='FOLDER', file_format='array_record').download_and_prepare()"
-        fix = f"Prepare it once by {call}, where tensorflow is installed if the set is a published one (docs/data.md)"
-        told = f"tfds:{name} is {how} at {builder.data_path}. {fix}; then data.data_dir='FOLDER' reads it without"
-        raise FileNotFoundError(told) from error
-    records.decoders = {image: tfds.decode.SkipDecoding()}  # decoded like every other source's images, by decode.py
-    labels, sizes = np.empty(len(records), np.int32), np.empty(len(records), np.int64)
-    for i in range(len(records)):
-        record = records[i]
-        labels[i], sizes[i] = record[label], getattr(record[image], "nbytes", None) or len(record[image])
-    images, names = TfdsImages(records, image, np.arange(len(labels))), tuple(builder.info.features[label].names)
-    return array_source(f"tfds:{name}", split, images, labels, names, sizes)
-
-
-def _tfds_keys(tfds: Any, name: str, info: Any) -> tuple[str, str]:
-    """The names of the image and of the label feature: the supervised pair, or the only ones of their kind."""
-    images = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.Image)]
-    labels = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.ClassLabel)]
-    if info.supervised_keys and info.supervised_keys[-1] in labels:
-        return info.supervised_keys[0], info.supervised_keys[-1]
-    if len(images) != 1 or len(labels) != 1:
-        raise ValueError(f"tfds:{name} is no classification of images: images {images}, class labels {labels}")
-    return images[0], labels[0]
