@@ -98,10 +98,10 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
     variables = {"batch_stats": {}, **loaded.variables, "params": {**loaded.variables["params"], **added}}
     start = _make_start(settings, model, variables, card, tasks.make(spec), data)
     given = {name: _load_network(settings, name) for name in settings.networks}
-    kinds = {MODEL: card.input, **{name: network.card.input for name, network in given.items()}}
+    cards = {MODEL: card, **{name: network.card for name, network in given.items()}}
     start = start._replace(
         widths={name: _width(network) for name, network in given.items()},
-        numbered=lambda name: inputs.numbered(train, kinds[name]),
+        numbered=lambda name: inputs.numbered(train, cards[name]),
     )
     networks, memory = terms.initialise(made, start, given)
     variables, origins = _join(variables, loaded.origins, networks)

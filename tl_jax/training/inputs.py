@@ -221,10 +221,14 @@ def identities(source: Source, kind: str) -> Sequence[str]:
     return inputs.paths if isinstance(inputs, FileImages) else source.ids
 
 
-def numbered(source: Source, kind: str) -> np.ndarray:
-    """The number of each example's input of a kind, int32 [N]; those of one identity have the same."""
+def numbered(source: Source, card: Card) -> np.ndarray:
+    """The number of the input that a network reads of each example, int32 [N]; those of one identity have the same.
+
+    Texts that a tokenizer reads as lower case are compared in lower case.
+    """
     number: dict[str, int] = {}
-    return np.array([number.setdefault(each, len(number)) for each in identities(source, kind)], np.int32)
+    names = (each.lower() if card.lowercase else each for each in identities(source, card.input))
+    return np.array([number.setdefault(name, len(number)) for name in names], np.int32)
 
 
 def scored_names(found: Mapping[str, Source], settings: Settings) -> list[str]:
