@@ -108,17 +108,21 @@ def _encode_classes(task: str, table: Table, names: Sequence[str], chosen: np.nd
     (name,), cells = names, table.columns[names[0]]
     problems = [f"row {table.rows[i]}: {name} is missing" for i in chosen if not cells[i]]
     _refuse(task, table, names, problems, "fill in or remove these rows")
-    found = [cell for cell in dict.fromkeys(cells) if cell]
+    class_names = table.classes.get(name) or _class_names(task, table, name)
+    number = {class_name: i for i, class_name in enumerate(class_names)}
+    return np.array([number[cells[i]] for i in chosen], np.int32), tuple(class_names)
+
+
+def _class_names(task: str, table: Table, name: str) -> list[str]:
+    """What a column holds, in natural order."""
+    found = [cell for cell in dict.fromkeys(table.columns[name]) if cell]
     values = parse_numbers(found)
     numeric = np.isfinite(values).all()
     if numeric and (fractions := [found[i] for i in np.flatnonzero(values % 1)]):
         found = f"column {name!r} holds numbers with fractions, such as {', '.join(fractions[:3])}"
         fix = f"expected classes for the task {task!r}. Use the task 'regression', or another column"
         raise ValueError(f"{table.where}: {found}; {fix}")
-    class_names = [found[i] for i in np.argsort(values, kind="stable")] if numeric else sorted(found, key=natural_key)
-    class_names = table.classes.get(name, class_names)
-    number = {class_name: i for i, class_name in enumerate(class_names)}
-    return np.array([number[cells[i]] for i in chosen], np.int32), tuple(class_names)
+    return [found[i] for i in np.argsort(values, kind="stable")] if numeric else sorted(found, key=natural_key)
 
 
 def _refuse(task: str, table: Table, names: Sequence[str], problems: list[str], fix: str) -> None:
