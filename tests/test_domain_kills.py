@@ -105,6 +105,7 @@ def remains(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", of_which_ci_runs(CASES, ("adda", "shot")))
 def test_a_run_that_was_killed_again_and_again_ends_bit_equal_to_an_undisturbed_one(case, tables, tmp_path):
     config, moments = config_of(tables, case), MOMENTS[case]

@@ -406,7 +406,7 @@ def take(found, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("splits", "repeats"), [(100, 20), pytest.param(1000, 100, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(("splits", "repeats"), [(60, 10), pytest.param(1000, 100, marks=pytest.mark.exhaustive)])
 def test_false_alarms_and_power_on_mnist_usps_and_blur_at_200_examples(shared, splits, repeats):
     mnist, blurred, usps = load_digits(shared)
     p, verdicts = [], []

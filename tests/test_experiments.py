@@ -82,6 +82,7 @@ def test_a_run_of_the_medical_study_is_scored_as_its_baselines_are(smears, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("trained", ["head", "all"])
 def test_a_run_of_the_study_of_backbones_ends(tmp_path, trained):
     rng = np.random.default_rng(0)

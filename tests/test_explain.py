@@ -125,6 +125,7 @@ def test_attention_rollout_is_that_of_plain_loops(fields):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_attention_of_a_network_with_lora_is_that_of_the_merged_network():
     model, x, key = SMALL(), images(16, 24), jax.random.key(1)
     variables, added = random_variables(model, x), [("lora", {"rank": 2})]

@@ -306,6 +306,7 @@ def test_a_network_without_a_head_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("count", [250, pytest.param(1000, marks=pytest.mark.exhaustive)])
 def test_genuine_weights_answer_as_exported_and_as_int8_lose_half_a_point_at_most(count, shared, tmp_path):
     weights = shared / "weights" / "cifar10_resnet" / "resnet20-12fca82f.th"

@@ -39,6 +39,7 @@ def test_replicas_are_a_study_of_one_factor_whose_levels_may_set_the_seed():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_comparison_is_of_the_metric_that_the_task_monitors(tmp_path):
     """As comparison.json has it, from the predictions of each run."""
     arg = "task=regression,data=digits:ink,data.train=train[:10%],data.val=,data.test=test[:10%],total=(1,'steps')"

@@ -93,6 +93,7 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_to_an_unbroken_one(kind, 
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("norm_batches", ["joint", pytest.param("per_stream", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", IMAGES)
 def test_eight_devices_train_the_configs_as_one_does(name, norm_batches, tmp_path):

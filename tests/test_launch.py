@@ -216,6 +216,7 @@ def test_sigterm_ends_with_code_75_and_the_same_command_finishes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["knn", "logistic"])
 def test_sigterm_ends_a_probe_without_gradient_and_its_rerun_has_the_result_of_an_unbroken_one(tmp_path, name):
     options = [*SMOKE, f"--config.method.name={name}", "--config.select=last", "--config.data.shots=0"]

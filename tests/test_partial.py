@@ -159,6 +159,7 @@ def config(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_on_a_partial_file_resumes_and_leaves_what_loads_without_it(config, tmp_path, capsys):
     folder = tmp_path / "w"
     with pytest.raises(Preempted):

@@ -235,6 +235,7 @@ def test_the_cost_of_a_step_in_parts_is_that_of_all_its_parts():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_divide_parameters_between_them(tmp_path):
     from test_distributed import finish, launch, losses
 

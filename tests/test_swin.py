@@ -179,6 +179,7 @@ def test_names_say_what_trains_and_what_is_added():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_options_of_every_network_act():
     model, x = SMALL(num_classes=3, drop_path=0.5), twins.images(40, 52, batch=2)
     variables, rngs = random_variables(model, 40), {"dropout": jax.random.key(1)}

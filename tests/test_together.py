@@ -89,6 +89,7 @@ def wait_and_kill(workdir, pattern):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_set_whose_worker_is_killed_twice_ends_bit_equal_to_an_unbroken_one(tmp_path):
     for name in ("w", "unbroken"):
         plan(tmp_path / name, seeds=(0,), total=(60.0, "steps"), eval_every=(10.0, "steps"))
