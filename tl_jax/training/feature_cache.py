@@ -307,7 +307,7 @@ def _compute(cached: Cached, view: str, predict: Callable, parallel: Parallel, s
                 saved = time.monotonic()
             if stopping:
                 count = min(done * size, views * n)
-                raise Preempted(f"stopped after the features of {count:,} of {views * n:,} images")
+                raise Preempted(f"stopped after the features of {count:,} of {views * n:,} examples")
     if first:
         _finish(cached, checksum, stop_requested)
 
