@@ -19,11 +19,11 @@ TRAINED = {
     "logistic regression": {"method.name": "logistic", "method.grid": (1.0,), **CACHED},
     "last 2 blocks": {"method.name": "last_k", "method.k": 2, "lr": 1e-4, **CACHED},
     "LoRA": {"method.name": "linear_probe", "method.add": (("lora", {"rank": 8}),), "lr": 1e-3},
-    "all": {"method.name": "full", "lr": 5e-5},
+    "all": {"method.name": "full", "lr": 1e-4},
 }
 WORDS = {"averaged": "word_average_50d", "TextCNN": "textcnn_50d", "LSTM": "lstm_256_50d", "GRU": "gru_256_50d"}
 CHARACTERS = {"averaged": "word_average_128d", "TextCNN": "textcnn_128d", "GRU": "bigru_128_128d"}
-FREE = {"method.name": "full", "lr": 1e-3}
+FREE = {"method.name": "full", "lr": 3e-3}
 PAIRS = {"model.head": (("cosine", {}),)}
 
 
