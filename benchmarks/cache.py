@@ -1,6 +1,7 @@
 """What caching the features of the frozen prefix saves: an epoch on them against an epoch through the whole network.
 
 python benchmarks/cache.py [--model deit_tiny_patch16_224] [--weights FILE] [--data folder:PATH]
+python benchmarks/cache.py --model minilm_l6 --data text:reviews.csv --train train --val val
 
 Both epochs are those of training: batches made ahead, put on the device, the compiled step with clip and logging, from
 the same state. The time to fill the cache is given too: it is paid once for all runs on the same images.
@@ -48,14 +49,17 @@ def prepare(way: dict, cache_dir: str):
     began = time.perf_counter()
     sets = program.batches(0, kept[0], ["train"], lambda step: False)
     filled, steps = time.perf_counter() - began, -(-len(run.material.data["train"]) // config.batch_size)
-    step, _ = program.compile(0, kept[0], next(program.iterate(sets, 0, 1)))
+    compiled = {}  # texts have batches of several lengths, each with a program
 
     def epoch():
         for batch in program.iterate(sets, 0, steps):
-            kept[0] = step(kept[0], batch)
+            shapes = str(jax.tree.map(jax.numpy.shape, batch))
+            if shapes not in compiled:
+                compiled[shapes], _ = program.compile(0, kept[0], batch)
+            kept[0] = compiled[shapes](kept[0], batch)
         return jax.block_until_ready(kept[0])
 
-    size = sum(values.nbytes for values in sets["train"].prepared.values())
+    size = sum(getattr(values, "nbytes", 0) for values in sets["train"].prepared.values())
     return epoch, filled, size, steps * config.batch_size
 
 

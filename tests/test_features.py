@@ -171,7 +171,7 @@ def test_a_computation_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypat
     def config(folder):
         return cached(PROBE, tmp_path / folder, **{"data.source": "counted", "eval_batch_size": 16})
 
-    with pytest.raises(Preempted, match=r"after the features of 32 of 40 images"):
+    with pytest.raises(Preempted, match=r"after the features of 32 of 40 examples"):
         train(config("cache"), tmp_path / "w", verbose=False, stop_requested=stop)
     assert not list((tmp_path / "cache").glob("*/meta.json"))
     reads.clear()

@@ -46,7 +46,7 @@ def unfinished(compute, tmp_path_factory):
     """Folders of a set that was stopped after 6 and after 12 of 15 steps, of another set, and the right features."""
     folder = tmp_path_factory.mktemp("caches")
     for steps in (6, 12):
-        with pytest.raises(Preempted, match=f"features of {steps * SIZE} of 120 images"):
+        with pytest.raises(Preempted, match=f"features of {steps * SIZE} of 120 examples"):
             compute(folder / str(steps), steps)
     with pytest.raises(Preempted):
         compute(folder / "other", 12, "other cut")
@@ -200,7 +200,7 @@ def trained(tmp_path_factory):
         return go_on(root, config, program, lambda step: asked.append(step) or len(asked) == stop)
 
     for name, steps in (("6", 6), ("other", 9), ("half", 12)):
-        with pytest.raises(Preempted, match=f"features of {steps * SIZE} of 120 images"):
+        with pytest.raises(Preempted, match=f"features of {steps * SIZE} of 120 examples"):
             run(steps)
         (root / "12").rename(root / name)
     right = run()

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from walks import kind_of, make_tables  # noqa: F401, a fixture
 
 from configs import smoke
 from tl_jax import config as options
@@ -137,6 +138,18 @@ def test_a_replica_is_the_run_by_itself(case, tmp_path):
         train(alone, tmp_path / "alone" / row["name"], verbose=False)
         assert_same_run(tmp_path / "w" / "replicas" / row["name"], tmp_path / "alone" / row["name"])
     assert table == json.loads((tmp_path / "w" / "replicas.json").read_text())
+
+
+@pytest.mark.slow
+def test_replicas_whose_texts_differ_in_length_are_the_runs_by_themselves(tables, tmp_path):
+    config = kind_of("texts", tables, **LAST, **{
+        "model.name": "bert_l2_h16_a2", "model.max_length": 16, "batch_size": 4,
+        "replicas": tuple((("seed", seed), ("lr", 1e-3)) for seed in range(3)),
+    })  # fmt: skip
+    for row, alone in zip(run(config, tmp_path / "w")["replicas"], each_alone(config), strict=True):
+        train(alone, tmp_path / "alone" / row["name"], verbose=False)
+        folders = tmp_path / "w" / "replicas" / row["name"], tmp_path / "alone" / row["name"]
+        assert_close(*(files.read_rows(folder / "metrics.jsonl") for folder in folders))
 
 
 class Crash(Exception):

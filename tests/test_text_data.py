@@ -17,9 +17,10 @@ from tl_jax.core.card import Card
 from tl_jax.data import pipeline, sources
 from tl_jax.data.examples import Source
 from tl_jax.data.text import tokenizer
-from tl_jax.data.text.tokens import PADDING, Texts, describe, join_texts, part_texts, ragged
+from tl_jax.data.text.tokens import PADDING, Texts, describe, join_texts, part_texts, ragged, stack
 from tl_jax.data.views import View
-from tl_jax.training import train
+from tl_jax.runtime import sharding
+from tl_jax.training import build, single, train
 
 WORDS = [f"word{i}" for i in range(50)]
 
@@ -192,6 +193,16 @@ def test_a_batch_has_the_next_length_and_padding_behind_its_tokens():
     assert (batch[1, :, 0] == PADDING).all() and not batch[2].any()
 
 
+@pytest.mark.parametrize(("form", "padding"), [(np.int32, [PADDING, 0]), (np.float32, [0, 0])])
+def test_batches_of_several_lengths_are_stacked_with_padding_behind_each_text(form, padding):
+    short, long = np.arange(16, dtype=form).reshape(2, 4, 2), np.arange(24, dtype=form).reshape(2, 6, 2)
+    found = stack((short, long), 2)
+    pad = np.array(padding, form)
+    expected = [[[*row[:2], pad, *row[2:], pad] for row in short], long]
+    np.testing.assert_array_equal(found, np.array(expected, form))
+    assert found.dtype == form and stack((long, long), 2).shape == (2, 2, 6, 2)
+
+
 def test_all_processes_have_batches_of_one_length(files):
     folder, _ = files
     source = sources.load(f"text:{folder / 'all.csv'}")
@@ -299,15 +310,40 @@ def test_an_export_answers_texts_of_any_length(run, files, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 41
 
 
-def test_features_of_a_frozen_network_of_texts_are_cached_at_every_cut(run, files, tmp_path):
-    changes = {**CHANGES, "data.source": f"text:{files[0] / 'all.csv'}", "model.weights": str(run.folder)}
-    changes |= {"model.tokenizer": "", "method.name": "linear_probe"}
-    found = []
+PAIR = {"model.head": (("compare", {}),), "data.text": ("text", "other")}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method.k": 1},
+        pytest.param({"method.name": "linear_probe"}, marks=pytest.mark.slow),
+        pytest.param({"method.k": 1, "data.sampling": "by_length", **PAIR}, marks=pytest.mark.slow),
+    ],
+)
+def test_cached_features_of_texts_train_as_the_network_does_in_batches_of_the_same_lengths(changes, files, tmp_path):
+    lines = (files[0] / "all.csv").read_text().splitlines()
+    rows = [f"{line},short {i}" for i, line in enumerate(lines)]
+    (tmp_path / "x.csv").write_text("\n".join([f"{lines[0]},other", *rows[1:]]) + "\n")
+    base = {**CHANGES, "data.source": f"text:{tmp_path / 'x.csv'}", "data.text": ("text",), "batch_size": 4, "lr": 0.01}
+    base |= {
+        "model.name": "bert_l2_h16_a2", "model.max_length": 24, "method.name": "last_k", "total": (12.0, "steps"),
+        "log_every": (1.0, "steps"),
+    }  # fmt: skip
+    found, lengths = [], []
     for cache in ("", "features"):
         own = {"cache": cache, "cache_dir": str(tmp_path / "cache")} if cache else {}
-        config = options.override(options.make(), {**changes, **own})
-        found.append(train.train(config, tmp_path / f"w{cache}", verbose=False)["metrics"]["nll"]["value"])
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+        config, folder = options.override(options.make(), {**base, **changes, **own}), tmp_path / f"w{cache}"
+        train.train(config, folder, verbose=False)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        found.append([row["train/loss"] for row in rows if "train/loss" in row])
+        parallel = sharding.make_parallel()
+        program = single.Single(build.build(config, parallel), parallel)
+        sets = program.batches(0, program.initial(0), ["train"], train.never)
+        lengths.append([batch["train"]["text"].shape for batch in program.iterate(sets, 0, 12)])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    if "method.k" in changes:
+        assert [x[:2] for x in lengths[0]] == [x[:2] for x in lengths[1]] and len(set(lengths[0])) > 2
 
 
 @pytest.mark.slow

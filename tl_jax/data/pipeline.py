@@ -21,7 +21,7 @@ from tl_jax.data import order as orders
 from tl_jax.data import workers
 from tl_jax.data.examples import Source
 from tl_jax.data.several import Several
-from tl_jax.data.text.tokens import Tokens
+from tl_jax.data.text.tokens import TokenFeatures, Tokens
 from tl_jax.data.views import Render, View, make_views, write_example
 
 log = logging.getLogger(__name__)
@@ -52,12 +52,12 @@ class Batches:
     "image:present", ... bool [b] of each of several inputs, where a missing one is zeros, or no token.
 
     renders: of the views of images. prepared: by view, what is taken in place of rendering, [V, N, ...]: in its epoch e
-    an example has row e % V; or Tokens. seed: of this stream; None where nothing is random.
+    an example has row e % V; or Tokens, or TokenFeatures. seed: of this stream; None where nothing is random.
     """
 
     source: Source
     renders: Mapping[str, Render]
-    prepared: Mapping[str, np.ndarray | Tokens]
+    prepared: Mapping[str, np.ndarray | Tokens | TokenFeatures]
     batch_size: int
     _: dataclasses.KW_ONLY
     seed: int | None = None
@@ -124,6 +124,8 @@ class Batches:
                 batch[field] = values.batch(rows.index, values.length_of(every.index))
                 if self.labelled and values.labelled:
                     batch[field], batch[LABEL] = values.labelled(batch[field], self._draws(rows))
+            elif isinstance(values, TokenFeatures):
+                batch[field] = values.batch(rows.index, values.length_of(every.index), rows.epoch)
             else:
                 batch[field] = values[rows.epoch % len(values), rows.index]
         if self.labelled and LABEL not in batch:

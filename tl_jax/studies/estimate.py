@@ -34,7 +34,7 @@ class Work(NamedTuple):
     """What one run computes; flops: of all its steps as traced, None for a probe without gradient."""
 
     steps: int
-    images: int
+    examples: int
     flops: float | None
 
 
@@ -56,13 +56,13 @@ def show(workdir: pathlib.Path, name: str, study: Study, runs: list[RunSpec], jo
     present, rows = [state for state in store.STATES if state in states.values()], []
     for cell, members in cells.items():
         counts, work = [sum(states[run.key] == state for run in members) for state in present], works.get(cell)
-        cost = ["-"] * 3 if work is None else [f"{work.steps:,}", f"{work.images:,}", scaled(work.flops, 1000)]
+        cost = ["-"] * 3 if work is None else [f"{work.steps:,}", f"{work.examples:,}", scaled(work.flops, 1000)]
         took = f"{np.mean(seconds[cell]):.1f}" if cell in seconds else "-"
         rows.append((*members[0].levels.values(), str(len(members)), *(str(n or "-") for n in counts), *cost, took))
-    headers = (*study.factors, "runs", *present, "steps", "images", "FLOPs", "s")
+    headers = (*study.factors, "runs", *present, "steps", "examples", "FLOPs", "s")
     caption = f"{name}: {len(runs)} runs in {len(cells)} cells"
     console.show(Table(caption, headers, rows, len(study.factors)))
-    console.show("steps, images to train on, FLOPs of all steps (as traced) and seconds (as measured) are of one run")
+    console.show("steps, examples to train on, FLOPs of all steps (as traced) and seconds (as measured) are of one run")
     if left_out := len(cells) - len(works):
         console.show(f"{left_out} cells were not built: {BUDGET:.0f} s were over; totals scale the others")
     sets = together.group({run.key: options.flatten(run.config) for run in runs}, study.together)
@@ -122,8 +122,9 @@ def totals(left: Mapping[str, int], works: Mapping[str, Work], seconds: Mapping[
     if not (count := sum(left.values())):
         return ["all runs are done"]
     scale = count / max(sum(left[cell] for cell in works), 1)
-    steps, images, flops = (scale * sum(left[cell] * (work[i] or 0) for cell, work in works.items()) for i in range(3))
-    lines = [f"to do: {count} runs, {steps:,.0f} steps, {images:,.0f} images, {scaled(flops, 1000)} FLOPs"]
+    totals = (scale * sum(left[cell] * (work[i] or 0) for cell, work in works.items()) for i in range(3))
+    steps, examples, flops = totals
+    lines = [f"to do: {count} runs, {steps:,.0f} steps, {examples:,.0f} examples, {scaled(flops, 1000)} FLOPs"]
     if uncounted := sum(left[cell] for cell, work in works.items() if work.flops is None):
         lines.append(f"the FLOPs of {uncounted} of them cannot be counted")
     if seconds:

@@ -181,7 +181,7 @@ def example(batches: TrainBatches, view: str) -> jax.ShapeDtypeStruct:
     """The shape of one example of a view, [1, ...]."""
     known = batches.prepared.get(view)
     if isinstance(known, Tokens):
-        return jax.ShapeDtypeStruct((1, known.lengths[-1], 2), np.int32)
+        return jax.ShapeDtypeStruct((1, known.texts * known.lengths[-1], 2), np.int32)
     shape, dtype = batches.shapes[view] if known is None else (known.shape[1:], known.dtype)
     return jax.ShapeDtypeStruct((1, *shape[1:]), dtype)
 
@@ -307,7 +307,7 @@ def _compute(cached: Cached, view: str, predict: Callable, parallel: Parallel, s
                 saved = time.monotonic()
             if stopping:
                 count = min(done * size, views * n)
-                raise Preempted(f"stopped after the features of {count:,} of {views * n:,} images")
+                raise Preempted(f"stopped after the features of {count:,} of {views * n:,} examples")
     if first:
         _finish(cached, checksum, stop_requested)
 

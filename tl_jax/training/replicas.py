@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tl_jax import config as options
 from tl_jax.core import messages, trees
+from tl_jax.data.text.tokens import stack
 from tl_jax.methods import schedules
 from tl_jax.methods.term import MAIN, MODEL
 from tl_jax.runtime import sharding
@@ -295,7 +296,8 @@ class Replicas:
         if self.grid.ndim == 1:
             return self.parallel.put_batch(batches[0])
         sharded = NamedSharding(self.parallel.mesh, PartitionSpec(None, sharding.AXIS))
-        return jax.tree.map(lambda *x: jax.device_put(np.stack(x), sharded), *batches)
+        texts = self.runs[0].material.card.texts
+        return jax.tree.map(lambda *x: jax.device_put(stack(x, texts), sharded), *batches)
 
     def compile(self, i: int, state: Any, batch: Any) -> tuple[Callable, dict[str, Any]]:
         numbers = self.parallel.place(self.numbers(i))

@@ -13,6 +13,7 @@ import numpy as np
 from tl_jax.core import trees
 from tl_jax.core.fields import LABEL, MASK, take
 from tl_jax.data import pipeline
+from tl_jax.data.text.tokens import TokenFeatures, Tokens
 from tl_jax.methods.term import MAIN, MODEL, Start
 from tl_jax.runtime import sharding, wall
 from tl_jax.runtime.preemption import Stop, check
@@ -188,6 +189,9 @@ def cached(
         wanted = sets if column.field == column.view else training
         made = feature_cache.fill(wanted, column, variables(), parallel, **how, stop_requested=stop)
         for name, values in made.items():
+            tokens = found[name].prepared.get(column.view)
+            if isinstance(tokens, Tokens) and values.ndim == 4:  # of each token, not of a text
+                values = TokenFeatures(tokens, values)
             found[name] = dataclasses.replace(found[name], prepared={**found[name].prepared, column.field: values})
     return found
 

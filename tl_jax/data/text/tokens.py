@@ -90,6 +90,30 @@ class Tokens(NamedTuple):
         return found.reshape(len(rows), -1, 2)
 
 
+class TokenFeatures(NamedTuple):
+    """What a frozen network made of every token, in place of the tokens: values [V, N, texts * L, D].
+
+    L is the largest of the tokens' lengths; a batch has that which it would have of the tokens. V: as in `Batches`.
+    """
+
+    tokens: Tokens
+    values: np.ndarray
+
+    @property
+    def longest(self) -> "TokenFeatures":
+        """With batches of one length."""
+        return self._replace(tokens=self.tokens.longest)
+
+    def length_of(self, rows: np.ndarray) -> int:
+        return self.tokens.length_of(rows)
+
+    def batch(self, rows: np.ndarray, length: int, epochs: np.ndarray) -> np.ndarray:
+        """[B, texts * length, D] of examples, each as in its epoch; of -1 any."""
+        views, count, places, size = self.values.shape
+        apart = self.values.reshape(views, count, self.tokens.texts, places // self.tokens.texts, size)
+        return apart[epochs % views, rows, :, :length].reshape(len(rows), -1, size)
+
+
 def ragged(rows: Sequence[np.ndarray], most: int, cut: int = 0, texts: int = 1) -> Tokens:
     """Rows int32 [n, 2] of at most `most` tokens, with those of LENGTHS that batches of them may need; see `Tokens`."""
     counts = np.array([len(row) for row in rows], np.int64)
@@ -97,6 +121,24 @@ def ragged(rows: Sequence[np.ndarray], most: int, cut: int = 0, texts: int = 1) 
     lengths = (*(length for length in LENGTHS if length < longest), longest)
     flat = np.concatenate([np.zeros((0, 2), np.int32), *rows])
     return Tokens(flat, np.concatenate([[0], counts.cumsum()]), lengths, cut, texts)
+
+
+def stack(batches: Sequence[np.ndarray], texts: int) -> np.ndarray:
+    """Arrays [B, ...] of n batches as one, [n, B, ...].
+
+    Tokens, or their features, [B, texts * L, C] may have an L in each batch: they get the largest, with padding.
+    """
+    if len({batch.shape for batch in batches}) == 1:
+        return np.stack(batches)
+    longest, found = max(batch.shape[1] for batch in batches) // texts, []
+    for batch in batches:
+        apart = batch.reshape(len(batch), texts, -1, batch.shape[-1])
+        rows = np.zeros((*apart.shape[:2], longest, batch.shape[-1]), batch.dtype)
+        if batch.dtype == np.int32:  # features say in their last number that no token is there
+            rows[..., 0] = PADDING
+        rows[:, :, : apart.shape[2]] = apart
+        found.append(rows.reshape(len(batch), -1, batch.shape[-1]))
+    return np.stack(found)
 
 
 def describe(tokens: Tokens, batches: Iterable[np.ndarray]) -> str:
