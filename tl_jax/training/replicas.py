@@ -55,8 +55,7 @@ def make(settings: Sequence[Settings], parallel: sharding.Parallel) -> "Replicas
             differing[path] = jnp.stack(leaves)
     _check_prefixes(runs[0], differing)
     keys = jnp.stack([jax.random.PRNGKey(seed) for seed, _ in feeds])
-    if len(feeds) == 1:
-        grid, keys = grid[0], keys[0]
+    grid, keys = (grid[0], keys[0]) if len(feeds) == 1 else (grid, keys)
     return Replicas(runs, grid, own, *parallel.place((shared, {"key": keys, "frozen": differing})), parallel)
 
 
@@ -296,8 +295,7 @@ class Replicas:
         if self.grid.ndim == 1:
             return self.parallel.put_batch(batches[0])
         sharded = NamedSharding(self.parallel.mesh, PartitionSpec(None, sharding.AXIS))
-        texts = self.runs[0].material.card.texts
-        return jax.tree.map(lambda *x: jax.device_put(stack(x, texts), sharded), *batches)
+        return jax.tree.map(lambda *x: jax.device_put(stack(x, self.runs[0].material.card.texts), sharded), *batches)
 
     def compile(self, i: int, state: Any, batch: Any) -> tuple[Callable, dict[str, Any]]:
         numbers = self.parallel.place(self.numbers(i))
