@@ -46,7 +46,7 @@ class Stem(nn.Module):
 class Direction(nn.Module):
     """A recurrent layer read in one direction: [B, L, D] -> its states [B, L, width]; cell: of recur.CELLS.
 
-    `ih` acts on the input and `hh` on the state before; gates are in torch's order, i f g o and r z n.
+    reverse: from the last token to the first. `ih` acts on the input and `hh` on the state before; gates are in torch's order, i f g o and r z n.
     """
 
     cell: str
@@ -58,10 +58,11 @@ class Direction(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         init, dtype = bounded(self.width), self.policy.dtype
         settings = {"features": recur.CELLS[self.cell].gates * self.width, "kernel_init": init, "bias_init": init}
-        x = layers.Dense(**settings, dtype=dtype, name="ih")(jnp.swapaxes(x, 0, 1))
+        order = slice(None, None, -1 if self.reverse else 1)  # a loop that runs backwards has no form in ONNX
+        x = layers.Dense(**settings, dtype=dtype, name="ih")(jnp.swapaxes(x, 0, 1)[order])
         kernel, bias = self.affine(nn.Dense(**settings, name="hh"))
-        y = recur.states(self.cell, self.reverse, x.astype(jnp.float32), mask.T, kernel.astype(dtype), bias)
-        return jnp.swapaxes(y, 0, 1).astype(dtype)
+        y = recur.states(self.cell, x.astype(jnp.float32), mask.T[order], kernel.astype(dtype), bias)
+        return jnp.swapaxes(y[order], 0, 1).astype(dtype)
 
     def affine(self, layer: nn.Dense) -> tuple[jax.Array, jax.Array]:
         """Kernel and bias of a layer, with what an interceptor of its calls adds to it where `fold` is off."""

@@ -55,28 +55,28 @@ def _times(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a.astype(b.dtype), b, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def states(cell: str, reverse: bool, x: jax.Array, mask: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """The states h [L, B, H] of all steps, float32, from zeros before the first; reverse: from the last step on.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def states(cell: str, x: jax.Array, mask: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """The states h [L, B, H] of all steps, float32, from zeros before the first.
 
     x: of each step what its input gives, float32 [L, B, gates H]. mask: [L, B], false where the state stays as it was.
     kernel [H, gates H], in the type of the matmul, and bias: of the state.
     """
-    return _forward(cell, reverse, x, mask, kernel, bias)[0]
+    return _forward(cell, x, mask, kernel, bias)[0]
 
 
-def _forward(cell, reverse, x, mask, kernel, bias):
+def _forward(cell, x, mask, kernel, bias):
     def step(state, inputs):
         x, mask = inputs
         h = _times(state[0], kernel) + bias[None]
         new = _step(cell, state, x, h, mask)
         return new, (new[0], state, h)
 
-    _, (out, before, h) = jax.lax.scan(step, _start(cell, x, kernel), (x, mask), reverse=reverse)
+    _, (out, before, h) = jax.lax.scan(step, _start(cell, x, kernel), (x, mask))
     return out, (x, mask, kernel, before, h)
 
 
-def _backward(cell, reverse, saved, gradient):
+def _backward(cell, saved, gradient):
     x, mask, kernel, before, h = saved
 
     def step(later, inputs):
@@ -85,7 +85,7 @@ def _backward(cell, reverse, saved, gradient):
         own, dx, dh = pull((later[0] + gradient, *later[1:]))
         return (own[0] + _times(dh, kernel.T), *own[1:]), (dx, dh)
 
-    _, (dx, dh) = jax.lax.scan(step, _start(cell, x, kernel), (gradient, x, mask, before, h), reverse=not reverse)
+    _, (dx, dh) = jax.lax.scan(step, _start(cell, x, kernel), (gradient, x, mask, before, h), reverse=True)
     rows, dh = before[0].reshape(-1, kernel.shape[0]), dh.reshape(-1, kernel.shape[1])
     return dx, None, _times(rows.T, dh.astype(kernel.dtype)).astype(kernel.dtype), dh.sum(0)
 
