@@ -46,7 +46,8 @@ class Stem(nn.Module):
 class Direction(nn.Module):
     """A recurrent layer read in one direction: [B, L, D] -> its states [B, L, width]; cell: of recur.CELLS.
 
-    reverse: from the last token to the first. `ih` acts on the input and `hh` on the state before; gates are in torch's order, i f g o and r z n.
+    reverse: from the last token to the first. `ih` acts on the input and `hh` on the state before; gates are in torch's
+    order, i f g o and r z n.
     """
 
     cell: str
