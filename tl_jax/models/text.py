@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from tl_jax.models import tokens
 from tl_jax.models.head import texts_of
-from tl_jax.models.layers import Dense, DropPath, drop_path_rates, recomputed
+from tl_jax.models.layers import Dense, DropPath, drop_path_rates, dropped, recomputed
 from tl_jax.models.transformer import GELU, INIT, Attention, Mlp
 from tl_jax.models.variant import Model
 
@@ -64,7 +64,7 @@ class Stem(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, [B, L, D] -> [B, L, D]; LayerNorm is behind each residual sum, or before each branch.
 
-    mask: bool [B, L], the tokens that may be read. causal: none behind the token itself.
+    mask: bool [B, L], the tokens that may be read. causal: none behind the token itself. dropout: of both branches.
     """
 
     heads: int
@@ -75,11 +75,13 @@ class Block(nn.Module):
     causal: bool
     attention: str
     dtype: Any
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, mask: jax.Array) -> jax.Array:
-        attn = Attention(self.heads, self.attention, self.dtype, name="attn")
-        branches = functools.partial(attn, mask=mask, causal=self.causal), Mlp(self.act, self.dtype, name="mlp")
+        attn = Attention(self.heads, self.attention, self.dtype, self.dropout, name="attn")
+        mlp = Mlp(self.act, self.dtype, self.dropout, name="mlp")
+        branches = functools.partial(attn, mask=mask, causal=self.causal), mlp
         for i, branch in enumerate(branches, 1):
             norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=f"norm{i}")
             y = DropPath(self.drop_path)(branch(norm(x) if self.pre_norm else x), train)
@@ -140,6 +142,8 @@ class Transformer(Model):
     decodes: bool = False
     fill: int = -1
 
+    drops_inside = True
+
     @property
     def cuts(self) -> tuple[str, ...]:
         behind = ("norm",) if self.pre_norm else ()
@@ -163,11 +167,15 @@ class Transformer(Model):
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
         own = {name: getattr(self, name) for name in ("norm_eps", "pre_norm", "dtype")}
         table = {name: getattr(self, name) for name in ("vocab_size", "positions", "first_position", "segments")}
-        how = {"act": self.act, "causal": self.causal, "attention": self.attention, **own}
+        dropout = self.hidden_dropout if train else 0.0
+        how = {"act": self.act, "causal": self.causal, "attention": self.attention, "dropout": dropout, **own}
         block = functools.partial(recomputed(Block, self.remat), self.heads, **how)
 
         def call(module, x, mask):
             return module(x, train, mask)
+
+        def stem(x, mask):
+            return dropped(self, dropout, Stem(width=self.width, **table, **own, name="stem")(x, mask))
 
         def norm(x, mask):
             return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
@@ -175,7 +183,7 @@ class Transformer(Model):
         def pre_logits(x, mask):
             return tokens.pool(x, mask, self.pooling)
 
-        parts = [Stem(width=self.width, **table, **own, name="stem")]
+        parts = [stem]
         for i, rate in enumerate(drop_path_rates(self.drop_path, self.depth)):
             parts.append(functools.partial(call, block(drop_path=rate, name=f"block{i}")))
         parts += [norm, pre_logits] if self.pre_norm else [pre_logits]
