@@ -74,11 +74,17 @@ class Stem(nn.Module):
             raise ValueError(f"images are {found}: resize the images or load the weights with image_size=")
 
 
+def first(x: jax.Array) -> jax.Array:
+    """The first token, [B, N, ...] -> [B, 1, ...]."""
+    return x[:, :1]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv projection.
 
-    first: of the first token alone, [B, 1, D], which reads the tokens from number `skip` on. mask, causal: the tokens
-    that others may read, see `attend`. dropout: of the softmax and of the result.
+    only: takes one token of each example, [B, N, ...] -> [B, 1, ...]; the result is of this one alone, [B, 1, D], which
+    reads the tokens from number `skip` on. mask, causal: the tokens that others may read, see `attend`. dropout: of the
+    softmax and of the result.
     """
 
     heads: int
@@ -88,7 +94,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, first: bool = False, skip: int = 0, mask: Any = None, causal: bool = False
+        self, x: jax.Array, only: Callable | None = None, skip: int = 0, mask: Any = None, causal: bool = False
     ) -> jax.Array:
         batch, tokens, width = x.shape
         qkv = Dense(3 * width, kernel_init=INIT, dtype=self.dtype, name="qkv")(x)
@@ -97,8 +103,8 @@ class Attention(nn.Module):
         if self.dropout:
             shape = (batch, self.heads, tokens, tokens)
             some, v = kept(self.make_rng("dropout"), self.dropout, shape), v / (1 - self.dropout)
-        if first:
-            x = attend(q[:, :1], k[:, skip:], v[:, skip:])
+        if only:
+            x = attend(only(q), k[:, skip:], v[:, skip:], mask=mask)
         else:
             x = attend(q, k, v, self.attention, mask=mask, causal=causal, kept=some)
         x = Dense(width, kernel_init=INIT, dtype=self.dtype, name="proj")(x.reshape(batch, -1, width))
@@ -153,7 +159,7 @@ class Block(nn.Module):
         attn = Attention(self.heads, self.attention, self.dtype, self.dropout, name="attn")
         mlp = Mlp(self.act, self.dtype, self.dropout, name="mlp")
         y = norm1(x)
-        tokens, branches = ((x, x[:, :1]), (attn(y), attn(y, first=True))) if self.last else ((x,), (attn(y),))
+        tokens, branches = ((x, first(x)), (attn(y), attn(y, first))) if self.last else ((x,), (attn(y),))
         tokens = self.add(tokens, branches, train, "ls1")
         tokens = self.add(tokens, tuple(mlp(norm2(x)) for x in tokens), train, "ls2")
         return tokens if self.last else tokens[0]
@@ -177,6 +183,6 @@ class AttentionPool(nn.Module):
         batch, _, width = x.shape
         latent = self.param("latent", nn.initializers.truncated_normal(width**-0.5), (1, 1, width), jnp.float32)
         x = jnp.concatenate([jnp.broadcast_to(latent.astype(x.dtype), (batch, 1, width)), x], axis=1)
-        y = Attention(self.heads, "xla", self.dtype, name="attn")(x, first=True, skip=1)
+        y = Attention(self.heads, "xla", self.dtype, name="attn")(x, first, skip=1)
         z = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(y)
         return (y + Mlp(self.act, self.dtype, name="mlp")(z))[:, 0]
