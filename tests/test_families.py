@@ -376,6 +376,7 @@ def test_a_run_that_stopped_in_the_middle_ends_bit_equal(family, files, tmp_path
     more = {"ema": 0.5, "model.dropout": 0.2, "optimizer": "adamw"}
     more |= {"method.mixup": 0.2} if family in IMAGES else {}  # tokens are no numbers to mix
     more |= {"model.drop_path": 0.3} if family in PATHS else {}
+    more |= {"model.hidden_dropout": 0.1} if make(family).drops_inside else {}
     config = config_of(family, files, **WAYS["last 2"], **more)
     train(config, tmp_path / "whole", verbose=False)
     with pytest.raises(Preempted, match="after step 1 of 2"):

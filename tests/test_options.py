@@ -132,7 +132,8 @@ INITIAL = """
 "data.labelled": true,
  "model.channels": 0, "model.tokenizer": "", "model.vectors": "", "model.max_length": 0, "model.pooling": "",
  "model.partial": [], "log": [], "feature_map": "pca",
- "data.image": "", "data.columns": [], "model.parts": {}, "model.fusion": {}}
+ "data.image": "", "data.columns": [], "model.parts": {}, "model.fusion": {},
+ "model.hidden_dropout": 0.0}
 """
 
 
@@ -350,7 +351,7 @@ def test_what_belongs_to_probes_without_gradient_is_refused_by_methods_with_step
 
 
 def test_r_drop_without_anything_random_is_refused():
-    with pytest.raises(ValueError, match=r"two passes are equal: set model\.dropout or model\.drop_path"):
+    with pytest.raises(ValueError, match=r"two passes are equal: set model\.dropout, hidden_dropout or drop_path"):
         options.check(change(terms={"r_drop": {}}))
-    for random in ("model.dropout", "model.drop_path", "method.stoch_norm"):
+    for random in ("model.dropout", "model.hidden_dropout", "model.drop_path", "method.stoch_norm"):
         options.check(options.override(change(terms={"r_drop": {}}), {random: 0.1}))

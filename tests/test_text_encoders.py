@@ -525,3 +525,40 @@ def test_minilm_as_published_gives_the_vectors_of_transformers(shared):
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     assert unit[0] @ unit[1] > 0.4 > 0.3 > unit[0] @ unit[2]
     assert tokens.mask_of(x).sum() == sum(map(len, read))
+
+
+@pytest.mark.parametrize("remat", ["", *(pytest.param(x, marks=pytest.mark.slow) for x in ("block", "dots"))])
+@ONE_NOW
+def test_the_token_that_is_read_by_itself_is_that_of_all_tokens_with_the_same_gradients(kind, remat):
+    model, variables = network(kind, remat=remat, drop_path=0.5)
+    x, cut = np.concatenate([texts(left=True), texts([0, 4])]), model.cuts[-2]
+    rngs, weights = {"dropout": jax.random.key(3)}, np.random.default_rng(1).standard_normal((len(x), 5))
+
+    def loss(params, alone):
+        logits, out = model.apply({"params": params}, x, True, rngs=rngs)
+        if not alone:  # behind all tokens of the last block
+            logits, _ = model.apply({"params": params}, out[cut], True, start=cut)
+        return jnp.sum(weights * logits), logits
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    ((_, one), gradient), ((_, all_of_them), full) = (step(variables["params"], alone) for alone in (True, False))
+    close(one, all_of_them, 1e-5)
+    jax.tree.map(functools.partial(close, tolerance=1e-5), gradient, full)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["cls", "last", "mean"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_of_the_last_block_one_token_is_computed_where_nothing_else_is_read(kind, pooling):
+    """Not where that token does not read all others, or all are read."""
+    model, variables = network(kind, depth=1, pooling=pooling)
+
+    def flops(what):
+        def loss(params):
+            logits, out = model.apply({"params": params}, texts([40, 30], 40), True)
+            return {"logits": logits, "block0": out["block0"]}[what].sum()
+
+        return jax.jit(jax.grad(loss)).lower(variables["params"]).compile().cost_analysis()["flops"]
+
+    saves = pooling == "last" or (pooling == "cls" and kind == "bert")
+    assert (flops("logits") < 0.6 * flops("block0")) == saves

@@ -40,7 +40,8 @@ ENTRIES = {  # options that hold tables by name: their fields, those that must b
 PROBES = ("knn", "logistic", "ridge")  # methods without gradient, fitted on features
 WITHOUT_STEPS = (*PROBES, "tip_adapter", "none")
 HEAD_ALONE = {"lr": 1e-2, "total": (20.0, "epochs")}  # of a linear probe, see experiments/probe_defaults
-RANDOM = ("model.dropout", "model.drop_path", "method.stoch_norm")  # what makes two passes differ
+# What makes two passes differ.
+RANDOM = ("model.dropout", "model.hidden_dropout", "model.drop_path", "method.stoch_norm")
 SHORT = {"model": "model.name", "weights": "model.weights", "data": "data.source", "method": "method.name"}
 
 
@@ -318,6 +319,7 @@ def _fusion_problems(flat: Mapping[str, Any]) -> list[str]:
     expected = "expected at least two of image, text and table, or model.weights of a fusion"
     both = parts and flat["model.weights"]
     without = {"model.image_size": 0, "model.reinit": [], "model.partial": [], "model.drop_path": 0.0}
+    without |= {"model.hidden_dropout": 0.0}
     without |= {"parallel": "jit", "method.auto_rgn": False, "model.vectors": "", "data.card": {}}
     without |= {"data.candidates": [], "streams": {}, "replicas": []}
     without |= {} if parts else {"model.fusion": {}, "model.tokenizer": "", "model.max_length": 0, "model.pooling": ""}
@@ -341,7 +343,7 @@ def _method_problems(flat: Mapping[str, Any]) -> list[str]:
         return _where(
             (flat["data.resample"] == "loo", f"data.resample = 'loo' {only} takes a fold, such as kfold:5:0"),
             (grid, f"method.grid = {grid!r} {only} has no grid, expected []"),
-            (equal, "terms has r_drop, but its two passes are equal: set model.dropout or model.drop_path"),
+            (equal, "terms has r_drop, but its two passes are equal: set model.dropout, hidden_dropout or drop_path"),
         )
     takes = {"phases": [], "method.add": [], "method.auto_rgn": False, "method.stoch_norm": 0.0, "terms": {}}
     takes |= {

@@ -178,7 +178,8 @@ def _read(flat: Mapping[str, Any], splits: Sequence[str]) -> tuple[dict[str, Sou
     kept |= {"data.resample": "kfold:2:0"} if flat["data.resample"] == "loo" else {}  # any cut holds the whole
     config = options.from_flat({
         **kept, "data.augment": (), "data.sampling": "shuffled",
-        "model.dropout": 0.0, "model.drop_path": 0.0, "model.head": (), "model.keep_head": False,
+        "model.dropout": 0.0, "model.hidden_dropout": 0.0, "model.drop_path": 0.0,
+        "model.head": (), "model.keep_head": False,
         "method.name": "linear_probe", "cache": "features", "cache_dir": flat["cache_dir"],
         "batch_size": math.ceil(32 / several) * several,
     })  # fmt: skip

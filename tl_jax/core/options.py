@@ -154,6 +154,8 @@ _ROWS = (
     _option("model.dtype", "float32", one_of("float32", "bfloat16"), "of activations; parameters and loss are float32"),
     _option("model.prefix_dtype", "", one_of("", "float32", "bfloat16"), "of the frozen prefix; \"\": model.dtype"),
     _option("model.dropout", 0.0, RATE, "before the last dense layer"),
+    _option("model.hidden_dropout", 0.0, RATE, "inside transformers: of the embeddings, of the probabilities of "
+            "attention, and behind attention and MLP of each block"),
     _option("model.drop_path", 0.0, RATE, "stochastic depth, rising linearly to this rate in the last block"),
     _option("model.remat", "", one_of("", "block", "dots"), "recompute in the backward pass: all of a block, or all "
             "but matrix products and convolutions"),

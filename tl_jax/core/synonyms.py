@@ -34,6 +34,8 @@ _ROWS = (
     ("model.image_size", "224", "img_size input_size resolution size crop_size imgsz"),
     ("model.channels", "1", "in_chans in_channels num_channels input_channels"),
     ("model.dropout", "0.1", "drop drop_rate dropout_rate head_dropout classifier_dropout"),
+    ("model.hidden_dropout", "0.1", "hidden_dropout_prob attention_probs_dropout_prob attention_dropout resid_pdrop "
+     "embd_pdrop attn_pdrop proj_drop attn_drop proj_drop_rate attn_drop_rate pos_drop_rate"),
     ("model.drop_path", "0.1", "drop_path_rate stochastic_depth stochastic_depth_rate"),
     ("model.dtype", "bfloat16", "precision amp fp16 bf16 mixed_precision half"),
     ("model.remat", "block", "gradient_checkpointing grad_checkpointing activation_checkpointing"),

@@ -21,22 +21,26 @@ def attend(
     bias: Any = None,
     mask: Any = None,
     causal: bool = False,
+    kept: Any = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D) + bias) v of each head, [B, N, H, D]; the softmax is float32, the matmuls have q's type.
 
     attention: "xla", or "cudnn" for its fused kernel where there is one, see `unfused`, which has no bias [B, H, N, N].
     mask: bool [B, N], the tokens that are read; what is at the others changes no number, if it is finite. What those
-    give themselves means nothing. causal: a token reads itself and those before it.
+    give themselves means nothing. causal: a token reads itself and those before it. kept: bool [B, H, N, N], where the
+    softmax is not replaced by zero, which cuDNN cannot do.
     """
-    if attention == "cudnn" and not unfused(q.dtype, q.shape[-1]):
+    if attention == "cudnn" and kept is None and not unfused(q.dtype, q.shape[-1]):
         return _attend_fused(q, k, v, None, causal) if mask is None else _attend_fused_masked(q, k, v, mask, causal)
     if mask is not None or causal:
         bias = _with_unread(bias, q.shape[1], mask, causal)
     if convolve.on_cpu() and q.dtype == jnp.float32:
-        return _attend_on_cpu(q, k, v, bias)
+        return _attend_on_cpu(q, k, v, bias, kept)
     scores = _scores(q, k) / math.sqrt(q.shape[-1])
     scores = scores if bias is None else scores + bias
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(v.dtype), v)
+    weights = jax.nn.softmax(scores)
+    weights = weights if kept is None else jnp.where(kept, weights, 0)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
 
 
 def _with_unread(bias: Any, tokens: int, mask: Any, causal: bool) -> jax.Array:
@@ -46,7 +50,7 @@ def _with_unread(bias: Any, tokens: int, mask: Any, causal: bool) -> jax.Array:
     return unread if bias is None else bias + unread
 
 
-def _attend_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any) -> jax.Array:
+def _attend_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, kept: Any) -> jax.Array:
     """With heads before tokens: XLA's matmuls over strided rows take four times as long at 197 tokens.
 
     Scores of more than 2^16 numbers a head are made and summed up in two to six parts of the keys, which takes 0.7 to
@@ -64,6 +68,8 @@ def _attend_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any) -> jax.A
     largest = functools.reduce(jnp.maximum, (its.max(-1, keepdims=True) for its in scores))
     weights = [jnp.exp(its - jax.lax.stop_gradient(largest)) for its in scores]
     sums = sum(its.sum(-1, keepdims=True) for its in weights)
+    if kept is not None:
+        weights = [jnp.where(kept[..., part], its, 0) for its, part in zip(weights, parts, strict=True)]
     products = (jnp.einsum("bhqk,bhkd->bhqd", its, v[:, :, part]) for its, part in zip(weights, parts, strict=True))
     return jnp.swapaxes(sum(products) / sums, 1, 2)
 

@@ -22,7 +22,7 @@ from tl_jax.models.variant import Model, Variant
 
 EPS = 1e-6  # of every LayerNorm
 SHARED = ("dtype", "remat", "attention", "frozen_norms", "axis_name", "norm_momentum", "fold")  # as in the whole
-OWN = ("parent", "name", "num_classes", "head", "head_init", "dropout", "drop_path", "inner", *SHARED)
+OWN = ("parent", "name", "num_classes", "head", "head_init", "dropout", "hidden_dropout", "drop_path", "inner", *SHARED)
 Inputs = Mapping[str, jax.Array]
 
 

@@ -215,6 +215,18 @@ class DropPath(nn.Module):
         return jax.tree.map(lambda x: jnp.where(keep, x / (1.0 - self.rate), 0.0).astype(x.dtype), x)
 
 
+def kept(key: jax.Array, rate: float, shape: Sequence[int]) -> jax.Array:
+    """bool of `shape`, false with probability `rate` to within 2^-17; one random number of 32 bits serves two."""
+    bits = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(*shape[:-1], -1)[..., : shape[-1]]
+    return bits >= min(round(rate * 2**16), 2**16 - 1)
+
+
+def dropped(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
+    """Dropout of single numbers (Srivastava et al. 2014), in less time than flax's; x itself where the rate is 0."""
+    return jnp.where(kept(module.make_rng("dropout"), rate, x.shape), x / (1 - rate), 0) if rate else x
+
+
 def drop_path_rates(drop_path: float, blocks: int) -> list[float]:
     """Rates that rise linearly from 0 at the first block to `drop_path` at the last."""
     return [drop_path * i / max(blocks - 1, 1) for i in range(blocks)]

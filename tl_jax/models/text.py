@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from tl_jax.models import tokens
 from tl_jax.models.head import texts_of
-from tl_jax.models.layers import Dense, DropPath, drop_path_rates, recomputed
+from tl_jax.models.layers import Dense, DropPath, drop_path_rates, dropped, recomputed
 from tl_jax.models.transformer import GELU, INIT, Attention, Mlp
 from tl_jax.models.variant import Model
 
@@ -64,7 +64,9 @@ class Stem(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, [B, L, D] -> [B, L, D]; LayerNorm is behind each residual sum, or before each branch.
 
-    mask: bool [B, L], the tokens that may be read. causal: none behind the token itself.
+    mask: bool [B, L], the tokens that may be read. causal: none behind the token itself. dropout: of both branches.
+    With `place`, int [B], -> ([B, L, D], [B, 1, D]): the token there, which must read all others, is also computed by
+    itself. Where nothing reads the other tokens, XLA drops the first.
     """
 
     heads: int
@@ -75,16 +77,25 @@ class Block(nn.Module):
     causal: bool
     attention: str
     dtype: Any
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, mask: jax.Array) -> jax.Array:
-        attn = Attention(self.heads, self.attention, self.dtype, name="attn")
-        branches = functools.partial(attn, mask=mask, causal=self.causal), Mlp(self.act, self.dtype, name="mlp")
-        for i, branch in enumerate(branches, 1):
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array, place: Any = None) -> Any:
+        attn = Attention(self.heads, self.attention, self.dtype, self.dropout, name="attn")
+        mlp = Mlp(self.act, self.dtype, self.dropout, name="mlp")
+        only = None if place is None else functools.partial(tokens.one, place=place)
+
+        def attended(x):
+            every = attn(x[0], mask=mask, causal=self.causal)
+            return (every, attn(x[0], only, mask=mask)) if only else (every,)
+
+        x = (x, only(x)) if only else (x,)
+        for i, branch in enumerate((attended, lambda x: tuple(map(mlp, x))), 1):
             norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=f"norm{i}")
-            y = DropPath(self.drop_path)(branch(norm(x) if self.pre_norm else x), train)
-            x = x + y if self.pre_norm else norm(x + y)
-        return x
+            y = branch(tuple(map(norm, x)) if self.pre_norm else x)
+            x = jax.tree.map(jnp.add, x, DropPath(self.drop_path)(y, train))
+            x = x if self.pre_norm else tuple(map(norm, x))
+        return x if only else x[0]
 
 
 class TokenHead(nn.Module):
@@ -147,6 +158,8 @@ class Transformer(Model):
         """Whether `token_logits` are those of the next token."""
         return self.causal and self.tied
 
+    drops_inside = True
+
     @property
     def cuts(self) -> tuple[str, ...]:
         behind = ("norm",) if self.pre_norm else ()
@@ -170,21 +183,36 @@ class Transformer(Model):
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
         own = {name: getattr(self, name) for name in ("norm_eps", "pre_norm", "dtype")}
         table = {name: getattr(self, name) for name in ("vocab_size", "positions", "first_position", "segments")}
-        how = {"act": self.act, "causal": self.causal, "attention": self.attention, **own}
-        block = functools.partial(recomputed(Block, self.remat), self.heads, **how)
+        dropout = self.hidden_dropout if train else 0.0
+        how = {"act": self.act, "causal": self.causal, "attention": self.attention, "dropout": dropout, **own}
+        block, alone = functools.partial(recomputed(Block, self.remat), self.heads, **how), []
+        last_norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm") if self.pre_norm else None
 
-        def call(module, x, mask):
-            return module(x, train, mask)
+        def call(module, read_alone, x, mask):
+            if not read_alone:
+                return module(x, train, mask)
+            x, one = module(x, train, mask, tokens.place(mask, self.pooling))
+            alone.append(one)
+            return x
+
+        def stem(x, mask):
+            return dropped(self, dropout, Stem(width=self.width, **table, **own, name="stem")(x, mask))
 
         def norm(x, mask):
-            return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
+            alone[:] = map(last_norm, alone)  # LayerNorm works token by token
+            return last_norm(x)
 
         def pre_logits(x, mask):
-            return tokens.pool(x, mask, self.pooling)
+            if not alone:
+                return tokens.pool(x, mask, self.pooling)
+            return tokens.pool(alone[0], mask.any(axis=1, keepdims=True), self.pooling)
 
-        parts = [Stem(width=self.width, **table, **own, name="stem")]
+        # Of one token that reads all others, pre_logits need no more; dropout would give it masks of its own.
+        of_one = not dropout and (self.pooling == "last" or (self.pooling == "cls" and not self.causal))
+        parts = [stem]
         for i, rate in enumerate(drop_path_rates(self.drop_path, self.depth)):
-            parts.append(functools.partial(call, block(drop_path=rate, name=f"block{i}")))
+            its = block(drop_path=rate, name=f"block{i}")
+            parts.append(functools.partial(call, its, of_one and i == self.depth - 1))
         parts += [norm, pre_logits] if self.pre_norm else [pre_logits]
         count = texts_of(self)
         if self.fill >= 0 and start is None:  # each text by itself

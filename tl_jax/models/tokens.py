@@ -44,9 +44,17 @@ def pool(x: jax.Array, mask: jax.Array, pooling: str) -> jax.Array:
         return jnp.einsum("bld,bl->bd", x, weight) / jnp.maximum(weight.sum(axis=1, keepdims=True), 1)
     if pooling == "max":
         return jnp.where(any_token > 0, jnp.where(mask[..., None], x, -jnp.inf).max(axis=1), 0.0)
-    length = mask.shape[1]
-    place = mask.argmax(axis=1) if pooling == "cls" else length - 1 - mask[:, ::-1].argmax(axis=1)
-    return jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0] * any_token
+    return one(x, place(mask, pooling))[:, 0] * any_token
+
+
+def place(mask: jax.Array, pooling: str) -> jax.Array:
+    """The place of the token that "cls" or "last" is, int [B]; mask: bool [B, L]."""
+    return mask.argmax(axis=1) if pooling == "cls" else mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
+
+
+def one(x: jax.Array, place: jax.Array) -> jax.Array:
+    """Of each example what is at its place [B]: [B, L, ...] -> [B, 1, ...]."""
+    return jnp.take_along_axis(x, jnp.expand_dims(place, range(1, x.ndim)), axis=1)
 
 
 def run_parts(

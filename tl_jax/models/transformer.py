@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from tl_jax.core.card import sides
 from tl_jax.models.attention import attend
-from tl_jax.models.layers import Dense, DropPath, gelu
+from tl_jax.models.layers import Dense, DropPath, dropped, gelu, kept
 
 INIT = nn.initializers.truncated_normal(0.02)
 GELU = {
@@ -74,41 +74,55 @@ class Stem(nn.Module):
             raise ValueError(f"images are {found}: resize the images or load the weights with image_size=")
 
 
+def first(x: jax.Array) -> jax.Array:
+    """The first token, [B, N, ...] -> [B, 1, ...]."""
+    return x[:, :1]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv projection.
 
-    first: of the first token alone, [B, 1, D], which reads the tokens from number `skip` on. mask, causal: the tokens
-    that others may read, see `attend`.
+    only: takes one token of each example, [B, N, ...] -> [B, 1, ...]; the result is of this one alone, [B, 1, D], which
+    reads the tokens from number `skip` on. mask, causal: the tokens that others may read, see `attend`. dropout: of the
+    softmax and of the result.
     """
 
     heads: int
     attention: str
     dtype: Any
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, first: bool = False, skip: int = 0, mask: Any = None, causal: bool = False
+        self, x: jax.Array, only: Callable | None = None, skip: int = 0, mask: Any = None, causal: bool = False
     ) -> jax.Array:
         batch, tokens, width = x.shape
         qkv = Dense(3 * width, kernel_init=INIT, dtype=self.dtype, name="qkv")(x)
         q, k, v = (y.reshape(batch, tokens, self.heads, -1) for y in jnp.split(qkv, 3, axis=-1))
-        if first:
-            x = attend(q[:, :1], k[:, skip:], v[:, skip:])
+        some = None
+        if self.dropout:
+            shape = (batch, self.heads, tokens, tokens)
+            some, v = kept(self.make_rng("dropout"), self.dropout, shape), v / (1 - self.dropout)
+        if only:
+            x = attend(only(q), k[:, skip:], v[:, skip:], mask=mask)
         else:
-            x = attend(q, k, v, self.attention, mask=mask, causal=causal)
-        return Dense(width, kernel_init=INIT, dtype=self.dtype, name="proj")(x.reshape(batch, -1, width))
+            x = attend(q, k, v, self.attention, mask=mask, causal=causal, kept=some)
+        x = Dense(width, kernel_init=INIT, dtype=self.dtype, name="proj")(x.reshape(batch, -1, width))
+        return dropped(self, self.dropout, x)
 
 
 class Mlp(nn.Module):
-    """Two dense layers, four times the width between them; act: a name of GELU."""
+    """Two dense layers, four times the width between them; act: a name of GELU. dropout: of the result."""
 
     act: str
     dtype: Any
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = GELU[self.act](Dense(4 * x.shape[-1], kernel_init=INIT, dtype=self.dtype, name="fc1")(x))
-        return Dense(x.shape[-1], kernel_init=INIT, dtype=self.dtype, name="fc2")(y)
+        y = Dense(x.shape[-1], kernel_init=INIT, dtype=self.dtype, name="fc2")(y)
+        return dropped(self, self.dropout, y)
 
 
 class LayerScale(nn.Module):
@@ -126,7 +140,7 @@ class Block(nn.Module):
     """Pre-norm transformer block: [B, N, D] -> [B, N, D].
 
     With `last`, -> ([B, N, D], [B, 1, D]): the class token is also computed by itself. Where nothing reads the other
-    tokens, XLA drops the first.
+    tokens, XLA drops the first. dropout: of attention and MLP.
     """
 
     heads: int
@@ -137,14 +151,15 @@ class Block(nn.Module):
     attention: str
     dtype: Any
     last: bool = False
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array | tuple[jax.Array, jax.Array]:
         norm1, norm2 = (nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=f"norm{i}") for i in (1, 2))
-        attn = Attention(self.heads, self.attention, self.dtype, name="attn")
-        mlp = Mlp(self.act, self.dtype, name="mlp")
+        attn = Attention(self.heads, self.attention, self.dtype, self.dropout, name="attn")
+        mlp = Mlp(self.act, self.dtype, self.dropout, name="mlp")
         y = norm1(x)
-        tokens, branches = ((x, x[:, :1]), (attn(y), attn(y, first=True))) if self.last else ((x,), (attn(y),))
+        tokens, branches = ((x, first(x)), (attn(y), attn(y, first))) if self.last else ((x,), (attn(y),))
         tokens = self.add(tokens, branches, train, "ls1")
         tokens = self.add(tokens, tuple(mlp(norm2(x)) for x in tokens), train, "ls2")
         return tokens if self.last else tokens[0]
@@ -168,6 +183,6 @@ class AttentionPool(nn.Module):
         batch, _, width = x.shape
         latent = self.param("latent", nn.initializers.truncated_normal(width**-0.5), (1, 1, width), jnp.float32)
         x = jnp.concatenate([jnp.broadcast_to(latent.astype(x.dtype), (batch, 1, width)), x], axis=1)
-        y = Attention(self.heads, "xla", self.dtype, name="attn")(x, first=True, skip=1)
+        y = Attention(self.heads, "xla", self.dtype, name="attn")(x, first, skip=1)
         z = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(y)
         return (y + Mlp(self.act, self.dtype, name="mlp")(z))[:, 0]

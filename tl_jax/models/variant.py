@@ -20,23 +20,27 @@ class Model(nn.Module, kw_only=True):
     x is normalised. `out` holds the output of every cut in order, embedding (what the last dense layer reads) and
     logits [B, K]; pre_logits and these two are float32. With `start=NAME` x is out[NAME] and only the layers behind it
     run. With `stop=NAME` nothing behind out[NAME] runs, which is returned in place of the logits. Training needs
-    mutable=["batch_stats"] with BatchNorm, and rngs={"dropout": key} with dropout or drop_path.
+    mutable=["batch_stats"] with BatchNorm, and rngs={"dropout": key} with a dropout or drop_path.
 
     Some fields are without effect in some networks. num_classes: of the head; 0 for none, then logits are the
     pre_logits. head: the layers before the last dense one, see models/head.py. head_init: "zeros", "lecun" or "xavier",
     of the last dense layer. dtype: of the computation (float32 or bfloat16); parameters and statistics are float32.
-    dropout: before the last dense layer. drop_path: stochastic depth at the last block, rising linearly from 0. remat:
-    what the backward pass of a block recomputes, see layers.recomputed. attention: "xla" or "cudnn", see attention.py.
-    frozen_norms: paths of BatchNorm layers that use their running statistics, unchanged, even in training. axis_name:
-    pmap axis over which BatchNorm averages. norm_momentum: the share of its running statistics that an update keeps.
-    fold: put a BatchNorm that uses its running statistics into the convolution before it, with the same numbers; must
-    be off where calls of the two are intercepted, since they are not made. inner: this is a part of fusion.py, whose
-    parameters lie where it stands, without "backbone/", and which has no head.
+    dropout: before the last dense layer. hidden_dropout: of networks with `drops_inside`, of the embeddings, of the
+    probabilities of attention, and behind the last dense layer of attention and MLP; transformers' hidden_dropout_prob
+    and attention_probs_dropout_prob of BERT and ViT, and GPT-2's embd_pdrop, attn_pdrop and resid_pdrop. drop_path:
+    stochastic depth at the last block, rising linearly from 0. remat: what the backward pass of a block recomputes, see
+    layers.recomputed. attention: "xla" or "cudnn", see attention.py. frozen_norms: paths of BatchNorm layers that use
+    their running statistics, unchanged, even in training. axis_name: pmap axis over which BatchNorm averages.
+    norm_momentum: the share of its running statistics that an update keeps. fold: put a BatchNorm that uses its running
+    statistics into the convolution before it, with the same numbers; must be off where calls of the two are
+    intercepted, since they are not made. inner: this is a part of fusion.py, whose parameters lie where it stands,
+    without "backbone/", and which has no head.
     """
 
     num_classes: int
     dtype: Any = jnp.float32
     dropout: float = 0.0
+    hidden_dropout: float = 0.0
     drop_path: float = 0.0
     remat: str = ""
     attention: str = "xla"
@@ -47,6 +51,8 @@ class Model(nn.Module, kw_only=True):
     head: tuple = ()
     fold: bool = True
     inner: bool = False
+
+    drops_inside = False
 
     def __post_init__(self):
         if self.inner:  # flax would make the scope of "backbone" a child of whatever the part stands in
@@ -60,10 +66,15 @@ class Model(nn.Module, kw_only=True):
     @property
     def deterministic_cuts(self) -> tuple[str, ...]:
         """The cuts whose output is not random in training; a frozen prefix may end at these."""
+        if self.hidden_dropout:
+            return ()
         return self.cuts[:2] if self.drop_path and len(self.cuts) > 3 else self.cuts  # the first block's rate is 0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, start: str | None = None, stop: str | None = None):
+        if self.hidden_dropout and not self.drops_inside:
+            found = f"model.hidden_dropout={self.hidden_dropout}: {type(self).__name__} has no places for it"
+            raise ValueError(f"{found}, as ViT and transformers of text have; use model.dropout")
         if self.inner:
             return type(self).backbone.inner_fun(self, x, train, start, stop)
         y, out = self.backbone(x, train, start, stop)

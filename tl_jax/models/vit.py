@@ -14,7 +14,7 @@ import numpy as np
 from tl_jax.core.card import Card, sides
 from tl_jax.models import conversion, positions
 from tl_jax.models.conversion import NATIVE, SAME, Layout, Rule, Transform, rules_of
-from tl_jax.models.layers import drop_path_rates, recomputed, run_parts
+from tl_jax.models.layers import drop_path_rates, dropped, recomputed, run_parts
 from tl_jax.models.transformer import AttentionPool, Block, Stem
 from tl_jax.models.variant import Model, Variant, with_flavours
 
@@ -51,6 +51,7 @@ class ViT(Model):
     def cuts(self) -> tuple[str, ...]:
         return ("stem", *(f"block{i}" for i in range(self.depth)), "pre_logits")
 
+    drops_inside = True
     class_token = property(lambda self: self.pool == "token")
     grid = property(lambda self: tuple(side // self.patch_size for side in sides(self.image_size)))
     tokens = property(lambda self: int(self.class_token) + self.registers + math.prod(self.grid))
@@ -58,15 +59,19 @@ class ViT(Model):
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
         block_class, class_token = recomputed(Block, self.remat), []
-        last = self.depth - 1 if self.class_token else None
+        dropout = self.hidden_dropout if train else 0.0
+        last = self.depth - 1 if self.class_token and not dropout else None  # both would have masks of their own
 
         def block(i, rate, x):
             how = (self.norm_eps, self.act, self.layer_scale, self.attention, self.dtype)
-            x = block_class(self.heads, rate, *how, i == last, name=f"block{i}")(x, train)
+            x = block_class(self.heads, rate, *how, i == last, dropout, name=f"block{i}")(x, train)
             if i == last:
                 x, alone = x
                 class_token.append(alone)
             return x
+
+        def stem(x):
+            return dropped(self, dropout, Stem(**{name: getattr(self, name) for name in STEM}, name="stem")(x))
 
         def pre_logits(x):  # LayerNorm works token by token: the class token alone is enough
             if not self.class_token:
@@ -77,7 +82,6 @@ class ViT(Model):
             return nn.LayerNorm(epsilon=self.norm_eps, dtype=jnp.float32, name="norm")(x[:, 0])
 
         rates = drop_path_rates(self.drop_path, self.depth)
-        stem = Stem(**{name: getattr(self, name) for name in STEM}, name="stem")
         parts = [stem, *(functools.partial(block, i, rate) for i, rate in enumerate(rates)), pre_logits]
         return run_parts(dict(zip(self.cuts, parts, strict=True)), x, start, stop)
 

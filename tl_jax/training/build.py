@@ -269,7 +269,10 @@ def _configure(settings: Settings, loaded: load.Loaded, parallel: sharding.Paral
     size = loaded.model.width // loaded.model.heads if hasattr(loaded.model, "heads") else 8
     if model.attention == "cudnn" and (reason := unfused(dtype, size)):
         log(f"model.attention=cudnn: XLA computes the attention in its place, as {reason}")
-    same = {name: getattr(model, name) for name in ("dropout", "drop_path", "remat", "attention")}
+    elif model.attention == "cudnn" and model.hidden_dropout:
+        log("model.attention=cudnn: in training XLA computes the attention in its place, as model.hidden_dropout drops "
+            "probabilities, which cuDNN's kernel cannot")  # fmt: skip
+    same = {name: getattr(model, name) for name in ("dropout", "hidden_dropout", "drop_path", "remat", "attention")}
     same |= {"decodes": True} if settings.loop.task in LANGUAGE else {}
     module = loaded.model.clone(dtype=dtype, axis_name=parallel.axis_name, **same)
     return peft.Adapted(module, tuple(settings.phases[0].method.add))
@@ -305,7 +308,7 @@ def _make_start(
         return model.apply(steps.subtree(variables, network), x, train=False, start=start, stop=stop)[1]
 
     def batch_statistics(variables, x):
-        still = model.clone(dropout=0.0, drop_path=0.0, norm_momentum=0.0)  # of the batch alone
+        still = model.clone(dropout=0.0, hidden_dropout=0.0, drop_path=0.0, norm_momentum=0.0)  # of the batch alone
         x, rngs = steps.normalise(x, card), {"dropout": jax.random.key(0)}
         _, found = still.apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)
         return trees.flatten(found.get("batch_stats", {}))

@@ -287,8 +287,9 @@ def check_prefixes(settings: Settings, phases: Sequence[Phase]) -> None:
     about_it = {"cache": loop.cache, "model.prefix_dtype": settings.model.prefix_dtype}
     if any(about_it.values()) and not any(prefixes):
         problems.append(
-            f"{about_it} is about the frozen prefix, but in every phase the stem trains, or its statistics are "
-            "updated; freeze from the stem on (linear_probe, last_k), or leave it out"
+            f"{about_it} is about the frozen prefix, but in every phase the stem trains, its statistics are "
+            "updated, or its output is random (model.hidden_dropout); freeze from the stem on (linear_probe, last_k), "
+            "or leave it out"
         )
     if loop.views > 1 and not settings.data.augment:
         problems.append(f"views={loop.views}, but data.augment is empty: all views would be the same; expected 1")

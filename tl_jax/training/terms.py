@@ -15,8 +15,10 @@ from tl_jax.training.settings import PhaseSettings, Settings, naming
 NEEDS: dict[str, tuple[Callable[[Settings], bool], str]] = {
     "classes": (lambda s: s.loop.task == "classification", "task = 'classification', found {!r}; leave it out"),
     "stochastic": (
-        lambda s: bool(s.model.dropout or s.model.drop_path or any(p.method.stoch_norm for p in s.phases)),
-        "something random in the network: model.dropout, model.drop_path or method.stoch_norm above 0",
+        lambda s: any(
+            (s.model.dropout, s.model.hidden_dropout, s.model.drop_path, *(p.method.stoch_norm for p in s.phases))
+        ),
+        "something random in the network: model.dropout, hidden_dropout, drop_path or method.stoch_norm above 0",
     ),
     "whole_batch": (
         lambda s: s.loop.accumulate == 1 and s.loop.parallel == "jit",
