@@ -181,7 +181,8 @@ def small_network(family, monkeypatch):
     return Model(family, "", module, trees.unflatten(flat), card), flat, x
 
 
-NAMES = ["vgg_bn", "swin", *sorted(set(families.FAMILIES) - {"swin", "vgg_bn"})]
+# Those of texts are in test_text_data.py.
+NAMES = ["vgg_bn", "swin", *sorted(set(families.IMAGES) - {"swin", "vgg_bn"})]
 
 
 @pytest.mark.thin(1)

@@ -354,6 +354,9 @@ def test_fit_takes_texts_in_memory(files):
     assert [row["class"] for row in run.predict([("fine",), "dull dull"])]
 
 
+TRANSFORMERS = ("bert_l2_h32_a2", "gpt2_l2_h32_a2", "clip_text_l2_h32_a2", "siglip_text_l2_h32_a2")
+
+
 def with_random_weights(name, folder):
     model = tl_jax.load(name, num_classes=3, tokenizer=folder / "tokenizer.json")
     rng = np.random.default_rng(0)
@@ -363,7 +366,7 @@ def with_random_weights(name, folder):
 
 @pytest.mark.slow
 @pytest.mark.thin(1)
-@pytest.mark.parametrize("name", ["bert_l2_h32_a2", "gpt2_l2_h32_a2", "bigru_8_8d", "textcnn_8d"])
+@pytest.mark.parametrize("name", [*TRANSFORMERS, "bigru_8_8d", "textcnn_8d"])
 def test_an_export_of_every_kind_of_network_takes_any_number_of_tokens(name, run, tmp_path):
     model = with_random_weights(name, run.folder)
     network = tl_jax.load_export(tl_jax.export(model, tmp_path / "out"))
@@ -373,7 +376,7 @@ def test_an_export_of_every_kind_of_network_takes_any_number_of_tokens(name, run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert_l2_h32_a2", "gpt2_l2_h32_a2", "bigru_8_8d", "word_average_16_8d"])
+@pytest.mark.parametrize("name", [*TRANSFORMERS[:3], "bigru_8_8d", "word_average_16_8d"])
 def test_onnx_runtime_answers_texts_of_any_length(name, run, tmp_path):
     pytest.importorskip("jax2onnx", reason="requirements-onnx.txt is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="requirements-onnx.txt is not installed")

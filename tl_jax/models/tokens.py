@@ -21,7 +21,7 @@ def filled(x: jax.Array, length: int, number: int) -> jax.Array:
     """The input with its tokens first and the token `number` in all places behind them, int32 [B, length, 2]."""
     if isinstance(x.shape[1], int) and x.shape[1] > length:
         raise ValueError(f"texts of {x.shape[1]} tokens, but there are positions for {length}: truncate them")
-    x = jnp.concatenate([x, jnp.full((x.shape[0], length, 2), -1, x.dtype)], axis=1)
+    x = jnp.pad(x, ((0, 0), (0, length), (0, 0)), constant_values=-1)
     order = jnp.argsort(x[..., 0] < 0, axis=1, stable=True)[:, :length]
     x = jnp.take_along_axis(x, order[..., None], axis=1)
     return jnp.where(x[..., :1] >= 0, x, jnp.array([number, 0], x.dtype))
