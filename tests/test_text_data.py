@@ -347,6 +347,33 @@ def test_cached_features_of_texts_train_as_the_network_does_in_batches_of_the_sa
 
 
 @pytest.mark.slow
+def test_the_cost_of_a_step_is_the_mean_over_the_lengths_of_its_batches(files, tmp_path):
+    changes = {
+        **CHANGES,
+        "model.name": "bert_l2_h16_a2",
+        "data.source": f"text:{files[0] / 'all.csv'}",
+        "batch_size": 4,
+    }
+    changes |= {"total": (12.0, "steps"), "log_every": (3.0, "steps"), "data.sampling": "by_length"}
+    config, parallel = options.override(options.make(), changes), sharding.make_parallel()
+    train.train(config, tmp_path / "w", verbose=False)
+    program = single.Single(build.build(config, parallel), parallel)
+    state, costs, each = program.initial(0), {}, []
+    for batch in program.iterate(program.batches(0, state, ["train"], train.never), 0, 12):
+        length = batch["train"]["text"].shape[1]
+        if length not in costs:
+            costs[length] = program.compile(0, state, batch)[1]
+        each.append(costs[length])
+    found = json.loads((tmp_path / "w" / "cost.json").read_text())
+    assert found["flops_per_step"] == pytest.approx(np.mean([cost["flops_per_step"] for cost in each]))
+    assert found["memory_bytes"] == max(cost["memory_bytes"] for cost in each) and len(costs) > 2
+    rows = [json.loads(line) for line in (tmp_path / "w" / "timing.jsonl").read_text().splitlines()]
+    assert [row["flops_per_second"] * row["seconds"] for row in rows] == pytest.approx(
+        [sum(cost["flops_per_step"] for cost in each[i : i + 3]) for i in range(0, 12, 3)], rel=1e-4
+    )
+
+
+@pytest.mark.slow
 def test_fit_takes_texts_in_memory(files):
     model = tl_jax.load("word_average_16_8d", tokenizer="words")
     run = tl_jax.fit(model, files[1], method="full", epochs=10, changes={"resamples": 5, "lr": 0.1}, verbose=False)

@@ -59,8 +59,8 @@ class RunLog:
         self._clock = self._began = time.perf_counter()
         self._start, self._timed, self._total = start, start, total
         self._share, self.waited = 1 / replicas, 0.0
-        # Further columns of timing.jsonl, from the steps per second.
-        self.rates: Callable[[float], Mapping[str, Any]] = lambda steps_per_second: {}
+        # Further columns of timing.jsonl, from the number of steps since the last and their seconds.
+        self.rates: Callable[[int, float], Mapping[str, Any]] = lambda steps, seconds: {}
         self._verbose = verbose and self._writes
         self._stack, self._tick = contextlib.ExitStack(), None
 
@@ -107,7 +107,7 @@ class RunLog:
         waited, self.waited = self.waited * self._share, 0.0
         row = {"step": step, "seconds": round(seconds, 6), f"{what}_per_second": round(rate, 1)}
         row |= {"data_wait_seconds": round(waited, 6), "data_wait": round(waited / seconds, 4)}
-        self._append("timing", {**row, **self.rates((step - self._timed) / seconds)})
+        self._append("timing", {**row, **self.rates(step - self._timed, seconds)})
         self._timed = step
         shown = {name.removeprefix("train/"): value for name, value in metrics.items() if name not in UNSHOWN}
         names = sorted(shown, key=lambda name: "/" in name)  # the loss, the task's metric and all terms, then their own

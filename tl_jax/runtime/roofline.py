@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +63,20 @@ def rates(
             intensity = cost["flops_per_step"] / cost["bytes_per_step"]
             found["roofline"] = achieved / min(most, intensity * devices * limit.memory)
     return {"flops_per_second": achieved, **found}
+
+
+def mean(costs: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
+    """The cost of a step, from costs of `Parallel.compile` and how many steps had each; memory is the largest."""
+    total, found = sum(count for _, count in costs), {}
+    for name in costs[0][0]:
+        values = [(cost[name], count) for cost, count in costs]
+        if any(value is None for value, _ in values):
+            found[name] = None
+        elif name == "memory_bytes":
+            found[name] = max(value for value, _ in values)
+        else:
+            found[name] = sum(value * count for value, count in values) / total
+    return found
 
 
 def work(jaxpr: Any, looped: bool = True) -> float:

@@ -1,8 +1,8 @@
 """The training loop: steps, lines of metrics, evaluations and checkpoints of a program, phase by phase."""
 
+import collections
 import contextlib
 import dataclasses
-import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -60,6 +60,8 @@ class Loop:
         for folder in self.folders.values():
             candidates.forget(folder, start)
         self.held_out: dict[int, between.HeldOut] = {}  # by phase
+        # Of the steps whose line is to be written; of several runs none asks.
+        self.costs: collections.deque[dict[str, Any]] = collections.deque(maxlen=None if count == 1 else 0)
         rows = meta.get("rows") or [[] for _ in range(count)]
         self.failed = {int(j): FloatingPointError(text) for j, text in meta.get("failed", {}).items()}
         self.frozen = meta.get("frozen")
@@ -124,7 +126,7 @@ class Loop:
 
     def _phase(self, i: int, start: int) -> int:
         """Trains phase i from a step on; the step after which it ended."""
-        phase, program, compiled, costs = self.first.phases[i], self.program, {}, []
+        phase, program, compiled, taken = self.first.phases[i], self.program, {}, collections.Counter()
         self._refresh(i, start)
         self.frozen = self.frozen or program.frozen_hashes(i, self.state)
         sets = program.batches(i, self.state, [*phase.plan.fed, *self._judged()], self.stop_requested)
@@ -138,21 +140,24 @@ class Loop:
                 with self._saved(i, done - 1):
                     batch = next(batches)
                     shapes = single.shapes_of(batch)  # of texts there are several
-                    if (step_fn := compiled.get(shapes)) is None:
+                    if shapes not in compiled:
                         with wall.timed("compiling"):
-                            step_fn, cost = program.compile(i, self.state, batch)
-                            compiled[shapes] = step_fn
-                            costs.append(cost["flops_per_step"] or 0)
-                            if costs[-1] == max(costs):  # that of the longest texts
-                                self._note_cost(i, cost)
+                            compiled[shapes] = program.compile(i, self.state, batch)
+                        if len(compiled) == 1:
+                            self._note_cost(i, compiled[shapes][1])
+                    step_fn, cost = compiled[shapes]
+                    taken[shapes] += 1
+                    self.costs.append(cost)
                 if done > start + 1:
                     self._refresh(i, done - 1)
                 self.state = step_fn(self.state, batch)
                 if done == start + 1:
                     self.checkpoints.prepare(self.state)  # while the device is busy
                 if self._after_step(i, done, judged):
-                    return done
-        return phase.stop
+                    break
+        if len(compiled) > 1:
+            self._note_cost(i, roofline.mean([(cost, taken[shapes]) for shapes, (_, cost) in compiled.items()]))
+        return done
 
     def _after_step(self, i: int, done: int, judged: Mapping[str, Any]) -> bool:
         """Lines, evaluation, checkpoint; whether training ends early here."""
@@ -271,11 +276,17 @@ class Loop:
         for j, folder in self.folders.items():
             once = sum(flops * single.kept(runs[j], name) for name, flops in each.items())
             artifacts.note_cost(folder, runs[j], i, {**cost, "flops_of_features": once}, count)
+        if count == 1:
+            self.logs[0].rates = self._rates
+
+    def _rates(self, count: int, seconds: float) -> Mapping[str, Any]:
+        """Further columns of timing.jsonl for the next `count` steps, which took `seconds`."""
+        costs = [(self.costs.popleft(), 1) for _ in range(min(count, len(self.costs)))]
+        if not costs:
+            return {}
         limit = roofline.peak(self.parallel.mesh.devices.flat[0].device_kind)
         dtype, devices = self.first.settings.model.dtype, self.parallel.mesh.size
-        rates = functools.partial(roofline.rates, cost=cost, limit=limit, dtype=dtype, devices=devices)
-        if count == 1:
-            self.logs[0].rates = rates
+        return roofline.rates(count / seconds, roofline.mean(costs), limit, dtype, devices)
 
 
 def identity_of(program: Program) -> dict[str, Any]:
