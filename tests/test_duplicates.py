@@ -13,6 +13,7 @@ from tests.test_run import load_data, make_config
 from tl_jax import config as options
 from tl_jax.data import duplicates, sources
 from tl_jax.data.readers import pack
+from tl_jax.data.readers.arrays import array_source
 from tl_jax.training import inputs, settings
 from tl_jax.training.train import train
 
@@ -99,7 +100,7 @@ def test_small_images_and_rows_are_compared_for_equality_alone():
     second[8, 0, 0, 0] ^= 1
     labels = np.zeros(30, int)
     one, two = (
-        dataclasses.replace(sources.array_source(name, "train", images, labels, ("x",)), domain_names=(name,))
+        dataclasses.replace(array_source(name, "train", images, labels, ("x",)), domain_names=(name,))
         for name, images in (("one", first), ("two", second))
     )
     table = duplicates.find({"train": one, "test": two}, ["train"])

@@ -263,7 +263,7 @@ def test_a_dry_run_checks_every_cell_and_writes_nothing(tmp_path, monkeypatch, c
     (tmp_path / "study.py").write_text(STUDY.replace(', "unreadable": {"data.source": "arrays:nowhere.npz"}', ""))
     assert launchers.start(str(tmp_path), tmp_path / "w", dry_run=True) == 0
     shown = capsys.readouterr().out
-    assert "4 runs in 2 cells" in shown and "to do: 4 runs, 16 steps, 256 images" in shown and "at least" in shown
+    assert "4 runs in 2 cells" in shown and "to do: 4 runs, 16 steps, 256 examples" in shown and "at least" in shown
     assert not (tmp_path / "w").exists()
     (tmp_path / "study.py").write_text(STUDY)
     with pytest.raises(ValueError, match=r"rate=unreadable: (.|\n)*nowhere.npz"):
@@ -279,7 +279,7 @@ def test_a_dry_run_estimates_the_rest_from_what_is_finished(tmp_path, capsys):
         write_json(store.run_folder(tmp_path / "w", run.key) / "cost.json", {"seconds": seconds})
     assert launchers.start(str(tmp_path), tmp_path / "w", jobs=1, dry_run=True) == 0
     shown = capsys.readouterr().out
-    assert "to do: 2 runs, 8 steps, 128 images" in shown
+    assert "to do: 2 runs, 8 steps, 128 examples" in shown
     assert "about 90 s with 1 at once, by the 2 finished runs here" in shown
 
 
