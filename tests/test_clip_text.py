@@ -185,6 +185,7 @@ def test_names_tell_sizes_and_published_towers_have_their_number_of_parameters()
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["siglip", "clip"])
 def test_two_texts_and_exports_for_any_number_of_tokens(kind, file_of, tmp_path):
     path = file_of(kind)

@@ -187,6 +187,7 @@ def test_the_splits_of_one_file_that_only_unlabelled_streams_name_are_sealed(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_study_of_methods_opens_each_target_after_the_choices_of_its_run(tables, tmp_path):
     methods = {"source-only": dict(ONLY_SOURCE), "entropy": {}, "bnm": {"terms": {"bnm": {"weight": 0.1}}}}
     base = config_of(tables, "", terms={"entropy": {}}, total=(4.0, "steps"))

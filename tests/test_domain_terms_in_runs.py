@@ -306,6 +306,7 @@ def flops(config):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_step_of_dann_costs_little_more_than_a_supervised_one_of_as_many_examples(tables):
     """At 64 pixels, where the discriminator is a larger part of the step than at 224."""
     changes = {"model.name": "resnet18", "model.image_size": 64, "model.head": (), "data.source": "digits"}

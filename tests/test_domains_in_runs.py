@@ -56,6 +56,7 @@ def test_the_cases_hold_every_term():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "case", ["generalise", *(pytest.param(c, marks=pytest.mark.slow) for c in ("several", "mixed"))]
 )

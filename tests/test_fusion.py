@@ -125,6 +125,7 @@ def attention(block, x, read, heads):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_early_fusion_is_blocks_over_the_tokens_that_are_there():
     made, x = loaded("early"), inputs()
     out = jax.jit(lambda v, x: made.model.apply(v, x))(made.variables, x)[1]
@@ -163,6 +164,7 @@ def test_what_a_missing_input_holds_and_padding_change_nothing(fusion):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @BOTH
 def test_a_network_that_starts_at_a_cut_gives_the_same(fusion):
     made, x = loaded(fusion.get("kind", "late")), inputs()
@@ -306,6 +308,7 @@ def test_frozen_parts_give_the_same_losses_with_and_without_the_cache_and_the_ru
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_stopped_in_the_middle_ends_bit_equal(path, tmp_path):
     config = config_of(path, **{"model.fusion": {**EARLY, "drop": {"image": 0.3}}})
     train(config, tmp_path / "whole", verbose=False)

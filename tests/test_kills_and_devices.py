@@ -74,6 +74,7 @@ def evaluations(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "kind", [kind if kind in KINDS[:2] else pytest.param(kind, marks=pytest.mark.exhaustive) for kind in KINDS]
 )

@@ -77,6 +77,7 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path, args, message):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_arms_and_seeds_are_compared_in_pairs(tmp_path):
     arms = ["--config.seeds=(1,)", "--config.baseline=(('model.weights',''),)", "--config.model.image_size=16"]
     code, output = launch(*SMOKE, *arms, "--workdir", tmp_path / "w")

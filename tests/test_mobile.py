@@ -392,6 +392,7 @@ def test_genuine_mobilenet_v2_classifies_the_photos_as_published(shared):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_genuine_efficientnet_lite0_classifies_the_photos_as_in_torch(shared, timm, reference, every):
     loaded = load.load("tf_efficientnet_lite0", shared / LITE_FILE)

@@ -80,6 +80,7 @@ def test_the_relationship_of_co_tuning_is_that_of_the_network_as_it_was_loaded(m
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_resumes_inside_a_phase_computes_nothing_from_the_data_again(tmp_path, monkeypatch):
     reads, seen = add_counted(monkeypatch), {}
     for name, changes in {"first": {}, "plain": {}, "both": BOTH}.items():  # the first looks for duplicates too

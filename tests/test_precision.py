@@ -153,6 +153,7 @@ def optimised():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_each_remat_takes_less_memory_and_more_work(optimised):
     make = functools.partial(VIT, patch_size=2, width=64, depth=4)
     (work, memory, _), (dots_work, dots_memory, _), (block_work, block_memory, _) = (
@@ -163,6 +164,7 @@ def test_each_remat_takes_less_memory_and_more_work(optimised):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("make", [functools.partial(VIT, patch_size=2, width=64, depth=4), RESNETS[0]])
 def test_a_step_in_parts_takes_the_memory_of_a_part_and_one_gradient(make, optimised):
     whole, part = (cost(make(), size=16, batch_size=size)[1] for size in (128, 32))

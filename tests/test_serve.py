@@ -208,6 +208,7 @@ def test_other_sites_neither_read_nor_ask(server):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_request_larger_than_a_megabyte_is_kept_off_the_disk(start, folder, tmp_path):
     large = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), np.uint8)
     with start(folder, tmp_path) as server:
@@ -388,6 +389,7 @@ def load(server, clients, until, statuses, lost):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.exhaustive)])
 def test_fifty_clients_meet_no_error_but_429_and_memory_stays_flat(seconds, start, folder, tmp_path):
     server = start(folder, tmp_path, "--queue", 32)
@@ -404,6 +406,7 @@ def test_fifty_clients_meet_no_error_but_429_and_memory_stays_flat(seconds, star
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sigterm_under_load_answers_every_request_that_was_taken(start, folder, tmp_path):
     server, statuses, lost = start(folder, tmp_path), [], []
     threads = load(server, 20, time.monotonic() + 30, statuses, lost)

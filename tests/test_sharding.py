@@ -180,6 +180,7 @@ def read(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_with_divided_parameters_is_the_run_without_and_resumes_bit_for_bit(tmp_path):
     """Through both phases, an interruption, the choice of a checkpoint, the proof and the files that it leaves."""
     changes = {

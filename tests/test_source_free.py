@@ -194,6 +194,7 @@ def test_a_network_is_frozen_in_a_phase_without_its_terms():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name != "adabn" else ()) for name in RUNS]
 )

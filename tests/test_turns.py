@@ -125,6 +125,7 @@ def stopped_and_resumed(config, folder, at=(2,)):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_in_turns_resumes_bit_equal(tmp_path, monkeypatch):
     monkeypatch.setitem(TERMS, "size", size_of_logits)
     turns = ((("backbone", "head"), {"task": 1.0}), (("head",), {"size": 0.5}), (("backbone",), {"task": 0.1}))

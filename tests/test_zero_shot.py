@@ -136,6 +136,7 @@ FULL = "--config.method.name=full", "--config.lr=0.001", "--config.total=(2, 'st
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_export_serves_it_and_weights_are_interpolated_with_a_fine_tuned_run(run_of, photos, tmp_path, capsys):
     before = run_of("zero", "--config.method.name=none")
     after = run_of("tuned", *FULL)
