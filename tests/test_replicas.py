@@ -143,7 +143,7 @@ def test_a_replica_is_the_run_by_itself(case, tmp_path):
 @pytest.mark.slow
 def test_replicas_whose_texts_differ_in_length_are_the_runs_by_themselves(tables, tmp_path):
     replicas = tuple((("seed", seed), ("lr", 1e-2)) for seed in range(3))
-    config = kind_of("texts", tables, **{"model.max_length": 16, "batch_size": 4, "replicas": replicas})
+    config = kind_of("texts", tables, **{"batch_size": 4, "replicas": replicas})
     for row, alone in zip(run(config, tmp_path / "w")["replicas"], each_alone(config), strict=True):
         train(alone, tmp_path / "alone" / row["name"], verbose=False)
         folders = tmp_path / "w" / "replicas" / row["name"], tmp_path / "alone" / row["name"]
