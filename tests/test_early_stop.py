@@ -116,6 +116,7 @@ def test_a_run_that_stops_early_is_the_beginning_of_the_run_that_does_not(stoppe
     assert result["step"] == (stop if side == "max" else min(scores, key=scores.get))
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("ago", [1, *(pytest.param(ago, marks=pytest.mark.slow) for ago in (2, 0))])
 def test_a_run_that_is_told_to_stop_before_or_at_the_end_goes_on_to_the_same_files(stopped, table, tmp_path, ago):

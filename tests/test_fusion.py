@@ -146,6 +146,7 @@ def test_early_fusion_is_blocks_over_the_tokens_that_are_there():
         np.testing.assert_allclose(out["pre_logits"][i], norm(fuse["norm"], y[:1])[0], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @BOTH
 def test_what_a_missing_input_holds_and_padding_change_nothing(fusion):
@@ -193,6 +194,7 @@ def test_modality_dropout_leaves_out_one_input_at_its_rate_and_never_all():
     assert np.abs(trained - plain).max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", ["early", "late"])
 def test_the_file_of_a_fusion_gives_the_same_network_and_card(kind, tmp_path):

@@ -138,6 +138,7 @@ def test_a_group_that_is_not_there_is_named(tmp_path, form, group, message):
         sources.load(source, "train", group=group)
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("method", ["ridge", "linear_probe"])
 def test_a_run_with_groups_says_how_many(tmp_path, method):

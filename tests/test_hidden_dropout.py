@@ -209,6 +209,7 @@ def test_networks_without_places_for_it_refuse_it(family):
         jax.eval_shape(model.init, jax.random.key(0), input_of(family))
 
 
+@pytest.mark.slow
 def test_a_run_refuses_what_it_cannot_be_together_with(tmp_path):
     changes = {"model.name": "vit_tiny_patch16_224", "model.image_size": 32, "data.source": "digits"}
     changes |= {"model.hidden_dropout": 0.1, "cache": "features", "cache_dir": str(tmp_path)}

@@ -65,6 +65,7 @@ def study(tmp_path_factory):
     return folder, found, report.write(folder)
 
 
+@pytest.mark.slow
 def test_a_study_has_one_panel_over_options_steps_and_seeds(study):
     folder, accuracy, summary = study
     rows = {row["selector"]: row for row in summary["selection"]["rows"]}

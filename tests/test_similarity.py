@@ -41,6 +41,7 @@ def cosine(a, b):
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_the_similarity_is_the_cosine_of_the_features_of_each_text_alone(pooling, weights):

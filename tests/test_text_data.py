@@ -313,12 +313,13 @@ def test_an_export_answers_texts_of_any_length(run, files, tmp_path, capsys):
 PAIR = {"model.head": (("compare", {}),), "data.text": ("text", "other")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
+        {"method.k": 1, **PAIR},
         {"method.k": 1},
-        pytest.param({"method.name": "linear_probe"}, marks=pytest.mark.slow),
-        pytest.param({"method.k": 1, **PAIR}, marks=pytest.mark.slow),
+        {"method.name": "linear_probe"},
     ],
 )
 def test_cached_features_of_texts_train_as_the_network_does_in_batches_of_the_same_lengths(changes, files, tmp_path):

@@ -300,6 +300,7 @@ def test_a_causal_network_does_not_read_what_comes():
         assert np.abs(out[cut][:, 5:] - others[cut][:, 5:]).max() > 1e-3
 
 
+@pytest.mark.slow
 @ONE_NOW
 def test_cuts_half_precision_and_texts_without_a_token(kind):
     model, variables = network(kind, depth=1)
@@ -325,6 +326,7 @@ def test_cuts_half_precision_and_texts_without_a_token(kind):
     close(half, logits, 0.1)
 
 
+@pytest.mark.slow
 @ONE_NOW
 def test_gradients_are_finite_and_the_same_where_they_are_recomputed(kind):
     model, variables = network(kind, depth=1)
@@ -527,6 +529,7 @@ def test_minilm_as_published_gives_the_vectors_of_transformers(shared):
     assert tokens.mask_of(x).sum() == sum(map(len, read))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["", *(pytest.param(x, marks=pytest.mark.slow) for x in ("block", "dots"))])
 @ONE_NOW
 def test_the_token_that_is_read_by_itself_is_that_of_all_tokens_with_the_same_gradients(kind, remat):
