@@ -30,12 +30,13 @@ WAYS = {
 def prepare(way: dict, cache_dir: str):
     """(epoch of training live or on cached features, the seconds it took to fill the cache, the bytes of it)."""
     import jax
+    import numpy as np
 
     from configs import transfer
     from tl_jax import config as options
     from tl_jax.runtime import sharding
     from tl_jax.training.build import build
-    from tl_jax.training.single import Single
+    from tl_jax.training.single import Single, shapes_of
 
     config = options.override(
         transfer.get_config(f"model={MODEL.value},weights={WEIGHTS.value},data={DATA.value}"),
@@ -53,13 +54,14 @@ def prepare(way: dict, cache_dir: str):
 
     def epoch():
         for batch in program.iterate(sets, 0, steps):
-            shapes = str(jax.tree.map(jax.numpy.shape, batch))
+            shapes = shapes_of(batch)
             if shapes not in compiled:
                 compiled[shapes], _ = program.compile(0, kept[0], batch)
             kept[0] = compiled[shapes](kept[0], batch)
         return jax.block_until_ready(kept[0])
 
-    size = sum(getattr(values, "nbytes", 0) for values in sets["train"].prepared.values())
+    arrays = [getattr(each, "values", each) for each in sets["train"].prepared.values()]  # of tokens, or of examples
+    size = sum(values.nbytes for values in arrays if isinstance(values, np.ndarray))
     return epoch, filled, size, steps * config.batch_size
 
 

@@ -24,6 +24,7 @@ TRAINED = {
 WORDS = {"averaged": "word_average_50d", "TextCNN": "textcnn_50d", "LSTM": "lstm_256_50d", "GRU": "gru_256_50d"}
 CHARACTERS = {"averaged": "word_average_128d", "TextCNN": "textcnn_128d", "GRU": "bigru_128_128d"}
 FREE = {"method.name": "full", "lr": 3e-3}
+RATES = {"LSTM": {"lr": 1e-3}}  # where it is another
 PAIRS = {"model.head": (("cosine", {}),)}
 
 
@@ -36,7 +37,8 @@ def networks(data: str, weights: str) -> dict[str, dict]:
         return {f"characters, {title}": {"model.name": name, **own} for title, name in CHARACTERS.items()}
     glove = {"model.vectors": f"{weights}/glove_6b_50d/glove.6B.50d.first20000.txt", **FREE}
     arms = {f"MiniLM, {way}": {**minilm, **options} for way, options in TRAINED.items()}
-    return arms | {f"GloVe, {title}": {"model.name": name, **glove} for title, name in WORDS.items()}
+    words = {title: {"model.name": name, **glove, **RATES.get(title, {})} for title, name in WORDS.items()}
+    return arms | {f"GloVe, {title}": options for title, options in words.items()}
 
 
 def get_study(arg: str = "") -> Study:
@@ -53,16 +55,14 @@ def get_study(arg: str = "") -> Study:
         if data == "stsb":
             base.task, base.data.labels = "regression", ("score",)
         base.data.sampling = "by_length"
-        base.batch_size = 16
         base.schedule.name, base.schedule.warmup = "linear", (20.0, "steps")
         base.select = "last"
-    levels = {"all": {"batch_size": 32}, "few": {}}
     return Study(
         base=transfer.parse(base, ",".join(f"{key}={value}" for key, value in given.items())),
         factors={
             "network": networks(data, weights),
             "shots": {
-                str(n or "all"): {"data.shots": n, "total": STEPS[n], **levels["few" if n else "all"]} for n in shots
+                str(n or "all"): {"data.shots": n, "total": STEPS[n], "batch_size": 16 if n else 32} for n in shots
             },
         },
         baseline={"network": "MiniLM, all" if data != "hotel" else "characters, averaged"},

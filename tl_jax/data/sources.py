@@ -37,11 +37,8 @@ BUILTIN = {name: functools.partial(builtin.load_digits, name) for name in builti
 BUILTIN |= {"glyphs": load_glyphs, "docstrings": load_docstrings}
 PLAIN = {"folder": load_folder, "packed": load_packed, "mat": load_mat}  # sources that take a path and a split
 COLUMNS = {"csv": load_csv, "table": load_table, "text": load_texts, "several": load_several}  # with label columns
-READ = {
-    "text": ("text",),
-    "tfds": ("text",),
-    "several": ("text", "image", "columns"),
-}  # the options that name further columns of these
+# The options that name further columns of these.
+READ = {"text": ("text",), "tfds": ("text",), "several": ("text", "image", "columns")}
 DIABETES = "table:diabetes"
 FORM_FIX = "say what the files hold by data.card (pixels and scale), and the channels by model.channels"
 FORMS = (

@@ -26,12 +26,13 @@ from tl_jax.weights import delta, load
 def note_cost(folder: pathlib.Path, run: Run, i: int, cost: dict[str, Any] | None = None, replicas: int = 1) -> None:
     """Writes cost.json: what a step of phase i costs as compiled, with what is known of the other phases.
 
-    flops_per_step is the mean over the steps; flops those of all steps and of the features that training reads from a
-    cache, whoever computed them; memory_bytes the largest of the phases; seconds are those of training over all starts
-    of the run, with compilation, without evaluation; data_wait_seconds those in which the devices waited for data;
-    flops_per_second, mfu and roofline are medians of the rows of timing.jsonl; wall_seconds as in `note_wall`. Of a
-    run that was trained together with others, seconds and FLOPs of steps are its share and "replicas" says how many
-    shared; memory_bytes is that of all together. What a damaged file would have told is None.
+    flops_per_step is the mean over the steps, of texts over those of the last start; flops those of all steps and of
+    the features that training reads from a cache, whoever computed them; memory_bytes the largest of the phases;
+    seconds are those of training over all starts of the run, with compilation, without evaluation; data_wait_seconds
+    those in which the devices waited for data; flops_per_second, mfu and roofline are medians of the rows of
+    timing.jsonl; wall_seconds as in `note_wall`. Of a run that was trained together with others, seconds and FLOPs of
+    steps are its share and "replicas" says how many shared; memory_bytes is that of all together. What a damaged file
+    would have told is None.
     """
     if jax.process_index():
         return
