@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from tl_jax.data import duplicates
+from tl_jax.training import artifacts
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the suite's time is compiling small programs: compile each once, and with little optimisation.
@@ -31,6 +32,13 @@ SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 def _width(monkeypatch):
     """No width of whoever runs the tests (xdist sets one): what is printed into a pipe is not wrapped."""
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _without_figures(request, monkeypatch):
+    """No figures at the end of a run, which would take a second or two, but in tests marked `figures`."""
+    if "figures" not in request.keywords:
+        monkeypatch.setattr(artifacts, "draw", lambda *arguments: None)
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks

@@ -78,6 +78,7 @@ def test_every_public_name_is_there_with_a_docstring():
         _ = tl_jax.fitt
 
 
+@pytest.mark.figures
 def test_fit_on_arrays_gives_metrics_with_intervals_curves_and_figures(run):
     value = run.metrics["accuracy"]
     assert value["low"] <= value["value"] <= value["high"] and run.metrics["count"] == 64

@@ -50,6 +50,7 @@ def raise_accuracy(table):
     table["metrics"]["accuracy"]["value"] = 0.999
 
 
+@pytest.mark.figures
 def test_the_manifest_lists_every_file_but_those_that_change_later(original, tmp_path):
     hashes = read_json(original[0] / manifest.NAME)["sha256"]
     assert {path.name for path in original[0].iterdir()} - LATER == hashes.keys()
@@ -212,6 +213,7 @@ def test_the_plan_leaves_the_config_of_a_run_under_way(tmp_path):
         assert store.read_config(store.run_folder(tmp_path, run.key)).data.workers == 0
 
 
+@pytest.mark.figures
 def test_figures_never_stand_between_a_run_and_its_result(original, tmp_path, monkeypatch, capsys):
     def draw_run(rows, predictions, folder, *args):
         assert finished.read(folder)  # all of it is there before the first figure
