@@ -111,10 +111,10 @@ def rank(
     if lacking := [row["network"] for row in rows if None in row["scores"].values()]:
         notes.append(f"{', '.join(lacking)}: no classifier of its own for classes, which leep and nce read")
     if verify:
-        how = {"data.train": split, "total": (float(verify), "steps"), "seed": seed, "cache_dir": cache_dir}
+        how = {"data.train": split, "total": (float(verify), "steps"), "seed": seed}
         how |= {f"data.{key}": value for key, value in asked.items() if value}
         for row, candidate in zip(rows, console.counted("runs", opened, len(opened)), strict=True):
-            row["verified"] = _verify(candidate, data, task, how)
+            row["verified"] = _verify(candidate, data, task, how, cache_dir)
         metric, side = tasks.METRICS[task].monitor[0]
         told = f"{' and '.join(METHODS)}: {metric} on a fifth of {split}, after {verify} steps on the others"
         notes.append(told + ("; less is better" if side == "min" else ""))
@@ -131,8 +131,8 @@ def _check(data: Any, weights: Sequence[str], split: str, shots: int, verify: in
     named = not isinstance(data, str | os.PathLike)
     tested = [cut for cut in sources.parse_split(split) if cut.split == "test"]
     problems = {
-        "no network is given; expected FILE, NAME=FILE or NAME=, one or several": not list(filter(None, weights)),
-        f"{weights}: a network is named twice": len(set(weights)) < len(weights),
+        f"weights {list(weights)}: expected FILE, NAME=FILE or NAME=, one or several": not (weights and all(weights)),
+        f"weights {list(weights)}: a network is named twice": len(set(weights)) < len(weights),
         f"split {split!r}: the choice of a network is part of the training, and test is for what comes after": tested,
         f"shots={shots} are drawn from a source by its name; select them from data in memory": shots and named,
         f"shots={shots}: short runs train on four fifths of the split; leave out shots, or verify": shots and verify,
@@ -173,6 +173,8 @@ def _open(
         raise ValueError(f"{card.model} reads several inputs, and the scores are of the features of one network")
     known = {inputs.source_name(data, card.input): drawn} if drawn else {}
     source = inputs.load_labelled(data, split, card.replace(task=task), **asked, cuts=known)
+    if asked["text"] and source.input != "text":
+        raise ValueError(f"text={','.join(asked['text'])}: {source.name} has no texts, leave it out")
     if source.sealed or not source.class_names:
         raise ValueError(f"{source.name} has no labels, and every score reads them")
     batches = pipeline.eval_batches(source, {card.input: pipeline.View(card)}, BATCH)
@@ -221,13 +223,13 @@ def _probabilities(candidate: Candidate, features: np.ndarray) -> np.ndarray:
     return scipy.special.softmax(logits, axis=1)
 
 
-def _verify(candidate: Candidate, data: Any, task: str, how: Mapping[str, Any]) -> dict[str, float]:
+def _verify(candidate: Candidate, data: Any, task: str, how: Mapping[str, Any], cache_dir: str) -> dict[str, float]:
     """{method: the metric that selects} of short runs on all but one fold of the split, scored on that fold."""
     network, found = models.load(candidate.name, candidate.weights, num_classes=0), {}
     metric = tasks.METRICS[task].monitor[0][0]
     for method in METHODS:
         changes = {**how, "data.val": "", "data.test": "", "data.resample": FOLD}
-        changes |= {"cache": "features"} if method == "linear_probe" else {}
+        changes |= {"cache": "features", "cache_dir": cache_dir} if method == "linear_probe" else {}
         with tempfile.TemporaryDirectory(prefix="tl_jax-") as folder:
             made = run.fit(network, data, method=method, task=task, workdir=folder, changes=changes, verbose=False)
             found[method] = made.metrics[metric]["value"]
@@ -241,7 +243,7 @@ def _rank_all(rows: Sequence[Row], least: Sequence[str]) -> dict[str, dict[str, 
     """
     table = [{**row["scores"], **row["verified"]} for row in rows]
     columns = {name: np.array([np.nan if row[name] is None else row[name] for row in table]) for name in table[0]}
-    columns = {name: -values if name in least else values for name, values in columns.items()}
+    columns = {name: (-x if name in least else x).round(9) for name, x in columns.items()}  # equal but for rounding
     for row in rows:
         row["ranks"] = {}
     for name, values in columns.items():
