@@ -184,7 +184,7 @@ def _open(
 
 def _classifies(own: load.Loaded) -> bool:
     """Whether a file's head gives classes from the last cut: no projection, numbers, map reader or tokens."""
-    model, biased = own.model, own.origins.get("params/head/bias", "layers") != ""
+    model, biased = own.model, own.origins.get("params/head/bias") != "zeros"
     reads_features = heads.reads(model) == model.cuts[-1] and not getattr(model, "token_head", False)
     return own.card.task in ("classification", "binary") and own.card.num_classes > 0 and biased and reads_features
 
