@@ -56,7 +56,7 @@ def test_the_scores_are_those_of_the_features_and_answers_that_the_network_gives
 
 def test_agreement_is_the_weighted_tau_of_the_columns(tmp_path):
     given = [GLYPHS, "resnet8_cifar=", "lenet="]
-    made = tl_jax.rank("digits", given, split=SPLIT, cache_dir=str(tmp_path), names=["knn", "logme", "leep"])
+    made = tl_jax.rank("digits", given, split=SPLIT, cache_dir=str(tmp_path), scores=["knn", "logme", "leep"])
     rows = made["networks"]
     knn, logme = ([row["scores"][name] for row in rows] for name in ("knn", "logme"))
     expected = scipy.stats.weightedtau(np.round(knn, 9), np.round(logme, 9)).statistic
@@ -69,7 +69,7 @@ def test_agreement_is_the_weighted_tau_of_the_columns(tmp_path):
     assert sorted(row["mean_rank"] for row in rows) == [row["mean_rank"] for row in rows]
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "given", "task"),
     [("digits", GLYPHS, "classification"), ("docstrings", "builtin:docstrings", "classification"),
@@ -108,12 +108,12 @@ def test_labels_of_several_kinds_in_memory(tmp_path):
         expected = scores.compute(["logme", "probe"], features, None, labels)
         assert made["networks"][0]["scores"] == pytest.approx(expected, abs=1e-4)
     binary = sources.load("digits", SPLIT).labels % 2
-    made = tl_jax.rank((digits.inputs, binary), [GLYPHS], shots=0, names=["knn"], cache_dir=str(tmp_path))
+    made = tl_jax.rank((digits.inputs, binary), [GLYPHS], shots=0, scores=["knn"], cache_dir=str(tmp_path))
     assert made["networks"][0]["scores"]["knn"] > 0.5
 
 
 def test_shots_are_those_of_a_run(tmp_path):
-    made = tl_jax.rank("digits", [GLYPHS], split=SPLIT, shots=3, seed=5, names=["knn"], cache_dir=str(tmp_path))
+    made = tl_jax.rank("digits", [GLYPHS], split=SPLIT, shots=3, seed=5, scores=["knn"], cache_dir=str(tmp_path))
     source = sources.load("digits", SPLIT, shots=3, seed=5)
     features = tl_jax.features(tl_jax.load("", GLYPHS), source)
     assert made["examples"] == 30
@@ -136,8 +136,12 @@ def test_all_that_cannot_be_ranked_is_one_message_before_any_feature(tmp_path):
     with pytest.raises(ValueError, match="leave out shots, or verify"):
         tl_jax.rank("digits", [GLYPHS], shots=2, verify=10)
     with pytest.raises(ValueError, match=r"'logmi' \(did you mean 'logme'\?\)"):
-        tl_jax.rank("digits", [GLYPHS], names=["logmi"], cache_dir=str(tmp_path / "cache"))
+        tl_jax.rank("digits", [GLYPHS], scores=["logmi"], cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="5 folds need at least 5 examples of every class: class 0 has 3"):
+        tl_jax.rank("digits", [GLYPHS], split="train[:30]", verify=5, cache_dir=str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
+    by_leep = tl_jax.rank("digits", ["resnet8_cifar=", GLYPHS], split=SPLIT, scores=["leep"], cache_dir=str(tmp_path))
+    assert [row["mean_rank"] for row in by_leep["networks"]] == [1.0, 2.0] and not by_leep["agreement"]["leep"]["leep"]
 
 
 def test_names_of_files_may_have_an_equals_sign(tmp_path):
@@ -145,8 +149,8 @@ def test_names_of_files_may_have_an_equals_sign(tmp_path):
     path.parent.mkdir()
     loaded = load.load("resnet8_cifar", GLYPHS, None)
     load.export(loaded.variables, "resnet8_cifar", path, card=loaded.card)
-    made = tl_jax.rank("digits", [str(path)], split=SPLIT, names=["leep"], cache_dir=str(tmp_path))
-    named = tl_jax.rank("digits", [f"resnet8_cifar={path}"], split=SPLIT, names=["leep"], cache_dir=str(tmp_path))
+    made = tl_jax.rank("digits", [str(path)], split=SPLIT, scores=["leep"], cache_dir=str(tmp_path))
+    named = tl_jax.rank("digits", [f"resnet8_cifar={path}"], split=SPLIT, scores=["leep"], cache_dir=str(tmp_path))
     assert made["networks"][0]["scores"] == named["networks"][0]["scores"] and named["networks"][0]["cached"]
 
 
@@ -167,9 +171,10 @@ def test_the_command_fits_80_columns_and_writes_json_and_csv(tmp_path, capfd, mo
     assert front.main(["rank", *own, "--out", str(out)]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and any(line.startswith("agreement: weighted Kendall's tau") for line in lines)
-    assert front.main(["rank", *own, "--json"]) == 0
+    assert front.main(["rank", *own, "--json", "--scores", "leep,knn,logme"]) == 0
     read = json.loads(capfd.readouterr().out)
     assert [row["cached"] for row in read["networks"]] == [True] * 2 and read["examples"] == 80
+    assert read["scores"] == ["leep", "knn", "logme"]
     with out.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["network"] for row in rows] == [row["network"] for row in read["networks"]]
@@ -189,7 +194,7 @@ def test_verify_compares_with_short_runs_on_held_out_examples_of_the_split(data,
     else:
         split = "train[:150]"
     how = {"split": split, "cache_dir": str(tmp_path)}
-    made = tl_jax.rank(data, [GLYPHS, "resnet8_cifar="], names=["knn", "logme"], verify=30, **how)
+    made = tl_jax.rank(data, [GLYPHS, "resnet8_cifar="], scores=["knn", "logme"], verify=30, **how)
     first = made["networks"][0]
     assert first["weights"] == GLYPHS and set(first["verified"]) == {"linear_probe", "full"}
     assert all(

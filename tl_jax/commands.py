@@ -116,7 +116,7 @@ def classic(args: Args) -> None:
 
 def rank(args: Args) -> None:
     _check_out(args.out, ".csv")
-    given = {"labels": args.labels, "text": args.text, "names": args.scores}
+    given = {"labels": args.labels, "text": args.text, "scores": args.scores}
     how = {name: getattr(args, name) for name in ("split", "task", "shots", "seed", "verify", "cache_dir")}
     how |= {name: value.split(",") if value else () for name, value in given.items()}
     with console.quiet(args.json):

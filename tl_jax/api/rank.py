@@ -16,9 +16,9 @@ from tl_jax.api import inputs, run
 from tl_jax.api import model as models
 from tl_jax.core import checks, console
 from tl_jax.core.console import Table
-from tl_jax.data import pipeline, sources
+from tl_jax.data import pipeline, resample, sources
 from tl_jax.data.examples import Source
-from tl_jax.methods import scores
+from tl_jax.methods import scores as transferability
 from tl_jax.models import head as heads
 from tl_jax.models import peft
 from tl_jax.runtime import sharding, wall
@@ -87,14 +87,14 @@ def rank(
     text: Sequence[str] = (),
     shots: int = 0,
     seed: int = 0,
-    names: Sequence[str] = (),
+    scores: Sequence[str] = (),
     verify: int = 0,
     cache_dir: str = "",
 ) -> Ranking:
     """Ranks networks for a labelled task by what they make of it as they are; see docs/choosing.md.
 
     data: as for `fit`. weights: each "FILE" whose card names its network, "NAME=FILE", "NAME=" for random weights, or
-    what else `load` takes. split: the examples, never of test; shots: only so many of each class, by seed. names: of
+    what else `load` takes. split: the examples, never of test; shots: only so many of each class, by seed. scores: of
     `methods.scores.SCORES`, all that fit the labels unless given. verify: so many steps for which a linear probe and
     the whole of each network are trained on four fifths of the split, and scored on the last fifth. The features are
     those that a linear probe with cache=features of the same examples reads. One ValueError for all that cannot be
@@ -105,7 +105,9 @@ def rank(
     keep_compiled_programs()
     opened = _open_all(weights, data, split, task, asked, {"shots": shots, "seed": seed} if shots else {})
     source, parallel, rows, notes = opened[0].source, sharding.make_parallel(), [], []
-    names = scores.names_for(source.label_kind, names)
+    names = transferability.names_for(source.label_kind, scores)
+    if verify:  # before anything is computed
+        resample.split(source.labels, FOLD, 0, source.groups)
     for candidate in console.counted("networks", opened, len(opened)):
         rows.append(_score(candidate, names, parallel, cache_dir))
     if lacking := [row["network"] for row in rows if None in row["scores"].values()]:
@@ -203,7 +205,7 @@ def _score(candidate: Candidate, names: Sequence[str], parallel: sharding.Parall
     features = found[candidate.label][0]
     probabilities = _probabilities(candidate, features) if candidate.classifies else None
     try:
-        values = scores.compute(names, features, probabilities, source.labels)
+        values = transferability.compute(names, features, probabilities, source.labels)
     except ValueError as error:
         raise ValueError(f"{candidate.label}: {error}") from None
     rate = None if kept else round(len(source) / spent, 1)
@@ -239,7 +241,8 @@ def _verify(candidate: Candidate, data: Any, task: str, how: Mapping[str, Any], 
 def _rank_all(rows: Sequence[Row], least: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """Gives each row its ranks, and returns the agreement of each column with each; {} for one network.
 
-    least: columns of which less is better. The mean rank is over the scores that every network has.
+    least: columns of which less is better. The mean rank is over the scores that every network has; where there is
+    none, over all, and who has none is last.
     """
     table = [{**row["scores"], **row["verified"]} for row in rows]
     columns = {name: np.array([np.nan if row[name] is None else row[name] for row in table]) for name in table[0]}
@@ -251,7 +254,7 @@ def _rank_all(rows: Sequence[Row], least: Sequence[str]) -> dict[str, dict[str, 
             rows[i]["ranks"][name] = int(1 + (values > values[i]).sum())
     shared = [name for name in rows[0]["scores"] if not np.isnan(columns[name]).any()]
     for row in rows:
-        row["mean_rank"] = float(np.mean([row["ranks"][name] for name in shared])) if shared else 1.0
+        row["mean_rank"] = float(np.mean([row["ranks"].get(name, len(rows)) for name in shared or row["scores"]]))
     return {a: {b: _tau(x, y) for b, y in columns.items()} for a, x in columns.items()} if len(rows) > 1 else {}
 
 
