@@ -94,16 +94,16 @@ def rank(
     """Ranks networks for a labelled task by what they make of it as they are; see docs/choosing.md.
 
     data: as for `fit`. weights: each "FILE" whose card names its network, "NAME=FILE", "NAME=" for random weights, or
-    what else `load` takes. split: the examples, never of test; shots: only so many of each class, by seed. scores: of
-    `methods.scores.SCORES`, all that fit the labels unless given. verify: so many steps for which a linear probe and
-    the whole of each network are trained on four fifths of the split, and scored on the last fifth. The features are
-    those that a linear probe with cache=features of the same examples reads. One ValueError for all that cannot be
-    ranked, before any feature is computed.
+    what else `load` takes. split: the examples, never of test; shots: only so many of each class. seed: of these, of
+    random weights and of the short runs. scores: of `methods.scores.SCORES`, all that fit the labels unless given.
+    verify: so many steps for which a linear probe and the whole of each network are trained on four fifths of the
+    split, and scored on the last fifth. The features are those that a linear probe with cache=features of the same
+    examples reads. One ValueError for all that cannot be ranked, before any feature is computed.
     """
     asked = {"labels": tuple(labels), "text": tuple(text)}
     _check(data, weights, split, shots, verify)
     keep_compiled_programs()
-    opened = _open_all(weights, data, split, task, asked, {"shots": shots, "seed": seed} if shots else {})
+    opened = _open_all(weights, data, split, task, asked, {"shots": shots, "seed": seed})
     source, parallel, rows, notes = opened[0].source, sharding.make_parallel(), [], []
     names = transferability.names_for(source.label_kind, scores)
     if verify:  # before anything is computed
@@ -143,13 +143,13 @@ def _check(data: Any, weights: Sequence[str], split: str, shots: int, verify: in
 
 
 def _open_all(
-    weights: Sequence[str], data: Any, split: str, task: str, asked: Mapping[str, Any], drawn: Mapping[str, int]
+    weights: Sequence[str], data: Any, split: str, task: str, asked: Mapping[str, Any], sampling: Mapping[str, int]
 ) -> list[Candidate]:
     """Every network with its data; one ValueError for all that cannot be loaded, or cannot read the data."""
     found, problems = [], {}
     for given in weights:
         try:
-            found.append(_open(given, data, split, task, asked, drawn))
+            found.append(_open(given, data, split, task, asked, sampling))
         except (ValueError, OSError) as error:
             problems.setdefault(str(error), []).append(given)
     texts = [f"{', '.join(names)}: {text}" for text, names in problems.items()]
@@ -159,12 +159,12 @@ def _open_all(
 
 
 def _open(
-    given: str, data: Any, split: str, task: str, asked: Mapping[str, Any], drawn: Mapping[str, int]
+    given: str, data: Any, split: str, task: str, asked: Mapping[str, Any], sampling: Mapping[str, int]
 ) -> Candidate:
     name, equals, weights = given.partition("=")
     if not equals or os.path.exists(given) or any(mark in name for mark in ":/"):
         name, weights = "", given
-    loaded = load.load(name, weights, 0)
+    loaded = load.load(name, weights, 0, seed=sampling["seed"])
     classifies = False
     if loaded.dropped:
         own = load.load(name, weights, None)
@@ -173,7 +173,7 @@ def _open(
     card = loaded.card
     if card.parts:
         raise ValueError(f"{card.model} reads several inputs, and the scores are of the features of one network")
-    known = {inputs.source_name(data, card.input): drawn} if drawn else {}
+    known = {inputs.source_name(data, card.input): sampling} if isinstance(data, str | os.PathLike) else {}
     source = inputs.load_labelled(data, split, card.replace(task=task), **asked, cuts=known)
     if asked["text"] and source.input != "text":
         raise ValueError(f"text={','.join(asked['text'])}: {source.name} has no texts, leave it out")
