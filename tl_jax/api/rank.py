@@ -106,8 +106,7 @@ def rank(
     opened = _open_all(weights, data, split, task, asked, {"shots": shots, "seed": seed})
     source, parallel, rows, notes = opened[0].source, sharding.make_parallel(), [], []
     names = transferability.names_for(source.label_kind, scores)
-    if verify:  # before anything is computed
-        resample.split(source.labels, FOLD, 0, source.groups)
+    held_out = resample.split(source.labels, FOLD, 0, source.groups)[1] if verify else ()  # raises, before any work
     for candidate in console.counted("networks", opened, len(opened)):
         rows.append(_score(candidate, names, parallel, cache_dir))
     if lacking := [row["network"] for row in rows if None in row["scores"].values()]:
@@ -118,7 +117,7 @@ def rank(
         for row, candidate in zip(rows, console.counted("runs", opened, len(opened)), strict=True):
             row["verified"] = _verify(candidate, data, task, how, cache_dir)
         metric, side = tasks.METRICS[task].monitor[0]
-        told = f"{' and '.join(METHODS)}: {metric} on a fifth of {split}, after {verify} steps on the others"
+        told = f"{' and '.join(METHODS)}: {metric} on {len(held_out)} examples, after {verify} steps on the others"
         notes.append(told + ("; less is better" if side == "min" else ""))
     agreement = _rank_all(rows, METHODS if tasks.METRICS[task].monitor[0][1] == "min" else ())
     if 1 < len(rows) < FEW:
