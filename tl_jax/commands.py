@@ -114,6 +114,24 @@ def classic(args: Args) -> None:
     console.show(command.format_table(command.run(args)))
 
 
+def rank(args: Args) -> None:
+    _check_out(args.out, ".csv")
+    given = {"labels": args.labels, "text": args.text, "scores": args.scores}
+    how = {name: getattr(args, name) for name in ("split", "task", "shots", "seed", "verify", "cache_dir")}
+    how |= {name: value.split(",") if value else () for name, value in given.items()}
+    with console.quiet(args.json):
+        found = tl_jax.rank(args.data, args.weights.split(","), **how)
+    if args.out:
+        text = io.StringIO()
+        found.write_csv(text)
+        files.write_text(args.out, text.getvalue())
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return
+    for each in (*found.tables, *found["notes"]):
+        console.show(each)
+
+
 def labels(args: Args) -> None:
     from tl_jax.api.labels import suspects
 
