@@ -193,6 +193,9 @@ def cached(
             if isinstance(tokens, Tokens) and values.ndim == 4:  # of each token, not of a text
                 values = TokenFeatures(tokens, values)
             found[name] = dataclasses.replace(found[name], prepared={**found[name].prepared, column.field: values})
+            render = found[name].renders.get(column.view)
+            if column.field != column.view and render is not None and render.preprocess.ops:
+                found[name] = dataclasses.replace(found[name], views=values.shape[0])  # what is live sees these crops
     return found
 
 
