@@ -208,6 +208,11 @@ def load_model(
 def _check_probe(name: str, loaded: load.Loaded) -> None:
     """Raises ValueError for a head on which a method without gradient cannot build."""
     layers = loaded.model.head
+    if name in probes.NAMES and getattr(loaded.model, "distilled", False):
+        raise ValueError(
+            f"method.name = {name!r} fits one linear classifier, and {loaded.card.model} has one for each of two "
+            "tokens: set method.name = 'linear_probe', which trains both"
+        )
     if name in probes.NAMES and layers:
         raise ValueError(
             f"model.keep_head or model.head_init keeps a head with the layers {layers}, and method.name = {name!r} "
