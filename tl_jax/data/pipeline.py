@@ -34,7 +34,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Rows(NamedTuple):
-    """The examples of a batch: index (-1: padding), how often each came before, domain, and the counter of its random numbers there."""
+    """The examples of a batch: index (-1: padding), how often each came before, domain, counter that it draws by."""
 
     index: np.ndarray
     epoch: np.ndarray

@@ -107,7 +107,7 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
             problems.append(f"{name} has a further stream or network: parallel = 'pmap' runs one of each, use 'jit'")
         for network in term.reads:
             if (given := settings.networks.get(network)) and given.cache and given.group:
-                problems.append(f"networks.{network} trains in the group {given.group!r}: leave out its cache, or group")
+                problems.append(f"networks.{network} trains, group = {given.group!r}: leave out its cache")
             cached = network in settings.networks and settings.networks[network].cache
             if settings.loop.cache and not cached:
                 hint = f", or set networks.{network}.cache" if network in settings.networks else ""
