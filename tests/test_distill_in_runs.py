@@ -218,7 +218,7 @@ def test_several_teachers_one_of_them_cached(tables, teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_eight_parts_of_a_batch_give_the_contrast_of_one_device(tables, teacher, tmp_path):
+def test_four_devices_with_a_cached_teacher_train_as_one_does_with_a_live_one(tables, teacher, tmp_path):
     config = kind_of("features", tables, teacher)
     assert_same_training(walk(config), walk(cached(config, tmp_path), devices=4))
 

@@ -8,7 +8,7 @@ of a seed begin with the same weights and see the same crops in the same order.
 from configs import transfer
 from tl_jax.studies.study import Study
 
-# The weights of Tian et al. 2020 (arXiv:1910.10699, section 4) and, of DKD, of Zhao et al. 2022 (arXiv:2203.08679), risen in a tenth.
+# Weights: Tian et al. 2020 (arXiv:1910.10699, section 4); of DKD Zhao et al. 2022 (arXiv:2203.08679), risen at once.
 TERMS = {
     "labels": {"kd": {"weight": 1e-9}},  # so that it sees the crops that are cached for the others; it learns nothing
     "KD": {"task": {"weight": 0.1}, "kd": {"weight": 0.9}},

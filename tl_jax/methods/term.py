@@ -126,12 +126,11 @@ class Term(NamedTuple):
     data, where a phase begins and every `refresh_every`, a duration in steps, or in examples or epochs of the last
     stream of `on` (None: only there); not when resuming in between. statistics: {path: leaf} of running statistics,
     computed anew where a phase begins. logs: the names of its `Result.logs`. reads: further networks that it runs on
-    the inputs of streams. takes(model, network): the outputs that it reads of one of these, given both modules.
-    needs: what it cannot do without, names of training.terms.NEEDS. answers(memory): logits
-    [N, K] of the examples of its last stream in their order, as it predicted them while adapting. replaces_task: the
-    task's own term is left out beside it, unless the config names that too. trained: it goes on with a network that
-    answers already. pairs: the further network whose features it holds against the model's, so that either input finds
-    the other: retrieval.
+    the inputs of streams. takes(model, network): the outputs that it reads of one of these, given both modules. needs:
+    what it cannot do without, names of training.terms.NEEDS. answers(memory): logits [N, K] of the examples of its last
+    stream in their order, as it predicted them while adapting. replaces_task: the task's own term is left out beside
+    it, unless the config names that too. trained: it goes on with a network that answers already. pairs: the further
+    network whose features it holds against the model's, so that either input finds the other: retrieval.
     """
 
     loss: Callable[[Context], Result]
