@@ -141,8 +141,9 @@ def _term(loss, teacher: str | Sequence[str], streams: Sequence[str]) -> Term:
     """A term on answers, which refuses teachers of other classes."""
 
     def init(start: Start) -> tuple[dict[str, Network], Any]:
-        own, problems = start.task.spec.class_names, []
+        problems = []
         for name in (name for name in names(teacher) if name in start.networks):
+            own = start.task.spec.class_names
             width, known = start.outputs[name]["logits"][-1], start.networks[name].card.class_names
             if width != len(own):
                 problems.append(f"{name!r} answers with {width} classes, the data has {len(own)}")
