@@ -231,7 +231,11 @@ def as_map(x: jax.Array, module: Any) -> jax.Array:
 def same_size(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both maps with the smaller height and width of the two, by means over bins, as in torch's adaptive pooling."""
     height, width = (min(a.shape[axis], b.shape[axis]) for axis in (1, 2))
-    return tuple(jnp.einsum("bhwc,ih,jw->bijc", x, _bins(x.shape[1], height), _bins(x.shape[2], width)) for x in (a, b))
+    return tuple(_pooled(_pooled(x, height, "bhwc,ih->biwc", 1), width, "bhwc,jw->bhjc", 2) for x in (a, b))
+
+
+def _pooled(x: jax.Array, count: int, product: str, axis: int) -> jax.Array:
+    return x if x.shape[axis] == count else jnp.einsum(product, x, _bins(x.shape[axis], count))
 
 
 def _bins(size: int, count: int) -> np.ndarray:
