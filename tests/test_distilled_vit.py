@@ -7,6 +7,8 @@ import pytest
 from test_pretrained import CLASSES, TINY_VIT, add_variants, close, images
 from torch_reference import randomize, save, torch
 
+from configs import smoke
+from tl_jax import config as options
 from tl_jax import models
 from tl_jax.core import trees
 from tl_jax.core.card import Card
@@ -14,6 +16,8 @@ from tl_jax.methods import rules
 from tl_jax.models import peft, vit
 from tl_jax.models.conversion import NATIVE
 from tl_jax.models.variant import Variant
+from tl_jax.runtime import sharding
+from tl_jax.training import build
 from tl_jax.weights import load
 
 deit = pytest.importorskip("timm.models.deit")
@@ -90,6 +94,7 @@ def test_a_new_head_is_new_for_both_tokens_and_rules_know_both(small, files):
     assert decays["backbone/stem/dist_token"] == decays["backbone/stem/cls_token"] == 0.5**3
 
 
+@pytest.mark.slow
 def test_positions_are_resampled_behind_both_tokens(small, files, tmp_path):
     model, path = files
     larger = randomize(small_timm(size=64))
@@ -101,6 +106,7 @@ def test_positions_are_resampled_behind_both_tokens(small, files, tmp_path):
             torch.from_numpy(np.moveaxis(x, -1, 1).copy())).numpy())  # fmt: skip
 
 
+@pytest.mark.slow
 def test_prompts_stand_behind_both_tokens(small, files):
     loaded, x = load.load(small, files[1]), images(48)
     model = peft.Adapted(loaded.model, (("prompt", {"tokens": 2}),))
@@ -111,11 +117,22 @@ def test_prompts_stand_behind_both_tokens(small, files):
     np.testing.assert_array_equal(out["stem"][:, 4:], plain[:, 2:])
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("size, count", [("tiny", 5_910_800), ("small", 22_436_432), ("base", 87_338_192)])
 def test_parameter_counts_are_timms(size, count):
     variant = models.get(f"deit_{size}_distilled_patch16_224")
     tree = jax.eval_shape(lambda: variant.module(num_classes=1000).init(jax.random.key(0), jnp.zeros((1, 224, 224, 3))))
     assert sum(leaf.size for leaf in jax.tree.leaves(tree["params"])) == count
+
+
+@pytest.mark.slow
+def test_one_linear_classifier_cannot_take_the_place_of_two():
+    config = options.override(smoke.get_config(), {
+        "model.name": "deit_tiny_distilled_patch16_224", "model.image_size": 32, "method.name": "logistic",
+        "method.k": 0, "select": "last",
+    })  # fmt: skip
+    with pytest.raises(ValueError, match="fits one linear classifier, and deit_tiny_distilled.* set method.name"):
+        build.build(config, sharding.make_parallel("jit", jax.devices()[:1]))
 
 
 @pytest.mark.slow
