@@ -230,6 +230,7 @@ def test_four_devices_with_a_cached_teacher_train_as_one_does_with_a_live_one(ta
         ({"terms": {"kd": {"teacher": "average"}}, "networks": {}}, "kd needs the moving average: ema above 0"),
         ({"terms": {"kd": {"teacher": ()}}}, "teacher = .*expected a string, or different names"),
         ({"terms": {"crd": {}}, "accumulate": 2}, "crd needs the whole batch at once"),
+        ({"terms": {"rkd": {"teacher": "average"}}}, "teacher = 'average', expected the name of a network"),
         ({"terms": {"at": {}}}, "at compares places, and one map has a single one"),
         ({"terms": {"kd": {"streams": ("train", "more")}}}, "kd is on the stream 'more'.*add streams.more"),
         (

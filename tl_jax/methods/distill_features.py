@@ -13,9 +13,10 @@ from tl_jax.core.fields import INDEX
 from tl_jax.core.messages import nearest
 from tl_jax.methods.distill import Streams, Strength, Temperature
 from tl_jax.methods.precompute import linear
-from tl_jax.methods.term import MAIN, Context, Network, Result, Start, Term
+from tl_jax.methods.term import AVERAGE, MAIN, MODEL, Context, Network, Result, Start, Term
 
-Name = Annotated[str, checks.TEXT]
+_NAME = checks.Check(lambda x: isinstance(x, str) and x != AVERAGE, "the name of a network of the config")
+Name = Annotated[str, _NAME]
 _PAIR = checks.sequence(checks.TEXT, "", 2)
 Cuts = Annotated[tuple, checks.sequence(_PAIR, "pairs of cuts, ((the student's, the teacher's), ...)")]
 READ = "pre_logits"
@@ -106,7 +107,7 @@ def rkd(
 def crd(
     strength: Strength = 0.8,
     teacher: Name = "teacher",
-    stream: Name = MAIN,
+    stream: Annotated[str, checks.TEXT] = MAIN,
     width: Annotated[int, checks.integer(1, 2**14)] = 128,
     negatives: Annotated[int, checks.integer(1, 2**20)] = 16384,
     temperature: Temperature = 0.07,
@@ -205,7 +206,7 @@ def features(context: Context, teacher: str, streams: Sequence[str]) -> tuple[ja
 
 def maps(context: Context, teacher: str, pairs: Pairs, streams: Sequence[str]) -> Iterator[tuple[jax.Array, jax.Array]]:
     """The maps [B, h, w, C] of student and teacher at each pair of cuts, float32, of all examples of the streams."""
-    modules = context.modules["model"], context.modules[teacher]
+    modules = context.modules[MODEL], context.modules[teacher]
     others = [context.forward(teacher, stream)[0] for stream in streams]
     for own, other in pairs(*modules):
         if lacking := [stream for stream in streams if own not in context.outputs[stream]]:
