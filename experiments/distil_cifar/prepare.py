@@ -40,7 +40,6 @@ def teacher(source: str, weights: str, epochs: float):
         config.model.keep_head = True
         config.data.source, config.data.train, config.data.val, config.data.test = source, "train", "", "test"
         config.data.augment = AUGMENT
-        config.data.allow_duplicates = True  # CIFAR-10 has the same pictures in train and test, see README.md
         config.optimizer, config.optimizer_args = "sgd", {"momentum": 0.9, "nesterov": True}
         config.lr, config.weight_decay, config.clip, config.batch_size = 0.01, 5e-4, 0.0, 128
         config.total, config.log_every, config.eval_every = (epochs, "epochs"), (100.0, "steps"), (epochs, "epochs")

@@ -28,7 +28,6 @@ def get_study(arg: str = "") -> Study:
         base.model.head_init = "lecun"
         base.data.train, base.data.val, base.data.test = "train[:10%]", "", "test"
         base.data.augment = (("random_crop", {"padding": 4}), ("flip", {}))
-        base.data.allow_duplicates = True
         base.optimizer, base.optimizer_args = "sgd", {"momentum": 0.9}
         base.lr, base.weight_decay, base.clip, base.batch_size = 0.05, 5e-4, 0.0, 64
         base.total, base.eval_every, base.log_every = (12.0, "epochs"), (12.0, "epochs"), (100.0, "steps")
