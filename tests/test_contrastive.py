@@ -196,6 +196,23 @@ def test_both_networks_are_drawn_together_and_retrieval_is_told(files):
     assert len(tl_jax.load_run(folder).predict(source)) == 60  # by the image alone
 
 
+@pytest.mark.slow
+def test_features_of_a_frozen_network_are_cached_and_give_the_same_losses(files, tmp_path):
+    frozen = {"name": "word_average_16_8d", "weights": f"{files[0]}/text.safetensors"}
+    losses = []
+    for cache in ("", "features"):
+        changes = {
+            "networks": {"text": {**frozen, "cache": cache}},
+            "total": (4.0, "steps"),
+            "eval_every": (4.0, "steps"),
+        }
+        folder = tmp_path / f"w{cache}"
+        train(config_of(files, **changes, **({"cache_dir": str(tmp_path)} if cache else {})), folder, verbose=False)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["train/loss"] for row in rows if "train/loss" in row])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 def test_one_photo_or_one_text_in_several_rows_has_one_number(files):
     rows = files[1].read_text().splitlines()
     again = [rows[1 + i].replace(rows[1 + i].split(",")[0], rows[1].split(",")[0], 1) for i in (4, 9)]

@@ -164,7 +164,7 @@ def test_photos_with_columns_of_counts_are_a_regression(shared, tmp_path):
 
 
 # Teachers.
-TEACHER = {"name": "resnet8_cifar", "weights": "builtin:glyphs"}
+TEACHER = {"name": "resnet8_cifar", "weights": ""}
 
 
 def test_a_teacher_is_the_network_of_its_file_and_no_part_of_what_is_counted(tables, teacher):

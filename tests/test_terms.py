@@ -13,7 +13,7 @@ from tl_jax import config as options
 from tl_jax import tasks
 from tl_jax.core import trees
 from tl_jax.methods import TERMS
-from tl_jax.methods.term import Context, Result, Term, make_task_term, only, reverse
+from tl_jax.methods.term import Context, Result, Start, Term, make_task_term, only, reverse
 from tl_jax.runtime import sharding
 from tl_jax.training import build, optim, terms
 from tl_jax.training.settings import read
@@ -208,7 +208,7 @@ def test_terms_that_a_run_cannot_feed_are_refused(changes, message):
 def test_a_network_that_a_term_reads_and_nobody_gives_is_named():
     made = terms.make_terms(settings_of(terms={"kd": {}}))
     with pytest.raises(ValueError, match=r"kd reads the networks \['teacher'\], which are not there: add networks"):
-        terms.initialise(made, None, {})
+        terms.initialise(made, Start(*[None] * 11), {})
 
 
 @pytest.mark.parametrize("name", ["knn", "logistic", "ridge"])

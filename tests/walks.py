@@ -71,7 +71,7 @@ def config_of(task, tables, **changes):
     return options.override(base, changes)
 
 
-KINDS = ("adaptation", "distillation", "regression", "multilabel", "binary", "texts")
+KINDS = ("adaptation", "distillation", "regression", "multilabel", "binary", "texts", "features")
 
 
 def kind_of(kind, tables, teacher="", **changes):
@@ -83,6 +83,10 @@ def kind_of(kind, tables, teacher="", **changes):
             "networks": {"teacher": {"name": "mlp_medium", "weights": str(teacher)}},
             "terms": {"task": {"weight": 0.1}, "kd": {"weight": 0.9}},
         },
+    }
+    own["features"] = {
+        "networks": own["distillation"]["networks"],
+        "terms": {"fitnet": {"strength": 1.0}, "rkd": {}, "crd": {"negatives": 64, "width": 8}},
     }
     own["texts"] = {
         "data.source": f"text:{tables}/texts.csv", "model.name": "word_average_16_8d", "model.tokenizer": "words",

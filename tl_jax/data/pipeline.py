@@ -34,7 +34,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Rows(NamedTuple):
-    """The examples of a batch: index (-1: padding), how often each came before, domain, counter in the domain."""
+    """The examples of a batch: index (-1: padding), how often each came before, domain, counter that it draws by."""
 
     index: np.ndarray
     epoch: np.ndarray
@@ -163,10 +163,12 @@ class TrainBatches(Batches):
     c = s * batch_size ... (s + 1) * batch_size - 1, and process p the p-th run of b of them: the slices of all
     processes, concatenated, are the batch of a single one. Augmentation draws from a stream keyed by (seed, c). With D
     domains each has its own seed, counter and epochs; a batch on every process is D equal slices, in the order of the
-    domains.
+    domains. views: where above 0, an example looks in epoch e as it did in epoch e % views, of which a cache has what
+    another network makes of it.
     """
 
     order: str = "shuffled"
+    views: int = 0
 
     def steps_of(self, epochs: int) -> int:
         """The number of steps until every example has come at least `epochs` times."""
@@ -181,9 +183,25 @@ class TrainBatches(Batches):
         counters = np.arange(step * size, (step + 1) * size)
         indices, epochs = zip(*(order(counters) for order in self._orders), strict=True)
         of_domain = [np.full(size, domain) for domain in range(domains)]
-        share = (domains, self.process_count, -1)
-        columns = (indices, epochs, of_domain, [counters] * domains)
+        share, drawn = (domains, self.process_count, -1), [counters] * domains
+        if self.views and max(map(np.max, epochs)) >= self.views:
+            found = zip(self._counters, epochs, indices, strict=True)
+            drawn = [table[epoch % self.views, index] for table, epoch, index in found]
+        columns = (indices, epochs, of_domain, drawn)
         return Rows(*(np.stack(column).reshape(share).swapaxes(0, 1).reshape(-1) for column in columns))
+
+    @functools.cached_property
+    def _counters(self) -> list[np.ndarray]:
+        """Of each domain the counter at which an example came in an epoch, [views, N]."""
+        tables = []
+        for order in self._orders:
+            longest = len(order.groups) * max(map(len, order.groups))
+            counters, table = np.arange(self.views * longest), np.zeros((self.views, len(self.source)), np.int64)
+            index, epoch = order(counters)
+            kept = epoch < self.views
+            table[epoch[kept], index[kept]] = counters[kept]
+            tables.append(table)
+        return tables
 
     @functools.cached_property
     def _orders(self) -> tuple[orders.Order, ...]:

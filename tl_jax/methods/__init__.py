@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 
-from tl_jax.methods import contrastive, distill, domain, penalties
+from tl_jax.methods import contrastive, distill, distill_features, domain, penalties
 from tl_jax.methods.term import TASK, Term, make_task_term
 
 # The terms that config.terms can name: functions of annotated arguments.
 TERMS: dict[str, Callable[..., Term]] = {
     TASK: make_task_term,
     **penalties.PENALTIES,
-    "kd": distill.kd,
+    **distill.TERMS,
+    **distill_features.TERMS,
     "contrastive": contrastive.contrastive,
     **domain.TERMS,
 }

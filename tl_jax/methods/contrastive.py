@@ -36,9 +36,9 @@ def contrastive(
     begin = temperature or (0.07 if loss == "softmax" else 0.1)
 
     def init(start: Start) -> tuple[dict[str, Network], Any]:
-        if network not in start.widths:
+        if network not in start.outputs:
             return {}, None  # named by terms.initialise
-        ours, theirs = start.shapes["pre_logits"][-1], start.widths[network]
+        ours, theirs = start.shapes["pre_logits"][-1], start.outputs[network]["pre_logits"][-1]
         sizes = {"model": (ours, width), "other": (theirs, width)} if width else {}
         sizes = {"model": (ours, theirs)} if not width and ours != theirs else sizes
         params: dict[str, Any] = {"scale": jnp.asarray(-math.log(begin), jnp.float32)}
@@ -52,8 +52,6 @@ def contrastive(
     def value(context: Context) -> Result:
         params = context.params[NAME]
         other = context.forward(network, MAIN)[0]
-        if "pre_logits" not in other:
-            raise ValueError(f"contrastive reads features, and networks.{network}.cache keeps logits: leave it out")
         a, b = embeddings(params, context.outputs[MAIN]["pre_logits"], other["pre_logits"])
         scale = jnp.exp(jnp.minimum(params["scale"], math.log(MOST)))
         s = strangers(scale * a @ b.T, context.memory[context.batch[MAIN][INDEX]])
@@ -62,8 +60,8 @@ def contrastive(
         return Result(found, {"matched": matched, "temperature": 1 / scale})
 
     return Term(
-        value, init=init, logs=("matched", "temperature"), reads=(network,), needs=frozenset({"whole_batch"}),
-        pairs=network,
+        value, init=init, logs=("matched", "temperature"), reads=(network,), takes=lambda *_: ("pre_logits",),
+        needs=frozenset({"whole_batch"}), pairs=network,
     )  # fmt: skip
 
 

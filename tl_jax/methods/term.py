@@ -54,7 +54,7 @@ class Context(NamedTuple):
     of inputs, or of what the cut `start` gives. In train mode batch_stats holds {path: leaf} of the updated statistics,
     for `Result`. variables: {"params", "batch_stats"} in place of the network's own.
     step: of the run. progress: 0 .. 1 of the phase. key: folded by the term's name. joint: whether the training pass
-    normalised its streams together.
+    normalised its streams together. modules: of all networks, for the order of their cuts.
     """
 
     batch: Batch
@@ -73,6 +73,7 @@ class Context(NamedTuple):
     progress: jax.Array
     key: jax.Array
     joint: bool = True
+    modules: Mapping[str, Any] = {}
 
 
 class Result(NamedTuple):
@@ -95,8 +96,8 @@ class Start(NamedTuple):
     model, each layer below normalising by its own.
     model: the module, for its cuts. shapes: of the model's outputs for one example, [1, ...]. source_head(): the weight
     file's own classifier {"kernel" [D, S], "bias" [S]}, or None. loaded: `variables` as training began.
-    widths: of the features of further networks of the config, by name. numbered(network) -> int32 [N]: the number of
-    the input that the model or a further network reads of each example of `train`; equal inputs have one.
+    networks: the further ones of the config, by name; outputs: the shapes of theirs. numbered(network) -> int32 [N]:
+    the number of the input that the model or a further network reads of each example of `train`; equal ones have one.
     """
 
     variables: Mapping[str, Any]
@@ -111,7 +112,8 @@ class Start(NamedTuple):
     source_head: Callable[[], Mapping[str, jax.Array] | None]
     key: jax.Array
     loaded: Mapping[str, Any] | None = None
-    widths: Mapping[str, int] = {}
+    networks: Mapping[str, Network] = {}
+    outputs: Mapping[str, Mapping[str, tuple[int, ...]]] = {}
     numbered: Callable[[str], Any] | None = None
 
 
@@ -124,11 +126,11 @@ class Term(NamedTuple):
     data, where a phase begins and every `refresh_every`, a duration in steps, or in examples or epochs of the last
     stream of `on` (None: only there); not when resuming in between. statistics: {path: leaf} of running statistics,
     computed anew where a phase begins. logs: the names of its `Result.logs`. reads: further networks that it runs on
-    the inputs of streams. needs: what it cannot do without, names of training.terms.NEEDS. answers(memory): logits
-    [N, K] of the examples of its last stream in their order, as it predicted them while adapting. replaces_task: the
-    task's own term is left out beside it, unless the config names that too. trained: it goes on with a network that
-    answers already. pairs: the further network whose features it holds against the model's, so that either input finds
-    the other: retrieval.
+    the inputs of streams. takes(model, network): the outputs that it reads of one of these, given both modules. needs:
+    what it cannot do without, names of training.terms.NEEDS. answers(memory): logits [N, K] of the examples of its last
+    stream in their order, as it predicted them while adapting. replaces_task: the task's own term is left out beside
+    it, unless the config names that too. trained: it goes on with a network that answers already. pairs: the further
+    network whose features it holds against the model's, so that either input finds the other: retrieval.
     """
 
     loss: Callable[[Context], Result]
@@ -140,6 +142,7 @@ class Term(NamedTuple):
     statistics: Callable[[Start], dict[str, Any]] | None = None
     logs: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    takes: Callable[[Any, Any], tuple[str, ...]] = lambda model, network: ("logits",)
     needs: frozenset[str] = frozenset()
     answers: Callable[[Any], jax.Array] | None = None
     replaces_task: bool = False

@@ -33,7 +33,7 @@ MODELS: dict[str, Variant] = {name: variant for family in _FAMILIES for name, va
 
 def get(name: str) -> Variant:
     """Returns the named variant; raises ValueError with the nearest names where there is none."""
-    for family in () if name in MODELS else (*_TEXT, fusion):
+    for family in () if name in MODELS else (*_TEXT, vit, fusion):
         if made := family.variant_of(name):
             return made
     if name not in MODELS:

@@ -11,7 +11,7 @@ from tl_jax.core.messages import shorten
 
 SHOWN = 5  # offenders that a message names per kind
 KINDS = ("unused keys", "unfilled leaves", "wrong shapes", "no floats", "non-finite values", "negative variances")
-LEAVES = ("cls_token", "pos_embed", "mask_token", "register_tokens", "latent", "gamma", "bias_table")
+LEAVES = ("cls_token", "dist_token", "pos_embed", "mask_token", "register_tokens", "latent", "gamma", "bias_table")
 Shapes = Mapping[str, tuple[int, ...]]  # per target path
 
 

@@ -19,6 +19,7 @@ XAVIER = nn.initializers.xavier_uniform()  # Glorot & Bengio 2010, equation 16
 HEAD_INIT = {"zeros": nn.initializers.zeros, "lecun": nn.initializers.lecun_normal(), "xavier": XAVIER}
 HE = nn.initializers.he_normal()  # He et al. 2015, arXiv:1502.01852, equation 10
 GIVES_LOGITS = "prompts"  # a layer that takes the place of the last dense one
+DISTILLED = "distilled_logits"  # of DeiT's distillation token, in `out`
 READS_MAP = ("pool", "flatten", "by_pixel")  # layers that take the output of the last cut before pre_logits
 
 Layers = Sequence[tuple[str, Mapping[str, Any]]]
@@ -170,6 +171,23 @@ class Head(nn.Module):
         return x, logits
 
 
+class Heads(nn.Module):
+    """The heads of DeiT's class and distillation tokens (Touvron et al. 2021, section 4): [B, 2 D] -> [B, K] twice.
+
+    The leaves of the first are head/kernel and head/bias, those of the second head/dist/...
+    """
+
+    outputs: int
+    init: Callable
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own, distilled = jnp.split(x, 2, axis=-1)
+        kernel = self.param("kernel", self.init, (own.shape[-1], self.outputs), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.outputs,), jnp.float32)
+        return own @ kernel + bias[None], nn.Dense(self.outputs, kernel_init=self.init, name="dist")(distilled)
+
+
 def texts_of(model: nn.Module) -> int:
     """The texts of an example that a network of text encodes by themselves: two where its head compares them."""
     return 2 if model.num_classes and model.head and model.head[0][0] in COMPARING else 1
@@ -207,5 +225,10 @@ def classify(
     else:
         embedding = x
         x = nn.Dropout(module.dropout, deterministic=not train)(x) if module.dropout else x
-        logits = nn.Dense(module.num_classes, kernel_init=HEAD_INIT[module.head_init], name="head")(x)
+        init = HEAD_INIT[module.head_init]
+        if getattr(module, "distilled", False):
+            logits, distilled = Heads(module.num_classes, init, name="head")(x)
+            logits, out = logits if train else (logits + distilled) / 2, {**out, DISTILLED: distilled}
+        else:
+            logits = nn.Dense(module.num_classes, kernel_init=init, name="head")(x)
     return logits, {**out, "embedding": embedding, "logits": logits}

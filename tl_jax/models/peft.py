@@ -256,7 +256,7 @@ class Adapted:
         model, intercepted = self.model, contextlib.nullcontext()
         if table or self.stoch_norm:
             alpha = options.get("lora", {}).get("alpha", 0.0)
-            behind = int(getattr(model, "class_token", False))
+            behind = int(getattr(model, "class_token", False)) + int(getattr(model, "distilled", False))
             intercepted = nn.intercept_methods(functools.partial(_intercept, table, alpha, self.stoch_norm, behind))
             model = self.model.clone(fold=False)
         with intercepted:

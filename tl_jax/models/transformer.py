@@ -23,7 +23,7 @@ GELU = {
 class Stem(nn.Module):
     """Patches, further tokens and position embedding: [B, H, W, 3] -> [B, T + H W / patch^2, D].
 
-    The T tokens come first: that of the class, then the registers. See `ViT` in vit.py for the fields.
+    The T tokens come first: of the class, of the distillation, then the registers. See `ViT` in vit.py for the fields.
     """
 
     patch_size: int
@@ -36,6 +36,7 @@ class Stem(nn.Module):
     mask_token: bool
     pre_norm: bool
     norm_eps: float
+    distilled: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -43,9 +44,11 @@ class Stem(nn.Module):
         patch, bias = (self.patch_size, self.patch_size), not self.pre_norm
         x = nn.Conv(self.width, patch, patch, "VALID", use_bias=bias, dtype=self.dtype, name="patch_embed")(images)
         x = x.reshape(x.shape[0], -1, self.width)
-        places = x.shape[1] + (self.class_token and self.class_position)
+        places = x.shape[1] + (self.class_token and self.class_position) + self.distilled
         if self.class_token:
             token = self.tokens("cls_token", nn.initializers.normal(1e-6), 1, x.shape[0])
+        if self.distilled:
+            token = jnp.concatenate([token, self.tokens("dist_token", INIT, 1, x.shape[0])], axis=1)
         pos_embed = self.tokens("pos_embed", INIT, places, 1)
         if self.mask_token:  # of the pretraining; no function reads it
             self.param("mask_token", nn.initializers.zeros, (1, self.width), jnp.float32)
@@ -74,16 +77,16 @@ class Stem(nn.Module):
             raise ValueError(f"images are {found}: resize the images or load the weights with image_size=")
 
 
-def first(x: jax.Array) -> jax.Array:
-    """The first token, [B, N, ...] -> [B, 1, ...]."""
-    return x[:, :1]
+def first(x: jax.Array, count: int = 1) -> jax.Array:
+    """The first tokens, [B, N, ...] -> [B, count, ...]."""
+    return x[:, :count]
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv projection.
 
-    only: takes one token of each example, [B, N, ...] -> [B, 1, ...]; the result is of this one alone, [B, 1, D], which
-    reads the tokens from number `skip` on. mask, causal: the tokens that others may read, see `attend`. dropout: of the
+    only: takes some tokens of each example, [B, N, ...] -> [B, n, ...]; the result is of these alone, [B, n, D], which
+    read the tokens from number `skip` on. mask, causal: the tokens that others may read, see `attend`. dropout: of the
     softmax and of the result.
     """
 
@@ -139,8 +142,8 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: [B, N, D] -> [B, N, D].
 
-    With `last`, -> ([B, N, D], [B, 1, D]): the class token is also computed by itself. Where nothing reads the other
-    tokens, XLA drops the first. dropout: of attention and MLP.
+    With `last` = n, -> ([B, N, D], [B, n, D]): the first n tokens, of class and distillation, are also computed by
+    themselves. Where nothing reads the other tokens, XLA drops the first. dropout: of attention and MLP.
     """
 
     heads: int
@@ -150,7 +153,7 @@ class Block(nn.Module):
     layer_scale: float
     attention: str
     dtype: Any
-    last: bool = False
+    last: int = 0
     dropout: float = 0.0
 
     @nn.compact
@@ -159,7 +162,8 @@ class Block(nn.Module):
         attn = Attention(self.heads, self.attention, self.dtype, self.dropout, name="attn")
         mlp = Mlp(self.act, self.dtype, self.dropout, name="mlp")
         y = norm1(x)
-        tokens, branches = ((x, first(x)), (attn(y), attn(y, first))) if self.last else ((x,), (attn(y),))
+        own = functools.partial(first, count=self.last)
+        tokens, branches = ((x, own(x)), (attn(y), attn(y, own))) if self.last else ((x,), (attn(y),))
         tokens = self.add(tokens, branches, train, "ls1")
         tokens = self.add(tokens, tuple(mlp(norm2(x)) for x in tokens), train, "ls2")
         return tokens if self.last else tokens[0]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ class ViT(Model):
     """Vision transformer on images [B, H, W, 3]; see `Model` for what all networks share.
 
     The cuts: stem, block0, block1, ... [B, N, D] (class token first), pre_logits [B, D] (the class token, normalised).
+    distilled: DeiT's second token, behind that of the class, and a head for each, see head.Heads; pre_logits [B, 2 D].
     image_size: H = W, or (H, W). norm_eps: of every LayerNorm. act: "gelu" (PyTorch releases), "gelu_tanh" (JAX
     releases) or "quick_gelu" (CLIP). class_position: the class token has a position too. registers: further tokens,
     without position. mask_token: keep that of the pretraining. layer_scale: its initial value, 0 for none. pre_norm:
@@ -45,6 +47,7 @@ class ViT(Model):
     layer_scale: float = 0.0
     pre_norm: bool = False
     pool: str = "token"
+    distilled: bool = False
     resampling: str = "antialias"
 
     @property
@@ -54,17 +57,18 @@ class ViT(Model):
     drops_inside = True
     class_token = property(lambda self: self.pool == "token")
     grid = property(lambda self: tuple(side // self.patch_size for side in sides(self.image_size)))
-    tokens = property(lambda self: int(self.class_token) + self.registers + math.prod(self.grid))
+    tokens = property(lambda self: int(self.class_token) + self.distilled + self.registers + math.prod(self.grid))
 
     @nn.compact_name_scope
     def backbone(self, x: jax.Array, train: bool, start: str | None, stop: str | None):
         block_class, class_token = recomputed(Block, self.remat), []
         dropout = self.hidden_dropout if train else 0.0
         last = self.depth - 1 if self.class_token and not dropout else None  # both would have masks of their own
+        read = 1 + self.distilled
 
         def block(i, rate, x):
             how = (self.norm_eps, self.act, self.layer_scale, self.attention, self.dtype)
-            x = block_class(self.heads, rate, *how, i == last, dropout, name=f"block{i}")(x, train)
+            x = block_class(self.heads, rate, *how, read * (i == last), dropout, name=f"block{i}")(x, train)
             if i == last:
                 x, alone = x
                 class_token.append(alone)
@@ -73,13 +77,14 @@ class ViT(Model):
         def stem(x):
             return dropped(self, dropout, Stem(**{name: getattr(self, name) for name in STEM}, name="stem")(x))
 
-        def pre_logits(x):  # LayerNorm works token by token: the class token alone is enough
+        def pre_logits(x):  # LayerNorm works token by token: those that are read are enough
             if not self.class_token:
                 x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
                 pool = AttentionPool(self.heads, self.norm_eps, self.act, self.dtype, name="final")
                 return pool(x).astype(jnp.float32)
             x = class_token[0] if class_token else x
-            return nn.LayerNorm(epsilon=self.norm_eps, dtype=jnp.float32, name="norm")(x[:, 0])
+            x = nn.LayerNorm(epsilon=self.norm_eps, dtype=jnp.float32, name="norm")(x[:, :read])
+            return x.reshape(x.shape[0], -1)
 
         rates = drop_path_rates(self.drop_path, self.depth)
         parts = [stem, *(functools.partial(block, i, rate) for i, rate in enumerate(rates)), pre_logits]
@@ -90,7 +95,7 @@ class ViT(Model):
 
         likely: the image size it was made for; where that does not fit, its grid is taken to be square.
         """
-        before = int(self.class_token and self.class_position)
+        before = int(self.class_token and self.class_position) + self.distilled
         if pos_embed.ndim != 3 or pos_embed.shape[::2] != (1, self.width):
             return pos_embed
         old = positions.grid_of(pos_embed.shape[1] - before, tuple(side // self.patch_size for side in sides(likely)))
@@ -125,6 +130,10 @@ TIMM_KEYS = {path: keys[0] for path, keys in _KEYS.items() if path != "head"} | 
     f"{BLOCK}/attn/qkv": r"blocks.\1.attn.qkv",
 }
 TIMM = Layout(tuple(rules_of(TIMM_KEYS | {"head": "head"})), head=r"head\..+")
+DISTILLED = Layout(
+    tuple(rules_of(TIMM_KEYS | {"backbone/stem/dist_token": "dist_token", "head/dist": "head_dist", "head": "head"})),
+    head=r"head(_dist)?\..+",
+)
 TORCHVISION = Layout(
     (
         *rules_of({path: keys[1] for path, keys in _KEYS.items()}),
@@ -205,6 +214,9 @@ def deit_variants(name: str, module: Callable[..., ViT], image_size: int) -> dic
     return with_flavours(module, card, layouts, flavours)
 
 
+_ANY_SIZE = {"timm": TIMM, "native": NATIVE}
+
+
 def _all_variants() -> dict[str, Variant]:
     geometry = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
     variants = {}
@@ -214,7 +226,23 @@ def _all_variants() -> dict[str, Variant]:
             variants |= vit_variants(f"vit_{size}_patch{patch}_{image_size}", module, heads, image_size)
         if patch == 16 and (image_size, size) in ((224, "tiny"), (224, "small"), (224, "base"), (384, "base")):
             variants |= deit_variants(f"deit_{size}_patch16_{image_size}", module, image_size)
+            name = f"deit_{size}_distilled_patch16_{image_size}"
+            card, layouts = variants[f"deit_{size}_patch16_{image_size}"].card, {"timm": DISTILLED, "native": NATIVE}
+            module = functools.partial(module, distilled=True)
+            variants[name] = Variant(module, card.replace(model=name), layouts, {})
     return variants
+
+
+def variant_of(name: str) -> Variant | None:
+    """That of a name such as vit_l4_h128_a2_p16_224: blocks, width, heads, patch, image; None for another name."""
+    found = re.fullmatch(r"vit_l([1-9]\d*)_h([1-9]\d*)_a([1-9]\d*)_p([1-9]\d*)_([1-9]\d*)", name)
+    if not found:
+        return None
+    depth, width, heads, patch, image_size = map(int, found.groups())
+    fields = {"patch_size": patch, "width": width, "depth": depth, "heads": heads, "image_size": image_size}
+    if width % heads or image_size % patch:
+        raise ValueError(f"{name}: expected a width that {heads} heads divide and an image that patches of {patch} do")
+    return Variant(functools.partial(ViT, **fields), Card(name, 1000, image_size, crop=0.9), _ANY_SIZE, {})
 
 
 VARIANTS: dict[str, Variant] = _all_variants()

@@ -101,19 +101,20 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
     given = {name: _load_network(settings, name) for name in settings.networks}
     cards = {MODEL: card, **{name: network.card for name, network in given.items()}}
     start = start._replace(
-        widths={name: _width(network) for name, network in given.items()},
+        networks=given, outputs={name: _shapes(network) for name, network in given.items()},
         numbered=lambda name: inputs.numbered(train, cards[name]),
-    )
+    )  # fmt: skip
     networks, memory = terms.initialise(made, start, given)
     variables, origins = _join(variables, loaded.origins, networks)
     fields = {name: inputs.field_of(name, network.card, card) for name, network in given.items()}
     further = {field: given[name].card for name, field in fields.items() if field not in card.cards}
     streams, eval_batches = inputs.make_streams(data, settings, card.cards, further, parallel)
     readers = {MODEL: steps.Reader(model, card, card.field)}
+    taken = terms.outputs_read(made, model, {name: x for name, x in given.items() if settings.networks[name].cache})
     for name, network in networks.items():
-        column = name if name in given and settings.networks[name].cache else ""
+        columns = {output: name if output == "logits" else f"{name}:{output}" for output in taken.get(name, ())}
         own_card = card if network.module is model else network.card
-        readers[name] = steps.Reader(network.module, own_card, fields.get(name, card.field), column)
+        readers[name] = steps.Reader(network.module, own_card, fields.get(name, card.field), columns)
     facts = {name: inputs.facts_of(source) for name, source in data.items()}
     base = {"file": settings.model.weights, "sha256": loaded.sha256}
     files = {MODEL: (loaded.variables, loaded.origins)}
@@ -208,6 +209,11 @@ def load_model(
 def _check_probe(name: str, loaded: load.Loaded) -> None:
     """Raises ValueError for a head on which a method without gradient cannot build."""
     layers = loaded.model.head
+    if name in probes.NAMES and getattr(loaded.model, "distilled", False):
+        raise ValueError(
+            f"method.name = {name!r} fits one linear classifier, and {loaded.card.model} has one for each of two "
+            "tokens: set method.name = 'linear_probe', which trains both"
+        )
     if name in probes.NAMES and layers:
         raise ValueError(
             f"model.keep_head or model.head_init keeps a head with the layers {layers}, and method.name = {name!r} "
@@ -290,10 +296,11 @@ def _load_network(settings: Settings, name: str) -> Network:
     return Network(module, card, loaded.variables, given.group or FROZEN, origin=given.weights or "new")
 
 
-def _width(network: Network) -> int:
-    """Of the features that a network gives."""
+def _shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a network gives for one example."""
     example = load.example_input(network.card)
-    return jax.eval_shape(lambda: network.module.apply(network.variables, example)[1])["pre_logits"].shape[-1]
+    outputs = jax.eval_shape(lambda: network.module.apply(network.variables, example)[1])
+    return {name: leaf.shape for name, leaf in outputs.items()}
 
 
 def _make_start(

@@ -80,15 +80,17 @@ def prefix_columns(
     return found
 
 
-def logits_column(name: str, reader: steps.Reader, variables: Any) -> Column:
-    """The logits of a frozen network, as a field of their own."""
+def output_column(name: str, output: str, reader: steps.Reader, variables: Any) -> Column:
+    """An output of a frozen network, such as its logits, as a field of its own."""
+    cut = output if output in reader.module.cuts else None
 
     def compute(variables, x):
         own = steps.subtree(variables, name)
-        return reader.module.apply(own, steps.normalise(x, reader.card), train=False)[0].astype("float32")
+        found = reader.module.apply(own, steps.normalise(x, reader.card), train=False, stop=cut)[0]
+        return found if cut else found.astype("float32")
 
-    key = _key(reader.module, reader, trees.flatten(steps.subtree(variables, name)), "logits")
-    return Column(reader.column, reader.field, compute, key, f"of {name}")
+    key = _key(reader.module, reader, trees.flatten(steps.subtree(variables, name)), output)
+    return Column(reader.columns[output], reader.field, compute, key, f"of {name}{f' at {cut}' if cut else ''}")
 
 
 def _key(module: Any, reader: steps.Reader, leaves: Mapping[str, Any], cut: str) -> dict[str, Any]:
@@ -104,9 +106,9 @@ def _key(module: Any, reader: steps.Reader, leaves: Mapping[str, Any], cut: str)
 
 
 def columns_of(plan: steps.Plan, variables: Callable[[], Any], networks: Collection[str], training: bool = True):
-    """The columns that a phase reads: of its frozen prefix, and in training the logits of further networks."""
-    readers = {name: reader for name, reader in plan.readers.items() if reader.column and training}
-    found = [logits_column(name, reader, variables()) for name, reader in readers.items()]
+    """The columns that a phase reads: of its frozen prefix, and in training the outputs of further networks."""
+    readers = {name: reader for name, reader in plan.readers.items() if training}
+    found = [output_column(name, x, reader, variables()) for name, reader in readers.items() for x in reader.columns]
     if plan.prefix and plan.prefix.cached:
         found = [*prefix_columns(plan.prefix, plan.readers[MODEL], variables(), networks), *found]
     return found

@@ -22,14 +22,14 @@ class Prefix(NamedTuple):
 class Reader(NamedTuple):
     """A network as a step runs it.
 
-    module, card: as in `Network`. field: what of a stream it reads, see fields.take. column: the field
-    with its cached logits, if any.
+    module, card: as in `Network`. field: what of a stream it reads, see fields.take. columns: {output: the field that
+    holds it} of a network whose outputs are cached.
     """
 
     module: Any
     card: Card | None
     field: str | tuple[str, ...]
-    column: str = ""
+    columns: Mapping[str, str] = {}
 
 
 class Turn(NamedTuple):

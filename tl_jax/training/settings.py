@@ -46,7 +46,7 @@ class StreamSettings(NamedTuple):
 
 
 class NetworkSettings(NamedTuple):
-    """One further network, `networks.NAME`; cache "features": its logits are computed once per example and view.
+    """One further network, `networks.NAME`; cache "features": what terms read is computed once per example and view.
 
     group: what trains it; "": it is frozen.
     """

@@ -193,7 +193,25 @@ def cached(
             if isinstance(tokens, Tokens) and values.ndim == 4:  # of each token, not of a text
                 values = TokenFeatures(tokens, values)
             found[name] = dataclasses.replace(found[name], prepared={**found[name].prepared, column.field: values})
-    return found
+            render = found[name].renders.get(column.view)
+            if column.field != column.view and render is not None and render.preprocess.ops:
+                found[name] = dataclasses.replace(found[name], views=values.shape[0])  # what is live sees these crops
+    return {name: _without(found[name], _unread(phase)) if name in training else found[name] for name in found}
+
+
+def _unread(phase: Phase) -> set[str]:
+    """The views that no network of a phase reads but those whose outputs are cached."""
+    readers = phase.plan.readers.values()
+    live = {field for x in readers if not x.columns for field in ([x.field] if isinstance(x.field, str) else x.field)}
+    return {x.field for x in readers if x.columns} - live
+
+
+def _without(batches: pipeline.TrainBatches, fields: set[str]) -> pipeline.TrainBatches:
+    """The batches without some views."""
+    renders, prepared = (
+        {field: x for field, x in table.items() if field not in fields} for table in (batches.renders, batches.prepared)
+    )
+    return dataclasses.replace(batches, renders=renders, prepared=prepared)
 
 
 def flops_of_features(run: Run, i: int) -> dict[str, float]:

@@ -248,6 +248,7 @@ def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, 
     variables = plan.whole({"params": params, "batch_stats": batch_stats})
     outputs, entered, batch_stats = _pass(plan, variables, batch, forward_key)
     forward = _make_forward(plan, variables, state.ema, batch, entered)
+    modules = {name: reader.module for name, reader in plan.readers.items()}
     count = {name: task.count(batch[name][LABEL]) for name in encoded}
     step = state.step
     progress = (step - plan.start) / plan.length
@@ -256,7 +257,7 @@ def compute_loss(plan: Plan, trainable, state: TrainState, batch_stats, memory, 
     for name, (weight, term) in method.terms.items():
         context = Context(
             batch, encoded, count, total, outputs, plan.facts, params, batch_stats, plan.labels, memory.get(name), task,
-            forward, step, progress, jax.random.fold_in(forward_key, zlib.crc32(name.encode())), plan.joint,
+            forward, step, progress, jax.random.fold_in(forward_key, zlib.crc32(name.encode())), plan.joint, modules,
         )  # fmt: skip
         result = term.loss(context)
         factor = weight(progress)
@@ -355,8 +356,8 @@ def _make_forward(plan: Plan, everything: Any, ema: Mapping[str, jax.Array], bat
 
     def forward(network, of, *, train=False, start=None, stop=None, key=None, variables=None):
         reader, own = plan.readers[MODEL if network == AVERAGE else network], subtree(everything, network)
-        if isinstance(of, str) and reader.column:
-            return {"logits": batch[of][reader.column]}, {}
+        if isinstance(of, str) and reader.columns:
+            return {output: batch[of][field] for output, field in reader.columns.items()}, {}
         if network == AVERAGE:
             own = trees.merge(own, ema)
         if variables is not None:

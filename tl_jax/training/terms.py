@@ -106,6 +106,8 @@ def _problems(settings: Settings, terms: Terms) -> list[str]:
         if settings.loop.parallel == "pmap" and (term.on != (MAIN,) or term.reads):
             problems.append(f"{name} has a further stream or network: parallel = 'pmap' runs one of each, use 'jit'")
         for network in term.reads:
+            if (given := settings.networks.get(network)) and given.cache and given.group:
+                problems.append(f"networks.{network} trains, group = {given.group!r}: leave out its cache")
             cached = network in settings.networks and settings.networks[network].cache
             if settings.loop.cache and not cached:
                 hint = f", or set networks.{network}.cache" if network in settings.networks else ""
@@ -130,6 +132,15 @@ def groups_of(networks: Mapping[str, Network], terms: Terms) -> dict[str, str]:
     read = {name for _, term in terms.values() for name in term.reads}
     used = {name for name, network in networks.items() if name in read or terms.keys() & set(network.made_by)}
     return {name: network.group if name in used else FROZEN for name, network in networks.items()}
+
+
+def outputs_read(phases: Sequence[Terms], model: Any, networks: Mapping[str, Network]) -> dict[str, tuple[str, ...]]:
+    """{network: the outputs that the terms of any phase read of it}, of these networks."""
+    found: dict[str, dict[str, None]] = {}
+    for term in (term for terms in phases for _, term in terms.values()):
+        for name in (name for name in term.reads if name in networks):
+            found.setdefault(name, {}).update(dict.fromkeys(term.takes(model, networks[name].module)))
+    return {name: tuple(outputs) for name, outputs in found.items()}
 
 
 def initialise(

@@ -204,13 +204,14 @@ def card_of(name: str, path: str | pathlib.Path | None) -> Card:
 
 
 def source_head(name: str, path: str | pathlib.Path, partial: Sequence[str] = ()) -> dict[str, jax.Array] | None:
-    """A weight file's classifier {"kernel" [D, K], "bias" [K]} on pre_logits; None: it has none, or further layers."""
+    """A weight file's classifier {"kernel" [D, K], "bias" [K]} on pre_logits; None: it has none, or more."""
     if not path:
         return None
     tensors, layout, variant, card, _ = _read(name, path)
     if card.head or not any(tables.is_head(variant.layouts[layout], key) for key in tensors):
         return None
-    return load(name, path, partial=partial).variables["params"]["head"]
+    head = load(name, path, partial=partial).variables["params"]["head"]
+    return None if "dist" in head else head
 
 
 def has_token_head(name: str, path: str | pathlib.Path) -> bool:
