@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _FOUND_IN = {
     "api.model": ("load", "zero_shot", "Model", "predict", "outputs", "features", "evaluate", "Metrics"),
     "api.generate": ("generate",),
+    "api.rank": ("rank",),
     "api.run": ("fit", "Run", "load_run", "knn"),
     "config": ("make as make_config", "override"),
     "core.card": ("Card",),

@@ -108,6 +108,23 @@ COMMANDS = {
         arg("--resamples", type=_COUNT, default=1000, help="of the bootstrap behind the intervals"),
         arg("--out", default="", help="a folder for table.csv, result.json and weights_METHOD.npz"),
     )),
+    commands.rank: ("rank networks for labelled data by transferability scores, without training", (
+        arg("--data", required=True, help="what a run takes, such as folder:PATH; test is never read"),
+        arg("--weights", required=True, help="with commas: FILE, NAME=FILE, NAME= (random), timm:NAME, builtin:NAME, "
+            "hf://owner/name[/file]@revision"),
+        arg("--split", default="train", help="such as train or train[:80%%]"),
+        arg("--task", choices=["classification", "binary", "multilabel", "regression"], default="classification"),
+        arg("--labels", default="", help="label columns, with commas, of csv:, table: and text: sources"),
+        arg("--text", default="", help="the columns of the texts, with a comma, of text: sources"),
+        arg("--shots", type=one(checks.integer(0, 10**6)), default=0, help="examples of each class; 0: all"),
+        arg("--seed", type=one(SEED), default=0, help="of the shots, and of the runs of --verify"),
+        arg("--scores", default="", help="names with commas, see docs/choosing.md; default: all that fit the labels"),
+        arg("--verify", type=_COUNT, nargs="?", const=100, default=0, metavar="STEPS",
+            help="compare with a linear probe and fine-tuning of so many steps (100) of each network"),
+        arg("--cache_dir", default="", help="where features are kept; default: ~/.cache/tl_jax/features"),
+        arg("--json", action="store_true", help="print JSON instead of tables"),
+        arg("--out", default="", help="write the table to this .csv file too"),
+    )),
     commands.labels: ("rank the labels of a finished run's data by how likely they are wrong", (
         arg("run", help="the folder of the run"),
         arg("--out", default="", help="the folder for labels.csv, .json and .png (default: RUN/labels)"),

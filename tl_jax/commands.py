@@ -114,6 +114,24 @@ def classic(args: Args) -> None:
     console.show(command.format_table(command.run(args)))
 
 
+def rank(args: Args) -> None:
+    _check_out(args.out, ".csv")
+    lists = {name: tuple(filter(None, getattr(args, name).split(","))) for name in ("weights", "labels", "text")}
+    how = {name: getattr(args, name) for name in ("split", "task", "shots", "seed", "verify", "cache_dir")}
+    names = tuple(filter(None, args.scores.split(",")))
+    with console.quiet(args.json):
+        found = tl_jax.rank(args.data, lists.pop("weights"), **lists, **how, names=names)
+    if args.out:
+        text = io.StringIO()
+        found.write_csv(text)
+        files.write_text(args.out, text.getvalue())
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return
+    for each in (*found.tables, *found["notes"]):
+        console.show(each)
+
+
 def labels(args: Args) -> None:
     from tl_jax.api.labels import suspects
 

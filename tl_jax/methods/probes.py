@@ -98,7 +98,7 @@ def cross_predict(
     """
     splits, count, finished = list(splits), len(labels), []
     leave_one_out = name == "knn" and all(len(held) == 1 and len(train) == count - 1 for train, held in splits)
-    left_out = _left_out_neighbours(features, labels, num_classes, value) if leave_one_out else None
+    left_out = left_out_neighbours(features, labels, num_classes, value) if leave_one_out else None
     logits, left = np.empty((count, num_classes), np.float32), np.ones(count, bool)
     for number, (train, held) in enumerate(splits):
         if (wrong := held[np.isin(held, train) | ~left[held]]).size:
@@ -165,7 +165,7 @@ def _fit_knn(features, labels, num_classes, values, check_stop) -> Candidates:
     return Candidates(predict, {}, dict.fromkeys(values, True))
 
 
-def _left_out_neighbours(features, labels, num_classes, k) -> np.ndarray:
+def left_out_neighbours(features, labels, num_classes, k) -> np.ndarray:
     """Logits [N, K] of each example by its k nearest others, from one search instead of N."""
     from sklearn.neighbors import NearestNeighbors
 

@@ -154,8 +154,8 @@ def fill(
     anything is computed, where the disk has no room for what is missing, and where it does not hold what was written;
     Preempted, with what was computed kept, soon after `stop_requested(0)` has become true.
     """
-    root = pathlib.Path(folder).expanduser() if folder else FOLDER
-    found = {name: _describe(root, column, batches, variables, batch_size, views) for name, batches in sets.items()}
+    root = pathlib.Path(folder or FOLDER).expanduser()
+    found = {name: _describe(folder, column, batches, variables, batch_size, views) for name, batches in sets.items()}
     kept, predict = {}, parallel.evaluate(column.compute)
     first = {cached.folder: name for name, cached in reversed(found.items())}  # several may agree in all that counts
     distinct = {name: cached for name, cached in found.items() if first[cached.folder] == name}
@@ -168,6 +168,11 @@ def fill(
                 _compute(cached, column.view, lambda x: predict(variables, x), parallel, stop_requested)
         kept[cached.folder] = _read(cached)
     return {name: kept[cached.folder] for name, cached in found.items()}
+
+
+def is_kept(column: Column, batches: Batches, variables: Mapping[str, Any], folder: str = "") -> bool:
+    """Whether `fill` would find the column of these batches, without augmentation, on disk."""
+    return (_describe(folder, column, batches, variables, 1, 1).folder / "meta.json").exists()
 
 
 def leaves_of(prefix: steps.Prefix, paths: Iterable[str], networks: Collection[str]) -> list[str]:
@@ -186,7 +191,7 @@ def example(batches: TrainBatches, view: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *shape[1:]), dtype)
 
 
-def _describe(root: pathlib.Path, column: Column, batches: Batches, variables: Any, size: int, views: int) -> Cached:
+def _describe(root: str, column: Column, batches: Batches, variables: Any, size: int, views: int) -> Cached:
     """Where a set is kept, and what yields its examples, each once a view."""
     source, render, draws = batches.source, batches.renders.get(column.view), ""
     if isinstance(batches, TrainBatches) and render is not None and render.preprocess.ops:
@@ -199,15 +204,14 @@ def _describe(root: pathlib.Path, column: Column, batches: Batches, variables: A
         {name: x for name, x in table.items() if name == column.view} for table in (batches.renders, batches.prepared)
     )
     prepared = {name: x.longest if isinstance(x, Tokens) else x for name, x in prepared.items()}
-    how = {"seed": seed, "order": order, "labelled": False}
-    where = {"process_index": batches.process_index, "process_count": batches.process_count}
-    inputs = TrainBatches(source, renders, prepared, size, **how, **where)
+    how = {"process_index": batches.process_index, "process_count": batches.process_count, "labelled": False}
+    inputs = TrainBatches(source, renders, prepared, size, seed=seed, order=order, **how)
     row = jax.eval_shape(column.compute, variables, example(inputs, column.view))
     key = {**column.key, "data": batches.source.fingerprint, "augment": ops, "seed": seed, "views": views}
     key |= {"order": order} if order != "shuffled" else {}
     key |= {"draws": draws} if draws else {}
     text = json.dumps(key, sort_keys=True)
-    folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
+    folder = pathlib.Path(root or FOLDER).expanduser() / hashlib.sha256(text.encode()).hexdigest()[:32]
     return Cached(folder, json.loads(text), inputs, (views, len(source), *row.shape[1:]), np.dtype(row.dtype))
 
 
