@@ -70,7 +70,7 @@ def read_budget(text: str) -> Budget:
 
 
 def splits(known: Sequence[str]) -> dict[str, str]:
-    """The splits of a race, of those that a source has: test is the source's test, else its val, else a fifth of train."""
+    """The splits of a race, of those that a source has: test is the source's test, else val, else a fifth of train."""
     if "test" not in known and "val" not in known:
         return {"data.train": "train[:64%]", "data.val": "train[64%:80%]", "data.test": "train[80%:]"}
     if "test" in known and "val" in known:
@@ -80,7 +80,7 @@ def splits(known: Sequence[str]) -> dict[str, str]:
 
 def ways(name: str, task: str, epochs: float, methods: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """{way, with its rate: the options it changes} of a network; methods: of `recipes`, a choice of these without."""
-    table, attends = recipes.methods(epochs), hasattr(models.get(name).module, "heads")
+    table, attends = recipes.methods(epochs), hasattr(models.get(name).module(num_classes=0), "heads")
     probe = "logistic" if task == "classification" else "linear_probe"
     found = {}
     for way in methods or (probe, "last_k", "lora" if attends else "norm_only", "full", "lp_ft"):
@@ -276,8 +276,8 @@ def _plan(race: Race, number: int) -> bool:
         race.decide(rounds=[*race.state["rounds"], {"epochs": float(f"{epochs:.3g}"), "candidates": chosen}])
     elif not number:
         asked = race.state["asked"]["budget"]
-        raise ValueError(f"--budget {asked} is too little to race {len(chosen)} ways of one network; give more, or fewer "
-                         "--methods, with another --workdir")  # fmt: skip
+        raise ValueError(f"--budget {asked} is too little to race {len(chosen)} ways of one network; give more, or "
+                         "fewer --methods, with another --workdir")  # fmt: skip
     return epochs > least
 
 

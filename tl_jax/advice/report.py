@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from tl_jax import config as options
 from tl_jax import tasks
 from tl_jax.api.rank import Ranking
 from tl_jax.core import console, files, plotting
@@ -32,17 +33,19 @@ def write(race: Any) -> None:
 def sections(race: Any, rounds: list[Mapping[str, Any]], metric: str) -> tables.Sections:
     """The report, see studies/report/tables.py."""
     state, chosen = race.state, race.state["chosen"]
-    unit, scale = ("min", 60.0) if race.budget.timed else ("TFLOP", 1e12)
+    cost = (lambda x: f"{x / 60:.1f} min") if race.budget.timed else (lambda x: tables.scaled(x, 1000, "FLOP"))
+    steps = state["candidates"][chosen][1] not in options.WITHOUT_STEPS
+    trained = f" after {state['rounds'][-1]['epochs']:g} epochs" if steps else ""
     final = {name: tasks.load_predictions(run.folder / "predictions.npz") for name, run in race.runs("final").items()}
     score = tasks.summarize(final[chosen])[metric]
     val, others = rounds[-1][chosen].scores[metric], [name for name in final if name != chosen]
     where = f"{state['splits']['data.test']} ({len(final[chosen].labels):,} examples)"
     told = [
-        f"Take {chosen}, trained for {state['rounds'][-1]['epochs']:g} epochs: {metric} {score['value']:.3f} "
+        f"Take {chosen}{trained}: {metric} {score['value']:.3f} "
         f"({score['low']:.3f} .. {score['high']:.3f}, {LEVEL:.0%}) on {where}, which no choice has seen.",
         f"On the val that chose it, of {len(state['candidates'])} candidates, it is {val:.3f}.",
         f"It is the run of {race.folder / 'chosen.json'}: python launch.py --config {race.folder / 'chosen.json'}",
-        f"The race took {race.spent() / scale:.1f} of {race.budget.amount / scale:.1f} {unit}.",
+        f"The race took {cost(race.spent())} of {cost(race.budget.amount)}.",
     ]
     return {
         "Chosen": [*told, _beaten(final, chosen, others, metric, where)],
