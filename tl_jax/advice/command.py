@@ -23,8 +23,8 @@ def main(argv: Sequence[str]) -> int:
     stop_requested = preemption.watch()  # before the imports that take seconds
     logging.set_verbosity(logging.WARNING)
     try:
-        args, rest = make_parser().parse_known_args(argv)
-        items = command.options_among(rest)
+        args, others = make_parser().parse_known_args(argv)
+        items = command.options_among(others)
     except (argparse.ArgumentError, ValueError) as error:
         return command.bad_input(error)
     from tl_jax.advice import race

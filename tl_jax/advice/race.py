@@ -135,9 +135,9 @@ class Race(NamedTuple):
         own = {"model.name": row["name"], "model.weights": row["weights"], "eval_every": (epochs, "epochs")}
         return own | ({} if "phases" in found[way] else {"total": (epochs, "epochs")}) | found[way]
 
-    def runs(self, part: str) -> dict[str, results.Run]:
+    def runs(self, stage: str) -> dict[str, results.Run]:
         """{candidate: its run} of a round, or of the final."""
-        return {cell[0]: next(iter(units.values())) for cell, units in results.load(self.folder / part).grid.items()}
+        return {cell[0]: next(iter(units.values())) for cell, units in results.load(self.folder / stage).grid.items()}
 
     def order(self, number: int) -> list[str]:
         """The candidates of a round that finished, the best on val first, of equal ones the cheapest."""
@@ -281,17 +281,17 @@ def _plan(race: Race, number: int) -> bool:
     return epochs > least
 
 
-def _carry_out(race: Race, part: str, levels: Mapping[str, Mapping[str, Any]]) -> None:
+def _carry_out(race: Race, stage: str, levels: Mapping[str, Mapping[str, Any]]) -> None:
     """Runs one round, or the final, as a study."""
-    folder = race.folder / part
+    folder = race.folder / stage
     study = Study(race.base, {"candidate": levels}, seeds=(race.base.seed,))
-    store.plan(folder, part, f"{part} of the race in {race.folder}", study)
+    store.plan(folder, stage, f"{stage} of the race in {race.folder}", study)
     if not (open_runs := store.open_runs(folder)):
         return
-    show(f"{part}: {len(open_runs)} runs")
+    show(f"{stage}: {len(open_runs)} runs")
     slots = local.divide(min(race.jobs, len(open_runs)), os.environ)
     if local.supervise(folder, slots, race.stop_requested):
-        raise preemption.Preempted(f"stopped in {part}")
+        raise preemption.Preempted(f"stopped in {stage}")
     local.tell_failures(folder)
 
 

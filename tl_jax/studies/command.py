@@ -144,9 +144,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, items
 
 
-def options_among(rest: Sequence[str]) -> list[str]:
+def options_among(others: Sequence[str]) -> list[str]:
     """The items "option=value" of the words --config.OPTION=VALUE; ValueError for other words."""
-    items, unknown, words = [], [], iter(rest)
+    items, unknown, words = [], [], iter(others)
     for word in words:
         if found := re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", word, re.DOTALL):
             items.append(f"{found[1]}={next(words, '') if found[2] is None else found[2]}")
