@@ -109,6 +109,18 @@ def test_what_is_trained_on_pairs_predicts_exports_and_is_loaded_again(layer, we
     assert np.allclose(swapped, found, atol=1e-5) == (layer == "cosine")
 
 
+def test_a_regression_begins_with_the_cosine_as_a_share_of_the_range_of_its_targets(weights, tmp_path):
+    rows = [(a, b, 2 + 5 * share) for a, b, share in pairs(60)]
+    data = {name: ([row[:2] for row in part], np.array([row[2] for row in part], np.float32)[:, None])
+            for name, part in {"train": rows[:40], "test": rows[40:]}.items()}  # fmt: skip
+    changes = {"model.head": (("cosine", {}),), "total": (1.0, "steps"), "lr": 1e-9}
+    model = tl_jax.load(NAME, weights)
+    run = tl_jax.fit(model, data, method="full", task="regression", workdir=tmp_path, changes=changes, verbose=False)
+    expected = cosine(*(tl_jax.features(model, [row[i] for row in rows[40:]]) for i in (0, 1)))
+    low, high = data["train"][1].min(), data["train"][1].max()
+    np.testing.assert_allclose(tl_jax.outputs(run, data["test"][0])[:, 0], low + (high - low) * expected, atol=1e-5)
+
+
 def test_one_text_and_networks_of_images_are_refused(weights):
     model = tl_jax.load(NAME, weights, similarity=True)
     with pytest.raises(ValueError, match="1 of 2 examples have one text, and the head compares two"):

@@ -117,7 +117,7 @@ COMMANDS = {
         arg("--labels", default="", help="label columns, with commas, of csv:, table: and text: sources"),
         arg("--text", default="", help="the columns of the texts, with a comma, of text: sources"),
         arg("--shots", type=one(checks.integer(0, 10**6)), default=0, help="examples of each class; 0: all"),
-        arg("--seed", type=one(SEED), default=0, help="of the shots, and of the runs of --verify"),
+        arg("--seed", type=one(SEED), default=0, help="of the shots, random weights and the runs of --verify"),
         arg("--scores", default="", help="names with commas, see docs/choosing.md; default: all that fit the labels"),
         arg("--verify", type=_COUNT, nargs="?", const=100, default=0, metavar="STEPS",
             help="compare with a linear probe and fine-tuning of so many steps (100) of each network"),

@@ -116,11 +116,11 @@ def classic(args: Args) -> None:
 
 def rank(args: Args) -> None:
     _check_out(args.out, ".csv")
-    lists = {name: tuple(filter(None, getattr(args, name).split(","))) for name in ("weights", "labels", "text")}
+    given = {"labels": args.labels, "text": args.text, "scores": args.scores}
     how = {name: getattr(args, name) for name in ("split", "task", "shots", "seed", "verify", "cache_dir")}
-    names = tuple(filter(None, args.scores.split(",")))
+    how |= {name: value.split(",") if value else () for name, value in given.items()}
     with console.quiet(args.json):
-        found = tl_jax.rank(args.data, lists.pop("weights"), **lists, **how, names=names)
+        found = tl_jax.rank(args.data, args.weights.split(","), **how)
     if args.out:
         text = io.StringIO()
         found.write_csv(text)

@@ -16,9 +16,9 @@ from tl_jax.api import inputs, run
 from tl_jax.api import model as models
 from tl_jax.core import checks, console
 from tl_jax.core.console import Table
-from tl_jax.data import pipeline, sources
+from tl_jax.data import pipeline, resample, sources
 from tl_jax.data.examples import Source
-from tl_jax.methods import scores
+from tl_jax.methods import scores as transferability
 from tl_jax.models import head as heads
 from tl_jax.models import peft
 from tl_jax.runtime import sharding, wall
@@ -87,36 +87,37 @@ def rank(
     text: Sequence[str] = (),
     shots: int = 0,
     seed: int = 0,
-    names: Sequence[str] = (),
+    scores: Sequence[str] = (),
     verify: int = 0,
     cache_dir: str = "",
 ) -> Ranking:
     """Ranks networks for a labelled task by what they make of it as they are; see docs/choosing.md.
 
     data: as for `fit`. weights: each "FILE" whose card names its network, "NAME=FILE", "NAME=" for random weights, or
-    what else `load` takes. split: the examples, never of test; shots: only so many of each class, by seed. names: of
-    `methods.scores.SCORES`, all that fit the labels unless given. verify: so many steps for which a linear probe and
-    the whole of each network are trained on four fifths of the split, and scored on the last fifth. The features are
-    those that a linear probe with cache=features of the same examples reads. One ValueError for all that cannot be
-    ranked, before any feature is computed.
+    what else `load` takes. split: the examples, never of test; shots: only so many of each class. seed: of these, of
+    random weights and of the short runs. scores: of `methods.scores.SCORES`, all that fit the labels unless given.
+    verify: so many steps for which a linear probe and the whole of each network are trained on four fifths of the
+    split, and scored on the last fifth. The features are those that a linear probe with cache=features of the same
+    examples reads. One ValueError for all that cannot be ranked, before any feature is computed.
     """
     asked = {"labels": tuple(labels), "text": tuple(text)}
     _check(data, weights, split, shots, verify)
     keep_compiled_programs()
-    opened = _open_all(weights, data, split, task, asked, {"shots": shots, "seed": seed} if shots else {})
+    opened = _open_all(weights, data, split, task, asked, {"shots": shots, "seed": seed})
     source, parallel, rows, notes = opened[0].source, sharding.make_parallel(), [], []
-    names = scores.names_for(source.label_kind, names)
+    names = transferability.names_for(source.label_kind, scores)
+    held_out = resample.split(source.labels, FOLD, 0, source.groups)[1] if verify else ()  # raises, before any work
     for candidate in console.counted("networks", opened, len(opened)):
         rows.append(_score(candidate, names, parallel, cache_dir))
     if lacking := [row["network"] for row in rows if None in row["scores"].values()]:
         notes.append(f"{', '.join(lacking)}: no classifier of its own for classes, which leep and nce read")
     if verify:
-        how = {"data.train": split, "total": (float(verify), "steps"), "seed": seed, "cache_dir": cache_dir}
+        how = {"data.train": split, "total": (float(verify), "steps"), "seed": seed}
         how |= {f"data.{key}": value for key, value in asked.items() if value}
         for row, candidate in zip(rows, console.counted("runs", opened, len(opened)), strict=True):
-            row["verified"] = _verify(candidate, data, task, how)
+            row["verified"] = _verify(candidate, data, task, how, cache_dir)
         metric, side = tasks.METRICS[task].monitor[0]
-        told = f"{' and '.join(METHODS)}: {metric} on a fifth of {split}, after {verify} steps on the others"
+        told = f"{' and '.join(METHODS)}: {metric} on {len(held_out)} examples, after {verify} steps on the others"
         notes.append(told + ("; less is better" if side == "min" else ""))
     agreement = _rank_all(rows, METHODS if tasks.METRICS[task].monitor[0][1] == "min" else ())
     if 1 < len(rows) < FEW:
@@ -131,8 +132,8 @@ def _check(data: Any, weights: Sequence[str], split: str, shots: int, verify: in
     named = not isinstance(data, str | os.PathLike)
     tested = [cut for cut in sources.parse_split(split) if cut.split == "test"]
     problems = {
-        "no network is given; expected FILE, NAME=FILE or NAME=, one or several": not list(filter(None, weights)),
-        f"{weights}: a network is named twice": len(set(weights)) < len(weights),
+        f"weights {list(weights)}: expected FILE, NAME=FILE or NAME=, one or several": not (weights and all(weights)),
+        f"weights {list(weights)}: a network is named twice": len(set(weights)) < len(weights),
         f"split {split!r}: the choice of a network is part of the training, and test is for what comes after": tested,
         f"shots={shots} are drawn from a source by its name; select them from data in memory": shots and named,
         f"shots={shots}: short runs train on four fifths of the split; leave out shots, or verify": shots and verify,
@@ -141,13 +142,13 @@ def _check(data: Any, weights: Sequence[str], split: str, shots: int, verify: in
 
 
 def _open_all(
-    weights: Sequence[str], data: Any, split: str, task: str, asked: Mapping[str, Any], drawn: Mapping[str, int]
+    weights: Sequence[str], data: Any, split: str, task: str, asked: Mapping[str, Any], sampling: Mapping[str, int]
 ) -> list[Candidate]:
     """Every network with its data; one ValueError for all that cannot be loaded, or cannot read the data."""
     found, problems = [], {}
     for given in weights:
         try:
-            found.append(_open(given, data, split, task, asked, drawn))
+            found.append(_open(given, data, split, task, asked, sampling))
         except (ValueError, OSError) as error:
             problems.setdefault(str(error), []).append(given)
     texts = [f"{', '.join(names)}: {text}" for text, names in problems.items()]
@@ -157,12 +158,12 @@ def _open_all(
 
 
 def _open(
-    given: str, data: Any, split: str, task: str, asked: Mapping[str, Any], drawn: Mapping[str, int]
+    given: str, data: Any, split: str, task: str, asked: Mapping[str, Any], sampling: Mapping[str, int]
 ) -> Candidate:
     name, equals, weights = given.partition("=")
     if not equals or os.path.exists(given) or any(mark in name for mark in ":/"):
         name, weights = "", given
-    loaded = load.load(name, weights, 0)
+    loaded = load.load(name, weights, 0, seed=sampling["seed"])
     classifies = False
     if loaded.dropped:
         own = load.load(name, weights, None)
@@ -171,8 +172,10 @@ def _open(
     card = loaded.card
     if card.parts:
         raise ValueError(f"{card.model} reads several inputs, and the scores are of the features of one network")
-    known = {inputs.source_name(data, card.input): drawn} if drawn else {}
+    known = {inputs.source_name(data, card.input): sampling} if isinstance(data, str | os.PathLike) else {}
     source = inputs.load_labelled(data, split, card.replace(task=task), **asked, cuts=known)
+    if asked["text"] and source.input != "text":
+        raise ValueError(f"text={','.join(asked['text'])}: {source.name} has no texts, leave it out")
     if source.sealed or not source.class_names:
         raise ValueError(f"{source.name} has no labels, and every score reads them")
     batches = pipeline.eval_batches(source, {card.input: pipeline.View(card)}, BATCH)
@@ -182,7 +185,7 @@ def _open(
 
 def _classifies(own: load.Loaded) -> bool:
     """Whether a file's head gives classes from the last cut: no projection, numbers, map reader or tokens."""
-    model, biased = own.model, own.origins.get("params/head/bias", "layers") != ""
+    model, biased = own.model, own.origins.get("params/head/bias") != "zeros"
     reads_features = heads.reads(model) == model.cuts[-1] and not getattr(model, "token_head", False)
     return own.card.task in ("classification", "binary") and own.card.num_classes > 0 and biased and reads_features
 
@@ -201,7 +204,7 @@ def _score(candidate: Candidate, names: Sequence[str], parallel: sharding.Parall
     features = found[candidate.label][0]
     probabilities = _probabilities(candidate, features) if candidate.classifies else None
     try:
-        values = scores.compute(names, features, probabilities, source.labels)
+        values = transferability.compute(names, features, probabilities, source.labels)
     except ValueError as error:
         raise ValueError(f"{candidate.label}: {error}") from None
     rate = None if kept else round(len(source) / spent, 1)
@@ -222,13 +225,13 @@ def _probabilities(candidate: Candidate, features: np.ndarray) -> np.ndarray:
     return scipy.special.softmax(logits, axis=1)
 
 
-def _verify(candidate: Candidate, data: Any, task: str, how: Mapping[str, Any]) -> dict[str, float]:
+def _verify(candidate: Candidate, data: Any, task: str, how: Mapping[str, Any], cache_dir: str) -> dict[str, float]:
     """{method: the metric that selects} of short runs on all but one fold of the split, scored on that fold."""
     network, found = models.load(candidate.name, candidate.weights, num_classes=0), {}
     metric = tasks.METRICS[task].monitor[0][0]
     for method in METHODS:
         changes = {**how, "data.val": "", "data.test": "", "data.resample": FOLD}
-        changes |= {"cache": "features"} if method == "linear_probe" else {}
+        changes |= {"cache": "features", "cache_dir": cache_dir} if method == "linear_probe" else {}
         with tempfile.TemporaryDirectory(prefix="tl_jax-") as folder:
             made = run.fit(network, data, method=method, task=task, workdir=folder, changes=changes, verbose=False)
             found[method] = made.metrics[metric]["value"]
@@ -238,11 +241,12 @@ def _verify(candidate: Candidate, data: Any, task: str, how: Mapping[str, Any]) 
 def _rank_all(rows: Sequence[Row], least: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """Gives each row its ranks, and returns the agreement of each column with each; {} for one network.
 
-    least: columns of which less is better. The mean rank is over the scores that every network has.
+    least: columns of which less is better. The mean rank is over the scores that every network has; where there is
+    none, over all, and who has none is last.
     """
     table = [{**row["scores"], **row["verified"]} for row in rows]
     columns = {name: np.array([np.nan if row[name] is None else row[name] for row in table]) for name in table[0]}
-    columns = {name: -values if name in least else values for name, values in columns.items()}
+    columns = {name: (-x if name in least else x).round(9) for name, x in columns.items()}  # equal but for rounding
     for row in rows:
         row["ranks"] = {}
     for name, values in columns.items():
@@ -250,7 +254,7 @@ def _rank_all(rows: Sequence[Row], least: Sequence[str]) -> dict[str, dict[str, 
             rows[i]["ranks"][name] = int(1 + (values > values[i]).sum())
     shared = [name for name in rows[0]["scores"] if not np.isnan(columns[name]).any()]
     for row in rows:
-        row["mean_rank"] = float(np.mean([row["ranks"][name] for name in shared])) if shared else 1.0
+        row["mean_rank"] = float(np.mean([row["ranks"].get(name, len(rows)) for name in shared or row["scores"]]))
     return {a: {b: _tau(x, y) for b, y in columns.items()} for a, x in columns.items()} if len(rows) > 1 else {}
 
 

@@ -6,6 +6,7 @@ classes, of which each occurs; or numbers [N, T], the targets of a regression or
 Constant features, a class of one example and fewer examples than features give finite scores.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -44,15 +45,18 @@ def nleep(features: np.ndarray, labels: np.ndarray) -> float:
     Five components a class, or half as many as examples, on the principal components with 80 % of the variance.
     """
     from sklearn.decomposition import PCA
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
     scaled = _unit_variance(features)
     if not scaled.any():
         return leep(np.ones((len(labels), 1)), labels)
     reduced = PCA(0.8, svd_solver="full").fit_transform(scaled)
-    most = min(len(labels) // 2, len(np.unique(reduced, axis=0)))
-    mixture = GaussianMixture(max(1, min(5 * (labels.max() + 1), most)), random_state=0)
-    return leep(mixture.fit(reduced).predict_proba(reduced), labels)
+    mixture = GaussianMixture(max(1, min(5 * (labels.max() + 1), len(labels) // 2)), random_state=0)
+    with warnings.catch_warnings():  # of duplicates some components share a place; any mixture has a LEEP
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        mixture.fit(reduced)
+    return leep(mixture.predict_proba(reduced), labels)
 
 
 def nce(probabilities: np.ndarray, labels: np.ndarray) -> float:

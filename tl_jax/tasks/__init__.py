@@ -62,15 +62,16 @@ def make(
     return Task(spec, *trained, counted, metrics.scores, metrics.monitor, metrics.calibrate)
 
 
-def fit_spec(name: str, labels: np.ndarray, class_names: tuple[str, ...] = ()) -> Spec:
+def fit_spec(name: str, labels: np.ndarray, class_names: tuple[str, ...] = (), *, shares: bool = False) -> Spec:
     """The spec of a task for training labels: of a regression with their mean and standard deviation.
 
+    shares: with their minimum and range in place of these, so that the network predicts 0 to 1, as a cosine does.
     Without class_names those of a binary task are "0" and "1". ValueError where labels or names do not fit the task.
     """
     _metrics(name)
     spec = Spec(name, tuple(map(str, class_names)) or (("0", "1") if name == "binary" else ()))
     if name == "regression":
-        mean, std = regression.fit_targets(labels, spec.class_names)
+        mean, std = regression.fit_targets(labels, spec.class_names, shares)
         spec = spec._replace(target_mean=mean, target_std=std)
     if problems := spec_problems(spec):
         raise ValueError("; ".join(problems))

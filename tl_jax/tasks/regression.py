@@ -9,14 +9,18 @@ from tl_jax.tasks.task import Metrics, Rows
 CHANGED = 0.01  # standard deviations of a target from which on two predictions differ
 
 
-def fit_targets(labels: np.ndarray, names: tuple[str, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each target over training labels [N] or [N, T]; ValueError for a constant one."""
+def fit_targets(labels: np.ndarray, names: tuple[str, ...], shares: bool = False) -> tuple[tuple[float, ...], ...]:
+    """Mean and standard deviation of each target over training labels [N] or [N, T]; ValueError for a constant one.
+
+    shares: minimum and range in place of these.
+    """
     labels = np.asarray(labels, np.float64).reshape(len(labels), -1)
     if labels.shape[1] != len(names) or not np.isfinite(labels).all():
         raise ValueError(f"targets {labels.shape}, expected finite numbers [N, {len(names)}] for {', '.join(names)}")
     if constant := [name for name, column in zip(names, labels.T, strict=True) if (column == column[0]).all()]:
         raise ValueError(f"the training targets of {', '.join(constant)} are all equal: nothing can be learned of them")
-    return tuple(labels.mean(axis=0).tolist()), tuple(labels.std(axis=0).tolist())
+    found = (labels.min(axis=0), np.ptp(labels, axis=0)) if shares else (labels.mean(axis=0), labels.std(axis=0))
+    return tuple(tuple(each.tolist()) for each in found)
 
 
 def scores(predictions: Predictions) -> dict[str, float]:

@@ -82,7 +82,8 @@ def prepare(settings: Settings, parallel: sharding.Parallel, *, compare: bool = 
     data, table = inputs.load_sources(settings), settings.table
     train = data[MAIN]
     with naming(table, "task", "data.source"):
-        spec = tasks.fit_spec(settings.loop.task, train.labels, train.class_names)
+        shares = [name for name, _ in settings.model.head[:1]] == ["cosine"]
+        spec = tasks.fit_spec(settings.loop.task, train.labels, train.class_names, shares=shares)
     with naming(table, *(f"model.{name}" for name in MODEL_OPTIONS)):
         text = texts.text_of(settings.model, train)
         loaded = load_model(settings, tasks.make(spec).outputs, train.class_names, _columns(settings, train), text)
