@@ -1,13 +1,13 @@
 """Published accuracies of the weights at hand."""
 
 import csv
+import json
 
 from tl_jax.studies.ledger import Claim
 
 COMMAND = ("experiments/published_weights/run.py", "{material}", "{out}")
 NEEDS = ("data/imagenet_sample_250", "data/cifar10_jpeg", "weights/deit_tiny_patch16_224", "weights/mobilenet_v2",
          "weights/cifar10_resnet")  # fmt: skip
-IMAGENET = "data/imagenet_val"  # 50,000 images, which are not among the material
 PHOTOS = "250 photos that look like training images: this proves the conversion, not the accuracy of the network"
 JPEG = "the test images had been compressed as JPEG, which costs accuracy"
 
@@ -32,20 +32,37 @@ def exactly(network):
     return measure
 
 
-def on_imagenet(name, title, paper, top1):
-    says = f"{title}: {top1} % of ImageNet's validation images."
-    return Claim(f"{name}_imagenet", paper, says, {"top1": top1}, 0.1, "", COMMAND, (IMAGENET, *NEEDS), of(name))
+def top1(out):
+    """The accuracy that `evaluate --json` printed, in percent."""
+    found = json.loads((out / "stdout.txt").read_text())["accuracy"]
+    return {"top1": tuple(100 * found[end] for end in ("value", "low", "high"))}
 
 
+def on_imagenet(name, title, paper, file, published):
+    says = f"{title}: {published} % of ImageNet's validation images."
+    command = ("-m", "tl_jax", "evaluate", "--model", name, "--weights", f"{{material}}/weights/{file}",
+               "folder:{material}/data/imagenet_val", "--json")  # fmt: skip
+    needs = ("data/imagenet_val", f"weights/{file}")
+    return Claim(f"{name}_imagenet", paper, says, {"top1": published}, 0.1, "", command, needs, top1)
+
+
+def on_photos(name, title, framework, published):
+    paper, numbers = f"{framework} in PyTorch on the same photos", " and ".join(map(str, published.values()))
+    says = f"{title}: {numbers} % of 250 photos."
+    return Claim(f"{name}_photos", paper, says, published, 0.001, PHOTOS, COMMAND, NEEDS, exactly(name))
+
+
+def on_cifar(name, title, published):
+    says, paper = f"{title}: {published} % of CIFAR-10's test images.", "The repository of these weights (Idelbayev)"
+    return Claim(name, paper, says, {"top1": published}, 0.1, JPEG, COMMAND, NEEDS, of(name))
+
+
+DEIT, MOBILENET = ("deit_tiny_patch16_224", "DeiT-tiny"), ("mobilenetv2_100", "MobileNetV2")
 CLAIMS = (
-    Claim("deit_tiny_photos", "timm in PyTorch on the same photos", "DeiT-tiny: 80.0 and 94.4 % of 250 photos.",
-          {"top1": 80.0, "top5": 94.4}, 0.001, PHOTOS, COMMAND, NEEDS, exactly("deit_tiny_patch16_224")),
-    Claim("mobilenetv2_photos", "torchvision in PyTorch on the same photos", "MobileNetV2: 206 and 241 of 250 photos.",
-          {"top1": 82.4, "top5": 96.4}, 0.001, PHOTOS, COMMAND, NEEDS, exactly("mobilenetv2_100")),
-    Claim("resnet20_cifar", "the table of the repository of these weights (Idelbayev)",
-          "ResNet-20: 91.78 % of CIFAR-10's test images.", {"top1": 91.78}, 0.1, JPEG, COMMAND, NEEDS, of("resnet20_cifar")),
-    Claim("resnet32_cifar", "the table of the repository of these weights (Idelbayev)",
-          "ResNet-32: 92.78 % of CIFAR-10's test images.", {"top1": 92.78}, 0.1, JPEG, COMMAND, NEEDS, of("resnet32_cifar")),
-    on_imagenet("deit_tiny_patch16_224", "DeiT-tiny", "Touvron et al. 2021", 72.2),
-    on_imagenet("mobilenetv2_100", "MobileNetV2", "torchvision, table of classification weights", 71.878),
-)  # fmt: skip
+    on_photos(*DEIT, "timm", {"top1": 80.0, "top5": 94.4}),
+    on_photos(*MOBILENET, "torchvision", {"top1": 82.4, "top5": 96.4}),
+    on_cifar("resnet20_cifar", "ResNet-20", 91.78),
+    on_cifar("resnet32_cifar", "ResNet-32", 92.78),
+    on_imagenet(*DEIT, "Touvron et al. 2021", "deit_tiny_patch16_224/deit_tiny_patch16_224.safetensors", 72.2),
+    on_imagenet(*MOBILENET, "torchvision, table of weights", "mobilenet_v2/mobilenet_v2-b0353104.pth", 71.878),
+)
