@@ -124,6 +124,8 @@ def test_a_race_killed_five_times_gives_the_report_of_an_unbroken_one(tmp_path):
     assert report_of(whole) == report_of(broken)
     states = [json.loads((folder / "advice.json").read_text()) for folder in (whole, broken)]
     assert all(states[0][key] == states[1][key] for key in ("splits", "candidates", "rounds", "chosen"))
+    opened = {path.parts[-4][:5]: "digits test" in path.read_text() for path in whole.glob("*/runs/*/ledger.json")}
+    assert opened == {"round": False, "final": True}  # which labels the runs read
     before = (whole / "advice.json").stat().st_mtime_ns
     finish(whole)
     assert (whole / "advice.json").stat().st_mtime_ns == before  # shown again without a run
