@@ -14,7 +14,7 @@ def of(method):
     def measure(out):
         with (out / "table.csv").open() as file:
             rows = [row for row in csv.DictReader(file) if (row["method"], row["classifier"]) == (method, "1nn")]
-        values = {row["task"]: 100 * float(row["accuracy"]) for row in rows}
+        values = {row["task"]: 100 * float(row["accuracy_value"]) for row in rows}
         return {task: (values[task],) * 3 for task in ("C-A", "C-W")}
 
     return measure

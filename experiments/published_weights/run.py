@@ -4,7 +4,8 @@ python experiments/published_weights/run.py MATERIAL OUT
 
 MATERIAL has data/imagenet_sample_250 (photos whose names begin with the number of their class), data/cifar10_jpeg
 (test.npz: bytes and offsets of image files, labels, classes) and the weights below. OUT gets accuracy.csv: network,
-data, images, and top-1 and top-5 accuracy with their 95 % intervals (Wilson 1927).
+data, images, and top-1 and top-5 accuracy with their 95 % intervals (Wilson 1927); and correct.npz: for each network,
+whether each image is right.
 """
 
 import csv
@@ -28,10 +29,11 @@ CIFAR = {
 }
 
 
-def row(name: str, data: str, logits: np.ndarray, labels: np.ndarray) -> dict:
-    """The accuracies of logits [N, K] for labels [N]."""
+def row(name: str, data: str, logits: np.ndarray, labels: np.ndarray, correct: dict[str, np.ndarray]) -> dict:
+    """The accuracies of logits [N, K] for labels [N]; adds to `correct` which images are right."""
     found: dict = {"network": name, "data": data, "images": len(labels)}
     ranks = (logits > logits[np.arange(len(labels)), labels][:, None]).sum(axis=1)
+    correct[name] = ranks < 1
     for k in (1, 5):
         share = float((ranks < k).mean())
         interval = tasks.share_interval("classification", share, len(labels))
@@ -40,22 +42,24 @@ def row(name: str, data: str, logits: np.ndarray, labels: np.ndarray) -> dict:
 
 
 def main(material: pathlib.Path, out: pathlib.Path) -> None:
-    rows, photos = [], sorted((material / "data/imagenet_sample_250").glob("*.JPEG"))
+    rows, correct = [], {}
+    photos = sorted((material / "data/imagenet_sample_250").glob("*.JPEG"))
     numbers = np.array([int(path.name.partition("_")[0]) for path in photos])
     for name, file in PHOTOS.items():
         model = tl_jax.load(name, material / "weights" / file)
-        rows.append(row(name, "250 photos of ImageNet", tl_jax.outputs(model, photos), numbers))
+        rows.append(row(name, "250 photos of ImageNet", tl_jax.outputs(model, photos), numbers, correct))
     arrays = np.load(material / "data/cifar10_jpeg/test.npz")
     own = {f"test_{key}": arrays[key] for key in ("bytes", "offsets", "labels")}
     np.savez(out / "cifar.npz", **own, classes=arrays["classes"])
     test = sources.load(f"arrays:{out / 'cifar.npz'}", "test")
     for name, file in CIFAR.items():
         model = tl_jax.load(name, material / "weights" / file)
-        rows.append(row(name, "CIFAR-10 test, compressed as JPEG", tl_jax.outputs(model, test), test.labels))
+        rows.append(row(name, "CIFAR-10 test, compressed as JPEG", tl_jax.outputs(model, test), test.labels, correct))
     with (out / "accuracy.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    np.savez(out / "correct.npz", **correct)
     for each in rows:
         print(f"{each['network']:24} {each['data']:36} {each['images']:6} {each['top1']:.4f} {each['top5']:.4f}")
 

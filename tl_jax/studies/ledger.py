@@ -196,7 +196,11 @@ def _row(
     }  # fmt: skip
     folder = workdir / claim.key
     if (folder / "measured.json").exists():
-        facts, measured = files.read_json(folder / "measured.json"), claim.measure(folder)
+        facts = files.read_json(folder / "measured.json")
+        try:
+            measured = claim.measure(folder)
+        except Exception as error:  # of any kind: it is somebody's file
+            raise ValueError(f"{name}: what its command left in {folder} cannot be read: {error!r}") from error
         verdict, why = judge(claim, measured)
         shown = {arm: f"{value:.4g}" + (f" ({low:.4g} .. {high:.4g})" if high > low else "")
                  for arm, (value, low, high) in measured.items()}  # fmt: skip
