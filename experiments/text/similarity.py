@@ -20,10 +20,10 @@ def main(material: pathlib.Path, out: pathlib.Path) -> None:
     prepare.main(material / "data/text", out / "texts")
     weights, found = material / "weights/all_minilm_l6_v2/model.safetensors", {}
     model = tl_jax.load("minilm_l6", weights, similarity=True)
-    for split in ("dev", "test"):
+    for name, split in {"dev": "val", "test": "test"}.items():
         predictions = score(model, f"text:{out / 'texts/stsb'}", split, labels=("score",))
-        found[split] = tl_jax.summarize(predictions)["spearman"]
-        print(split, found[split])
+        found[name] = tl_jax.summarize(predictions)["spearman"]
+        print(name, found[name])
     (out / "similarity.json").write_text(json.dumps(found))
 
 
