@@ -22,6 +22,7 @@ ROOMS = {
     "studies": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training"},
     "api": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training"},
     "serving": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training", "api"},
+    "advice": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training", "studies", "api"},
     "face": {"", "core", "data", "models", "tasks", "runtime", "weights", "methods", "training", "studies", "api"}
     | {"serving"},
 }

@@ -208,7 +208,8 @@ def _score(candidate: Candidate, names: Sequence[str], parallel: sharding.Parall
     except ValueError as error:
         raise ValueError(f"{candidate.label}: {error}") from None
     rate = None if kept else round(len(source) / spent, 1)
-    row = {"network": candidate.label, "weights": candidate.weights, "features": features.shape[1], "cached": kept}
+    row = {"network": candidate.label, "name": candidate.name, "weights": candidate.weights}
+    row |= {"features": features.shape[1], "cached": kept}
     return row | {"features_per_second": rate, "scores": values, "verified": {}}
 
 

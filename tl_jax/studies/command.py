@@ -122,19 +122,11 @@ def run_config(args, config: ConfigDict, argv: Sequence[str], program: Sequence[
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and the items "option=value" of --config.OPTION=VALUE; ValueError for what does not fit together."""
     args, rest = make_parser().parse_known_args(argv)
-    items, unknown, words = [], [], iter(rest)
-    for word in words:
-        if found := re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", word, re.DOTALL):
-            items.append(f"{found[1]}={next(words, '') if found[2] is None else found[2]}")
-        else:
-            unknown.append(word)
+    items = options_among(rest)
     if not args.config and not args.study:
         raise ValueError("which experiment? give --config configs/NAME.py, or --study experiments/NAME")
     if args.config and args.study:
         raise ValueError("--config and --study are two things to run; a study's base config is in its study.py")
-    if unknown:
-        near = synonyms.hint(unknown[0].lstrip("-").partition("=")[0], OPTIONS)
-        raise ValueError(f"{unknown} are no flags; write options of the config as --config.NAME=VALUE{near}")
     if args.launcher == "local" and (args.slurm or args.cloud or args.submit):
         raise ValueError("--submit, --slurm and --cloud are for a cluster: add --launcher slurm, tpu or gke")
     if args.dry_run and (args.retry or args.submit):
@@ -150,6 +142,20 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if given := [flag for flag in others if getattr(args, flag[2:].replace("-", "_"))]:
         raise ValueError(f"{', '.join(given)}: {why}")
     return args, items
+
+
+def options_among(others: Sequence[str]) -> list[str]:
+    """The items "option=value" of the words --config.OPTION=VALUE; ValueError for other words."""
+    items, unknown, words = [], [], iter(others)
+    for word in words:
+        if found := re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", word, re.DOTALL):
+            items.append(f"{found[1]}={next(words, '') if found[2] is None else found[2]}")
+        else:
+            unknown.append(word)
+    if unknown:
+        near = synonyms.hint(unknown[0].lstrip("-").partition("=")[0], OPTIONS)
+        raise ValueError(f"{unknown} are no flags; write options of the config as --config.NAME=VALUE{near}")
+    return items
 
 
 def make_parser() -> argparse.ArgumentParser:

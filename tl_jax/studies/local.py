@@ -156,18 +156,18 @@ def default_jobs() -> int:
     """One worker per GPU; one on a TPU, which a single process holds; else one per core, as far as memory goes."""
     if glob.glob("/dev/accel*"):
         return 1
-    return len(_gpus(os.environ)) or max(1, min(len(_cores()), machine.memory() // MEMORY))
+    return len(gpus(os.environ)) or max(1, min(len(_cores()), machine.memory() // MEMORY))
 
 
 def divide(jobs: int, environment: Mapping[str, str]) -> list[Slot]:
     """The cores and GPUs of this machine among `jobs` workers; workers on one GPU share its memory evenly."""
-    cores, gpus = _cores(), _gpus(environment)
+    cores, cards = _cores(), gpus(environment)
     slots = []
     for i in range(jobs):
         first, variables = i * len(cores) // jobs, {}
-        if gpus:
-            variables["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
-            if (sharing := len(range(i % len(gpus), jobs, len(gpus)))) > 1:
+        if cards:
+            variables["CUDA_VISIBLE_DEVICES"] = cards[i % len(cards)]
+            if (sharing := len(range(i % len(cards), jobs, len(cards)))) > 1:
                 variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / sharing:.3f}"
         slots.append(Slot(cores[first : max((i + 1) * len(cores) // jobs, first + 1)], variables))
     return slots
@@ -183,7 +183,7 @@ def _use_cores(cores: tuple[int, ...]) -> None:
         os.sched_setaffinity(0, cores)
 
 
-def _gpus(environment: Mapping[str, str]) -> list[str]:
+def gpus(environment: Mapping[str, str]) -> list[str]:
     """Names of the GPUs for CUDA_VISIBLE_DEVICES, without starting jax on them: that would take their memory."""
     if environment.get("JAX_PLATFORMS", "").startswith("cpu"):
         return []

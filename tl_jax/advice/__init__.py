@@ -1,0 +1,1 @@
+"""Which network, which way of adapting it: a race under a budget. It may import studies and api."""
