@@ -39,7 +39,7 @@ from tl_jax.runtime.checkpoint import Checkpoints
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies import inprocess, soups, store, together, worker
 from tl_jax.studies.report import report, results
-from tl_jax.training import build, feature_cache, finished, replicas, settings, train
+from tl_jax.training import build, feature_cache, finished, frozen_columns, replicas, settings, train
 from tl_jax.training.single import Single
 from tl_jax.weights import delta, formats
 from tl_jax.weights import load as pretrained
@@ -155,7 +155,7 @@ def read_run(folder):
 def fill(folder, run, stop=train.never):
     """The features of train, computed where they are not there."""
     material = run.material
-    (column,) = feature_cache.columns_of(run.phases[0].plan, lambda: material.variables, ())
+    (column,) = frozen_columns.columns_of(run.phases[0].plan, lambda: material.variables, ())
     sets = {"train": material.streams["train"]}
     return feature_cache.fill(
         sets, column, material.variables, sharding.make_parallel(), batch_size=8, folder=folder, stop_requested=stop

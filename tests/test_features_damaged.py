@@ -13,11 +13,11 @@ from tl_jax import config as options
 from tl_jax.core import files
 from tl_jax.runtime import sharding
 from tl_jax.runtime.preemption import Preempted
-from tl_jax.training import build, feature_cache
+from tl_jax.training import build, feature_cache, frozen_columns
 from tl_jax.training.single import Single
 
 VIEWS, SIZE = 3, 8  # views of 40 examples in batches of 8: 15 steps
-KEY = {"format": feature_cache.FORMAT, "weights": "none"}
+KEY = {"format": frozen_columns.FORMAT, "weights": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def compute():
         def means(variables, x):
             return jnp.mean(x.astype(jnp.float32), axis=(1, 2)) + len(key)
 
-        column = feature_cache.Column("image", "image", means, {**KEY, "cut": key}, "of nothing")
+        column = frozen_columns.Column("image", "image", means, {**KEY, "cut": key}, "of nothing")
         asked = []
         about = {"batch_size": SIZE, "views": VIEWS, "folder": str(folder)}
         about["stop_requested"] = lambda step: asked.append(step) or len(asked) == stop

@@ -24,7 +24,7 @@ from tl_jax.models import peft
 from tl_jax.runtime import sharding, wall
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.tasks import answers
-from tl_jax.training import feature_cache, steps
+from tl_jax.training import feature_cache, frozen_columns, steps
 from tl_jax.weights import load
 
 METHODS = ("linear_probe", "full")  # of the short runs
@@ -195,7 +195,7 @@ def _score(candidate: Candidate, names: Sequence[str], parallel: sharding.Parall
     loaded, source, variables = candidate.loaded, candidate.source, parallel.place(candidate.loaded.variables)
     model, card = peft.Adapted(loaded.model), loaded.card
     prefix, reader = steps.Prefix(model, model.cuts[-1], cached=True), steps.Reader(model, card, card.field)
-    (column,) = feature_cache.prefix_columns(prefix, reader, variables, ())
+    (column,) = frozen_columns.prefix_columns(prefix, reader, variables, ())
     kept, began = feature_cache.is_kept(column, candidate.batches, variables, cache_dir), wall.seconds()
     how = {"batch_size": parallel.round_up(BATCH), "folder": cache_dir}
     with wall.timed("features"):

@@ -23,7 +23,7 @@ from tl_jax.runtime import sharding, wall
 from tl_jax.studies import local, store, together
 from tl_jax.studies.report.tables import scaled
 from tl_jax.studies.study import RunSpec, Study, title
-from tl_jax.training import feature_cache, steps
+from tl_jax.training import frozen_columns, steps
 from tl_jax.training.build import Run, build
 
 BUDGET = 120.0  # seconds for building and tracing cells; the rest is checked value by value only
@@ -110,7 +110,7 @@ def trace(config) -> Work:
 def example_batch(run: Run, plan: steps.Plan) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """The shapes of a batch, with cached columns, which take one run over the data and are often there already."""
     variables, found = run.material.variables, {}
-    columns = feature_cache.columns_of(plan, lambda: variables, run.material.networks)
+    columns = frozen_columns.columns_of(plan, lambda: variables, run.material.networks)
     for stream in plan.streams:
         raw = {field: jax.ShapeDtypeStruct(x.shape, x.dtype) for field, x in run.material.streams[stream][0].items()}
         found[stream] = raw | {it.field: jax.eval_shape(it.compute, variables, raw[it.view]) for it in columns}

@@ -18,7 +18,7 @@ from tl_jax.data.text.tokens import stack
 from tl_jax.methods import schedules
 from tl_jax.methods.term import MAIN, MODEL
 from tl_jax.runtime import sharding
-from tl_jax.training import audit, evaluate, feature_cache, single, steps, terms
+from tl_jax.training import audit, evaluate, frozen_columns, single, steps, terms
 from tl_jax.training.build import Run, assemble, intervals, prepare
 from tl_jax.training.settings import Settings
 from tl_jax.training.single import Line, Stop
@@ -93,7 +93,7 @@ def _check_prefixes(run: Run, differing: Collection[str]) -> None:
     for i, phase in enumerate(run.phases):
         prefix = phase.plan.prefix
         if prefix and prefix.cached:
-            needed = feature_cache.leaves_of(prefix, trees.flatten(run.material.variables), run.material.networks)
+            needed = frozen_columns.leaves_of(prefix, trees.flatten(run.material.variables), run.material.networks)
             if found := sorted(own & set(needed)):
                 raise ValueError(
                     f"cache='features' keeps one set of features for all replicas; of what {prefix.cut} depends on, "

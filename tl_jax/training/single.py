@@ -17,7 +17,7 @@ from tl_jax.data.text.tokens import TokenFeatures, Tokens
 from tl_jax.methods.term import MAIN, MODEL, Start
 from tl_jax.runtime import sharding, wall
 from tl_jax.runtime.preemption import Stop, check
-from tl_jax.training import audit, evaluate, feature_cache, steps
+from tl_jax.training import audit, evaluate, feature_cache, frozen_columns, steps
 from tl_jax.training.build import Phase, Run
 from tl_jax.training.optim import to_steps
 from tl_jax.training.steps import TrainState
@@ -185,7 +185,7 @@ def cached(
     training = {name: batches for name, batches in sets.items() if name in material.streams}
     how = {"views": _views(run), "batch_size": loop.batch_size, "folder": loop.cache_dir}
     found = dict(sets)
-    for column in feature_cache.columns_of(phase.plan, variables, material.networks, bool(training)):
+    for column in frozen_columns.columns_of(phase.plan, variables, material.networks, bool(training)):
         wanted = sets if column.field == column.view else training
         made = feature_cache.fill(wanted, column, variables(), parallel, **how, stop_requested=stop)
         for name, values in made.items():
@@ -217,7 +217,7 @@ def _without(batches: pipeline.TrainBatches, fields: set[str]) -> pipeline.Train
 def flops_of_features(run: Run, i: int) -> dict[str, float]:
     """{stream: FLOPs of what a phase reads from the cache in place of one example}, as XLA counts them."""
     material, found = run.material, {}
-    for column in feature_cache.columns_of(run.phases[i].plan, lambda: material.variables, material.networks):
+    for column in frozen_columns.columns_of(run.phases[i].plan, lambda: material.variables, material.networks):
         for name, batches in material.streams.items():
             x = feature_cache.example(batches, column.view)
             counted = jax.jit(column.compute).lower(material.variables, x).cost_analysis() or {}
