@@ -147,7 +147,7 @@ def _lacking(claim: Claim, material: str) -> str:
     if claim.needs and not material:
         return f"no --material, which has {', '.join(claim.needs)}"
     missing = [path for path in claim.needs if not pathlib.Path(material, path).exists()]
-    return f"{material} lacks {', '.join(missing)}" if missing else ""
+    return f"the material lacks {', '.join(missing)}" if missing else ""
 
 
 def _carry_out(claim: Claim, workdir: pathlib.Path, material: str, root: pathlib.Path) -> None:
@@ -206,7 +206,7 @@ def _row(
                  for arm, (value, low, high) in measured.items()}  # fmt: skip
         own = {key: str(facts[key]) for key in ("date", "commit", "machine", "seconds")}
         return row | own | {"verdict": verdict, "why": why, "measured": _joined(shown)}
-    if known and all(known.get(key) == row[key] for key in ("key", "published", "tolerance")):
+    if known and known.get("measured") and all(known.get(key) == row[key] for key in ("key", "published", "tolerance")):
         return row | {key: known[key] for key in ("measured", "verdict", "why", "date", "commit", "machine", "seconds")}
     lacking = _lacking(claim, material)
     return row | {"verdict": VERDICTS[3] if lacking else VERDICTS[4], "why": lacking}
@@ -235,7 +235,7 @@ def _write(rows: Sequence[Mapping[str, str]], out: pathlib.Path) -> None:
     files.write_text(out / "ledger.csv", text.getvalue())
     counts = [f"{sum(row['verdict'] == verdict for row in rows)} {verdict}" for verdict in VERDICTS]
     about = [
-        f"{len(rows)} claims: {', '.join(counts)}. `python launch.py --ledger --run --material FOLDER` measures what "
+        f"{len(rows)} claims: {', '.join(counts)}. python launch.py --ledger --run --material FOLDER measures what "
         "is missing and writes this page; nothing in it is written by hand.",
         "Reproduced: each published number lies in the measured 95 % interval, widened by the tolerance. Order only: "
         "the numbers differ, and each difference between arms that is larger than the tolerance has the published "
@@ -247,7 +247,11 @@ def _write(rows: Sequence[Mapping[str, str]], out: pathlib.Path) -> None:
     sources = [f"{row['claim']}: {row['paper']}. {row['says']} {row['command']}" for row in rows]
     cost = ("date", "commit", "machine", "seconds")
     costs = Table("when and where", ("claim", *cost), [tuple(row[key] for key in ("claim", *cost)) for row in rows], 4)
-    sections = {"": [*about, Table("", heads, cells, 5)], "Papers and commands": [sources], "Measurements": [costs]}
+    sections = {
+        "": [*about, Table("published and measured", heads, cells, 5)],
+        "Papers and commands": [sources],
+        "Measurements": [costs],
+    }
     files.write_text(out / "ledger.md", tables.to_markdown("Ledger", sections))
 
 
