@@ -16,7 +16,7 @@ from tl_jax import config as options
 from tl_jax.advice import command, race
 from tl_jax.data import sources
 
-WAYS = ["logistic", "full", "norm_only"]
+WAYS = ["logistic", "full"]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def report_of(folder):
 def test_a_race_killed_five_times_gives_the_report_of_an_unbroken_one(tmp_path):
     whole, broken, rng = tmp_path / "whole", tmp_path / "broken", random.Random(0)
     finish(whole)
-    for finished in (0, 2, 4, 5, 7):  # of the nine runs of its rounds and its final
+    for finished in (0, 1, 3, 4, 6):  # of the seven runs of its rounds and its final
         process = start(broken)
         while len([*broken.glob("*/runs/*/result.json")]) < finished and process.poll() is None:
             time.sleep(0.1)
