@@ -86,6 +86,7 @@ def test_what_does_not_fit_is_one_message_before_any_work(tmp_path, capsys):
 
     assert "--budget '10'" in told(budget="10")
     assert "did you mean 'full'" in told("--methods=fulll,logistic")
+    assert "knn" in told("--methods=knn")
     assert "decides these options" in told("--config.lr=0.1", "--config.data.val=val")
     assert "no flags" in told("--stuff")
     assert "resnet9_cifar" in told(weights="resnet9_cifar=,builtin:glyphs")

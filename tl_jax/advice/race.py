@@ -33,7 +33,8 @@ UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "GFLOP": 1e9, "TFLOP": 1e12, "PFLOP
 RATES = (2e-3, 1e-2)  # of new parts; that of the backbone is a share of it, see recipes
 NETWORKS = 3  # that are raced at most
 KEEP, FINALISTS = 3, 2  # one of three candidates goes on to the next round, until two are left
-PROBES = ("linear_probe", "knn", "logistic", "ridge")
+PROBES = ("linear_probe", "logistic", "ridge")
+NO_FILE = ("knn", "adapter", "prompt", "prompt_deep")  # ways that leave no weight file of a plain network to score
 CACHED = (*PROBES, "last_k", "head_then_last")
 OTHERS = 3  # candidates that the winner is compared with at most, and the best probe
 SHORTEST, LONGEST = 0.2, 30.0  # epochs, of the first round and of any
@@ -162,9 +163,9 @@ def run(
     """Runs a race, or goes on with it, and writes its report; returns what advice.json holds.
 
     data: a source or its path. weights: as of `api.rank.rank`. budget: as of `read_budget`. items: "option=value" for
-    all candidates, such as task, data.labels or seed. methods: of `recipes`, to race these
-    alone. jobs: runs at once; 0: one, or one a GPU. Raises one ValueError for what does not fit; Preempted, with
-    everything saved, soon after `stop_requested()` has become true.
+    all candidates, such as task, data.labels or seed. methods: of `recipes`, to race these alone. jobs: runs at once;
+    0: one, or one a GPU. Raises one ValueError for what does not fit; Preempted, with everything saved, soon after
+    `stop_requested()` has become true.
     """
     asked = {"data": data, "weights": [*weights], "budget": budget, "options": [*items], "methods": [*methods]}
     race = _open(asked, workdir, jobs, stop_requested)
@@ -189,7 +190,7 @@ def _open(asked: dict[str, Any], workdir: pathlib.Path, jobs: int, stop_requeste
     """The race with what it has decided so far; ValueError where the folder is another one's, or something is wrong."""
     budget, path = read_budget(asked["budget"]), workdir / "advice.json"
     given = {item.partition("=")[0] for item in asked["options"]}
-    known = recipes.list_methods()
+    known = [name for name in recipes.list_methods() if name not in NO_FILE]
     unknown = [f"{name}{messages.nearest(name, known)}" for name in asked["methods"] if name not in known]
     checks.refuse(f"--methods are some of {', '.join(known)}", unknown)
     checks.refuse("the race decides these options for each candidate; leave them out", sorted(given & {*DECIDED}))
