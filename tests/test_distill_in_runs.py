@@ -204,6 +204,7 @@ def test_the_moving_average_is_a_teacher(tables):
     assert losses[0] == 0 and all(x > 0 for x in losses[1:])
 
 
+@pytest.mark.slow
 def test_several_teachers_one_of_them_cached(tables, teacher, tmp_path):
     networks = {name: {"name": "mlp_medium", "weights": str(teacher)} for name in ("one", "two")}
     config = kind_of("distillation", tables, teacher)

@@ -148,6 +148,7 @@ def test_cards_and_counts_are_those_of_timm():
         assert (card.std, card.interpolation) == (config["std"], config["interpolation"])
 
 
+@pytest.mark.slow
 def test_a_vit_of_any_size_has_a_name_that_says_it():
     made = load.load("vit_l2_h48_a3_p8_16", "", 5)
     model = made.model

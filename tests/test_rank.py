@@ -54,6 +54,7 @@ def test_the_scores_are_those_of_the_features_and_answers_that_the_network_gives
     assert own["transrate"] == pytest.approx(expected["transrate"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_agreement_is_the_weighted_tau_of_the_columns(tmp_path):
     given = [GLYPHS, "resnet8_cifar=", "lenet="]
     made = tl_jax.rank("digits", given, split=SPLIT, cache_dir=str(tmp_path), scores=["knn", "logme", "leep"])
@@ -98,6 +99,7 @@ def test_the_next_linear_probe_of_the_same_examples_starts_at_once(data, given, 
     assert again["scores"] == first["networks"][0]["scores"]
 
 
+@pytest.mark.slow
 def test_labels_of_several_kinds_in_memory(tmp_path):
     digits = sources.load("digits", SPLIT)
     several = np.stack([digits.labels % 2, digits.labels > 4], axis=1).astype(np.int32)

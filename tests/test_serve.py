@@ -125,6 +125,7 @@ def multipart(*parts):
     return b"".join([*lines, b"--xyz--\r\n"]), "multipart/form-data; boundary=xyz"
 
 
+@pytest.mark.slow
 def test_every_form_of_a_request_is_answered_as_predict_answers(server, folder):
     network, pictures = tl_jax.load_export(folder), IMAGES[:3]
     expected = [row["top5"] for row in tl_jax.predict(network, pictures)]
