@@ -4,7 +4,7 @@ import csv
 
 from tl_jax.studies.ledger import Claim
 
-COMMAND = ("experiments/office_caltech/run.py", "{material}/data/office_caltech10_surf", "{out}")
+COMMANDS = (("experiments/office_caltech/run.py", "{material}/data/office_caltech10_surf", "{out}"),)
 FAMILY = "the first of two families of published tables, which disagree"
 
 
@@ -23,7 +23,7 @@ def of(method):
 def claim(method, title, paper, numbers, tolerance):
     published = dict(zip(("C-A", "C-W"), numbers, strict=True))
     says, needs = f"{title} and 1-NN, from Caltech to Amazon and to Webcam.", ("data/office_caltech10_surf",)
-    return Claim(method, paper, says, published, tolerance, FAMILY, COMMAND, needs, of(method))
+    return Claim(method, paper, says, published, tolerance, FAMILY, COMMANDS, needs, of(method))
 
 
 CLAIMS = (

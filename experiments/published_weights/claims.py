@@ -7,7 +7,7 @@ import numpy as np
 
 from tl_jax.studies.ledger import Claim
 
-COMMAND = ("experiments/published_weights/run.py", "{material}", "{out}")
+COMMANDS = (("experiments/published_weights/run.py", "{material}", "{out}"),)
 NEEDS = ("data/imagenet_sample_250", "data/cifar10_jpeg", "weights/deit_tiny_patch16_224", "weights/mobilenet_v2",
          "weights/cifar10_resnet")  # fmt: skip
 PHOTOS = "250 photos that look like training images: this proves the conversion; the tolerance is one photo"
@@ -48,13 +48,13 @@ def on_imagenet(name, title, paper, file, published):
     command = ("-m", "tl_jax", "evaluate", "--model", name, "--weights", f"{{material}}/weights/{file}",
                "folder:{material}/data/imagenet_val", "--json")  # fmt: skip
     needs = ("data/imagenet_val", f"weights/{file}")
-    return Claim(f"{name}_imagenet", paper, says, {"top1": published}, 0.1, "", command, needs, top1)
+    return Claim(f"{name}_imagenet", paper, says, {"top1": published}, 0.1, "", (command,), needs, top1)
 
 
 def on_photos(name, title, framework, published):
     paper, numbers = f"{framework} in PyTorch on the same photos", " and ".join(map(str, published.values()))
     says = f"{title}: {numbers} % of 250 photos."
-    return Claim(f"{name}_photos", paper, says, published, 0.4, PHOTOS, COMMAND, NEEDS, exactly(name))
+    return Claim(f"{name}_photos", paper, says, published, 0.4, PHOTOS, COMMANDS, NEEDS, exactly(name))
 
 
 def cifar(out):
@@ -72,7 +72,7 @@ CLAIMS = (
     on_photos(*MOBILENET, "torchvision", {"top1": 82.4, "top5": 96.4}),
     Claim("cifar_resnets", "The repository of these weights (Idelbayev)",
           "ResNet-20 and ResNet-32: 91.78 and 92.78 % of CIFAR-10's test images.",
-          {"ResNet-32": 92.78, "ResNet-20": 91.78}, 0.1, JPEG, COMMAND, NEEDS, cifar),
+          {"ResNet-32": 92.78, "ResNet-20": 91.78}, 0.1, JPEG, COMMANDS, NEEDS, cifar),
     on_imagenet(*DEIT, "Touvron et al. 2021", "deit_tiny_patch16_224/deit_tiny_patch16_224.safetensors", 72.2),
     on_imagenet(*MOBILENET, "torchvision, table of weights", "mobilenet_v2/mobilenet_v2-b0353104.pth", 71.878),
 )  # fmt: skip

@@ -14,7 +14,7 @@ CLAIMS = (
     Claim(
         "minilm_sts", "Sentence-Transformers, table of pretrained models; Reimers & Gurevych 2019 for the protocol",
         "all-MiniLM-L6-v2 on STS-B's test pairs: Spearman's correlation 82.03.",
-        {"test": 82.03}, 0.05, "", ("experiments/text/similarity.py", "{material}", "{out}"),
+        {"test": 82.03}, 0.05, "", (("experiments/text/similarity.py", "{material}", "{out}"),),
         ("data/text", "weights/all_minilm_l6_v2"), spearman,
     ),
 )  # fmt: skip

@@ -10,6 +10,7 @@ import csv
 import datetime
 import importlib.util
 import io
+import itertools
 import os
 import pathlib
 import platform
@@ -23,7 +24,7 @@ from typing import NamedTuple
 from tl_jax.core import files, messages
 from tl_jax.core.console import Table, show
 from tl_jax.runtime import preemption
-from tl_jax.studies.report import tables
+from tl_jax.studies.report import results, statistics, tables
 
 VERDICTS = ("reproduced", "order only", "not reproduced", "cannot be run here", "not run yet")
 COLUMNS = ("claim", "paper", "says", "published", "tolerance", "measured", "verdict", "why", "differs", "date",
@@ -33,14 +34,14 @@ Measured = Mapping[str, tuple[float, float, float]]  # {arm: (value, low, high)}
 
 
 class Claim(NamedTuple):
-    """One published statement about numbers, and the command that measures them.
+    """One published statement about numbers, and the commands that measure them.
 
     name: in lower case, once in its file. paper: with table, figure or page. says: in a sentence. published: {arm:
-    number}. tolerance: how far a measured number may be from it, in its units. differs: how what is run differs from
-    the paper's protocol; "" for not at all. command: words behind python, from the root of the repository; {out} is a
-    folder of its own, whose stdout.txt keeps what is printed, {material} the folder of data and weights. needs: paths
-    in that. measure: out -> Measured, of every arm of published, with 95 % intervals (three equal numbers where nothing
-    is random).
+    number}; {} where the claim is an order alone. tolerance: how far a measured number may be from it, in its units.
+    differs: how what is run differs from the paper's protocol; "" for not at all. commands: each the words behind
+    python, from the root of the repository; {out} is a folder of their own, whose stdout.txt keeps what is printed,
+    {material} the folder of data and weights. needs: paths in that. measure: out -> Measured, of every arm, with 95 %
+    intervals (three equal numbers where nothing is random). above: pairs (arm, an arm that is below it).
     """
 
     name: str
@@ -49,14 +50,35 @@ class Claim(NamedTuple):
     published: Mapping[str, float]
     tolerance: float
     differs: str
-    command: tuple[str, ...]
+    commands: tuple[tuple[str, ...], ...]
     needs: tuple[str, ...]
     measure: Callable[[pathlib.Path], Measured]
+    above: tuple[tuple[str, str], ...] = ()
 
     @property
     def key(self) -> str:
-        """What a measurement belongs to: another command, another measurement."""
-        return messages.fingerprint(dict(enumerate(self.command)))[:12]
+        """What a measurement belongs to: other commands, another measurement."""
+        return messages.fingerprint({str(i): list(words) for i, words in enumerate(self.commands)})[:12]
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Arms of which the first is claimed to be above the second: as given, or by their published numbers."""
+        known = self.published
+        return self.above or tuple((a, b) for a in known for b in known if known[a] - known[b] > self.tolerance)
+
+    @property
+    def arms(self) -> list[str]:
+        """What is shown of a measurement: the arms that the claim names, and the differences of its pairs."""
+        return [
+            *dict.fromkeys([*self.published, *itertools.chain(*self.pairs)]),
+            *(f"{a} - {b}" for a, b in self.pairs),
+        ]
+
+    @property
+    def claimed(self) -> str:
+        """The numbers, or the order."""
+        order = "; ".join(f"{a} > {b}" for a, b in self.above)
+        return _joined({arm: f"{value:g}" for arm, value in self.published.items()}) or order
 
 
 def judge(claim: Claim, measured: Measured) -> tuple[str, str]:
@@ -64,16 +86,17 @@ def judge(claim: Claim, measured: Measured) -> tuple[str, str]:
 
     reproduced: each published number lies in the measured interval, widened by the tolerance. order only: numbers
     differ, and each pair of arms whose published numbers differ by more than the tolerance has the same order, with an
-    interval of the difference that excludes 0, or intervals that do not overlap.
+    interval of the difference that excludes 0, or intervals that do not overlap. A claim of an order alone is
+    reproduced where each of its pairs has it so.
     """
+    unclear = [f"{a} > {b}" for a, b in claim.pairs if not _above(measured, a, b)]
+    if not claim.published:
+        return ("not reproduced", f"not seen: {', '.join(unclear)}") if unclear else ("reproduced", "")
     off = [arm for arm, value in claim.published.items() if not _covers(measured[arm], value, claim.tolerance)]
     if not off:
         return "reproduced", ""
     told = ", ".join(f"{arm or 'measured'} {measured[arm][0]:.4g}, published {claim.published[arm]:.4g}" for arm in off)
-    pairs = [(a, b) for a in claim.published for b in claim.published
-             if claim.published[a] - claim.published[b] > claim.tolerance]  # fmt: skip
-    unclear = [f"{a} > {b}" for a, b in pairs if not _above(measured, a, b)]
-    if pairs and not unclear:
+    if claim.pairs and not unclear:
         return "order only", told
     return "not reproduced", told + (f"; not seen: {', '.join(unclear)}" if unclear else "")
 
@@ -91,6 +114,22 @@ def _above(measured: Measured, a: str, b: str) -> bool:
     return measured[a][1] > measured[b][2]
 
 
+def of_study(folder: pathlib.Path, arms: Mapping[str, Mapping[str, str]], metric: str = "accuracy") -> Measured:
+    """The means over seeds of cells of a study, {arm: {factor: level}}, in percent, and their paired differences.
+
+    Student's intervals over the seeds that both arms have.
+    """
+    found, scores = results.load(folder), {}
+    for arm, levels in arms.items():
+        (cell,) = found.cells_where(levels)
+        scores[arm] = {unit: 100 * value for unit, value in found.scores(cell, metric).items()}
+    values = {arm: found.interval(list(known.values())) for arm, known in scores.items()}
+    for a, b in itertools.permutations(scores, 2):
+        both = [(scores[a][unit], scores[b][unit]) for unit in scores[a] if unit in scores[b]]
+        values[f"{a} - {b}"] = statistics.paired(*zip(*both, strict=True))
+    return {name: (row["mean"], row["low"], row["high"]) for name, row in values.items()}
+
+
 def load(root: pathlib.Path = ROOT) -> dict[str, Claim]:
     """{EXPERIMENT/NAME: claim} of all experiments; ValueError lists all files and claims that are not as expected."""
     found, problems = {}, []
@@ -106,7 +145,7 @@ def load(root: pathlib.Path = ROOT) -> dict[str, Claim]:
         for claim in claims:
             name = f"{path.parent.name}/{claim.name}"
             twice = ["its name is taken"] if name in found else []
-            empty = [field for field in ("paper", "says", "published", "command") if not getattr(claim, field)]
+            empty = [field for field in ("paper", "says", "claimed", "commands") if not getattr(claim, field)]
             problems += [f"{name}: {text}" for text in [*twice, *(f"{field} is empty" for field in empty)]]
             found[name] = claim
     if problems:
@@ -129,7 +168,7 @@ def run(
         if re.search(only, name) and not lacking and not (workdir / claim.key / "measured.json").exists():
             if stop_requested():
                 break
-            show(f"{name}: {' '.join(_words(claim, workdir, material))}")
+            show(f"{name}: {_told(claim)}")
             _carry_out(claim, workdir, material, root)
     rows = [_row(name, claim, workdir, material, known.get(name)) for name, claim in claims.items()]
     out.mkdir(parents=True, exist_ok=True)
@@ -137,9 +176,8 @@ def run(
     return rows
 
 
-def _words(claim: Claim, workdir: pathlib.Path, material: str) -> list[str]:
-    folders = {"{out}": str((workdir / claim.key).absolute()), "{material}": str(pathlib.Path(material).absolute())}
-    return [re.sub(r"\{(out|material)\}", lambda found: folders[found[0]], word) for word in claim.command]
+def _told(claim: Claim) -> str:
+    return " && ".join(" ".join(["python", *words]) for words in claim.commands)
 
 
 def _lacking(claim: Claim, material: str) -> str:
@@ -151,16 +189,21 @@ def _lacking(claim: Claim, material: str) -> str:
 
 
 def _carry_out(claim: Claim, workdir: pathlib.Path, material: str, root: pathlib.Path) -> None:
-    """Runs the command of a claim; what it prints and how it ended is in its folder. A later call begins it again."""
+    """Runs the commands of a claim; what they print and how they ended is in its folder. A later call begins again."""
     folder = workdir / claim.key
     folder.mkdir(parents=True, exist_ok=True)
+    folders = {"{out}": str(folder.absolute()), "{material}": str(pathlib.Path(material).absolute())}
     began, path = time.monotonic(), os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    with (folder / "stdout.txt").open("w") as out, (folder / "stderr.txt").open("w") as errors:
-        code = subprocess.run([sys.executable, *_words(claim, workdir, material)], cwd=root, stdout=out, stderr=errors,
-                              env={**os.environ, "PYTHONPATH": path}).returncode  # fmt: skip
-    if code:
-        show(f"it ended with code {code}, see {folder / 'stderr.txt'}")
-        return
+    for name in ("stdout.txt", "stderr.txt"):
+        (folder / name).unlink(missing_ok=True)
+    for words in claim.commands:
+        words = [re.sub(r"\{(out|material)\}", lambda found: folders[found[0]], word) for word in words]
+        with (folder / "stdout.txt").open("a") as out, (folder / "stderr.txt").open("a") as errors:
+            how = {"cwd": root, "stdout": out, "stderr": errors, "env": {**os.environ, "PYTHONPATH": path}}
+            code = subprocess.run([sys.executable, *words], **how).returncode
+        if code:
+            show(f"it ended with code {code}, see {folder / 'stderr.txt'}")
+            return
     facts = {"date": datetime.date.today().isoformat(), "commit": _commit(root), "machine": _machine()}
     files.write_json(folder / "measured.json", {**facts, "seconds": round(time.monotonic() - began, 1)})
 
@@ -188,11 +231,10 @@ def _row(
     name: str, claim: Claim, workdir: pathlib.Path, material: str, known: Mapping[str, str] | None
 ) -> dict[str, str]:
     """The row of a claim: as measured in this workdir, else as it was known, else why there is none."""
-    published = {arm: f"{value:g}" for arm, value in claim.published.items()}
     row = dict.fromkeys(COLUMNS, "") | {
-        "claim": name, "paper": claim.paper, "says": claim.says, "published": _joined(published),
+        "claim": name, "paper": claim.paper, "says": claim.says, "published": claim.claimed,
         "tolerance": f"{claim.tolerance:g}", "differs": claim.differs, "key": claim.key,
-        "command": " ".join(["python", *claim.command]),
+        "command": _told(claim),
     }  # fmt: skip
     folder = workdir / claim.key
     if (folder / "measured.json").exists():
@@ -203,7 +245,7 @@ def _row(
             raise ValueError(f"{name}: what its command left in {folder} cannot be read: {error!r}") from error
         verdict, why = judge(claim, measured)
         shown = {arm: f"{value:.4g}" + (f" ({low:.4g} .. {high:.4g})" if high > low else "")
-                 for arm, (value, low, high) in measured.items()}  # fmt: skip
+                 for arm, (value, low, high) in measured.items() if arm in claim.arms}  # fmt: skip
         own = {key: str(facts[key]) for key in ("date", "commit", "machine", "seconds")}
         return row | own | {"verdict": verdict, "why": why, "measured": _joined(shown)}
     if known and known.get("measured") and all(known.get(key) == row[key] for key in ("key", "published", "tolerance")):
@@ -237,13 +279,16 @@ def _write(rows: Sequence[Mapping[str, str]], out: pathlib.Path) -> None:
     about = [
         f"{len(rows)} claims: {', '.join(counts)}. python launch.py --ledger --run --material FOLDER measures what "
         "is missing and writes this page; nothing in it is written by hand.",
-        "Reproduced: each published number lies in the measured 95 % interval, widened by the tolerance. Order only: "
-        "the numbers differ, and each difference between arms that is larger than the tolerance has the published "
-        "sign with certainty.",
+        "Reproduced: each published number lies in the measured 95 % interval, widened by the tolerance; of a claim "
+        "without numbers, each difference has the published sign, and its 95 % interval excludes 0. Order only: the "
+        "numbers differ, and so much holds of the differences.",
     ]
     heads = ("claim", "verdict", "published", "measured", "how ours differs, and why")
-    cells = [(row["claim"], row["verdict"], f"{row['published']} ± {row['tolerance']}", row["measured"],
-              "; ".join(filter(None, (row["differs"], row["why"])))) for row in rows]  # fmt: skip
+    cells = []
+    for row in rows:
+        bound = f" ± {row['tolerance']}" if row["tolerance"] != "0" else ""
+        how = "; ".join(filter(None, (row["differs"], row["why"])))
+        cells.append((row["claim"], row["verdict"], row["published"] + bound, row["measured"], how))
     sources = [f"{row['claim']}: {row['paper']}. {row['says']} {row['command']}" for row in rows]
     cost = ("date", "commit", "machine", "seconds")
     costs = Table("when and where", ("claim", *cost), [tuple(row[key] for key in ("claim", *cost)) for row in rows], 4)
