@@ -185,6 +185,7 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.mark.figures
 @pytest.mark.slow
 def test_a_run_leaves_a_gallery_and_explain_draws_its_images_and_others(photos, tmp_path, capsys, monkeypatch):
     model = tl_jax.load("resnet8_cifar", "builtin:glyphs", image_size=16)
@@ -210,6 +211,7 @@ def test_a_run_leaves_a_gallery_and_explain_draws_its_images_and_others(photos, 
     assert "found 60 images, expected at most 2" in capsys.readouterr().err
 
 
+@pytest.mark.figures
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["binary", "multilabel", "regression"])
 def test_every_task_of_images_has_a_gallery_and_maps(kind, photos, tmp_path):

@@ -251,6 +251,7 @@ def test_the_figures_of_a_comparison_and_of_an_interpolation_do_not_stand_there_
     assert all(f"{name}.png: left out (RuntimeError: no figure)" in text for name in ("comparison", "curve", "soup"))
 
 
+@pytest.mark.figures
 @pytest.mark.slow
 def test_classes_whose_folders_are_not_utf_8_are_trained_on_and_drawn(tmp_path):
     rng = np.random.default_rng(0)

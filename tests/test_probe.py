@@ -65,6 +65,7 @@ def by_hand():
             {"train": "train[:20%]", "val": "train[90%:]", "test": "test[:20%]"}.items()}  # fmt: skip
 
 
+@pytest.mark.figures
 @pytest.mark.slow
 @pytest.mark.thin(1)
 def test_neighbours_give_the_accuracy_that_scikit_learn_gives_on_the_features(tmp_path, by_hand):

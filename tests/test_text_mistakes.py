@@ -91,6 +91,7 @@ def test_nothing_is_left_where_nothing_is_wrong_and_of_many_mistakes_the_surest(
     assert [line[0] for line in lines] == [f"row/{i}" for i in range(249, 149, -1)]
 
 
+@pytest.mark.figures
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_a_run_on_texts_leaves_the_table_of_its_scored_split(task, tmp_path):

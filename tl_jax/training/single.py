@@ -196,7 +196,8 @@ def cached(
             render = found[name].renders.get(column.view)
             if column.field != column.view and render is not None and render.preprocess.ops:
                 found[name] = dataclasses.replace(found[name], views=values.shape[0])  # what is live sees these crops
-    return {name: _without(found[name], _unread(phase)) if name in training else found[name] for name in found}
+    unread = _unread(phase)
+    return {name: _without(found[name], unread) if unread and name in training else found[name] for name in found}
 
 
 def _unread(phase: Phase) -> set[str]:
