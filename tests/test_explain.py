@@ -136,7 +136,7 @@ def test_the_attention_of_a_network_with_lora_is_that_of_the_merged_network():
     plain = explain.attention_weights(model, variables, x)
     assert list(found) == list(merged) == [f"backbone/block{i}/attn" for i in range(2)]
     for path, weights in found.items():
-        np.testing.assert_allclose(weights, merged[path], atol=1e-4)
+        np.testing.assert_allclose(weights, merged[path], atol=5e-4)
         assert np.abs(weights - plain[path]).max() > 1e-3
 
 
