@@ -217,6 +217,7 @@ def test_running_from_any_cut_gives_the_same_logits():
         close(adapted.apply(both, out[cut], start=cut)[0], logits, 1e-6)
 
 
+@pytest.mark.slow
 def test_tokens_of_the_network_without_prompts_are_refused():
     model, variables, adapted, both = plain_and_adapted(VIT, SHALLOW)
     plain = model.apply(variables, images())[1]["block0"]

@@ -74,6 +74,7 @@ def to_facebook(key):
     return key
 
 
+@pytest.mark.slow
 def test_facebooks_names_are_read_as_timm_reads_them(small, tmp_path):
     model, x = torch_reference.randomize(small_timm()), twins.images(64)
     state = {to_facebook(key): value for key, value in model.state_dict().items()}

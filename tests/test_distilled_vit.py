@@ -51,6 +51,7 @@ def both_heads(model, x):
     return [each.numpy() for each in found]
 
 
+@pytest.mark.slow
 def test_both_heads_and_their_mean_are_timms(small, files):
     model, path = files
     loaded, x = load.load(small, path), images(48)

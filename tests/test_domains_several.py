@@ -312,6 +312,7 @@ def test_examples_with_weights_count_in_every_risk_as_in_the_tasks_own_term():
 # Several sources and a target
 
 
+@pytest.mark.slow
 def test_the_moment_distance_and_its_gradient_are_the_papers():
     x, _, _, domain = scattered()
     target = np.random.default_rng(9).standard_normal((5, 6))

@@ -86,6 +86,7 @@ def project(leaves, x):
     return y @ leaves["proj"]["kernel"] + leaves["proj"]["bias"]
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("merge", ["concat", "sum"])
 def test_late_fusion_is_the_projected_features_of_the_parts_joined_under_the_head(merge):

@@ -110,6 +110,7 @@ def test_numbers_and_gradients_are_those_of_transformers_under_the_same_masks(ki
             assert np.abs(value - wanted).max() < 1e-4 * max(np.abs(wanted).max(), 0.1), key
 
 
+@pytest.mark.slow
 def test_the_share_that_is_kept_and_the_mean_of_what_is_dropped():
     masks = {shape: np.asarray(layers.kept(jax.random.key(1), 0.1, shape)) for shape in ((400, 3, 101), (1000, 64))}
     for mask in masks.values():
@@ -161,6 +162,7 @@ def drawn(family, **fields):
     return *found, gradient
 
 
+@pytest.mark.slow
 @ONE_NOW
 def test_nothing_is_dropped_out_of_training_or_at_rate_zero(family):
     model, x = make(family), input_of(family)

@@ -94,6 +94,7 @@ def test_the_table_of_shapes_is_that_of_the_networks(name):
     assert nearest.known_shapes()[name] == traced(name), "run python tests/test_nearest.py"
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_mutilated_file_is_nearest_to_what_it_was(name):

@@ -109,6 +109,7 @@ def test_what_is_trained_on_pairs_predicts_exports_and_is_loaded_again(layer, we
     assert np.allclose(swapped, found, atol=1e-5) == (layer == "cosine")
 
 
+@pytest.mark.slow
 def test_a_regression_begins_with_the_cosine_as_a_share_of_the_range_of_its_targets(weights, tmp_path):
     rows = [(a, b, 2 + 5 * share) for a, b, share in pairs(60)]
     data = {name: ([row[:2] for row in part], np.array([row[2] for row in part], np.float32)[:, None])

@@ -188,6 +188,7 @@ def test_a_death_does_not_count_where_the_run_had_come_further(folder):
         assert attempt == 1 and read_json(folder / "claim.json")["step"] == 30
 
 
+@pytest.mark.slow
 def test_whoever_looks_at_the_states_takes_no_run_away(folder):
     done = threading.Event()
 
