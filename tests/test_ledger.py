@@ -106,6 +106,9 @@ def test_the_arms_of_a_study_are_means_over_seeds_and_paired_differences(monkeyp
     low, high = stats.t.interval(0.95, 5, (a - b).mean(), stats.sem(a - b))
     np.testing.assert_allclose(found["first - second"], ((a - b).mean(), low, high))
     np.testing.assert_allclose(found["second"][0], b.mean())
+    grid[("b",)] = {(9, ""): grid[("b",)][(0, "")]}
+    with pytest.raises(ValueError, match="first and second have 0 finished seeds in common"):
+        ledger.of_study(None, {"first": {"f": "a"}, "second": {"f": "b"}})
 
 
 def test_files_and_claims_that_do_not_fit_are_all_named(root):

@@ -50,7 +50,7 @@ def sections(race: Any, rounds: list[Mapping[str, Any]], metric: str) -> tables.
     return {
         "Chosen": [*told, _beaten(final, chosen, others, metric, where)],
         "Rounds": [_rounds(race, rounds, metric), Picture("rounds", f"{metric} on val by round"), *_failed(race)],
-        "Networks": [*_networks(state["ranking"]), *state["ranking"]["notes"]],
+        "Networks": [*Ranking(state["ranking"]).tables, *state["ranking"]["notes"]],
     }
 
 
@@ -90,11 +90,6 @@ def _failed(race: Any) -> list[str]:
         runs = race.runs(f"round{number}")
         found += [f"{name} failed: {plain(run.error)}" for name, run in runs.items() if run.state == "failed"]
     return found
-
-
-def _networks(ranking: Mapping[str, Any]) -> list[Table]:
-    """The ranking of the networks."""
-    return Ranking(ranking).tables
 
 
 def _draw(race: Any, rounds: list[Mapping[str, Any]]) -> None:

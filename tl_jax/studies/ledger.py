@@ -117,7 +117,7 @@ def _above(measured: Measured, a: str, b: str) -> bool:
 def of_study(folder: pathlib.Path, arms: Mapping[str, Mapping[str, str]], metric: str = "accuracy") -> Measured:
     """The means over seeds of cells of a study, {arm: {factor: level}}, in percent, and their paired differences.
 
-    Student's intervals over the seeds that both arms have.
+    Student's intervals over the seeds that both arms have; ValueError where these are fewer than two.
     """
     found, scores = results.load(folder), {}
     for arm, levels in arms.items():
@@ -126,6 +126,8 @@ def of_study(folder: pathlib.Path, arms: Mapping[str, Mapping[str, str]], metric
     values = {arm: found.interval(list(known.values())) for arm, known in scores.items()}
     for a, b in itertools.permutations(scores, 2):
         both = [(scores[a][unit], scores[b][unit]) for unit in scores[a] if unit in scores[b]]
+        if len(both) < 2:
+            raise ValueError(f"{a} and {b} have {len(both)} finished seeds in common; expected two or more")
         values[f"{a} - {b}"] = statistics.paired(*zip(*both, strict=True))
     return {name: (row["mean"], row["low"], row["high"]) for name, row in values.items()}
 
