@@ -180,7 +180,7 @@ def test_no_more_workers_are_started_than_there_are_runs_to_do(tmp_path, monkeyp
 
 
 def test_cores_and_gpus_are_shared_out(monkeypatch):
-    monkeypatch.setattr(local, "_cores", lambda: (2, 3, 4, 5, 6))
+    monkeypatch.setattr(local.machine, "cores", lambda: (2, 3, 4, 5, 6))
     assert [slot.cores for slot in local.divide(2, {"JAX_PLATFORMS": "cpu"})] == [(2, 3), (4, 5, 6)]
     several = [slot.cores for slot in local.divide(10, {"JAX_PLATFORMS": "cpu"})]
     assert several == [(core,) for core in (2, 2, 3, 3, 4, 4, 5, 5, 6, 6)]

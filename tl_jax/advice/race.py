@@ -72,11 +72,11 @@ def read_budget(text: str) -> Budget:
 
 def splits(known: Sequence[str]) -> dict[str, str]:
     """The splits of a race, of those that a source has: test is the source's test, else val, else a fifth of train."""
-    if "test" not in known and "val" not in known:
-        return {"data.train": "train[:64%]", "data.val": "train[64%:80%]", "data.test": "train[80%:]"}
-    if "test" in known and "val" in known:
-        return {"data.train": "train", "data.val": "val", "data.test": "test"}
-    return {"data.train": "train[:80%]", "data.val": "train[80%:]", "data.test": "test" if "test" in known else "val"}
+    if "test" in known:
+        return inputs.options_of(known)
+    if "val" in known:
+        return {"data.train": "train[:80%]", "data.val": "train[80%:]", "data.test": "val"}
+    return {"data.train": "train[:64%]", "data.val": "train[64%:80%]", "data.test": "train[80%:]"}
 
 
 def ways(name: str, task: str, epochs: float, methods: Sequence[str] = ()) -> dict[str, dict[str, Any]]:

@@ -14,3 +14,8 @@ def memory() -> int:
         with contextlib.suppress(OSError, ValueError):  # "max" is no number
             limits.append(int(pathlib.Path(path).read_text()))
     return min(limits)
+
+
+def cores() -> tuple[int, ...]:
+    """The cores that this process may use; macOS does not tell."""
+    return tuple(sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)))

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from tl_jax.core import files, messages
+from tl_jax.core import files, machine, messages
 from tl_jax.core.console import Table, show
 from tl_jax.runtime import preemption
 from tl_jax.studies.report import results, statistics, tables
@@ -206,7 +206,11 @@ def _carry_out(claim: Claim, workdir: pathlib.Path, material: str, root: pathlib
         if code:
             show(f"it ended with code {code}, see {folder / 'stderr.txt'}")
             return
-    facts = {"date": datetime.date.today().isoformat(), "commit": _commit(root), "machine": _machine()}
+    facts = {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(root),
+        "machine": f"{len(machine.cores())} cores, {platform.machine()}",
+    }
     files.write_json(folder / "measured.json", {**facts, "seconds": round(time.monotonic() - began, 1)})
 
 
@@ -222,11 +226,6 @@ def _commit(root: pathlib.Path) -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _machine() -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores, {platform.machine()}"
 
 
 def _row(

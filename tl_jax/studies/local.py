@@ -108,7 +108,7 @@ def start_worker(workdir: pathlib.Path, slot: Slot) -> subprocess.Popen:
     path = [str(pathlib.Path(tl_jax.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
     environment = {**os.environ, **slot.environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     command = [sys.executable, "-m", "tl_jax.studies.worker", str(workdir), "--parent", str(os.getpid())]
-    own = _cores()
+    own = machine.cores()
     try:
         _use_cores(slot.cores)  # a process starts with the cores of the thread that starts it
         return subprocess.Popen(command, env=environment, start_new_session=True)
@@ -156,12 +156,12 @@ def default_jobs() -> int:
     """One worker per GPU; one on a TPU, which a single process holds; else one per core, as far as memory goes."""
     if glob.glob("/dev/accel*"):
         return 1
-    return len(gpus(os.environ)) or max(1, min(len(_cores()), machine.memory() // MEMORY))
+    return len(gpus(os.environ)) or max(1, min(len(machine.cores()), machine.memory() // MEMORY))
 
 
 def divide(jobs: int, environment: Mapping[str, str]) -> list[Slot]:
     """The cores and GPUs of this machine among `jobs` workers; workers on one GPU share its memory evenly."""
-    cores, cards = _cores(), gpus(environment)
+    cores, cards = machine.cores(), gpus(environment)
     slots = []
     for i in range(jobs):
         first, variables = i * len(cores) // jobs, {}
@@ -171,11 +171,6 @@ def divide(jobs: int, environment: Mapping[str, str]) -> list[Slot]:
                 variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / sharing:.3f}"
         slots.append(Slot(cores[first : max((i + 1) * len(cores) // jobs, first + 1)], variables))
     return slots
-
-
-def _cores() -> tuple[int, ...]:
-    """The cores that this process may use; macOS does not tell."""
-    return tuple(sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)))
 
 
 def _use_cores(cores: tuple[int, ...]) -> None:
