@@ -105,7 +105,7 @@ class RunLog:
         seconds, self._clock = (now - self._clock) * self._share, now
         rate = examples / seconds
         waited, self.waited = self.waited * self._share, 0.0
-        row = {"step": step, "seconds": round(seconds, 6), f"{what}_per_second": round(rate, 1)}
+        row = {"step": step, "seconds": round(seconds, 9), f"{what}_per_second": round(rate, 1)}
         row |= {"data_wait_seconds": round(waited, 6), "data_wait": round(waited / seconds, 4)}
         self._append("timing", {**row, **self.rates(step - self._timed, seconds)})
         self._timed = step
