@@ -160,9 +160,20 @@ def test_names_of_files_may_have_an_equals_sign(tmp_path):
 def test_a_projection_is_no_classifier(tmp_path, monkeypatch):
     clip_files = pytest.importorskip("clip_files")
     clip_files.add_names(monkeypatch)
-    own = load.load("small_clip", clip_files.write("clip", tmp_path), None)
+    own = tl_jax.load("small_clip", clip_files.write("clip", tmp_path))
     assert own.card.num_classes == clip_files.EMBEDDING and not ranking._classifies(own)
-    assert ranking._classifies(load.load("resnet8_cifar", GLYPHS, None))
+    assert ranking._classifies(tl_jax.load("resnet8_cifar", GLYPHS))
+    assert not ranking._classifies(tl_jax.load("resnet8_cifar", GLYPHS, num_classes=10))  # a new head
+
+
+def test_a_network_that_load_gave_is_ranked_as_it_is(found, tmp_path):
+    given = tl_jax.load("resnet8_cifar", GLYPHS)
+    larger = tl_jax.load("resnet8_cifar", GLYPHS, image_size=40)
+    own = found["networks"][0]["scores"]
+    made = tl_jax.rank("digits", [larger, given], split=MORE, cache_dir=str(tmp_path), scores=["knn", "leep", "logme"])
+    scores_of = {row["network"]: row["scores"] for row in made["networks"]}
+    assert len(scores_of) == 2 and {name: own[name] for name in made["scores"]} in scores_of.values()
+    assert len({values["logme"] for values in scores_of.values()}) == 2
 
 
 def test_the_command_fits_80_columns_and_writes_json_and_csv(tmp_path, capfd, monkeypatch):

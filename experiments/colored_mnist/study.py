@@ -12,6 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from configs import transfer
+from tl_jax.core import files
 from tl_jax.studies import store
 from tl_jax.studies.report import selection
 from tl_jax.studies.study import Study
@@ -71,7 +72,11 @@ def get_study(arg: str = "") -> Study:
 
 
 def main(folder: pathlib.Path) -> None:
-    """Prints the mean and the standard error over seeds, in %, of each method under three rules of selection."""
+    """Prints the mean and the standard error over seeds, in %, of each method under three rules of selection.
+
+    folder/rules.json gets {method: {rule: [accuracy of each seed]}}.
+    """
+    known = {}
     runs = [row for row in store.read_plan(folder)["runs"] if (store.run_folder(folder, row["key"]) / RESULT).exists()]
     print("\t".join(["method", "runs", *RULES]))
     for method in METHODS:
@@ -87,8 +92,10 @@ def main(folder: pathlib.Path) -> None:
             for rule, name in RULES.items():
                 found[rule].append(100 * rows[name]["accuracy"])
             print(f"  {method}, seed {seed}: {[rows[name]['chosen'] for name in RULES.values()]}", file=sys.stderr)
+        known[method] = found
         cells = [f"{np.mean(x):.1f} +- {np.std(x, ddof=1) / len(x) ** 0.5:.1f}" for x in found.values() if len(x) > 1]
         print("\t".join([method, str(len(own)), *cells]))
+    files.write_json(folder / "rules.json", known)
 
 
 if __name__ == "__main__":

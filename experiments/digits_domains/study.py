@@ -7,6 +7,7 @@ three parts are disjoint: trained on without labels, judged on without labels, s
 
 import pathlib
 import sys
+from collections.abc import Collection
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from configs import transfer
@@ -35,9 +36,8 @@ METHODS = {
 ALL, FEW = "usps-mnist", ("source only", "dann", "mmd", "mcc")  # the task of all methods; those of the others
 
 
-def levels(task: str, steps: int) -> dict[str, dict]:
+def levels(task: str, steps: int, names: Collection[str]) -> dict[str, dict]:
     """{method: its options}; SHOT trains two thirds of the steps on the source, then without it and a resting head."""
-    names = METHODS if task == ALL else FEW
     first, second = float(2 * steps // 3), float(steps - 2 * steps // 3)
     adapt = {"terms": {"task": {"weight": 0.0}, "shot": {"target": "target"}}, **REST, "restart": True}
     shot = {"phases": ((("total", (first, "steps")),), (("total", (second, "steps")), *adapt.items()))}
@@ -45,10 +45,12 @@ def levels(task: str, steps: int) -> dict[str, dict]:
 
 
 def get_study(arg: str = "") -> Study:
-    """The argument is root=FOLDER, what prepare.py made, task=SOURCE-TARGET, steps=N, and further options."""
+    """The argument is root=FOLDER, what prepare.py made, task=SOURCE-TARGET, steps=N, methods=few or all; options."""
     given = dict(item.partition("=")[::2] for item in arg.split(",") if item)
     root, task = given.pop("root", "digits"), given.pop("task", "usps-mnist")
-    steps = int(given.pop("steps", STEPS))
+    steps, every = int(given.pop("steps", STEPS)), given.pop("methods", "all" if task == ALL else "few")
+    if every not in ("all", "few"):
+        raise ValueError(f"methods={every!r}: expected all or few")
     source, _, target = task.partition("-")
     if source == target or not {source, target} <= set(DOMAINS):
         raise ValueError(f"task={task!r}: expected SOURCE-TARGET, two of {', '.join(DOMAINS)}")
@@ -69,7 +71,7 @@ def get_study(arg: str = "") -> Study:
         base.log_every, base.eval_every = (100.0, "steps"), (max(1.0, steps // 6), "steps")
     return Study(
         base=transfer.parse(base, ",".join(f"{key}={value}" for key, value in given.items())),
-        factors={"method": levels(task, steps)},
+        factors={"method": levels(task, steps, METHODS if every == "all" else FEW)},
         baseline={"method": "source only"},
         seeds=(0, 1, 2),
         metrics=("target_test/accuracy", "accuracy"),

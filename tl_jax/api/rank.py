@@ -38,9 +38,7 @@ class Candidate(NamedTuple):
     """A network that is ready to read its data. classifies: its own head gives classes from the features."""
 
     label: str
-    name: str
-    weights: str
-    loaded: load.Loaded
+    network: models.Model
     source: Source
     batches: pipeline.EvalBatches
     classifies: bool
@@ -79,7 +77,7 @@ class Ranking(dict):
 
 def rank(
     data: Any,
-    weights: Sequence[str],
+    weights: Sequence[str | models.Model],
     *,
     split: str = "train",
     task: str = "classification",
@@ -93,12 +91,13 @@ def rank(
 ) -> Ranking:
     """Ranks networks for a labelled task by what they make of it as they are; see docs/choosing.md.
 
-    data: as for `fit`. weights: each "FILE" whose card names its network, "NAME=FILE", "NAME=" for random weights, or
-    what else `load` takes. split: the examples, never of test; shots: only so many of each class. seed: of these, of
-    random weights and of the short runs. scores: of `methods.scores.SCORES`, all that fit the labels unless given.
-    verify: so many steps for which a linear probe and the whole of each network are trained on four fifths of the
-    split, and scored on the last fifth. The features are those that a linear probe with cache=features of the same
-    examples reads. One ValueError for all that cannot be ranked, before any feature is computed.
+    data: as for `fit`. weights: each "FILE" whose card names its network, "NAME=FILE", "NAME=" for random weights,
+    what else `load` takes, or a network that it gave, such as one of another image_size. split: the examples, never of
+    test; shots: only so many of each class. seed: of these, of random weights and of the short runs. scores: of
+    `methods.scores.SCORES`, all that fit the labels unless given. verify: so many steps for which a linear probe and
+    the whole of each network are trained on four fifths of the split, and scored on the last fifth. The features are
+    those that a linear probe with cache=features of the same examples reads. One ValueError for all that cannot be
+    ranked, before any feature is computed.
     """
     asked = {"labels": tuple(labels), "text": tuple(text)}
     _check(data, weights, split, shots, verify)
@@ -128,12 +127,16 @@ def rank(
     return Ranking(found | {"agreement": agreement, "notes": notes})
 
 
-def _check(data: Any, weights: Sequence[str], split: str, shots: int, verify: int) -> None:
-    named = not isinstance(data, str | os.PathLike)
+def _told(given: str | models.Model) -> str:
+    return given if isinstance(given, str) else f"{given.name}={given.weights}"
+
+
+def _check(data: Any, weights: Sequence[str | models.Model], split: str, shots: int, verify: int) -> None:
+    named, told = not isinstance(data, str | os.PathLike), [_told(given) for given in weights]
     tested = [cut for cut in sources.parse_split(split) if cut.split == "test"]
     problems = {
-        f"weights {list(weights)}: expected FILE, NAME=FILE or NAME=, one or several": not (weights and all(weights)),
-        f"weights {list(weights)}: a network is named twice": len(set(weights)) < len(weights),
+        f"weights {told}: expected FILE, NAME=FILE or NAME=, one or several": not (weights and all(weights)),
+        f"weights {told}: a network is named twice": len(set(weights)) < len(weights),
         f"split {split!r}: the choice of a network is part of the training, and test is for what comes after": tested,
         f"shots={shots} are drawn from a source by its name; select them from data in memory": shots and named,
         f"shots={shots}: short runs train on four fifths of the split; leave out shots, or verify": shots and verify,
@@ -142,7 +145,12 @@ def _check(data: Any, weights: Sequence[str], split: str, shots: int, verify: in
 
 
 def _open_all(
-    weights: Sequence[str], data: Any, split: str, task: str, asked: Mapping[str, Any], sampling: Mapping[str, int]
+    weights: Sequence[str | models.Model],
+    data: Any,
+    split: str,
+    task: str,
+    asked: Mapping[str, Any],
+    sampling: Mapping[str, int],
 ) -> list[Candidate]:
     """Every network with its data; one ValueError for all that cannot be loaded, or cannot read the data."""
     found, problems = [], {}
@@ -150,26 +158,20 @@ def _open_all(
         try:
             found.append(_open(given, data, split, task, asked, sampling))
         except (ValueError, OSError) as error:
-            problems.setdefault(str(error), []).append(given)
+            problems.setdefault(str(error), []).append(_told(given))
     texts = [f"{', '.join(names)}: {text}" for text, names in problems.items()]
     checks.refuse(f"{sum(map(len, problems.values()))} of {len(weights)} networks cannot be ranked", texts)
     labels = [each.label for each in found]
-    return [each._replace(label=f"{x} {each.weights}") if labels.count(x := each.label) > 1 else each for each in found]
+    several = [labels.count(label) > 1 for label in labels]
+    return [each._replace(label=f"{each.label} {each.network.weights}") if twice else each
+            for each, twice in zip(found, several, strict=True)]  # fmt: skip
 
 
 def _open(
-    given: str, data: Any, split: str, task: str, asked: Mapping[str, Any], sampling: Mapping[str, int]
+    given: str | models.Model, data: Any, split: str, task: str, asked: Mapping[str, Any], sampling: Mapping[str, int]
 ) -> Candidate:
-    name, equals, weights = given.partition("=")
-    if not equals or os.path.exists(given) or any(mark in name for mark in ":/"):
-        name, weights = "", given
-    loaded = load.load(name, weights, 0, seed=sampling["seed"])
-    classifies = False
-    if loaded.dropped:
-        own = load.load(name, weights, None)
-        classifies = _classifies(own)
-        loaded = own if classifies else loaded
-    card = loaded.card
+    network = _load(given, sampling["seed"]) if isinstance(given, str) else given
+    card = network.card
     if card.parts:
         raise ValueError(f"{card.model} reads several inputs, and the scores are of the features of one network")
     known = {inputs.source_name(data, card.input): sampling} if isinstance(data, str | os.PathLike) else {}
@@ -179,21 +181,32 @@ def _open(
     if source.sealed or not source.class_names:
         raise ValueError(f"{source.name} has no labels, and every score reads them")
     batches = pipeline.eval_batches(source, {card.input: pipeline.View(card)}, BATCH)
-    label = card.model if weights else f"{card.model} (random)"
-    return Candidate(label, name or card.model, weights, loaded, source, batches, classifies)
+    label = card.model + (f" at {network.image_size} pixels" if network.image_size else "")
+    label += "" if network.weights else " (random)"
+    return Candidate(label, network, source, batches, _classifies(network))
 
 
-def _classifies(own: load.Loaded) -> bool:
-    """Whether a file's head gives classes from the last cut: no projection, numbers, map reader or tokens."""
-    model, biased = own.model, own.origins.get("params/head/bias") != "zeros"
+def _load(given: str, seed: int) -> models.Model:
+    """The network that a text names, with its own head where that classifies, else without one."""
+    name, equals, weights = given.partition("=")
+    if not equals or os.path.exists(given) or any(mark in name for mark in ":/"):
+        name, weights = "", given
+    has_head = load.load(name, weights, 0, seed=seed).dropped
+    network = models.load(name, weights, num_classes=None if has_head else 0, seed=seed)
+    return models.load(name, weights, num_classes=0) if has_head and not _classifies(network) else network
+
+
+def _classifies(own: models.Model) -> bool:
+    """Whether its own head gives classes from the last cut: no projection, numbers, map reader or tokens."""
+    model, biased = own.module, own.origins.get("params/head/bias") not in (*load.RANDOM, "zeros")
     reads_features = heads.reads(model) == model.cuts[-1] and not getattr(model, "token_head", False)
     return own.card.task in ("classification", "binary") and own.card.num_classes > 0 and biased and reads_features
 
 
 def _score(candidate: Candidate, names: Sequence[str], parallel: sharding.Parallel, cache_dir: str) -> Row:
     """Its features, from the disk or computed now and kept there, and what the scores make of them."""
-    loaded, source, variables = candidate.loaded, candidate.source, parallel.place(candidate.loaded.variables)
-    model, card = peft.Adapted(loaded.model), loaded.card
+    network, source = candidate.network, candidate.source
+    model, card, variables = peft.Adapted(network.module), network.card, parallel.place(network.variables)
     prefix, reader = steps.Prefix(model, model.cuts[-1], cached=True), steps.Reader(model, card, card.field)
     (column,) = frozen_columns.prefix_columns(prefix, reader, variables, ())
     kept, began = feature_cache.is_kept(column, candidate.batches, variables, cache_dir), wall.seconds()
@@ -208,18 +221,18 @@ def _score(candidate: Candidate, names: Sequence[str], parallel: sharding.Parall
     except ValueError as error:
         raise ValueError(f"{candidate.label}: {error}") from None
     rate = None if kept else round(len(source) / spent, 1)
-    row = {"network": candidate.label, "name": candidate.name, "weights": candidate.weights}
+    row = {"network": candidate.label, "name": network.name, "weights": network.weights}
     row |= {"features": features.shape[1], "cached": kept}
     return row | {"features_per_second": rate, "scores": values, "verified": {}}
 
 
 def _probabilities(candidate: Candidate, features: np.ndarray) -> np.ndarray:
     """What the file's own head says of the features, [N, classes]."""
-    model, variables = candidate.loaded.model, candidate.loaded.variables
+    model, variables = candidate.network.module, candidate.network.variables
     answer = jax.jit(lambda variables, x: model.apply(variables, x, start=model.cuts[-1])[0])
     parts = [answer(variables, features[i : i + 4096]) for i in range(0, len(features), 4096)]
     logits = np.concatenate([np.asarray(part, np.float64) for part in parts])
-    if candidate.loaded.card.task == "binary":
+    if candidate.network.card.task == "binary":
         positive = scipy.special.expit(logits.reshape(len(logits)))
         return np.stack([1 - positive, positive], axis=1)
     return scipy.special.softmax(logits, axis=1)
@@ -227,8 +240,7 @@ def _probabilities(candidate: Candidate, features: np.ndarray) -> np.ndarray:
 
 def _verify(candidate: Candidate, data: Any, task: str, how: Mapping[str, Any], cache_dir: str) -> dict[str, float]:
     """{method: the metric that selects} of short runs on all but one fold of the split, scored on that fold."""
-    network, found = models.load(candidate.name, candidate.weights, num_classes=0), {}
-    metric = tasks.METRICS[task].monitor[0][0]
+    metric, found, network = tasks.METRICS[task].monitor[0][0], {}, candidate.network
     for method in METHODS:
         changes = {**how, "data.val": "", "data.test": "", "data.resample": FOLD}
         changes |= {"cache": "features", "cache_dir": cache_dir} if method == "linear_probe" else {}
