@@ -24,6 +24,8 @@ RATES = {
 OTHERS = {
     "more": {"batch_size": 16},
     "last": {"method.name": "last_k", "method.k": 1},
+    "cached": {"method.name": "last_k", "method.k": 1, "cache": "features"},
+    "cached, slow": {"method.name": "last_k", "method.k": 1, "cache": "features", "lr": 0.02},
     "ridge": {"method.name": "ridge", "select": "last"},
 }
 
@@ -42,7 +44,10 @@ def test_what_trains_a_head_alone_and_differs_in_rates_is_one_set(tmp_path):
     runs = plan(tmp_path, {**RATES, **OTHERS})
     found = together.sets(tmp_path, [run.key for run in runs], "heads")
     rates = [keys_of(runs, *RATES, seeds=(seed,)) for seed in (0, 1)]
-    assert [keys for keys in found if len(keys) > 1] == rates and len(found) == 8
+    assert [keys for keys in found if len(keys) > 1] == rates and len(found) == 12
+    rates += [keys_of(runs, "cached", "cached, slow", seeds=(seed,)) for seed in (0, 1)]
+    found = together.sets(tmp_path, [run.key for run in runs], "cached")
+    assert sorted(keys for keys in found if len(keys) > 1) == sorted(rates)
     assert together.sets(tmp_path, [run.key for run in runs], "all")[0] == keys_of(runs, *RATES)
     assert all(len(keys) == 1 for keys in together.sets(tmp_path, [run.key for run in runs], "none"))
 

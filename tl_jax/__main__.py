@@ -116,6 +116,7 @@ COMMANDS = {
         arg("--task", choices=["classification", "binary", "multilabel", "regression"], default="classification"),
         arg("--labels", default="", help="label columns, with commas, of csv:, table: and text: sources"),
         arg("--text", default="", help="the columns of the texts, with a comma, of text: sources"),
+        arg("--image-size", type=_PIXELS, default=0, help="pixels, 224 or HEIGHTxWIDTH, instead of the cards'"),
         arg("--shots", type=one(checks.integer(0, 10**6)), default=0, help="examples of each class; 0: all"),
         arg("--seed", type=one(SEED), default=0, help="of the shots, random weights and the runs of --verify"),
         arg("--scores", default="", help="names with commas, see docs/choosing.md; default: all that fit the labels"),

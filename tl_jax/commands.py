@@ -117,7 +117,9 @@ def classic(args: Args) -> None:
 def rank(args: Args) -> None:
     _check_out(args.out, ".csv")
     given = {"labels": args.labels, "text": args.text, "scores": args.scores}
-    how = {name: getattr(args, name) for name in ("split", "task", "shots", "seed", "verify", "cache_dir")}
+    how = {
+        name: getattr(args, name) for name in ("split", "task", "shots", "seed", "verify", "cache_dir", "image_size")
+    }
     how |= {name: value.split(",") if value else () for name, value in given.items()}
     with console.quiet(args.json):
         found = tl_jax.rank(args.data, args.weights.split(","), **how)

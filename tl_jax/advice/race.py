@@ -52,14 +52,21 @@ class Budget(NamedTuple):
     amount: float
     timed: bool
 
-    def split(self, cost: Mapping[str, Any]) -> tuple[float, float, float]:
-        """What a run took of it for cached features, for its steps and for all else; cost: its cost.json."""
+    def total(self, cost: Mapping[str, Any]) -> float:
+        """What a run took of it, by its cost.json."""
+        return sum((cost.get("wall_seconds") or {}).values()) if self.timed else cost.get("flops") or 0.0
+
+    def split(self, cost: Mapping[str, Any]) -> tuple[float, float]:
+        """What a run like it takes besides its steps, and what its steps took.
+
+        Cached features are on the disk by then, which saves time; operations are counted again.
+        """
+        phases, wall = cost.get("phases") or (), cost.get("wall_seconds") or {}
         if self.timed:
-            wall = cost.get("wall_seconds") or {}
-            known = wall.get("features", 0.0), wall.get("training", 0.0)
-            return *known, sum(wall.values()) - sum(known)
-        features = sum(phase.get("flops_of_features") or 0.0 for phase in cost.get("phases") or ())
-        return features, (cost.get("flops") or features) - features, 0.0
+            steps = wall.get("training", 0.0) if phases else 0.0
+            return self.total(cost) - steps - wall.get("features", 0.0), steps
+        features = sum(phase.get("flops_of_features") or 0.0 for phase in phases)
+        return (features, self.total(cost) - features) if phases else (self.total(cost), 0.0)
 
 
 def read_budget(text: str) -> Budget:
@@ -152,7 +159,7 @@ class Race(NamedTuple):
     def spent(self) -> float:
         """Of the budget, by what the finished runs say of themselves; the ranking counts in a budget of time."""
         folders = [path.parent for path in sorted(self.folder.glob("*/runs/*/result.json"))]
-        known = sum(sum(self.budget.split(files.read_json(path / "cost.json"))) for path in folders)
+        known = sum(self.budget.total(files.read_json(path / "cost.json")) for path in folders)
         return known / self.jobs + self.state["ranking"]["seconds"] if self.budget.timed else known
 
 
@@ -168,7 +175,7 @@ def run(
     `stop_requested()` has become true.
     """
     asked = {"data": data, "weights": [*weights], "budget": budget, "options": [*items], "methods": [*methods]}
-    race = _open(asked, workdir, jobs, stop_requested)
+    race = open_race(asked, workdir, jobs, stop_requested)
     if "ranking" not in race.state:
         _rank(race)
     if "candidates" not in race.state:
@@ -186,8 +193,13 @@ def run(
     return race.state
 
 
-def _open(asked: dict[str, Any], workdir: pathlib.Path, jobs: int, stop_requested: Stop) -> Race:
-    """The race with what it has decided so far; ValueError where the folder is another one's, or something is wrong."""
+def open_race(
+    asked: dict[str, Any], workdir: pathlib.Path, jobs: int = 0, stop_requested: Stop = lambda *_: False
+) -> Race:
+    """The race with what it has decided so far; asked: as advice.json has it.
+
+    ValueError where the folder is another one's, or something is wrong.
+    """
     budget, path = read_budget(asked["budget"]), workdir / "advice.json"
     given = {item.partition("=")[0] for item in asked["options"]}
     known = [name for name in recipes.list_methods() if name not in NO_FILE]
@@ -212,7 +224,8 @@ def _rank(race: Race) -> None:
     data, asked = race.base.data, race.state["asked"]
     began = time.monotonic()
     found = rank.rank(data.source, asked["weights"], split=data.train, task=race.base.task, labels=data.labels,
-                      text=data.text, seed=race.base.seed)  # fmt: skip
+                      text=data.text, image_size=race.base.model.image_size, seed=race.base.seed,
+                      cache_dir=race.base.cache_dir)  # fmt: skip
     found["seconds"] = time.monotonic() - began
     networks = {row["network"]: {"name": row["name"], "weights": row["weights"]} for row in found["networks"]}
     race.decide(ranking=dict(found), networks=networks)
@@ -269,7 +282,7 @@ def _plan(race: Race, number: int) -> bool:
         before, least = race.runs(f"round{number - 1}"), race.state["rounds"][-1]["epochs"]
         chosen = race.order(number - 1)[: counts[0]]
         parts = [race.budget.split(files.read_json(before[name].folder / "cost.json")) for name in chosen]
-        costs = [(part[2], part[1] / least) for part in parts]
+        costs = [(besides, steps / least) for besides, steps in parts]
     else:
         chosen, least, costs = list(race.state["candidates"]), SHORTEST, [*race.state["first_costs"].values()]
     epochs = length(_left(race), costs, counts)
@@ -285,7 +298,7 @@ def _plan(race: Race, number: int) -> bool:
 def _carry_out(race: Race, stage: str, levels: Mapping[str, Mapping[str, Any]]) -> None:
     """Runs one round, or the final, as a study."""
     folder = race.folder / stage
-    study = Study(race.base, {"candidate": levels}, seeds=(race.base.seed,))
+    study = Study(race.base, {"candidate": levels}, seeds=(race.base.seed,), together="cached")
     store.plan(folder, stage, f"{stage} of the race in {race.folder}", study)
     if not (open_runs := store.open_runs(folder)):
         return

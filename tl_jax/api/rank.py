@@ -83,6 +83,7 @@ def rank(
     task: str = "classification",
     labels: Sequence[str] = (),
     text: Sequence[str] = (),
+    image_size: int | tuple[int, int] = 0,
     shots: int = 0,
     seed: int = 0,
     scores: Sequence[str] = (),
@@ -92,17 +93,17 @@ def rank(
     """Ranks networks for a labelled task by what they make of it as they are; see docs/choosing.md.
 
     data: as for `fit`. weights: each "FILE" whose card names its network, "NAME=FILE", "NAME=" for random weights,
-    what else `load` takes, or a network that it gave, such as one of another image_size. split: the examples, never of
-    test; shots: only so many of each class. seed: of these, of random weights and of the short runs. scores: of
-    `methods.scores.SCORES`, all that fit the labels unless given. verify: so many steps for which a linear probe and
-    the whole of each network are trained on four fifths of the split, and scored on the last fifth. The features are
-    those that a linear probe with cache=features of the same examples reads. One ValueError for all that cannot be
-    ranked, before any feature is computed.
+    what else `load` takes, or a network that it gave. image_size: of the networks that are named. split: the examples,
+    never of test; shots: only so many of each class. seed: of these, of random weights and of the short runs.
+    scores: of `methods.scores.SCORES`, all that fit the labels unless given. verify: so many steps for which a linear
+    probe and the whole of each network are trained on four fifths of the split, and scored on the last fifth. The
+    features are those that a linear probe with cache=features of the same examples reads. One ValueError for all that
+    cannot be ranked, before any feature is computed.
     """
     asked = {"labels": tuple(labels), "text": tuple(text)}
     _check(data, weights, split, shots, verify)
     keep_compiled_programs()
-    opened = _open_all(weights, data, split, task, asked, {"shots": shots, "seed": seed})
+    opened = _open_all(weights, data, split, task, asked, {"shots": shots, "seed": seed}, image_size)
     source, parallel, rows, notes = opened[0].source, sharding.make_parallel(), [], []
     names = transferability.names_for(source.label_kind, scores)
     held_out = resample.split(source.labels, FOLD, 0, source.groups)[1] if verify else ()  # raises, before any work
@@ -151,12 +152,14 @@ def _open_all(
     task: str,
     asked: Mapping[str, Any],
     sampling: Mapping[str, int],
+    image_size: int | tuple[int, int],
 ) -> list[Candidate]:
     """Every network with its data; one ValueError for all that cannot be loaded, or cannot read the data."""
     found, problems = [], {}
     for given in weights:
         try:
-            found.append(_open(given, data, split, task, asked, sampling))
+            network = _load(given, sampling["seed"], image_size) if isinstance(given, str) else given
+            found.append(_open(network, data, split, task, asked, sampling))
         except (ValueError, OSError) as error:
             problems.setdefault(str(error), []).append(_told(given))
     texts = [f"{', '.join(names)}: {text}" for text, names in problems.items()]
@@ -168,9 +171,8 @@ def _open_all(
 
 
 def _open(
-    given: str | models.Model, data: Any, split: str, task: str, asked: Mapping[str, Any], sampling: Mapping[str, int]
+    network: models.Model, data: Any, split: str, task: str, asked: Mapping[str, Any], sampling: Mapping[str, int]
 ) -> Candidate:
-    network = _load(given, sampling["seed"]) if isinstance(given, str) else given
     card = network.card
     if card.parts:
         raise ValueError(f"{card.model} reads several inputs, and the scores are of the features of one network")
@@ -186,14 +188,15 @@ def _open(
     return Candidate(label, network, source, batches, _classifies(network))
 
 
-def _load(given: str, seed: int) -> models.Model:
+def _load(given: str, seed: int, image_size: int | tuple[int, int]) -> models.Model:
     """The network that a text names, with its own head where that classifies, else without one."""
     name, equals, weights = given.partition("=")
     if not equals or os.path.exists(given) or any(mark in name for mark in ":/"):
         name, weights = "", given
     has_head = load.load(name, weights, 0, seed=seed).dropped
-    network = models.load(name, weights, num_classes=None if has_head else 0, seed=seed)
-    return models.load(name, weights, num_classes=0) if has_head and not _classifies(network) else network
+    how = {"image_size": image_size, "seed": seed}
+    network = models.load(name, weights, num_classes=None if has_head else 0, **how)
+    return models.load(name, weights, num_classes=0, **how) if has_head and not _classifies(network) else network
 
 
 def _classifies(own: models.Model) -> bool:

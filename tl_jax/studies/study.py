@@ -15,7 +15,7 @@ from tl_jax.core import messages
 from tl_jax.data import resample
 
 SHARED = ("seed", "seeds", "baseline", "replicas", "data.resample")  # the study's own: no level may set them
-TOGETHER = ("heads", "all", "none")
+TOGETHER = ("heads", "cached", "all", "none")
 KEY = 12  # hex digits of the hash of its options, which name a run
 SHOWN = 20  # offenders in one message
 
@@ -27,7 +27,7 @@ class Study(NamedTuple):
     baseline: `{factor: level}`, what the other levels of that factor are compared with, the other factors being equal.
     metrics: the first decides; "NAME/METRIC" is that of a set of data.extra_eval; (): what the base's task monitors.
     design: holdout | kfold:K | kfold:KxR | loo | bootstrap:N, see tl_jax/data/resample.py.
-    together: which runs are trained in one program, see tl_jax/studies/together.py: heads | all | none.
+    together: which runs are trained in one program, see tl_jax/studies/together.py: heads | cached | all | none.
     """
 
     base: ConfigDict

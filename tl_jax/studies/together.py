@@ -1,8 +1,9 @@
 """Runs of a study that are one program: they differ in their rates alone and share what is frozen.
 
-Study.together: heads, runs that train nothing but a head and differ in RATES; all, any that take steps and differ in
-config.REPLICABLE; none, every run by itself. A set that was begun is W/together/KEY: runs.json names its runs, and the
-reason where it cannot be trained and they are done one by one; checkpoints/ is what it has saved.
+Study.together: heads, runs that train nothing but a head and differ in RATES; cached, these and runs of last_k behind
+cached features; all, any that take steps and differ in config.REPLICABLE; none, every run by itself. A set that was
+begun is W/together/KEY: runs.json names its runs, and the reason where it cannot be trained and they are done one by
+one; checkpoints/ is what it has saved.
 """
 
 import json
@@ -69,11 +70,14 @@ def form_of(flat: Mapping[str, Any], which: str) -> str | None:
 
     What depends on data and network is checked in tl_jax/training/replicas.py.
     """
-    heads = flat["method.name"] == "linear_probe" and not flat["method.add"] and not flat["phases"]
+    plain = not flat["method.add"] and not flat["phases"]
+    heads = plain and flat["method.name"] == "linear_probe"
+    cached = heads or (plain and flat["method.name"] == "last_k" and flat["cache"] == "features")
+    fits = {"none": False, "heads": heads, "cached": cached, "all": True}[which]
     stepping = flat["method.name"] not in config.WITHOUT_STEPS and flat["parallel"] == "jit"
-    if which == "none" or not stepping or (which == "heads" and not heads):
+    if not (fits and stepping):
         return None
-    free = set(RATES if which == "heads" else config.REPLICABLE)
+    free = set(config.REPLICABLE if which == "all" else RATES)
     spans = [flat[name] for name in DURATIONS]
     spans += [value for phase in flat["phases"] for name, value in phase if name in DURATIONS]
     if any(amount and unit == "epochs" for amount, unit in spans):
