@@ -186,6 +186,18 @@ def test_mixing_changes_the_loss_and_is_a_function_of_seed_and_step(mixing):
     assert trees.leaf_hashes(mixed) == trees.leaf_hashes(again)
 
 
+def test_random_numbers_differ_from_step_to_step_and_from_device_to_device():
+    still = {"method": "linear_probe", "optimizer": optim.Group("sgd", lr_mult=0.0), "mixup": 0.3}
+    batch = make_batch(4)
+    half = {"train": {name: values[:2] for name, values in batch["train"].items()}}
+    twice = {"train": {name: np.concatenate([values, values]) for name, values in half["train"].items()}}
+    one, two = (run(count, [batch] * count, **still)[0].sums["loss"] for count in (1, 2))
+    assert two - one != pytest.approx(one, rel=1e-4)  # the same parameters and batch, other draws
+    alone = run(1, [half], devices=jax.devices()[:1], **still)[0].sums["loss"]
+    both = run(1, [twice], mode="pmap", devices=jax.devices()[:2], **still)[0].sums["loss"]
+    assert both != pytest.approx(2 * alone, rel=1e-4)  # each device has the same two examples
+
+
 def test_evaluation_does_not_depend_on_devices_or_mode():
     model, variables = initial_variables("resnet8_cifar", 4, 16)
     images = make_batch(8)["train"]["image"]

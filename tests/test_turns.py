@@ -49,6 +49,18 @@ def small():
     )
 
 
+def test_the_random_numbers_of_a_turn_are_its_own():
+    model, variables, batch = small()
+    parallel = sharding.make_parallel("jit", jax.devices()[:1])
+    losses = []
+    for turns in ((), (Turn(("head",), {"task": 1.0}),) * 2):
+        plan = plans.make_plan(model, variables, parallel, 3, "linear_probe", mixup=0.3)._replace(turns=turns)
+        tx = plans.make_tx(plan, optim.Group("sgd", lr_mult=0.0))
+        state = steps.init_state(plan, tx, variables, {}, 0)
+        losses.append(float(jax.jit(steps.make_train_step(plan, tx))(state, batch).sums["loss"]))
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)  # that of the first turn, and the mean of both
+
+
 @pytest.mark.slow
 def test_turns_equal_a_loop_over_optimizers_of_their_own():
     """Every group has an optimizer by itself, which is called in its turns alone, at the learning rate of the step."""
