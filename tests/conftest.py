@@ -8,6 +8,7 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
+import hypothesis
 import jax
 import pytest
 
@@ -26,6 +27,17 @@ pytest.register_assert_rewrite("walks", "domain_cases", "small_network")
 duplicates.FOLDER = pathlib.Path(_CACHE.name, "duplicates")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+EFFORT = {"few": 30, "many": 3000}  # inputs of each property
+
+
+def pytest_configure(config):
+    """With `-m battery` hypothesis looks long, and elsewhere each time; else a little, for the same inputs always."""
+    for name, count in EFFORT.items():
+        unhurried = {"deadline": None, "suppress_health_check": [*hypothesis.HealthCheck], "database": None}
+        hypothesis.settings.register_profile(name, max_examples=count, derandomize=name == "few", **unhurried)
+    hypothesis.settings.load_profile("many" if config.getoption("markexpr") == "battery" else "few")
 
 
 @pytest.fixture(autouse=True)

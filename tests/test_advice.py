@@ -15,6 +15,7 @@ import pytest
 from tl_jax import config as options
 from tl_jax.advice import command, race
 from tl_jax.data import sources
+from tl_jax.studies.study import grid, load
 
 WAYS = ["logistic", "last_k"]
 
@@ -91,6 +92,23 @@ def test_what_does_not_fit_is_one_message_before_any_work(tmp_path, capsys):
     assert "no flags" in told("--stuff")
     assert "resnet9_cifar" in told(weights="resnet9_cifar=,builtin:glyphs")
     assert "nowhere" in told(data="folder:nowhere")
+
+
+def test_the_study_of_a_race_trains_each_candidate_for_the_longest_and_scores_the_test_of_the_race(tmp_path):
+    asked = {"data": "digits", "weights": [], "budget": "1min", "options": ["seed=3"], "methods": []}
+    over, label = race.open_race(asked, tmp_path), "resnet8_cifar"
+    networks = {label: {"name": label, "weights": "builtin:glyphs"}}
+    candidates = {f"{label}, {way}": [label, way] for way in race.ways(label, "classification", 1.0)}
+    over.decide(networks=networks, candidates=candidates)
+    study = load(f"experiments/advice:race={tmp_path}")[2]
+    configs = [run.config for run in grid(study)]
+    assert len(configs) == len(candidates) == 9 and {config.seed for config in configs} == {3}
+    assert {config.data.extra_eval for config in configs} == {(("unseen", "digits", "test"),)}
+    assert not any(config.data.test for config in configs)
+    lengths = [[dict(phase)["total"] for phase in config.phases] or [config.total] for config in configs]
+    assert [sum(amount for amount, _ in each) for each in lengths] == pytest.approx([race.LONGEST] * 9)
+    with pytest.raises(ValueError, match="expected race=W"):
+        load("experiments/advice")
 
 
 def start(folder):

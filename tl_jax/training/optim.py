@@ -51,7 +51,7 @@ def linear(peak: float, steps: int, *, final: NonNegative = 0.0):
 
 def step(peak: float, steps: int, *, milestones: Milestones = (1 / 3, 2 / 3), factor: NonNegative = 0.1):
     """The peak times `factor` for every milestone passed; milestones are fractions of the time after warm-up."""
-    return lambda k: peak * factor ** sum((k >= round(m * steps)).astype(jnp.float32) for m in milestones)
+    return lambda k: peak * factor ** sum((k >= math.ceil(m * steps - 1e-9)).astype(jnp.float32) for m in milestones)
 
 
 def inverse_sqrt(peak: float, steps: int, *, timescale: Annotated[float, checks.number(0, above=True)] = 1.0):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 PADDING = -1  # in place of the number of a token
+BETWEEN = b"\xff"  # a byte that UTF-8 never has
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 
 
@@ -23,11 +24,11 @@ class Texts(NamedTuple):
 
     def head(self, index: int) -> bytes:
         """All of an example, which its hash reads."""
-        return "\0".join(self.rows[index]).encode(errors="surrogatepass")
+        return BETWEEN.join(text.encode(errors="surrogatepass") for text in self.rows[index])
 
 
 def join_texts(rows: Sequence[tuple[str, ...]]) -> dict[str, np.ndarray]:
-    """The arrays "text" uint8, UTF-8 end to end with a zero between two texts of one example, and "offsets" [N + 1]."""
+    """The arrays "text" uint8, UTF-8 end to end with BETWEEN between texts of one example, and "offsets" [N + 1]."""
     encoded = [Texts((row,)).head(0) for row in rows]
     return {"text": np.frombuffer(b"".join(encoded), np.uint8), "offsets": np.cumsum([0, *map(len, encoded)])}
 
@@ -35,8 +36,8 @@ def join_texts(rows: Sequence[tuple[str, ...]]) -> dict[str, np.ndarray]:
 def part_texts(data: np.ndarray, offsets: np.ndarray) -> Texts:
     """What `join_texts` joined; UnicodeDecodeError is a ValueError."""
     whole = data.tobytes()
-    rows = [whole[a:b].decode(errors="surrogatepass") for a, b in itertools.pairwise(offsets.tolist())]
-    return Texts(tuple(tuple(row.split("\0")) for row in rows))
+    rows = [whole[a:b].split(BETWEEN) for a, b in itertools.pairwise(offsets.tolist())]
+    return Texts(tuple(tuple(text.decode(errors="surrogatepass") for text in row) for row in rows))
 
 
 class Tokens(NamedTuple):
