@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import hypothesis
 import jax
 import pytest
+from faults import effort
 
 from tl_jax.data import duplicates
 from tl_jax.training import artifacts
@@ -33,11 +34,12 @@ EFFORT = {"few": 30, "many": 3000}  # inputs of each property
 
 
 def pytest_configure(config):
-    """With `-m battery` hypothesis looks long, and elsewhere each time; else a little, for the same inputs always."""
+    """With `-m battery` much is tried; hypothesis looks elsewhere each time then, else for the same inputs always."""
+    effort.many = config.getoption("markexpr") == "battery"
     for name, count in EFFORT.items():
         unhurried = {"deadline": None, "suppress_health_check": [*hypothesis.HealthCheck], "database": None}
         hypothesis.settings.register_profile(name, max_examples=count, derandomize=name == "few", **unhurried)
-    hypothesis.settings.load_profile("many" if config.getoption("markexpr") == "battery" else "few")
+    hypothesis.settings.load_profile("many" if effort.many else "few")
 
 
 @pytest.fixture(autouse=True)

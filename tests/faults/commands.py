@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from configs import smoke
@@ -24,7 +26,7 @@ from tl_jax.studies import store
 from tl_jax.studies.study import Study
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-CALLS = {"open": 1, "write": 2, "fsync": 4, "rename": 8, "mkdir": 16}
+CALLS = ("open", "write", "fsync", "rename", "mkdir")  # as shim.c numbers them
 KILL = 0  # in place of an error number
 LIMIT = 180  # seconds of a command
 
@@ -32,11 +34,11 @@ LIMIT = 180  # seconds of a command
 class Fault(NamedTuple):
     """What happens to calls of some kinds that change files below a folder.
 
-    at: number of the call, from 1; 0: nothing. error: of errno, or KILL. lasting: all later ones fail too. jump: instead,
-    the clock is ahead by so many seconds from there on.
+    at: number of the call, from 1; 0: nothing. error: of errno, or KILL. lasting: all later ones fail too. jump: no
+    call fails, but the clock is ahead by so many seconds from there on.
     """
 
-    calls: tuple[str, ...] = tuple(CALLS)
+    calls: tuple[str, ...] = CALLS
     at: int = 0
     error: int = KILL
     lasting: bool = False
@@ -49,12 +51,15 @@ class Fault(NamedTuple):
         return f"{what} {'/'.join(self.calls)} {self.at}{' and all later ones' if self.lasting else ''}"
 
 
+NOTHING = Fault()
+
+
 class Ended(NamedTuple):
-    """code: of the exit, or minus the signal. output: all it printed. seen: how many calls of the kinds."""
+    """code: of the exit, or minus the signal. output: all it printed. seen: calls of each kind, if it was not killed."""
 
     code: int
     output: str
-    seen: int
+    seen: dict[str, int]
 
 
 class Server:
@@ -64,13 +69,12 @@ class Server:
         self.folder = folder
         shim = folder / "shim.so"
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, ROOT / "tests/faults/shim.c", "-ldl"], check=True)
-        program = (
-            f"import sys; sys.path[:0] = ['.', 'tests']; from faults import commands; commands.serve({str(folder)!r})"
-        )
+        begin = "import sys; sys.path[:0] = ['.', 'tests']; from faults import commands; commands.serve(sys.argv[1])"
         environment = {**os.environ, "LD_PRELOAD": str(shim), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(threads),
                        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}  # fmt: skip
         self._process = subprocess.Popen(
-            [sys.executable, "-c", program], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", begin, str(folder)], cwd=ROOT, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -79,7 +83,8 @@ class Server:
         self._process.stdout.close()
 
     def run(
-        self, argv: Sequence[str], fault: Fault = Fault(), devices: int = 1, meanwhile: Callable[[int], None] | None = None,
+        self, argv: Sequence[str], fault: Fault = NOTHING, devices: int = 1,
+        meanwhile: Callable[[int], None] | None = None,
     ) -> Ended:  # fmt: skip
         """Runs one command to its end. meanwhile: gets the number of its process, to send it signals."""
         self._tell({"argv": [str(word) for word in argv], "fault": fault, "devices": devices})
@@ -88,7 +93,7 @@ class Server:
             meanwhile(number)
         code = self._hear()
         seen, output = self.folder / "seen", (self.folder / "output").read_text(errors="replace")
-        return Ended(code, output, int(seen.read_text()) if seen.exists() else 0)
+        return Ended(code, output, json.loads(seen.read_text()) if seen.exists() else {})
 
     def _tell(self, request: dict) -> None:
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -110,7 +115,9 @@ def serve(folder: str) -> None:
     import tl_jax.studies.command
     import tl_jax.studies.worker
     import tl_jax.training.train  # noqa: F401
+    from tl_jax.training import artifacts
 
+    artifacts.draw = lambda *_: None  # the figures of a run take most of its time; "a report" has some
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     for line in sys.stdin:
@@ -128,7 +135,7 @@ def _child(folder: pathlib.Path, request: dict) -> None:
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={request['devices']}"
     signal.alarm(LIMIT)
     shim, fault = ctypes.CDLL(None), Fault(*request["fault"])
-    kinds = sum(CALLS[name] for name in fault.calls)
+    kinds = sum(1 << CALLS.index(name) for name in fault.calls)
     shim.shim_arm(str(folder / "work").encode(), kinds, fault.at, fault.error, fault.lasting, fault.jump)
     try:
         code = _main(request["argv"])
@@ -140,7 +147,7 @@ def _child(folder: pathlib.Path, request: dict) -> None:
         traceback.print_exc()
         code = 1
     sys.stdout.flush(), sys.stderr.flush()
-    (folder / "seen").write_text(str(shim.shim_seen()))
+    (folder / "seen").write_text(json.dumps({name: shim.shim_seen(i) for i, name in enumerate(CALLS)}))
     os._exit(code or 0)
 
 
@@ -160,8 +167,8 @@ def _main(argv: list[str]) -> int:
 class Task(NamedTuple):
     """A command to try faults on.
 
-    argv: "{work}" is the folder that faults happen below, "{made}" that of `make`. before: of `made`, what is copied into
-    work. after: patterns of the files it leaves that are the same each time, relative to work.
+    argv: "{work}" is the folder that faults happen below, "{made}" has what tasks begin with. before: of `made`, what
+    is copied into work. after: patterns of the files it leaves that are the same each time, relative to work.
     """
 
     argv: tuple[str, ...]
@@ -200,6 +207,8 @@ TASKS = {
     ),
 }
 
+QUICK = ("a pack",)  # of a fifth of a second
+
 
 class Bench:
     """Tasks on a server, and what they leave when nothing happens."""
@@ -208,6 +217,8 @@ class Bench:
         self.work, self.made = folder / "work", folder / "made"
         self.made.mkdir()
         self.server = Server(folder)
+        self.seen: dict[str, dict[str, int]] = {}
+        self.took: dict[str, float] = {}  # seconds
         self._whole: dict[str, dict[str, str]] = {}
 
     def _make(self, name: str) -> None:
@@ -232,14 +243,15 @@ class Bench:
 
     def begin(self, name: str) -> None:
         """Empties work, but for what the task needs."""
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir()
+        self.work.mkdir(exist_ok=True)
+        for path in self.work.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         for item in TASKS[name].needs:
             self._make(item)
         for item in TASKS[name].before:
             shutil.copytree(self.made / item, self.work / item)
 
-    def run(self, name: str, fault: Fault = Fault(), **named) -> Ended:
+    def run(self, name: str, fault: Fault = NOTHING, **named) -> Ended:
         argv = [word.format(work=self.work, made=self.made) for word in TASKS[name].argv]
         return self.server.run(argv, fault, **named)
 
@@ -256,14 +268,46 @@ class Bench:
             found = []
             for _ in range(2):
                 self.begin(name)
+                began = time.monotonic()
                 ended = self.run(name)
                 assert ended.code == 0, ended.output
+                self.seen[name], self.took[name] = ended.seen, time.monotonic() - began
                 found.append(self.left(name))
             assert found[0] == found[1] and found[0], [key for key in found[0] if found[0][key] != found[1].get(key)]
             self._whole[name] = found[0]
         return self._whole[name]
 
-    def calls(self, name: str, kind: str) -> int:
-        """How many calls of a kind a task makes."""
+    def faults(self, name: str, errors: Sequence[int], count: int) -> Iterator[Fault]:
+        """Faults of a task at calls drawn at random, of each kind as many as there are."""
+        rng = random.Random(f"{name} {errors}")
+        self.whole(name)
+        drawn = [(kind, at) for kind, n in self.seen[name].items() for at in rng.sample(range(1, n + 1), min(n, count))]
+        rng.shuffle(drawn)
+        for kind, at in drawn[:count]:
+            error = rng.choice(errors)
+            # A disk stays full, and a file system is read-only for good; a fault of the device passes.
+            stays = error in (errno.ENOSPC, errno.EROFS)
+            yield Fault(CALLS if stays else (kind,), at, error, stays)
+
+    def survives(self, name: str, fault: Fault = NOTHING, **named) -> str:
+        """Runs a task with a fault, then again without; returns what the fault did. AssertionError says what is wrong.
+
+        It ends as asked (by its signal, or with one line that names what failed), and in the end its files are those of
+        a task that nothing happened to.
+        """
+        whole = self.whole(name)
         self.begin(name)
-        return self.run(name, Fault((kind,))).seen
+        ended = self.run(name, fault, **named)
+        told = f"{name}, {fault}, {named}: code {ended.code}\n{ended.output[-3000:]}"
+        assert ended.code in (0, 2, 75, 130, -signal.SIGKILL, -signal.SIGTERM), told
+        assert "Traceback" not in ended.output, told
+        if ended.code == 2:
+            last = ended.output.splitlines()[-1]
+            assert fault.error and last.startswith("error: ") and os.strerror(fault.error) in last, told
+        if ended.code == 0:
+            assert self.left(name) == whole, told
+            return "without effect"
+        again = self.run(name)
+        assert again.code == 0, f"{told}\nthen: {again.output[-3000:]}"
+        assert self.left(name) == whole, told
+        return {2: "refused in one line, went on", 75: "saved, went on"}.get(ended.code, "killed, went on")

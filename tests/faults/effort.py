@@ -6,29 +6,21 @@ battery.py counts.
 
 import json
 import os
-import sys
 from collections.abc import Collection
 
 import pytest
 
-MANY = "battery"  # the mark, and the whole expression behind -m
-
-
-def many() -> bool:
-    """Whether pytest was given `-m battery`."""
-    return any(a == "-m" and b == MANY for a, b in zip(sys.argv, sys.argv[1:], strict=False)) or bool(
-        os.environ.get("BATTERY")
-    )
+many = False  # as conftest.py finds it
 
 
 def amount(few: int, plenty: int) -> int:
     """How many to try."""
-    return plenty if many() else few
+    return plenty if many else few
 
 
 def of(names: Collection[str], quick: Collection[str] = ()) -> list:
     """Parameters: those that are not quick are slow, but with `-m battery`."""
-    return [pytest.param(name, marks=() if many() or name in quick else pytest.mark.slow) for name in names]
+    return [pytest.param(name, marks=() if many or name in quick else pytest.mark.slow) for name in names]
 
 
 def tried(kind: str, outcome: str, count: int = 1) -> None:

@@ -17,25 +17,34 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { OPEN = 1, WRITE = 2, FSYNC = 4, RENAME = 8, MKDIR = 16 };
+enum { OPEN, WRITE, FSYNC, RENAME, MKDIR, KINDS };
 
 static char folder[4096];
 static int kinds, place, error; /* error 0: SIGKILL */
 static int lasting, jump; /* seconds that the clock is ahead once `place` is reached */
-static atomic_int seen;
+static atomic_int seen[KINDS];
 
-/* From now on counts calls of these kinds below a folder; the one at `place`, from 1, fails, or all from there on. */
+/* From now on counts calls below a folder. Of the kinds in `which`, bits, the one at `at`, from 1, fails; or all later
+ * ones too. */
 void shim_arm(const char *below, int which, int at, int number, int stays, int seconds) {
     snprintf(folder, sizeof folder, "%s/", below);
     kinds = which, place = at, error = number, lasting = stays, jump = seconds;
-    atomic_store(&seen, 0);
+    for (int kind = 0; kind < KINDS; kind++) atomic_store(&seen[kind], 0);
 }
 
-int shim_seen(void) { return atomic_load(&seen); }
+int shim_seen(int kind) { return atomic_load(&seen[kind]); }
+
+static int all(void) { /* calls of the kinds that count */
+    int sum = 0;
+    for (int kind = 0; kind < KINDS; kind++) sum += kinds >> kind & 1 ? shim_seen(kind) : 0;
+    return sum;
+}
 
 static int strikes(int kind, const char *path) {
-    if (!(kinds & kind) || !path || strncmp(path, folder, strlen(folder))) return 0;
-    int number = atomic_fetch_add(&seen, 1) + 1;
+    if (!folder[0] || !path || strncmp(path, folder, strlen(folder))) return 0;
+    atomic_fetch_add(&seen[kind], 1);
+    int number = all();
+    if (!(kinds >> kind & 1)) return 0;
     if (jump || !place || number < place || (number > place && !lasting)) return 0;
     if (!error && kind != WRITE) kill(getpid(), SIGKILL);
     errno = error;
@@ -91,7 +100,7 @@ OPENS_AT(openat64)
 ssize_t write(int file, const void *data, size_t size) {
     char space[8192];
     REAL(ssize_t, write, int, const void *, size_t);
-    if (!kinds || !strikes(WRITE, named(file, space))) return real(file, data, size);
+    if (!folder[0] || !strikes(WRITE, named(file, space))) return real(file, data, size);
     real(file, data, size / 2);
     if (!error) kill(getpid(), SIGKILL);
     errno = error;
@@ -102,7 +111,7 @@ ssize_t write(int file, const void *data, size_t size) {
     ssize_t name(int file, const void *data, size_t size, off_t at) {                        \
         char space[8192];                                                                    \
         REAL(ssize_t, name, int, const void *, size_t, off_t);                               \
-        if (!kinds || !strikes(WRITE, named(file, space))) return real(file, data, size, at); \
+        if (!folder[0] || !strikes(WRITE, named(file, space))) return real(file, data, size, at); \
         real(file, data, size / 2, at);                                                      \
         if (!error) kill(getpid(), SIGKILL);                                                 \
         errno = error;                                                                       \
@@ -115,7 +124,7 @@ WRITES_AT(pwrite64)
     int name(int file) {                                                                     \
         char space[8192];                                                                    \
         REAL(int, name, int);                                                                \
-        return kinds && strikes(FSYNC, named(file, space)) ? -1 : real(file);                \
+        return folder[0] && strikes(FSYNC, named(file, space)) ? -1 : real(file);                \
     }
 SYNCS(fsync)
 SYNCS(fdatasync)
@@ -145,6 +154,6 @@ int mkdirat(int from, const char *path, mode_t mode) {
 int clock_gettime(clockid_t clock, struct timespec *now) {
     REAL(int, clock_gettime, clockid_t, struct timespec *);
     int code = real(clock, now);
-    if (jump && clock == CLOCK_REALTIME && shim_seen() >= place) now->tv_sec += jump;
+    if (jump && clock == CLOCK_REALTIME && all() >= place) now->tv_sec += jump;
     return code;
 }
