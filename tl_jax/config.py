@@ -223,7 +223,8 @@ def check(config: ConfigDict) -> None:
     """Raises one ValueError that lists every invalid option."""
     flat = flatten(config)
     problems = [f"{key} does not exist{synonyms.hint(key, OPTIONS)}" for key in flat if key not in OPTIONS]
-    expected = {name: option.check for name, option in OPTIONS.items() if not option.check.fits(flat[name])}
+    problems += [f"{name} is missing" for name in OPTIONS if name not in flat]
+    expected = {key: OPTIONS[key].check for key, x in flat.items() if key in OPTIONS and not OPTIONS[key].check.fits(x)}
     problems += [
         f"{name} = {messages.brief(flat[name])}: expected {check.expected}" for name, check in expected.items()
     ]

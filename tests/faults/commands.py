@@ -55,7 +55,7 @@ NOTHING = Fault()
 
 
 class Ended(NamedTuple):
-    """code: of the exit, or minus the signal. output: all it printed. seen: calls of each kind, if it was not killed."""
+    """code: of the exit, or minus the signal. output: all printed. seen: calls of each kind, if it was not killed."""
 
     code: int
     output: str

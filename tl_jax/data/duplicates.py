@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from tl_jax.core import console, files
+from tl_jax.core import console, files, npz
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import listed
 from tl_jax.data import groups
@@ -276,5 +276,5 @@ def _read(path: pathlib.Path) -> Looks | None:
     text = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(text[32:]).digest() != text[:32]:
         return None
-    with np.load(io.BytesIO(text[32:])) as arrays:
-        return Looks(*(arrays[name] for name in Looks._fields)) if {*arrays} == {*Looks._fields} else None
+    arrays = npz.read(io.BytesIO(text[32:]))
+    return Looks(*(arrays[name] for name in Looks._fields)) if {*arrays} == {*Looks._fields} else None

@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import shutil
-import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from tl_jax.api import calibration
 from tl_jax.api import model as models
 from tl_jax.api.model import Model, Network
 from tl_jax.api.run import Run, load_run
-from tl_jax.core import files, trees
+from tl_jax.core import files, npz, trees
 from tl_jax.core.card import Card
 from tl_jax.core.checks import refuse
 from tl_jax.data.text import tokenizer
@@ -266,9 +265,8 @@ def load(folder: str | os.PathLike) -> Exported:
 
 def _check_golden(exported: Exported) -> None:
     try:
-        with np.load(exported.folder / GOLDEN, allow_pickle=False) as golden:
-            arrays = dict(golden)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        arrays = npz.read(exported.folder / GOLDEN)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{exported.folder / GOLDEN} is damaged ({error}); copy the folder again") from None
     limit = exported.table["limits"][jax.default_backend()]
     wrong = program.differences(run(exported, arrays.pop("inputs")), arrays, limit)

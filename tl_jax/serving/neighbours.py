@@ -4,7 +4,6 @@ import base64
 import io
 import os
 import pathlib
-import zipfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from tl_jax.api import calibration
 from tl_jax.api import model as models
 from tl_jax.api.run import Run
-from tl_jax.core import files
+from tl_jax.core import files, npz
 from tl_jax.core.card import Card
 from tl_jax.data.image import decode
 from tl_jax.methods.term import MAIN
@@ -86,9 +85,9 @@ def save(path: pathlib.Path, examples: Examples) -> None:
 def load(path: pathlib.Path) -> Examples:
     """Reads what `save` wrote; ValueError names a damaged file."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            data, ends = arrays["pictures"].tobytes(), arrays["ends"]
-            pictures = tuple(data[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True))
-            return Examples(arrays["features"], tuple(arrays["names"]), tuple(arrays["labels"]), pictures)
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        arrays = npz.read(path)
+        data, ends = arrays["pictures"].tobytes(), arrays["ends"]
+        pictures = tuple(data[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True))
+        return Examples(arrays["features"], tuple(arrays["names"]), tuple(arrays["labels"]), pictures)
+    except (ValueError, KeyError, OSError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); export the run again") from None

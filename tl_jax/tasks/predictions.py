@@ -1,13 +1,12 @@
 """predictions.npz: the outputs of a network for every example of a split, once, with what they mean."""
 
 import json
-import zipfile
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from tl_jax.core import files
+from tl_jax.core import files, npz
 from tl_jax.core.messages import nearest
 from tl_jax.core.options import LANGUAGE
 from tl_jax.tasks.task import Spec, spec_problems
@@ -111,15 +110,15 @@ def save_predictions(path, predictions: Predictions) -> None:
 def load_predictions(path) -> Predictions:
     """Reads and checks a predictions.npz; errors name the file and what is wrong. Without `task`: a classification."""
     try:
-        with np.lib.npyio.NpzFile(path, allow_pickle=False) as arrays:
-            table = json.loads(str(arrays["task"])) if "task" in arrays else {}
-            table = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-            output = OUTPUT.get(table.get("name", Spec().name), "logits")
-            expected = {output, "labels", "ids", "class_names"}
-            if wrong := sorted(expected.symmetric_difference(arrays) - {"features", "groups", "task"}):
-                raise ValueError(f"holds {arrays.files}, expected {sorted(expected)}; missing or unknown: {wrong}")
-            spec = Spec(**table, class_names=tuple(map(str, arrays["class_names"])))
-            further = arrays.get("features"), arrays.get("groups")
-            return make_predictions({output: arrays[output]}, arrays["labels"], arrays["ids"], spec, *further)
-    except (ValueError, TypeError, EOFError, FloatingPointError, zipfile.BadZipFile) as error:
+        arrays = npz.read(path)
+        table = json.loads(str(arrays["task"])) if "task" in arrays else {}
+        table = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+        output = OUTPUT.get(table.get("name", Spec().name), "logits")
+        expected = {output, "labels", "ids", "class_names"}
+        if wrong := sorted(expected.symmetric_difference(arrays) - {"features", "groups", "task"}):
+            raise ValueError(f"holds {[*arrays]}, expected {sorted(expected)}; missing or unknown: {wrong}")
+        spec = Spec(**table, class_names=tuple(map(str, arrays["class_names"])))
+        further = arrays.get("features"), arrays.get("groups")
+        return make_predictions({output: arrays[output]}, arrays["labels"], arrays["ids"], spec, *further)
+    except (ValueError, TypeError, AttributeError, FloatingPointError) as error:
         raise ValueError(f"{path}: no sound predictions.npz ({error})") from None

@@ -7,14 +7,13 @@ temperature has seen the same labels.
 """
 
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy  # loads its parts when they are used
 
-from tl_jax.core import checks, files
+from tl_jax.core import checks, files, npz
 from tl_jax.tasks import outliers
 from tl_jax.tasks.binary import threshold_of
 from tl_jax.tasks.predictions import OUTPUT, Predictions
@@ -291,12 +290,11 @@ def save(path: Any, trust: Trust) -> None:
 def load(path: Any) -> Trust:
     """Reads what `save` wrote; ValueError that names the file where it is damaged."""
     try:
-        with np.lib.npyio.NpzFile(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays}
+        found = npz.read(path)
         plain = {name: x.item() for name, x in found.items() if x.ndim == 0}
         texts = {name: tuple(x.tolist()) for name, x in found.items() if name in ("class_names", "abstain")}
         found |= plain | texts
         reference = outliers.Reference(*(found.pop(f"ood_{name}") for name in outliers.Reference._fields))
         return Trust(**found, reference=reference)
-    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: no sound {FILE} ({error}); calibrate again") from None

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import scipy  # loads its parts when they are used
 
-from tl_jax.core import files
+from tl_jax.core import files, npz
 from tl_jax.core.options import SELECTORS as SINGLE
 from tl_jax.methods.selectors import SELECTORS, Candidate
 from tl_jax.runtime import distributed
@@ -86,10 +86,9 @@ def read(path: pathlib.Path, sha256: str = "") -> dict[str, np.ndarray]:
     try:
         if sha256 and files.sha256(path) != sha256:
             raise ValueError(f"it is not what {CHOICES} tells of")
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except Exception as error:  # on damaged archives zipfile and numpy raise almost any type
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); restore it, or run again") from None
+        return npz.read(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or run again") from None
 
 
 def scores_of(paths: Sequence[pathlib.Path]) -> dict[str, list[float]]:

@@ -5,10 +5,10 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from tl_jax.core import npz
 from tl_jax.core.card import PIXEL_TYPES
 from tl_jax.core.checks import refuse
 from tl_jax.core.messages import shorten
@@ -87,27 +87,9 @@ def read_file(file: Path, expected: str) -> dict[str, np.ndarray]:
     """All arrays of an .npz file; FileNotFoundError, or ValueError that says what is wrong and what was expected."""
     check_file(file, ".npz")
     try:
-        with file.open("rb") as stream:
-            return read_npz(stream)
+        return npz.read(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}; expected {expected}") from None
-
-
-def read_npz(stream: BinaryIO) -> dict[str, np.ndarray]:
-    """All arrays of an .npz file; ValueError says why it is none, or that it is damaged."""
-    if stream.read(4) != b"PK\x03\x04":
-        raise ValueError("it is no .npz archive")
-    stream.seek(0)
-    try:
-        with np.load(stream, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-            stream.seek(-12 - len(archive.zip.comment), 2)  # where a zip file counts its members, which zipfile ignores
-            if len(archive.files) != int.from_bytes(stream.read(2), "little"):
-                raise ValueError("its directory is damaged, members are missing")
-    except Exception as error:  # on damaged headers zipfile and numpy raise almost any type
-        text = "it holds Python objects" if "pickle" in str(error) else f"{type(error).__name__}: {error}"
-        raise ValueError(text) from None
-    return arrays
 
 
 def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: np.ndarray | None) -> Source:
@@ -157,7 +139,11 @@ def check_arrays(file: Path | str, name: str, split: str, found: dict, classes: 
         found = f"{offsets[0]} .. {offsets[-1]}, bytes of type {data.dtype}"
         raise ValueError(f"{file}: offsets must rise within the {data.size} bytes (uint8); found {found}")
     if encoded:
-        return array_source(name, split, part_texts(data, offsets), labels, class_names, np.diff(offsets))
+        try:
+            texts = part_texts(data, offsets)
+        except ValueError as error:
+            raise ValueError(f"{file}: the texts are no UTF-8 ({error})") from None
+        return array_source(name, split, texts, labels, class_names, np.diff(offsets))
     images = EncodedImages(data, offsets[:-1], offsets[1:])
     return array_source(name, split, images, labels, class_names, np.diff(offsets))
 

@@ -1,11 +1,15 @@
 """Feature matrices in MATLAB files (mat:FILE.mat, versions 5 to 7.2), as published for classic transfer learning."""
 
-from collections.abc import Callable, Sequence
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from tl_jax.core import npz
 from tl_jax.core.messages import shorten
 from tl_jax.data.examples import Source, check_split
 from tl_jax.data.readers.arrays import check_arrays
@@ -15,6 +19,24 @@ FEATURES = ("fts", "feas", "fea", "feat", "feature", "features", "x", "data")  #
 LABELS = ("label", "labels", "y", "gnd", "class", "classes")
 INTEGERS = (f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 NUMBERS = ("double", "single", "sparse", "logical", *INTEGERS)
+# A damaged file can take scipy's reader down, with a signal: it reads in a process of its own. With names, it writes an
+# .npz of these variables; without, what there is.
+PROGRAM = """
+import io, json, sys
+import numpy as np, scipy.io
+file, *names = sys.argv[1:]
+made = io.BytesIO()
+try:
+    if names:
+        found = scipy.io.loadmat(file, variable_names=names, spmatrix=False)
+        dense = {name: x.toarray() if hasattr(x := found[name], "toarray") else x for name in names}
+        np.savez(made, **{name: np.asarray(x) for name, x in dense.items()})
+    else:
+        made.write(json.dumps(scipy.io.whosmat(file)).encode())
+except Exception as error:  # on damaged files scipy raises almost any type
+    sys.exit(f"{type(error).__name__}: {error}")
+sys.stdout.buffer.write(made.getvalue())
+"""
 HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
@@ -25,8 +47,6 @@ def load_mat(path: str, split: str) -> Source:
     Classes are whole numbers from 0 or from 1 without gaps, named as the file numbers them; other numbers are targets.
     Nothing else of the file is read. Raises FileNotFoundError, or ValueError that lists what the file has.
     """
-    import scipy.io
-
     file = Path(path).expanduser()
     check_file(file, ".mat")
     check_split(file, split, ["train"])
@@ -37,11 +57,9 @@ def load_mat(path: str, split: str) -> Source:
         raise ValueError(f"{file} is a MATLAB file of version 7.3 (HDF5), expected version 5 to 7.2. {fix}")
     if not head.startswith(b"MATLAB 5.0"):
         raise ValueError(f"{file} is no MATLAB file of version 5 to 7.2; it begins with {head[:20]!r}")
-    there = _attempt(file, lambda: scipy.io.whosmat(file))
-    labels, features = _choose(file, there)
-    found = _attempt(file, lambda: scipy.io.loadmat(file, variable_names=[labels, features], spmatrix=False))
-    y, x = (found[name].toarray() if hasattr(found[name], "toarray") else found[name] for name in (labels, features))
-    y = y.reshape(-1)
+    labels, features = _choose(file, json.loads(_read(file)))
+    found = npz.read(io.BytesIO(_read(file, labels, features)), npz.NUMBERS + "c")
+    y, x = found[labels].reshape(-1), found[features]
     classes, count = None, len(y)
     if (np.abs(y) < 2**31).all() and (y == np.rint(y)).all():
         present = np.unique(y.astype(np.int64))
@@ -54,11 +72,13 @@ def load_mat(path: str, split: str) -> Source:
     return check_arrays(file, f"mat:{path}", split, found, classes)
 
 
-def _attempt(file: Path, read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except Exception as error:  # on damaged files scipy raises almost any type
-        raise ValueError(f"cannot read {file}: {type(error).__name__}: {error}; it may be damaged") from None
+def _read(file: Path, *names: str) -> bytes:
+    """What PROGRAM gives for a file."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(file), *names], capture_output=True)
+    if done.returncode:
+        told = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise ValueError(f"cannot read {file}: {told or f'code {done.returncode}'}; it may be damaged")
+    return done.stdout
 
 
 def _choose(file: Path, there: Sequence[tuple[str, tuple[int, ...], str]]) -> tuple[str, str]:

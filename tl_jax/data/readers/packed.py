@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tl_jax.core import files
+from tl_jax.core import files, npz
 from tl_jax.core.card import Form
 from tl_jax.core.checks import refuse
 from tl_jax.data.examples import Source
-from tl_jax.data.readers.arrays import read_npz
 from tl_jax.data.readers.folder import natural_key
 
 FORMAT = "tl_jax packed 3"
@@ -136,7 +135,7 @@ def open_split(folder: Path) -> Store:
         index = (folder / "index.npz").read_bytes()
         if (sha256 := hashlib.sha256(index).hexdigest()) != meta["index_sha256"]:
             raise ValueError(f"index.npz: sha256 {sha256!r}, expected {meta['index_sha256']!r}")
-        found = read_npz(io.BytesIO(index))
+        found = npz.read(io.BytesIO(index))
         arrays = {key: found[key] for key in ("offsets", "shapes", "labels", "sha256", "sums")}
         counted = {f"{key}: examples": (len(value), meta["examples"]) for key, value in arrays.items()}
         facts = {
