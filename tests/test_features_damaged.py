@@ -6,7 +6,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_bit_flips import Kept, go_on
+from faults.test_flips import Kept, go_on
 
 from configs import smoke
 from tl_jax import config as options

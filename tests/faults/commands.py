@@ -118,6 +118,7 @@ def serve(folder: str) -> None:
     from tl_jax.training import artifacts
 
     artifacts.draw = lambda *_: None  # the figures of a run take most of its time; "a report" has some
+    _tell_restored(pathlib.Path(folder) / "restored")
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     for line in sys.stdin:
@@ -126,6 +127,22 @@ def serve(folder: str) -> None:
             _child(pathlib.Path(folder), json.loads(line))
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _tell_restored(file: pathlib.Path) -> None:
+    """Writes the step of each checkpoint that a run goes on from, and the sha256 of each leaf of its state."""
+    from tl_jax.core import trees
+    from tl_jax.runtime.checkpoint import Checkpoints
+
+    restore = Checkpoints.restore_latest
+
+    def told(self, like):
+        found = restore(self, like)
+        if found:
+            file.write_text(json.dumps({"step": found.step, "leaves": trees.leaf_hashes(found.state)}))
+        return found
+
+    Checkpoints.restore_latest = told
 
 
 def _child(folder: pathlib.Path, request: dict) -> None:
@@ -184,6 +201,16 @@ SMOKE = ("launch.py", "--config", "configs/smoke.py", "--config.resamples=2", "-
 RUN = ("w/result.json", "w/metrics.jsonl", "w/*.safetensors", "w/predictions*.npz", "w/audit.json", "w/choices.json")
 TASKS = {
     "a run": Task((*SMOKE, "--config.method.name=full", "--workdir={work}/w"), after=RUN),
+    "a longer run": Task(
+        (
+            *SMOKE,
+            "--config.method.name=full",
+            "--config.total=(30,'steps')",
+            "--config.eval_every=(5,'steps')",
+            "--workdir={work}/w",
+        ),
+        after=RUN,
+    ),
     "phases": Task(
         (
             *SMOKE,

@@ -1,20 +1,10 @@
-"""Planted faults: one change of the code each, which some test has to notice.
+"""Planted faults: one change of the code each, and the tests that have to notice it; see test_mutants.py."""
 
-python tests/faults/mutants.py [REGEX] [--write]
-
-A copy of the working tree gets one fault after the other, and the nearest tests run there: they have to pass without it
-and to fail with it. REGEX chooses faults by their description. --write puts the table into docs/reliability.md.
-"""
-
-import argparse
+import os
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Sequence
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -203,7 +193,8 @@ def tree(folder: pathlib.Path) -> pathlib.Path:
 def passes(copy: pathlib.Path, tests: str) -> tuple[bool, str]:
     """Whether tests pass in a copy, and what they print; RuntimeError where none ran, or they could not begin."""
     words = ["bash", "-c", f"cd tests && exec {sys.executable} -m pytest -n 0 -x -q -m 'not exhaustive' {tests}"]
-    done = subprocess.run(words, cwd=copy, capture_output=True, text=True, timeout=LIMIT)
+    environment = {name: x for name, x in os.environ.items() if name != "BATTERY"}
+    done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT)
     if done.returncode not in (0, 1):
         raise RuntimeError(f"pytest {tests} ended with code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr}")
     return done.returncode == 0, done.stdout
@@ -229,32 +220,3 @@ def killed_by(copy: pathlib.Path, mutant: Mutant) -> str:
     if good:
         return ""
     return next((line.split()[1] for line in printed.splitlines() if line.startswith(("FAILED", "ERROR"))), "pytest")
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chosen", nargs="?", default="", metavar="REGEX")
-    args = parser.parse_args(argv)
-    chosen = [mutant for mutant in MUTANTS if re.search(args.chosen, mutant.fault)]
-    alive = []
-    with tempfile.TemporaryDirectory() as folder:
-        copy = tree(pathlib.Path(folder))
-        for tests in dict.fromkeys(mutant.tests for mutant in chosen):
-            good, printed = passes(copy, tests)
-            if not good:
-                print(f"{tests} fails without a fault:\n{printed[-3000:]}")
-                return 2
-        for mutant in chosen:
-            began = time.monotonic()
-            found = killed_by(copy, mutant)
-            alive += [] if found else [mutant.fault]
-            print(
-                f"{'killed' if found else 'ALIVE '} {mutant.fault} ({time.monotonic() - began:.0f} s): {found}",
-                flush=True,
-            )
-    print(f"{len(chosen) - len(alive)} of {len(chosen)} killed")
-    return 1 if alive else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

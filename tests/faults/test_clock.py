@@ -14,7 +14,7 @@ JUMPS = (-365 * 86400, -3600, 3600, 365 * 86400)
 def test_a_clock_that_jumps_changes_nothing(bench, name):
     whole, rng = bench.whole(name), random.Random(name)
     calls = sum(bench.seen[name].values())
-    for _ in range(effort.amount(2, 12)):
+    for _ in range(effort.amount(2, 6)):
         fault = Fault(at=rng.randrange(calls), jump=rng.choice(JUMPS))
         bench.begin(name)
         ended = bench.run(name, fault)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.battery
 
 @pytest.mark.parametrize("name", effort.of(TASKS, QUICK))
 def test_a_call_that_fails_ends_a_task_in_one_line_and_nothing_is_lost(bench, name):
-    for fault in bench.faults(name, (errno.ENOSPC, errno.EIO, errno.EROFS), effort.amount(3, 60)):
+    for fault in bench.faults(name, (errno.ENOSPC, errno.EIO, errno.EROFS), effort.amount(3, 32)):
         effort.tried("disk", bench.survives(name, fault))
 
 
@@ -43,8 +43,8 @@ def small_disk(bench, tmp_path):
 def test_a_disk_that_is_too_small_is_named_and_a_larger_one_is_enough(bench, name, small_disk):
     whole = bench.whole(name)
     needed = sum(path.stat().st_size for path in bench.work.rglob("*") if path.is_file()) // 1024
-    for part in range(1, effort.amount(2, 12)):
-        size = 64 + needed * part // effort.amount(2, 12)
+    for part in range(1, effort.amount(2, 6)):
+        size = 64 + needed * part // effort.amount(2, 6)
         small_disk(size)
         try:
             bench.begin(name)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.battery
 
 @pytest.mark.parametrize("name", effort.of(TASKS, QUICK))
 def test_a_task_that_is_killed_at_a_call_ends_like_an_unbroken_one(bench, name):
-    for fault in bench.faults(name, (KILL,), effort.amount(2, 60)):
+    for fault in bench.faults(name, (KILL,), effort.amount(2, 32)):
         effort.tried("kills", bench.survives(name, fault))
 
 
@@ -22,7 +22,7 @@ def test_a_task_that_is_killed_at_a_call_ends_like_an_unbroken_one(bench, name):
 def test_a_task_that_is_killed_at_any_moment_ends_like_an_unbroken_one(bench, name):
     bench.whole(name)
     rng = random.Random(name)
-    for _ in range(effort.amount(2, 20)):
+    for _ in range(effort.amount(2, 10)):
         moment = rng.uniform(0, bench.took[name])
 
         def kill(process, moment=moment):

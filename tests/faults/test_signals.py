@@ -17,7 +17,7 @@ pytestmark = pytest.mark.battery
 def test_a_task_that_is_asked_to_stop_stops_and_goes_on_to_the_same_files(bench, name, sent):
     bench.whole(name)
     rng = random.Random(f"{name} {sent}")
-    for _ in range(effort.amount(1, 15)):
+    for _ in range(effort.amount(1, 5)):
         moment = rng.uniform(0, bench.took[name])
 
         def ask(process, moment=moment):
