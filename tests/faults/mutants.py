@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -192,7 +193,8 @@ def tree(folder: pathlib.Path) -> pathlib.Path:
 
 def passes(copy: pathlib.Path, tests: str) -> tuple[bool, str]:
     """Whether tests pass in a copy, and what they print; RuntimeError where none ran, or they could not begin."""
-    words = ["bash", "-c", f"cd tests && exec {sys.executable} -m pytest -n 0 -x -q -m 'not exhaustive' {tests}"]
+    paths = re.sub(r"\S+\.py\b", r"tests/\g<0>", tests)
+    words = ["bash", "-c", f"exec {sys.executable} -m pytest -n 0 -x -q -m 'not exhaustive' {paths}"]
     environment = {name: x for name, x in os.environ.items() if name != "BATTERY"}
     done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT)
     if done.returncode not in (0, 1):
