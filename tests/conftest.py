@@ -3,6 +3,8 @@
 import collections
 import os
 import pathlib
+import re
+import socket
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
@@ -40,6 +42,24 @@ def pytest_configure(config):
         unhurried = {"deadline": None, "suppress_health_check": [*hypothesis.HealthCheck], "database": None}
         hypothesis.settings.register_profile(name, max_examples=count, derandomize=name == "few", **unhurried)
     hypothesis.settings.load_profile("many" if effort.many else "few")
+
+
+HERE = re.compile(r"127\..*|::1|localhost|0\.0\.0\.0")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _this_machine_alone():
+    """Refuses a connection to another machine than this one."""
+    connect, own = socket.socket.connect, HERE.fullmatch
+
+    def checked(self, address):
+        if isinstance(address, tuple) and not (own(str(address[0])) or address[0] == socket.gethostname()):
+            raise PermissionError(f"no test reaches another machine: {address}")
+        return connect(self, address)
+
+    socket.socket.connect = checked
+    yield
+    socket.socket.connect = connect
 
 
 @pytest.fixture(autouse=True)
