@@ -57,6 +57,7 @@ def run_theirs(kind, ids):
     return [x.numpy() for x in found.hidden_states], embedding.numpy()
 
 
+@pytest.mark.slow
 @EACH
 @pytest.mark.parametrize("left", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["right", "left"])
 def test_every_layer_and_the_embedding_are_those_of_transformers_at_every_length(kind, left, file_of):

@@ -213,6 +213,7 @@ def test_features_of_a_frozen_network_are_cached_and_give_the_same_losses(files,
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_photo_or_one_text_in_several_rows_has_one_number(files):
     rows = files[1].read_text().splitlines()
     again = [rows[1 + i].replace(rows[1 + i].split(",")[0], rows[1].split(",")[0], 1) for i in (4, 9)]

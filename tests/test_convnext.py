@@ -86,6 +86,7 @@ def test_facebooks_names_are_read_as_timm_reads_them(small, tmp_path):
     twins.check_export(loaded, small_timm(), x, tmp_path, read)
 
 
+@pytest.mark.slow
 def test_torchvision_gives_the_same_logits_and_stages_and_takes_the_export(small, tmp_path):
     model, x = torch_reference.randomize(of_torchvision()), twins.images(75, 66)
     parts = {"stem": model.features[0], **{f"stage{i}": model.features[2 * i - 1] for i in range(1, 5)}}

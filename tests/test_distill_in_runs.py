@@ -73,6 +73,7 @@ def test_what_terms_read_of_a_teacher_is_cached_and_trains_as_it_does_live(table
     assert len(list(tmp_path.glob("*/meta.json"))) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, pytest.param(16, marks=pytest.mark.slow)])
 def test_with_a_cached_teacher_every_epoch_has_the_crops_that_its_answers_are_to(size, tmp_path):
     """Also in the epochs behind the views that are kept; the student's pictures have 16 pixels."""

@@ -17,6 +17,7 @@ from tl_jax.weights import formats, hub
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_each_text_is_in_the_file_and_part_that_its_name_says_and_there_once():
     source = sources.load("docstrings", "train")
     assert source.class_names == docstrings.CLASSES and len(source) > 1000

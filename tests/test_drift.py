@@ -181,6 +181,7 @@ def test_constant_features_and_outputs_are_no_drift():
     assert [row["p"] for row in found["tests"]] == [1, 1, 1] and found["verdict"] == "none"
 
 
+@pytest.mark.slow
 def test_a_few_null_splits_raise_few_false_alarms():
     verdicts = [
         drift.compare(make("classification", 30, 2 * i), make("classification", 25, 2 * i + 1), seed=i)["verdict"]

@@ -210,6 +210,7 @@ def test_the_file_of_a_fusion_gives_the_same_network_and_card(kind, tmp_path):
         np.testing.assert_array_equal(theirs[leaf], value)
 
 
+@pytest.mark.slow
 def test_layer_decay_counts_the_layers_of_each_part_as_of_the_network_alone():
     made = loaded()
     paths = list(trees.flatten(made.variables["params"]))

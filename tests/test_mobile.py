@@ -265,6 +265,7 @@ def test_a_table_lists_the_modules_of_its_files(timm, torchvision, reference):
         assert set(table.modules) == found - behind, (layout, name)
 
 
+@pytest.mark.slow
 def test_a_file_is_known_by_its_names_and_shapes(torchvision, reference, tmp_path, monkeypatch):
     few = ("mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_small_075", "resnet18")
     few += ("mobilenetv2_100.tv", "mobilenetv3_small_100.tv")

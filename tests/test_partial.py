@@ -132,6 +132,7 @@ def test_half_a_norm_is_excused_by_what_matches_all_of_it_alone(make):
     assert loaded.origins[f"params/{layer}/scale"] == "layer3.0.bn1.weight"
 
 
+@pytest.mark.slow
 def test_a_kernel_of_which_a_file_has_a_part_is_not_missing(monkeypatch, tmp_path):
     from test_pretrained import TINY_VIT, vit
 

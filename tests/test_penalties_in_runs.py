@@ -31,6 +31,7 @@ def never(step):
     return False
 
 
+@pytest.mark.slow
 def test_building_a_run_reads_no_image_and_a_dry_run_those_of_one_batch_as_without_penalties(monkeypatch):
     reads = add_counted(monkeypatch)
     run = build.build(make_config(**BOTH), sharding.make_parallel())

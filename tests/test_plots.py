@@ -142,6 +142,7 @@ def test_feature_map_names_the_classes_and_the_explained_variance(tmp_path):
     assert f"component 1 ({variance[0] / variance.sum():.1%} of the variance)" in text and "class 3" in text
 
 
+@pytest.mark.slow
 def test_a_map_by_tsne_keeps_neighbours_together_and_says_what_it_shows(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "MAPPED", 60)
     predictions = draw(classes=2, count=80)

@@ -122,6 +122,7 @@ def test_shots_are_those_of_a_run(tmp_path):
     assert made["networks"][0]["scores"]["knn"] == pytest.approx(scores.knn(np.float64(features), source.labels))
 
 
+@pytest.mark.slow
 def test_all_that_cannot_be_ranked_is_one_message_before_any_feature(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"no weights at all")
     given = [GLYPHS, "resnet999=", f"{tmp_path}/none.pth", f"{tmp_path}/bad.safetensors", "builtin:docstrings",
@@ -176,6 +177,7 @@ def test_a_network_that_load_gave_is_ranked_as_it_is(found, tmp_path):
     assert len({values["logme"] for values in scores_of.values()}) == 2
 
 
+@pytest.mark.slow
 def test_the_command_fits_80_columns_and_writes_json_and_csv(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     out = tmp_path / "table.csv"

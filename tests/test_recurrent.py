@@ -268,6 +268,7 @@ def test_running_from_any_cut_gives_the_same_logits(name):
         model.apply(variables, x, start="block9")
 
 
+@pytest.mark.slow
 @ONE_NOW
 @EACH
 def test_padding_of_any_length_and_on_either_side_changes_nothing(name):

@@ -74,7 +74,7 @@ def by_transformers(kind, folder, pixels, classes, templates=TEMPLATES):
         return (logits + (model.logit_bias.double() if kind == "siglip" else 0)).numpy()
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @EACH
 def test_the_head_of_names_gives_the_logits_of_transformers(kind, file_of, photos):
     pixels, _ = pixels_of(photos)
