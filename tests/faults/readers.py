@@ -1,4 +1,6 @@
-"""Every reader of files is given damaged ones: python tests/faults/readers.py [NAME ...] [--count N] [--seed S]
+"""Every reader of files is given damaged ones:
+
+python tests/faults/readers.py [NAME ...] [--count N] [--seed S] [--guided]
 
 A mutator, seeded, changes a sound file: bits, bytes, numbers, pieces; of an archive the members too, packed again, so
 that checksums of the container do not hide what is inside. A reader may refuse a file (ValueError or OSError, one
@@ -7,6 +9,7 @@ beyond twice the file. Prints, as JSON, {reader: {outcome: count}}; what is wron
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -99,6 +102,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 def try_reader(name: str, reader: Reader, count: int, seed: int, folder: pathlib.Path) -> tuple[Counter, list[str]]:
     """What became of damaged files, and what is wrong. Runs in a process of its own, which a reader may take down."""
+    count = -(-count // 100) if reader.apart else count
     where, rng, outcomes, wrong = folder / "given", random.Random(f"{name} {seed}"), Counter(), []
     where.mkdir()
     warnings.simplefilter("ignore")  # of Pillow
@@ -106,7 +110,7 @@ def try_reader(name: str, reader: Reader, count: int, seed: int, folder: pathlib
         (where / file).write_bytes(data)
     reader.read(where)  # sound files are read; what is loaded once is there
     files = sorted(file for file, data in reader.sound.items() if data)
-    for i in range(-(-count // 100) if reader.apart else count):
+    for i in range(count):
         file = rng.choice(files)
         data = damaged(reader.sound[file], rng)
         (where / file).write_bytes(data)
@@ -118,6 +122,55 @@ def try_reader(name: str, reader: Reader, count: int, seed: int, folder: pathlib
             wrong.append(f"{name}, file {i} of seed {seed}, {file}: {outcome}: {what[:600]}")
         (where / file).write_bytes(reader.sound[file])
     return outcomes, wrong
+
+
+def try_guided(name: str, make: Callable[[], Reader], count: int, seed: int, folder: pathlib.Path) -> None:
+    """As `try_reader`, with files that atheris makes, which keeps those that reach further code. Ends its process."""
+    import atheris
+
+    where, outcomes, wrong = folder / "given", Counter(), []
+    where.mkdir(), (folder / "corpus").mkdir()
+    warnings.simplefilter("ignore")
+    reader = make()
+    count = -(-count // 100) if reader.apart else count
+    files = sorted(file for file, data in reader.sound.items() if data)
+    for i, file in enumerate(files):  # the first byte of an input says which file it is
+        (where / file).write_bytes(reader.sound[file])
+        (folder / "corpus" / file).write_bytes(bytes([i]) + reader.sound[file])
+    reader.read(where)
+
+    def one(data: bytes) -> None:
+        file = files[data[0] % len(files)] if data else files[0]
+        (where / file).write_bytes(data[1:])
+        (folder / "number").write_text(str(outcomes.total()))
+        outcome, what = attempt(reader, where, sum(map(len, reader.sound.values())) + len(data))
+        (where / file).write_bytes(reader.sound[file])
+        outcomes[outcome] += 1
+        if outcome == outcome.upper():
+            wrong.append(f"{name}, {file}: {outcome}: {what[:600]}: {data[1:][:300]!r}")
+        if outcomes.total() == count:
+            (folder / "outcomes").write_text(json.dumps([outcomes, wrong]))
+            os._exit(0)
+
+    def change(data: bytes, most: int, number: int) -> bytes:
+        rng = random.Random(number)
+        if rng.randrange(2):
+            return atheris.Mutate(data, most)
+        with contextlib.suppress(Exception):  # an archive that is none any more
+            return (data[:1] + damaged(data[1:], rng))[:most]
+        return (data[:1] + mutate(data[1:], rng))[:most]
+
+    longest = 4 * max(map(len, reader.sound.values()))
+    words = [
+        f"-seed={seed + 1}",
+        f"-max_len={longest}",
+        "-rss_limit_mb=0",
+        "-timeout=0",
+        "-verbosity=0",
+        f"{folder}/corpus",
+    ]
+    atheris.Setup([sys.argv[0], *words], one, custom_mutator=change)
+    atheris.Fuzz()
 
 
 def attempt(reader: Reader, where: pathlib.Path, size: int) -> tuple[str, str]:
@@ -327,7 +380,7 @@ def readers() -> Iterator[tuple[str, Callable[[], Reader]]]:
     }.items()  # fmt: skip
 
 
-def in_a_child(name: str, make: Callable[[], Reader], count: int, seed: int) -> tuple[Counter, list[str]]:
+def in_a_child(name: str, make: Callable[[], Reader], count: int, seed: int, guided: bool) -> tuple[Counter, list[str]]:
     """Forks, so that a reader that takes its process down is told like any other fault."""
     with tempfile.TemporaryDirectory(prefix="readers-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as given:
         folder = pathlib.Path(given)
@@ -335,6 +388,8 @@ def in_a_child(name: str, make: Callable[[], Reader], count: int, seed: int) -> 
             code, errors = 1, os.open(folder / "errors", os.O_WRONLY | os.O_CREAT)
             os.dup2(errors, 1), os.dup2(errors, 2)
             try:
+                if guided:
+                    try_guided(name, make, count, seed, folder)
                 outcomes, wrong = try_reader(name, make(), count, seed, folder)
                 (folder / "outcomes").write_text(json.dumps([outcomes, wrong]))
                 code = 0
@@ -357,11 +412,19 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guided", action="store_true", help="by coverage, with atheris")
     args = parser.parse_args()
     table, problems = {}, []
-    for name, make in readers():
+    instrument = contextlib.nullcontext()
+    if args.guided:
+        import atheris
+
+        instrument = atheris.instrument_imports(include=["tl_jax", "zipfile", "numpy.lib"])
+    with instrument:
+        known = [*readers()]
+    for name, make in known:
         if not args.names or name in args.names:
-            outcomes, wrong = in_a_child(name, make, args.count, args.seed)
+            outcomes, wrong = in_a_child(name, make, args.count, args.seed, args.guided)
             table[name] = outcomes
             problems += wrong
     print(json.dumps(table))

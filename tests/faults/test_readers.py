@@ -18,7 +18,8 @@ def run(*words):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, PROGRAM, *words], capture_output=True, text=True, env=environment)
     assert done.returncode in (0, 1), done.stderr
-    return json.loads(done.stdout), done.stderr.strip()
+    told = [line for line in done.stderr.splitlines() if not line.startswith("INFO: ")]  # of atheris
+    return json.loads(done.stdout), "\n".join(told).strip()
 
 
 def test_damaged_files_are_read_or_refused_by_every_reader():
@@ -28,6 +29,16 @@ def test_damaged_files_are_read_or_refused_by_every_reader():
             effort.tried(f"files: {name}", outcome, count)
     assert not wrong and len(table) == len([*readers.readers()])
     assert all(sum(outcomes.values()) >= 1 for outcomes in table.values())
+
+
+@pytest.mark.slow
+def test_files_that_reach_further_code_are_read_or_refused_too():
+    pytest.importorskip("atheris", reason="it is in requirements-dev.txt, for Linux")
+    table, wrong = run("--guided", "--count", str(effort.amount(300, 100_000)))
+    for name, outcomes in table.items():
+        for outcome, count in outcomes.items():
+            effort.tried(f"guided files: {name}", outcome, count)
+    assert not wrong and len(table) == len([*readers.readers()])
 
 
 def test_what_a_reader_does_wrong_is_told():
