@@ -8,15 +8,19 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from configs import transfer
-from tl_jax import config
+from tl_jax import config, models
 from tl_jax.core import trees
 from tl_jax.data import order, resample, sources
-from tl_jax.data.text.tokens import join_texts, part_texts
+from tl_jax.data.readers import pack
+from tl_jax.data.text import tokens
+from tl_jax.models import conversion
 from tl_jax.training import optim
+from tl_jax.weights import load, nearest
 
 pytestmark = pytest.mark.battery
 BOUNDS = st.one_of(st.integers(0, 70).map(str), st.floats(0, 100).map(lambda x: f"{x:.1f}%"))
@@ -124,7 +128,7 @@ def test_folds_hold_out_each_example_once_and_train_on_none_of_them(labels, desi
 
 @given(st.lists(st.lists(WORDS, min_size=1, max_size=3).map(tuple), max_size=8))
 def test_texts_come_back_from_the_arrays_they_are_kept_in(rows):
-    found = part_texts(*join_texts(rows).values())
+    found = tokens.part_texts(*tokens.join_texts(rows).values())
     assert list(found.rows) == rows
 
 
@@ -135,3 +139,68 @@ def test_batches_by_length_have_each_example_once_an_epoch(sizes, batch, seed):
     for epoch in range(3):
         numbers, _ = shuffle(np.arange(epoch * len(sizes), (epoch + 1) * len(sizes)))
         assert sorted(numbers.tolist()) == [*range(len(sizes))]
+
+
+FEWER = settings().max_examples // 10  # of what takes longer
+NAMES = st.one_of(
+    st.sampled_from(sorted(name for name in models.list_models() if name in nearest.known_shapes())),
+    st.builds("vit_l{}_h{}_a2_p4_16".format, st.integers(1, 14), st.sampled_from((32, 64, 128))),
+    st.builds("bert_l{}_h{}_a2".format, st.integers(1, 14), st.sampled_from((32, 64, 128))),
+)
+
+
+@settings(max_examples=FEWER)
+@given(NAMES, st.data())
+def test_every_leaf_has_keys_of_its_own_in_a_layout_and_comes_back_bit_by_bit(name, data):
+    layout = models.get(name).layouts[data.draw(st.sampled_from(sorted(models.get(name).layouts)))]
+    shapes, owners, rng = load.default_shapes(name), {}, np.random.default_rng(0)
+    for path, shape in shapes.items():
+        try:
+            keys, transform = conversion.sources_of(layout, path)
+        except KeyError:
+            continue  # a leaf of another flavour of the network
+        for key in keys:
+            assert owners.setdefault(key, path) == path
+        if keys and np.prod(shape) < 10_000:
+            array = rng.random(shape).astype(np.float32)
+            parts = transform.export(array)
+            assert len(parts) == len(keys)
+            assert [part.shape for part in parts] == conversion.source_shapes(transform, shape)
+            np.testing.assert_array_equal(transform.load(*parts).reshape(shape), array)
+    assert owners
+
+
+SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+@settings(max_examples=FEWER)
+@given(st.lists(SIZES, min_size=1, max_size=6), st.sampled_from(("PNG", "BMP", "TIFF")), st.integers(0, 2**31))
+def test_a_pack_has_the_pixels_and_labels_of_what_was_packed(tmp_path_factory, sizes, kind, seed):
+    folder, rng = tmp_path_factory.mktemp("pack"), np.random.default_rng(seed)
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    for i, image in enumerate(images):
+        path = folder / "photos" / "train" / "ab"[i % 2] / f"{i}.{kind.lower()}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    whole = sources.load(f"folder:{folder / 'photos'}", "train")
+    pack.pack(f"folder:{folder / 'photos'}", str(folder / "packed"), ("train",), num_workers=0, report=lambda _: None)
+    found = sources.load(f"packed:{folder / 'packed'}", "train")
+    assert found.ids == whole.ids and found.labels.tolist() == whole.labels.tolist()
+    for name, pixels in zip(found.ids, (found.inputs[i] for i in range(len(found))), strict=True):
+        number = int(re.search(r"(\d+)\.\w+$", name)[1])
+        np.testing.assert_array_equal(pixels, images[number])
+
+
+@given(st.lists(st.integers(0, 40), min_size=2, max_size=30), st.integers(1, 2), st.data())
+def test_a_batch_has_the_tokens_of_its_examples_and_padding_behind_them(counts, texts, data):
+    counts = counts[: len(counts) // texts * texts]
+    rows = [np.stack([np.arange(n), np.full(n, i)], axis=1).astype(np.int32) for i, n in enumerate(counts)]
+    made = tokens.ragged(rows, 40, texts=texts)
+    chosen = np.array(data.draw(st.lists(st.integers(-1, len(counts) // texts - 1), min_size=1, max_size=8)))
+    length = made.length_of(chosen)
+    batch = made.batch(chosen, length).reshape(len(chosen), texts, length, 2)
+    for row, i in zip(batch, chosen.tolist(), strict=True):
+        for k in range(texts):
+            own = rows[i * texts + k] if i >= 0 else np.zeros((0, 2), np.int32)
+            np.testing.assert_array_equal(row[k, : len(own)], own)
+            assert (row[k, len(own) :, 0] == (tokens.PADDING if i >= 0 else 0)).all()
