@@ -167,7 +167,7 @@ def test_every_leaf_has_keys_of_its_own_in_a_layout_and_comes_back_bit_by_bit(na
             assert len(parts) == len(keys)
             assert [part.shape for part in parts] == conversion.source_shapes(transform, shape)
             read = [x for key, x in zip(keys, parts, strict=True) if not re.fullmatch(layout.ignore, key)]
-            np.testing.assert_array_equal(transform.load(*read).reshape(shape), array)
+            np.testing.assert_array_equal(transform.load(*(read or parts)).reshape(shape), array)
     assert owners
 
 
