@@ -27,10 +27,11 @@ CLASSES = {  # what is tried, and the tests
     "files": ("damaged files of 25 formats, weights, data, images and configs", f"{FAULTS}readers.py"),
     "properties": ("inputs that hypothesis looks for, 3,000 of each property", f"{FAULTS}properties.py"),
     "devices": ("saved on n devices, restored on m, of 1, 2, 4, 8", f"{FAULTS}devices.py"),
+    "processes": ("SIGKILL and SIGTERM to either of two processes, at four moments", f"{FAULTS}processes.py"),
     "mutants": ("planted faults that a test has to notice", f"{FAULTS}mutants.py"),
 }
 OTHERS = {  # classes whose tests lie elsewhere and always try the same
-    "processes": ("a rank of several is killed, stopped or lost", "tests/test_distributed.py tests/test_sharding.py"),
+    "meetings": ("processes that do not come, are lost or are foreign", "tests/test_distributed.py"),
     "launchers": ("two launchers and many workers at one study", "tests/test_study_launch.py tests/test_study.py"),
     "options": ("wrong options, arguments and names", "tests/test_wrong_options.py tests/test_wrong_arguments.py"),
     "numbers": (
