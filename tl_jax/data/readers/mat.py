@@ -24,8 +24,7 @@ NUMBERS = ("double", "single", "sparse", "logical", *INTEGERS)
 PROGRAM = """
 import io, json, sys
 import numpy as np, scipy.io
-file, *names = sys.argv[1:]
-made = io.BytesIO()
+file, names, made = sys.argv[1], json.load(sys.stdin), io.BytesIO()
 try:
     if names:
         found = scipy.io.loadmat(file, variable_names=names, spmatrix=False)
@@ -74,7 +73,9 @@ def load_mat(path: str, split: str) -> Source:
 
 def _read(file: Path, *names: str) -> bytes:
     """What PROGRAM gives for a file."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(file), *names], capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(file)], capture_output=True, input=json.dumps(names).encode()
+    )
     if done.returncode:
         told = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise ValueError(f"cannot read {file}: {told or f'code {done.returncode}'}; it may be damaged")
