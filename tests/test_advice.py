@@ -111,6 +111,18 @@ def test_the_study_of_a_race_trains_each_candidate_for_the_longest_and_scores_th
         load("experiments/advice")
 
 
+@pytest.mark.parametrize(("budget", "others"), [("1GFLOP", 1), ("1PFLOP", 9)])
+def test_a_network_that_the_budget_cannot_race_has_its_probe_in_it(tmp_path, monkeypatch, budget, others):
+    asked = {"data": "digits", "weights": [], "budget": budget, "options": [], "methods": []}
+    over, labels = race.open_race(asked, tmp_path), ["resnet8_cifar", "resnet20_cifar"]
+    networks = {label: {"name": label, "weights": ""} for label in labels}
+    over.decide(ranking={"networks": [{"network": label} for label in labels], "seconds": 0.0}, networks=networks)
+    monkeypatch.setattr(race, "_first_cost", lambda *_: (0.0, 1e8))
+    race._enter(over)
+    ways = [[way for network, way in over.state["candidates"].values() if network == label] for label in labels]
+    assert len(ways[0]) == 9 and len(ways[1]) == others and ways[1][0] == "logistic"
+
+
 def start(folder):
     argv = [sys.executable, "launch.py", "--advise", "--data=digits", "--weights=builtin:glyphs,resnet8_cifar=",
             "--budget=90GFLOP", f"--methods={','.join(WAYS)}", f"--workdir={folder}"]  # fmt: skip

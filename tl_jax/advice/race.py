@@ -232,7 +232,10 @@ def _rank(race: Race) -> None:
 
 
 def _enter(race: Race) -> None:
-    """The candidates: every way of adapting as many of the best networks as the first round can afford."""
+    """The candidates: every way of adapting as many of the best networks as the first round can afford.
+
+    Of the others the probe alone, which reads the features that ranking has computed.
+    """
     names: dict[str, list[str]] = {}
     costs: dict[str, tuple[float, float]] = {}
     for row in race.state["ranking"]["networks"][:NETWORKS]:
@@ -241,7 +244,7 @@ def _enter(race: Race) -> None:
         costs |= dict.fromkeys(found, _first_cost(race, label))
         tried = [costs[name] for name in names | found]
         if names and length(_left(race), tried, sizes(len(tried))) < 1.0:  # epoch in the first round
-            break
+            found = {name: pair for name, pair in found.items() if pair[1] in PROBES}
         names |= found
     race.decide(candidates=names, first_costs={name: costs[name] for name in names})
 
