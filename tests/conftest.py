@@ -4,6 +4,7 @@ import collections
 import os
 import pathlib
 import re
+import shutil
 import socket
 import tempfile
 
@@ -94,6 +95,18 @@ def pytest_collection_modifyitems(items):
             if name in in_ci:
                 item.add_marker(pytest.mark.exhaustive)
             in_ci.add(name)
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory):
+    """Commands in which a call fails, of all classes of faults."""
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler: calls cannot be made to fail")
+    from faults import commands
+
+    made = commands.Bench(tmp_path_factory.mktemp("bench"))
+    yield made
+    made.server.close()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -233,10 +234,19 @@ def _flags(args: Args, error: Exception) -> str:
     return f"{', '.join(shown)}: " if shown and "--" not in str(error) else ""
 
 
+def _end(*_: Any) -> None:
+    """Ctrl-C. An exception in the middle of anything could leave the lock of a pool of threads, which would wait."""
+    with contextlib.suppress(Exception):  # another print may be on its way
+        sys.stdout.flush()
+    os.write(2, b"stopped; what was complete is kept\n")
+    os._exit(130)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     if argv is None:
         argv = sys.argv[1:]
+        signal.signal(signal.SIGINT, _end)
         if argv[:1] == ["train"]:  # a program of its own; who calls this function goes on as it is
             from tl_jax.runtime.malloc import keep_memory
 

@@ -4,8 +4,10 @@
 child runs the main function of the command: messages and exit codes are those that a user sees.
 """
 
+import contextlib
 import ctypes
 import errno
+import faulthandler
 import hashlib
 import json
 import os
@@ -70,7 +72,8 @@ class Server:
         shim = folder / "shim.so"
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, ROOT / "tests/faults/shim.c", "-ldl"], check=True)
         begin = "import sys; sys.path[:0] = ['.', 'tests']; from faults import commands; commands.serve(sys.argv[1])"
-        environment = {**os.environ, "LD_PRELOAD": str(shim), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(threads),
+        own = {name: x for name, x in os.environ.items() if name != "COLUMNS"}  # which xdist sets
+        environment = {**own, "LD_PRELOAD": str(shim), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(threads),
                        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}  # fmt: skip
         self._process = subprocess.Popen(
             [sys.executable, "-c", begin, str(folder)], cwd=ROOT, env=environment,
@@ -90,7 +93,8 @@ class Server:
         self._tell({"argv": [str(word) for word in argv], "fault": fault, "devices": devices})
         number = self._hear()
         if meanwhile:
-            meanwhile(number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                meanwhile(number)
         code = self._hear()
         seen, output = self.folder / "seen", (self.folder / "output").read_text(errors="replace")
         return Ended(code, output, json.loads(seen.read_text()) if seen.exists() else {})
@@ -121,6 +125,7 @@ def serve(folder: str) -> None:
     _tell_restored(pathlib.Path(folder) / "restored")
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until a command begins
     for line in sys.stdin:
         (pathlib.Path(folder) / "seen").unlink(missing_ok=True)
         if not (child := os.fork()):
@@ -150,14 +155,17 @@ def _child(folder: pathlib.Path, request: dict) -> None:
     output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={request['devices']}"
-    signal.alarm(LIMIT)
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     shim, fault = ctypes.CDLL(None), Fault(*request["fault"])
     kinds = sum(1 << CALLS.index(name) for name in fault.calls)
     shim.shim_arm(str(folder / "work").encode(), kinds, fault.at, fault.error, fault.lasting, fault.jump)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         code = _main(request["argv"])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+    except KeyboardInterrupt:  # before the command watches
+        code = 130
     except BaseException:
         import traceback
 
@@ -177,7 +185,8 @@ def _main(argv: list[str]) -> int:
     else:
         from tl_jax.__main__ import main
 
-        return main(argv)
+        sys.argv = ["tl_jax", *argv]
+        return main()
     return main(argv[1:])
 
 

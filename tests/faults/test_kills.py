@@ -27,7 +27,7 @@ def test_a_task_that_is_killed_at_any_moment_ends_like_an_unbroken_one(bench, na
 
         def kill(process, moment=moment):
             time.sleep(moment)
-            os.kill(process, signal.SIGKILL)  # it is there until it is waited for
+            os.kill(process, signal.SIGKILL)
 
         effort.tried("kills", bench.survives(name, meanwhile=kill))
 
