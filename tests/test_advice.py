@@ -111,13 +111,24 @@ def test_the_study_of_a_race_trains_each_candidate_for_the_longest_and_scores_th
         load("experiments/advice")
 
 
+def test_what_is_frozen_is_not_paid_for_in_the_first_plan(tmp_path):
+    asked = {"data": "digits", "weights": [], "budget": "1TFLOP", "options": ["data.shots=4"], "methods": []}
+    over, label = race.open_race(asked, tmp_path), "resnet8_cifar"
+    over.decide(networks={label: {"name": label, "weights": "builtin:glyphs"}})
+    costs = race._first_costs(over, label)
+    features, (none, whole) = costs["logistic"], costs["full 0.01"]
+    assert none == features[1] == 0 and features[0] == pytest.approx(whole / 3)
+    assert costs["last_k 0.01"][0] == features[0] and 0 < costs["last_k 0.01"][1] < 0.7 * whole
+    assert costs["full 0.01"] == costs["full 0.002"] and 0 < costs["lp_ft 0.01"][1] < whole
+
+
 @pytest.mark.parametrize(("budget", "others"), [("1GFLOP", 1), ("1PFLOP", 9)])
 def test_a_network_that_the_budget_cannot_race_has_its_probe_in_it(tmp_path, monkeypatch, budget, others):
     asked = {"data": "digits", "weights": [], "budget": budget, "options": [], "methods": []}
     over, labels = race.open_race(asked, tmp_path), ["resnet8_cifar", "resnet20_cifar"]
     networks = {label: {"name": label, "weights": ""} for label in labels}
     over.decide(ranking={"networks": [{"network": label} for label in labels], "seconds": 0.0}, networks=networks)
-    monkeypatch.setattr(race, "_first_cost", lambda *_: (0.0, 1e8))
+    monkeypatch.setattr(race, "_first_costs", lambda over, label: dict.fromkeys(over.ways(label), (0.0, 1e8)))
     race._enter(over)
     ways = [[way for network, way in over.state["candidates"].values() if network == label] for label in labels]
     assert len(ways[0]) == 9 and len(ways[1]) == others and ways[1][0] == "logistic"

@@ -138,7 +138,10 @@ class Race(NamedTuple):
 
     def options_of(self, candidate: str, epochs: float) -> dict[str, Any]:
         """The options of a candidate that trains for so many epochs."""
-        network, way = self.state["candidates"][candidate]
+        return self.options(*self.state["candidates"][candidate], epochs)
+
+    def options(self, network: str, way: str, epochs: float) -> dict[str, Any]:
+        """Those of a way of a network."""
         row, found = self.state["networks"][network], self.ways(network, epochs)
         own = {"model.name": row["name"], "model.weights": row["weights"], "eval_every": (epochs, "epochs")}
         return own | ({} if "phases" in found[way] else {"total": (epochs, "epochs")}) | found[way]
@@ -241,7 +244,7 @@ def _enter(race: Race) -> None:
     for row in race.state["ranking"]["networks"][:NETWORKS]:
         label = row["network"]
         found = {f"{label}, {way}": [label, way] for way in race.ways(label)}
-        costs |= dict.fromkeys(found, _first_cost(race, label))
+        costs |= {f"{label}, {way}": cost for way, cost in _first_costs(race, label).items()}
         tried = [costs[name] for name in names | found]
         if names and length(_left(race), tried, sizes(len(tried))) < 1.0:  # epoch in the first round
             found = {name: pair for name, pair in found.items() if pair[1] in PROBES}
@@ -249,13 +252,32 @@ def _enter(race: Race) -> None:
     race.decide(candidates=names, first_costs={name: costs[name] for name in names})
 
 
-def _first_cost(race: Race, label: str) -> tuple[float, float]:
-    """(besides its steps, of an epoch of steps): what training a whole network takes, before any run was measured."""
+def _first_costs(race: Race, label: str) -> dict[str, tuple[float, float]]:
+    """{way: (besides its steps, of an epoch of steps)} of a network, before any run was measured.
+
+    Ways that differ in their rate cost the same. Features are a forward pass, a third of a step of the whole network.
+    """
+    rate = 1 / (EFFICIENCY * estimate.matmul_rate()) if race.budget.timed else 1.0
+    known: dict[str, tuple[float, float]] = {}
+
+    def flops(changes: Mapping[str, Any]) -> float:
+        return estimate.trace(options.override(race.base, changes)).flops or 0.0
+
     row = race.state["networks"][label]
-    network = {"model.name": row["name"], "model.weights": row["weights"]}
-    changes = network | {"method.name": "full", "total": (1.0, "epochs")}
-    flops = estimate.trace(options.override(race.base, changes)).flops
-    return (OVERHEAD, flops / (EFFICIENCY * estimate.matmul_rate())) if race.budget.timed else (0.0, flops)
+    whole = {
+        "model.name": row["name"],
+        "model.weights": row["weights"],
+        "method.name": "full",
+        "total": (1.0, "epochs"),
+    }
+    features, ways = flops(whole) / 3, race.ways(label)
+    for way in ways:
+        name = way.partition(" ")[0]
+        if name not in known:
+            steps = 0.0 if name in PROBES else flops(race.options(label, way, 1.0))
+            besides = features if name in CACHED else 0.0
+            known[name] = besides * rate + OVERHEAD * race.budget.timed, steps * rate
+    return {way: known[way.partition(" ")[0]] for way in ways}
 
 
 def length(left: float, costs: Sequence[tuple[float, float]], counts: Sequence[int]) -> float:
