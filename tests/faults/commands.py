@@ -67,13 +67,13 @@ class Ended(NamedTuple):
 class Server:
     """Runs commands one after the other in children of one process, which are given `folder` to work below."""
 
-    def __init__(self, folder: pathlib.Path, threads: int = 1):
+    def __init__(self, folder: pathlib.Path):
         self.folder = folder
         shim = folder / "shim.so"
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, ROOT / "tests/faults/shim.c", "-ldl"], check=True)
         begin = "import sys; sys.path[:0] = ['.', 'tests']; from faults import commands; commands.serve(sys.argv[1])"
         own = {name: x for name, x in os.environ.items() if name != "COLUMNS"}  # which xdist sets
-        environment = {**own, "LD_PRELOAD": str(shim), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(threads),
+        environment = {**own, "LD_PRELOAD": str(shim), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1",
                        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}  # fmt: skip
         self._process = subprocess.Popen(
             [sys.executable, "-c", begin, str(folder)], cwd=ROOT, env=environment,

@@ -20,7 +20,7 @@ LABELS = ("label", "labels", "y", "gnd", "class", "classes")
 INTEGERS = (f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 NUMBERS = ("double", "single", "sparse", "logical", *INTEGERS)
 # A damaged file can take scipy's reader down, with a signal: it reads in a process of its own. With names, it writes an
-# .npz of these variables; without, what there is.
+# .npz of these variables in their order; without, what there is.
 PROGRAM = """
 import io, json, sys
 import numpy as np, scipy.io
@@ -28,8 +28,7 @@ file, names, made = sys.argv[1], json.load(sys.stdin), io.BytesIO()
 try:
     if names:
         found = scipy.io.loadmat(file, variable_names=names, spmatrix=False)
-        dense = {name: x.toarray() if hasattr(x := found[name], "toarray") else x for name in names}
-        np.savez(made, **{name: np.asarray(x) for name, x in dense.items()})
+        np.savez(made, *(x.toarray() if hasattr(x := found[name], "toarray") else np.asarray(x) for name in names))
     else:
         made.write(json.dumps(scipy.io.whosmat(file)).encode())
 except Exception as error:  # on damaged files scipy raises almost any type
@@ -58,7 +57,7 @@ def load_mat(path: str, split: str) -> Source:
         raise ValueError(f"{file} is no MATLAB file of version 5 to 7.2; it begins with {head[:20]!r}")
     labels, features = _choose(file, json.loads(_read(file)))
     found = npz.read(io.BytesIO(_read(file, labels, features)), npz.NUMBERS + "c")
-    y, x = found[labels].reshape(-1), found[features]
+    y, x = found["arr_0"].reshape(-1), found["arr_1"]
     classes, count = None, len(y)
     if (np.abs(y) < 2**31).all() and (y == np.rint(y)).all():
         present = np.unique(y.astype(np.int64))
@@ -73,9 +72,8 @@ def load_mat(path: str, split: str) -> Source:
 
 def _read(file: Path, *names: str) -> bytes:
     """What PROGRAM gives for a file."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(file)], capture_output=True, input=json.dumps(names).encode()
-    )
+    words = [sys.executable, "-P", "-c", PROGRAM, str(file)]  # no module of the folder that it is started in
+    done = subprocess.run(words, capture_output=True, input=json.dumps(names).encode())
     if done.returncode:
         told = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise ValueError(f"cannot read {file}: {told or f'code {done.returncode}'}; it may be damaged")
