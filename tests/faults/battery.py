@@ -62,19 +62,18 @@ def run(name: str) -> tuple[int, collections.Counter]:
     return code, +outcomes
 
 
-def row_of(name: str, outcomes: collections.Counter) -> str:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
+def row_of(name: str, outcomes: collections.Counter, commit: str) -> str:
     what, told = (CLASSES | OTHERS)[name][0], ", ".join(f"{n:,} {outcome}" for outcome, n in outcomes.most_common())
-    return f"| {name} | {what} | {outcomes.total():,} | {told} | {datetime.date.today()}, {commit.stdout.strip()} |"
+    return f"| {name} | {what} | {outcomes.total():,} | {told} | {datetime.date.today()}, {commit} |"
 
 
-def write(rows: dict[str, str]) -> None:
-    """Puts rows into the table of the page, in place of those of the same classes."""
+def write(name: str, row: str) -> None:
+    """Puts the row of a class into the table of the page."""
     text = PAGE.read_text()
     start = text.index(HEAD[0])
     end = text.index("\n\n", start)
-    known = {line.split("|")[1].strip(): line for line in text[start:end].splitlines()[2:]} | rows
-    lines = [known[name] for name in (*CLASSES, *OTHERS) if name in known]
+    known = {line.split("|")[1].strip(): line for line in text[start:end].splitlines()[2:]} | {name: row}
+    lines = [known[each] for each in (*CLASSES, *OTHERS) if each in known]
     PAGE.write_text(text[:start] + "\n".join([*HEAD, *lines]) + text[end:])
 
 
@@ -85,14 +84,16 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := [name for name in args.classes if name not in CLASSES | OTHERS]:
         parser.error(f"no class {', '.join(unknown)}; there are {', '.join((*CLASSES, *OTHERS))}")
-    codes, rows = [], {}
+    describe = ["git", "describe", "--always", "--dirty=+"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    codes, rows = [], []
     for name in args.classes or (*CLASSES, *OTHERS):
         code, outcomes = run(name)
         codes.append(code)
-        rows[name] = row_of(name, outcomes)
-    print("\n".join([*HEAD, *rows.values()]))
-    if args.write:
-        write(rows)
+        rows.append(row_of(name, outcomes, commit))
+        if args.write:
+            write(name, rows[-1])
+    print("\n".join([*HEAD, *rows]))
     return int(any(codes))
 
 
