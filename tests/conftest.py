@@ -1,6 +1,7 @@
 """Test settings: four simulated CPU devices, rank promotion raises, and where the acceptance material lies."""
 
 import collections
+import gc
 import os
 import pathlib
 import re
@@ -9,7 +10,12 @@ import socket
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = " ".join([
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=4",
+    # These emitters take half as long again to compile small programs; what a user runs has them.
+    "--xla_cpu_use_fusion_emitters=false",
+])  # fmt: skip
 
 import hypothesis
 import jax
@@ -115,3 +121,9 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"acceptance material is not here: {SHARED}")
     return SHARED
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: collecting garbage in a test need not look at it."""
+    gc.collect()
+    gc.freeze()

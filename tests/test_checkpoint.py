@@ -35,9 +35,9 @@ def state(value: float):
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def collect_here():
-    """Has Python report them in the test that they belong to."""
+    """Has Python report them here."""
     yield
     gc.collect()
 
