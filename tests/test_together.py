@@ -1,5 +1,6 @@
 """Runs of a study that are trained together: which ones, and that they end as runs by themselves, killed or not."""
 
+import errno
 import pathlib
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from test_replicas import assert_same_run, make_config, remains
 
 from tl_jax import config
-from tl_jax.core.files import read_json, write_json
+from tl_jax.core.files import no_room, read_json, write_json
 from tl_jax.runtime.preemption import Preempted
 from tl_jax.studies import store, together, worker
 from tl_jax.studies.report import results
@@ -67,6 +68,22 @@ def test_a_set_that_was_begun_stays_as_it_is_and_can_be_parted(tmp_path):
     assert together.members(tmp_path, more[3].key) == ([more[3].key], None)
     together.separate(home, "too large")
     assert together.members(tmp_path, runs[1].key) == ([runs[1].key], None)
+
+
+@pytest.mark.parametrize("which", ["heads", "none"])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "faulty", "a.json"), no_room("a checkpoint needs more")])
+def test_a_disk_that_fails_is_no_failure_of_a_run_and_parts_no_set(tmp_path, monkeypatch, capsys, which, error):
+    runs = plan(tmp_path, seeds=(0,), which=which)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(worker, "train_run", fail)
+    monkeypatch.setattr(worker, "train_runs", fail)
+    assert worker.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
+    assert set(store.states(tmp_path).values()) == {"todo"}
+    assert which == "none" or together.members(tmp_path, runs[0].key)[0] == [run.key for run in runs]
 
 
 @pytest.mark.slow

@@ -237,7 +237,9 @@ TASKS = {
     "a pack": Task(("pack", "digits", "{work}/packed", "--split=test", "--workers=0"), after=("packed/**/*",)),
     "an export": Task(("export", "{made}/run", "{work}/out"), after=("out/*.safetensors", "out/*.json")),
     "calibration": Task(("calibrate", "{work}/run", "--ood=none"), ("run",), ("run/trust.*", "run/result.json")),
-    "a soup": Task(("soup", "{made}/run", "{made}/other", "--out={work}/soup"), after=("soup/*",)),
+    "a soup": Task(
+        ("soup", "{made}/run", "{made}/other", "--out={work}/soup"), after=("soup/*.safetensors", "soup/*.json")
+    ),
     "a conversion": Task(
         ("convert", "resnet8_cifar", "builtin:glyphs", "{work}/a.safetensors"), after=("a.safetensors",)
     ),

@@ -1,6 +1,7 @@
 """Files that are replaced as a whole, so that a reader sees the old or the new one; locks, JSON and rows of JSON."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 from tl_jax.core.checks import Check
 from tl_jax.core.messages import brief
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # full, over a quota, read-only, faulty
 SEAL = re.compile(r'.{10}[0-9a-f]{64}", ')  # where _sealed puts it
 
 
@@ -24,9 +26,21 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        if error.errno and str(error.filename or ".tmp").endswith(".tmp"):
+        if error.strerror and str(error.filename or ".tmp").endswith(".tmp"):
             error.filename = str(path)
         raise
+
+
+def no_room(text: str) -> OSError:
+    """What to raise before something is written that does not fit; its errno is ENOSPC, and it prints as `text`."""
+    error = OSError(text)
+    error.errno = errno.ENOSPC
+    return error
+
+
+def of_disk(error: BaseException) -> bool:
+    """Whether an error is that of a disk, which fails whatever is asked of it."""
+    return isinstance(error, OSError) and error.errno in DISK
 
 
 @contextlib.contextmanager

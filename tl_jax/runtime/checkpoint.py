@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tl_jax.core import messages, trees
+from tl_jax.core import files, messages, trees
 from tl_jax.runtime import leaves, wall
 
 # orbax prints each error of a save three times, with tracebacks; `wait` and `close` raise it.
@@ -81,11 +81,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         self.wait()
         saved, flat, older = self._saved(state), trees.flatten(state), self.steps()
-        needed, free = sum(leaf.nbytes for leaf in saved.values()), shutil.disk_usage(self._folder).free
-        if free < 1.05 * needed + 2**20:
+        needed = sum(leaf.nbytes for leaf in saved.values()) * 21 // 20 + 2**20  # with what is written beside them
+        if (free := shutil.disk_usage(self._folder).free) < needed:
             full = f"no room for the checkpoint of step {step} in {self._folder}: it needs {needed:,} bytes"
             hint = f"Make room and start the same command again; it resumes from step {max(older, default=0)}"
-            raise OSError(f"{full}, {free:,} are free. {hint}")
+            raise files.no_room(f"{full}, {free:,} are free. {hint}")
         self._copy, self._keep = _copy_of(saved, self._copy), keep
         text = json.dumps({**meta, "step": step})  # now: the caller's rows go on growing
         elsewhere = {path: {**_form(flat[path]), "sha256": sha256} for path, sha256 in self._constant.items()}

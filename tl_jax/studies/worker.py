@@ -2,7 +2,8 @@
 
 Any number of workers, on any machines that share W, do each run once; a worker can be several processes. Exit codes: 0
 nothing left to take (a run that failed is in its failed.json); 75 stopped with everything saved; 2 no study in W, or
-it cannot be read or written.
+it cannot be read or written: a disk that is full or faulty is no failure of a run, which goes on when it is started
+again.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 
 from tl_jax.core.console import show
-from tl_jax.core.files import read_json, writing
+from tl_jax.core.files import of_disk, read_json, writing
 from tl_jax.runtime import distributed, preemption
 from tl_jax.runtime.compile_cache import keep_compiled_programs
 from tl_jax.runtime.malloc import keep_memory
@@ -104,6 +105,8 @@ def take(workdir: pathlib.Path, row: Mapping[str, Any], attempt: int, stop_reque
         raise
     except Exception as error:  # of any kind: the other runs do not depend on this one
         distributed.wait_for_cause(error)  # a run whose other process was killed has not failed
+        if of_disk(error):
+            raise
         finish(workdir, row, error, attempt)
         distributed.fail(error, 1)  # several processes cannot know that they all failed: they end together
         return
@@ -145,6 +148,8 @@ def take_together(
         log_run(workdir, first, f"{others}: {stop}")
         raise
     except Exception as error:  # perhaps it is too large, or one run does not fit: each by itself says what is wrong
+        if of_disk(error):  # one by one they would end in other bits
+            raise
         together.separate(home, f"{type(error).__name__}: {error}")
         log_run(workdir, first, f"{others} are done one by one: {str(error).partition(chr(10))[0]}")
         return

@@ -143,9 +143,9 @@ def _make_room(root: pathlib.Path, missing: Mapping[str, Cached]) -> None:
     there = sum(cached.file.stat().st_blocks * 512 for cached in missing.values() if cached.file.exists())
     needed, free = sum(cached.nbytes for cached in missing.values()) - there, shutil.disk_usage(root).free
     if needed + 2**20 > free:
-        raise OSError(
-            f"no room for the features in {root}: they need {needed:,} bytes, {free:,} are free. Make room, set "
-            f"cache_dir to another disk, lower views, or run without cache:\n{listing}"
+        raise files.no_room(
+            f"no room for the features in {root}: they need {needed:,} bytes, {free:,} are free, of which 1 MiB "
+            f"stays free. Make room, set cache_dir to another disk, lower views, or run without cache:\n{listing}"
         )
     log(f"features of frozen networks go to {root}, {needed:,} bytes of {free:,} that are free:\n{listing}")
 

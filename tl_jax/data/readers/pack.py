@@ -16,7 +16,7 @@ import numpy as np
 from tl_jax.core import console
 from tl_jax.core.card import PIXEL_TYPES, Form
 from tl_jax.core.checks import refuse
-from tl_jax.core.files import atomic_write, locked, read_json, write_json, writing
+from tl_jax.core.files import atomic_write, locked, no_room, read_json, write_json, writing
 from tl_jax.core.messages import listed
 from tl_jax.data import workers
 from tl_jax.data.examples import Source, header
@@ -139,7 +139,7 @@ def _check_room(plans: Iterable[Plan], root: Path, report: Callable[[str], None]
         report(f"{plan.source.name}: {len(plan.lengths):,} images take {size:,} bytes; {free:,} are free")
     if needed > free:
         fix = "free some, choose a smaller --size, or another disk"
-        raise OSError(f"{root} has {free:,} bytes free, and {needed:,} more are needed; {fix}")
+        raise no_room(f"{root} has {free:,} bytes free, and {needed:,} more are needed; {fix}")
 
 
 def _decode_all(plan: Plan, num_workers: int, report: Callable[[str], None]) -> list[list]:
