@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import itertools
 import os
 import pathlib
 import re
@@ -48,6 +49,16 @@ def folder(tmp_path):
         for step in (1, 2, 3):
             checkpoints.save(step, state(step), {"class_names": ["x"]}, keep={1})
     return tmp_path
+
+
+def test_a_clock_that_jumps_during_a_save_ends_no_run(tmp_path, monkeypatch):
+    hours = itertools.count()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600 * next(hours))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state(1), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [1] and next(hours) > 1
 
 
 def test_a_checkpoint_comes_back_bit_equal(folder):

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from tl_jax.core import files, messages, trees
 from tl_jax.runtime import leaves, wall
 
+TIMEOUT = 10**8  # seconds of a save; orbax measures it with the clock of the day, which jumps when a laptop wakes up
 # orbax prints each error of a save three times, with tracebacks; `wait` and `close` raise it.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
@@ -51,7 +52,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._keep: Collection[int] = ()
         self._folder = folder.absolute()
         self._copy: dict[str, jax.Array] = {}
-        options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True, preservation_policy=self)
+        options = ocp.CheckpointManagerOptions(
+            create=True, cleanup_tmp_directories=True, preservation_policy=self,
+            async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT),
+        )  # fmt: skip
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __exit__(self, *_) -> None:
