@@ -55,4 +55,4 @@ def test_a_run_goes_on_with_other_devices_from_the_same_bits(bench, unbroken, be
     restored = json.loads(told.read_text())
     assert restored["leaves"] == hashes[restored["step"]]
     assert losses(bench) == pytest.approx(unbroken, rel=1e-4)
-    effort.tried("devices", f"{before} -> {behind}: the same state and losses")
+    effort.tried(f"devices: {before} -> {behind}", "the same state and losses")
