@@ -75,4 +75,4 @@ def test_the_other_ends_with_the_reason_and_both_go_on_to_the_same_files(tmp_pat
         assert f"because process {rank} of 2" in outputs[1 - rank]
     finish(launch(2, tmp_path / "w", *OPTIONS))
     assert remains(tmp_path / "w") == whole
-    effort.tried("processes", f"{sent} at {moment}: both ended, went on")
+    effort.tried(f"processes: {sent} at {moment}", "both ended, went on")
