@@ -95,7 +95,16 @@ def test_a_damaged_set_is_chosen_anew(workdir, monkeypatch, capsys):
         assert "runs.json is damaged" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("table", [{"model": 1}, {"model.name.x": 1}, {"": 1}, {"data": {"source": "x"}}, {"lr.x": 1}])
+def test_an_unknown_option_may_have_any_name_and_a_deep_one_is_refused(tmp_path):
+    write_json(tmp_path / "config.json", {".": 1, "x.y": 2, "x-": 3, "x.z": 4})
+    assert options.read(tmp_path / "config.json").x.z == 4
+    write_json(tmp_path / "config.json", {"x." * 20_000: 1})
+    with pytest.raises(ValueError, match=r"config\.json: .*recursion"):
+        options.read(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("table", [{"model": 1}, {"model.name.x": 1}, {"": 1}, {"data": {"source": "x"}}, {"lr.x": 1},
+                                   {"x": 1, "x.y": 2}, {"x.y": 1, "x.y.z.u": 2, "x-": 3}])  # fmt: skip
 def test_a_config_with_sections_in_the_wrong_place_is_named(tmp_path, table):
     write_json(tmp_path / "config.json", table)
     with pytest.raises(ValueError, match=r"config\.json: .* cannot be an option"):

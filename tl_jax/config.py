@@ -60,8 +60,12 @@ def from_flat(flat: Mapping[str, Any]) -> ConfigDict:
 
     Raises ValueError where an option stands in the place of a section, or inside of another.
     """
-    names = [key for key in flat if key not in INITIAL]
-    wrong = [key for key in names if any(f"{a}.".startswith(f"{b}.") for x in INITIAL for a, b in ((x, key), (key, x)))]
+    wrong, above = [], None
+    for key in sorted({*INITIAL, *flat}, key="{}.".format):  # so that a section stands before all that is inside of it
+        if above is not None and f"{key}.".startswith(f"{above}."):
+            wrong += [name for name in (above, key) if name not in INITIAL and name not in wrong]
+        else:
+            above = key
     if wrong or "" in flat:
         raise ValueError(f"{', '.join(map(repr, wrong or ['']))} cannot be an option; expected those of {len(INITIAL)}")
     return _config({**INITIAL, **flat}).lock()
@@ -71,7 +75,7 @@ def read(path: pathlib.Path) -> ConfigDict:
     """The config of a config.json; ValueError that names the file where it is none."""
     try:
         return from_flat(files.read_json(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
 
 
