@@ -422,6 +422,8 @@ def main() -> int:
         instrument = atheris.instrument_imports(include=["tl_jax", "zipfile", "numpy.lib"])
     with instrument:
         known = [*readers()]
+    if unknown := {*args.names} - {name for name, _ in known}:
+        parser.error(f"no reader {', '.join(sorted(unknown))}; there are {', '.join(name for name, _ in known)}")
     for name, make in known:
         if not args.names or name in args.names:
             outcomes, wrong = in_a_child(name, make, args.count, args.seed, args.guided)
