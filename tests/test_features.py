@@ -132,6 +132,16 @@ def test_whatever_the_features_depend_on_makes_others(store, tmp_path, capsys, c
     assert COMPUTING in capsys.readouterr().out
 
 
+def test_weights_that_differ_in_their_values_alone_make_other_features(store, tmp_path, capsys):
+    """A fine-tuned file has the card of the one it began with; features of it depend on what moved."""
+    train(make_config(**{"method.name": "full", "total": (1, "steps")}), tmp_path / "tuned", verbose=False)
+    shutil.copytree(store[0], tmp_path / "cache", ignore=shutil.ignore_patterns("run"))
+    config = cached({**PROBE, "model.weights": str(tmp_path / "tuned" / "model.safetensors")}, tmp_path / "cache")
+    with pytest.raises(Preempted, match="stopped after the features of"):
+        train(config, tmp_path / "w", verbose=False, stop_requested=lambda step: True)
+    assert COMPUTING in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("damage", ["flip", "cut", "other key", "no file"])

@@ -82,6 +82,13 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("groups", [None, np.array([0, 0, 1, 2, 2, 2])])
+def test_every_example_is_drawn_as_often_as_any_other(groups):
+    weights = np.concatenate([*intervals.resample(6, 5000, 0, groups)], axis=1)
+    np.testing.assert_allclose(weights.mean(axis=1), 1, atol=0.07)  # five standard errors: sqrt(1 / 5000)
+    np.testing.assert_allclose(weights.std(axis=1), np.sqrt(1 - 1 / (6 if groups is None else 3)), atol=0.07)
+
+
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("case", CASES)
 def test_weighted_metrics_equal_sklearn_on_physically_resampled_data(case):

@@ -11,6 +11,8 @@ from plans import as_batch, make_plan, make_reader, make_tx
 
 from tl_jax import models, tasks
 from tl_jax.core import trees
+from tl_jax.core.card import Card
+from tl_jax.methods import term
 from tl_jax.runtime import sharding
 from tl_jax.training import optim, steps
 
@@ -241,6 +243,29 @@ def test_a_head_only_step_costs_at_most_034_of_the_full_step_with_clipping_and_l
     block, _ = compiled_cost("last_k", 1)
     assert head / full <= 0.34 and block / full <= 0.39, (head / full, block / full)
     assert head_memory <= 0.05 * full_memory
+
+
+def test_the_weight_of_a_term_follows_the_progress_of_its_phase_not_of_the_run():
+    model, variables = initial_variables("resnet8_cifar", 4, 16)
+    plan = make_plan(model, variables, sharding.make_parallel(), 4, "linear_probe", start=10, length=20)
+    plan = plan._replace(method=term.Method({term.TASK: (lambda progress: progress, term.make_task_term())}))
+    tx = make_tx(plan, optim.Group("sgd"), clip=0.0)
+    train, state = jax.jit(steps.make_train_step(plan, tx)), steps.init_state(plan, tx, variables, {}, 0)
+
+    def moved(at):
+        after = train(state._replace(step=jnp.int32(at)), make_batch())
+        return np.asarray(after.params["head"]["kernel"] - state.params["head"]["kernel"])
+
+    np.testing.assert_array_equal(moved(10), 0)
+    np.testing.assert_allclose(4 * moved(15), moved(30), rtol=1e-3, atol=1e-6)
+    assert np.abs(moved(30)).max() > 1e-4
+
+
+def test_inputs_are_shifted_by_the_mean_and_scaled_by_the_deviation_of_the_card():
+    card = Card("test", 4, 16, mean=(0.2, 0.5, 0.7), std=(0.1, 0.3, 2.0))
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3)).astype(np.uint8)
+    expected = (images / 255.0 - np.array(card.mean)) / np.array(card.std)
+    np.testing.assert_allclose(steps.normalise(jnp.asarray(images), card), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_batch_sizes_that_do_not_divide_are_refused_with_the_multiple_to_use():
