@@ -107,7 +107,7 @@ def base(name):
     if name == "study":
         return options.override(config, {"seeds": (1, 2), "baseline": (("model.weights", ""),)})
     if name == "all":
-        phase = (("total", (2.0, "steps")), ("terms", {"kd": {"weight": 0.5}, "dann": {"width": 8}}))
+        phase = (("total", (2.0, "steps")), ("terms", {"rkd": {"weight": 0.5}, "dann": {"width": 8}}))
         return options.override(config, {
             "streams": {"target": {"source": "digits:faded", "split": "train[:100]"}},
             "networks": {"teacher": {"name": "resnet8_cifar", "weights": "builtin:glyphs"}},
