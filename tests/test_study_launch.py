@@ -133,12 +133,13 @@ def start_script(monkeypatch, script):
     return started
 
 
-def test_workers_that_cannot_start_are_given_up(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("code", "starts"), [(3, local.EMPTY_HANDED), (2, 1)])
+def test_workers_that_cannot_start_or_say_what_they_need_are_given_up(tmp_path, monkeypatch, capsys, code, starts):
     plan(tmp_path)
-    started = start_script(monkeypatch, "raise SystemExit(3)")
+    started = start_script(monkeypatch, f"raise SystemExit({code})")
     assert local.launch(tmp_path, jobs=2) == 1
-    assert len(started) == 2 * local.EMPTY_HANDED
-    assert "a worker ended with code 3" in capsys.readouterr().out
+    assert len(started) == 2 * starts
+    assert f"a worker ended with code {code}" in capsys.readouterr().out
 
 
 def test_a_worker_that_died_is_started_again_while_there_are_runs(tmp_path, monkeypatch, capsys):

@@ -93,7 +93,8 @@ def supervise(
                 deaths[index] += process.pid not in held
                 place = f" in {store.name_of(held[process.pid])}" if process.pid in held else ""
                 show(f"a worker ended with code {process.returncode}{place}")
-                if deaths[index] < EMPTY_HANDED and store.open_runs(workdir):
+                told = process.returncode == 2  # what it needs and has printed, such as room on the disk
+                if not told and deaths[index] < EMPTY_HANDED and store.open_runs(workdir):
                     workers[index] = start_worker(workdir, slots[index])
             time.sleep(POLL)
     finally:
