@@ -1,6 +1,5 @@
 """Every method between domains is bit-equal after SIGKILL."""
 
-import importlib
 import json
 import os
 import pathlib
@@ -9,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import nth_call
 import pytest
 from domain_cases import CASES, check_ledger, config_of, make_tables, of_which_ci_runs, one_device
 
@@ -20,11 +20,11 @@ from tl_jax.training.train import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # After so many steps, before the evaluation that may follow; or behind a call of that number of a function.
-CHOICES = ("tl_jax.training.candidates", "choose", 1)
+CHOICES = ("tl_jax.training.candidates:choose", 1)
 MOMENTS = dict.fromkeys(CASES, (1, 5, 8, CHOICES))
-MOMENTS["several"] = (1, ("tl_jax.training.candidates", "write", 3), 7, CHOICES)
-MOMENTS["adda"] = MOMENTS["adabn"] = (1, 4, ("tl_jax.training.single.Single", "enter", 1), 7, CHOICES)
-MOMENTS["shot"] = (1, 5, ("tl_jax.training.single.Single", "refresh", 1), 7, CHOICES)
+MOMENTS["several"] = (1, ("tl_jax.training.candidates:write", 3), 7, CHOICES)
+MOMENTS["adda"] = MOMENTS["adabn"] = (1, 4, ("tl_jax.training.single:Single.enter", 1), 7, CHOICES)
+MOMENTS["shot"] = (1, 5, ("tl_jax.training.single:Single.refresh", 1), 7, CHOICES)
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +52,7 @@ def die():
 def start(config, folder, moment):
     """One start of a run, which is killed at its moment, if it has one."""
     if isinstance(moment, list | tuple):
-        where, name, times = moment
-        owner, _, attribute = where.rpartition(".") if where.endswith("Single") else (where, "", "")
-        owner = importlib.import_module(owner)
-        owner = getattr(owner, attribute) if attribute else owner
-        real, calls = getattr(owner, name), []
-
-        def wrapped(*arguments, **named):
-            found = real(*arguments, **named)
-            calls.append(1)
-            if len(calls) == times:
-                die()
-            return found
-
-        setattr(owner, name, wrapped)
+        nth_call.behind(*moment, die)
     train(config, folder, verbose=False, stop_requested=lambda done: done == moment and die())
 
 

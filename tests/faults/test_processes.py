@@ -15,29 +15,20 @@ from test_distributed import ROOT, finish, free_address, launch, remains
 
 pytestmark = [pytest.mark.battery, pytest.mark.slow, pytest.mark.exhaustive]  # test_distributed.py has some in CI
 MOMENTS = {  # a function, and the number of the call after which it happens
-    "a step": ("tl_jax.training.single:Single", "take_line", 3),
-    "the start": ("tl_jax.training.build", "load_model", 1),
-    "a save": ("tl_jax.runtime.checkpoint:Checkpoints", "save", 1),
-    "an evaluation": ("tl_jax.training.evaluate", "collect", 2),
+    "a step": ("tl_jax.training.single:Single.take_line", 3),
+    "the start": ("tl_jax.training.build:load_model", 1),
+    "a save": ("tl_jax.runtime.checkpoint:Checkpoints.save", 1),
+    "an evaluation": ("tl_jax.training.evaluate:collect", 2),
 }
 CODES = {"SIGKILL": 1, "SIGTERM": 75}  # of the process that was left alone
 LIMIT = 90  # seconds in which both have to end
 PROGRAM = """
-import importlib, os, runpy, signal, sys
-owner, name, number, sent = sys.argv[1:5]
-sys.argv = sys.argv[5:]
-module, _, attribute = owner.partition(":")
-place = importlib.import_module(module)
-place = getattr(place, attribute) if attribute else place
-real, calls = getattr(place, name), []
-def counted(*arguments, **named):
-    found = real(*arguments, **named)
-    calls.append(1)
-    if len(calls) == int(number):
-        os.kill(os.getpid(), getattr(signal, sent))
-    return found
-setattr(place, name, counted)
-sys.path.insert(0, ".")
+import os, runpy, signal, sys
+sys.path[:0] = [".", "tests"]
+import nth_call
+place, number, sent = sys.argv[1:4]
+sys.argv = sys.argv[4:]
+nth_call.behind(place, int(number), lambda: os.kill(os.getpid(), getattr(signal, sent)))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 OPTIONS = ["--config.method.name=full", "--config.total=(12,'steps')", "--config.eval_every=(3,'steps')"]
