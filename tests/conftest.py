@@ -124,6 +124,7 @@ def shared():
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: collecting garbage in a test need not look at it."""
+    """What is imported by now stays: collecting garbage in a test need not look at it, nor look often."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 100)

@@ -111,6 +111,7 @@ def test_the_study_of_a_race_trains_each_candidate_for_the_longest_and_scores_th
         load("experiments/advice")
 
 
+@pytest.mark.slow
 def test_what_is_frozen_is_not_paid_for_in_the_first_plan(tmp_path):
     asked = {"data": "digits", "weights": [], "budget": "1TFLOP", "options": ["data.shots=4"], "methods": []}
     over, label = race.open_race(asked, tmp_path), "resnet8_cifar"
@@ -152,7 +153,7 @@ def report_of(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [(1, 4), (0, 1, 3, 4, 6)])  # after so many of its seven runs
+@pytest.mark.parametrize("kills", [(2,), (1, 4), (0, 1, 3, 4, 6)])  # after so many of its seven runs
 def test_a_race_that_is_killed_gives_the_report_of_an_unbroken_one(kills, tmp_path):
     whole, broken, rng = tmp_path / "whole", tmp_path / "broken", random.Random(0)
     finish(whole)

@@ -86,6 +86,7 @@ def test_a_run_whose_books_are_damaged_ends_with_its_numbers(stopped, tmp_path, 
     assert (cost["seconds"] is None) == (cost["data_wait_seconds"] is None) == (name == "timing.jsonl")
 
 
+@pytest.mark.slow
 def test_a_run_whose_books_are_damaged_at_the_very_end_ends_too(stopped, tmp_path, capsys):
     def stop(step):
         if step == 6:

@@ -303,6 +303,7 @@ def test_classifiers_are_those_of_scikit_learn_and_count_an_example_by_its_weigh
         np.testing.assert_array_equal(found, model.fit(xs[twice], ys[twice]).predict(xt))
 
 
+@pytest.mark.thin(26)
 @pytest.mark.parametrize("name", list(classic.METHODS))
 @pytest.mark.parametrize("case", ["float32", "one class", "one row a class", "constant column", "wide", "long"])
 def test_every_method_bears_odd_data(name, case):

@@ -56,6 +56,7 @@ def test_what_is_no_plan_is_named_by_all_that_read_it(workdir):
                 use(workdir)
 
 
+@pytest.mark.slow
 def test_a_damaged_plan_is_refused_in_one_line_or_can_be_reported(workdir):
     """What is not refused when the plan is read does not fail later on."""
     path, faults, refused = workdir / "study.json", [], 0

@@ -299,14 +299,17 @@ def run_script(tmp_path, action):
     return process.returncode, output, errors
 
 
+@pytest.mark.slow
 def test_an_iterator_left_open_at_exit_neither_hangs_nor_complains(tmp_path):
     assert run_script(tmp_path, "globals()['kept'] = iterator; print('left')") == (0, "left\n", "")
 
 
+@pytest.mark.slow
 def test_workers_end_when_the_main_process_is_killed(tmp_path):
     assert run_script(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")[:2] == (-signal.SIGKILL, "")
 
 
+@pytest.mark.slow
 def test_a_terminated_process_group_can_still_finish_its_steps(tmp_path):
     action = "signal.signal(15, lambda *_: print('caught')); os.killpg(0, 15); [next(iterator) for _ in range(20)]"
     assert run_script(tmp_path, action + "; iterator.close(); print('saved')") == (0, "caught\nsaved\n", "")

@@ -106,6 +106,7 @@ def test_delta_takes_the_last_map_of_a_network(name, last):
     assert precompute.choose_cuts(models.get(name).module(num_classes=2).cuts, ()) == [last]
 
 
+@pytest.mark.slow
 def test_the_default_cut_of_delta_in_a_run_is_the_last_stage():
     """Of a network with two blocks a stage, of which stage3/block0 has more digits in its name."""
     config = options.override(smoke.get_config(), {

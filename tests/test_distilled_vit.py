@@ -137,6 +137,7 @@ def test_one_linear_classifier_cannot_take_the_place_of_two():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_cards_and_counts_are_those_of_timm():
     import timm
 

@@ -52,6 +52,7 @@ def test_the_vectors_are_small_known_and_read_as_float32():
     np.testing.assert_allclose(tl_jax.features(model, [text])[0], np.asarray(table)[words].mean(0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_five_examples_of_each_part_are_enough_to_beat_counting_words():
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -75,6 +76,7 @@ def test_five_examples_of_each_part_are_enough_to_beat_counting_words():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command_makes_the_vectors_that_are_embedded(tmp_path):
     command = [sys.executable, ROOT / "experiments/docstring_vectors/make.py", "--out", tmp_path]
     subprocess.run(command, check=True, capture_output=True)

@@ -357,6 +357,7 @@ def test_jan_raises_the_discrepancy_along_its_maps_and_lowers_it_along_the_featu
         assert expected > 0
 
 
+@pytest.mark.slow
 def test_mcd_lets_the_heads_part_and_the_features_meet():
     """Every player of the scalar by differences: heads fall along CE + b - d, features along CE + b + k d."""
     source, target = SIZES

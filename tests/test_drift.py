@@ -151,6 +151,7 @@ def test_estimated_shares_are_the_true_ones_and_the_labels_of_new_are_not_read(t
         assert {row["share"] for row in drift.label_shift(unseen, new, np.random.default_rng(0))} == {None}
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("width", [6, 0])
 @pytest.mark.parametrize("task", SPECS)
 def test_the_verdict_of_every_task_with_and_without_features(task, width):

@@ -65,6 +65,7 @@ def test_different_photographs_are_no_duplicates(photos):
     assert "no duplicates" in duplicates.summary(table)
 
 
+@pytest.mark.thin(9)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_planted_copy_is_found_and_named(photos, tmp_path, change, split):

@@ -135,7 +135,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_the_last_evaluation_goes_on_to_the_same_files(stopped, table, tmp_path):
     """Nothing is saved of the evaluation at which it would have stopped."""
     side, stop, folder, _ = stopped

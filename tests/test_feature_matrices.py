@@ -20,6 +20,7 @@ def save(path, **variables):
     return f"mat:{path}"
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("features", "labels", "transform"),
     [("fts", "labels", np.uint8), ("feas", "label", np.float32), ("features", "Y", scipy.sparse.csc_matrix),
@@ -48,6 +49,7 @@ def test_a_square_matrix_has_its_examples_in_rows(tmp_path):
     np.testing.assert_array_equal(found, square.astype(np.float32))
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -90,6 +92,7 @@ def test_files_of_other_versions_and_damaged_ones_are_named(tmp_path):
         sources.load(f"mat:{path}", "test")
 
 
+@pytest.mark.slow
 def test_office_caltech_has_its_four_domains(shared):
     folder = shared / "data/office_caltech10_surf"
     names = tuple(f"mat:{folder}/{name}_SURF_L10.mat" for name in ("amazon", "caltech", "dslr", "webcam"))

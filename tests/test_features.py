@@ -111,6 +111,7 @@ def test_features_count_once_for_every_example_and_view(augment, views, epochs):
     assert single.kept(run, "train") == epochs * len(run.material.data["train"])
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     "change",
     [
@@ -132,6 +133,7 @@ def test_whatever_the_features_depend_on_makes_others(store, tmp_path, capsys, c
     assert COMPUTING in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_weights_that_differ_in_their_values_alone_make_other_features(store, tmp_path, capsys):
     """A fine-tuned file has the card of the one it began with; features of it depend on what moved."""
     train(make_config(**{"method.name": "full", "total": (1, "steps")}), tmp_path / "tuned", verbose=False)

@@ -224,6 +224,7 @@ def test_layer_decay_counts_the_layers_of_each_part_as_of_the_network_alone():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_lora_is_added_to_the_parts_by_their_paths_and_folds_in():
     made, x = loaded(), inputs()
     paths = [path for path in trees.flatten(made.variables["params"]) if path.startswith("backbone/image/")]

@@ -180,6 +180,7 @@ def test_nothing_is_dropped_out_of_training_or_at_rate_zero(family):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", INSIDE)
 def test_recomputed_blocks_and_half_precision_have_the_same_masks(family):
     logits, _, gradient = drawn(family)

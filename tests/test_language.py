@@ -447,6 +447,7 @@ def test_generation_is_of_its_seed_and_stops_at_the_end_token_and_the_last_posit
             tl_jax.generate(own, prompt)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", ["bert_l1_h8_a1", "clip_text_l1_h8_a1"])  # CLIP's tower is causal, and writes nothing
 def test_networks_that_were_not_made_for_the_next_token_do_not_generate(name, texts):
     with pytest.raises(ValueError, match=f"{name} was not made to predict the next token; expected a network such as"):

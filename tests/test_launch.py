@@ -43,6 +43,7 @@ def launch(*args, **kwargs):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_smoke_config_runs_and_prints_audit_progress_and_result(tmp_path):
     code, output = launch(*SMOKE, "--workdir", tmp_path / "w")
     assert code == 0, output

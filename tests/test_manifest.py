@@ -213,6 +213,7 @@ def test_the_plan_leaves_the_config_of_a_run_under_way(tmp_path):
         assert store.read_config(store.run_folder(tmp_path, run.key)).data.workers == 0
 
 
+@pytest.mark.slow
 @pytest.mark.figures
 def test_figures_never_stand_between_a_run_and_its_result(original, tmp_path, monkeypatch, capsys):
     def draw_run(rows, predictions, folder, *args):

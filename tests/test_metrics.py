@@ -89,6 +89,7 @@ def test_every_example_is_drawn_as_often_as_any_other(groups):
     np.testing.assert_allclose(weights.std(axis=1), np.sqrt(1 - 1 / (6 if groups is None else 3)), atol=0.07)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("case", CASES)
 def test_weighted_metrics_equal_sklearn_on_physically_resampled_data(case):

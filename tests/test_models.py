@@ -188,7 +188,7 @@ def test_table_of_published_files_is_what_the_script_makes_of_the_installed_timm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [16, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("share", [32, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_networks_of_published_files_have_the_keys_and_shapes_of_timms(share):
     make = pytest.importorskip("make_published")
     one_each = {row.model: row for row in published.table().values()}  # the script looks at all of them

@@ -119,6 +119,7 @@ def test_every_network_in_every_layout_is_found_whole_and_mutilated(name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_is_told_of_files_that_people_have():
     resnet50 = keys_of("resnet50", "timm")
     ten = {**resnet50, "fc.weight": np.zeros((10, 2048), np.float32), "fc.bias": np.zeros(10, np.float32)}

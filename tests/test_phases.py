@@ -117,6 +117,7 @@ def test_each_phase_moves_what_it_trains_and_leaves_the_rest_bit_equal(unbroken,
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_trained_in_one_phase_may_be_frozen_in_the_next_and_train_again(tmp_path):
     """What is frozen keeps the values of training, not their average."""
     only_last = {"method.name": "rules", "method.rules": (("backbone/stage3/.*", "backbone"), (".*", "frozen"))}
@@ -207,6 +208,7 @@ def test_lp_ft_is_the_two_runs_by_hand(tmp_path):
     ("optimizer", "args"), [("adamw", {}), pytest.param("sgd", {"momentum": 0.9}, marks=pytest.mark.slow)]
 )
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_boundary_at_which_nothing_changes_changes_nothing(tmp_path, optimizer, args):
     """Optimizer values and their bias corrections, moving averages and random keys go on."""
     common = {"schedule.name": "constant", "lr": 0.01, "optimizer": optimizer, "optimizer_args": args}
@@ -245,6 +247,7 @@ def test_averages_go_on_where_a_leaf_goes_on_moving_and_begin_at_its_value_where
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_best_step_may_lie_in_an_earlier_phase(tmp_path):
     """The second phase ruins the network."""
     alone = train(with_everything(phases=(), total=TWO), tmp_path / "alone")

@@ -146,6 +146,7 @@ def cifar_resnet(torch, blocks):
     return Net()
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("size", [32, 37])
 def test_cifar_resnet_gives_the_same_logits_and_stages(size, reference, tmp_path):
     model = reference.randomize(cifar_resnet(reference.torch, 3))
@@ -194,6 +195,7 @@ def with_small_embeddings(model):
     return model
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("old_names", [False, True])
 def test_torchvision_vit_gives_the_same_logits_and_blocks(old_names, small_vit, reference, tmp_path):
     from torchvision.models import VisionTransformer
@@ -220,6 +222,7 @@ def transformers_parts(model):
     return {"stem": model.vit.embeddings, **{f"block{i}": block for i, block in enumerate(model.vit.layers)}}
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_transformers_vit_gives_the_same_logits_and_blocks(on_disk, small_vit, reference, tmp_path):
     model = with_small_embeddings(
@@ -243,6 +246,7 @@ def test_transformers_vit_gives_the_same_logits_and_blocks(on_disk, small_vit, r
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_whole_transformers_vit_gives_the_same_logits_and_blocks(reference, tmp_path):
     model = reference.randomize(
         transformers_vit(
@@ -323,6 +327,7 @@ def jax_release_forward(flat, x, depth):
     return norm(x, "Transformer/encoder_norm")[:, 0] @ w["head/kernel"] + w["head/bias"], out
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("prefix", ["", "opt/target/"])
 def test_jax_release_gives_the_logits_and_blocks_of_its_equations(prefix, small_vit, tmp_path):
     flat = jax_release(np.random.default_rng(0), 24, 2, 3, 16, 10, CLASSES)
@@ -381,6 +386,7 @@ def test_genuine_deit_tiny_reproduces_its_golden_inputs(shared):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_genuine_deit_tiny_classifies_the_photos_as_in_torch(shared):
     image = pytest.importorskip("PIL.Image")
     folder = shared / "weights" / "deit_tiny_patch16_224"

@@ -134,6 +134,7 @@ def test_a_search_that_does_not_converge_is_said_and_not_warned_of(monkeypatch):
     assert fitted.tried == [{"value": 1e3, "val/accuracy": None, "val/nll": None, "converged": False}]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_leave_one_out_neighbours_of_the_digits_are_those_of_all_cosine_similarities(k):
     features, labels = load_digits(return_X_y=True)

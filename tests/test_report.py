@@ -227,6 +227,7 @@ def test_same_files_give_the_same_bytes_whatever_the_order_they_were_made_in(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_times_stand_in_their_own_columns_alone(study, tmp_path):
     workdir, _, text = study
     other = two_factors(tmp_path / "slow", seconds=70.0, order=7)
@@ -469,6 +470,7 @@ def test_runs_whose_result_or_predictions_were_changed_are_failed_runs(tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_three_factors_many_levels_and_one_level_can_be_reported(tmp_path, monkeypatch):
     factors = {"method": METHODS, "rate": {"slow": {"lr": 0.01}, "fast": {"lr": 0.1}}, "shots": SHOTS}
     baseline, names = {"method": "full", "rate": "slow"}, ("accuracy",)

@@ -70,6 +70,7 @@ def test_the_gradient_of_the_cosine_is_that_of_differences_and_finite_without_to
     assert np.isfinite(jax.grad(total)(jnp.zeros((2, 10)))).all() and total(jnp.zeros((2, 10))) == 0
 
 
+@pytest.mark.slow
 def test_the_command_scores_pairs_by_a_weight_file(weights, tmp_path, capsys):
     rows = pairs(40)
     lines = "".join(f"{y}\t{a}\t{b}\n" for a, b, y in rows)
@@ -110,6 +111,7 @@ def test_what_is_trained_on_pairs_predicts_exports_and_is_loaded_again(layer, we
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_regression_begins_with_the_cosine_as_a_share_of_the_range_of_its_targets(weights, tmp_path):
     rows = [(a, b, 2 + 5 * share) for a, b, share in pairs(60)]
     data = {name: ([row[:2] for row in part], np.array([row[2] for row in part], np.float32)[:, None])

@@ -58,6 +58,7 @@ def test_an_interval_stays_on_its_scale_and_one_end_cuts_it():
     assert statistics.within({"mean": 0.5, "low": -3.0, "high": 0.9}, -1, 1) == {"mean": 0.5, "low": -1, "high": 0.9}
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("n", [2, 3, 5, 10])
 def test_the_interval_of_accuracies_near_one_covers_as_often_as_it_says(n):
     """Seeds differ by 0.4 on the scale of logits; each is tested on 768 examples: docs/metrics.md has more cases."""

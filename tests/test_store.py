@@ -77,6 +77,7 @@ def test_a_plan_that_would_lose_finished_runs_is_refused(tmp_path, name, changes
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_whose_config_json_lacks_an_option_goes_on(tmp_path):
     """As where the study is older than the option: the plan finds its runs again, done or not."""
     runs = plan(tmp_path)

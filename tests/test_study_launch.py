@@ -245,6 +245,7 @@ def test_a_study_runs_to_its_report_although_some_of_its_runs_fail(tmp_path, stu
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_study_that_is_stopped_goes_on_with_the_same_command(study):
     process, first = start(*study, "--jobs", "2"), ""
     for line in process.stdout:

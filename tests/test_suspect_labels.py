@@ -181,6 +181,7 @@ def test_lookalikes_across_the_splits_are_those_of_centred_features():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_splits_of_a_run_are_pooled_each_example_once(tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "_draw", lambda *_: None)
     told = []

@@ -153,6 +153,7 @@ def test_cards_are_those_of_the_publishers(name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_whole_network_of_timm_gives_the_same_logits_and_stages(name, tmp_path):
     model, x = randomized(timm.create_model(name, num_classes=CLASSES)), twins.images(224)

@@ -344,6 +344,7 @@ def test_preference_follows_the_monitor_and_puts_undefined_scores_last():
     assert order == [2, 1, 0, 3]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("make", [binary, multilabel, regression])
 def test_paired_difference_is_on_the_monitored_metric_of_the_same_resamples(make):
     a = make()

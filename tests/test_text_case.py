@@ -68,6 +68,7 @@ def test_a_card_that_says_otherwise_stops_and_inspect_shows_both(tmp_path):
         load.load("", path)
 
 
+@pytest.mark.slow
 def test_inspect_of_a_genuine_encoder_tells_what_its_texts_are(shared):
     shown = inspection.inspect(shared / "weights/all_minilm_l6_v2/model.safetensors")
     assert "30,522 tokens, lower case\nfits minilm_l6" in shown

@@ -359,6 +359,7 @@ def test_truncation_anywhere_is_one_value_error_that_names_the_file(tmp_path, na
             formats.read(path)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", FILES)
 def test_flipped_bytes_give_a_value_error_or_tensors_but_never_another_exception(tmp_path, name):
     good_files(tmp_path)

@@ -217,6 +217,7 @@ def of_arrays(path):
     return {"data.source": f"arrays:{path}", **splits}
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("swap", "option"), [(swap_weights, "model.weights"), (swap_data, "data.source")])
 def test_other_bytes_under_the_same_path_are_refused_on_resume(tmp_path, swap, option):
     path, exchange = swap(tmp_path)

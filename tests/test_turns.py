@@ -49,6 +49,7 @@ def small():
     )
 
 
+@pytest.mark.slow
 def test_the_random_numbers_of_a_turn_are_its_own():
     model, variables, batch = small()
     parallel = sharding.make_parallel("jit", jax.devices()[:1])

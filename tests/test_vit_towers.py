@@ -302,6 +302,7 @@ def test_positions_are_resampled_as_torch_does(how, old, new):
     np.testing.assert_array_equal(found[:, :5], values[:, :5])
 
 
+@pytest.mark.slow
 def test_any_vit_reads_images_that_are_no_squares_and_its_file_remembers_it(monkeypatch, tmp_path):
     name = add_variants(monkeypatch, vit.vit_variants("small_vit", SMALL, 3, 42))
     model = torch_reference.randomize(timm.models.VisionTransformer(num_classes=CLASSES, **THEIRS))

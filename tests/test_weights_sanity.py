@@ -168,6 +168,7 @@ def test_an_initialisation_is_not_suspicious(name):
     assert sanity.examine(host(load.load(name, columns=columns)))["suspicious"] == {}
 
 
+@pytest.mark.slow
 def test_an_initialised_transformer_is_not_suspicious():
     sizes = {"patch_size": 16, "width": 48, "depth": 2, "heads": 3, "image_size": 32}
     network = vit.ViT(num_classes=3, **sizes)

@@ -176,7 +176,7 @@ def fault(argv, flag, capfd):
     return "it was accepted" if code == 0 and flag and not harmless(argv) else ""
 
 
-@pytest.mark.parametrize("each", [24, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
+@pytest.mark.parametrize("each", [72, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
 def test_wrong_arguments_are_one_message(place, monkeypatch, capfd, each):
     """each: of how many cases one is tried."""
     monkeypatch.chdir(place)

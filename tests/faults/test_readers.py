@@ -23,7 +23,7 @@ def run(*words):
 
 
 def test_damaged_files_are_read_or_refused_by_every_reader():
-    table, wrong = run("--count", str(effort.amount(40, 100_000)), "--seed", str(effort.amount(1, 0)))
+    table, wrong = run("--count", str(effort.amount(20, 100_000)), "--seed", str(effort.amount(1, 0)))
     for name, outcomes in table.items():
         for outcome, count in outcomes.items():
             effort.tried(f"files: {name}", outcome, count)
