@@ -1,5 +1,7 @@
 """What users hand over as data: paths, sources by name, arrays, data sets."""
 
+import contextlib
+import functools
 import os
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
@@ -117,15 +119,15 @@ def splits_of(source: str, task: str, labels: Sequence[str] = (), **columns: Any
 
     columns: text, image and columns, as `sources.load` has them.
     """
-    found, problem = [], None
+    read = functools.partial(sources.list_split, source, task=task, labels=tuple(labels), **columns, form=None)
+    found = []
     for split in ("train", "val", "test"):
-        try:
-            sources.list_split(source, split, task=task, labels=tuple(labels), **columns, form=None)
+        # No error is kept: its traceback would keep what `fit` holds, as the temporary folder of a run.
+        with contextlib.suppress(ValueError, OSError):
+            read(split)
             found.append(split)
-        except (ValueError, OSError) as error:
-            problem = problem or error
     if not found:
-        raise problem
+        read("train")  # says why
     return found
 
 
