@@ -117,7 +117,6 @@ def stop_blocked(moment, *words):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_run_that_blocks_as_it_compiles_and_as_it_scores_is_stopped_and_goes_on_to_the_same_numbers(tmp_path, whole):
     for moment, saved in (("steps are compiled", []), ("val is scored after steps", ["3"])):
         stop_blocked(moment, *RUN, "--workdir", tmp_path / "w")
