@@ -137,7 +137,6 @@ def test_one_linear_classifier_cannot_take_the_place_of_two():
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_cards_and_counts_are_those_of_timm():
     import timm
 

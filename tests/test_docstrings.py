@@ -76,7 +76,6 @@ def test_five_examples_of_each_part_are_enough_to_beat_counting_words():
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_the_command_makes_the_vectors_that_are_embedded(tmp_path):
     command = [sys.executable, ROOT / "experiments/docstring_vectors/make.py", "--out", tmp_path]
     subprocess.run(command, check=True, capture_output=True)

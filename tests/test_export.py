@@ -212,7 +212,6 @@ def test_onnx_runtime_answers_as_every_family(family, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_network_that_is_computed_in_chunks_has_programs_for_the_usual_batches():
     model = tl_jax.load("resnet18", image_size=64, num_classes=5)
     flat = {path: np.asarray(x) for path, x in trees.flatten(model.variables).items()}

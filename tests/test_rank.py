@@ -220,7 +220,6 @@ def test_verify_compares_with_short_runs_on_held_out_examples_of_the_split(data,
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_genuine_networks_are_before_random_and_foreign_ones(shared, tmp_path):
     weights = shared / "weights"
     deit = weights / "deit_tiny_patch16_224" / "deit_tiny_patch16_224.safetensors"
